@@ -1,0 +1,27 @@
+"""Neural networks that are sparse both ways: N:M masks, provably optimal, that hold on W and on its transpose."""
+
+from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
+from bisparse.solution import Certificate, CertificateError, PatternError, Solution, Verification, Violation, verify
+from bisparse.solve import choose_solver, solve
+from bisparse.solvers import Exact, Solver
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Certificate",
+    "CertificateError",
+    "Exact",
+    "Paired",
+    "Pattern",
+    "PatternError",
+    "Sequential",
+    "Solution",
+    "Solver",
+    "Structure",
+    "Unstructured",
+    "Verification",
+    "Violation",
+    "choose_solver",
+    "solve",
+    "verify",
+]

@@ -1,0 +1,160 @@
+"""The operators: schema, shapes, and a plain-torch kernel for every device, which is their specification.
+
+Faster kernels register themselves for "cpu" (numba) and "cuda" (Triton); torch dispatches by device.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from bisparse.kernels import reference
+from bisparse.tiles import from_tiles, to_tiles
+
+__all__ = ["COARSE", "exact_mask", "exact_solve", "exact_solve_integers", "first_bad_score", "quantise"]
+
+FAST_BITS = 24
+COARSE = -(1 << 30)
+"""In place of an exponent: this tile's scores span too wide a range for the fast mode; solve it exactly instead."""
+COARSE_BELOW = 1 << 12
+"""A quantised score below this has lost precision; a tile where that holds for over half of its non-zero scores is coarse."""
+
+
+def first_bad_score(scores: Tensor) -> tuple[str, tuple[int, ...]] | None:
+    """What is wrong with the first score that is NaN, infinite or negative, and its index; None where all are fine."""
+    bad = scores < 0
+    if scores.is_floating_point():
+        bad = bad | ~torch.isfinite(scores)
+    if not bool(bad.any()):
+        return None
+    index = tuple(bad.nonzero()[0].tolist())
+    number = scores[index].item()
+    return ("negative" if number < 0 else f"{number}"), index
+
+
+def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[Tensor, " B"]]:
+    """Scores as integers: times 2**exponent, half to even, the tile's largest in [2**23, 2**24). Exponent 0 for a zero tile.
+
+    A tile with few large outliers over many small scores gets the exponent `COARSE`.
+    """
+    if tiles.shape[0] == 0:
+        return tiles.long(), tiles.new_zeros(0, dtype=torch.int64)
+    tiles = tiles.double()
+    largest = tiles.flatten(1).amax(1)
+    exponent = torch.where(largest > 0, FAST_BITS - torch.frexp(largest).exponent.long(), 0)
+    q = torch.ldexp(tiles, exponent[:, None, None]).round().long()
+    small = ((q < COARSE_BELOW) & (tiles > 0)).sum((1, 2))
+    return q, torch.where(2 * small > (tiles > 0).sum((1, 2)), COARSE, exponent)
+
+
+_LIBRARY = torch.library.Library("bisparse", "DEF")
+_LIBRARY.define("exact_mask(Tensor scores, int n, int m, bool exactly) -> (Tensor mask, Tensor coarse)")
+_LIBRARY.define(
+    "exact_solve(Tensor scores, int n, int m, bool exactly, Tensor? u, Tensor? v, Tensor? exponent)"
+    " -> (Tensor mask, Tensor u, Tensor v, Tensor exponent)"
+)
+_LIBRARY.define(
+    "exact_solve_integers(Tensor q, int n, bool exactly, Tensor? u, Tensor? v) -> (Tensor mask, Tensor u, Tensor v)"
+)
+
+
+def exact_mask(
+    scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool
+) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"]]:
+    """Optimal mask of the tiles of a float32 matrix whose sides m divides, and which tiles were too `COARSE` to trust.
+
+    Raises:
+        ValueError: a score is NaN, infinite or negative.
+    """
+    mask, coarse = torch.ops.bisparse.exact_mask(scores, n, m, exactly)
+    return mask, coarse
+
+
+def exact_solve(
+    scores: Float[Tensor, "R C"],
+    n: int,
+    m: int,
+    exactly: bool,
+    start: tuple[Int[Tensor, "B M"], Int[Tensor, "B M"], Int[Tensor, " B"]] | None = None,
+) -> tuple[Bool[Tensor, "R C"], Int[Tensor, "B M"], Int[Tensor, "B M"], Int[Tensor, " B"]]:
+    """Like `exact_mask`, with integer prices u, v (int32) and the exponent of each tile (int32, `COARSE` for such tiles).
+
+    `start` holds u, v and exponents of an earlier solve of nearly the same scores.
+    """
+    u, v, exponent = start if start is not None else (None, None, None)
+    result = torch.ops.bisparse.exact_solve(scores, n, m, exactly, u, v, exponent)
+    return result[0], result[1], result[2], result[3]
+
+
+def exact_solve_integers(
+    q: Int[Tensor, "B M M"], n: int, exactly: bool, start: tuple[Int[Tensor, "B M"], Int[Tensor, "B M"]] | None = None
+) -> tuple[Bool[Tensor, "B M M"], Int[Tensor, "B M"], Int[Tensor, "B M"]]:
+    """Optimal masks and prices (int64) of tiles of integer scores, int64 below 2**55."""
+    u, v = start if start is not None else (None, None)
+    result = torch.ops.bisparse.exact_solve_integers(q, n, exactly, u, v)
+    return result[0], result[1], result[2]
+
+
+def reference_exact_solve(
+    scores: Tensor, n: int, m: int, exactly: bool, u: Tensor | None, v: Tensor | None, exponent: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The specification of `exact_solve`."""
+    if (bad := first_bad_score(scores)) is not None:
+        raise ValueError(f"a score is {bad[0]} at index {bad[1]}")
+    q, now = quantise(to_tiles(scores, m))
+    start = None
+    if u is not None and v is not None and exponent is not None:
+        usable = (now != COARSE) & (exponent != COARSE)
+        shift = torch.where(usable, now - exponent, 0).clamp(-40, 30)[:, None]
+        start = tuple(torch.ldexp(prices.double(), shift).round().long() * usable[:, None] for prices in (u, v))
+    mask, u, v = torch.ops.bisparse.exact_solve_integers(
+        q * (now != COARSE)[:, None, None], n, exactly, *(start or (None, None))
+    )
+    return from_tiles(mask, *scores.shape), u.int(), v.int(), now.int()
+
+
+def reference_exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:
+    """The specification of `exact_mask`."""
+    mask, _, _, exponent = reference_exact_solve(scores, n, m, exactly, None, None, None)
+    return mask, exponent == COARSE
+
+
+def reference_exact_solve_integers(
+    q: Tensor, n: int, exactly: bool, u: Tensor | None, v: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The specification of `exact_solve_integers`."""
+    return reference.exact_tiles(q, n, exactly, None if u is None or v is None else (u, v))
+
+
+@torch.library.register_fake("bisparse::exact_mask")
+def _(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:
+    tiles = scores.shape[0] // m * (scores.shape[1] // m)
+    return scores.new_empty(scores.shape, dtype=torch.bool), scores.new_empty(tiles, dtype=torch.bool)
+
+
+@torch.library.register_fake("bisparse::exact_solve")
+def _(
+    scores: Tensor, n: int, m: int, exactly: bool, u: Tensor | None, v: Tensor | None, exponent: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tiles = scores.shape[0] // m * (scores.shape[1] // m)
+    prices = [scores.new_empty(tiles, m, dtype=torch.int32) for _ in range(2)]
+    return (
+        scores.new_empty(scores.shape, dtype=torch.bool),
+        prices[0],
+        prices[1],
+        scores.new_empty(tiles, dtype=torch.int32),
+    )
+
+
+@torch.library.register_fake("bisparse::exact_solve_integers")
+def _(q: Tensor, n: int, exactly: bool, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape, dtype=torch.bool), q.new_empty(q.shape[:2]), q.new_empty(q.shape[:2])
+
+
+for _name, _kernel in {
+    "exact_mask": reference_exact_mask,
+    "exact_solve": reference_exact_solve,
+    "exact_solve_integers": reference_exact_solve_integers,
+}.items():
+    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")

@@ -1,0 +1,151 @@
+"""The main path: scores and a pattern in, the best mask and its proof out."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Real
+from torch import Tensor
+
+from bisparse.kernels.ops import first_bad_score
+from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
+from bisparse.solution import Certificate, Solution
+from bisparse.solvers import Exact, Solver
+from bisparse.tiles import Layout, default_layout, from_matrices, pad_to_multiple, to_matrices
+
+__all__ = ["choose_solver", "solve"]
+
+DTYPES = (
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+)  # fmt: skip
+
+
+def choose_solver(pattern: Structure) -> Solver:
+    """The solver `solve` uses when it is given none: `Exact`, for every pattern, size and device."""
+    del pattern
+    return Exact()
+
+
+def solve(
+    scores: Real[Tensor, "..."],
+    pattern: str | Structure,
+    solver: Solver | None = None,
+    *,
+    layout: Layout | None = None,
+    remainder: str = "pad",
+    warm_start: Solution | None = None,
+) -> Solution:
+    """The best mask of a structure for given scores: it keeps the largest total score.
+
+    Structures without coupling between groups (N:M, sequential, paired, unstructured) are solved by selection, whatever
+    the solver; a transposable pattern by `solver`, by default `Exact`. Ties are broken deterministically, the same
+    whatever the batch order or the number of threads. In a plain selection the lowest index wins.
+
+    Args:
+        scores: non-negative, finite; float64, float32, float16, bfloat16 or an integer type. 2-D (O, I); 3-D a batch of
+            matrices, or of tiles; 4-D and 5-D a convolution's weight; or as `layout` says.
+        pattern: the structure or its text, such as ``"4:8-T"``. N is the number kept.
+        solver: for transposable patterns.
+        layout: how the tensor stores its matrices.
+        remainder: what to do where M does not divide a side. "pad": complete with zeros, solve, crop (the mask still
+            obeys the pattern); "dense": keep everything; "error": raise.
+        warm_start: an earlier solution of nearly the same scores, whose prices are a good start. The value does not
+            depend on it.
+
+    Raises:
+        ValueError: scores that are NaN, infinite, negative, of another dtype or of no matrix shape.
+
+    >>> scores = torch.tensor([[4., 1, 0, 0], [3, 2, 0, 0], [0, 0, 1, 2], [0, 0, 5, 1]])
+    >>> solution = solve(scores, "1:2-T")
+    >>> solution.value, solution.gap
+    (13.0, 0.0)
+    >>> solution.mask.int().tolist()
+    [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
+    """
+    pattern = parse_pattern(pattern)
+    if not isinstance(scores, Tensor):
+        raise ValueError(f"scores must be a torch tensor, not {type(scores).__name__}")
+    if scores.dtype not in DTYPES:
+        raise ValueError(f"scores of dtype {scores.dtype} cannot be solved; convert them to float32")
+    if remainder not in ("pad", "dense", "error"):
+        raise ValueError(f"remainder={remainder!r}: expected 'pad', 'dense' or 'error'")
+    layout = layout or default_layout(scores.ndim)
+    scores = scores.detach()
+    matrices = to_matrices(scores, layout)
+    rows, columns = matrices.shape[-2:]
+    m = getattr(pattern, "m", 1)
+    transposable = isinstance(pattern, Pattern) and pattern.transposable
+    if columns % m or (transposable and rows % m):
+        problem = f"{m} does not divide the sides of a {rows} x {columns} matrix at {pattern}"
+        if remainder == "error":
+            raise ValueError(f"{problem}; pass remainder='pad' or 'dense'")
+        if remainder == "dense":
+            _check_scores(scores)
+            return Solution(torch.ones_like(scores, dtype=torch.bool), scores, pattern, layout)
+    if not transposable or scores.numel() == 0:
+        _check_scores(scores)
+        mask = from_matrices(select(matrices, pattern), layout, scores.shape)
+        return Solution(mask, scores, pattern, layout)
+    assert isinstance(pattern, Pattern)
+    solver = solver or choose_solver(pattern)
+    padded = pad_to_multiple(matrices, m)
+    _check_scores(scores)
+    start = _start_of(warm_start, padded.shape, pattern)
+    mask, certificate = solver.solve_matrix(padded.reshape(-1, padded.shape[-1]), pattern.n, m, start)
+    mask = from_matrices(mask.view(padded.shape)[:, :rows, :columns], layout, scores.shape)
+    return Solution(mask, scores, pattern, layout, solver.exactly, lambda: certificate)
+
+
+def _check_scores(scores: Tensor) -> None:
+    if (bad := first_bad_score(scores)) is not None:
+        what, index = bad
+        remedy = "scores are magnitudes: pass weight.abs()" if what == "negative" else "repair or mask the weight first"
+        raise ValueError(f"scores of shape {tuple(scores.shape)} hold a {what} number at index {index}; {remedy}")
+
+
+def _start_of(solution: Solution | None, shape: torch.Size, pattern: Pattern) -> Certificate | None:
+    if solution is None:
+        return None
+    if solution.pattern != pattern:
+        raise ValueError(f"warm_start is a solution at {solution.pattern}, not {pattern}")
+    certificate = solution.certificate
+    if certificate is None:
+        return None
+    tiles = shape[0] * (shape[1] // pattern.m) * (shape[2] // pattern.m)
+    if certificate.u.shape != (tiles, pattern.m):
+        raise ValueError(f"warm_start has prices of {certificate.u.shape[0]} tiles, these scores have {tiles}")
+    return certificate
+
+
+def select(matrices: Real[Tensor, "B R C"], pattern: Structure) -> Bool[Tensor, "B R C"]:
+    """The best mask where every group stands alone; of equal scores the one with the lower index is kept."""
+    batch, rows, columns = matrices.shape
+    if isinstance(pattern, Unstructured):
+        flat = matrices.reshape(batch, rows * columns)
+        mask = torch.zeros_like(flat, dtype=torch.bool)
+        best = flat.sort(stable=True, dim=-1, descending=True).indices[:, : pattern.kept(rows * columns)]
+        return mask.scatter_(1, best, True).view(batch, rows, columns)
+    assert isinstance(pattern, Pattern | Sequential | Paired)
+    m, n = pattern.m, pattern.n
+    groups = torch.nn.functional.pad(matrices, (0, -columns % m)).unflatten(-1, (-1, m))
+    if isinstance(pattern, Sequential):
+        return _sequential(groups, n).flatten(-2)[..., :columns]
+    if isinstance(pattern, Paired):
+        groups, n = groups.unflatten(-1, (m // 2, 2)).double().sum(-1), n // 2
+    mask = torch.zeros(groups.shape, dtype=torch.bool, device=groups.device)
+    best = groups.sort(stable=True, dim=-1, descending=True).indices[..., :n]
+    mask.scatter_(-1, best, True)
+    if isinstance(pattern, Paired):
+        mask = mask.repeat_interleave(2, dim=-1)
+    return mask.flatten(-2)[..., :columns]
+
+
+def _sequential(groups: Real[Tensor, "B R G M"], n: int) -> Bool[Tensor, "B R G M"]:
+    m = groups.shape[-1]
+    mask = torch.ones_like(groups, dtype=torch.bool)
+    if n == m:
+        return mask
+    windows = groups.double().unfold(-1, m - n, 1).sum(-1)
+    start = windows.argmin(-1, keepdim=True)
+    place = torch.arange(m, device=groups.device)
+    return (place < start) | (place >= start + (m - n))

@@ -1,0 +1,67 @@
+"""What every solver of the transposable mask problem is: scores of tiles in, masks out.
+
+For each M x M tile with scores w >= 0::
+
+    max  sum_ij w_ij x_ij    x in {0, 1},   every row and column sum at most N   (or exactly N)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import ClassVar, Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bisparse.solution import Certificate
+from bisparse.tiles import from_tiles, to_tiles
+
+__all__ = ["Guarantee", "Solver"]
+
+
+class Guarantee(NamedTuple):
+    """A worst-case promise: `quantity` of the answer is within `factor` of the optimum's."""
+
+    quantity: Literal["kept", "pruned"]
+    factor: float
+
+
+class Solver(ABC):
+    """A solver is a frozen dataclass; its fields are its settings, and calling it twice gives the same mask.
+
+    Final subclasses implement `solve_tiles`. Those that work on whole matrices override `solve_matrix` as well.
+    """
+
+    exact: ClassVar[bool] = False
+    """Whether the mask is always optimal."""
+
+    guarantee: ClassVar[Guarantee | None] = None
+    """The approximation guarantee, where one is proved."""
+
+    exactly: bool = False
+    """Keep exactly N in every row and column (the paper's program) instead of at most N (what hardware checks)."""
+
+    @abstractmethod
+    def solve_tiles(self, scores: Float[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
+        """Masks of a batch of tiles. Scores are finite and non-negative (`solve` has checked); B may be 0."""
+
+    def solve_matrix(
+        self, scores: Float[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None = None
+    ) -> tuple[Bool[Tensor, "R C"], Certificate | None]:
+        """Mask of a matrix whose sides `m` divides, and the certificate where the solver has one.
+
+        `warm_start` holds the prices of an earlier solve of nearly the same scores; a solver that has no use for it
+        ignores it, and no solver's value depends on it.
+        """
+        mask = self.solve_tiles(to_tiles(scores, m), n)
+        return from_tiles(mask, scores.shape[0], scores.shape[1]), None
+
+    def __call__(self, scores: Float[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
+        """Alias of `solve_tiles`."""
+        return self.solve_tiles(scores, n)
+
+
+def empty_mask(scores: Float[Tensor, "B M M"]) -> Bool[Tensor, "B M M"]:
+    """Nothing kept yet."""
+    return torch.zeros_like(scores, dtype=torch.bool)

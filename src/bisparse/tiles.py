@@ -1,0 +1,138 @@
+"""Weight <-> matrices <-> tiles: the only file that reshapes weights.
+
+A weight is pruned as the matrix that the GEMM multiplies by: rows are outputs, columns are inputs, so that groups
+along a row lie on the reduction axis of the forward pass and groups along a column on that of the backward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+__all__ = [
+    "Layout",
+    "LayoutKind",
+    "default_layout",
+    "from_matrices",
+    "from_tiles",
+    "pad_to_multiple",
+    "to_matrices",
+    "to_tiles",
+]
+
+
+class LayoutKind(StrEnum):
+    """How a parameter stores its GEMM operands."""
+
+    LINEAR = "linear"
+    """(O, I): `nn.Linear`; one matrix."""
+    TRANSPOSED = "transposed"
+    """(I, O): GPT-2's `Conv1D`; one matrix, transposed."""
+    CONV = "conv"
+    """(C_out, C_in / groups, *kernel): `nn.Conv1d/2d/3d`; a matrix for each group and kernel position."""
+    PACKED = "packed"
+    """(parts * O, I): several projections stacked, as attention's `in_proj_weight`; a matrix a part."""
+    EXPERTS = "experts"
+    """(E, O, I): a mixture's experts in one parameter; a matrix an expert."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of one parameter; `groups` for convolutions, `parts` for packed projections."""
+
+    kind: LayoutKind = LayoutKind.LINEAR
+    groups: int = 1
+    parts: int = 1
+
+
+def default_layout(ndim: int) -> Layout:
+    """The layout of a bare tensor: 2-D is a Linear weight, 3-D to 5-D a convolution's."""
+    if ndim == 2:
+        return Layout(LayoutKind.LINEAR)
+    if ndim in (3, 4, 5):
+        return Layout(LayoutKind.CONV)
+    raise ValueError(
+        f"a weight of {ndim} dimensions has no GEMM layout: expected 2-D (O, I) or 3-D to 5-D (C_out, C_in, *kernel)"
+    )
+
+
+def to_matrices(weight: Shaped[Tensor, "..."], layout: Layout) -> Shaped[Tensor, "B O I"]:
+    """The batch of GEMM matrices that a weight holds; a view where strides allow it.
+
+    Shapes: linear (O, I) -> (1, O, I); transposed (I, O) -> (1, O, I); conv (C_out, C_in/g, *K) -> (g * prod(K),
+    C_out/g, C_in/g); packed (p * O, I) -> (p, O, I); experts (E, O, I) -> (E, O, I).
+    """
+    _check_layout(tuple(weight.shape), layout)
+    match layout.kind:
+        case LayoutKind.LINEAR:
+            return weight.unsqueeze(0)
+        case LayoutKind.TRANSPOSED:
+            return weight.t().unsqueeze(0)
+        case LayoutKind.PACKED:
+            return weight.unflatten(0, (layout.parts, -1))
+        case LayoutKind.EXPERTS:
+            return weight
+        case LayoutKind.CONV:
+            by_position = weight.unflatten(0, (layout.groups, -1)).flatten(3)  # (g, O, I, P)
+            return by_position.permute(0, 3, 1, 2).flatten(0, 1)
+    raise AssertionError(layout.kind)
+
+
+def from_matrices(
+    matrices: Shaped[Tensor, "B O I"], layout: Layout, shape: tuple[int, ...] | torch.Size
+) -> Shaped[Tensor, "..."]:
+    """The inverse of `to_matrices` for a weight of the given shape; contiguous."""
+    shape = tuple(shape)
+    _check_layout(shape, layout)
+    match layout.kind:
+        case LayoutKind.LINEAR | LayoutKind.PACKED | LayoutKind.EXPERTS:
+            return matrices.reshape(shape)
+        case LayoutKind.TRANSPOSED:
+            return matrices[0].t().contiguous()
+        case LayoutKind.CONV:
+            by_position = matrices.unflatten(0, (layout.groups, math.prod(shape[2:])))  # (g, P, O, I)
+            return by_position.permute(0, 2, 3, 1).reshape(shape)
+    raise AssertionError(layout.kind)
+
+
+def _check_layout(shape: tuple[int, ...], layout: Layout) -> None:
+    kind, ndim = layout.kind, len(shape)
+    expected = {
+        LayoutKind.LINEAR: (2,),
+        LayoutKind.TRANSPOSED: (2,),
+        LayoutKind.PACKED: (2,),
+        LayoutKind.EXPERTS: (3,),
+        LayoutKind.CONV: (3, 4, 5),
+    }
+    if ndim not in expected[kind]:
+        raise ValueError(
+            f"a weight of shape {shape} cannot have the layout '{kind}', which needs {' or '.join(map(str, expected[kind]))} dimensions"
+        )
+    divisor = layout.groups if kind is LayoutKind.CONV else layout.parts
+    if divisor < 1 or shape[0] % divisor:
+        raise ValueError(
+            f"a weight of shape {shape} cannot be split into {divisor} {'groups' if kind is LayoutKind.CONV else 'parts'} along its first dimension"
+        )
+
+
+def pad_to_multiple(matrices: Shaped[Tensor, "*B R C"], m: int) -> Shaped[Tensor, "*B R2 C2"]:
+    """Zeros appended so that `m` divides the last two sides; the same tensor where it already does."""
+    rows, columns = -matrices.shape[-2] % m, -matrices.shape[-1] % m
+    return torch.nn.functional.pad(matrices, (0, columns, 0, rows)) if rows or columns else matrices
+
+
+def to_tiles(matrix: Shaped[Tensor, "R C"], m: int) -> Shaped[Tensor, "B M M"]:
+    """Cut a matrix into its tiles, band by band, left to right: tile t covers rows ``t // (C/m)``, columns ``t % (C/m)``."""
+    rows, columns = matrix.shape
+    return matrix.view(rows // m, m, columns // m, m).transpose(1, 2).reshape(-1, m, m)
+
+
+def from_tiles(tiles: Shaped[Tensor, "B M M"], rows: int, columns: int) -> Shaped[Tensor, "R C"]:
+    """The inverse of `to_tiles`."""
+    m = tiles.shape[-1]
+    return tiles.view(rows // m, columns // m, m, m).transpose(1, 2).reshape(rows, columns)
