@@ -137,9 +137,7 @@ def find_layers(
     skipped: list[Skipped] = []
     owners: dict[int, tuple[str, Tensor]] = {}  # the tensor is held so that its id stays its own
     tied = {
-        id(module.weight): name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
     first_conv_seen = False
     included = False
@@ -156,7 +154,9 @@ def find_layers(
         elif include is not None and not wanted:
             reason = "not among the layers asked for"
         elif not isinstance(weight, Tensor) or not (weight.is_floating_point() and weight.ndim >= 2):
-            reason = f"weight of type {getattr(weight, 'dtype', type(weight).__name__)}: quantised or packed weights cannot be pruned"
+            reason = (
+                f"weight of type {getattr(weight, 'dtype', type(weight).__name__)}: quantised or packed weights cannot be pruned"
+            )
         elif weight.numel() == 0:
             reason = "empty weight"
         elif id(weight) in owners:

@@ -19,9 +19,7 @@ from torch import Tensor
 
 __all__ = ["Paired", "Pattern", "Sequential", "Structure", "Unstructured", "parse_pattern"]
 
-_FORMS = (
-    "'2:4' (N kept of M), '4:8-T' (transposable), '4:8-seq' (sequential), '4:8-paired', or '50%' (unstructured density)"
-)
+_FORMS = "'2:4' (N kept of M), '4:8-T' (transposable), '4:8-seq' (sequential), '4:8-paired', or '50%' (unstructured density)"
 
 
 class Structure(ABC):

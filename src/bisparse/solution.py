@@ -261,9 +261,7 @@ def _check_wide_tile(
     kept = int((q * mask.numpy().astype(object)).sum())
     bound = int(n * (u.sum() + v.sum()) + np.maximum(q - u[:, None] - v[None, :], 0).sum())
     if kept != bound or (not exactly and min(*u, *v) < 0):
-        raise CertificateError(
-            f"tile {tile}: the mask keeps {kept}, the prices bound the optimum by {bound}: not proved optimal"
-        )
+        raise CertificateError(f"tile {tile}: the mask keeps {kept}, the prices bound the optimum by {bound}: not proved optimal")
 
 
 @dataclass(frozen=True)
@@ -348,8 +346,7 @@ def verify(
             sum(result.groups for result in results),
             sum(result.violations for result in results),
             next((result.first for result in results if result.first), None),
-            sum(result.density * layer.weight.numel() for result, layer in zip(results, found, strict=True))
-            / max(weights, 1),
+            sum(result.density * layer.weight.numel() for result, layer in zip(results, found, strict=True)) / max(weights, 1),
             layers=results,
         )
     if not isinstance(target, Tensor):

@@ -55,12 +55,10 @@ def solve(
     Raises:
         ValueError: scores that are NaN, infinite, negative, of another dtype or of no matrix shape.
 
-    >>> scores = torch.tensor([[4., 1, 0, 0], [3, 2, 0, 0], [0, 0, 1, 2], [0, 0, 5, 1]])
+    >>> scores = torch.tensor([[4.0, 3.0], [3.0, 1.0]])  # the largest entry is not part of the optimum
     >>> solution = solve(scores, "1:2-T")
-    >>> solution.value, solution.gap
-    (13.0, 0.0)
-    >>> solution.mask.int().tolist()
-    [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1], [0, 0, 1, 0]]
+    >>> solution.value, solution.bound, solution.mask.int().tolist()
+    (6.0, 6.0, [[0, 1], [1, 0]])
     """
     pattern = parse_pattern(pattern)
     if not isinstance(scores, Tensor):

@@ -54,14 +54,10 @@ _LIBRARY.define(
     "exact_solve(Tensor scores, int n, int m, bool exactly, Tensor? u, Tensor? v, Tensor? exponent)"
     " -> (Tensor mask, Tensor u, Tensor v, Tensor exponent)"
 )
-_LIBRARY.define(
-    "exact_solve_integers(Tensor q, int n, bool exactly, Tensor? u, Tensor? v) -> (Tensor mask, Tensor u, Tensor v)"
-)
+_LIBRARY.define("exact_solve_integers(Tensor q, int n, bool exactly, Tensor? u, Tensor? v) -> (Tensor mask, Tensor u, Tensor v)")
 
 
-def exact_mask(
-    scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool
-) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"]]:
+def exact_mask(scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"]]:
     """Optimal mask of the tiles of a float32 matrix whose sides m divides, and which tiles were too `COARSE` to trust.
 
     Raises:
@@ -108,9 +104,7 @@ def reference_exact_solve(
         usable = (now != COARSE) & (exponent != COARSE)
         shift = torch.where(usable, now - exponent, 0).clamp(-40, 30)[:, None]
         start = tuple(torch.ldexp(prices.double(), shift).round().long() * usable[:, None] for prices in (u, v))
-    mask, u, v = torch.ops.bisparse.exact_solve_integers(
-        q * (now != COARSE)[:, None, None], n, exactly, *(start or (None, None))
-    )
+    mask, u, v = torch.ops.bisparse.exact_solve_integers(q * (now != COARSE)[:, None, None], n, exactly, *(start or (None, None)))
     return from_tiles(mask, *scores.shape), u.int(), v.int(), now.int()
 
 
