@@ -1,0 +1,20 @@
+"""Every test runs on one thread, offline, from a fixed seed."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
+settings.register_profile("explore", max_examples=1000, deadline=None)  # pytest --hypothesis-profile=explore
+settings.load_profile("fast")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
