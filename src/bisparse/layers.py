@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.pattern import Pattern, Structure
-from bisparse.tiles import Layout, LayoutKind
+from bisparse.tiles import Layout, LayoutKind, to_matrices
 
-__all__ = ["Filter", "Layer", "Skipped", "find_layers", "head_reason", "matches"]
+__all__ = ["Filter", "Layer", "Skipped", "find_layers", "head_reason", "matches", "matrix_sides", "remainder_reason"]
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str]
 """A layer name, a glob, ``"re:..."``, a list of these, or a function of (name, module)."""
@@ -170,7 +170,7 @@ def find_layers(
         else:
             reason = None
         if reason is None and pattern is not None and not isinstance(layout, str):
-            reason = _remainder_reason(weight, layout, pattern, remainder, name)
+            reason = remainder_reason(matrix_sides(weight, layout), pattern, remainder, name)
         if reason is None:
             assert not isinstance(layout, str)
             owners[id(weight)] = (name, weight)
@@ -184,14 +184,23 @@ def find_layers(
     return layers, skipped
 
 
-def _remainder_reason(weight: Tensor, layout: Layout, pattern: Structure, remainder: str, name: str) -> str | None:
+def matrix_sides(weight: Tensor, layout: Layout) -> tuple[int, int]:
+    """Sides (O, I) of the GEMM matrices of a weight."""
+    with torch.no_grad():
+        _, rows, columns = to_matrices(weight, layout).shape
+    return rows, columns
+
+
+def remainder_reason(matrix: tuple[int, int], pattern: Structure, remainder: str, name: str) -> str | None:
+    """Why a layer whose GEMM matrix has these sides (O, I) stays dense at a pattern; None where it is pruned.
+
+    Raises:
+        ValueError: ``remainder="error"`` and M does not divide the sides.
+    """
     m = getattr(pattern, "m", None)
     if m is None or remainder == "pad":
         return None
-    from bisparse.tiles import to_matrices
-
-    with torch.no_grad():
-        _, rows, columns = to_matrices(weight, layout).shape
+    rows, columns = matrix
     transposable = isinstance(pattern, Pattern) and pattern.transposable
     if columns % m == 0 and (not transposable or rows % m == 0):
         return None

@@ -1,0 +1,26 @@
+"""`bisparse` and `python -m bisparse`: start the command line, or say what it needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 1 a violation or a failed job, 2 wrong use, 130 interrupted."""
+    missing = [package for package in ("typer", "rich") if importlib.util.find_spec(package) is None]
+    if missing:
+        sys.stderr.write(
+            f"bisparse: the command line needs {' and '.join(missing)}, which this installation lacks.\n"
+            "Install it with:  pip install 'bisparse[cli]'\n"
+        )
+        sys.exit(2)
+    from bisparse.cli import run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""A weight as the rows of independent least-squares problems: outputs by everything that is summed into one output.
+
+A Linear layer is one problem of O rows over I inputs. A convolution couples its kernel positions: one output row sums over
+C_in * R * S products, so its problems are (C_out / g, R * S * C_in / g), one for each of its g groups, with the kernel
+position outermost. Each run of C_in / g columns is then a row of one of the matrices that a pattern applies to.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
+
+__all__ = ["from_rows", "positions", "to_rows"]
+
+
+def positions(layout: Layout, shape: tuple[int, ...] | torch.Size) -> int:
+    """How many matrices of the weight share one least-squares problem: the kernel positions of a convolution, else 1."""
+    return math.prod(tuple(shape)[2:]) if layout.kind is LayoutKind.CONV else 1
+
+
+def to_rows(weight: Shaped[Tensor, "..."], layout: Layout) -> Shaped[Tensor, "G O K"]:
+    """The weight as G problems of O outputs over K reduced inputs. Contiguous where it had to be copied."""
+    matrices = to_matrices(weight, layout)
+    p = positions(layout, weight.shape)
+    return matrices.unflatten(0, (-1, p)).transpose(1, 2).flatten(2)
+
+
+def from_rows(rows: Shaped[Tensor, "G O K"], layout: Layout, shape: tuple[int, ...] | torch.Size) -> Shaped[Tensor, "..."]:
+    """The inverse of `to_rows` for a weight of the given shape; contiguous."""
+    p = positions(layout, shape)
+    matrices = rows.unflatten(2, (p, -1)).transpose(1, 2).flatten(0, 1)
+    return from_matrices(matrices, layout, shape).contiguous()

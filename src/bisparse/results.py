@@ -1,0 +1,124 @@
+"""What pruning did: one record a layer, and a reason for each layer left dense. The same for models and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from bisparse.layers import Skipped
+from bisparse.pattern import Pattern
+from bisparse.solution import Solution
+from bisparse.tiles import Layout
+
+__all__ = ["LayerResult", "PruneReport", "gap_of"]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One pruned parameter."""
+
+    name: str
+    """The layer: the parameter's name without ``.weight``."""
+    parameter: str
+    """The parameter's key in the state_dict."""
+    shape: tuple[int, ...]
+    """As stored."""
+    dtype: str
+    """As stored: ``"float32"``, ``"bfloat16"``, ..."""
+    layout: Layout
+    pattern: str
+    density: float
+    """Share of weights kept."""
+    retained: float | None
+    """Share of the total score kept; None where the scores are not known, as for a model pruned elsewhere."""
+    gap: float | None
+    """How much better another mask could be, at most, as a share of the bound; None without a certificate."""
+    value: float | None
+    """Total score kept."""
+    time_s: float
+    """Seconds of scoring, mask search and proof."""
+    error: float | None = None
+    """Relative error of the layer's output on calibration data, where the method measures it."""
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        size = 1
+        for side in self.shape:
+            size *= side
+        return size
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What was pruned, how well, and what was left dense and why."""
+
+    pattern: str
+    method: str
+    solver: str
+    layers: tuple[LayerResult, ...]
+    left_dense: tuple[Skipped, ...] = ()
+    patterns: dict[str, str] = field(default_factory=dict)
+    """Patterns of single layers, by glob, where they differ from `pattern`."""
+    notes: tuple[str, ...] = ()
+    """Things the user should know, in sentences."""
+
+    def __iter__(self) -> Iterator[LayerResult]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, name: str) -> LayerResult:
+        """The result of a layer by its name."""
+        for layer in self.layers:
+            if name in (layer.name, layer.parameter):
+                return layer
+        raise KeyError(name)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the pruned layers."""
+        return sum(layer.size for layer in self.layers)
+
+    @property
+    def density(self) -> float:
+        """Share of weights kept in the pruned layers."""
+        return sum(layer.density * layer.size for layer in self.layers) / max(self.weights, 1)
+
+    @property
+    def retained(self) -> float | None:
+        """Share of score kept, layers weighted by their size; None where a layer's is not known."""
+        shares = [layer.retained for layer in self.layers]
+        if not shares or None in shares:
+            return None
+        return sum(layer.size * layer.retained for layer in self.layers if layer.retained is not None) / self.weights
+
+    @property
+    def gap(self) -> float | None:
+        """The largest gap of a layer; None where a layer has no certificate."""
+        gaps = [layer.gap for layer in self.layers]
+        return max((gap for gap in gaps if gap is not None), default=None) if None not in gaps else None
+
+    @property
+    def time_s(self) -> float:
+        """Seconds of all layers."""
+        return sum(layer.time_s for layer in self.layers)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return f"nothing pruned to {self.pattern}; {len(self.left_dense)} layers left dense"
+        retained = "" if self.retained is None else f", {100 * self.retained:.2f} % of the score kept"
+        gap = "" if self.gap is None else f", gap {self.gap:.1e}"
+        return (
+            f"{len(self)} layers pruned to {self.pattern} by {self.method}: density {self.density:.4f}{retained}{gap}, "
+            f"{self.time_s:.2f} s; {len(self.left_dense)} left dense"
+        )
+
+
+def gap_of(solution: Solution) -> float | None:
+    """The relative gap that a solution's certificate proves; None where its solver gives no certificate."""
+    transposable = isinstance(solution.pattern, Pattern) and solution.pattern.transposable
+    if transposable and solution.scores.numel() and solution.certificate is None:
+        return None
+    return solution.relative_gap if solution.scores.numel() else 0.0
