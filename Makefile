@@ -1,15 +1,73 @@
-# The whole of what there is to remember: make demo | test | check | fix | bench | test-gpu | bench-gpu
-PYTHON ?= python3
-VENV   ?= .venv
-# An index of CPU-only torch wheels, where the default index has none (PyTorch's site names it). Empty: use what pip is set up with.
-TORCH_INDEX ?=
-BIN    := $(VENV)/bin
-READY  := $(VENV)/.ready
+# All there is to remember: make demo | test | check | fix | bench | test-gpu | bench-gpu. Each sets up .venv by itself.
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 
-.PHONY: setup demo test check fix bench test-gpu bench-gpu test-slow clean
+# The Python to set up with; any 3.11 or newer.
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && exit; done; echo python3)
+# The address of an index of CPU-only torch wheels, for a machine without a GPU where pip finds none.
+TORCH_INDEX ?=
+VENV ?= .venv
+
+RUN := $(VENV)/bin/python
+READY := $(VENV)/ready
+SET_UP := tools/set_up.py
+# 4.57 is the last transformers before 5; its tests get an environment of their own.
+VENV_4 := .venv-transformers-4
+
+.PHONY: help setup demo test test-slow test-gpu test-transformers-4 check fix bench bench-gpu
+
+help:
+	@echo "make demo       prune all-MiniLM-L6-v2 to five patterns, check them, and make a report to look at"
+	@echo "make test       the tests; test-slow, test-gpu and test-transformers-4 are the others"
+	@echo "make check      format, lint, types, import contract, doctests, documentation"
+	@echo "make fix        format and repair what can be repaired, and write the generated pages anew"
+	@echo "make bench      the solver benchmark; bench-gpu is the GPU's"
 
 setup: $(READY)
 
-$(READY): pyproject.toml setup_environment.sh
-	PYTHON="$(PYTHON)" VENV="$(VENV)" TORCH_INDEX="$(TORCH_INDEX)" sh setup_environment.sh
-	touch $@
+$(READY): pyproject.toml $(SET_UP)
+	$(PYTHON) $(SET_UP) $(VENV) --torch-index "$(TORCH_INDEX)"
+	@touch $@
+
+demo: $(READY)
+	$(RUN) tools/fetch_assets.py all-MiniLM-L6-v2 lee50
+	HF_HUB_OFFLINE=1 $(RUN) examples/demo.py
+
+test: $(READY)
+	$(RUN) -m pytest
+
+test-slow: $(READY)
+	$(RUN) -m pytest -m "slow and not gpu"
+
+test-gpu: $(READY)
+	$(RUN) -m pytest -m gpu
+
+test-transformers-4: $(VENV_4)/ready
+	$(VENV_4)/bin/python -m pytest -m "transformers and not gpu"
+
+$(VENV_4)/ready: pyproject.toml $(SET_UP)
+	$(PYTHON) $(SET_UP) $(VENV_4) --torch-index "$(TORCH_INDEX)" --with "transformers==4.57.*"
+	@touch $@
+
+check: $(READY)
+	$(RUN) -m ruff format --check
+	$(RUN) -m ruff check
+	$(RUN) -m mypy
+	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
+	$(RUN) -m pytest --doctest-modules src
+	$(RUN) tools/cli_reference.py --check
+	$(RUN) benchmarks/tables.py --check
+	$(RUN) -m pytest -m docs
+
+fix: $(READY)
+	$(RUN) -m ruff format
+	$(RUN) -m ruff check --fix
+	$(RUN) tools/cli_reference.py
+	$(RUN) benchmarks/tables.py
+
+bench: $(READY)
+	$(RUN) benchmarks/solvers.py
+
+bench-gpu: $(READY)
+	$(RUN) benchmarks/gpu.py
