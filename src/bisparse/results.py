@@ -39,6 +39,12 @@ class LayerResult:
     """Seconds of scoring, mask search and proof."""
     error: float | None = None
     """Relative error of the layer's output on calibration data, where the method measures it."""
+    error_before: float | None = None
+    """The same with the mask applied to the weights as they were and nothing else changed."""
+    damping: float | None = None
+    """Ridge of the least squares, in units of the mean square of an input."""
+    note: str = ""
+    """What the user should know about this layer."""
 
     @property
     def size(self) -> int:

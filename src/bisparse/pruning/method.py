@@ -3,49 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
-from typing import ClassVar
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bisparse.pattern import Structure
+from bisparse.pruning.problem import Problem, make_problem
+from bisparse.pruning.reduction import to_matrices_of_rows, to_rows
+from bisparse.pruning.statistics import CalibrationError, Statistic, Statistics
 from bisparse.solution import Solution
 from bisparse.solve import solve
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["LayerProblem", "Method", "Pruned", "Statistic", "Statistics"]
+__all__ = ["MATRICES", "LayerProblem", "Method", "Pruned", "Statistic", "Statistics"]
 
 MATRICES = Layout(LayoutKind.EXPERTS)
 """How `LayerProblem.weight` stores its matrices: one after the other."""
-
-
-class Statistic(StrEnum):
-    """What a method may ask calibration to measure at a layer's input."""
-
-    NORM = "norm"
-    MEAN = "mean"
-    GRAM = "gram"
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """What calibration measured at one layer's input, in float32 or wider.
-
-    K = positions * I inputs, kernel position by kernel position; G = groups of a convolution, 1 for packed projections
-    (which share their input), experts of a mixture.
-    """
-
-    tokens: int
-    """How many input vectors were seen."""
-    norm: Float[Tensor, "G K"] | None = None
-    """Root of the sum of squares of each input."""
-    mean: Float[Tensor, "G K"] | None = None
-    """Mean of each input."""
-    gram: Float[Tensor, "G K K"] | None = None
-    """Second moments, the sum over tokens of x x^T."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +37,50 @@ class LayerProblem:
     bias: Float[Tensor, " P"] | None = None
     positions: int = 1
     """Matrices in a row whose products add up to one output: the kernel positions of a convolution."""
+    output: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    """The layer as a function of a batch of inputs, weight matrices and bias, for methods that iterate over samples."""
+    allowed: Bool[Tensor, "B O I"] | None = None
+    """Where weights may be kept; None: everywhere. Its complement stays pruned."""
 
     def solve(self, scores: Float[Tensor, "B O I"]) -> Solution:
         """The best mask for scores of the weight's shape, by the problem's pattern and solver."""
+        if self.allowed is not None:
+            scores = scores * self.allowed
         try:
-            return solve(scores, self.pattern, self.solver, layout=MATRICES)
+            solution = solve(scores, self.pattern, self.solver, layout=MATRICES)
         except ValueError as error:
             raise ValueError(f"{self.name}: {error}") from error
+        if self.allowed is None:
+            return solution
+        # Kept entries of score zero are only filling: what is not allowed must not come back as one of them.
+        return Solution(
+            solution.mask & self.allowed, solution.scores, solution.pattern, solution.layout, certify=lambda: solution.certificate
+        )
+
+    def rows(self, matrices: Tensor) -> Tensor:
+        """(B, O, I) -> (G, O, K), one least-squares problem a convolution group, packed part or expert."""
+        return to_rows(matrices, self.positions)
+
+    def matrices(self, rows: Tensor) -> Tensor:
+        """The inverse of `rows`."""
+        return to_matrices_of_rows(rows, self.positions)
+
+    @property
+    def measured(self) -> Statistics:
+        """The calibration statistics.
+
+        Raises:
+            CalibrationError: there are none.
+        """
+        if self.statistics is None or self.statistics.columns == 0:
+            raise CalibrationError(
+                f"{self.name}: this method needs calibration statistics, and none were collected for this layer"
+            )
+        return self.statistics
+
+    def least_squares(self, *, centred: bool, statistics: Statistics | None = None) -> Problem:
+        """The layer's output error as a function of its weights; see `make_problem`."""
+        return make_problem(self.rows(self.weight), statistics or self.measured, centred=centred, name=self.name)
 
 
 @dataclass(frozen=True)
@@ -82,6 +95,12 @@ class Pruned:
     """New bias; None: it stays."""
     error: float | None = None
     """Relative error of the layer's output on the calibration data, where the method measures it."""
+    error_before: float | None = None
+    """The same with the mask applied to the dense weights and nothing else changed."""
+    damping: float | None = None
+    """Ridge of the least squares, in units of the mean square of an input."""
+    note: str = ""
+    """What the user should know about this layer."""
 
 
 class Method(ABC):
@@ -90,8 +109,10 @@ class Method(ABC):
     Final subclasses implement `prune`, and declare in `needs` what calibration must measure for them.
     """
 
-    needs: ClassVar[frozenset[Statistic]] = frozenset()
-    """Statistics that `prune` reads; a method that needs none runs without data."""
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """Statistics that `prune` reads; a method that needs none runs without data."""
+        return frozenset()
 
     @property
     def name(self) -> str:

@@ -47,9 +47,12 @@ class Problem:
         at_dense = self.energy + ((slope - self.target) * self.weight).sum(2)
         return (at_dense + 2 * (slope * step).sum(2) + ((step @ self.gram) * step).sum(2)).clamp(min=0)
 
-    def error(self, weight: Float[Tensor, "G O K"]) -> float:
-        """Relative output error: error over energy, square root; 0 = as dense, 1 = as an output of zeros."""
-        energy = float(self.energy.double().sum())
+    def error(self, weight: Float[Tensor, "G O K"], energy_of: Float[Tensor, "G O"] | None = None) -> float:
+        """Relative output error: error over energy, square root; 0 = as dense, 1 = as an output of zeros.
+
+        `energy_of` gives the energy to relate to, in place of the problem's own.
+        """
+        energy = float((self.energy if energy_of is None else energy_of).double().sum())
         total = float(self.row_error(weight).double().sum())
         return (total / energy) ** 0.5 if energy > 0 else (0.0 if total == 0 else float("inf"))
 

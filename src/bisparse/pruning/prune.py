@@ -1,27 +1,32 @@
-"""One-shot pruning of a model in place: all layers or, on bad input, none."""
+"""One-shot pruning of a model in place: all layers or, on bad input or an interruption, none."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from bisparse.layers import Filter, Layer, Skipped, find_layers, matches, matrix_sides, remainder_reason
+from bisparse.layers import Filter, Layer, Skipped
 from bisparse.pattern import Structure, parse_pattern
+from bisparse.pruning.calibrate import Order, Walk, calibrate
+from bisparse.pruning.journal import Journal
+from bisparse.pruning.layerwise import Change, apply_, bias_name, plan, prune_layer
 from bisparse.pruning.magnitude import Magnitude
-from bisparse.pruning.method import LayerProblem, Method, Statistics
-from bisparse.results import LayerResult, PruneReport, gap_of
+from bisparse.pruning.method import Method
+from bisparse.pruning.statistics import CalibrationError
+from bisparse.results import LayerResult, PruneReport
 from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
-from bisparse.tiles import LayoutKind, from_matrices, to_matrices
+from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["Change", "apply_", "plan", "prune_", "prune_layer"]
+__all__ = ["prune_", "prune_layers_"]
 
 
 def prune_(
@@ -35,6 +40,11 @@ def prune_(
     solver: Solver | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
+    order: Order = "sequential",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    device: torch.device | str | None = None,
+    resume: str | Path | None = None,
+    progress: bool | None = None,
 ) -> PruneReport:
     """Prune the layers of a model in place, and report what was done to each and which were left dense, and why.
 
@@ -43,14 +53,23 @@ def prune_(
     Args:
         pattern: the structure or its text, such as ``"4:8-T"``. N is the number kept.
         method: by default `Magnitude`.
-        batches: calibration data, for methods that need statistics.
+        batches: calibration data, for methods that need statistics: passed to the model as ``model(**batch)``,
+            ``model(*batch)`` or ``model(batch)``.
         include, exclude: names, globs, ``re:`` patterns, or functions ``(name, module) -> bool``; see `find_layers`.
         solver: for transposable patterns; by default `Exact`.
         remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
             layer; "error".
         patterns: patterns of single layers, by name, glob or ``re:`` pattern; the first that matches counts.
+        order: "sequential": each layer is pruned on the inputs that the layers pruned before it deliver; "parallel": on
+            the dense network's, as in the paper.
+        forward: how to run the model on a batch, where none of the three ways above fits.
+        device: run transformer blocks there, one at a time; by default where the model is.
+        resume: a folder for the journal of this job. An interrupted job called again with the same arguments goes on at the
+            layer where it stopped; the folder is removed at the end.
+        progress: a progress bar; None: if a terminal is there to see it.
 
     Raises:
+        CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
         ValueError: weights that are NaN or infinite, filters that match nothing, parametrized weights, missing batches.
 
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -60,17 +79,32 @@ def prune_(
     """
     pattern = parse_pattern(pattern)
     method = method or Magnitude()
-    if method.needs and batches is None:
-        needs = ", ".join(sorted(method.needs))
-        raise ValueError(f"{method.name} needs the {needs} of each layer's inputs: pass batches of calibration data")
     planned, left_dense = plan(model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
-    changes: list[Change] = []
-    results: list[LayerResult] = []
-    for layer, structure in planned:
-        change, result = prune_layer(layer, structure, method, solver)
-        changes.append(change)
-        results.append(result)
-    apply_(changes)
+    if method.needs:
+        if batches is None:
+            needs = ", ".join(sorted(method.needs))
+            raise ValueError(f"{method.name} needs the {needs} of each layer's inputs: pass batches of calibration data")
+        results, unreached, notes = prune_layers_(
+            model,
+            [(layer, structure, method) for layer, structure in planned],
+            batches,
+            solver=solver,
+            order=order,
+            forward=forward,
+            device=device,
+            resume=resume,
+            progress=progress,
+        )
+        left_dense += unreached
+    else:
+        changes: list[Change] = []
+        results = []
+        notes = ()
+        for layer, structure in planned:
+            change, result = prune_layer(layer, structure, method, solver)
+            changes.append(change)
+            results.append(result)
+        apply_(changes)
     return PruneReport(
         str(pattern),
         method.name,
@@ -78,111 +112,148 @@ def prune_(
         tuple(results),
         tuple(left_dense),
         {glob: str(parse_pattern(one)) for glob, one in (patterns or {}).items()},
+        notes,
     )
 
 
-@dataclass(frozen=True)
-class Change:
-    """What is to become of one layer, in its parameter's shape and dtype; small enough to hold for a whole model."""
-
-    layer: Layer
-    mask: Bool[Tensor, "..."]
-    weight: Float[Tensor, "..."] | None = None
-    """None: the kept weights stay."""
-    bias: Float[Tensor, " O"] | None = None
-    """None: it stays."""
-
-
-def plan(
+def prune_layers_(
     model: nn.Module,
-    pattern: Structure,
+    jobs: Sequence[tuple[Layer, Structure, Method]],
+    batches: Iterable[Any],
     *,
-    include: Filter | None = None,
-    exclude: Filter | None = None,
-    remainder: str = "pad",
-    patterns: Mapping[str, str | Structure] | None = None,
-) -> tuple[list[tuple[Layer, Structure]], list[Skipped]]:
-    """The layers to prune, each with its pattern, and a reason for each one left dense. Changes nothing."""
-    singles = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
-    found, left_dense = find_layers(model, include, exclude, remainder=remainder)
-    planned = []
-    unused = set(singles)
-    for layer in found:
-        chosen = next((name for name in singles if matches(name, layer.name, layer.module)), None)
-        unused.discard(chosen or "")
-        structure = singles[chosen] if chosen is not None else pattern
-        _check_plain_parameter(layer)
-        reason = remainder_reason(matrix_sides(layer.weight, layer.layout), structure, remainder, layer.name)
-        if reason is None:
-            planned.append((layer, structure))
-        else:
-            left_dense.append(Skipped(layer.name, reason))
-    if unused:
-        raise ValueError(f"patterns={sorted(unused)} match none of the layers to prune: {[layer.name for layer in found][:20]}")
-    return planned, left_dense
-
-
-def prune_layer(
-    layer: Layer,
-    pattern: Structure,
-    method: Method,
     solver: Solver | None = None,
-    statistics: Statistics | None = None,
-) -> tuple[Change, LayerResult]:
-    """Let a method prune one layer; the layer itself is not changed. `apply_` does that."""
-    start = time.perf_counter()
-    weight = layer.weight.detach()
-    matrices = to_matrices(weight, layer.layout)
-    positions = math.prod(weight.shape[2:]) if layer.layout.kind is LayoutKind.CONV else 1
-    bias = getattr(layer.module, "bias", None)
-    problem = LayerProblem(
-        layer.name,
-        matrices if matrices.dtype == torch.float64 else matrices.float(),
-        pattern,
-        solver,
-        statistics,
-        bias.detach() if isinstance(bias, Tensor) else None,
-        positions,
-    )
-    pruned = method.prune(problem)
-    mask = from_matrices(pruned.solution.mask, layer.layout, weight.shape)
-    new = None if pruned.weight is None else from_matrices(pruned.weight, layer.layout, weight.shape).to(weight.dtype)
-    result = LayerResult(
-        layer.name,
-        layer.parameter_name,
-        tuple(weight.shape),
-        str(weight.dtype).removeprefix("torch."),
-        layer.layout,
-        str(pattern),
-        float(mask.sum()) / mask.numel(),
-        pruned.solution.retained,
-        gap_of(pruned.solution),
-        pruned.solution.value,
-        time.perf_counter() - start,
-        pruned.error,
-    )
-    return Change(layer, mask, new, pruned.bias), result
+    order: Order = "sequential",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    device: torch.device | str | None = None,
+    resume: str | Path | None = None,
+    progress: bool | None = None,
+    allowed: Mapping[str, Tensor] | None = None,
+) -> tuple[list[LayerResult], list[Skipped], tuple[str, ...]]:
+    """Prune layers by calibration data, each to its own structure by its own method; all or, on any error, none.
 
+    Originals are kept on disk until the end, so that memory holds one copy of the model.
 
-def apply_(changes: Iterable[Change]) -> None:
-    """Write masks and weights into the model, in place, keeping every parameter's identity, dtype and device."""
-    with torch.no_grad():
-        for change in changes:
-            weight = change.layer.weight
-            if change.weight is not None:
-                weight.copy_(change.weight)
-            weight.masked_fill_(~change.mask, 0)
-            if change.bias is not None:
-                bias = change.layer.module.bias
-                assert isinstance(bias, Tensor)
-                bias.copy_(change.bias)
+    Returns:
+        A result a layer, in the order of `jobs`; the layers that calibration never reached; notes on cost and data.
+    """
+    data = list(batches)
+    by_name = {layer.name: (layer, structure, method) for layer, structure, method in jobs}
+    needs = frozenset().union(*(method.needs for _, _, method in jobs)) if jobs else frozenset()
+    about = {
+        "jobs": {name: f"{structure} by {method!r}" for name, (_, structure, method) in by_name.items()},
+        "solver": repr(solver),
+        "order": order,
+        "data": _fingerprint([leaf for leaf in pytree.tree_leaves(data)]),
+        "weights": _fingerprint([layer.weight for layer, _, _ in jobs]),
+    }
+    results: dict[str, LayerResult] = {}
+    walk = Walk()
+    with Journal(resume, about) as journal:
+        touched: list[Layer] = []
 
+        def dense_weights(layer: Layer) -> Tensor:
+            return journal.get("dense", layer.name)[0]["weight"].to(layer.weight.device)
 
-def _check_plain_parameter(layer: Layer) -> None:
-    if layer.parameter not in layer.module._parameters:
-        raise ValueError(
-            f"{layer.name}: its weight is computed by a parametrization, so that pruning it in place would be lost; "
-            "call finalize_ or torch.nn.utils.parametrize.remove_parametrizations first"
+        try:
+            for layer, _, _ in jobs:
+                if journal.has("done", layer.name):
+                    tensors, saved = journal.get("done", layer.name)
+                    touched.append(layer)
+                    apply_([Change(layer, tensors["mask"], tensors["weight"], tensors.get("bias"))])
+                    results[layer.name] = _result_from(saved)
+            stages = calibrate(
+                model,
+                [layer for layer, _, _ in jobs],
+                data,
+                needs,
+                order=order,
+                forward=forward,
+                device=device,
+                done=frozenset(results),
+                dense_weights=dense_weights,
+                progress=progress,
+                walk=walk,
+            )
+            waiting: list[Change] = []
+            with closing(stages):
+                for stage in stages:
+                    for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
+                        if statistics.columns == 0:
+                            walk.unreached.append(layer.name)
+                            continue
+                        _, structure, method = by_name[layer.name]
+                        where = None if allowed is None else allowed[layer.name]
+                        change, result = prune_layer(layer, structure, method, solver, statistics, where)
+                        if order == "parallel":
+                            waiting.append(change)
+                        else:
+                            _keep_original(journal, layer)
+                            touched.append(layer)
+                            apply_([change])
+                            _keep_result(journal, layer, change.mask, result)
+                        results[layer.name] = result
+            apply_(waiting)
+        except BaseException:
+            # KeyboardInterrupt included: the model is handed back as it was.
+            for layer in touched:
+                _restore_(journal, layer)
+            raise
+    unreached = [Skipped(name, "no calibration batch went through this layer") for name in walk.unreached]
+    if jobs and not results:
+        raise CalibrationError(
+            f"no calibration batch went through any of the {len(jobs)} layers to prune, such as {jobs[0][0].name}; "
+            "check that the batches run the part of the model that is to be pruned"
         )
-    if layer.weight.is_meta:
-        raise ValueError(f"{layer.name}: its weight is on the meta device and holds no numbers; load the model first")
+    ordered = [results[layer.name] for layer, _, _ in jobs if layer.name in results]
+    return ordered, unreached, _notes(walk, len(data), order)
+
+
+def _notes(walk: Walk, batches: int, order: Order) -> tuple[str, ...]:
+    return (
+        f"calibrated on {batches} batches, {order}: {walk.time_s:.1f} s running the model in {walk.forwards} forward passes; "
+        f"at most {walk.statistics_bytes / 1e6:.1f} MB of statistics and {walk.activation_bytes / 1e6:.1f} MB of activations held",
+    )
+
+
+def _keep_original(journal: Journal, layer: Layer) -> None:
+    tensors = {"weight": layer.weight}
+    if name := bias_name(layer):
+        tensors["bias"] = layer.module._parameters[name]  # type: ignore[assignment]
+    journal.put("dense", layer.name, tensors)
+
+
+def _keep_result(journal: Journal, layer: Layer, mask: Tensor, result: LayerResult) -> None:
+    tensors = {"weight": layer.weight, "mask": mask}
+    if name := bias_name(layer):
+        tensors["bias"] = layer.module._parameters[name]  # type: ignore[assignment]
+    journal.put("done", layer.name, tensors, asdict(replace(result, layout=result.layout)))
+
+
+def _result_from(saved: dict[str, Any]) -> LayerResult:
+    layout = saved.pop("layout")
+    shape = tuple(saved.pop("shape"))
+    return LayerResult(layout=Layout(LayoutKind(layout["kind"]), layout["groups"], layout["parts"]), shape=shape, **saved)
+
+
+def _restore_(journal: Journal, layer: Layer) -> None:
+    if not journal.has("dense", layer.name):
+        return
+    tensors, _ = journal.get("dense", layer.name)
+    with torch.no_grad():
+        layer.weight.copy_(tensors["weight"])
+        if (name := bias_name(layer)) and "bias" in tensors:
+            layer.module._parameters[name].copy_(tensors["bias"])  # type: ignore[union-attr]
+
+
+def _fingerprint(leaves: Sequence[Any]) -> str:
+    """A digest by which a resumed job knows its data and weights again; of large tensors, evenly spaced numbers."""
+    digest = hashlib.sha256()
+    for leaf in leaves:
+        if isinstance(leaf, Tensor):
+            flat = leaf.detach().flatten()
+            sample = flat[:: max(1, flat.numel() // 4096)].cpu()
+            digest.update(f"{tuple(leaf.shape)}{leaf.dtype}".encode())
+            digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()

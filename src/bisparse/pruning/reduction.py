@@ -1,4 +1,4 @@
-"""A weight as the rows of independent least-squares problems: outputs by everything that is summed into one output.
+"""GEMM matrices as the rows of independent least-squares problems: outputs by everything that is summed into one output.
 
 A Linear layer is one problem of O rows over I inputs. A convolution couples its kernel positions: one output row sums over
 C_in * R * S products, so its problems are (C_out / g, R * S * C_in / g), one for each of its g groups, with the kernel
@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
+from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["from_rows", "positions", "to_rows"]
+__all__ = ["positions", "to_matrices_of_rows", "to_rows"]
 
 
 def positions(layout: Layout, shape: tuple[int, ...] | torch.Size) -> int:
@@ -23,15 +23,11 @@ def positions(layout: Layout, shape: tuple[int, ...] | torch.Size) -> int:
     return math.prod(tuple(shape)[2:]) if layout.kind is LayoutKind.CONV else 1
 
 
-def to_rows(weight: Shaped[Tensor, "..."], layout: Layout) -> Shaped[Tensor, "G O K"]:
-    """The weight as G problems of O outputs over K reduced inputs. Contiguous where it had to be copied."""
-    matrices = to_matrices(weight, layout)
-    p = positions(layout, weight.shape)
-    return matrices.unflatten(0, (-1, p)).transpose(1, 2).flatten(2)
+def to_rows(matrices: Shaped[Tensor, "B O I"], positions: int) -> Shaped[Tensor, "G O K"]:
+    """B = G * P matrices as G problems of O outputs over K = P * I reduced inputs."""
+    return matrices.unflatten(0, (-1, positions)).transpose(1, 2).flatten(2)
 
 
-def from_rows(rows: Shaped[Tensor, "G O K"], layout: Layout, shape: tuple[int, ...] | torch.Size) -> Shaped[Tensor, "..."]:
-    """The inverse of `to_rows` for a weight of the given shape; contiguous."""
-    p = positions(layout, shape)
-    matrices = rows.unflatten(2, (p, -1)).transpose(1, 2).flatten(0, 1)
-    return from_matrices(matrices, layout, shape).contiguous()
+def to_matrices_of_rows(rows: Shaped[Tensor, "G O K"], positions: int) -> Shaped[Tensor, "B O I"]:
+    """The inverse of `to_rows`."""
+    return rows.unflatten(2, (positions, -1)).transpose(1, 2).flatten(0, 1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import torch
 from jaxtyping import Bool, Float
@@ -24,10 +25,22 @@ from torch.nn import functional
 from bisparse.layers import Layer
 from bisparse.tiles import LayoutKind
 
-__all__ = ["NEEDS", "CalibrationError", "Moments", "Statistics", "full_precision", "input_columns"]
+__all__ = ["CalibrationError", "Moments", "Statistic", "Statistics", "full_precision", "input_columns"]
 
-NEEDS = frozenset({"norm", "mean", "gram", "cross", "inputs"})
-"""What a method may ask calibration for."""
+
+class Statistic(StrEnum):
+    """What a method may ask calibration to measure at a layer's input."""
+
+    NORM = "norm"
+    MEAN = "mean"
+    GRAM = "gram"
+    CROSS = "cross"
+    """Dense inputs against the present ones, where earlier layers are pruned already."""
+    INPUTS = "inputs"
+    """The raw inputs themselves."""
+    HELD_OUT = "held-out data"
+    """The moments of every fifth batch kept apart."""
+
 
 COLUMN_BYTES = 64 << 20
 """Unfolded columns are made and consumed in pieces of about this size."""
@@ -39,7 +52,11 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True)
 class Statistics:
-    """Averages over the columns a layer has seen. G problems (convolution groups, packed parts) of K inputs each."""
+    """What calibration measured at one layer's input, in float32: averages over the columns it has seen.
+
+    K = positions * I inputs, kernel position by kernel position; G = groups of a convolution, 3 for packed projections
+    with inputs of their own, 1 where all problems share their input.
+    """
 
     columns: int
     """Number of columns: tokens, or output positions of a convolution."""
@@ -141,9 +158,7 @@ def _patches(module: nn.Module, inputs: Float[Tensor, "N C *spatial"]) -> Iterat
 class Moments:
     """Accumulates a layer's statistics, batch by batch; sums in float32, count exact."""
 
-    def __init__(self, layer: Layer, needs: frozenset[str]) -> None:
-        if unknown := needs - NEEDS:
-            raise ValueError(f"calibration cannot collect {sorted(unknown)}; it knows {sorted(NEEDS)}")
+    def __init__(self, layer: Layer, needs: frozenset[Statistic]) -> None:
         self.layer = layer
         self.needs = needs
         self.columns = 0
@@ -166,9 +181,9 @@ class Moments:
         if not bool(torch.isfinite(inputs).all()):
             raise CalibrationError(
                 f"{self.layer.name}: an input of shape {tuple(inputs.shape)} and dtype {inputs.dtype} holds NaN or infinite "
-                "numbers; check the calibration data, or run the model in bfloat16 or float32 instead of float16"
+                "numbers; check the calibration data and the weights before this layer, or run the model in bfloat16 or float32"
             )
-        if "inputs" in self.needs:
+        if Statistic.INPUTS in self.needs:
             self._inputs.append(inputs.cpu())
         with full_precision(inputs.device):
             dense = None if dense_inputs is None else input_columns(self.layer, dense_inputs.detach(), keep)
@@ -179,13 +194,13 @@ class Moments:
                 self._add_columns(x, z, part or 0)
 
     def _add_columns(self, x: Float[Tensor, "G T K"], z: Float[Tensor, "G T K"] | None, part: int) -> None:
-        if "norm" in self.needs:
+        if Statistic.NORM in self.needs:
             self._sum("square", part, x.square().sum(1))
-        if "mean" in self.needs:
+        if Statistic.MEAN in self.needs:
             self._sum("mean", part, x.sum(1))
-        if "gram" in self.needs:
+        if Statistic.GRAM in self.needs:
             self._sum("gram", part, x.transpose(1, 2) @ x)
-        if "cross" in self.needs and z is not None:
+        if Statistic.CROSS in self.needs and z is not None:
             self._sum("cross", part, z.transpose(1, 2) @ x)
             self._sum("dense_gram", part, z.transpose(1, 2) @ z)
             self._sum("dense_mean", part, z.sum(1))
@@ -196,6 +211,11 @@ class Moments:
             self._sums[key] += value
         else:
             self._sums[key] = value
+
+    @property
+    def bytes(self) -> int:
+        """Memory held."""
+        return sum(4 * one.numel() for one in self._sums.values()) + sum(one.nbytes for one in self._inputs)
 
     def statistics(self) -> Statistics:
         """The averages so far."""
@@ -215,5 +235,5 @@ class Moments:
             average("cross"),
             average("dense_mean"),
             average("dense_gram"),
-            tuple(self._inputs) if "inputs" in self.needs else None,
+            tuple(self._inputs) if Statistic.INPUTS in self.needs else None,
         )

@@ -1,0 +1,352 @@
+"""The layer walker: input statistics of any model's layers on calibration data, all at once or stage by stage.
+
+A stage is a run of layers that see the same input (an attention's query, key and value; an MLP's gate and up). In order
+"sequential" the walker yields a stage, the caller changes its weights, and the statistics of the next stage are those of the
+changed network. In order "parallel" all statistics are of the network as it is when the walk begins.
+
+Cost: "parallel" is one pass over the data. "sequential" runs a chain of blocks (transformer layers, say) block by block with
+the activations between two blocks kept, so that the whole walk costs a few passes; what is no chain is run from the start up
+to each stage.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bisparse.layers import Layer
+from bisparse.pruning.chain import Chain, ChainRun, find_chains
+from bisparse.pruning.statistics import CalibrationError, Moments, Statistic, Statistics
+from bisparse.pruning.taps import call_model, observed, token_mask
+
+__all__ = ["Order", "Stage", "Walk", "calibrate"]
+
+Order = Literal["sequential", "parallel"]
+HOLD_OUT_EVERY = 5
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Layers that may be changed now, with their statistics."""
+
+    layers: tuple[Layer, ...]
+    statistics: tuple[Statistics, ...]
+
+
+@dataclass
+class Walk:
+    """What a walk cost and found, filled while it goes."""
+
+    unreached: list[str] = field(default_factory=list)
+    """Layers that no calibration batch went through."""
+    activation_bytes: int = 0
+    """Most bytes of activations held between two blocks."""
+    statistics_bytes: int = 0
+    """Most bytes of statistics held at once."""
+    forwards: int = 0
+    """Batches run through the whole model, a part of it or one block."""
+    time_s: float = 0.0
+    """Seconds spent running the model and accumulating; the caller's own work is not counted."""
+
+
+class _EnoughSeen(Exception):
+    """Stops a forward pass whose remaining layers nobody asked about."""
+
+
+def calibrate(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Any],
+    needs: frozenset[Statistic],
+    *,
+    order: Order = "sequential",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    device: torch.device | str | None = None,
+    done: frozenset[str] = frozenset(),
+    dense_weights: Callable[[Layer], Tensor] | None = None,
+    progress: bool = True,
+    walk: Walk | None = None,
+) -> Iterator[Stage]:
+    """Yield the layers stage by stage, each with the statistics of its inputs; the caller may change weights in between.
+
+    The model runs in eval mode without gradients; its mode is restored at the end.
+
+    Args:
+        batches: calibration data, read once and kept (token ids, images). Passed as ``model(**batch)``, ``model(*batch)``
+            or ``model(batch)``, or by `forward`. Positions that a 2-D "attention_mask" hides are not counted.
+        needs: what to collect.
+        order: "sequential" or "parallel", see above. CROSS is collected in "sequential" only, where it differs from GRAM.
+        device: run the blocks of a chain there, one block at a time; by default where the model is.
+        done: names of layers changed by an earlier, interrupted walk: they are passed over.
+        dense_weights: the dense weight of a layer in `done`, for the dense network that CROSS compares with.
+        walk: filled with costs and with the layers never reached.
+
+    Raises:
+        CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
+    """
+    walk = walk if walk is not None else Walk()
+    data = list(batches)
+    if not data:
+        raise CalibrationError("the calibration set is empty: give at least one batch")
+    if order not in ("sequential", "parallel"):
+        raise ValueError(f"order={order!r}: expected 'sequential' or 'parallel'")
+    if order == "parallel":
+        needs = needs - {Statistic.CROSS}
+    bar = tqdm(total=len(layers), desc="calibrating", unit="layer", disable=not progress, smoothing=0.1)
+    with _evaluating(model), bar:
+        started = time.perf_counter()
+        stages, calls = discover(model, layers, data, forward, walk)
+        walk.time_s += time.perf_counter() - started
+        reached = {layer.name for stage in stages for layer in stage}
+        walk.unreached += [layer.name for layer in layers if layer.name not in reached]
+        if order == "parallel":
+            walker = _walk_whole(model, stages, calls, data, needs, forward, walk, done)
+        else:
+            walker = _walk_in_order(model, stages, calls, data, needs, forward, walk, device, done, dense_weights)
+        for stage in _timed(walker, walk):
+            bar.set_postfix_str(stage.layers[-1].name)
+            yield stage
+            bar.update(len(stage.layers))
+        bar.update(bar.total - bar.n)
+
+
+def _timed(stages: Iterator[Stage], walk: Walk) -> Iterator[Stage]:
+    while True:
+        started = time.perf_counter()
+        with torch.no_grad():
+            stage = next(stages, None)
+        walk.time_s += time.perf_counter() - started
+        if stage is None:
+            return
+        yield stage
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def discover(
+    model: nn.Module, layers: Sequence[Layer], data: Sequence[Any], forward: Callable[..., Any] | None, walk: Walk
+) -> tuple[list[list[Layer]], dict[str, int]]:
+    """The layers in order of execution, grouped by shared input, and how often each one is called for the first batch."""
+    stages: list[list[Layer]] = []
+    calls: dict[str, int] = {}
+    # Holding the input keeps its id from being given to another tensor.
+    current: Tensor | None = None
+
+    def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
+        nonlocal current
+        calls[layer.name] = calls.get(layer.name, 0) + (1 if part in (None, 0) else 0)
+        if calls[layer.name] > 1 or part not in (None, 0):
+            return
+        if current is inputs and stages:
+            stages[-1].append(layer)
+        else:
+            stages.append([layer])
+        current = inputs
+
+    with torch.no_grad(), observed(model, layers, seen):
+        call_model(model, data[0], forward)
+    walk.forwards += 1
+    return stages, calls
+
+
+class _Collector:
+    """Moments of some layers over all batches, with every fifth batch, or part of each, held out where asked for."""
+
+    def __init__(self, layers: Sequence[Layer], needs: frozenset[Statistic], batches: int) -> None:
+        self.needs = needs
+        self.by_batch = batches >= HOLD_OUT_EVERY
+        self.layers = layers
+        plain = needs - {Statistic.HELD_OUT}
+        self.fit = {layer.name: Moments(layer, plain) for layer in layers}
+        self.held = {layer.name: Moments(layer, plain) for layer in layers} if Statistic.HELD_OUT in needs else {}
+
+    def add(self, index: int, layer: Layer, x: Tensor, z: Tensor | None, keep: Tensor | None, part: int | None) -> None:
+        if not self.held:
+            self.fit[layer.name].add(x, z, keep, part)
+        elif self.by_batch:
+            chosen = self.held if index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 else self.fit
+            chosen[layer.name].add(x, z, keep, part)
+        else:
+            cut = x.shape[0] - x.shape[0] // HOLD_OUT_EVERY
+            for chosen, span in ((self.fit, slice(0, cut)), (self.held, slice(cut, None))):
+                if x[span].shape[0]:
+                    whole = keep is None or keep.shape[0] != x.shape[0]
+                    chosen[layer.name].add(
+                        x[span], None if z is None else z[span], keep if whole else keep[span] if keep is not None else None, part
+                    )
+
+    def stage(self, layers: Sequence[Layer]) -> Stage:
+        statistics = []
+        for layer in layers:
+            own = self.fit[layer.name].statistics()
+            if self.held:
+                own = replace(own, held_out=self.held[layer.name].statistics())
+            statistics.append(own)
+        return Stage(tuple(layers), tuple(statistics))
+
+    @property
+    def bytes(self) -> int:
+        return sum(moments.bytes for moments in (*self.fit.values(), *self.held.values()))
+
+
+def _walk_whole(
+    model: nn.Module,
+    stages: list[list[Layer]],
+    calls: dict[str, int],
+    data: Sequence[Any],
+    needs: frozenset[Statistic],
+    forward: Callable[..., Any] | None,
+    walk: Walk,
+    done: frozenset[str],
+) -> Iterator[Stage]:
+    """All stages from one pass, all of the network as it is now."""
+    layers = [layer for stage in stages for layer in stage if layer.name not in done]
+    collector = _Collector(layers, needs, len(data))
+    _run(model, layers, data, forward, collector, walk, None, calls)
+    walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
+    for stage in stages:
+        if rest := [layer for layer in stage if layer.name not in done]:
+            yield collector.stage(rest)
+
+
+def _run(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    data: Sequence[Any],
+    forward: Callable[..., Any] | None,
+    collector: _Collector,
+    walk: Walk,
+    reference: nn.Module | None,
+    calls: dict[str, int],
+) -> None:
+    """Run every batch, only as far as needed, and collect; from `reference`, where given, the dense inputs."""
+    # A layer called more than once may be called a different number of times by another batch: run to the end.
+    once = all(calls.get(layer.name) == 1 for layer in layers)
+    twins = [replace(layer, module=reference.get_submodule(_module_name(model, layer))) for layer in layers] if reference else []
+    for index, batch in enumerate(data):
+        keep = token_mask(batch)
+        dense: dict[str, list[Tensor]] = {}
+        remaining = {layer.name for layer in layers}
+
+        def note(layer: Layer, inputs: Tensor, part: int | None) -> None:
+            dense.setdefault(layer.name, []).append(inputs.clone())
+
+        def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
+            z = dense[layer.name].pop(0) if dense.get(layer.name) else None
+            collector.add(index, layer, inputs, z, keep, part)
+            packed = isinstance(layer.module, nn.MultiheadAttention) and part in (0, 1)
+            if once and not packed:
+                remaining.discard(layer.name)
+                if not remaining:
+                    raise _EnoughSeen
+
+        if reference is not None:
+            with observed(reference, twins, note):
+                call_model(reference, batch, forward, index)
+        with observed(model, layers, seen):
+            try:
+                call_model(model, batch, forward, index)
+            except _EnoughSeen:
+                pass
+        walk.forwards += 1 + (reference is not None)
+
+
+def _module_name(model: nn.Module, layer: Layer) -> str:
+    return next(name for name, module in model.named_modules() if module is layer.module)
+
+
+def _walk_in_order(
+    model: nn.Module,
+    stages: list[list[Layer]],
+    calls: dict[str, int],
+    data: Sequence[Any],
+    needs: frozenset[Statistic],
+    forward: Callable[..., Any] | None,
+    walk: Walk,
+    device: torch.device | str | None,
+    done: frozenset[str],
+    dense_weights: Callable[[Layer], Tensor] | None,
+) -> Iterator[Stage]:
+    chains = find_chains(model, [layer for stage in stages for layer in stage], calls, data[0], forward)
+    segments: list[Chain | list[Layer]] = []
+    for stage in stages:
+        # A stage that straddles a chain's end does not exist: its layers share one input.
+        chain = next((chain for chain in chains if chain.holds(stage[0])), None)
+        if chain is None:
+            segments.append(stage)
+        elif chain not in segments:
+            segments.append(chain)
+    cross = Statistic.CROSS in needs
+    # Blocks keep their own dense copies, one at a time. A dense copy of the whole model is needed only where something
+    # else is pruned before a chain; layers after the only chain are fitted to the outputs they have by then.
+    alone = len(segments) > 0 and isinstance(segments[0], Chain) and not any(isinstance(s, Chain) for s in segments[1:])
+    reference = _dense_copy(model, stages, done, dense_weights) if cross and not alone else None
+    for number, segment in enumerate(segments):
+        if isinstance(segment, Chain):
+            own = [stage for stage in stages if segment.holds(stage[0])]
+            run = ChainRun(segment, model, data, forward, device, cross, done, dense_weights)
+            yield from _walk_chain(run, own, data, needs, walk, done, reference if number else None)
+        elif todo := [layer for layer in segment if layer.name not in done]:
+            collector = _Collector(todo, needs, len(data))
+            _run(model, todo, data, forward, collector, walk, reference if number else None, calls)
+            walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
+            yield collector.stage(todo)
+
+
+def _dense_copy(
+    model: nn.Module, stages: list[list[Layer]], done: frozenset[str], dense_weights: Callable[[Layer], Tensor] | None
+) -> nn.Module:
+    reference = copy.deepcopy(model)
+    for stage in stages:
+        for layer in stage:
+            if layer.name in done and dense_weights is not None:
+                twin = reference.get_submodule(_module_name(model, layer))
+                getattr(twin, layer.parameter).copy_(dense_weights(layer))
+    return reference
+
+
+def _walk_chain(
+    run: ChainRun,
+    stages: list[list[Layer]],
+    data: Sequence[Any],
+    needs: frozenset[Statistic],
+    walk: Walk,
+    done: frozenset[str],
+    reference: nn.Module | None,
+) -> Iterator[Stage]:
+    run.start(reference)
+    for number in range(len(run.chain.blocks)):
+        own = [stage for stage in stages if run.chain.block_of(stage[0]) == number]
+        with run.block(number, [layer for stage in own for layer in stage]):
+            for stage in own:
+                # Layers done before the walk was interrupted are part of the pruned stream already.
+                run.differs |= any(layer.name in done for layer in stage)
+                todo = [layer for layer in stage if layer.name not in done]
+                if not todo:
+                    continue
+                collector = _Collector(todo, needs, len(data))
+                for index, batch in enumerate(data):
+                    run.observe(index, todo, collector.add, token_mask(batch))
+                walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
+                walk.activation_bytes = max(walk.activation_bytes, run.activation_bytes)
+                yield collector.stage(todo)
+                run.differs = True
+            run.advance()
+    walk.forwards += run.forwards

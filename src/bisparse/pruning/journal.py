@@ -1,0 +1,95 @@
+"""A journal of what is being done to a model: originals to go back to, and finished layers to resume from.
+
+One safetensors file a layer, in a folder. A file appears whole or not at all: it is written under another name and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+__all__ = ["Journal", "JournalError"]
+
+ABOUT = "about.json"
+
+
+class JournalError(ValueError):
+    """The folder holds the journal of another job."""
+
+
+class Journal:
+    """Layers' tensors on disk, by kind and name.
+
+    Args:
+        folder: kept after an interruption, so that the same job resumes from it; None: a temporary folder.
+        about: what the job is; a journal that was begun with something else is refused.
+    """
+
+    def __init__(self, folder: str | Path | None, about: Mapping[str, Any]) -> None:
+        self._temporary = tempfile.TemporaryDirectory(prefix="bisparse-") if folder is None else None
+        self.folder = Path(self._temporary.name if self._temporary else str(folder))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(about, sort_keys=True, indent=1)
+        path = self.folder / ABOUT
+        if path.exists():
+            if path.read_text() != text:
+                before, now = json.loads(path.read_text()), json.loads(text)
+                differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+                raise JournalError(
+                    f"{self.folder} holds the journal of another job (it differs in {', '.join(differing)}): resume with the same "
+                    "model, data, pattern and method, or give another folder"
+                )
+        else:
+            if any(self.folder.iterdir()):
+                raise JournalError(f"{self.folder} is not empty and holds no journal: give a new or empty folder")
+            self._write(path, lambda to: to.write_text(text))
+
+    def _path(self, kind: str, name: str) -> Path:
+        return self.folder / f"{kind}-{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
+
+    @staticmethod
+    def _write(path: Path, write: Any) -> None:
+        unfinished = path.with_suffix(path.suffix + ".part")
+        write(unfinished)
+        os.replace(unfinished, path)
+
+    def put(self, kind: str, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
+        """Write a layer's tensors and a small record that fits JSON."""
+        held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        metadata = {"name": name, "about": json.dumps(about or {})}
+        self._write(self._path(kind, name), lambda to: save_file(held, to, metadata=metadata))
+
+    def has(self, kind: str, name: str) -> bool:
+        """Whether the layer was written."""
+        return self._path(kind, name).exists()
+
+    def get(self, kind: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A layer's tensors and record."""
+        with safe_open(self._path(kind, name), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])  # noqa: SIM118
+
+    def close(self, *, remove: bool) -> None:
+        """Forget everything (`remove`, and always for a temporary folder) or leave the folder to resume from."""
+        if self._temporary is not None:
+            self._temporary.cleanup()
+        elif remove:
+            for path in [*self.folder.glob("*.safetensors"), *self.folder.glob("*.part"), self.folder / ABOUT]:
+                path.unlink(missing_ok=True)
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close(remove=kind is None)
