@@ -3,7 +3,7 @@
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
 from bisparse.solution import Certificate, CertificateError, PatternError, Solution, Verification, Violation, verify
 from bisparse.solve import choose_solver, solve
-from bisparse.solvers import Exact, Solver
+from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
 
 __version__ = "0.1.0"
 
@@ -11,13 +11,17 @@ __all__ = [
     "Certificate",
     "CertificateError",
     "Exact",
+    "Greedy",
+    "MinCostFlow",
     "Paired",
     "Pattern",
     "PatternError",
     "Sequential",
+    "Sinkhorn",
     "Solution",
     "Solver",
     "Structure",
+    "TwoApproximation",
     "Unstructured",
     "Verification",
     "Violation",
