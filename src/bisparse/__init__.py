@@ -4,6 +4,7 @@ from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructure
 from bisparse.solution import Certificate, CertificateError, PatternError, Solution, Verification, Violation, verify
 from bisparse.solve import choose_solver, solve
 from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
+from bisparse.training import Schedule, Sparsity, finalize_, sparsify_
 
 __version__ = "0.1.0"
 
@@ -16,16 +17,20 @@ __all__ = [
     "Paired",
     "Pattern",
     "PatternError",
+    "Schedule",
     "Sequential",
     "Sinkhorn",
     "Solution",
     "Solver",
+    "Sparsity",
     "Structure",
     "TwoApproximation",
     "Unstructured",
     "Verification",
     "Violation",
     "choose_solver",
+    "finalize_",
     "solve",
+    "sparsify_",
     "verify",
 ]

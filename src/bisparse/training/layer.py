@@ -1,0 +1,90 @@
+"""One sparse layer of a model in training: its dense parameter, its mask, and where both live."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from bisparse.pattern import Pattern, Structure
+from bisparse.tiles import Layout
+from bisparse.training.masked import Masked, SoftThreshold, own_parametrization, trained_parameter
+
+__all__ = ["SparseLayer", "local"]
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; the tensor itself where it is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class SparseLayer:
+    """A parameter whose forward value obeys a pattern.
+
+    Parameter and mask are looked up in the module at each use: wrappers such as FSDP replace the objects.
+    """
+
+    name: str
+    module: nn.Module
+    parameter: str
+    """The parameter's name inside its module."""
+    layout: Layout
+    pattern: Structure
+    decay: float | None = None
+    """Masked decay of this layer; None for the default of the optimizer."""
+
+    @property
+    def parametrization(self) -> Masked | SoftThreshold | None:
+        """What makes the forward weight of a dynamic layer; None for a static one, or once finalized."""
+        return own_parametrization(self.module, self.parameter)
+
+    @property
+    def active(self) -> bool:
+        """Whether the layer has its mask still, rather than having been finalized."""
+        return self.parametrization is not None or hasattr(self.module, self.mask_name)
+
+    @property
+    def mask_name(self) -> str:
+        """Name of a static layer's mask, a buffer of the module that state_dict leaves out."""
+        return f"{self.parameter}_mask"
+
+    @property
+    def weight(self) -> Float[Tensor, "..."]:
+        """The parameter that the optimizer holds: dense in a dynamic run. A DTensor where the model is sharded."""
+        return trained_parameter(self.module, self.parameter)
+
+    @property
+    def mask(self) -> Bool[Tensor, "..."]:
+        """The whole mask, on every rank; all True in a dense phase."""
+        own = self.parametrization
+        mask = own.mask if own is not None else getattr(self.module, self.mask_name)
+        assert isinstance(mask, Tensor)
+        return mask
+
+    @property
+    def local_mask(self) -> Bool[Tensor, "..."]:
+        """The part of the mask that lies on this rank's shard of the weight."""
+        weight, mask = self.weight, self.mask
+        if isinstance(weight, DTensor):
+            mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+        return mask
+
+    @torch.no_grad()
+    def full_weight(self) -> Float[Tensor, "..."]:
+        """The dense weight, gathered from all ranks where it is sharded (a collective call)."""
+        weight = self.weight.detach()
+        return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+    @torch.no_grad()
+    def zero_pruned(self) -> None:
+        """Set the weight to exactly zero off the mask."""
+        local(self.weight.detach()).masked_fill_(~self.local_mask, 0)
+
+    @property
+    def transposable(self) -> bool:
+        """Whether the pattern holds along columns too."""
+        return isinstance(self.pattern, Pattern) and self.pattern.transposable

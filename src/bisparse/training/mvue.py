@@ -1,0 +1,114 @@
+"""The third GEMM: an unbiased 2:4 estimate, of minimum variance, of the output gradient for the weight gradient.
+
+With transposable masks the forward pass and the input gradient multiply by a sparse weight. The weight gradient is
+``G^T X`` with G (tokens, out); sparse hardware speeds it up if G is 2:4 along the tokens, the axis it sums over. Each group
+g of 4 keeps entry i with probability p_i and the value g_i / p_i, which has mean g_i and variance g_i^2 (1 / p_i - 1). Among
+all unbiased estimates with at most two entries kept, ``p_i = min(1, |g_i| / tau)`` with tau such that the p_i sum to 2 has the
+least variance. Systematic sampling draws exactly two entries with these probabilities: entry i is kept when the
+running sum of the p_i passes u or u + 1, for one uniform u a group.
+
+Source: Chmiel et al., "Minimum Variance Unbiased N:M Sparsity for the Neural Gradients", ICLR 2023, arXiv 2203.10991; systematic
+sampling after Madow (1949). Here the gradient is made sparse and multiplied dense: the arithmetic is what is tested, and the
+sparse kernel for it is the accelerator's business.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+__all__ = ["MVUELinear", "keep_probabilities", "mvue_2_4"]
+
+
+def keep_probabilities(groups: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
+    """The probability of keeping each of 4 entries: ``min(1, |g_i| / tau)``, summing to 2, or to the non-zeros where fewer.
+
+    >>> keep_probabilities(torch.tensor([[1.0, 1.0, 1.0, 1.0], [9.0, 1.0, 1.0, 0.0]])).tolist()
+    [[0.5, 0.5, 0.5, 0.5], [1.0, 0.5, 0.5, 0.0]]
+    """
+    size = groups.abs()
+    total = size.sum(-1, keepdim=True)
+    largest, where = size.max(-1, keepdim=True)
+    rest = total - largest
+    # At most one entry can pass 1: then it is certain, and the others share what is left of the 2.
+    clipped = largest > rest
+    probability = torch.where(clipped, size / _nonzero(rest), 2 * size / _nonzero(total)).clamp(max=1.0)
+    certain = torch.zeros_like(size, dtype=torch.bool).scatter_(-1, where, True)
+    return torch.where(clipped & certain, 1.0, probability)
+
+
+def _nonzero(number: Tensor) -> Tensor:
+    return torch.where(number > 0, number, 1.0)
+
+
+def mvue_2_4(gradient: Float[Tensor, "T O"], generator: torch.Generator | None = None) -> Float[Tensor, "T O"]:
+    """An unbiased estimate of a gradient with at most 2 of every 4 consecutive tokens (rows) non-zero in each column.
+
+    Sampling runs in float32, or float64 for float64. A last group of fewer than 4 tokens counts as completed with zeros.
+    """
+    tokens, out = gradient.shape
+    wide = gradient if gradient.dtype == torch.float64 else gradient.float()
+    groups = torch.nn.functional.pad(wide, (0, 0, 0, -tokens % 4)).unflatten(0, (-1, 4)).transpose(1, 2)  # (groups, O, 4)
+    probability = keep_probabilities(groups)
+    reached = probability.cumsum(-1)
+    start = torch.rand((*reached.shape[:-1], 1), dtype=reached.dtype, device=reached.device, generator=generator)
+    # Entry i is kept where an integer lies in (reached_(i-1) - start, reached_i - start]; the floor counts them.
+    # The last sum is a whole number but for rounding, which must not add or lose a draw.
+    reached = torch.where((reached - reached.round()).abs() < 1e-5, reached.round(), reached)
+    passed = torch.floor(reached - start)
+    before = torch.cat([torch.floor(-start), passed[..., :-1]], dim=-1)
+    kept = (passed > before) & (probability > 0)
+    estimate = torch.where(kept, groups / torch.where(probability > 0, probability, 1.0), 0.0)
+    return estimate.transpose(1, 2).reshape(-1, out)[:tokens].to(gradient.dtype)
+
+
+class _MVUEMatmul(torch.autograd.Function):
+    """``x W^T + b`` whose weight gradient is computed from the estimate; input and bias gradients are exact."""
+
+    @staticmethod
+    def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return torch.nn.functional.linear(inputs, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], inputs[1])
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        inputs, weight = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            gradient @ weight if needs_input else None,
+            mvue_2_4(flat).t() @ inputs.reshape(-1, inputs.shape[-1]) if needs_weight else None,
+            flat.sum(0) if needs_bias else None,
+        )
+
+
+class MVUELinear(nn.Linear):
+    """A Linear whose weight gradient comes from a 2:4 estimate of the output gradient; the parameters are Linear's own."""
+
+    def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if torch.is_autocast_enabled(input.device.type):
+            dtype = torch.get_autocast_dtype(input.device.type)
+            input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+        output: Tensor = _MVUEMatmul.apply(input, weight, bias)  # type: ignore[no-untyped-call]
+        return output
+
+    @staticmethod
+    def install_(module: nn.Module) -> bool:
+        """Turn a plain Linear into this class, and say so; other modules are left as they are."""
+        if type(module) is nn.Linear:
+            module.__class__ = MVUELinear
+        return type(module) is MVUELinear
+
+    @staticmethod
+    def remove_(module: nn.Module) -> None:
+        """The inverse of `install_`, once parametrizations are removed."""
+        if type(module) is MVUELinear:
+            module.__class__ = nn.Linear  # type: ignore[assignment]

@@ -1,0 +1,348 @@
+"""The first and the last line of sparse training: `sparsify_` and `finalize_`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.utils import parametrize
+
+from bisparse.layers import Filter, Layer, Skipped, find_layers, matches
+from bisparse.pattern import Pattern, Structure, parse_pattern
+from bisparse.solution import verify
+from bisparse.solvers import Solver
+from bisparse.tiles import to_matrices
+from bisparse.training.layer import SparseLayer
+from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, trained_parameter
+from bisparse.training.mvue import MVUELinear
+from bisparse.training.schedule import Phase, Schedule
+from bisparse.training.search import Score, magnitude
+from bisparse.training.sparsity import Method, Mode, Sparsity, check_mask
+
+__all__ = ["finalize_", "plain_state_dict", "sparsify_"]
+
+MASK_SUFFIX = "_mask"
+
+
+def sparsify_(
+    model: nn.Module,
+    pattern: str | Structure,
+    *,
+    mode: Mode = "dynamic",
+    method: Method = "masked-decay",
+    solver: Solver | None = None,
+    refresh: int = 40,
+    decay: float | Mapping[str, float] | None = None,
+    schedule: Schedule | None = None,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    remainder: Literal["pad", "dense", "error"] = "pad",
+    patterns: Mapping[str, str | Structure] | None = None,
+    score: Score = magnitude,
+    masks: Mapping[str, Tensor] | Literal["nonzero"] | None = None,
+    mvue: bool = False,
+    measure_every: int = 40,
+    check_gradients: bool = True,
+) -> Sparsity:
+    """Make a model train with sparse weights; the returned `Sparsity` is then attached to the optimizer.
+
+    >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
+    >>> sparsity = sparsify_(model, "4:8-T")
+    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    >>> _ = sparsity.attach(optimizer)  # the training loop goes here, unchanged
+    >>> _ = finalize_(model)
+    >>> bool(verify(model, "4:8-T"))
+    True
+
+    Args:
+        pattern: such as ``"4:8-T"``; N is the number kept.
+        mode: "dynamic": dense weights are kept, the forward pass uses ``mask * W``, masks follow the weights. "static": masks
+            are fixed now, weights off the mask are zero from now on, and state_dict keys stay as they are.
+        method: of a dynamic run. "ste": the gradient of ``mask * W`` goes to all of W. "masked-decay": besides,
+            ``decay * (1 - mask) * W`` is added to the gradient before the optimizer sees it (Zhou et al.'s code with SGD;
+            Hu et al. 2024 with Adam). "sr-ste": ``W -= lr * decay * (1 - mask) * W`` beside the optimizer's step, SR-STE's
+            formula as printed. "s-ste": a continuous soft threshold, for plain N:M.
+        solver: for transposable patterns; by default the exact one.
+        refresh: optimizer steps between mask searches.
+        decay: lambda; by default 2e-4. A mapping from layer names or globs: those layers alone decay.
+        schedule: dense and frozen phases of a dynamic run, in optimizer steps.
+        include, exclude: which layers, by name, glob, ``re:`` or function, as `bisparse.layers.find_layers` takes them.
+        remainder: for layers that M does not divide: "pad" as if with zeros, leave "dense" with the reason, or "error".
+        patterns: other patterns for single layers, from names or globs, the first match wins; ``"dense"`` leaves a layer out.
+        score: (layer name, weight) -> scores; by default the magnitude.
+        masks: of a static run: a mask for each layer by name instead of the best for the scores; or "nonzero": keep the
+            zeros that the weights have.
+        mvue: Linear layers estimate their weight gradient from a 2:4 output gradient, without bias; see `bisparse.training.mvue`.
+        measure_every: optimizer steps between measurements of flip rate and the like, at least one refresh; 0 for never.
+        check_gradients: raise an error on a NaN or infinite gradient before the optimizer's step spreads it.
+
+    Raises:
+        ValueError: wrong or contradicting arguments, no layer to make sparse, a model already sparsified.
+        PatternError: a given mask that breaks its pattern.
+    """
+    pattern = parse_pattern(pattern)
+    schedule = schedule or Schedule()
+    _check_arguments(model, mode, method, refresh, schedule, masks, decay)
+    structures = {name: None if own == "dense" else parse_pattern(own) for name, own in (patterns or {}).items()}
+    layers, skipped = _choose(model, pattern, structures, include, exclude, remainder)
+    decays = dict(decay) if isinstance(decay, Mapping) else None
+    sparse = [
+        SparseLayer(layer.name, layer.module, layer.parameter, layer.layout, own, _decay_of(layer, decays))
+        for layer, own in layers
+    ]
+    _check_names("decay", decays or {}, layers)
+    _check_ready(model, sparse, mode, method)
+    sparsity = Sparsity(
+        sparse,
+        skipped,
+        mode=mode,
+        method=method,
+        pattern=pattern,
+        solver=solver,
+        refresh=refresh,
+        decay=None if isinstance(decay, Mapping) else decay,
+        schedule=schedule,
+        score=score,
+        measure_every=measure_every,
+        check_gradients=check_gradients,
+    )
+    if mvue and not any([MVUELinear.install_(layer.module) for layer in sparse]):
+        raise ValueError("mvue=True is an option of torch.nn.Linear layers, and none is made sparse")
+    with torch.no_grad():
+        found = _given_masks(sparse, masks) if masks is not None else _first_masks(sparsity)
+        for layer in sparse:
+            mask = found[layer.name].to(layer.weight.device)
+            if mode == "static":
+                layer.module.register_buffer(layer.mask_name, mask.contiguous(), persistent=False)
+                layer.zero_pruned()
+            else:
+                _parametrize(model, layer, mask, method, schedule)
+    return sparsity
+
+
+def _check_arguments(
+    model: nn.Module,
+    mode: str,
+    method: str,
+    refresh: int,
+    schedule: Schedule,
+    masks: object,
+    decay: float | Mapping[str, float] | None,
+) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"sparsify_ needs a torch module, not {type(model).__name__}")
+    if mode not in ("dynamic", "static"):
+        raise ValueError(f"mode={mode!r}: expected 'dynamic' or 'static'")
+    if method not in ("ste", "sr-ste", "masked-decay", "s-ste"):
+        raise ValueError(f"method={method!r}: expected 'ste', 'sr-ste', 'masked-decay' or 's-ste'")
+    if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
+        raise ValueError(f"refresh={refresh!r}: expected a number of optimizer steps, at least 1")
+    if mode == "static" and schedule != Schedule():
+        raise ValueError("a static run has its masks fixed throughout: a schedule is for mode='dynamic'")
+    if mode == "dynamic" and masks is not None:
+        raise ValueError("masks= are for mode='static'; a dynamic run finds its own")
+    if isinstance(masks, str) and masks != "nonzero":
+        raise ValueError(f"masks={masks!r}: expected a mapping from layer names to masks, or 'nonzero'")
+    for number in decay.values() if isinstance(decay, Mapping) else [decay]:
+        if number is not None and not number >= 0:
+            raise ValueError(f"decay={number!r}: expected a number that is 0 or more")
+    already = [name for name, *_ in masked_parameters(model)]
+    already += [
+        name for name, module in model.named_modules() if any(_is_static_mask(module, own) for own, _ in _buffers(module))
+    ]
+    if already:
+        raise ValueError(f"the model is sparsified already (at {already[0]!r}): call finalize_(model) first")
+    if mode == "dynamic" and isinstance(model, DistributedDataParallel | DataParallel):
+        raise ValueError(f"sparsify_ the model before wrapping it in {type(model).__name__}")
+
+
+def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
+    return list(module.named_buffers(recurse=False))
+
+
+def _is_static_mask(module: nn.Module, buffer: str) -> bool:
+    return (
+        buffer.endswith(MASK_SUFFIX)
+        and buffer in module._non_persistent_buffers_set
+        and isinstance(module._parameters.get(buffer.removesuffix(MASK_SUFFIX)), Tensor)
+        and getattr(module, buffer).dtype == torch.bool
+    )
+
+
+def _choose(
+    model: nn.Module,
+    pattern: Structure,
+    patterns: Mapping[str, Structure | None],
+    include: Filter | None,
+    exclude: Filter | None,
+    remainder: str,
+) -> tuple[list[tuple[Layer, Structure]], list[Skipped]]:
+    if remainder not in ("pad", "dense", "error"):
+        raise ValueError(f"remainder={remainder!r}: expected 'pad', 'dense' or 'error'")
+    found, skipped = find_layers(model, include, exclude)
+    _check_names("patterns", patterns, [(layer, pattern) for layer in found])
+    chosen: list[tuple[Layer, Structure]] = []
+    for layer in found:
+        own: Structure | None = pattern
+        for name, other in patterns.items():
+            if matches(name, layer.name, layer.module):
+                own = other
+                break
+        if own is None:
+            skipped.append(Skipped(layer.name, "left dense by its pattern"))
+        elif include is None and "lora_" in layer.name:
+            skipped.append(Skipped(layer.name, "LoRA adapter; its base layer is sparse"))
+        elif remainder != "pad" and (problem := _remainder(layer, own)):
+            if remainder == "error":
+                raise ValueError(f"{layer.name}: {problem}; pass remainder='pad' or 'dense', or exclude the layer")
+            skipped.append(Skipped(layer.name, problem))
+        else:
+            chosen.append((layer, own))
+    if not chosen:
+        reasons = "; ".join(f"{one.name}: {one.reason}" for one in skipped[:5])
+        raise ValueError(f"the model has no layer to make sparse at {pattern} ({reasons or 'it has no prunable layer'})")
+    return chosen, skipped
+
+
+def _remainder(layer: Layer, pattern: Structure) -> str | None:
+    m = getattr(pattern, "m", 1)
+    _, rows, columns = to_matrices(torch.empty(layer.weight.shape, device="meta"), layer.layout).shape
+    if columns % m == 0 and (rows % m == 0 or not (isinstance(pattern, Pattern) and pattern.transposable)):
+        return None
+    return f"{m} does not divide the sides of its {rows} x {columns} matrix at {pattern}"
+
+
+def _check_names(argument: str, given: Mapping[str, object], layers: list[tuple[Layer, Structure]]) -> None:
+    for name in given:
+        if not any(matches(name, layer.name, layer.module) for layer, _ in layers):
+            raise ValueError(
+                f"{argument}: {name!r} matches no layer that is made sparse; those are {[layer.name for layer, _ in layers][:10]}"
+            )
+
+
+def _decay_of(layer: Layer, decays: Mapping[str, float] | None) -> float | None:
+    if decays is None:
+        return None
+    return next((decay for name, decay in decays.items() if matches(name, layer.name, layer.module)), 0.0)
+
+
+def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method: str) -> None:
+    for layer in layers:
+        if parametrize.is_parametrized(layer.module, layer.parameter):
+            raise ValueError(
+                f"{layer.name} is parametrized already (weight_norm and the like): remove that first, or exclude the layer"
+            )
+        if not isinstance(layer.module._parameters.get(layer.parameter), Tensor):
+            raise ValueError(
+                f"{layer.name}: its weight is no parameter of the module, as after torch.nn.utils.prune: call prune.remove "
+                "first, or exclude the layer"
+            )
+        if hasattr(layer.module, layer.mask_name):
+            raise ValueError(f"{layer.name} has an attribute {layer.mask_name!r} already, which the mask needs")
+        if mode == "dynamic" and isinstance(layer.weight, DTensor):
+            raise ValueError(f"{layer.name} is sharded already: for a dynamic run call sparsify_ before fully_shard")
+        if (
+            mode == "dynamic"
+            and method == "s-ste"
+            and not (isinstance(layer.pattern, Pattern) and not layer.pattern.transposable)
+        ):
+            raise ValueError(
+                f"{layer.name}: S-STE's soft threshold is for plain N:M patterns such as '2:4', not '{layer.pattern}'"
+            )
+
+
+def _first_masks(sparsity: Sparsity) -> dict[str, Tensor]:
+    # Ranks may still differ in their weights (DDP makes them equal later), so the work is shared only where weights are sharded.
+    share = any(isinstance(layer.weight, DTensor) for layer in sparsity.layers)
+    return {name: mask for name, (mask, _) in sparsity.search.masks(share=share).items()}
+
+
+def _given_masks(layers: list[SparseLayer], masks: Mapping[str, Tensor] | str) -> dict[str, Tensor]:
+    if isinstance(masks, str):
+        found = {layer.name: layer.full_weight() != 0 for layer in layers}
+    else:
+        names = {layer.name for layer in layers}
+        if missing := sorted(names - masks.keys()):
+            raise ValueError(f"masks= has none for {missing[:5]}: give one for each sparse layer, or exclude these layers")
+        if surplus := sorted(masks.keys() - names):
+            raise ValueError(
+                f"masks= names {surplus[:5]}, which are no sparse layers of this model; those are {sorted(names)[:10]}"
+            )
+        found = dict(masks)
+    for layer in layers:
+        check_mask(layer.name, found[layer.name], layer.pattern, layer)
+    return found
+
+
+def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str, schedule: Schedule) -> None:
+    weight = layer.weight
+    if method == "s-ste":
+        assert isinstance(layer.pattern, Pattern)
+        own: Masked | SoftThreshold = SoftThreshold(weight, layer.pattern, layer.layout)
+    else:
+        # The memory format of the weight: conv weights may be channels_last.
+        own = Masked(torch.empty_like(weight, dtype=torch.bool).copy_(mask), layer.pattern, layer.layout)
+    if schedule.phase(0) is Phase.DENSE:
+        own.dense = True
+        own.mask.fill_(True)
+    owners = [
+        (module, name) for module in model.modules() for name, held in module.named_parameters(recurse=False) if held is weight
+    ]
+    for module, name in owners:  # all that share the weight see it masked
+        parametrize.register_parametrization(module, name, own)
+
+
+@torch.no_grad()
+def finalize_(model: nn.Module) -> nn.Module:
+    """Turn a sparsified model into a plain one: weights hold their zeros, nothing of this library is left. Returns the model.
+
+    The parameters stay the same objects, so optimizers keep them. The masks are checked against their patterns first.
+
+    Raises:
+        ValueError: the model is not sparsified, or its weights are sharded over ranks (take `plain_state_dict` there).
+        PatternError: a mask breaks its pattern, as after averaging masks.
+    """
+    dynamic = masked_parameters(model)
+    static = [(module, buffer) for module in model.modules() for buffer, _ in _buffers(module) if _is_static_mask(module, buffer)]
+    if not dynamic and not static:
+        raise ValueError("the model is not sparsified: there is nothing to finalize")
+    for name, module, parameter, own in dynamic:
+        if isinstance(trained_parameter(module, parameter), DTensor):
+            raise ValueError(
+                f"{name} is sharded over ranks: save plain_state_dict(model), whose keys and zeros are the finalized model's, or "
+                "gather the state into an unsharded copy and finalize that"
+            )
+        if not own.dense:
+            verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
+    masked = {id(own): getattr(module, parameter).clone() for _, module, parameter, own in dynamic}
+    for _, module, parameter, own in dynamic:
+        # Copied into the dense weight, whose storage others may share; twice for tied weights, with the same values.
+        trained_parameter(module, parameter).copy_(masked[id(own)])
+        parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+    for module, buffer in static:
+        delattr(module, buffer)
+    for module in model.modules():
+        MVUELinear.remove_(module)
+    return model
+
+
+@torch.no_grad()
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict that the finalized model would have, without changing the model. Sharded weights are gathered.
+
+    In a sharded run all ranks must call it.
+    """
+    state = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value.detach() for name, value in model.state_dict().items()
+    }
+    for name, _, parameter, own in masked_parameters(model):
+        prefix = f"{name.removesuffix(parameter)}parametrizations.{parameter}"
+        chain = [key for key in state if key.startswith(f"{prefix}.") and key != f"{prefix}.original"]
+        for key in chain:
+            del state[key]
+        state[name] = own(state.pop(f"{prefix}.original"))
+    return state
