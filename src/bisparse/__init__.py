@@ -1,5 +1,6 @@
 """Neural networks that are sparse both ways: N:M masks, provably optimal, that hold on W and on its transpose."""
 
+from bisparse.diversity import MaskDiversity, hardware, mask_diversity
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
 from bisparse.solution import Certificate, CertificateError, PatternError, Solution, Verification, Violation, verify
 from bisparse.solve import choose_solver, solve
@@ -13,6 +14,7 @@ __all__ = [
     "CertificateError",
     "Exact",
     "Greedy",
+    "MaskDiversity",
     "MinCostFlow",
     "Paired",
     "Pattern",
@@ -30,6 +32,8 @@ __all__ = [
     "Violation",
     "choose_solver",
     "finalize_",
+    "hardware",
+    "mask_diversity",
     "solve",
     "sparsify_",
     "verify",
