@@ -10,7 +10,7 @@ from bisparse.pattern import Pattern
 from bisparse.solution import Solution
 from bisparse.tiles import Layout
 
-__all__ = ["LayerResult", "PruneReport", "gap_of"]
+__all__ = ["LayerResult", "PruneReport", "gap_of", "has_bound"]
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,14 @@ class PruneReport:
         )
 
 
+def has_bound(solution: Solution) -> bool:
+    """Whether a solution can bound the optimum: always, but for a solver without certificates at a transposable pattern."""
+    transposable = isinstance(solution.pattern, Pattern) and solution.pattern.transposable
+    return not transposable or solution.scores.numel() == 0 or solution.certificate is not None
+
+
 def gap_of(solution: Solution) -> float | None:
     """The relative gap that a solution's certificate proves; None where its solver gives no certificate."""
-    transposable = isinstance(solution.pattern, Pattern) and solution.pattern.transposable
-    if transposable and solution.scores.numel() and solution.certificate is None:
+    if not has_bound(solution):
         return None
     return solution.relative_gap if solution.scores.numel() else 0.0

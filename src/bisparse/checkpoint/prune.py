@@ -1,0 +1,252 @@
+"""Prune a checkpoint by magnitude without building the model: read, solve, write, band by band."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from bisparse.checkpoint.errors import CheckpointError
+from bisparse.checkpoint.naming import NameFilter, StoredLayer, choose_layers
+from bisparse.checkpoint.output import check_room, output_folder
+from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
+from bisparse.checkpoint.source import Shard, Source, open_source
+from bisparse.checkpoint.streaming import prune_stored
+from bisparse.checkpoint.tensor import DTYPES, MemoryTensor, SafetensorsWriter, as_bytes
+from bisparse.checkpoint.verify import verify_stored
+from bisparse.layers import Skipped
+from bisparse.pattern import Structure, parse_pattern
+from bisparse.results import LayerResult, PruneReport
+from bisparse.solve import choose_solver
+from bisparse.solvers import Solver
+from bisparse.tiles import Layout
+
+__all__ = ["CheckpointPlan", "Progress", "plan_checkpoint", "prune_checkpoint"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the bytes done and the bytes there are."""
+
+SAMPLES = 8
+"""Layers whose sample tile is kept."""
+SLACK = 8 << 20
+"""Bytes allowed for the sidecar when the disk's room is checked."""
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """What `prune_checkpoint` would do."""
+
+    source: Source
+    layers: tuple[StoredLayer, ...]
+    left_dense: tuple[Skipped, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        """About how much will be written."""
+        copied = sum((self.source.path / name).stat().st_size for name in self.source.others)
+        return self.source.nbytes + copied + sum(packed_size(layer.tensor.shape) for layer in self.layers)
+
+
+def plan_checkpoint(
+    source: str | Path,
+    pattern: str | Structure,
+    *,
+    include: NameFilter | None = None,
+    exclude: NameFilter | None = None,
+    remainder: str = "pad",
+    patterns: Mapping[str, str | Structure] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+) -> CheckpointPlan:
+    """Which tensors of a checkpoint would be pruned, as what, and why the others stay dense. Reads headers only.
+
+    Arguments and errors are those of `prune_checkpoint`.
+    """
+    opened = open_source(source)
+    structures = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
+    layers, left = choose_layers(
+        opened.tensors,
+        opened.config,
+        parse_pattern(pattern),
+        include=include,
+        exclude=exclude,
+        remainder=remainder,
+        patterns=structures,
+        layouts=layouts,
+    )
+    if not layers:
+        reasons = "; ".join(f"{one.name}: {one.reason}" for one in left[:4])
+        raise CheckpointError(opened.path, f"has no layer to prune ({reasons or 'no matrices'})", "name tensors with --include")
+    notes = opened.notes
+    if vectors := sum(len(tensor.shape) < 2 for tensor in opened.tensors.values()):
+        notes += (f"{vectors} vectors and scalars (biases, norms) stay dense",)
+    return CheckpointPlan(opened, tuple(layers), tuple(left), notes)
+
+
+def prune_checkpoint(
+    source: str | Path,
+    target: str | Path,
+    pattern: str | Structure,
+    *,
+    include: NameFilter | None = None,
+    exclude: NameFilter | None = None,
+    solver: Solver | None = None,
+    remainder: str = "pad",
+    patterns: Mapping[str, str | Structure] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> PruneReport:
+    """Prune a checkpoint by magnitude, without building the model, into a new folder.
+
+    The target holds plain dense safetensors with zeros, of the source's names, dtypes and shards, the source's other
+    files, `bisparse.json` and `bisparse-masks.safetensors`. It is absent or whole at any moment. Memory does not grow with
+    the checkpoint. What was written is read back and verified before it gets its name.
+
+    Args:
+        source: a folder of safetensors (single or with their index), or of a torch state dict; or such a file.
+        target: a folder that does not exist yet.
+        pattern: the structure or its text, such as ``"4:8-T"``. N is the number kept.
+        include, exclude: layers, by name, glob or ``re:`` pattern. Heads, embeddings, first convolutions and routers stay
+            dense unless included by name.
+        remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
+            layer; "error".
+        patterns: patterns of single layers, by filter; the first that matches counts.
+        layouts: layouts of single layers, by filter, where name and config.json tell too little.
+        overwrite: replace a target that bisparse wrote.
+
+    Raises:
+        CheckpointError: the source cannot be read or holds NaN, the target exists or cannot be written.
+        ValueError: a wrong pattern or filter.
+    """
+    pattern = parse_pattern(pattern)
+    plan = plan_checkpoint(
+        source, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
+    )
+    target = Path(target)
+    _check_apart(plan.source.path, target)
+    with output_folder(target, overwrite=overwrite, ours=SIDECAR) as folder:
+        check_room(folder, plan.output_bytes + SLACK)
+        job = _Job(plan, folder, solver, progress)
+        results, samples = job.run()
+        notes = plan.notes + _copy_others(plan.source, folder)
+        report = PruneReport(
+            str(pattern),
+            "magnitude",
+            repr(solver or choose_solver(pattern)),
+            results,
+            plan.left_dense,
+            {name: str(parse_pattern(one)) for name, one in (patterns or {}).items()},
+            notes,
+        )
+        step = max(1, -(-len(samples) // SAMPLES))
+        sidecar = Sidecar(report, remainder, plan.source.path.resolve().name, samples[::step])
+        (folder / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
+    return report
+
+
+def _check_apart(source: Path, target: Path) -> None:
+    first, second = Path(os.path.realpath(source)), Path(os.path.realpath(target))
+    if first == second or first in second.parents or second in first.parents:
+        raise CheckpointError(target, f"lies in, around or on the source {source}", "choose a target beside it")
+
+
+class _Job:
+    """One pass over the shards: each tensor is copied or pruned, then everything is read back."""
+
+    def __init__(self, plan: CheckpointPlan, folder: Path, solver: Solver | None, progress: Progress | None) -> None:
+        self.plan, self.folder, self.solver = plan, folder, solver
+        self.progress = progress or (lambda what, done, total: None)
+        self.layers = {layer.tensor.name: layer for layer in plan.layers}
+        self.checksums: dict[str, int] = {}
+        self.done = 0
+        self.total = 2 * plan.source.nbytes  # written once, read back once
+
+    def run(self) -> tuple[tuple[LayerResult, ...], tuple[SampleTile, ...]]:
+        source = self.plan.source
+        parameters = {layer.tensor.name: layer.tensor.shape for layer in self.plan.layers}
+        results: list[LayerResult] = []
+        samples: list[SampleTile] = []
+        # The layers of the plan are in the order of the shards, and so are their masks.
+        with SafetensorsWriter(self.folder / MASKS, masks_header(parameters)) as masks:
+            for shard in source.shards:
+                self._write_shard(shard, masks, results, samples)
+        if source.index is not None:
+            name, text = source.index
+            (self.folder / name).write_text(text, encoding="utf-8")
+        for shard in source.shards:
+            self._read_back(shard)
+        self.progress("", self.total, self.total)
+        return tuple(results), tuple(samples)
+
+    def _write_shard(self, shard: Shard, masks: SafetensorsWriter, results: list[LayerResult], samples: list[SampleTile]) -> None:
+        with SafetensorsWriter(self.folder / shard.file, shard.header) as writer:
+            for tensor in shard.tensors:
+                layer = self.layers.get(tensor.name)
+                self.progress(layer.name if layer else tensor.name, self.done, self.total)
+                checksum = 0
+
+                def write(data: bytes | bytearray | memoryview, name: str = tensor.name) -> None:
+                    nonlocal checksum
+                    checksum = zlib.crc32(data, checksum)
+                    writer.write(data)
+                    self.done += len(data)
+                    self.progress(name, self.done, self.total)
+
+                if layer is None:
+                    for piece in tensor.pieces():
+                        write(piece)
+                else:
+                    result, sample = prune_stored(layer, self.solver, write, masks.write)
+                    results.append(result)
+                    if sample is not None:
+                        samples.append(sample)
+                self.checksums[tensor.name] = checksum
+
+    def _read_back(self, shard: Shard) -> None:
+        """Read a written shard with the safetensors library: every byte as meant, every layer obeying its pattern."""
+        path = self.folder / shard.file
+        for tensor in shard.tensors:
+            self.progress(f"check {tensor.name}", self.done, self.total)
+            if tensor.dtype in DTYPES:
+                # Opened anew each time: pages that a mapping has touched count as memory until it is closed.
+                with safe_open(path, framework="pt") as file:
+                    read = file.get_tensor(tensor.name)
+                if zlib.crc32(as_bytes(read)) != self.checksums[tensor.name]:
+                    raise CheckpointError(path, "was not read back as it was written", "check the disk", tensor=tensor.name)
+                if (layer := self.layers.get(tensor.name)) is not None:
+                    stored = MemoryTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.nbytes, read)
+                    verify_stored(StoredLayer(layer.name, stored, layer.layout, layer.pattern)).check()
+            self.done += tensor.nbytes
+
+
+def _copy_others(source: Source, folder: Path) -> tuple[str, ...]:
+    notes: tuple[str, ...] = ()
+    for name in source.others:
+        place = folder / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if name == "config.json" and (cleaned := _without_sparsity_config(source.config)) is not None:
+            place.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
+            notes = ("config.json: its sparsity_config was removed, since serving engines reject it and the weights are plain",)
+        else:
+            shutil.copyfile(source.path / name, place)
+    return notes
+
+
+def _without_sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The config without that key at any depth; None where it has none."""
+    cleaned = _drop(config)
+    return cleaned if cleaned != config else None
+
+
+def _drop(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _drop(inner) for key, inner in value.items() if key != "sparsity_config"}
+    return [_drop(inner) for inner in value] if isinstance(value, list) else value

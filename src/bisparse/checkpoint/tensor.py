@@ -1,0 +1,217 @@
+"""Tensors as they lie in files: read by the piece, written one after the other, so that memory stays small.
+
+The safetensors library maps a whole file and writes a whole shard at once; reading and writing by offsets costs a buffer.
+Files written here are read back with the library.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from jaxtyping import Shaped
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from bisparse.checkpoint.errors import CheckpointError
+
+__all__ = [
+    "DTYPES",
+    "FileTensor",
+    "MemoryTensor",
+    "SafetensorsWriter",
+    "StoredTensor",
+    "StridedTensor",
+    "build_header",
+    "read_header",
+]
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz, "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
+    "BOOL": torch.bool, "C64": torch.complex64,
+}  # fmt: skip
+"""The safetensors name of every dtype that torch has too."""
+
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+PIECE = 1 << 22
+"""Bytes copied at a time."""
+
+
+@dataclass(frozen=True)
+class StoredTensor(ABC):
+    """A tensor that has not been read yet."""
+
+    name: str
+    dtype: str
+    """safetensors' name of it, such as ``"BF16"``."""
+    shape: tuple[int, ...]
+    path: Path
+    nbytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of entries."""
+        return math.prod(self.shape)
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """None for a dtype that torch lacks."""
+        return DTYPES.get(self.dtype)
+
+    @abstractmethod
+    def read_bytes(self, start: int, stop: int) -> bytearray:
+        """Bytes ``start`` to ``stop`` of the contiguous tensor."""
+
+    def read(self, start: int = 0, stop: int | None = None) -> Shaped[Tensor, " S"]:
+        """Entries ``start`` to ``stop`` of the flattened tensor, in memory of their own."""
+        dtype = self.torch_dtype
+        if dtype is None:
+            raise CheckpointError(self.path, f"has dtype {self.dtype}, which torch lacks", "convert it first", tensor=self.name)
+        stop = self.size if stop is None else stop
+        if start == stop:
+            return torch.empty(0, dtype=dtype)
+        return torch.frombuffer(self.read_bytes(start * dtype.itemsize, stop * dtype.itemsize), dtype=dtype)
+
+    def pieces(self) -> Iterator[bytearray]:
+        """The tensor's bytes, some at a time."""
+        for start in range(0, self.nbytes, PIECE):
+            yield self.read_bytes(start, min(start + PIECE, self.nbytes))
+
+
+@dataclass(frozen=True)
+class FileTensor(StoredTensor):
+    """A tensor at an offset of a file."""
+
+    offset: int
+
+    def read_bytes(self, start: int, stop: int) -> bytearray:
+        data = bytearray(stop - start)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.offset + start)
+            view, done = memoryview(data), 0
+            while done < len(data):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(self.path, "ends before its last byte", "fetch the file again", tensor=self.name)
+                done += count
+        return data
+
+
+@dataclass(frozen=True)
+class MemoryTensor(StoredTensor):
+    """A tensor of a file that torch reads only as a whole."""
+
+    tensor: Shaped[Tensor, "..."]
+
+    def read_bytes(self, start: int, stop: int) -> bytearray:
+        return bytearray(as_bytes(self.tensor)[start:stop])
+
+
+@dataclass(frozen=True)
+class StridedTensor(StoredTensor):
+    """A transposed or otherwise strided view, of which no piece is contiguous in the file: read whole each time."""
+
+    storage: FileTensor
+    stride: tuple[int, ...]
+    storage_offset: int
+
+    def read_bytes(self, start: int, stop: int) -> bytearray:
+        view = self.storage.read().as_strided(self.shape, self.stride, self.storage_offset)
+        return bytearray(as_bytes(view)[start:stop])
+
+
+def as_bytes(tensor: Shaped[Tensor, "..."]) -> memoryview:
+    """A tensor's bytes, in row-major order; no copy where it is contiguous already."""
+    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+
+
+def read_header(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:
+    """A safetensors file's header, its length included, and its tensors in file order.
+
+    Raises:
+        CheckpointError: missing, truncated or corrupt.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass  # the library checks the header, and that its tensors cover the file without gaps
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            text = file.read(length)
+        entries = json.loads(text)
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(
+            path, f"is truncated or no safetensors file ({error})", "fetch it again, or compare its size and checksum"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(
+            path, f"cannot be read ({error.strerror or error})", "check the path and its permissions"
+        ) from error
+    entries.pop("__metadata__", None)
+    tensors = [
+        FileTensor(
+            name,
+            entry["dtype"],
+            tuple(entry["shape"]),
+            path,
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            8 + length + entry["data_offsets"][0],
+        )
+        for name, entry in entries.items()
+    ]
+    tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
+    return length.to_bytes(8, "little") + text, {tensor.name: tensor for tensor in tensors}
+
+
+def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors header, its length included, for tensors (name, dtype, shape, bytes) written in this order."""
+    header: dict[str, object] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for name, dtype, shape, nbytes in tensors:
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+class SafetensorsWriter:
+    """Writes a safetensors file front to back; on leaving the `with` block without an error it is whole."""
+
+    def __init__(self, path: Path, header: bytes) -> None:
+        self.path = path
+        self._expected = len(header) + _data_length(header)
+        self._file = path.open("xb")
+        self._file.write(header)
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append a tensor's bytes, or some of them."""
+        self._file.write(data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._file.flush()
+                if self._file.tell() != self._expected:
+                    raise AssertionError(f"{self.path}: {self._file.tell()} bytes written, the header says {self._expected}")
+        finally:
+            self._file.close()
+
+
+def _data_length(header: bytes) -> int:
+    entries = json.loads(header[8:])
+    entries.pop("__metadata__", None)
+    return max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)

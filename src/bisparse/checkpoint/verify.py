@@ -1,0 +1,202 @@
+"""Whether a checkpoint's weights obey a pattern, on W and on W^T, and which patterns they obey: any checkpoint, band by band."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from bisparse.checkpoint.errors import CheckpointError
+from bisparse.checkpoint.naming import NameFilter, StoredLayer, choose_layers
+from bisparse.checkpoint.sidecar import read_sidecar
+from bisparse.checkpoint.source import Source, open_source
+from bisparse.checkpoint.streaming import Band, bands
+from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
+from bisparse.solution import Verification, Violation, verify
+from bisparse.tiles import LayoutKind, pad_to_multiple, to_matrices
+
+__all__ = ["Detected", "detect_patterns", "verify_checkpoint", "verify_stored"]
+
+SIZES = (2, 4, 8, 16, 32, 64)
+"""Group sizes M that `detect_patterns` looks at."""
+
+
+def verify_checkpoint(
+    path: str | Path,
+    pattern: str | Structure | None = None,
+    *,
+    include: NameFilter | None = None,
+    exclude: NameFilter | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Verification:
+    """Check every layer of a checkpoint, ours or another's: a folder, a safetensors file, or a torch state dict.
+
+    Args:
+        pattern: by default, each layer's own from the sidecar. Without a sidecar, or where layers are named by `include`,
+            the layers are those that `prune_checkpoint` would prune.
+        include, exclude: layers, by name, glob or ``re:`` pattern.
+        progress: called with the layer's name, the bytes read so far and those there are.
+
+    Returns:
+        A verification whose `layers` holds one for each layer; truthy when all hold.
+
+    Raises:
+        CheckpointError: it cannot be read, has no layers, or lacks a layer that its sidecar names.
+        ValueError: neither a pattern nor a sidecar.
+    """
+    source = open_source(path)
+    structure = None if pattern is None else parse_pattern(pattern)
+    layers = _layers(source, structure, include, exclude)
+    total, done, results = sum(layer.tensor.nbytes for layer in layers), 0, []
+    for layer in layers:
+        if progress:
+            progress(layer.name, done, total)
+        results.append(verify_stored(layer))
+        done += layer.tensor.nbytes
+    if progress:
+        progress("", total, total)
+    return _together(layers, results, structure or layers[0].pattern)
+
+
+def _layers(
+    source: Source, pattern: Structure | None, include: NameFilter | None, exclude: NameFilter | None
+) -> list[StoredLayer]:
+    sidecar = read_sidecar(source.path if source.path.is_dir() else source.path.parent)
+    tensors = source.tensors
+    if sidecar is not None and include is None:
+        known = []
+        for result in sidecar.report:
+            if (tensor := tensors.get(result.parameter)) is None:
+                raise CheckpointError(
+                    source.path,
+                    "is in the sidecar, but not in the weights",
+                    "prune or fetch the checkpoint again",
+                    tensor=result.parameter,
+                )
+            if tensor.shape != result.shape:
+                raise CheckpointError(
+                    source.path,
+                    f"has shape {tensor.shape}, the sidecar says {result.shape}",
+                    "prune again",
+                    tensor=result.parameter,
+                )
+            known.append(StoredLayer(result.name, tensor, result.layout, pattern or parse_pattern(result.pattern)))
+        names = {layer.tensor.name: layer.tensor for layer in known}
+        if exclude is not None:
+            kept = {layer.tensor.name for layer in choose_layers(names, {}, known[0].pattern, include="*", exclude=exclude)[0]}
+            known = [layer for layer in known if layer.tensor.name in kept]
+        if known:
+            return known
+    elif sidecar is not None and pattern is None:
+        own = {result.parameter: parse_pattern(result.pattern) for result in sidecar.report}
+        chosen, _ = choose_layers(tensors, source.config, parse_pattern(sidecar.report.pattern), include=include, exclude=exclude)
+        return [replace(layer, pattern=own.get(layer.tensor.name, layer.pattern)) for layer in chosen]
+    elif pattern is None:
+        raise ValueError(f"{source.path}: no sidecar says which pattern it obeys; pass one, such as --pattern 2:4")
+    if pattern is not None:
+        chosen, _ = choose_layers(tensors, source.config, pattern, include=include, exclude=exclude)
+        if chosen:
+            return chosen
+    raise CheckpointError(source.path, "has no layer that a pattern applies to", "name the tensors to verify with --include")
+
+
+def _together(layers: list[StoredLayer], results: list[Verification], pattern: Structure) -> Verification:
+    weights = sum(layer.tensor.size for layer in layers)
+    return Verification(
+        pattern,
+        sum(result.groups for result in results),
+        sum(result.violations for result in results),
+        next((result.first for result in results if result.first), None),
+        sum(result.density * layer.tensor.size for result, layer in zip(results, layers, strict=True)) / max(weights, 1),
+        layers=tuple(results),
+    )
+
+
+def verify_stored(layer: StoredLayer) -> Verification:
+    """`verify` of one stored weight: the same answer, in the memory of a band."""
+    tensor, pattern = layer.tensor, layer.pattern
+    if isinstance(pattern, Unstructured):
+        return verify(tensor.read().view(tensor.shape), pattern, layout=layer.layout, name=layer.name)
+    m = getattr(pattern, "m", 1)
+    groups = violations = 0
+    kept = 0.0
+    firsts: list[Violation] = []
+    for band in bands(tensor, layer.layout, m):
+        result = verify(band.weight, pattern, layout=band.layout, name=layer.name)
+        groups += result.groups
+        violations += result.violations
+        kept += result.density * band.weight.numel()
+        if result.first is not None:
+            firsts.append(_moved(result.first, band, m))
+    first = min(firsts, key=lambda one: (one.side != "W", one.matrix, one.row, one.group), default=None)
+    return Verification(pattern, groups, violations, first, kept / max(tensor.size, 1), layer=layer.name)
+
+
+def _moved(violation: Violation, band: Band, m: int) -> Violation:
+    """A band's violation, where it stands in the whole weight."""
+    along_rows = (violation.side == "W") != (band.layout.kind is LayoutKind.TRANSPOSED)
+    return replace(
+        violation,
+        matrix=violation.matrix + band.matrix,
+        row=violation.row + (band.row if along_rows else 0),
+        group=violation.group + (0 if along_rows else band.row // m),
+    )
+
+
+@dataclass(frozen=True)
+class Detected:
+    """Patterns that a stored weight obeys."""
+
+    layer: str
+    shape: tuple[int, ...]
+    dtype: str
+    density: float
+    patterns: tuple[Pattern, ...]
+    """For each M the smallest N that holds on W, and on W and W^T; only those with N < M."""
+
+
+def detect_patterns(
+    path: str | Path, *, include: NameFilter | None = None, exclude: NameFilter | None = None
+) -> Iterator[Detected]:
+    """Which N:M patterns each layer of a checkpoint obeys already; one layer at a time, as they are read.
+
+    Raises:
+        CheckpointError: it cannot be read, or has no layers.
+    """
+    source = open_source(path)
+    layers, _ = choose_layers(source.tensors, source.config, Pattern(1, 2), include=include, exclude=exclude)
+    if not layers:
+        raise CheckpointError(source.path, "has no layer that a pattern applies to", "name tensors with --include")
+    for layer in layers:
+        yield _detect(layer)
+
+
+def _detect(layer: StoredLayer) -> Detected:
+    most = {(m, transposed): 0 for m in SIZES for transposed in (False, True)}
+    kept = 0
+    for band in bands(layer.tensor, layer.layout, max(SIZES)):
+        matrices = to_matrices(band.weight != 0, band.layout)
+        kept += int(matrices.sum())
+        for transposed in (False, True):
+            side = matrices.transpose(1, 2) if transposed else matrices
+            for m in SIZES:
+                most[m, transposed] = max(most[m, transposed], _fullest_group(side, m))
+    found = []
+    for m in SIZES:
+        n, both = most[m, False], max(most[m, False], most[m, True])
+        if both < m:
+            found.append(Pattern(max(both, 1), m, transposable=True))
+        if n < min(both, m):
+            found.append(Pattern(max(n, 1), m))
+    density = kept / max(layer.tensor.size, 1)
+    return Detected(layer.name, layer.tensor.shape, layer.tensor.dtype, density, tuple(found))
+
+
+def _fullest_group(kept: Shaped[Tensor, "B R C"], m: int) -> int:
+    padded = pad_to_multiple(kept.byte(), m)
+    counts: Int[Tensor, "B R G"] = padded.unflatten(-1, (-1, m)).sum(-1, dtype=torch.uint8)
+    return int(counts.max()) if counts.numel() else 0
