@@ -1,0 +1,178 @@
+"""Static masks: keys unchanged, and zeros that stay exactly zero whatever the optimizer does."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+import bisparse
+from bisparse import finalize_, solve, sparsify_, verify
+
+OPTIMIZERS = {
+    "sgd": lambda held: torch.optim.SGD(held, lr=0.1),
+    "sgd momentum, weight decay": lambda held: torch.optim.SGD(held, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "sgd foreach": lambda held: torch.optim.SGD(held, lr=0.1, momentum=0.9, foreach=True, maximize=True),
+    "adam": lambda held: torch.optim.Adam(held, lr=0.01, weight_decay=0.1, amsgrad=True),
+    "adamw fused": lambda held: torch.optim.AdamW(held, lr=0.01, weight_decay=0.3, fused=True),
+    "adamax": lambda held: torch.optim.Adamax(held, lr=0.01),
+    "nadam": lambda held: torch.optim.NAdam(held, lr=0.01, decoupled_weight_decay=True, weight_decay=0.1),
+    "radam": lambda held: torch.optim.RAdam(held, lr=0.01),
+    "rmsprop": lambda held: torch.optim.RMSprop(held, lr=0.01, momentum=0.9, centered=True),
+    "adagrad": lambda held: torch.optim.Adagrad(held, lr=0.01),
+    "adadelta": lambda held: torch.optim.Adadelta(held),
+    "asgd": lambda held: torch.optim.ASGD(held, lr=0.1, weight_decay=0.1),
+    "rprop": lambda held: torch.optim.Rprop(held, lr=0.01),
+    "adafactor": lambda held: torch.optim.Adafactor(held, lr=0.01),
+    "muon": lambda held: torch.optim.Muon([one for one in held if one.ndim == 2], lr=0.01),
+}
+
+
+def zeros_hold(model: nn.Module, masks: dict[str, torch.Tensor]) -> bool:
+    weights = dict(model.named_parameters())
+    found = [weights[name if name.endswith("_weight") else f"{name}.weight"] for name in masks]
+    return all(not bool(weight[~mask].any()) for weight, mask in zip(found, masks.values(), strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_zeros_stay_zero_under_every_optimizer(mlp, step, name):
+    sparsity = sparsify_(mlp, "4:8-T", mode="static")
+    masks = {layer.name: layer.mask.clone() for layer in sparsity.layers}
+    before = mlp[0].weight.detach().clone()
+    optimizer = OPTIMIZERS[name](list(mlp.parameters()))
+    sparsity.attach(optimizer)
+    averaged = AveragedModel(mlp, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for number in range(5):
+        step(mlp, optimizer, number, clip=0.5)
+        averaged.update_parameters(mlp)
+        assert zeros_hold(mlp, masks) and zeros_hold(averaged.module, masks)
+    assert not torch.equal(mlp[0].weight, before)
+    assert all(torch.equal(layer.mask, masks[layer.name]) for layer in sparsity.layers)
+
+
+def test_lbfgs_with_its_closure(mlp):
+    sparsity = sparsify_(mlp, "4:8-T", mode="static")
+    optimizer = torch.optim.LBFGS(mlp.parameters(), lr=0.5, max_iter=5)
+    sparsity.attach(optimizer)
+    inputs, losses = torch.randn(8, 16), []
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = mlp(inputs).square().mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        return loss
+
+    optimizer.step(closure)
+    assert losses[-1] < losses[0]
+    assert zeros_hold(mlp, {layer.name: layer.mask for layer in sparsity.layers})
+
+
+def test_an_optimizer_with_momentum_from_a_dense_run_moves_no_zero(mlp, step):
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+    for number in range(3):
+        step(mlp, optimizer, number)
+    sparsity = sparsify_(mlp, "4:8-T", mode="static").attach(optimizer)
+    for number in range(3):
+        step(mlp, optimizer, number)
+        assert zeros_hold(mlp, {layer.name: layer.mask for layer in sparsity.layers})
+
+
+def test_state_dict_keys_are_those_of_the_plain_model(model):
+    keys = list(model.state_dict())
+    sparsify_(model, "4:8-T", mode="static")
+    assert list(model.state_dict()) == keys
+    fresh = type(model)()
+    fresh.load_state_dict(model.state_dict(), strict=True)
+    assert verify(fresh.up.weight, "4:8-T")
+    finalize_(model)
+    assert list(model.state_dict()) == keys and not [name for name, _ in model.named_buffers()]
+    pickled = io.BytesIO()
+    torch.save(model, pickled)  # pickling the whole module works once finalized
+    pickled.seek(0)
+    assert torch.equal(torch.load(pickled, weights_only=False).up.weight, model.up.weight)
+
+
+def test_the_clipped_norm_is_that_of_the_gradient_that_is_used(mlp):
+    sparsity = sparsify_(mlp, "4:8-T", mode="static").attach(torch.optim.SGD(mlp.parameters(), lr=0.1))
+    for _ in range(2):  # accumulated
+        mlp(torch.randn(4, 16)).square().sum().backward()
+    for layer in sparsity.layers:
+        gradient = layer.weight.grad
+        assert not bool(gradient[~layer.mask].any()) and bool(gradient[layer.mask].any())
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:4-T", "4:8-T", "16:32-T", "30%", "4:8-seq", "4:8-paired"])
+def test_any_structure_and_any_score(model, pattern):
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    generator = torch.Generator().manual_seed(3)
+    scores = {name: torch.rand(weight.shape, generator=generator) for name, weight in weights.items() if weight.ndim > 1}
+
+    def score(name: str, weight: torch.Tensor) -> torch.Tensor:
+        return scores[name if name.endswith("_weight") else f"{name}.weight"]
+
+    for layer in sparsify_(model, pattern, mode="static", score=score).layers:
+        best = solve(score(layer.name, layer.weight), pattern, layout=layer.layout)
+        assert torch.equal(layer.mask, best.mask)
+        original = weights[layer.name if layer.name.endswith("_weight") else f"{layer.name}.weight"]
+        assert torch.equal(layer.weight, original * layer.mask)
+
+
+def test_given_masks_and_zeros_of_a_pruned_checkpoint(mlp, step):
+    masks = {"0": solve(torch.rand(32, 16), "4:8-T").mask, "2": solve(torch.rand(8, 32), "4:8-T").mask}
+    sparsity = sparsify_(mlp, "4:8-T", mode="static", masks=masks)
+    assert all(torch.equal(layer.mask, masks[layer.name]) for layer in sparsity.layers)
+    finalize_(mlp)
+    again = sparsify_(mlp, "4:8-T", mode="static", masks="nonzero")
+    assert all(torch.equal(layer.mask, masks[layer.name]) for layer in again.layers)
+
+
+def test_resume_takes_the_masks_from_the_state_and_not_from_the_weights(mlp, step):
+    optimizer = torch.optim.AdamW(mlp.parameters(), lr=0.01)
+    masks = {"0": solve(torch.rand(32, 16), "4:8-T").mask, "2": solve(torch.rand(8, 32), "4:8-T").mask}
+    sparsity = sparsify_(mlp, "4:8-T", mode="static", masks=masks).attach(optimizer)
+    step(mlp, optimizer, 0)
+    with torch.no_grad():  # a kept weight that happens to be zero is trained on
+        mlp[0].weight[masks["0"].nonzero()[0].tolist()] = 0.0
+    saved = io.BytesIO()
+    torch.save({"model": mlp.state_dict(), "sparsity": sparsity.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+    saved.seek(0)
+    state = torch.load(saved, weights_only=True)
+    fresh = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    again = torch.optim.AdamW(fresh.parameters(), lr=0.01)
+    resumed = sparsify_(fresh, "4:8-T", mode="static")
+    fresh.load_state_dict(state["model"])
+    resumed.load_state_dict(state["sparsity"])
+    again.load_state_dict(state["optimizer"])
+    resumed.attach(again)
+    for number in range(1, 4):
+        assert step(mlp, optimizer, number) == step(fresh, again, number)
+    assert resumed.step == 4
+    for one, other in zip(mlp.parameters(), fresh.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert all(torch.equal(layer.mask, masks[layer.name]) for layer in resumed.layers)
+
+
+def test_a_copy_of_model_and_sparsity_trains_on_its_own(mlp, step):
+    sparsity = sparsify_(mlp, "4:8-T", mode="static")
+    sparsity.attach(torch.optim.SGD(mlp.parameters(), lr=0.1))
+    twin, own = copy.deepcopy((mlp, sparsity))
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, weight_decay=0.1)
+    own.attach(optimizer)
+    untouched = mlp[0].weight.detach().clone()
+    step(twin, optimizer, 0)
+    assert own.step == 1 and sparsity.step == 0
+    assert torch.equal(mlp[0].weight, untouched) and not torch.equal(twin[0].weight, untouched)
+    assert zeros_hold(twin, {layer.name: layer.mask for layer in own.layers})
+
+
+def test_hooks_do_nothing_after_finalize(mlp, step):
+    sparsity = bisparse.sparsify_(mlp, "4:8-T", mode="static")
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    sparsity.attach(optimizer)
+    step(mlp, optimizer, 0)
+    finalize_(mlp)
+    step(mlp, optimizer, 1)  # dense training goes on
+    assert float((mlp[0].weight != 0).double().mean()) > 0.9
