@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from bisparse.checkpoint.output import check_room, output_folder
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
 from bisparse.checkpoint.source import Shard, Source, open_source
 from bisparse.checkpoint.streaming import prune_stored
-from bisparse.checkpoint.tensor import DTYPES, MemoryTensor, SafetensorsWriter, as_bytes
+from bisparse.checkpoint.tensor import DTYPES, MemoryTensor, SafetensorsWriter, StoredTensor, as_bytes
 from bisparse.checkpoint.verify import verify_stored
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure, parse_pattern
@@ -28,7 +28,7 @@ from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout
 
-__all__ = ["CheckpointPlan", "Progress", "plan_checkpoint", "prune_checkpoint"]
+__all__ = ["CheckpointPlan", "Progress", "plan_checkpoint", "prune_checkpoint", "read_back"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the bytes done and the bytes there are."""
@@ -182,9 +182,13 @@ class _Job:
             name, text = source.index
             (self.folder / name).write_text(text, encoding="utf-8")
         for shard in source.shards:
-            self._read_back(shard)
+            read_back(self.folder / shard.file, shard.tensors, self.checksums, self.layers, self._checked)
         self.progress("", self.total, self.total)
         return tuple(results), tuple(samples)
+
+    def _checked(self, tensor: StoredTensor) -> None:
+        self.done += tensor.nbytes
+        self.progress(f"check {tensor.name}", self.done, self.total)
 
     def _write_shard(self, shard: Shard, masks: SafetensorsWriter, results: list[LayerResult], samples: list[SampleTile]) -> None:
         with SafetensorsWriter(self.folder / shard.file, shard.header) as writer:
@@ -210,21 +214,31 @@ class _Job:
                         samples.append(sample)
                 self.checksums[tensor.name] = checksum
 
-    def _read_back(self, shard: Shard) -> None:
-        """Read a written shard with the safetensors library: every byte as meant, every layer obeying its pattern."""
-        path = self.folder / shard.file
-        for tensor in shard.tensors:
-            self.progress(f"check {tensor.name}", self.done, self.total)
-            if tensor.dtype in DTYPES:
-                # Opened anew each time: pages that a mapping has touched count as memory until it is closed.
-                with safe_open(path, framework="pt") as file:
-                    read = file.get_tensor(tensor.name)
-                if zlib.crc32(as_bytes(read)) != self.checksums[tensor.name]:
-                    raise CheckpointError(path, "was not read back as it was written", "check the disk", tensor=tensor.name)
-                if (layer := self.layers.get(tensor.name)) is not None:
-                    stored = MemoryTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.nbytes, read)
-                    verify_stored(StoredLayer(layer.name, stored, layer.layout, layer.pattern)).check()
-            self.done += tensor.nbytes
+
+def read_back(
+    path: Path,
+    tensors: Iterable[StoredTensor],
+    checksums: Mapping[str, int],
+    layers: Mapping[str, StoredLayer],
+    advance: Callable[[StoredTensor], None],
+) -> None:
+    """Read a written file with the safetensors library: every byte as meant, every layer obeying its pattern.
+
+    Raises:
+        CheckpointError: bytes that differ from those written.
+        PatternError: a layer that breaks its pattern.
+    """
+    for tensor in tensors:
+        if tensor.dtype in DTYPES:
+            # Opened anew each time: pages that a mapping has touched count as memory until it is closed.
+            with safe_open(path, framework="pt") as file:
+                read = file.get_tensor(tensor.name)
+            if zlib.crc32(as_bytes(read)) != checksums[tensor.name]:
+                raise CheckpointError(path, "was not read back as it was written", "check the disk", tensor=tensor.name)
+            if (layer := layers.get(tensor.name)) is not None:
+                stored = MemoryTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.nbytes, read)
+                verify_stored(StoredLayer(layer.name, stored, layer.layout, layer.pattern)).check()
+        advance(tensor)
 
 
 def _copy_others(source: Source, folder: Path) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.tensor import build_header, read_header
 from bisparse.layers import Skipped
+from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport
 from bisparse.tiles import Layout, LayoutKind
 
@@ -30,6 +31,8 @@ __all__ = ["MASKS", "SCHEMA_VERSION", "SIDECAR", "SampleTile", "Sidecar", "load_
 SIDECAR = "bisparse.json"
 MASKS = "bisparse-masks.safetensors"
 SCHEMA_VERSION = 1
+SAMPLE_SIDE = 16
+"""Least side of a sample tile."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +51,26 @@ class SampleTile:
     """1 = kept."""
 
     @classmethod
-    def cut(
-        cls, layer: str, matrix: int, row: int, column: int, weights: Float[Tensor, "R C"], mask: Bool[Tensor, "R C"]
+    def middle(
+        cls,
+        layer: str,
+        weights: Float[Tensor, "R C"],
+        mask: Bool[Tensor, "R C"],
+        pattern: Structure,
+        place: tuple[int, int, int] = (0, 0, 0),
     ) -> SampleTile:
-        """A tile of the given weights and mask."""
+        """The square in the middle of a matrix, or of a part of it that stands at `place` = (matrix, row, column)."""
+        m = getattr(pattern, "m", SAMPLE_SIDE)
+        side = -(-SAMPLE_SIDE // m) * m
+        row, column = (max(0, (length - side) // 2 // m * m) for length in weights.shape)
+        square = slice(row, row + side), slice(column, column + side)
         return cls(
             layer,
-            matrix,
-            row,
-            column,
-            tuple(tuple(float(f"{weight:.4g}") for weight in line) for line in weights.double().tolist()),
-            tuple(tuple(line) for line in mask.int().tolist()),
+            place[0],
+            place[1] + row,
+            place[2] + column,
+            tuple(tuple(float(f"{weight:.4g}") for weight in line) for line in weights[square].double().tolist()),
+            tuple(tuple(line) for line in mask[square].int().tolist()),
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR
-from bisparse.checkpoint.tensor import DTYPES, StoredTensor, build_header, read_header
+from bisparse.checkpoint.tensor import StoredTensor, build_header, in_file_order, read_header
 from bisparse.checkpoint.torch_file import read_state_dict
 
 __all__ = ["Shard", "Source", "open_source"]
@@ -90,8 +90,7 @@ def _open_file(path: Path) -> Source:
 
 
 def _converted(file: str, tensors: Mapping[str, StoredTensor]) -> Shard:
-    # As the library does: wider dtypes first, so that every tensor is aligned.
-    ordered = sorted(tensors.values(), key=lambda one: (-DTYPES[one.dtype].itemsize, one.name))
+    ordered = in_file_order(tensors.values())
     header = build_header(((one.name, one.dtype, one.shape, one.nbytes) for one in ordered), {"format": "pt"})
     return Shard(file, header, tuple(ordered))
 

@@ -34,8 +34,6 @@ BAND_WEIGHTS = 1 << 21
 """Weights in a band, unless M rows hold more."""
 DIGIT = 8
 """Bits of a score's representation looked at in one pass over the file."""
-SAMPLE_SIDE = 16
-"""Least side of a sample tile."""
 
 
 @dataclass(frozen=True)
@@ -185,15 +183,9 @@ def _solved(
 
 
 def _sample(name: str, band: Band, mask: Bool[Tensor, "..."], pattern: Structure) -> SampleTile:
-    """A square near the middle of the band's first matrix."""
     weights, kept = (to_matrices(tensor, band.layout)[0] for tensor in (band.weight, mask))
-    m = getattr(pattern, "m", SAMPLE_SIDE)
-    side = -(-SAMPLE_SIDE // m) * m
-    row, column = (max(0, (length - side) // 2 // m * m) for length in weights.shape)
-    corner = band.row if band.layout.kind is not LayoutKind.TRANSPOSED else 0
-    across = band.row if band.layout.kind is LayoutKind.TRANSPOSED else 0
-    square = slice(row, row + side), slice(column, column + side)
-    return SampleTile.cut(name, band.matrix, corner + row, across + column, weights[square], kept[square])
+    row, column = (0, band.row) if band.layout.kind is LayoutKind.TRANSPOSED else (band.row, 0)
+    return SampleTile.middle(name, weights, kept, pattern, (band.matrix, row, column))
 
 
 def _unstructured_chooser(layer: StoredLayer, sums: _Sums) -> Callable[[Band, Float[Tensor, "..."]], Bool[Tensor, "..."]]:

@@ -136,6 +136,24 @@ def as_bytes(tensor: Shaped[Tensor, "..."]) -> memoryview:
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
+def memory_tensor(name: str, tensor: Shaped[Tensor, "..."], path: Path) -> MemoryTensor:
+    """A tensor that is to be written to a file.
+
+    Raises:
+        CheckpointError: a dtype or storage layout that safetensors lacks.
+    """
+    code = CODES.get(tensor.dtype)
+    if code is None or tensor.layout != torch.strided or tensor.is_meta:
+        what = "is on the meta device" if tensor.is_meta else f"is stored as {tensor.layout}, {tensor.dtype}"
+        raise CheckpointError(path, f"{what}, which safetensors cannot hold", "make it a dense tensor first", tensor=name)
+    return MemoryTensor(name, code, tuple(tensor.shape), path, tensor.numel() * tensor.dtype.itemsize, tensor.detach())
+
+
+def in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
+    """As the library writes them: wider dtypes first, so that every tensor is aligned, then by name."""
+    return sorted(tensors, key=lambda one: (-DTYPES[one.dtype].itemsize, one.name))
+
+
 def read_header(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:
     """A safetensors file's header, its length included, and its tensors in file order.
 
