@@ -1,21 +1,41 @@
 """One-shot pruning: one file a method, one line here each."""
 
 from bisparse.pruning.adaprune import AdaPrune
+from bisparse.pruning.adaprune_gradient import GradientAdaPrune
+from bisparse.pruning.alps import ALPS
+from bisparse.pruning.batch_norm import fold_batch_norms_, reestimate_batch_norms_
+from bisparse.pruning.bias import BiasCorrection, MatchMoments
 from bisparse.pruning.magnitude import Magnitude
+from bisparse.pruning.mean_absorption import MeanAbsorption, absorb_mean
 from bisparse.pruning.method import LayerProblem, Method, Pruned
 from bisparse.pruning.prune import prune_
+from bisparse.pruning.sparsegpt import SparseGPT
 from bisparse.pruning.statistics import CalibrationError, Statistic, Statistics
+from bisparse.pruning.violation import PatternViolation, predicted_violation, sparsest_pattern, violation
 from bisparse.pruning.wanda import Wanda
 
 __all__ = [
+    "ALPS",
     "AdaPrune",
+    "BiasCorrection",
     "CalibrationError",
+    "GradientAdaPrune",
     "LayerProblem",
     "Magnitude",
+    "MatchMoments",
+    "MeanAbsorption",
     "Method",
+    "PatternViolation",
     "Pruned",
+    "SparseGPT",
     "Statistic",
     "Statistics",
     "Wanda",
+    "absorb_mean",
+    "fold_batch_norms_",
+    "predicted_violation",
     "prune_",
+    "reestimate_batch_norms_",
+    "sparsest_pattern",
+    "violation",
 ]

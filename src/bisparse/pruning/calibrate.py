@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from bisparse.layers import Layer
 from bisparse.pruning.chain import Chain, ChainRun, find_chains
 from bisparse.pruning.statistics import CalibrationError, Moments, Statistic, Statistics
-from bisparse.pruning.taps import call_model, observed, token_mask
+from bisparse.pruning.taps import LAST_PART, EnoughSeen, Seen, call_model, observed, token_mask
 
 __all__ = ["Order", "Stage", "Walk", "calibrate"]
 
@@ -57,10 +57,6 @@ class Walk:
     """Seconds spent running the model and accumulating; the caller's own work is not counted."""
 
 
-class _EnoughSeen(Exception):
-    """Stops a forward pass whose remaining layers nobody asked about."""
-
-
 def calibrate(
     model: nn.Module,
     layers: Sequence[Layer],
@@ -72,9 +68,9 @@ def calibrate(
     device: torch.device | str | None = None,
     done: frozenset[str] = frozenset(),
     dense_weights: Callable[[Layer], Tensor] | None = None,
-    progress: bool = True,
+    progress: bool | None = None,
     walk: Walk | None = None,
-) -> Iterator[Stage]:
+) -> Generator[Stage]:
     """Yield the layers stage by stage, each with the statistics of its inputs; the caller may change weights in between.
 
     The model runs in eval mode without gradients; its mode is restored at the end.
@@ -87,6 +83,7 @@ def calibrate(
         device: run the blocks of a chain there, one block at a time; by default where the model is.
         done: names of layers changed by an earlier, interrupted walk: they are passed over.
         dense_weights: the dense weight of a layer in `done`, for the dense network that CROSS compares with.
+        progress: a progress bar; None: if a terminal is there to see it.
         walk: filled with costs and with the layers never reached.
 
     Raises:
@@ -100,7 +97,9 @@ def calibrate(
         raise ValueError(f"order={order!r}: expected 'sequential' or 'parallel'")
     if order == "parallel":
         needs = needs - {Statistic.CROSS}
-    bar = tqdm(total=len(layers), desc="calibrating", unit="layer", disable=not progress, smoothing=0.1)
+    bar = tqdm(
+        total=len(layers), desc="calibrating", unit="layer", disable=None if progress is None else not progress, smoothing=0.1
+    )
     with _evaluating(model), bar:
         started = time.perf_counter()
         stages, calls = discover(model, layers, data, forward, walk)
@@ -241,35 +240,39 @@ def _run(
     once = all(calls.get(layer.name) == 1 for layer in layers)
     twins = [replace(layer, module=reference.get_submodule(_module_name(model, layer))) for layer in layers] if reference else []
     for index, batch in enumerate(data):
-        keep = token_mask(batch)
         dense: dict[str, list[Tensor]] = {}
-        remaining = {layer.name for layer in layers}
-
-        def note(layer: Layer, inputs: Tensor, part: int | None) -> None:
-            dense.setdefault(layer.name, []).append(inputs.clone())
-
-        def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
-            z = dense[layer.name].pop(0) if dense.get(layer.name) else None
-            collector.add(index, layer, inputs, z, keep, part)
-            packed = isinstance(layer.module, nn.MultiheadAttention) and part in (0, 1)
-            if once and not packed:
-                remaining.discard(layer.name)
-                if not remaining:
-                    raise _EnoughSeen
-
         if reference is not None:
-            with observed(reference, twins, note):
+            with observed(reference, twins, _noting(dense)):
                 call_model(reference, batch, forward, index)
-        with observed(model, layers, seen):
-            try:
-                call_model(model, batch, forward, index)
-            except _EnoughSeen:
-                pass
+        with observed(model, layers, _collecting(collector, index, batch, dense, layers if once else ())), suppress(EnoughSeen):
+            call_model(model, batch, forward, index)
         walk.forwards += 1 + (reference is not None)
 
 
+def _noting(dense: dict[str, list[Tensor]]) -> Seen:
+    # What follows may work in place on a layer's input, so a copy is noted.
+    return lambda layer, inputs, part: dense.setdefault(layer.name, []).append(inputs.clone())
+
+
+def _collecting(collector: _Collector, index: int, batch: Any, dense: dict[str, list[Tensor]], wanted: Sequence[Layer]) -> Seen:
+    """Adds to the collector, and stops the forward pass once every layer of `wanted`, if any, was seen."""
+    keep = token_mask(batch)
+    remaining = {layer.name for layer in wanted}
+
+    def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
+        z = dense[layer.name].pop(0) if dense.get(layer.name) else None
+        collector.add(index, layer, inputs, z, keep, part)
+        if part in (None, LAST_PART):
+            remaining.discard(layer.name)
+        if wanted and not remaining:
+            raise EnoughSeen
+
+    return seen
+
+
 def _module_name(model: nn.Module, layer: Layer) -> str:
-    return next(name for name, module in model.named_modules() if module is layer.module)
+    names: Iterator[str] = (name for name, module in model.named_modules() if module is layer.module)
+    return next(names)
 
 
 def _walk_in_order(

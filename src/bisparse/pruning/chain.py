@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import copy
 import enum
+import itertools
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bisparse.layers import Layer
-from bisparse.pruning.taps import call_model, observed
+from bisparse.pruning.taps import LAST_PART, EnoughSeen, Seen, call_model, observed
 
 __all__ = ["Chain", "ChainRun", "find_chains"]
 
@@ -63,10 +64,6 @@ class _Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any = None
-
-
-class _Stop(Exception):
-    """The part of the forward pass that was wanted is done."""
 
 
 def find_chains(
@@ -127,7 +124,7 @@ def _slot_of(model: nn.Module, blocks: Sequence[nn.Module], batch: Any, forward:
     if [index for index, _ in log] != list(range(len(blocks))):
         return None
     slots = set()
-    for (_, one), (_, following) in zip(log, log[1:], strict=False):
+    for (_, one), (_, following) in itertools.pairwise(log):
         slot = _handed_on(one.output, following)
         if slot is None:
             return None
@@ -259,13 +256,12 @@ class ChainRun:
                 rest, named = _sharing((rest, named), _without(calls[-1], argument))
             calls.append(_Call(tuple(rest), named))
             if len(calls) > last:
-                raise _Stop
+                raise EnoughSeen
 
         handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
         try:
-            call_model(model, batch, self.forward, index)
-        except _Stop:
-            pass
+            with suppress(EnoughSeen):
+                call_model(model, batch, self.forward, index)
         finally:
             for handle in handles:
                 handle.remove()
@@ -338,22 +334,19 @@ class ChainRun:
         index: int,
         inputs: Tensor,
         layers: Sequence[Layer],
-        seen: Callable[[Layer, Tensor, int | None], None],
+        seen: Seen,
     ) -> None:
         remaining = {layer.name for layer in layers}
 
         def counted(layer: Layer, x: Tensor, part: int | None) -> None:
             seen(layer, x, part)
-            if part in (None, 2):
+            if part in (None, LAST_PART):
                 remaining.discard(layer.name)
             if not remaining:
-                raise _Stop
+                raise EnoughSeen
 
-        with observed(block, layers, counted):
-            try:
-                self._run(block, index, inputs)
-            except _Stop:
-                pass
+        with observed(block, layers, counted), suppress(EnoughSeen):
+            self._run(block, index, inputs)
 
     def advance(self) -> None:
         """Replace the activations by what the present block, as it now is, makes of them."""

@@ -46,7 +46,7 @@ class Journal:
                 before, now = json.loads(path.read_text()), json.loads(text)
                 differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
                 raise JournalError(
-                    f"{self.folder} holds the journal of another job (it differs in {', '.join(differing)}): resume with the same "
+                    f"{self.folder} is the journal of another job (it differs in {', '.join(differing)}): resume with the same "
                     "model, data, pattern and method, or give another folder"
                 )
         else:

@@ -13,13 +13,14 @@ from torch.nn import functional
 
 from bisparse.layers import Filter, Layer, Skipped, find_layers, matches, matrix_sides, remainder_reason
 from bisparse.pattern import Structure, parse_pattern
+from bisparse.pruning.bias import Bias, bias_of
 from bisparse.pruning.method import LayerProblem, Method, Pruned, Statistics
 from bisparse.pruning.reduction import positions
 from bisparse.results import LayerResult, gap_of
 from bisparse.solvers import Solver
 from bisparse.tiles import LayoutKind, from_matrices, to_matrices
 
-__all__ = ["Change", "apply_", "bias_name", "layer_problem", "plan", "prune_layer", "record"]
+__all__ = ["Change", "apply_", "layer_problem", "plan", "prune_layer", "record"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Change:
     """None: the kept weights stay."""
     bias: Float[Tensor, " O"] | None = None
     """None: it stays."""
+    bias_at: Bias | None = None
+    """Where the bias is stored."""
 
 
 def plan(
@@ -63,29 +66,17 @@ def plan(
     return planned, left_dense
 
 
-def bias_name(layer: Layer) -> str | None:
-    """The name, inside the layer's module, of the bias that is added to its outputs; None where it has none of its own."""
-    if isinstance(layer.module, nn.MultiheadAttention):
-        # Separate projections share one packed bias; it is left alone.
-        name = "in_proj_bias" if layer.parameter == "in_proj_weight" else None
-    elif layer.layout.kind is LayoutKind.EXPERTS or layer.parameter != "weight":
-        name = None
-    else:
-        name = "bias"
-    return name if name is not None and isinstance(layer.module._parameters.get(name), Tensor) else None
-
-
 def layer_problem(
     layer: Layer,
     pattern: Structure,
     solver: Solver | None = None,
     statistics: Statistics | None = None,
     allowed: Bool[Tensor, "..."] | None = None,
+    bias_at: Bias | None = None,
 ) -> LayerProblem:
     """A layer as the problem that methods take."""
     weight = layer.weight.detach()
     matrices = to_matrices(weight, layer.layout)
-    bias = bias_name(layer)
 
     def output(inputs: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
         own = from_matrices(matrices, layer.layout, weight.shape)
@@ -101,7 +92,7 @@ def layer_problem(
         pattern,
         solver,
         statistics,
-        None if bias is None else layer.module._parameters[bias].detach(),  # type: ignore[union-attr]
+        None if bias_at is None else bias_at.value,
         positions(layer.layout, weight.shape),
         output,
         None if allowed is None else to_matrices(allowed, layer.layout),
@@ -136,22 +127,28 @@ def prune_layer(
     solver: Solver | None = None,
     statistics: Statistics | None = None,
     allowed: Bool[Tensor, "..."] | None = None,
+    norms: Mapping[str, nn.Module] | None = None,
 ) -> tuple[Change, LayerResult]:
     """Let a method prune one layer; the layer itself is not changed. `apply_` does that.
+
+    Args:
+        allowed: where weights may be kept, of the weight's shape; None: everywhere.
+        norms: the batch norm behind each layer without a bias; see `norms_after`.
 
     Raises:
         ValueError: the method returned weights that are not finite; names the layer.
     """
     start = time.perf_counter()
     with torch.no_grad():
-        problem = layer_problem(layer, pattern, solver, statistics, allowed)
+        bias_at = bias_of(layer, norms)
+        problem = layer_problem(layer, pattern, solver, statistics, allowed, bias_at)
         pruned = method.prune(problem)
         if pruned.weight is not None and not bool(torch.isfinite(pruned.weight).all()):
             raise ValueError(f"{layer.name}: {method.name} at {pattern} returned weights that are not finite; raise the damping")
         weight = layer.weight
         mask = from_matrices(pruned.solution.mask, layer.layout, weight.shape)
         new = None if pruned.weight is None else from_matrices(pruned.weight, layer.layout, weight.shape).to(weight.dtype)
-    return Change(layer, mask, new, pruned.bias), record(layer, pattern, pruned, mask, time.perf_counter() - start)
+    return Change(layer, mask, new, pruned.bias, bias_at), record(layer, pattern, pruned, mask, time.perf_counter() - start)
 
 
 def apply_(changes: Iterable[Change]) -> None:
@@ -163,11 +160,8 @@ def apply_(changes: Iterable[Change]) -> None:
                 weight.copy_(change.weight)
             weight.masked_fill_(~change.mask.to(weight.device), 0)
             if change.bias is not None:
-                name = bias_name(change.layer)
-                assert name is not None
-                bias = change.layer.module._parameters[name]
-                assert bias is not None
-                bias.copy_(change.bias)
+                assert change.bias_at is not None
+                change.bias_at.write_(change.bias)
 
 
 def _check_plain_parameter(layer: Layer) -> None:

@@ -59,11 +59,13 @@ class LayerProblem:
 
     def rows(self, matrices: Tensor) -> Tensor:
         """(B, O, I) -> (G, O, K), one least-squares problem a convolution group, packed part or expert."""
-        return to_rows(matrices, self.positions)
+        rows: Tensor = to_rows(matrices, self.positions)
+        return rows
 
     def matrices(self, rows: Tensor) -> Tensor:
         """The inverse of `rows`."""
-        return to_matrices_of_rows(rows, self.positions)
+        matrices: Tensor = to_matrices_of_rows(rows, self.positions)
+        return matrices
 
     @property
     def measured(self) -> Statistics:

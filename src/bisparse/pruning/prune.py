@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ from torch.utils import _pytree as pytree
 
 from bisparse.layers import Filter, Layer, Skipped
 from bisparse.pattern import Structure, parse_pattern
+from bisparse.pruning.bias import bias_of, norms_after
 from bisparse.pruning.calibrate import Order, Walk, calibrate
 from bisparse.pruning.journal import Journal
-from bisparse.pruning.layerwise import Change, apply_, bias_name, plan, prune_layer
+from bisparse.pruning.layerwise import Change, apply_, plan, prune_layer
 from bisparse.pruning.magnitude import Magnitude
 from bisparse.pruning.method import Method
 from bisparse.pruning.statistics import CalibrationError
@@ -148,6 +149,7 @@ def prune_layers_(
     }
     results: dict[str, LayerResult] = {}
     walk = Walk()
+    norms = norms_after(model, [layer for layer, _, _ in jobs], data[0], forward) if data else {}
     with Journal(resume, about) as journal:
         touched: list[Layer] = []
 
@@ -159,7 +161,8 @@ def prune_layers_(
                 if journal.has("done", layer.name):
                     tensors, saved = journal.get("done", layer.name)
                     touched.append(layer)
-                    apply_([Change(layer, tensors["mask"], tensors["weight"], tensors.get("bias"))])
+                    apply_([Change(layer, tensors["mask"], tensors["weight"])])
+                    _write_bias_(layer, tensors, norms)
                     results[layer.name] = _result_from(saved)
             stages = calibrate(
                 model,
@@ -183,20 +186,20 @@ def prune_layers_(
                             continue
                         _, structure, method = by_name[layer.name]
                         where = None if allowed is None else allowed[layer.name]
-                        change, result = prune_layer(layer, structure, method, solver, statistics, where)
+                        change, result = prune_layer(layer, structure, method, solver, statistics, where, norms)
                         if order == "parallel":
                             waiting.append(change)
                         else:
-                            _keep_original(journal, layer)
+                            journal.put("dense", layer.name, _tensors(layer, norms))
                             touched.append(layer)
                             apply_([change])
-                            _keep_result(journal, layer, change.mask, result)
+                            journal.put("done", layer.name, {"mask": change.mask, **_tensors(layer, norms)}, asdict(result))
                         results[layer.name] = result
             apply_(waiting)
         except BaseException:
             # KeyboardInterrupt included: the model is handed back as it was.
             for layer in touched:
-                _restore_(journal, layer)
+                _restore_(journal, layer, norms)
             raise
     unreached = [Skipped(name, "no calibration batch went through this layer") for name in walk.unreached]
     if jobs and not results:
@@ -211,22 +214,19 @@ def prune_layers_(
 def _notes(walk: Walk, batches: int, order: Order) -> tuple[str, ...]:
     return (
         f"calibrated on {batches} batches, {order}: {walk.time_s:.1f} s running the model in {walk.forwards} forward passes; "
-        f"at most {walk.statistics_bytes / 1e6:.1f} MB of statistics and {walk.activation_bytes / 1e6:.1f} MB of activations held",
+        f"at most {walk.statistics_bytes / 1e6:.1f} MB of statistics, {walk.activation_bytes / 1e6:.1f} MB of activations held",
     )
 
 
-def _keep_original(journal: Journal, layer: Layer) -> None:
-    tensors = {"weight": layer.weight}
-    if name := bias_name(layer):
-        tensors["bias"] = layer.module._parameters[name]  # type: ignore[assignment]
-    journal.put("dense", layer.name, tensors)
+def _tensors(layer: Layer, norms: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    bias = bias_of(layer, norms)
+    return {"weight": layer.weight} | ({} if bias is None else {"bias": bias.value})
 
 
-def _keep_result(journal: Journal, layer: Layer, mask: Tensor, result: LayerResult) -> None:
-    tensors = {"weight": layer.weight, "mask": mask}
-    if name := bias_name(layer):
-        tensors["bias"] = layer.module._parameters[name]  # type: ignore[assignment]
-    journal.put("done", layer.name, tensors, asdict(replace(result, layout=result.layout)))
+def _write_bias_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module]) -> None:
+    bias = bias_of(layer, norms)
+    if bias is not None and "bias" in tensors:
+        bias.write_(tensors["bias"])
 
 
 def _result_from(saved: dict[str, Any]) -> LayerResult:
@@ -235,14 +235,13 @@ def _result_from(saved: dict[str, Any]) -> LayerResult:
     return LayerResult(layout=Layout(LayoutKind(layout["kind"]), layout["groups"], layout["parts"]), shape=shape, **saved)
 
 
-def _restore_(journal: Journal, layer: Layer) -> None:
+def _restore_(journal: Journal, layer: Layer, norms: Mapping[str, nn.Module]) -> None:
     if not journal.has("dense", layer.name):
         return
     tensors, _ = journal.get("dense", layer.name)
     with torch.no_grad():
         layer.weight.copy_(tensors["weight"])
-        if (name := bias_name(layer)) and "bias" in tensors:
-            layer.module._parameters[name].copy_(tensors["bias"])  # type: ignore[union-attr]
+    _write_bias_(layer, tensors, norms)
 
 
 def _fingerprint(leaves: Sequence[Any]) -> str:

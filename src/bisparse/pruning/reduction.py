@@ -25,9 +25,11 @@ def positions(layout: Layout, shape: tuple[int, ...] | torch.Size) -> int:
 
 def to_rows(matrices: Shaped[Tensor, "B O I"], positions: int) -> Shaped[Tensor, "G O K"]:
     """B = G * P matrices as G problems of O outputs over K = P * I reduced inputs."""
-    return matrices.unflatten(0, (-1, positions)).transpose(1, 2).flatten(2)
+    rows: Tensor = matrices.unflatten(0, (-1, positions)).transpose(1, 2).flatten(2)
+    return rows
 
 
 def to_matrices_of_rows(rows: Shaped[Tensor, "G O K"], positions: int) -> Shaped[Tensor, "B O I"]:
     """The inverse of `to_rows`."""
-    return rows.unflatten(2, (positions, -1)).transpose(1, 2).flatten(0, 1)
+    matrices: Tensor = rows.unflatten(2, (positions, -1)).transpose(1, 2).flatten(0, 1)
+    return matrices

@@ -13,10 +13,18 @@ from bisparse.layers import Layer
 from bisparse.pruning.statistics import CalibrationError
 from bisparse.tiles import LayoutKind
 
-__all__ = ["Seen", "call_model", "observed", "token_mask"]
+__all__ = ["LAST_PART", "EnoughSeen", "Seen", "call_model", "observed", "token_mask"]
 
 Seen = Callable[[Layer, Tensor, int | None], None]
 """Called with a layer, its input, and which part of a packed projection the input belongs to (None: all of it)."""
+
+LAST_PART = 2
+"""The value projection of packed attention, the last to be seen."""
+
+
+class EnoughSeen(Exception):
+    """Stops a forward pass whose remaining layers nobody asked about."""
+
 
 NOT_A_BATCH = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError)
 

@@ -1,0 +1,103 @@
+"""What the pruning experiments share: the methods by name, rows that are not run twice, and text to calibrate on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import resource
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bisparse.pruning import AdaPrune, Magnitude, Method, Wanda
+from bisparse.results import PruneReport
+
+METHODS: dict[str, tuple[Method, str]] = {
+    "magnitude": (Magnitude(), "parallel"),
+    "wanda": (Wanda(), "sequential"),
+    "wanda + least squares, parallel": (AdaPrune(), "parallel"),
+    "wanda + least squares": (AdaPrune(correct_upstream=False), "sequential"),
+    "wanda + least squares, upstream": (AdaPrune(), "sequential"),
+}
+"""Name -> the method and the order of calibration."""
+
+
+class Rows:
+    """A JSONL file of results; what is in it is not run again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
+        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
+
+    @contextmanager
+    def new(self, key: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+        """A row to fill, appended at the end; None where the file has it already."""
+        if self.find(key) is not None:
+            yield None
+            return
+        row = dict(key)
+        yield row
+        row |= environment()
+        self.rows.append(row)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        shown = {name: value for name, value in row.items() if name not in environment()}
+        print(json.dumps(shown), flush=True)
+
+
+def environment() -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "device": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def measured(report: PruneReport, seconds: float) -> dict[str, Any]:
+    """The columns that every pruning result has."""
+    errors = [layer.error for layer in report if layer.error is not None]
+    before = [layer.error_before for layer in report if layer.error_before is not None]
+    dampings = sorted(layer.damping for layer in report if layer.damping is not None)
+    return {
+        "layers": len(report),
+        "density": round(report.density, 5),
+        "seconds": round(seconds, 2),
+        "mean_error": round(sum(errors) / len(errors), 5) if errors else None,
+        "mean_error_before": round(sum(before) / len(before), 5) if before else None,
+        "median_damping": dampings[len(dampings) // 2] if dampings else None,
+        "peak_rss_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def load_text(path: Path, unit: str) -> list[str]:
+    """Sentences, or one long text, of a plain or word/tag file or of a folder of them (the Brown corpus)."""
+    files = sorted(file for file in path.iterdir() if re.fullmatch(r"c[a-r]\d\d", file.name)) if path.is_dir() else [path]
+    lines = []
+    for file in files:
+        text = file.read_text(encoding="utf-8", errors="ignore")
+        if path.is_dir():
+            text = re.sub(r"(\S+)/\S+", r"\1", text)
+        lines += [detokenised(line) for line in text.splitlines() if line.strip()]
+    if unit == "sentence":
+        return [line for line in lines if 5 <= len(line.split()) <= 60]
+    return ["\n".join(lines)]
+
+
+def detokenised(line: str) -> str:
+    line = re.sub(r"\s+", " ", line.strip()).replace("``", '"').replace("''", '"')
+    line = re.sub(r" ([.,;:!?)\]])", r"\1", line)
+    return re.sub(r"([(\[]) ", r"\1", line)

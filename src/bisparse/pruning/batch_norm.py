@@ -1,0 +1,154 @@
+"""Batch norms around pruning: statistics of the pruned network instead of the dense one, and folding into the layer before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+
+from bisparse.layers import Layer
+from bisparse.pruning.bias import norms_after
+from bisparse.pruning.statistics import CalibrationError
+from bisparse.pruning.taps import call_model
+from bisparse.tiles import Layout
+
+__all__ = ["fold_batch_norms_", "reestimate_batch_norms_"]
+
+
+def reestimate_batch_norms_(
+    model: nn.Module, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
+) -> list[str]:
+    """Measure the running mean and variance of every batch norm again, on calibration data: plain averages over the batches.
+
+    Only the batch norms run in train mode: dropout stays off. On an error the old statistics are put back.
+
+    Returns:
+        The names of the batch norms.
+
+    Raises:
+        CalibrationError: no batch, one that does not fit the model, or statistics that are not finite.
+    """
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    }
+    data = list(batches)
+    if norms and not data:
+        raise CalibrationError("batch norms cannot be re-estimated from an empty calibration set")
+    training = [(module, module.training) for module in model.modules()]
+    saved = [(norm, norm.momentum, {name: one.clone() for name, one in norm.named_buffers()}) for norm in norms.values()]
+    finished = False
+    try:
+        model.eval()
+        for norm in norms.values():
+            norm.train()
+            norm.reset_running_stats()
+            # None: the average over all batches, each with the same weight.
+            norm.momentum = None
+        with torch.no_grad():
+            for index, batch in enumerate(data if norms else []):
+                call_model(model, batch, forward, index)
+        for name, norm in norms.items():
+            assert norm.running_mean is not None and norm.running_var is not None
+            if not bool(torch.isfinite(norm.running_mean).all() & torch.isfinite(norm.running_var).all()):
+                raise CalibrationError(f"{name}: the calibration data give batch-norm statistics that are not finite")
+        finished = True
+    finally:
+        for norm, momentum, buffers in saved:
+            norm.momentum = momentum
+            if not finished:
+                for name, old in buffers.items():
+                    getattr(norm, name).copy_(old)
+        for module, mode in training:
+            module.training = mode
+    return list(norms)
+
+
+def fold_batch_norms_(
+    model: nn.Module, batch: Any, *, forward: Callable[[nn.Module, Any], Any] | None = None, tolerance: float = 1e-4
+) -> list[str]:
+    """Fold every batch norm that directly follows a convolution or Linear layer into it; the norm becomes an Identity.
+
+    The layer then has a bias. The model's output on `batch`, in eval mode, is compared before and after; if it differs by
+    more than `tolerance` of its largest number (a layer's output that is used in a second place, say), the pairs are tried
+    one by one and those that change the output are left alone.
+
+    Returns:
+        The names of the layers that took a batch norm in.
+    """
+    # Depthwise convolutions are not pruned, but fold all the same: every layer of these kinds, not only those found to prune.
+    layers = [
+        Layer(name, module, "weight", Layout())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+    ]
+    found = norms_after(model, layers, batch, forward)
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        before = _outputs(model, batch, forward)
+        undo = [_fold_(model, name, norm) for name, norm in found.items()]
+        folded = list(found)
+        if not _close(before, _outputs(model, batch, forward), tolerance):
+            for back in reversed(undo):
+                back()
+            folded = []
+            for name, norm in found.items():
+                back = _fold_(model, name, norm)
+                if _close(before, _outputs(model, batch, forward), tolerance):
+                    folded.append(name)
+                else:
+                    back()
+    finally:
+        for module, mode in training:
+            module.training = mode
+    return folded
+
+
+def _outputs(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> list[Tensor]:
+    with torch.no_grad():
+        return [leaf for leaf in pytree.tree_leaves(call_model(model, batch, forward)) if isinstance(leaf, Tensor)]
+
+
+def _close(before: list[Tensor], after: list[Tensor], tolerance: float) -> bool:
+    return all(
+        float((a.double() - b.double()).abs().max()) <= tolerance * max(float(b.double().abs().max()), 1e-12)
+        for a, b in zip(after, before, strict=True)
+        if b.numel() and b.is_floating_point()
+    )
+
+
+def _fold_(model: nn.Module, name: str, norm: nn.Module) -> Callable[[], None]:
+    """Fold one norm; the returned function undoes it."""
+    layer = model.get_submodule(name)
+    assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    old_weight, old_bias = weight.detach().clone(), bias
+    with torch.no_grad():
+        scale = torch.rsqrt(norm.running_var.double() + norm.eps)
+        if norm.weight is not None:
+            scale = scale * norm.weight.double()
+        shift = -norm.running_mean.double() * scale
+        if norm.bias is not None:
+            shift = shift + norm.bias.double()
+        if isinstance(bias, Tensor):
+            shift = shift + bias.double() * scale
+        weight.copy_(weight.double() * scale.view(-1, *[1] * (weight.ndim - 1)))
+        layer.register_parameter("bias", nn.Parameter(shift.to(weight.dtype)))
+    where = next(other for other, module in model.named_modules() if module is norm)
+    parent, _, child = where.rpartition(".")
+    setattr(model.get_submodule(parent), child, nn.Identity())
+
+    def undo() -> None:
+        with torch.no_grad():
+            weight.copy_(old_weight)
+        layer.register_parameter("bias", old_bias if isinstance(old_bias, nn.Parameter) else None)
+        setattr(model.get_submodule(parent), child, norm)
+
+    return undo

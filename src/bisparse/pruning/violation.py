@@ -1,0 +1,161 @@
+"""Pattern violation: how far a mask is from a pattern, what chance alone would give, and the sparsest pattern that fits.
+
+    v_w = share of the kept weights (or of their score) that the best mask of the pattern must drop
+    v_b = share of the pattern's groups that keep too many
+
+Source: Hubara et al., NeurIPS 2021, arXiv 2102.08124, section 5: conversion without training works for small violation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from math import comb
+
+import torch
+from jaxtyping import Bool, Real, Shaped
+from torch import Tensor
+
+from bisparse.pattern import Pattern, Structure, parse_pattern
+from bisparse.solution import verify
+from bisparse.solve import solve
+from bisparse.tiles import Layout, default_layout, to_matrices
+
+__all__ = ["PatternViolation", "predicted_violation", "sparsest_pattern", "violation"]
+
+SIMULATED_TILES = 256
+
+
+@dataclass(frozen=True)
+class PatternViolation:
+    """How far a mask is from a pattern. All figures are shares in [0, 1]."""
+
+    pattern: Structure
+    weights: float
+    """v_w: share of what the mask keeps (of its score, where scores were given) that the pattern must drop."""
+    blocks: float
+    """v_b: share of the pattern's groups, of W and of W^T where it is transposable, that keep too many."""
+    predicted_weights: float
+    """v_w of a random unstructured mask of the same density."""
+    predicted_blocks: float
+    """v_b of a random unstructured mask of the same density."""
+
+
+def violation(
+    mask: Shaped[Tensor, "..."],
+    pattern: str | Structure,
+    scores: Real[Tensor, "..."] | None = None,
+    *,
+    layout: Layout | None = None,
+) -> PatternViolation:
+    """How far a mask, or the non-zeros of a weight, is from a pattern.
+
+    Args:
+        mask: bool, or a weight whose non-zeros are the mask.
+        pattern: where to go; a `Pattern`, plain or transposable.
+        scores: what each weight is worth; by default every kept weight counts the same.
+
+    >>> mask = torch.tensor([[True, True, True, False], [False, True, True, False]])
+    >>> found = violation(mask, "2:4")
+    >>> found.weights, found.blocks
+    (0.2, 0.5)
+    """
+    pattern = parse_pattern(pattern)
+    kept: Bool[Tensor, "..."] = mask if mask.dtype == torch.bool else mask != 0
+    layout = layout or default_layout(kept.ndim)
+    worth = kept.float() if scores is None else torch.where(kept, scores.double(), 0.0)
+    total = float(worth.double().sum())
+    solution = solve(worth, pattern, layout=layout)
+    lost = 1 - solution.value / total if total > 0 else 0.0
+    found = verify(kept, pattern, layout=layout)
+    density = float(kept.double().mean()) if kept.numel() else 0.0
+    predicted = predicted_violation(density, pattern)
+    return PatternViolation(pattern, max(0.0, lost), found.violations / max(1, found.groups), *predicted)
+
+
+def predicted_violation(origin: float | str | Structure, pattern: str | Structure) -> tuple[float, float]:
+    """(v_w, v_b) that chance gives: for random masks of a density, or random masks that obey a plain N:M.
+
+    With Z = M - N zeros needed and every weight pruned with probability p, a group fits with probability
+    ``sum over i >= Z of C(M, i) p^i (1-p)^(M-i)``; from an N:M mask the counts are hypergeometric. For a transposable
+    pattern v_w has no closed form and is that of random tiles (seeded, solved exactly).
+
+    >>> [round(share, 4) for share in predicted_violation(0.5, "2:4")]  # density 0.5
+    [0.1875, 0.3125]
+    >>> [round(share, 4) for share in predicted_violation("4:8", "2:4")]
+    [0.1286, 0.2429]
+    """
+    pattern = parse_pattern(pattern)
+    if not isinstance(pattern, Pattern):
+        raise ValueError(f"violation of {pattern} by chance is not defined: expected a pattern such as '2:4' or '4:8-T'")
+    if not isinstance(origin, float | int):
+        origin = parse_pattern(origin)
+        if not isinstance(origin, Pattern) or origin.transposable:
+            origin = origin.density
+    chances = _count_chances(origin, pattern.m)
+    over = {count: chance for count, chance in chances.items() if count > pattern.n}
+    mean = sum(count * chance for count, chance in chances.items())
+    blocks = sum(over.values())
+    weights = sum((count - pattern.n) * chance for count, chance in over.items()) / mean if mean else 0.0
+    if pattern.transposable and blocks > 0:
+        weights = _simulated(mean / pattern.m, pattern)
+    return weights, blocks
+
+
+def _count_chances(origin: float | Pattern, m: int) -> dict[int, float]:
+    """Chance of each number of kept weights in a group of m."""
+    if isinstance(origin, Pattern):
+        if origin.m % m == 0:
+            ways = comb(origin.m, origin.n)
+            return {
+                k: comb(m, k) * comb(origin.m - m, origin.n - k) / ways for k in range(max(0, m - origin.m), min(m, origin.n) + 1)
+            }
+        if m % origin.m == 0:
+            return {origin.n * (m // origin.m): 1.0}
+        origin = origin.density
+    return {k: comb(m, k) * origin**k * (1 - origin) ** (m - k) for k in range(m + 1)}
+
+
+def _simulated(density: float, pattern: Pattern) -> float:
+    generator = torch.Generator().manual_seed(0)
+    side = pattern.m * math.isqrt(SIMULATED_TILES)
+    mask = torch.rand(side, side, generator=generator) < density
+    total = float(mask.sum())
+    return 1 - solve(mask.float(), pattern).value / total if total else 0.0
+
+
+def sparsest_pattern(
+    zeros: float | Shaped[Tensor, "..."],
+    m: int,
+    *,
+    confidence: float = 0.95,
+    transposable: bool = False,
+    layout: Layout | None = None,
+) -> Pattern | None:
+    """The sparsest N:M that what is pruned already fits: at least a share `confidence` of the groups keep N or fewer.
+
+    Args:
+        zeros: the share of zeros, which gives the chance for random positions (the `extract_topk` idea of the paper's
+            code); or a mask or weight, whose own groups are counted.
+
+    Returns:
+        The pattern, or None where even M - 1 kept of M does not fit.
+
+    >>> str(sparsest_pattern(0.8, 8))
+    '4:8'
+    """
+    if not 0 < confidence <= 1:
+        raise ValueError(f"confidence={confidence!r}: expected a share above 0 and at most 1")
+    for n in range(1, m):
+        pattern = Pattern(n, m, transposable)
+        if isinstance(zeros, Tensor):
+            kept = zeros if zeros.dtype == torch.bool else zeros != 0
+            own = layout or default_layout(kept.ndim)
+            matrices = to_matrices(kept, own)
+            sides = [matrices, matrices.transpose(1, 2)] if transposable else [matrices]
+            fits = 1 - float(torch.cat([pattern.row_violations(side).flatten() for side in sides]).double().mean())
+        else:
+            fits = sum(chance for count, chance in _count_chances(1 - float(zeros), m).items() if count <= n)
+        if fits >= confidence:
+            return pattern
+    return None
