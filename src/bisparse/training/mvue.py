@@ -53,14 +53,15 @@ def mvue_2_4(gradient: Float[Tensor, "T O"], generator: torch.Generator | None =
     wide = gradient if gradient.dtype == torch.float64 else gradient.float()
     groups = torch.nn.functional.pad(wide, (0, 0, 0, -tokens % 4)).unflatten(0, (-1, 4)).transpose(1, 2)  # (groups, O, 4)
     probability = keep_probabilities(groups)
-    reached = probability.cumsum(-1)
+    certain = probability == 1
+    reached = torch.where(certain, 0, probability).cumsum(-1)
+    # The sum is a whole number but for rounding, which must not add or lose a draw.
+    reached[..., -1:] = reached[..., -1:].round()
     start = torch.rand((*reached.shape[:-1], 1), dtype=reached.dtype, device=reached.device, generator=generator)
-    # Entry i is kept where an integer lies in (reached_(i-1) - start, reached_i - start]; the floor counts them.
-    # The last sum is a whole number but for rounding, which must not add or lose a draw.
-    reached = torch.where((reached - reached.round()).abs() < 1e-5, reached.round(), reached)
+    # Entry i is kept where a whole number lies in (reached_(i-1) - start, reached_i - start]; the floor counts them.
     passed = torch.floor(reached - start)
     before = torch.cat([torch.floor(-start), passed[..., :-1]], dim=-1)
-    kept = (passed > before) & (probability > 0)
+    kept = certain | ((passed > before) & (probability > 0))
     estimate = torch.where(kept, groups / torch.where(probability > 0, probability, 1.0), 0.0)
     return estimate.transpose(1, 2).reshape(-1, out)[:tokens].to(gradient.dtype)
 
