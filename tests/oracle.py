@@ -56,7 +56,7 @@ def brute_force(tile: torch.Tensor, n: int, exactly: bool = False) -> Fraction:
 
 
 def linear_program(tiles: torch.Tensor, n: int, exactly: bool = False) -> np.ndarray:
-    """The largest total of each tile (B, M, M) by HiGHS; the constraints are totally unimodular, so the LP is the integer program."""
+    """The largest total of each tile (B, M, M) by HiGHS: the constraints are totally unimodular, so an LP solves it."""
     count, m, _ = tiles.shape
     scores = tiles.double().cpu().numpy().reshape(count, m * m)
     scale = scores.max(1, keepdims=True)
