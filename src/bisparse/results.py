@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from bisparse.layers import Skipped
 from bisparse.pattern import Pattern
@@ -45,6 +46,10 @@ class LayerResult:
     """Ridge of the least squares, in units of the mean square of an input."""
     note: str = ""
     """What the user should know about this layer."""
+    violated_weights: float | None = None
+    """Share of what was kept before that the pattern had to drop, for a conversion."""
+    violated_blocks: float | None = None
+    """Share of the pattern's groups that kept too many before, for a conversion."""
 
     @property
     def size(self) -> int:
@@ -110,6 +115,18 @@ class PruneReport:
     def time_s(self) -> float:
         """Seconds of all layers."""
         return sum(layer.time_s for layer in self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it, as JSON knows values."""
+        return {
+            "pattern": self.pattern,
+            "patterns": self.patterns,
+            "method": self.method,
+            "solver": self.solver,
+            "layers": [asdict(layer) for layer in self.layers],
+            "left_dense": [asdict(layer) for layer in self.left_dense],
+            "notes": list(self.notes),
+        }
 
     def __str__(self) -> str:
         if not self.layers:

@@ -5,10 +5,12 @@ from bisparse.pruning.adaprune_gradient import GradientAdaPrune
 from bisparse.pruning.alps import ALPS
 from bisparse.pruning.batch_norm import fold_batch_norms_, reestimate_batch_norms_
 from bisparse.pruning.bias import BiasCorrection, MatchMoments
+from bisparse.pruning.convert import convert_, fitting_patterns
 from bisparse.pruning.magnitude import Magnitude
 from bisparse.pruning.mean_absorption import MeanAbsorption, absorb_mean
 from bisparse.pruning.method import LayerProblem, Method, Pruned
 from bisparse.pruning.prune import prune_
+from bisparse.pruning.regrow import Regrow
 from bisparse.pruning.sparsegpt import SparseGPT
 from bisparse.pruning.statistics import CalibrationError, Statistic, Statistics
 from bisparse.pruning.violation import PatternViolation, predicted_violation, sparsest_pattern, violation
@@ -27,11 +29,14 @@ __all__ = [
     "Method",
     "PatternViolation",
     "Pruned",
+    "Regrow",
     "SparseGPT",
     "Statistic",
     "Statistics",
     "Wanda",
     "absorb_mean",
+    "convert_",
+    "fitting_patterns",
     "fold_batch_norms_",
     "predicted_violation",
     "prune_",

@@ -25,7 +25,7 @@ from bisparse.pruning.problem import Problem
 
 __all__ = ["DAMPINGS", "Reconstruction", "choose_damping", "reconstruct"]
 
-DAMPINGS = (1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Candidates of `choose_damping`, in units of the mean diagonal of G."""
 
 CHUNK_BYTES = 256 << 20
@@ -152,7 +152,7 @@ def choose_damping(
     mask: Bool[Tensor, "G O K"],
     *,
     candidates: Sequence[float] = DAMPINGS,
-    max_rows: int = 96,
+    max_rows: int = 64,
 ) -> tuple[float, dict[float, float]]:
     """The damping whose weights, fitted on one part of the data, do best on the part held out.
 
@@ -160,7 +160,8 @@ def choose_damping(
     spaced output rows of each problem.
 
     Returns:
-        The damping, and the relative error on the held-out part for every candidate.
+        The damping, and the relative error on the held-out part for every candidate tried: from the strongest down
+        to past the best.
     """
     outputs = mask.shape[1]
     index: Int[Tensor, " R"] = torch.linspace(0, outputs - 1, min(max_rows, outputs), device=mask.device).round().long()
@@ -172,5 +173,9 @@ def choose_damping(
         solved = reconstruct(part, support, damping=damping, method="conjugate gradient", start=start, tolerance=3e-3)
         start = solved.weight
         errors[damping] = judge.error(solved.weight)
+        # Weak damping is where conjugate gradient is slow; past the minimum there is nothing to find.
+        tried = list(errors.values())
+        if len(tried) > 2 and tried[-1] > tried[-2] > tried[-3]:
+            break
     best = min(errors, key=lambda damping: (errors[damping], -damping))
     return best, errors

@@ -1,0 +1,153 @@
+"""From one mask type to another without training: every conversion is one verb.
+
+What is pruned already stays pruned, unless it may re-grow; of what is kept, the new pattern keeps the best, and the weights are
+fitted to restore each layer's output on calibration data.
+Source: Hubara et al., NeurIPS 2021, arXiv 2102.08124, section 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bisparse.layers import Filter, find_layers
+from bisparse.pattern import Pattern, Structure, parse_pattern
+from bisparse.pruning.adaprune import AdaPrune
+from bisparse.pruning.calibrate import Order
+from bisparse.pruning.layerwise import Change, apply_, plan, prune_layer
+from bisparse.pruning.magnitude import Magnitude
+from bisparse.pruning.method import Method
+from bisparse.pruning.prune import prune_layers_
+from bisparse.pruning.regrow import Regrow
+from bisparse.pruning.violation import sparsest_pattern, violation
+from bisparse.results import LayerResult, PruneReport
+from bisparse.solution import verify
+from bisparse.solve import choose_solver
+from bisparse.solvers import Solver
+
+__all__ = ["convert_", "fitting_patterns"]
+
+
+def convert_(
+    model: nn.Module,
+    to: str | Structure,
+    batches: Iterable[Any] | None = None,
+    *,
+    method: Method | None = None,
+    regrow: bool = False,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    patterns: Mapping[str, str | Structure] | None = None,
+    remainder: str = "pad",
+    solver: Solver | None = None,
+    order: Order = "sequential",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    device: torch.device | str | None = None,
+    resume: str | Path | None = None,
+    progress: bool | None = None,
+) -> PruneReport:
+    """Convert the masks of a model, which are the non-zeros of its weights, to another pattern, in place.
+
+    Dense to anything, unstructured to N:M, 4:8 to 2:4, 2:4 to 2:4-T, 4:8 to 4:8-T, N:M to 4:8-paired: all are this call. The
+    report holds a layer's pattern violation, its output error before and after, the method and the time. All layers are
+    changed or, on an error, none.
+
+    Args:
+        to: the new pattern or its text.
+        batches: calibration data; see `prune_`. Without, weights are dropped by magnitude and nothing is fitted.
+        method: by default `AdaPrune` with data, else `Magnitude`.
+        regrow: places that the old mask pruned may be kept where the new pattern has room; needs data, and `AdaPrune`.
+        patterns: patterns of single layers, by name; `fitting_patterns` proposes some.
+        include, exclude, remainder, solver, order, forward, device, resume, progress: as for `prune_`.
+
+    >>> model = nn.Sequential(nn.Linear(16, 16))
+    >>> _ = convert_(model, "4:8")
+    >>> layer = convert_(model, "4:8-T")["0"]
+    >>> layer.pattern, layer.violated_weights is not None
+    ('4:8-T', True)
+    """
+    pattern = parse_pattern(to)
+    if method is None:
+        method = AdaPrune() if batches is not None else Magnitude()
+    if regrow:
+        if not isinstance(method, AdaPrune) or batches is None:
+            raise ValueError("regrow=True ranks pruned places by what they would gain: it needs batches and the method AdaPrune")
+        method = Regrow(method)
+    planned, left_dense = plan(model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
+    with torch.no_grad():
+        allowed = {layer.name: layer.weight != 0 for layer, _ in planned}
+    found = {layer.name: _violated(allowed[layer.name], structure, layer.layout) for layer, structure in planned}
+    notes: tuple[str, ...] = ()
+    if method.needs:
+        if batches is None:
+            raise ValueError(f"{method.name} needs calibration data: pass batches")
+        results, unreached, notes = prune_layers_(
+            model,
+            [(layer, structure, method) for layer, structure in planned],
+            batches,
+            solver=solver,
+            order=order,
+            forward=forward,
+            device=device,
+            resume=resume,
+            progress=progress,
+            allowed=allowed,
+        )
+        left_dense += unreached
+    else:
+        changes: list[Change] = []
+        results = []
+        for layer, structure in planned:
+            change, result = prune_layer(layer, structure, method, solver, allowed=allowed[layer.name])
+            changes.append(change)
+            results.append(result)
+        apply_(changes)
+    return PruneReport(
+        str(pattern),
+        method.name,
+        repr(solver or choose_solver(pattern)),
+        tuple(_with_violation(result, *found[result.name]) for result in results),
+        tuple(left_dense),
+        {glob: str(parse_pattern(one)) for glob, one in (patterns or {}).items()},
+        notes,
+    )
+
+
+def _violated(kept: Tensor, structure: Structure, layout: Any) -> tuple[float | None, float]:
+    if isinstance(structure, Pattern):
+        found = violation(kept, structure, layout=layout)
+        return found.weights, found.blocks
+    verified = verify(kept, structure, layout=layout)
+    return None, verified.violations / max(1, verified.groups)
+
+
+def _with_violation(result: LayerResult, weights: float | None, blocks: float) -> LayerResult:
+    return replace(result, violated_weights=weights, violated_blocks=blocks)
+
+
+def fitting_patterns(
+    model: nn.Module,
+    m: int,
+    *,
+    confidence: float = 0.95,
+    transposable: bool = False,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+) -> dict[str, Pattern]:
+    """For each layer the sparsest N:M that its zeros fit already, with a share `confidence` of its groups; for ``patterns=``.
+
+    A layer that fits no pattern below M:M is not listed.
+    """
+    layers, _ = find_layers(model, include, exclude)
+    proposed = {}
+    for layer in layers:
+        with torch.no_grad():
+            kept = layer.weight != 0
+        if fitting := sparsest_pattern(kept, m, confidence=confidence, transposable=transposable, layout=layer.layout):
+            proposed[layer.name] = fitting
+    return proposed
