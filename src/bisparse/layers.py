@@ -153,6 +153,8 @@ def find_layers(
             reason = "excluded by the caller"
         elif include is not None and not wanted:
             reason = "not among the layers asked for"
+        elif nn.parameter.is_lazy(weight):
+            reason = "its weight has no shape yet; run the model once, then prune it"
         elif not isinstance(weight, Tensor) or not (weight.is_floating_point() and weight.ndim >= 2):
             reason = (
                 f"weight of type {getattr(weight, 'dtype', type(weight).__name__)}: quantised or packed weights cannot be pruned"
