@@ -140,7 +140,7 @@ def test_nan_weights_are_named_at_the_refresh(mlp):
     sparsity.attach(optimizer)
     mlp(torch.randn(4, 16)).square().mean().backward()
     sparsity.layers[1].weight.grad.fill_(float("nan"))
-    with pytest.raises(ValueError, match="2: its scores .* Training diverged"):
+    with pytest.raises(ValueError, match=r"2: its scores .* Training diverged"):
         optimizer.step()
 
 

@@ -76,9 +76,7 @@ def test_steps_follow_the_formulas(method):
         model(inputs).square().sum().backward()
         masked = (weight * mask).requires_grad_()
         nn.functional.linear(inputs, masked).square().sum().backward()
-        weight, velocity = hand_step(
-            weight, velocity, masked.grad, mask.float(), method=method, decay=0.05, lr=0.3, momentum=0.9
-        )
+        weight, velocity = hand_step(weight, velocity, masked.grad, mask.float(), method=method, decay=0.05, lr=0.3, momentum=0.9)
         optimizer.step()
         optimizer.zero_grad()
         if (number + 1) % 2 == 0:

@@ -75,7 +75,9 @@ def test_compiles_without_graph_breaks(model, mlp, arguments):
 def test_deepcopy_then_each_trains_on_its_own(model, step):
     sparsity = sparsify_(model, "4:8-T", refresh=1)
     twin, own = copy.deepcopy((model, sparsity))
-    assert all(torch.equal(one, other) for one, other in zip(model.state_dict().values(), twin.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(one, other) for one, other in zip(model.state_dict().values(), twin.state_dict().values(), strict=True)
+    )
     optimizer = torch.optim.SGD(twin.parameters(), lr=0.5)
     own.attach(optimizer)
     masks = [layer.mask.clone() for layer in sparsity.layers]
