@@ -168,7 +168,7 @@ def _report(
         )
     if not results:
         raise ValueError("nothing says which pattern the layers obey: pass pattern, such as '4:8-T', or the report of prune_")
-    return PruneReport(results[0].pattern, "not recorded", "not recorded", tuple(results), tuple(left))
+    return PruneReport(results[0].pattern, "as given", "not recorded", tuple(results), tuple(left))
 
 
 def _pattern_of(layer: Layer) -> Structure | None:
@@ -233,7 +233,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
         if missing or unexpected:
             raise CheckpointError(
                 source.path,
-                f"does not fit the model: it lacks {len(missing)} tensors {missing[:4]} and has {len(unexpected)} others {unexpected[:4]}",
+                f"lacks {len(missing)} of the model's tensors {missing[:4]} and has {len(unexpected)} others {unexpected[:4]}",
                 "build the plain model of this checkpoint (before sparsify_ or accelerate_), or pass strict=False",
             )
     if sidecar is not None:

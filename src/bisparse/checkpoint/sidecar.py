@@ -95,21 +95,14 @@ class Sidecar:
 
     def to_json(self) -> str:
         """As text; `from_json` is the inverse."""
-        report = self.report
         document = {
             "schema_version": SCHEMA_VERSION,
             "convention": "N:M keeps at most N of every M weights along the inputs; -T along the outputs too",
-            "pattern": report.pattern,
-            "patterns": report.patterns,
-            "method": report.method,
-            "solver": report.solver,
-            "remainder": self.remainder,
             "source": self.source,
             "created": self.created,
             "versions": dict(self.versions),
-            "layers": [asdict(layer) for layer in report.layers],
-            "left_dense": [asdict(layer) for layer in report.left_dense],
-            "notes": list(report.notes),
+            "remainder": self.remainder,
+            **self.report.as_dict(),
             "samples": [asdict(sample) for sample in self.samples],
         }
         return json.dumps(document, indent=1, allow_nan=False) + "\n"

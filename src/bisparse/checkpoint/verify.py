@@ -158,6 +158,21 @@ class Detected:
     patterns: tuple[Pattern, ...]
     """For each M the smallest N that holds on W, and on W and W^T; only those with N < M."""
 
+    @property
+    def notable(self) -> tuple[Pattern, ...]:
+        """Those that no other one implies, and that are not nearly full by chance."""
+        loosest = (1 + self.density) / 2
+        return tuple(
+            one for one in self.patterns if one.density <= loosest and not any(_implies(other, one) for other in self.patterns)
+        )
+
+
+def _implies(strict: Pattern, loose: Pattern) -> bool:
+    """Whether every mask of one pattern is one of another: 2:4-T of 2:4, and 2:4 of 4:8."""
+    if strict == loose or strict.transposable < loose.transposable or loose.m % strict.m:
+        return False
+    return strict.n * (loose.m // strict.m) <= loose.n
+
 
 def detect_patterns(
     path: str | Path, *, include: NameFilter | None = None, exclude: NameFilter | None = None

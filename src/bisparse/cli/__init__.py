@@ -1,0 +1,48 @@
+"""The command line: one file a command, one line here each. Commands parse, call and print; the library does the work.
+
+Nothing here imports torch before a command runs, so that help and usage errors are instant.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from bisparse.cli.bench import bench
+from bisparse.cli.console import run_app
+from bisparse.cli.info import info
+from bisparse.cli.prune import prune
+from bisparse.cli.report import report
+from bisparse.cli.verify import verify
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(name="bisparse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for command in (prune, verify, info, bench, report):
+    app.command()(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"bisparse {version('bisparse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def bisparse(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and stop.")
+    ] = False,
+) -> None:
+    """Sparse both ways: N:M masks, provably optimal, that hold on W and on its transpose.
+
+    N is the number of weights KEPT of every M. Patterns: 2:4, 4:8-T (transposable), 4:8-seq, 4:8-paired, 50%.
+    """
+
+
+def run() -> None:
+    """Run the command line on this process's arguments."""
+    run_app(app)

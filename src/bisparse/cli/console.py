@@ -1,0 +1,194 @@
+"""What all commands share: exit codes, messages without tracebacks, JSON, progress, options, and tables of layers."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from bisparse.pattern import Structure
+    from bisparse.solvers import Solver
+
+__all__ = [
+    "AsJson", "Excluded", "Included", "Threads", "command", "fail", "grouped", "parse_pattern_option", "parse_solver",
+    "print_json", "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stdout",
+]  # fmt: skip
+
+P = ParamSpec("P")
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
+Included = Annotated[
+    list[str] | None,
+    typer.Option("--include", "-i", metavar="GLOB", help="Only these layers: a name, a glob, or re:PATTERN. May be repeated."),
+]
+Excluded = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", "-x", metavar="GLOB", help="Leave these layers out; it wins over --include. May be repeated."),
+]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default as many as torch would take.")]
+
+SOLVERS = ("exact", "greedy", "two-approximation", "sinkhorn", "min-cost-flow")
+INTERRUPTED = 130
+TERMINATED = 143
+PIPED_WIDTH = 160
+
+
+def to_stdout() -> Console:
+    """Where results go. Not a terminal: wide enough that no table is cut."""
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+
+
+def to_stderr() -> Console:
+    """Where messages and progress go."""
+    return Console(stderr=True, highlight=False)
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """A command whose errors are messages: exit code 1 for a failed job, 2 for wrong use, 130 when interrupted."""
+
+    @functools.wraps(function)
+    def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
+        as_json = bool(kwargs.get("as_json"))
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt:
+            fail("interrupted; nothing was left behind", INTERRUPTED, as_json=as_json)
+        except MemoryError:
+            fail("out of memory; close other programs or use fewer --threads", 1, as_json=as_json)
+        except OSError as error:
+            fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1, as_json=as_json)
+        except ValueError as error:
+            from bisparse.checkpoint import CheckpointError
+            from bisparse.solution import PatternError
+
+            # Other ValueErrors are arguments that do not fit: a pattern, a filter that matches nothing.
+            fail(str(error), 1 if isinstance(error, CheckpointError | PatternError) else 2, as_json=as_json)
+
+    return guarded
+
+
+def fail(message: str, code: int, *, as_json: bool = False) -> NoReturn:
+    """Say what went wrong and stop."""
+    to_stderr().print(f"[bold red]bisparse:[/] {escape(message)}", soft_wrap=True)
+    if as_json:
+        print_json({"ok": False, "error": message, "exit_code": code})
+    raise typer.Exit(code)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run an app as a process: SIGTERM unwinds the stack as Ctrl-C does, so that nothing half written stays behind."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(TERMINATED)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader, such as `head`, has what it wanted. Python would complain once more when it flushes at exit.
+        sys.stderr.close()
+        sys.exit(1)
+
+
+def print_json(content: object) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(content, indent=2, default=str))
+
+
+def set_threads(threads: int | None) -> None:
+    """Let torch, and with it our kernels, use that many threads."""
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def parse_pattern_option(text: str, hint: str = "--pattern") -> Structure:
+    """A pattern that the user typed; wrong use if it is none."""
+    from bisparse.pattern import parse_pattern
+
+    try:
+        return parse_pattern(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=hint) from error
+
+
+def parse_solver(name: str | None) -> Solver | None:
+    """A solver by its name on the command line."""
+    import bisparse.solvers as solvers
+
+    if name is None:
+        return None
+    known: dict[str, Callable[[], Solver]] = {
+        "exact": solvers.Exact,
+        "greedy": solvers.Greedy,
+        "two-approximation": solvers.TwoApproximation,
+        "sinkhorn": solvers.Sinkhorn,
+        "min-cost-flow": solvers.MinCostFlow,
+    }
+    if name not in known:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint="--solver")
+    return known[name]()
+
+
+@contextmanager
+def progress_bar(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A function (what, done, total) that moves a bar on standard error, where a terminal shows it."""
+    columns = (
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=to_stderr(), transient=True, disable=not (show and sys.stderr.isatty())) as bar:
+        task = bar.add_task("", total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            bar.update(task, description=escape(what), completed=done, total=total)
+
+        yield advance
+
+
+def table(columns: Iterable[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
+    """A plain table; columns whose heading starts with a space are numbers, set flush right."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title or None, title_justify="left", title_style="bold")
+    for column in columns:
+        made.add_column(column.strip(), justify="right" if column.startswith(" ") else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(escape(cell) for cell in row))
+    return made
+
+
+def grouped(items: Iterable[Any], name: Callable[[Any], str], alike: Callable[[Any], object]) -> list[tuple[str, list[Any]]]:
+    """Layers that differ in the numbers of their names only, together: ``encoder.layer.*.output.dense``."""
+    groups: dict[object, list[Any]] = {}
+    for item in items:
+        groups.setdefault((re.sub(r"\d+", "*", name(item)), alike(item)), []).append(item)
+    return [(name(group[0]) if len(group) == 1 else re.sub(r"\d+", "*", name(group[0])), group) for group in groups.values()]
+
+
+def print_left_dense(console: Console, left: Iterable[Any]) -> None:
+    """The layers left dense, each group with its reason."""
+    rows = [
+        (name, str(len(group)), group[0].reason) for name, group in grouped(left, lambda one: one.name, lambda one: one.reason)
+    ]
+    if rows:
+        console.print()
+        console.print(table(("left dense", " n", "why"), rows))

@@ -1,0 +1,146 @@
+"""`bisparse info`: what a pattern allows and costs, or which patterns a checkpoint obeys already."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bisparse.cli.console import (
+    AsJson,
+    Excluded,
+    Included,
+    command,
+    grouped,
+    parse_pattern_option,
+    print_json,
+    print_left_dense,
+    table,
+    to_stdout,
+)
+
+if TYPE_CHECKING:
+    from bisparse.pattern import Structure
+
+__all__ = ["info"]
+
+
+@command
+def info(
+    subject: Annotated[str, typer.Argument(metavar="PATTERN|CHECKPOINT", help="Such as 4:8-T, or a folder or file of weights.")],
+    size: Annotated[str, typer.Option("--size", metavar="T|RxC", help="The tensor whose masks are counted.")] = "64x64",
+    include: Included = None,
+    exclude: Excluded = None,
+    as_json: AsJson = False,
+) -> None:
+    """Of a pattern: how many masks it allows (exactly, and by the paper's formula), density, metadata, selectors, sparse GEMMs.
+
+    Of a checkpoint: which N:M patterns each layer obeys already, on W alone and on W and W^T.
+    """
+    if Path(subject).exists():
+        _checkpoint(Path(subject), include, exclude, as_json)
+    else:
+        if "/" in subject or subject.endswith((".safetensors", ".pt", ".pth", ".bin")):
+            raise typer.BadParameter(f"{subject} does not exist", param_hint="PATTERN|CHECKPOINT")
+        _pattern(parse_pattern_option(subject, "PATTERN|CHECKPOINT"), _parse_size(size), as_json)
+
+
+def _parse_size(text: str) -> tuple[int, ...]:
+    sides = re.split(r"[x,×]", text.replace(" ", ""))
+    if not all(re.fullmatch(r"[1-9]\d{0,9}", side) for side in sides):
+        raise typer.BadParameter(f"{text!r}: expected a number of weights or sides, such as 4096x4096", param_hint="--size")
+    return tuple(map(int, sides))
+
+
+def _pattern(structure: Structure, size: tuple[int, ...], as_json: bool) -> None:
+    from bisparse.diversity import hardware, mask_diversity
+
+    exact, paper = (mask_diversity(structure, size, method=method) for method in ("exact", "paper"))
+    cost = hardware(structure)
+    if as_json:
+        counts = {
+            one.method: {
+                "log2": one.log2,
+                "log2_per_weight": one.log2_per_weight,
+                "scientific": one.scientific,
+                "exact": one.exact,
+            }
+            for one in (exact, paper)
+        }
+        figures = {key: value for key, value in asdict(cost).items() if key != "structure"}
+        print_json({"ok": True, "pattern": str(structure), "size": size, "masks": counts, **figures, "selector": cost.selector})
+        return
+    console = to_stdout()
+    console.print(f"[bold]{structure}[/]  {_meaning(structure)}")
+    rows = [("density", f"at most {structure.density:.4g}")]
+    shape = " x ".join(map(str, size))
+    rows.append((f"masks of {shape}", f"{exact.scientific}  ({exact.log2_per_weight:.4f} bits a weight)"))
+    if paper.log2 != exact.log2:
+        rows.append(
+            ("  by the paper's formula", f"{paper.scientific}  ({paper.log2_per_weight:.4f} bits a weight; it counts too many)")
+        )
+    if cost.selectors:
+        rows.append(("selectors a group", f"{cost.selectors} of {cost.selector}"))
+    if cost.metadata_bits_packed is not None:
+        rows.append(
+            ("metadata", f"{cost.metadata_bits_packed:.4g} bits a weight packed, {cost.metadata_bits_per_kept} bits a kept entry")
+        )
+    gemms = f"{cost.sparse_gemms} of 3" + (
+        "" if cost.sparse_gemms == 3 else f" ({cost.sparse_gemms_with_gradient} with MVUE gradients)"
+    )
+    rows.append(("sparse GEMMs a training step", gemms))
+    rows.append(("today's tensor cores", ("yes. " if cost.tensor_cores else "no. ") + cost.note))
+    console.print(table(("", ""), rows))
+
+
+def _meaning(structure: Structure) -> str:
+    from bisparse.pattern import Paired, Pattern, Sequential, Unstructured
+
+    match structure:
+        case Pattern(n, m, transposable=True):
+            return f"keeps at most {n} of every {m} weights, along rows and along columns"
+        case Pattern(n, m):
+            return f"keeps at most {n} of every {m} weights along rows"
+        case Sequential(n, m):
+            return f"keeps at most {n} of every {m} weights along rows; its {m - n} zeros are neighbours"
+        case Paired(n, m):
+            return f"keeps at most {n} of every {m} weights along rows, in adjacent pairs"
+        case Unstructured():
+            return "keeps any weights, up to that share of each matrix"
+    raise AssertionError(structure)
+
+
+def _checkpoint(path: Path, include: list[str] | None, exclude: list[str] | None, as_json: bool) -> None:
+    from bisparse.checkpoint import detect_patterns, plan_checkpoint, read_sidecar
+
+    found = list(detect_patterns(path, include=include, exclude=exclude))
+    plan = plan_checkpoint(path, "1:2", include=include, exclude=exclude)
+    sidecar = read_sidecar(path if path.is_dir() else path.parent)
+    if as_json:
+        layers = [
+            {**asdict(one), "patterns": list(map(str, one.patterns)), "notable": list(map(str, one.notable))} for one in found
+        ]
+        left = [asdict(one) for one in plan.left_dense]
+        said: dict[str, Any] | None = None
+        if sidecar is not None:
+            said = {"pattern": sidecar.report.pattern, "method": sidecar.report.method, "created": sidecar.created}
+        print_json({"ok": True, "path": str(path), "layers": layers, "left_dense": left, "sidecar": said})
+        return
+    console = to_stdout()
+    rows = []
+    for name, group in grouped(found, lambda one: one.layer, lambda one: (one.shape, one.dtype, one.notable)):
+        density = sum(one.density for one in group) / len(group)
+        patterns = "  ".join(map(str, group[0].notable)) or "none (dense, or unstructured)"
+        rows.append((name, str(len(group)), " x ".join(map(str, group[0].shape)), group[0].dtype, f"{density:.4f}", patterns))
+    console.print(table(("layer", " n", " shape", "dtype", " density", "obeys"), rows))
+    print_left_dense(console, plan.left_dense)
+    console.print()
+    for note in plan.notes:
+        console.print(f"Note: {note}", markup=False)
+    if sidecar is not None:
+        console.print(
+            f"bisparse.json: pruned to {sidecar.report.pattern} by {sidecar.report.method}, {sidecar.created}", markup=False
+        )

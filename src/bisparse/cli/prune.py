@@ -1,0 +1,213 @@
+"""`bisparse prune`: a checkpoint in, a checkpoint with provably best masks out."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bisparse.cli.console import (
+    SOLVERS,
+    AsJson,
+    Excluded,
+    Included,
+    Threads,
+    command,
+    grouped,
+    parse_pattern_option,
+    parse_solver,
+    print_json,
+    print_left_dense,
+    progress_bar,
+    set_threads,
+    table,
+    to_stdout,
+)
+
+if TYPE_CHECKING:
+    from bisparse.checkpoint import CheckpointPlan
+    from bisparse.pattern import Structure
+    from bisparse.results import LayerResult, PruneReport
+
+__all__ = ["prune"]
+
+
+@command
+def prune(
+    source: Annotated[
+        Path, typer.Argument(help="A folder of safetensors (sharded or not), or a .safetensors, .pt or .bin file.")
+    ],
+    target: Annotated[
+        Path | None, typer.Argument(help="The folder to write; it must not exist. Not needed with --dry-run.")
+    ] = None,
+    pattern: Annotated[
+        str, typer.Option("--pattern", "-p", help="2:4, 4:8-T, 16:32-T, 4:8-seq, 50%, ... N is the number KEPT.")
+    ] = "4:8-T",
+    include: Included = None,
+    exclude: Excluded = None,
+    layer_pattern: Annotated[
+        list[str] | None,
+        typer.Option("--layer-pattern", metavar="GLOB=PATTERN", help="Another pattern for some layers. May be repeated."),
+    ] = None,
+    remainder: Annotated[str, typer.Option(help="Where M does not divide a layer's sides: pad, dense or error.")] = "pad",
+    solver: Annotated[str | None, typer.Option(help=f"For transposable patterns: {', '.join(SOLVERS)}. Default: exact.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be pruned and what not, and why; write nothing.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that bisparse wrote.")] = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Prune a checkpoint by magnitude: the best mask there is for every layer, with the proof.
+
+    The model is not built and memory stays small. The target holds plain dense weights with zeros, so it loads anywhere,
+    bisparse.json (what was done to which layer) and the masks. It is absent or whole, whenever the job is killed.
+    """
+    from bisparse.checkpoint import plan_checkpoint, prune_checkpoint
+
+    structure = parse_pattern_option(pattern)
+    patterns = dict(_layer_pattern(text) for text in layer_pattern or ())
+    if remainder not in ("pad", "dense", "error"):
+        raise typer.BadParameter(f"{remainder!r} is not one of pad, dense, error", param_hint="--remainder")
+    if target is None and not dry_run:
+        raise typer.BadParameter("missing; name the folder to write, or pass --dry-run", param_hint="TARGET")
+    set_threads(threads)
+    if dry_run:
+        plan = plan_checkpoint(source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
+        _print_plan(plan, structure, as_json)
+        return
+    assert target is not None
+    start = time.perf_counter()
+    with progress_bar(show=not as_json) as progress:
+        report = prune_checkpoint(
+            source,
+            target,
+            structure,
+            include=include,
+            exclude=exclude,
+            solver=parse_solver(solver),
+            remainder=remainder,
+            patterns=patterns,
+            overwrite=overwrite,
+            progress=progress,
+        )
+    _print_report(report, target, time.perf_counter() - start, as_json)
+
+
+def _layer_pattern(text: str) -> tuple[str, Structure]:
+    name, _, pattern = text.rpartition("=")
+    if not name:
+        raise typer.BadParameter(f"{text!r}: expected GLOB=PATTERN, such as '*.k_proj=2:4'", param_hint="--layer-pattern")
+    return name, parse_pattern_option(pattern, "--layer-pattern")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _print_plan(plan: CheckpointPlan, pattern: Structure, as_json: bool) -> None:
+    if as_json:
+        print_json(_plan_as_dict(plan, pattern))
+        return
+    console = to_stdout()
+    groups = grouped(plan.layers, lambda one: one.name, lambda one: (one.tensor.shape, one.tensor.dtype, one.layout, one.pattern))
+    rows = [
+        (
+            name,
+            str(len(group)),
+            _shape(group[0].tensor.shape),
+            group[0].tensor.dtype,
+            group[0].layout.kind.value,
+            str(group[0].pattern),
+        )
+        for name, group in groups
+    ]
+    console.print(table(("would be pruned", " n", " shape", "dtype", "stored as", "to"), rows))
+    print_left_dense(console, plan.left_dense)
+    weights, total = sum(one.tensor.size for one in plan.layers), sum(one.size for one in plan.source.tensors.values())
+    console.print()
+    for note in plan.notes:
+        console.print(f"Note: {note}", markup=False)
+    console.print(
+        f"{len(plan.layers)} layers, {weights:,} of {total:,} weights ({weights / total:.0%}); "
+        f"{plan.output_bytes / 1e6:,.1f} MB would be written. Nothing was."
+    )
+
+
+def _plan_as_dict(plan: CheckpointPlan, pattern: Structure) -> dict[str, Any]:
+    layers = [
+        {
+            "name": one.name,
+            "parameter": one.tensor.name,
+            "shape": one.tensor.shape,
+            "dtype": one.tensor.dtype,
+            "layout": {"kind": one.layout.kind.value, "groups": one.layout.groups, "parts": one.layout.parts},
+            "pattern": str(one.pattern),
+        }
+        for one in plan.layers
+    ]
+    left = [{"name": one.name, "reason": one.reason} for one in plan.left_dense]
+    return {
+        "ok": True,
+        "dry_run": True,
+        "pattern": str(pattern),
+        "layers": layers,
+        "left_dense": left,
+        "notes": plan.notes,
+        "output_bytes": plan.output_bytes,
+    }
+
+
+def _print_report(report: PruneReport, target: Path, time_s: float, as_json: bool) -> None:
+    if as_json:
+        figures = {"density": report.density, "retained": report.retained, "gap": report.gap, "time_s": time_s}
+        print_json({"ok": True, "target": str(target), **figures, **report.as_dict()})
+        return
+    console = to_stdout()
+    groups = grouped(report, lambda one: one.name, lambda one: (one.shape, one.dtype, one.pattern))
+    console.print(
+        table(("layer", " n", " shape", "to", " density", " |w| kept", " gap at most"), [_row(*group) for group in groups])
+    )
+    print_left_dense(console, report.left_dense)
+    console.print()
+    for note in report.notes:
+        console.print(f"Note: {note}", markup=False)
+    retained = "" if report.retained is None else f"{report.retained:.2%} of |w| kept, "
+    proof = (
+        "no proof of optimality with this solver" if report.gap is None else f"proved within {_gap(report.gap)} of the optimum"
+    )
+    console.print(
+        f"[bold green]{len(report)} layers[/], {report.weights:,} weights: density {report.density:.4f}, {retained}{proof}; "
+        f"{time_s:.1f} s, {report.time_s:.1f} s of it mask search and proof."
+    )
+    console.print(f"Written to {target}. Check it: bisparse verify {target}", markup=False, soft_wrap=True)
+
+
+def _row(name: str, group: list[LayerResult]) -> tuple[str, ...]:
+    first = group[0]
+    weights = sum(one.size for one in group)
+
+    def mean(values: list[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        if len(known) < len(values):
+            return "-"
+        return f"{sum(value * one.size for value, one in zip(known, group, strict=True)) / weights:.4f}"
+
+    gaps = [one.gap for one in group]
+    worst = "-" if None in gaps else _gap(max(gap for gap in gaps if gap is not None))
+    densities: list[float | None] = [one.density for one in group]
+    return (
+        name,
+        str(len(group)),
+        _shape(first.shape),
+        first.pattern,
+        mean(densities),
+        mean([one.retained for one in group]),
+        worst,
+    )
+
+
+def _gap(gap: float) -> str:
+    return f"{gap:.0e}" if gap else "0"

@@ -1,0 +1,32 @@
+"""`bisparse report`: one self-contained HTML page about a pruned checkpoint."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bisparse.cli.console import AsJson, command, fail, print_json, to_stdout
+
+__all__ = ["report"]
+
+
+@command
+def report(
+    pruned: Annotated[Path, typer.Argument(help="A folder that bisparse wrote.")],
+    against: Annotated[Path | None, typer.Option("--against", help="The dense checkpoint it was pruned from.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
+    as_json: AsJson = False,
+) -> None:
+    """Write a page to look at: retained score, gap and density of every layer, pictures of real tiles, mask diversity."""
+    if missing := [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]:
+        fail(f"reports need {' and '.join(missing)}: pip install 'bisparse[report]'", 2, as_json=as_json)
+    from bisparse.report import write_report
+
+    write_report(pruned, output, against=against)
+    if as_json:
+        print_json({"ok": True, "output": str(output), "bytes": output.stat().st_size})
+    else:
+        to_stdout().print(f"Written to {output} ({output.stat().st_size / 1e6:.1f} MB)", markup=False)
