@@ -1,40 +1,94 @@
 """Neural networks that are sparse both ways: N:M masks, provably optimal, that hold on W and on its transpose."""
 
-from bisparse.diversity import MaskDiversity, hardware, mask_diversity
-from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
-from bisparse.solution import Certificate, CertificateError, PatternError, Solution, Verification, Violation, verify
-from bisparse.solve import choose_solver, solve
-from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
-from bisparse.training import Schedule, Sparsity, finalize_, sparsify_
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bisparse.checkpoint import CheckpointError, load, load_masks, prune_checkpoint, save, verify_checkpoint
+    from bisparse.diversity import MaskDiversity, hardware, mask_diversity
+    from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
+    from bisparse.pruning import ALPS, AdaPrune, Magnitude, Method, SparseGPT, Wanda, convert_, prune_, violation
+    from bisparse.results import LayerResult, PruneReport
+    from bisparse.solution import Certificate, CertificateError, PatternError, Solution, Verification, Violation, verify
+    from bisparse.solve import choose_solver, solve
+    from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
+    from bisparse.training import Schedule, Sparsity, finalize_, sparsify_
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALPS",
+    "AdaPrune",
     "Certificate",
     "CertificateError",
+    "CheckpointError",
     "Exact",
     "Greedy",
+    "LayerResult",
+    "Magnitude",
     "MaskDiversity",
+    "Method",
     "MinCostFlow",
     "Paired",
     "Pattern",
     "PatternError",
+    "PruneReport",
     "Schedule",
     "Sequential",
     "Sinkhorn",
     "Solution",
     "Solver",
+    "SparseGPT",
     "Sparsity",
     "Structure",
     "TwoApproximation",
     "Unstructured",
     "Verification",
     "Violation",
+    "Wanda",
     "choose_solver",
+    "convert_",
     "finalize_",
     "hardware",
+    "load",
+    "load_masks",
     "mask_diversity",
+    "prune_",
+    "prune_checkpoint",
+    "save",
     "solve",
     "sparsify_",
     "verify",
+    "verify_checkpoint",
+    "violation",
 ]
+
+# Names are imported when they are first used: `bisparse --help` need not wait for torch.
+_ROOMS = ("diversity", "pattern", "solution", "solve", "solvers", "results", "checkpoint", "pruning", "training")
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        for room in _ROOMS:
+            module = import_module(f"bisparse.{room}")
+            if name in module.__all__:
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module 'bisparse' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`bisparse.solve` is the function, although a module of that name is imported beneath it."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
