@@ -47,9 +47,10 @@ def test_matrices_and_weight_are_inverse(layout_and_shape: tuple[Layout, tuple[i
     matrices = to_matrices(weight, layout)
     assert matrices.ndim == 3
     assert sorted(matrices.flatten().tolist()) == list(range(weight.numel()))
-    again = from_matrices(matrices, layout, weight.shape)
-    assert torch.equal(again, weight)
-    assert again.is_contiguous()
+    for copy in (matrices, matrices.contiguous()):
+        again = from_matrices(copy, layout, weight.shape)
+        assert torch.equal(again, weight)
+        assert again.is_contiguous()
 
 
 @given(rows=st.integers(1, 4), columns=st.integers(1, 4), m=st.integers(2, 5))

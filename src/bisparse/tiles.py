@@ -96,7 +96,7 @@ def from_matrices(
             return matrices[0].t().contiguous()
         case LayoutKind.CONV:
             by_position = matrices.unflatten(0, (layout.groups, math.prod(shape[2:])))  # (g, P, O, I)
-            return by_position.permute(0, 2, 3, 1).reshape(shape)
+            return by_position.permute(0, 2, 3, 1).reshape(shape).contiguous()
     raise AssertionError(layout.kind)
 
 
