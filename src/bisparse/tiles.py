@@ -91,7 +91,7 @@ def from_matrices(
     _check_layout(shape, layout)
     match layout.kind:
         case LayoutKind.LINEAR | LayoutKind.PACKED | LayoutKind.EXPERTS:
-            return matrices.reshape(shape)
+            return matrices.reshape(shape).contiguous()
         case LayoutKind.TRANSPOSED:
             return matrices[0].t().contiguous()
         case LayoutKind.CONV:

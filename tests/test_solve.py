@@ -1,0 +1,409 @@
+"""The main path: every structure's best mask, layouts, remainders, exactness, warm starts, and bad input."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import oracle
+from bisparse import Exact, Greedy, Paired, Pattern, Sequential, Solution, Unstructured, choose_solver, solve, verify
+from bisparse.tiles import Layout, LayoutKind, from_matrices, pad_to_multiple, to_matrices, to_tiles
+
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8,
+]  # fmt: skip
+
+
+def ids(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def whole_numbers(*shape: int, largest: int = 100, seed: int = 0) -> Tensor:
+    return torch.randint(0, largest, shape, generator=torch.Generator().manual_seed(seed))
+
+
+# ---- structures whose groups stand alone -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [
+        ("2:4", "plain"),
+        ("1:4", "plain"),
+        ("3:5", "plain"),
+        ("4:8-seq", "seq"),
+        ("3:4-seq", "seq"),
+        ("4:8-paired", "paired"),
+        ("2:2", "plain"),
+    ],
+)
+def test_every_group_is_the_best_of_all_choices(pattern: str, kind: str, dtype: torch.dtype) -> None:
+    structure = Pattern.parse(pattern)
+    assert isinstance(structure, Pattern | Sequential | Paired)
+    scores = whole_numbers(3, 3 * structure.m, largest=12).to(dtype)
+    solution = solve(scores, pattern).check()
+    assert verify(solution.mask, pattern)
+    for group, mask in zip(
+        scores.unflatten(1, (-1, structure.m)).flatten(0, 1),
+        solution.mask.unflatten(1, (-1, structure.m)).flatten(0, 1),
+        strict=True,
+    ):
+        assert oracle.kept(group, mask) == oracle.best_group(group, structure.n, kind)
+    assert solution.certificate is None
+    assert solution.gap == 0
+
+
+@given(rows=st.integers(1, 5), columns=st.integers(1, 5), percent=st.integers(1, 100), seed=st.integers(0, 99))
+def test_unstructured_keeps_the_largest(rows: int, columns: int, percent: int, seed: int) -> None:
+    scores, structure = whole_numbers(rows, columns, largest=9, seed=seed), Unstructured(percent / 100)
+    solution = solve(scores, structure).check()
+    count = structure.kept(scores.numel())
+    assert int(solution.mask.sum()) == count
+    assert solution.value == sum(sorted(scores.flatten().tolist(), reverse=True)[:count])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("2:4", [1, 1, 0, 0, 1, 1, 0, 0]),
+        ("4:8", [1, 1, 1, 1, 0, 0, 0, 0]),
+        ("4:8-paired", [1, 1, 1, 1, 0, 0, 0, 0]),
+        ("50%", [1, 1, 1, 1, 0, 0, 0, 0]),
+        ("4:8-seq", [0, 0, 0, 0, 1, 1, 1, 1]),
+    ],
+)
+def test_of_equal_scores_the_lower_index_is_kept(pattern: str, expected: list[int]) -> None:
+    # Sequential is the exception that its words make: the first best run of zeros is taken.
+    for dtype in (torch.float32, torch.int8):
+        assert solve(torch.ones(1, 8, dtype=dtype), pattern).mask[0].int().tolist() == expected
+
+
+def test_integers_beyond_float_precision_are_compared_as_they_are() -> None:
+    large = 1 << 60
+    assert solve(torch.tensor([[large, large + 1, large + 2, large]]), "2:4").mask[0].tolist() == [False, True, True, False]
+
+
+def test_pairs_and_runs_of_integers_beyond_float_precision() -> None:
+    large = 1 << 60
+    assert solve(torch.tensor([[large, large, large, large + 1]]), "2:4-paired").mask[0].tolist() == [False, False, True, True]
+    assert solve(torch.tensor([[large, large, large, large + 1]]), "2:4-seq").mask[0].tolist() == [False, False, True, True]
+
+
+def test_a_structure_is_taken_wherever_its_text_is() -> None:
+    scores = torch.rand(8, 8)
+    for text in ("2:4", "4:8-T", "4:8-seq", "4:8-paired", "50%"):
+        assert torch.equal(solve(scores, text).mask, solve(scores, Pattern.parse(text)).mask)
+    assert choose_solver(Pattern.parse("4:8-T")) == Exact()
+
+
+def test_each_matrix_of_a_weight_has_its_own_unstructured_share() -> None:
+    scores = torch.cat([torch.zeros(4, 4), torch.ones(4, 4)])
+    parts = solve(scores, "50%", layout=Layout(LayoutKind.PACKED, parts=2)).mask
+    assert [int(part.sum()) for part in parts.chunk(2)] == [8, 8]
+    assert int(solve(scores, "50%").mask[:4].sum()) == 0
+
+
+# ---- layouts and remainders ------------------------------------------------------------------------------------------
+
+WEIGHTS = [
+    pytest.param((6, 8), None, id="linear"),
+    pytest.param((8, 6), Layout(LayoutKind.TRANSPOSED), id="transposed"),
+    pytest.param((12, 8), Layout(LayoutKind.PACKED, parts=3), id="packed"),
+    pytest.param((3, 8, 5), Layout(LayoutKind.EXPERTS), id="experts"),
+    pytest.param((8, 6, 3), None, id="conv1d"),
+    pytest.param((8, 4, 3, 3), None, id="conv2d"),
+    pytest.param((8, 3, 2, 2, 2), None, id="conv3d"),
+    pytest.param((8, 4, 3), Layout(LayoutKind.CONV, groups=2), id="grouped"),
+]
+
+
+@pytest.mark.parametrize("solver", [None, Greedy()], ids=ids)
+@pytest.mark.parametrize("pattern", ["2:4-T", "1:3-T", "2:4", "4:8-seq", "50%"])
+@pytest.mark.parametrize(("shape", "layout"), WEIGHTS)
+def test_mask_obeys_on_every_matrix_of_every_layout(
+    shape: tuple[int, ...], layout: Layout | None, pattern: str, solver: Greedy | None
+) -> None:
+    scores = torch.rand(shape)
+    solution = solve(scores, pattern, solver, layout=layout)
+    assert solution.mask.shape == scores.shape
+    assert solution.mask.dtype == torch.bool
+    assert solution.mask.is_contiguous()
+    assert verify(solution.mask, pattern, layout=layout)
+    assert verify(scores * solution.mask, pattern, layout=layout)
+    if solver is None:
+        solution.check()
+
+
+@pytest.mark.parametrize(("shape", "layout"), WEIGHTS)
+def test_every_tile_of_every_layout_is_the_best(shape: tuple[int, ...], layout: Layout | None) -> None:
+    # Whole numbers, so that rounding to 24 bits changes nothing; the padding is the oracle's own.
+    scores = whole_numbers(*shape).float()
+    solution = solve(scores, "2:4-T", layout=layout).check()
+    best = Fraction(0)
+    for matrix in to_matrices(scores, solution.layout):
+        for tile in to_tiles(pad_to_multiple(matrix, 4), 4):
+            best += oracle.brute_force(tile, 2)
+    assert solution.value == best
+    assert solution.bound == best
+    assert solution.gap == 0
+
+
+def test_a_bare_3d_tensor_is_a_convolution_and_tiles_can_be_given_as_experts() -> None:
+    tiles = torch.rand(5, 4, 4)
+    mask = solve(tiles, "2:4-T", layout=Layout(LayoutKind.EXPERTS)).mask
+    assert torch.equal(mask, Exact()(tiles, 2))
+
+
+@given(rows=st.integers(1, 9), columns=st.integers(1, 9), pattern=st.sampled_from(["2:4-T", "2:3-T", "4:8-T", "2:4", "2:4-seq"]))
+def test_sizes_that_m_does_not_divide(rows: int, columns: int, pattern: str) -> None:
+    scores = whole_numbers(rows, columns).float()
+    structure = Pattern.parse(pattern)
+    assert isinstance(structure, Pattern | Sequential)
+    padded = solve(scores, pattern).check()
+    assert verify(padded.mask, pattern)
+    divides = columns % structure.m == 0 and ("T" not in pattern or rows % structure.m == 0)
+    dense = solve(scores, pattern, remainder="dense")
+    if divides:
+        assert torch.equal(dense.mask, padded.mask)
+        assert torch.equal(solve(scores, pattern, remainder="error").mask, padded.mask)
+        return
+    assert bool(dense.mask.all())
+    assert dense.retained == 1
+    message = (
+        rf"{structure.m} does not divide the sides of a {rows} x {columns} matrix at {pattern}; pass remainder='pad' or 'dense'"
+    )
+    with pytest.raises(ValueError, match=message):
+        solve(scores, pattern, remainder="error")
+
+
+def test_padding_takes_no_place_from_real_scores() -> None:
+    # One row of 5: padded to 8 columns, the tile at the edge may keep its one column whole.
+    assert solve(torch.tensor([[1.0, 3, 2, 1, 1]]), "2:4-T").mask.int().tolist() == [[0, 1, 1, 0, 1]]
+    assert solve(torch.tensor([[1.0], [3], [2], [1], [1]]), "2:4-T").mask.flatten().int().tolist() == [0, 1, 1, 0, 1]
+    assert solve(torch.ones(1, 5), "2:4").mask.int().tolist() == [[1, 1, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:4-T", "50%", "2:4-seq", "2:4-paired"])
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0), (0, 4, 4), (4, 4, 0), (0, 4, 3, 3)])
+def test_empty_tensors(shape: tuple[int, ...], pattern: str) -> None:
+    solution = solve(torch.zeros(shape), pattern)
+    assert solution.mask.shape == shape
+    assert (solution.value, solution.retained) == (0, 1)
+
+
+# ---- exactness in the numbers that were given ------------------------------------------------------------------------
+
+
+def exact_gap(solution: Solution) -> Fraction:
+    """Bound minus value in fractions of the given scores, from the certificate, by code of the tests alone."""
+    certificate, pattern = solution.certificate, solution.pattern
+    assert certificate is not None and isinstance(pattern, Pattern)
+    gap = Fraction(0)
+    pairs = zip(to_tiles(solution.scores, pattern.m), to_tiles(solution.mask, pattern.m), strict=True)
+    for index, (tile, mask) in enumerate(pairs):
+        unit = Fraction(2) ** -int(certificate.exponent[index])
+        prices = certificate.wide.get(index, (certificate.u[index].tolist(), certificate.v[index].tolist()))
+        u, v = ([int(price) * unit for price in side] for side in prices)
+        assert solution.exactly or min(*u, *v) >= 0
+        gap += oracle.dual_bound(tile, u, v, pattern.n) - oracle.kept(tile, mask)
+    return gap
+
+
+def hard_scores(dtype: torch.dtype, m: int) -> Tensor:
+    numbers = torch.randn(2 * m, 2 * m, dtype=torch.float64).abs()
+    numbers[0, 0] = 1e8  # one outlier in the first tile
+    numbers[:m, m:] *= 1 + 2.0**-40 * torch.rand(m, m, dtype=torch.float64)
+    numbers[m:, :m] = torch.randint(0, 3, (m, m)).double()
+    numbers[m:, m:] *= torch.exp(20 * torch.randn(m, 1)) * torch.exp(20 * torch.randn(1, m))
+    if dtype.is_floating_point:
+        return numbers.clamp(max=1e300).to(dtype)
+    return (numbers.clamp(max=1e8) * 2.0**30).long().to(dtype)
+
+
+@pytest.mark.parametrize("exactly", [False, True], ids=["at most", "exactly"])
+@pytest.mark.parametrize("pattern", ["2:4-T", "4:8-T", "3:8-T", "8:16-T"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64], ids=ids)
+def test_no_gap_at_all_in_the_given_numbers(dtype: torch.dtype, pattern: str, exactly: bool) -> None:
+    structure = Pattern.parse(pattern)
+    scores = hard_scores(dtype, structure.m)
+    solution = solve(scores, pattern, Exact(exactly, strict=True)).check()
+    assert exact_gap(solution) == 0
+    if dtype != torch.float32:
+        plain = solve(scores, pattern, Exact(exactly)).check()
+        assert exact_gap(plain) == 0
+        assert torch.equal(plain.mask, solution.mask)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=ids)
+@pytest.mark.parametrize("exactly", [False, True], ids=["at most", "exactly"])
+def test_subnormal_and_extreme_numbers_are_solved_as_given(dtype: torch.dtype, exactly: bool) -> None:
+    tiny, huge = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).max
+    for scale in (tiny, tiny / 2**10, huge / 8):
+        scores = whole_numbers(4, 4, largest=8).to(dtype) * scale
+        solution = solve(scores, "2:4-T", Exact(exactly)).check()
+        assert oracle.kept(scores, solution.mask) == oracle.brute_force(scores, 2, exactly)
+    mixed = whole_numbers(4, 4, largest=8).to(dtype) * tiny
+    mixed[1, 1], mixed[2, 3] = huge, huge / 2
+    solution = solve(mixed, "2:4-T", Exact(exactly)).check()
+    assert oracle.kept(mixed, solution.mask) == oracle.brute_force(mixed, 2, exactly)
+
+
+def test_largest_integers_there_are() -> None:
+    largest = torch.iinfo(torch.int64).max
+    scores = largest - whole_numbers(8, 8, largest=5)
+    solution = solve(scores, "2:4-T").check()
+    for tile, mask in zip(to_tiles(scores, 4), to_tiles(solution.mask, 4), strict=True):
+        assert oracle.kept(tile, mask) == oracle.brute_force(tile, 2)
+
+
+def test_one_outlier_does_not_ruin_the_rest_of_its_tile() -> None:
+    # In 24 bits of 1e8 the other scores are all below one unit.
+    for m, n in ((4, 2), (8, 4), (16, 8)):
+        scores = torch.rand(m, m)
+        scores[m // 2, 1] = 1e8
+        solution = solve(scores, f"{n}:{m}-T").check()
+        assert bool(solution.mask[m // 2, 1])
+        assert exact_gap(solution) == 0
+        assert oracle.kept(scores, solution.mask) == oracle.kept(scores, solve(scores.double(), f"{n}:{m}-T").mask)
+
+
+@pytest.mark.parametrize("pattern", ["2:4-T", "4:8-T", "8:16-T", "16:32-T", "32:64-T"])
+def test_rounding_to_24_bits_costs_no_more_than_is_said(pattern: str) -> None:
+    structure = Pattern.parse(pattern)
+    assert isinstance(structure, Pattern)
+    m, n = structure.m, structure.n
+    scores = torch.randn(2 * m, m).abs()
+    solution = solve(scores, pattern).check()
+    allowed = sum((oracle.fractions(tile).max() for tile in to_tiles(scores, m)), Fraction(0)) * n * m / 2**24
+    assert 0 <= exact_gap(solution) <= allowed
+    assert solution.gap <= float(allowed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_all_dtypes_against_all_masks(dtype: torch.dtype) -> None:
+    scores = whole_numbers(8, 8, largest=100).to(dtype)
+    solution = solve(scores, "2:4-T").check()
+    assert solution.value == sum(oracle.brute_force(tile, 2) for tile in to_tiles(scores, 4))
+    exactly = solve(scores, "2:4-T", Exact(exactly=True)).check()
+    assert exactly.value == sum(oracle.brute_force(tile, 2, exactly=True) for tile in to_tiles(scores, 4))
+
+
+# ---- warm starts -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exactly", [False, True], ids=["at most", "exactly"])
+@pytest.mark.parametrize("pattern", ["2:4-T", "4:8-T", "8:16-T", "16:32-T"])
+def test_value_does_not_depend_on_the_start(pattern: str, exactly: bool) -> None:
+    solver = Exact(exactly)
+    scores = whole_numbers(32, 64, largest=1 << 16).float()
+    others = [
+        scores,
+        scores + whole_numbers(32, 64, largest=500, seed=1),
+        scores * 2.0**40,
+        scores * 2.0**-90,
+        whole_numbers(32, 64, seed=2).float(),
+        scores * 0,
+    ]
+    cold = solve(scores, pattern, solver).check()
+    for other in others:
+        earlier = solve(other, pattern, solver)
+        warm = solve(scores, pattern, solver, warm_start=earlier).check()
+        assert warm.value == cold.value
+        assert solve(scores, pattern, solver, warm_start=warm).check().value == cold.value
+
+
+def test_a_start_from_a_solution_of_the_other_program_or_without_prices() -> None:
+    scores = torch.randn(16, 16).abs()
+    best = solve(scores, "4:8-T").value
+    for earlier in (solve(scores, "4:8-T", Exact(exactly=True)), solve(scores, "4:8-T", Greedy())):
+        assert solve(scores, "4:8-T", warm_start=earlier).check().value == pytest.approx(best, rel=1e-6)
+
+
+def test_a_start_that_does_not_fit() -> None:
+    scores = torch.rand(16, 16)
+    with pytest.raises(ValueError, match="warm_start is a solution at 2:4-T, not 4:8-T"):
+        solve(scores, "4:8-T", warm_start=solve(scores, "2:4-T"))
+    with pytest.raises(ValueError, match="warm_start has prices of 2 tiles, these scores have 4"):
+        solve(scores, "4:8-T", warm_start=solve(scores[:8], "4:8-T"))
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:4-T", "4:8-T", "50%", "2:4-seq", "2:4-paired", "3:5-T"])
+@pytest.mark.parametrize(
+    ("number", "what"), [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"), (-(2.0**-20), "-9.5"), (-5.0, "-5.0")]
+)
+@pytest.mark.parametrize("place", [(0, 0), (5, 13), (9, 9)])
+def test_a_score_that_is_no_score(pattern: str, number: float, what: str, place: tuple[int, int]) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        scores = torch.ones(10, 16, dtype=dtype)
+        scores[place] = number
+        with pytest.raises(ValueError, match=rf"scores of shape \(10, 16\) hold {what}.* at index \({place[0]}, {place[1]}\)"):
+            solve(scores, pattern)
+
+
+def test_the_remedy_is_named() -> None:
+    with pytest.raises(ValueError, match=r"scores are magnitudes: pass weight\.abs\(\)"):
+        solve(-torch.ones(4, 4), "2:4-T")
+    with pytest.raises(ValueError, match="repair or exclude that weight first"):
+        solve(torch.full((4, 4), math.nan), "2:4-T")
+    with pytest.raises(ValueError, match=r"hold -1 at index \(0, 0\); they must be finite and >= 0"):
+        solve(-torch.ones(4, 4, dtype=torch.int32), "2:4-T")
+    with pytest.raises(ValueError, match="hold nan at"):
+        solve(torch.full((5, 4), math.nan), "2:4-T", remainder="dense")
+
+
+def test_negative_zero_is_zero() -> None:
+    scores = torch.tensor([[0.0, -0.0, 1.0, -0.0]] * 4)
+    for pattern in ("2:4", "2:4-T", "2:4-seq"):
+        solve(scores, pattern).check()
+
+
+@pytest.mark.parametrize("solver", [Exact(), Greedy()], ids=ids)
+def test_every_solver_is_shielded_from_bad_scores(solver: Exact | Greedy) -> None:
+    scores = torch.ones(8, 8)
+    scores[3, 4] = math.nan
+    with pytest.raises(ValueError, match=r"hold nan at index \(3, 4\)"):
+        solve(scores, "4:8-T", solver)
+
+
+@pytest.mark.parametrize(
+    ("scores", "message"),
+    [
+        (torch.rand(4), "a weight of 1 dimensions has no GEMM layout"),
+        (torch.rand(()), "a weight of 0 dimensions has no GEMM layout"),
+        (torch.rand(1, 1, 1, 1, 1, 1), "a weight of 6 dimensions has no GEMM layout"),
+        ([[1.0, 2.0]], "scores must be a torch tensor, not list"),
+        (None, "scores must be a torch tensor, not NoneType"),
+        (torch.ones(4, 4).bool(), r"scores of dtype torch\.bool cannot be solved; convert them to float32"),
+        (torch.ones(4, 4, dtype=torch.complex64), r"scores of dtype torch\.complex64"),
+        (torch.ones(4, 4).to(torch.float8_e4m3fn), r"scores of dtype torch\.float8_e4m3fn cannot be solved"),
+    ],
+)
+def test_what_are_no_scores(scores: object, message: str) -> None:
+    for pattern in ("2:4", "2:4-T"):
+        with pytest.raises(ValueError, match=message):
+            solve(scores, pattern)
+
+
+def test_unknown_remainder_mode_and_layout_that_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="remainder='crop': expected 'pad', 'dense' or 'error'"):
+        solve(torch.rand(4, 4), "2:4-T", remainder="crop")
+    with pytest.raises(ValueError, match=r"shape \(4, 4\) cannot be split into 3 parts"):
+        solve(torch.rand(4, 4), "2:4-T", layout=Layout(LayoutKind.PACKED, parts=3))
+
+
+def test_scores_are_left_alone() -> None:
+    scores = torch.rand(9, 10, requires_grad=True)
+    before = scores.detach().clone()
+    solution = solve(scores, "4:8-T")
+    assert torch.equal(scores.detach(), before)
+    assert not solution.scores.requires_grad
+    assert from_matrices(to_matrices(solution.mask, solution.layout), solution.layout, scores.shape).shape == scores.shape
