@@ -11,7 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bisparse.diversity import Hardware, _combinations, _log2_tile_masks, count_tile_masks, hardware, mask_diversity
+from bisparse.diversity import (
+    HALF_OF_16,
+    Hardware,
+    _combinations,
+    _count_by_rows,
+    _log2_tile_masks,
+    count_tile_masks,
+    hardware,
+    mask_diversity,
+)
 from bisparse.pattern import Pattern, parse_pattern
 
 # ---- independent counts ---------------------------------------------------------------------------------------------
@@ -74,6 +83,18 @@ def test_tile_counts_are_the_published_ones(n: int, counts: dict[int, int]) -> N
     for m, count in counts.items():
         assert count_tile_masks(n, m) == count
         assert count_tile_masks(m - n, m) == (count if n < m else 1)
+
+
+@pytest.mark.parametrize("n", [*range(1, 6), pytest.param(6, marks=pytest.mark.slow), pytest.param(7, marks=pytest.mark.slow), 8])
+def test_every_tile_up_to_16_is_counted_exactly(n: int) -> None:
+    count = count_tile_masks(n, 16)
+    assert count is not None and count == count_tile_masks(16 - n, 16)
+    assert mask_diversity(f"{n}:16-T", 256).exact
+
+
+@pytest.mark.slow
+def test_the_stored_count_is_what_the_recursion_finds() -> None:
+    assert _count_by_rows(8, 16) == HALF_OF_16
 
 
 # ---- the paper's page -----------------------------------------------------------------------------------------------

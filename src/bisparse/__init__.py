@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from bisparse.diversity import MaskDiversity, hardware, mask_diversity
     from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
     from bisparse.pruning import ALPS, AdaPrune, Magnitude, Method, SparseGPT, Wanda, convert_, prune_, violation
+    from bisparse.report import plot_diversity, write_comparison, write_report
     from bisparse.results import LayerResult, PruneReport
     from bisparse.solution import Certificate, CertificateError, PatternError, Solution, Verification, Violation, verify
     from bisparse.solve import choose_solver, solve
@@ -55,6 +56,7 @@ __all__ = [
     "load",
     "load_masks",
     "mask_diversity",
+    "plot_diversity",
     "prune_",
     "prune_checkpoint",
     "save",
@@ -63,10 +65,12 @@ __all__ = [
     "verify",
     "verify_checkpoint",
     "violation",
+    "write_comparison",
+    "write_report",
 ]
 
 # Names are imported when they are first used: `bisparse --help` need not wait for torch.
-_ROOMS = ("diversity", "pattern", "solution", "solve", "solvers", "results", "checkpoint", "pruning", "training")
+_ROOMS = ("diversity", "pattern", "solution", "solve", "solvers", "results", "checkpoint", "pruning", "training", "report")
 
 
 def __getattr__(name: str) -> Any:

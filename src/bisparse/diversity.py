@@ -23,8 +23,10 @@ __all__ = ["Hardware", "MaskDiversity", "count_tile_masks", "hardware", "mask_di
 
 COUNT_BITS = 1 << 20
 """A count with more bits than this is given by its logarithm alone: the integer would fill megabytes."""
-EXACT_EFFORT = 12_000_000
-"""Largest `_effort` at which tiles are counted one by one, a second or two of work: 8:16 and 4:32 are below, 16:32 is above."""
+EXACT_EFFORT = 4_000_000
+"""Largest `_effort` at which the masks of a tile are counted, a second or two of work: 7:16 and 4:32 are below, 9:18 is above."""
+HALF_OF_16 = 34812290428176298285394893936773707951192224124239796250
+"""`count_tile_masks` at 8:16, OEIS A058527; the recursion finds it in a few seconds."""
 COMBINATIONS_BY_INTEGERS = 1 << 15
 """Up to this many weights a binomial coefficient is an integer first and a logarithm after."""
 
@@ -143,12 +145,11 @@ def _effort(n: int, m: int) -> int:
     return math.comb(m + n, n) * m
 
 
-@cache
 def count_tile_masks(n: int, m: int) -> int | None:
     """Number of m x m matrices of 0 and 1 whose rows and columns all sum to n; None where enumeration would take too long.
 
     Row by row, over the multiset of column sums, to half of the rows; the other half is the same seen from below. Exact
-    for all m <= 16, and beyond where n or m - n is small. `mask_diversity` then uses the asymptotic count of Canfield and
+    for all m <= 16, and beyond where n or m - n is small. Elsewhere `mask_diversity` uses the asymptotic count of Canfield and
     McKay (Electronic Journal of Combinatorics 12, 2005, R29), whose relative error at 50 % is about 1/(60 m).
 
     >>> [count_tile_masks(n, m) for n, m in ((1, 2), (1, 4), (2, 4), (2, 8), (4, 8))]
@@ -157,8 +158,13 @@ def count_tile_masks(n: int, m: int) -> int | None:
     n = min(n, m - n)  # the complement of a mask has the other sums
     if n <= 1:
         return math.factorial(m) if n else 1
-    if _effort(n, m) > EXACT_EFFORT:
-        return None
+    if (n, m) == (8, 16):
+        return HALF_OF_16
+    return _count_by_rows(n, m) if _effort(n, m) <= EXACT_EFFORT else None
+
+
+@cache
+def _count_by_rows(n: int, m: int) -> int:
     bits = m.bit_length()
     top = _column_sums(m // 2, m, n)
     bottom = _column_sums(m - m // 2, m, n) if m % 2 else top

@@ -1,0 +1,234 @@
+"""What a report shows, read from pruned folders: the sidecar, a new check of W and W^T, and what changed in the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bisparse.checkpoint import CheckpointError, SampleTile, Sidecar, read_sidecar
+from bisparse.checkpoint.naming import StoredLayer
+from bisparse.checkpoint.source import Source, open_source
+from bisparse.checkpoint.tensor import StoredTensor
+from bisparse.checkpoint.verify import verify_stored
+from bisparse.pattern import Pattern, Structure, parse_pattern
+from bisparse.results import LayerResult, PruneReport
+from bisparse.solution import Verification
+
+__all__ = ["Change", "LayerFigures", "Progress", "PrunedFigures", "Side", "read_figures"]
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the bytes done and the bytes there are."""
+
+PIECE = 1 << 21
+"""Weights compared at a time."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """How one side, W or W^T, fares against a structure."""
+
+    groups: int
+    violations: int
+    first: str = ""
+    """Where the first violation is; empty where there is none."""
+
+    def __add__(self, other: Side) -> Side:
+        return Side(self.groups + other.groups, self.violations + other.violations, self.first or other.first)
+
+    @property
+    def share(self) -> float:
+        """Share of groups that break the structure."""
+        return self.violations / self.groups if self.groups else 0.0
+
+
+@dataclass(frozen=True)
+class Change:
+    """What pruning did to a weight, against the dense one."""
+
+    squared_error: float
+    """Sum of (pruned - dense)**2."""
+    squared_dense: float
+    kept_magnitude: float
+    """Sum of the dense weight's |w| where the pruned one is not zero."""
+    magnitude: float
+    altered: int
+    """Weights that were kept, but not as they were."""
+
+    def __add__(self, other: Change) -> Change:
+        return Change(
+            self.squared_error + other.squared_error,
+            self.squared_dense + other.squared_dense,
+            self.kept_magnitude + other.kept_magnitude,
+            self.magnitude + other.magnitude,
+            self.altered + other.altered,
+        )
+
+    @property
+    def error(self) -> float:
+        """Norm of the change over the norm of the dense weight."""
+        return math.sqrt(self.squared_error / self.squared_dense) if self.squared_dense > 0 else 0.0
+
+    @property
+    def retained(self) -> float:
+        """Share of the dense weight's total magnitude that stands where the mask keeps."""
+        return self.kept_magnitude / self.magnitude if self.magnitude > 0 else 1.0
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """One pruned layer."""
+
+    result: LayerResult
+    rows: Side
+    columns: Side | None
+    """W^T at the same N:M, whether or not the pattern asks for it; None where the structure has no transpose."""
+    change: Change | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether the weight, as it lies in the file, obeys the layer's own pattern."""
+        structure = parse_pattern(self.result.pattern)
+        asked = isinstance(structure, Pattern) and structure.transposable
+        return not self.rows.violations and not (asked and self.columns is not None and self.columns.violations)
+
+
+@dataclass(frozen=True)
+class PrunedFigures:
+    """One pruned folder."""
+
+    folder: str
+    """Its name, without the path to it."""
+    sidecar: Sidecar
+    layers: tuple[LayerFigures, ...]
+
+    @property
+    def report(self) -> PruneReport:
+        """What the pruning run wrote down."""
+        return self.sidecar.report
+
+    @property
+    def structure(self) -> Structure:
+        """The pattern of the run; single layers may have others."""
+        return parse_pattern(self.report.pattern)
+
+    @property
+    def samples(self) -> tuple[SampleTile, ...]:
+        """Squares of real weights and their masks."""
+        return self.sidecar.samples
+
+    @property
+    def rows(self) -> Side:
+        """All layers' W."""
+        return sum((layer.rows for layer in self.layers), Side(0, 0))
+
+    @property
+    def columns(self) -> Side | None:
+        """All layers' W^T; None where a layer's structure has none."""
+        total = Side(0, 0)
+        for layer in self.layers:
+            if layer.columns is None:
+                return None
+            total += layer.columns
+        return total
+
+    @property
+    def holds(self) -> bool:
+        """Whether every layer obeys its pattern."""
+        return all(layer.holds for layer in self.layers)
+
+    @property
+    def change(self) -> Change | None:
+        """All layers together; None without a dense checkpoint."""
+        total = Change(0.0, 0.0, 0.0, 0.0, 0)
+        for layer in self.layers:
+            if layer.change is None:
+                return None
+            total += layer.change
+        return total
+
+
+def read_figures(folder: str | Path, against: str | Path | None = None, progress: Progress | None = None) -> PrunedFigures:
+    """Read a pruned folder, check every layer anew, and compare it with the dense checkpoint where there is one.
+
+    Args:
+        folder: written by `prune_checkpoint` or `save`.
+        against: the dense checkpoint that it came from: a folder or a file.
+
+    Raises:
+        CheckpointError: no sidecar, weights that cannot be read, or a dense checkpoint of other shapes.
+    """
+    folder = Path(folder)
+    sidecar = read_sidecar(folder)
+    if sidecar is None:
+        raise CheckpointError(
+            folder, "holds no bisparse.json, which the report is made from", "prune it with bisparse, or use `bisparse verify`"
+        )
+    pruned = open_source(folder)
+    dense = None if against is None else open_source(against)
+    total = sum(_stored(pruned, layer).nbytes for layer in sidecar.report)
+    done, layers = 0, []
+    for layer in sidecar.report:
+        if progress:
+            progress(layer.name, done, total)
+        tensor = _stored(pruned, layer)
+        change = None if dense is None else _change(tensor, _stored(dense, layer))
+        layers.append(LayerFigures(layer, *_verify(tensor, layer), change))
+        done += tensor.nbytes
+    if progress:
+        progress("", total, total)
+    return PrunedFigures(folder.resolve().name, sidecar, tuple(layers))
+
+
+def _stored(source: Source, layer: LayerResult) -> StoredTensor:
+    tensor = source.tensors.get(layer.parameter)
+    if tensor is None:
+        raise CheckpointError(
+            source.path,
+            "is in bisparse.json, but not among the weights",
+            "give the checkpoint it belongs to",
+            tensor=layer.parameter,
+        )
+    if tensor.shape != layer.shape:
+        raise CheckpointError(
+            source.path,
+            f"has shape {tensor.shape}, bisparse.json says {layer.shape}",
+            "give the checkpoint it belongs to",
+            tensor=layer.parameter,
+        )
+    return tensor
+
+
+def _verify(tensor: StoredTensor, layer: LayerResult) -> tuple[Side, Side | None]:
+    structure = parse_pattern(layer.pattern)
+    if not isinstance(structure, Pattern):
+        return _side(verify_stored(StoredLayer(layer.name, tensor, layer.layout, structure))), None
+    forward = Pattern(structure.n, structure.m)
+    both = Pattern(structure.n, structure.m, transposable=True)
+    rows = verify_stored(StoredLayer(layer.name, tensor, layer.layout, forward))
+    all_groups = verify_stored(StoredLayer(layer.name, tensor, layer.layout, both))
+    violations = all_groups.violations - rows.violations
+    first = str(all_groups.first) if violations and not rows.violations else f"{layer.name}: W^T" if violations else ""
+    return _side(rows), Side(all_groups.groups - rows.groups, violations, first)
+
+
+def _side(verification: Verification) -> Side:
+    return Side(verification.groups, verification.violations, str(verification.first or ""))
+
+
+def _change(pruned: StoredTensor, dense: StoredTensor) -> Change:
+    total = Change(0.0, 0.0, 0.0, 0.0, 0)
+    for start in range(0, pruned.size, PIECE):
+        stop = min(start + PIECE, pruned.size)
+        after, before = pruned.read(start, stop).double(), dense.read(start, stop).double()
+        kept = after != 0
+        magnitude = before.abs()
+        total += Change(
+            float((after - before).square().sum()),
+            float(before.square().sum()),
+            float(magnitude[kept].sum()),
+            float(magnitude.sum()),
+            int((kept & (after != before)).sum()),
+        )
+    return total
