@@ -34,6 +34,8 @@ class SparseLayer:
     """The parameter's name inside its module."""
     layout: Layout
     pattern: Structure
+    key: str
+    """The parameter's key in the plain model's state_dict."""
     decay: float | None = None
     """Masked decay of this layer; None for the default of the optimizer."""
 

@@ -91,7 +91,7 @@ def sparsify_(
     layers, skipped = _choose(model, pattern, structures, include, exclude, remainder)
     decays = dict(decay) if isinstance(decay, Mapping) else None
     sparse = [
-        SparseLayer(layer.name, layer.module, layer.parameter, layer.layout, own, _decay_of(layer, decays))
+        SparseLayer(layer.name, layer.module, layer.parameter, layer.layout, own, layer.parameter_name, _decay_of(layer, decays))
         for layer, own in layers
     ]
     _check_names("decay", decays or {}, layers)

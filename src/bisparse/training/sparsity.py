@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
+from bisparse.results import LayerResult, PruneReport
 from bisparse.solution import verify
 from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
@@ -94,6 +95,31 @@ class Sparsity:
     def metrics(self) -> dict[str, float]:
         """The last measured refresh as flat numbers: ``sparsity/flip_rate``, ``sparsity/LAYER/retained``, ..."""
         return as_metrics(self.changes)
+
+    def report(self) -> PruneReport:
+        """Each sparse layer, and each dense one with its reason, as `bisparse.checkpoint.save` keeps them in the sidecar."""
+        results = []
+        for layer in self.layers:
+            change = self.changes.get(layer.name)
+            weight = layer.weight
+            results.append(
+                LayerResult(
+                    name=layer.name,
+                    parameter=layer.key,
+                    shape=tuple(weight.shape),
+                    dtype=str(weight.dtype).removeprefix("torch."),
+                    layout=layer.layout,
+                    pattern=str(layer.pattern),
+                    density=float(layer.mask.double().mean()) if layer.active else float((weight != 0).double().mean()),
+                    retained=None if change is None else change.retained,
+                    gap=None if change is None else change.distance,
+                    value=None,
+                    time_s=0.0,
+                )
+            )
+        solver = self.search.solver or choose_solver(self.pattern)
+        method = "static training" if self.mode == "static" else f"dynamic training, {self.method}"
+        return PruneReport(str(self.pattern), method, type(solver).__name__, tuple(results), tuple(self.skipped))
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
