@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from bisparse.pruning import AdaPrune, Magnitude, Method, Wanda
+from bisparse.pruning import ALPS, AdaPrune, Magnitude, Method, SparseGPT, Wanda
 from bisparse.results import PruneReport
 
 METHODS: dict[str, tuple[Method, str]] = {
@@ -24,6 +24,10 @@ METHODS: dict[str, tuple[Method, str]] = {
     "wanda + least squares, parallel": (AdaPrune(), "parallel"),
     "wanda + least squares": (AdaPrune(correct_upstream=False), "sequential"),
     "wanda + least squares, upstream": (AdaPrune(), "sequential"),
+    "sparsegpt": (SparseGPT(), "sequential"),
+    "sparsegpt + least squares, upstream": (SparseGPT(refit=True, correct_upstream=True), "sequential"),
+    "alps": (ALPS(correct_upstream=False), "sequential"),
+    "alps, upstream": (ALPS(), "sequential"),
 }
 """Name -> the method and the order of calibration."""
 

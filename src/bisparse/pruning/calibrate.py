@@ -11,7 +11,6 @@ to each stage.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bisparse.layers import Layer
-from bisparse.pruning.chain import Chain, ChainRun, find_chains
+from bisparse.pruning.chain import Chain, ChainRun, dense_copy, find_chains
 from bisparse.pruning.statistics import CalibrationError, Moments, Statistic, Statistics
 from bisparse.pruning.taps import LAST_PART, EnoughSeen, Seen, call_model, observed, token_mask
 
@@ -67,7 +66,7 @@ def calibrate(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = None,
     done: frozenset[str] = frozenset(),
-    dense_weights: Callable[[Layer], Tensor] | None = None,
+    dense: Callable[[Tensor], Tensor | None] | None = None,
     progress: bool | None = None,
     walk: Walk | None = None,
 ) -> Generator[Stage]:
@@ -82,7 +81,8 @@ def calibrate(
         order: "sequential" or "parallel", see above. CROSS is collected in "sequential" only, where it differs from GRAM.
         device: run the blocks of a chain there, one block at a time; by default where the model is.
         done: names of layers changed by an earlier, interrupted walk: they are passed over.
-        dense_weights: the dense weight of a layer in `done`, for the dense network that CROSS compares with.
+        dense: what a parameter or buffer was before anything was pruned, None for one that is as it was; for the dense network
+            that CROSS compares with.
         progress: a progress bar; None: if a terminal is there to see it.
         walk: filled with costs and with the layers never reached.
 
@@ -109,7 +109,7 @@ def calibrate(
         if order == "parallel":
             walker = _walk_whole(model, stages, calls, data, needs, forward, walk, done)
         else:
-            walker = _walk_in_order(model, stages, calls, data, needs, forward, walk, device, done, dense_weights)
+            walker = _walk_in_order(model, stages, calls, data, needs, forward, walk, device, done, dense)
         for stage in _timed(walker, walk):
             bar.set_postfix_str(stage.layers[-1].name)
             yield stage
@@ -285,7 +285,7 @@ def _walk_in_order(
     walk: Walk,
     device: torch.device | str | None,
     done: frozenset[str],
-    dense_weights: Callable[[Layer], Tensor] | None,
+    dense: Callable[[Tensor], Tensor | None] | None,
 ) -> Iterator[Stage]:
     chains = find_chains(model, [layer for stage in stages for layer in stage], calls, data[0], forward)
     segments: list[Chain | list[Layer]] = []
@@ -300,29 +300,17 @@ def _walk_in_order(
     # Blocks keep their own dense copies, one at a time. A dense copy of the whole model is needed only where something
     # else is pruned before a chain; layers after the only chain are fitted to the outputs they have by then.
     alone = len(segments) > 0 and isinstance(segments[0], Chain) and not any(isinstance(s, Chain) for s in segments[1:])
-    reference = _dense_copy(model, stages, done, dense_weights) if cross and not alone else None
+    reference = dense_copy(model, dense) if cross and not alone else None
     for number, segment in enumerate(segments):
         if isinstance(segment, Chain):
             own = [stage for stage in stages if segment.holds(stage[0])]
-            run = ChainRun(segment, model, data, forward, device, cross, done, dense_weights)
+            run = ChainRun(segment, model, data, forward, device, cross, dense)
             yield from _walk_chain(run, own, data, needs, walk, done, reference if number else None)
         elif todo := [layer for layer in segment if layer.name not in done]:
             collector = _Collector(todo, needs, len(data))
             _run(model, todo, data, forward, collector, walk, reference if number else None, calls)
             walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
             yield collector.stage(todo)
-
-
-def _dense_copy(
-    model: nn.Module, stages: list[list[Layer]], done: frozenset[str], dense_weights: Callable[[Layer], Tensor] | None
-) -> nn.Module:
-    reference = copy.deepcopy(model)
-    for stage in stages:
-        for layer in stage:
-            if layer.name in done and dense_weights is not None:
-                twin = reference.get_submodule(_module_name(model, layer))
-                getattr(twin, layer.parameter).copy_(dense_weights(layer))
-    return reference
 
 
 def _walk_chain(
@@ -337,7 +325,7 @@ def _walk_chain(
     run.start(reference)
     for number in range(len(run.chain.blocks)):
         own = [stage for stage in stages if run.chain.block_of(stage[0]) == number]
-        with run.block(number, [layer for stage in own for layer in stage]):
+        with run.block(number):
             for stage in own:
                 # Layers done before the walk was interrupted are part of the pruned stream already.
                 run.differs |= any(layer.name in done for layer in stage)

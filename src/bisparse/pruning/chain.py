@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 from bisparse.layers import Layer
 from bisparse.pruning.taps import LAST_PART, EnoughSeen, Seen, call_model, observed
 
-__all__ = ["Chain", "ChainRun", "find_chains"]
+__all__ = ["Chain", "ChainRun", "dense_copy", "find_chains"]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
 """What a block may be handed besides tensors; any other object might carry state from call to call."""
@@ -57,6 +57,21 @@ class Chain:
 
     def block_of(self, layer: Layer) -> int:
         return self.members[id(layer.module)]
+
+
+def dense_copy(module: nn.Module, dense: Callable[[Tensor], Tensor | None] | None) -> nn.Module:
+    """A copy of a module with every tensor as it was before anything was pruned."""
+    twin = copy.deepcopy(module)
+    if dense is not None:
+        with torch.no_grad():
+            for live, own in zip(_tensors(module), _tensors(twin), strict=True):
+                if (before := dense(live)) is not None:
+                    own.copy_(before)
+    return twin
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 @dataclass
@@ -194,8 +209,7 @@ class ChainRun:
         forward: Callable[..., Any] | None,
         device: torch.device | str | None,
         keep_dense: bool,
-        done: frozenset[str],
-        dense_weights: Callable[[Layer], Tensor] | None,
+        dense: Callable[[Tensor], Tensor | None] | None,
     ) -> None:
         self.chain = chain
         self.model = model
@@ -203,8 +217,7 @@ class ChainRun:
         self.forward = forward
         self.device = None if device is None else torch.device(device)
         self.keep_dense = keep_dense
-        self.done = done
-        self.dense_weights = dense_weights
+        self.dense = dense
         self.calls: list[list[_Call]] = []
         self.inputs: list[Tensor] = []
         self.dense_inputs: list[Tensor] = []
@@ -269,7 +282,7 @@ class ChainRun:
         return calls, inputs[0]
 
     @contextmanager
-    def block(self, number: int, layers: Sequence[Layer]) -> Iterator[None]:
+    def block(self, number: int) -> Iterator[None]:
         """Bring one block to the device, with a dense copy of it if the dense stream is kept."""
         block = self.chain.blocks[number]
         home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
@@ -277,14 +290,7 @@ class ChainRun:
         if self.device is not None:
             block.to(self.device)
         if self.keep_dense:
-            self.dense_block = copy.deepcopy(block)
-            names = {id(module): name for name, module in block.named_modules()}
-            for layer in layers:
-                if layer.name in self.done:
-                    assert self.dense_weights is not None
-                    twin = self.dense_block.get_submodule(names[id(layer.module)])
-                    with torch.no_grad():
-                        getattr(twin, layer.parameter).copy_(self.dense_weights(layer))
+            self.dense_block = dense_copy(block, self.dense)
         try:
             yield
         finally:

@@ -152,18 +152,29 @@ def prune_layers_(
     norms = norms_after(model, [layer for layer, _, _ in jobs], data[0], forward) if data else {}
     with Journal(resume, about) as journal:
         touched: list[Layer] = []
+        changed: dict[int, tuple[str, str]] = {}
 
-        def dense_weights(layer: Layer) -> Tensor:
-            return journal.get("dense", layer.name)[0]["weight"].to(layer.weight.device)
+        def dense(live: Tensor) -> Tensor | None:
+            """What a parameter or buffer was before this job; None where the job has not touched it."""
+            if id(live) not in changed:
+                return None
+            name, key = changed[id(live)]
+            return journal.get("dense", name)[0][key]
+
+        def touch(layer: Layer) -> None:
+            touched.append(layer)
+            changed.update({id(live): (layer.name, key) for key, live in _live(layer, norms).items()})
+
+        def commit(layer: Layer) -> None:
+            touch(layer)
+            _write_(layer, journal.get("done", layer.name)[0], norms)
 
         try:
             for layer, _, _ in jobs:
                 if journal.has("done", layer.name):
-                    tensors, saved = journal.get("done", layer.name)
-                    touched.append(layer)
-                    apply_([Change(layer, tensors["mask"], tensors["weight"])])
-                    _write_bias_(layer, tensors, norms)
-                    results[layer.name] = _result_from(saved)
+                    results[layer.name] = _result_from(journal.get("done", layer.name)[1])
+                    if order == "sequential":
+                        commit(layer)
             stages = calibrate(
                 model,
                 [layer for layer, _, _ in jobs],
@@ -173,11 +184,10 @@ def prune_layers_(
                 forward=forward,
                 device=device,
                 done=frozenset(results),
-                dense_weights=dense_weights,
+                dense=dense,
                 progress=progress,
                 walk=walk,
             )
-            waiting: list[Change] = []
             with closing(stages):
                 for stage in stages:
                     for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
@@ -187,19 +197,19 @@ def prune_layers_(
                         _, structure, method = by_name[layer.name]
                         where = None if allowed is None else allowed[layer.name]
                         change, result = prune_layer(layer, structure, method, solver, statistics, where, norms)
-                        if order == "parallel":
-                            waiting.append(change)
-                        else:
-                            journal.put("dense", layer.name, _tensors(layer, norms))
-                            touched.append(layer)
-                            apply_([change])
-                            journal.put("done", layer.name, {"mask": change.mask, **_tensors(layer, norms)}, asdict(result))
+                        journal.put("dense", layer.name, _live(layer, norms))
+                        journal.put("done", layer.name, _after(change, norms), asdict(result))
                         results[layer.name] = result
-            apply_(waiting)
+                        if order == "sequential":
+                            commit(layer)
+            if order == "parallel":
+                for layer, _, _ in jobs:
+                    if layer.name in results:
+                        commit(layer)
         except BaseException:
             # KeyboardInterrupt included: the model is handed back as it was.
             for layer in touched:
-                _restore_(journal, layer, norms)
+                _write_(layer, journal.get("dense", layer.name)[0], norms)
             raise
     unreached = [Skipped(name, "no calibration batch went through this layer") for name in walk.unreached]
     if jobs and not results:
@@ -218,30 +228,33 @@ def _notes(walk: Walk, batches: int, order: Order) -> tuple[str, ...]:
     )
 
 
-def _tensors(layer: Layer, norms: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def _live(layer: Layer, norms: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors that pruning a layer may change."""
     bias = bias_of(layer, norms)
-    return {"weight": layer.weight} | ({} if bias is None else {"bias": bias.value})
+    return {"weight": layer.weight} | ({} if bias is None else {"bias": bias.tensor})
 
 
-def _write_bias_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module]) -> None:
-    bias = bias_of(layer, norms)
-    if bias is not None and "bias" in tensors:
-        bias.write_(tensors["bias"])
+def _after(change: Change, norms: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The same as they will be."""
+    after = _live(change.layer, norms)
+    weight = after["weight"] if change.weight is None else change.weight
+    after["weight"] = weight.masked_fill(~change.mask.to(weight.device), 0)
+    if change.bias is not None:
+        assert change.bias_at is not None
+        after["bias"] = (change.bias * change.bias_at.sign).to(after["bias"].dtype)
+    return after
+
+
+def _write_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module]) -> None:
+    with torch.no_grad():
+        for key, live in _live(layer, norms).items():
+            live.copy_(tensors[key])
 
 
 def _result_from(saved: dict[str, Any]) -> LayerResult:
     layout = saved.pop("layout")
     shape = tuple(saved.pop("shape"))
     return LayerResult(layout=Layout(LayoutKind(layout["kind"]), layout["groups"], layout["parts"]), shape=shape, **saved)
-
-
-def _restore_(journal: Journal, layer: Layer, norms: Mapping[str, nn.Module]) -> None:
-    if not journal.has("dense", layer.name):
-        return
-    tensors, _ = journal.get("dense", layer.name)
-    with torch.no_grad():
-        layer.weight.copy_(tensors["weight"])
-    _write_bias_(layer, tensors, norms)
 
 
 def _fingerprint(leaves: Sequence[Any]) -> str:

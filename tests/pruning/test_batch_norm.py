@@ -1,0 +1,92 @@
+"""Re-estimation and folding of batch norms."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bisparse.pruning import CalibrationError, fold_batch_norms_, reestimate_batch_norms_
+
+
+class Residual(nn.Module):
+    def __init__(self, shared: bool = False) -> None:
+        super().__init__()
+        self.a, self.na = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.b, self.nb = nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.BatchNorm2d(8, affine=False)
+        self.drop = nn.Dropout(0.5)
+        self.fc, self.nf = nn.Linear(8, 5), nn.BatchNorm1d(5)
+        self.shared = shared
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        x = torch.relu(self.na(y))
+        x = x + self.nb(self.b(x))
+        if self.shared:
+            x = x + y
+        return self.nf(self.fc(self.drop(x).mean((2, 3))))
+
+
+def model(shared: bool = False) -> Residual:
+    torch.manual_seed(0)
+    one = Residual(shared)
+    for module in one.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            if module.affine:
+                nn.init.uniform_(module.weight, 0.5, 2)
+                nn.init.normal_(module.bias)
+    return one.eval()
+
+
+def test_reestimated_statistics_are_plain_averages_of_the_network_as_it_is() -> None:
+    one = model()
+    batches = [torch.randn(6, 3, 5, 5) for _ in range(4)]
+    names = reestimate_batch_norms_(one, batches)
+    assert names == ["na", "nb", "nf"]
+    with torch.no_grad():
+        first = [one.a(batch) for batch in batches]
+    torch.testing.assert_close(one.na.running_mean, torch.stack([y.mean((0, 2, 3)) for y in first]).mean(0))
+    torch.testing.assert_close(one.na.running_var, torch.stack([y.transpose(0, 1).flatten(1).var(1) for y in first]).mean(0))
+    assert one.na.momentum == 0.1 and not one.training and not one.na.training
+    assert int(one.na.num_batches_tracked) == 4
+
+
+def test_reestimation_does_not_depend_on_dropout() -> None:
+    batches = [torch.randn(6, 3, 5, 5) for _ in range(2)]
+    one, other = model(), model()
+    other.drop.p = 0.0
+    reestimate_batch_norms_(one, batches)
+    reestimate_batch_norms_(other, batches)
+    torch.testing.assert_close(one.nf.running_mean, other.nf.running_mean)
+
+
+@pytest.mark.parametrize("batches", [[], [torch.randn(6, 3, 5, 5), torch.randn(2, 4)], [torch.full((6, 3, 5, 5), float("nan"))]])
+def test_bad_data_leave_the_old_statistics(batches: list[Tensor]) -> None:
+    one = model()
+    before = copy.deepcopy(one.state_dict())
+    with pytest.raises(CalibrationError):
+        reestimate_batch_norms_(one, batches)
+    assert all(torch.equal(before[key], value) for key, value in one.state_dict().items())
+    assert one.na.momentum == 0.1
+
+
+def test_folding_keeps_the_outputs_depthwise_and_linear_included() -> None:
+    one, x = model(), torch.randn(4, 3, 6, 6)
+    before = one(x)
+    assert sorted(fold_batch_norms_(one, x)) == ["a", "b", "fc"]
+    assert not any(isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d) for module in one.modules())
+    torch.testing.assert_close(one(x), before, rtol=1e-4, atol=1e-5)
+    assert one.a.bias is not None
+    assert fold_batch_norms_(one, x) == []
+
+
+def test_a_layer_whose_output_is_used_twice_keeps_its_norm() -> None:
+    one, x = model(shared=True), torch.randn(4, 3, 6, 6)
+    before = one(x)
+    assert sorted(fold_batch_norms_(one, x)) == ["b", "fc"]
+    assert isinstance(one.na, nn.BatchNorm2d) and one.a.bias is None
+    torch.testing.assert_close(one(x), before, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,203 @@
+"""All or nothing, and going on where it stopped: errors, interrupts and kills in the middle of a job."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bisparse.pruning import AdaPrune, Method, Pruned, SparseGPT, Wanda, prune_
+from bisparse.pruning.journal import Journal, JournalError
+from bisparse.pruning.method import LayerProblem
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Convolutional(nn.Sequential):
+    """A chain whose biases live in batch norms of later blocks."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = [nn.Conv2d(3, 8, 3, padding=1)]
+        for _ in range(3):
+            layers += [nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+        super().__init__(*layers)
+
+
+class Unchained(nn.Module):
+    """The same, where every stage runs from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.others = nn.Conv2d(3, 8, 3, padding=1), nn.ModuleDict()
+        for i in range(3):
+            self.others[f"conv{i}"] = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+            self.others[f"norm{i}"] = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for i in range(3):
+            x = torch.relu_(self.others[f"norm{i}"](self.others[f"conv{i}"](x)))
+        return x
+
+
+KINDS = ["chain", "chain with norms", "no chain"]
+
+
+class Failing(Method):
+    """AdaPrune that raises at the n-th layer."""
+
+    def __init__(self, at: int, error: Callable[[], BaseException]) -> None:
+        self.inner, self.at, self.error, self.count = AdaPrune(), at, error, 0
+
+    def __repr__(self) -> str:
+        return repr(self.inner)
+
+    @property
+    def needs(self):
+        return self.inner.needs
+
+    def prune(self, problem: LayerProblem) -> Pruned:
+        self.count += 1
+        if self.count == self.at:
+            raise self.error()
+        return self.inner.prune(problem)
+
+
+def case(kind: str) -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    if kind == "chain":
+        return Network(), [torch.randn(8, 16) for _ in range(6)]
+    model = Convolutional() if kind == "chain with norms" else Unchained()
+    model.eval()
+    return model, [torch.randn(4, 3, 6, 6) for _ in range(6)]
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(value, b[key]) for key, value in a.items())
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_model_is_unchanged_after_a_failure_at_any_layer(kind: str, order: str, error: type[BaseException]) -> None:
+    model, batches = case(kind)
+    before = copy.deepcopy(model.state_dict())
+    for at in (1, 2, 3):
+        with pytest.raises(error):
+            prune_(model, "2:4", Failing(at, error), batches, order=order)
+        assert same(before, model.state_dict())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupted_job_goes_on_where_it_stopped_and_ends_the_same(kind: str, order: str, tmp_path: Path) -> None:
+    model, batches = case(kind)
+    whole = copy.deepcopy(model)
+    expected = prune_(whole, "4:8-T", AdaPrune(), batches, order=order)
+    journal = tmp_path / "journal"
+    done = 0
+    for at in (2, 2):
+        failing = Failing(at, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prune_(model, "4:8-T", failing, batches, order=order, resume=journal)
+        done += failing.count - 1
+    last = Failing(-1, KeyboardInterrupt)
+    report = prune_(model, "4:8-T", last, batches, order=order, resume=journal)
+    assert last.count == len(expected) - done, "layers finished before must not be done again"
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model.state_dict()[key] != 0, value != 0)
+    assert [layer.name for layer in report] == [layer.name for layer in expected]
+    for one, other in zip(report, expected, strict=True):
+        assert one.error == pytest.approx(other.error, rel=1e-3)
+        assert (one.layout, one.shape, one.density) == (other.layout, other.shape, other.density)
+    assert not journal.exists()
+
+
+def test_a_killed_process_leaves_a_journal_to_resume_from(tmp_path: Path) -> None:
+    script = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[2])
+from test_interruption import *
+class Dies(Exception):
+    def __init__(self): os._exit(9)
+model, batches = case("chain")
+prune_(model, "2:4", Failing(4, Dies), batches, resume=sys.argv[1])
+"""
+    journal = tmp_path / "journal"
+    run = subprocess.run([sys.executable, "-c", script, str(journal), str(Path(__file__).parent)], check=False)
+    assert run.returncode == 9
+    assert sorted(journal.glob("done-*")) and not list(journal.glob("*.part"))
+    model, batches = case("chain")
+    whole = copy.deepcopy(model)
+    prune_(whole, "2:4", AdaPrune(), batches)
+    last = Failing(-1, ValueError)
+    prune_(model, "2:4", last, batches, resume=journal)
+    assert last.count == 3
+    for key, value in whole.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("change", ["pattern", "method", "data", "weights", "order"])
+def test_a_journal_of_another_job_is_refused(change: str, tmp_path: Path) -> None:
+    model, batches = case("chain")
+    with pytest.raises(KeyboardInterrupt):
+        prune_(model, "2:4", Failing(3, KeyboardInterrupt), batches, resume=tmp_path / "journal")
+    pattern, method, order = "2:4", AdaPrune(), "sequential"
+    if change == "pattern":
+        pattern = "4:8"
+    elif change == "method":
+        method = AdaPrune(damping=0.5)
+    elif change == "data":
+        batches = [one + 1 for one in batches]
+    elif change == "weights":
+        with torch.no_grad():
+            model.blocks[1][0].weight.add_(1)
+    else:
+        order = "parallel"
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(JournalError, match="another job"):
+        prune_(model, pattern, method, batches, order=order, resume=tmp_path / "journal")
+    assert same(before, model.state_dict())
+
+
+def test_a_folder_that_holds_something_else_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(JournalError, match="not empty"):
+        prune_(Network(), "2:4", Wanda(), [torch.randn(8, 16)], resume=tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_what_a_journal_keeps_comes_back(tmp_path: Path) -> None:
+    with Journal(tmp_path / "j", {"what": 1}) as journal:
+        tensor = torch.randn(3, 4).bfloat16().t()
+        journal.put("done", "a/b.c:d", {"x": tensor}, {"error": 0.5})
+        assert journal.has("done", "a/b.c:d") and not journal.has("dense", "a/b.c:d")
+        tensors, about = journal.get("done", "a/b.c:d")
+        assert torch.equal(tensors["x"], tensor) and about == {"error": 0.5}
+    assert not (tmp_path / "j").exists()
+
+
+def test_no_temporary_files_remain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model, batches = case("chain")
+    prune_(model, "2:4", SparseGPT(), batches)
+    with pytest.raises(KeyboardInterrupt):
+        prune_(model, "2:4", Failing(2, KeyboardInterrupt), batches)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,105 @@
+"""Pattern violation against the paper's table, counting, and chance."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import pytest
+import torch
+
+from bisparse import Pattern, solve
+from bisparse.pruning import fitting_patterns, predicted_violation, sparsest_pattern, violation
+
+TABLE = {  # zero rate: (v_b, v_w) at 2:4 and at 4:8, as in the paper's section 5
+    0.5: ((0.313, 0.188), (0.363, 0.137)),
+    0.6: ((0.179, 0.128), (0.174, 0.073)),
+    0.7: ((0.084, 0.077), (0.058, 0.029)),
+    0.8: ((0.027, 0.036), (0.010, 0.007)),
+    0.9: ((0.004, 0.010), (0.0004, 0.0006)),
+}
+
+
+@pytest.mark.parametrize("zeros", TABLE)
+@pytest.mark.parametrize("which", [0, 1], ids=["2:4", "4:8"])
+def test_predictions_are_the_table(zeros: float, which: int) -> None:
+    weights, blocks = predicted_violation(1 - zeros, ("2:4", "4:8")[which])
+    expected_blocks, expected_weights = TABLE[zeros][which]
+    assert blocks == pytest.approx(expected_blocks, abs=0.00051 if expected_blocks >= 0.001 else 0.00006)
+    assert weights == pytest.approx(expected_weights, abs=0.00051 if expected_weights >= 0.001 else 0.00006)
+
+
+def test_from_4_8_to_2_4_by_enumeration() -> None:
+    rows = torch.zeros(70, 8, dtype=torch.bool)
+    for row, kept in zip(rows, combinations(range(8), 4), strict=True):
+        row[list(kept)] = True
+    found = violation(rows, "2:4")
+    assert found.weights == pytest.approx(9 / 70)
+    assert found.blocks == pytest.approx(17 / 70)
+    assert predicted_violation("4:8", "2:4") == pytest.approx((9 / 70, 17 / 70))
+    # Of the 8-blocks, 17 of 35 hold an overfull half.
+    halves = rows.unflatten(1, (2, 4)).sum(2)
+    assert float((halves > 2).any(1).double().mean()) == pytest.approx(17 / 35)
+
+
+def test_a_mask_that_fits_has_no_violation_and_2_4_always_fits_4_8() -> None:
+    mask = solve(torch.rand(32, 32), "2:4").mask
+    assert violation(mask, "2:4").weights == 0 and violation(mask, "2:4").blocks == 0
+    assert violation(mask, "4:8").blocks == 0
+    assert predicted_violation("2:4", "4:8") == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8", "2:4-T", "4:8-T"])
+def test_random_masks_violate_as_predicted(pattern: str) -> None:
+    mask = torch.rand(256, 256) < 0.4
+    found = violation(mask, pattern)
+    assert found.blocks == pytest.approx(found.predicted_blocks, abs=0.02)
+    assert found.weights == pytest.approx(found.predicted_weights, abs=0.02)
+    assert found.weights > 0
+
+
+def test_transposable_violation_counts_columns_too() -> None:
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[:, 0] = True  # every row holds, one column keeps four
+    assert violation(mask, "2:4").blocks == 0
+    found = violation(mask, "2:4-T")
+    assert (found.weights, found.blocks) == (0.5, 1 / 8)
+
+
+def test_scores_weigh_what_is_lost_and_a_weights_nonzeros_are_its_mask() -> None:
+    weight = torch.tensor([[4.0, -2.0, 1.0, 0.0]])
+    assert violation(weight, "2:4").weights == pytest.approx(1 / 3)
+    assert violation(weight, "2:4", weight.abs()).weights == pytest.approx(1 / 7)
+
+
+def test_empty_masks_violate_nothing() -> None:
+    found = violation(torch.zeros(8, 8, dtype=torch.bool), "2:4")
+    assert (found.weights, found.blocks, found.predicted_weights) == (0, 0, 0)
+
+
+def test_the_sparsest_pattern_fits_and_the_next_sparser_does_not() -> None:
+    for zeros in (0.3, 0.5, 0.7, 0.9, 0.99):
+        for m in (4, 8, 16):
+            chosen = sparsest_pattern(zeros, m, confidence=0.9)
+            fits = {n: 1 - predicted_violation(1 - zeros, Pattern(n, m))[1] for n in range(1, m)}
+            good = [n for n, share in fits.items() if share >= 0.9]
+            assert (chosen.n if chosen else None) == (min(good) if good else None)
+    assert sparsest_pattern(0.0, 4) is None
+    mask = solve(torch.rand(64, 64), "3:8").mask
+    assert str(sparsest_pattern(mask, 8, confidence=1.0)) == "3:8"
+    assert str(sparsest_pattern(solve(torch.rand(64, 64), "3:8-T").mask, 8, confidence=1.0, transposable=True)) == "3:8-T"
+    with pytest.raises(ValueError, match="confidence"):
+        sparsest_pattern(0.5, 4, confidence=0.0)
+
+
+def test_patterns_are_proposed_layer_by_layer() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
+    with torch.no_grad():
+        model[0].weight.mul_(torch.rand(64, 64) < 0.1)
+        model[1].weight.mul_(solve(torch.rand(64, 64), "2:4").mask)
+    proposed = fitting_patterns(model, 4)
+    assert {name: str(one) for name, one in proposed.items()} == {"0": "1:4" if proposed["0"].n == 1 else "2:4", "1": "2:4"}
+
+
+def test_only_patterns_have_a_prediction() -> None:
+    with pytest.raises(ValueError, match="expected a pattern such as"):
+        predicted_violation(0.5, "50%")
