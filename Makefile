@@ -32,7 +32,7 @@ $(READY): pyproject.toml $(SET_UP)
 
 demo: $(READY)
 	$(RUN) tools/fetch_assets.py all-MiniLM-L6-v2 lee50
-	HF_HUB_OFFLINE=1 $(RUN) examples/demo.py
+	HF_HUB_OFFLINE=1 $(RUN) examples/demo.py .cache/assets/all-MiniLM-L6-v2 .cache/assets/lee50 out/demo
 
 test: $(READY)
 	$(RUN) -m pytest

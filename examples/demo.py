@@ -19,8 +19,8 @@ from bisparse.report import Task, write_comparison
 from lee50 import agreement, embed, read_documents, read_similarities
 
 PATTERNS = ("2:4", "2:4-T", "4:8-T", "8:16-T", "16:32-T")  # at most N KEPT of every M; -T: along rows and along columns
-AGREEMENT = "Pearson correlation of the model's cosines with people's similarities, 50 news documents (Lee50)"
-COSINE = "Mean cosine of the 50 embeddings to those of the dense model"
+AGREEMENT = "Pearson correlation of the model's cosines with people's similarities, 50 news documents (Lee50)."
+COSINE = "Mean cosine of the 50 embeddings to those of the dense model."
 
 
 def load(folder: Path) -> torch.nn.Module:
@@ -70,7 +70,7 @@ def main(model_folder: Path, lee50_folder: Path, out: Path) -> None:
     )
     report = write_comparison(list(scores), out / "report.html", against=model_folder, tasks=tasks)
     console.print(table, Columns(pictures, padding=(1, 3)))
-    console.print(f"{len(pruned)} layers, {pruned.weights:,} weights. agreement: {AGREEMENT}.\ncosine: {COSINE}.")
+    console.print(f"{len(pruned)} layers, {pruned.weights:,} weights. agreement: {AGREEMENT}\ncosine: {COSINE}")
     console.save_text(str(out / "summary.txt"), clear=False)
     console.print(f"Report to look at: {report.resolve().as_uri()}", soft_wrap=True)
 
