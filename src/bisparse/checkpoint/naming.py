@@ -45,6 +45,9 @@ CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 EXPERTS_BY_INPUT = ("gpt_oss", "llama4", "llama4_text")
 """Models that store experts as (E, inputs, outputs)."""
 
+FIRST_CONVOLUTIONS = r"patch_embed|(^|\.)(conv_in|conv_stem)$|encoder\.conv1$"
+"""Names of first convolutions that do not read three channels."""
+
 _NO_MODULE = nn.Identity()
 
 
@@ -210,7 +213,7 @@ def _name_reason(parameter: str, layer: str, tensor: StoredTensor, prefixes_of_e
     if len(tensor.shape) > 2:
         if re.search(r"conv_?transpose|deconv|up_?conv", layer.lower()):
             return "transposed convolution (by its name): not supported"
-        if tensor.shape[1] in (3, 4) or re.search(r"patch_embed", layer.lower()):
+        if tensor.shape[1] == 3 or re.search(FIRST_CONVOLUTIONS, layer.lower()):
             return f"first convolution (reads {tensor.shape[1]} channels); include it by name to prune it"
     return None
 

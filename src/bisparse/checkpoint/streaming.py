@@ -50,13 +50,13 @@ class Band:
     """Stored rows before it in the same matrices."""
 
 
-def bands(tensor: StoredTensor, layout: Layout, m: int, weights: int = BAND_WEIGHTS) -> Iterator[Band]:
-    """Read a stored weight band by band, in the order in which it is stored."""
+def bands(tensor: StoredTensor, layout: Layout, m: int, weights: int | None = None) -> Iterator[Band]:
+    """Read a stored weight band by band, in the order in which it is stored; a band has about `weights` weights."""
     shape = tensor.shape
     blocks, inner = _blocks(shape, layout)
     rows, matrices = inner[0], math.prod(inner[2:])
     row_size = math.prod(inner[1:])
-    step = max(m, weights // max(row_size, 1) // m * m)
+    step = max(m, (weights or BAND_WEIGHTS) // max(row_size, 1) // m * m)
     for block in range(blocks):
         for row in range(0, rows, step):
             stop = min(row + step, rows)

@@ -161,17 +161,19 @@ class Detected:
     @property
     def notable(self) -> tuple[Pattern, ...]:
         """Those that no other one implies, and that are not nearly full by chance."""
-        loosest = (1 + self.density) / 2
+        loosest = self.density + (1 - self.density) / 4
         return tuple(
             one for one in self.patterns if one.density <= loosest and not any(_implies(other, one) for other in self.patterns)
         )
 
 
 def _implies(strict: Pattern, loose: Pattern) -> bool:
-    """Whether every mask of one pattern is one of another: 2:4-T of 2:4, and 2:4 of 4:8."""
-    if strict == loose or strict.transposable < loose.transposable or loose.m % strict.m:
+    """Whether every mask of one pattern is one of another: 2:4-T of 2:4, 2:4 of 4:8, and 1:8 of 1:4."""
+    if strict == loose or strict.transposable < loose.transposable:
         return False
-    return strict.n * (loose.m // strict.m) <= loose.n
+    if loose.m % strict.m == 0:
+        return strict.n * (loose.m // strict.m) <= loose.n
+    return strict.m % loose.m == 0 and strict.n <= loose.n
 
 
 def detect_patterns(
