@@ -133,7 +133,8 @@ class Solution:
             return self
         m = self.pattern.m
         masks = _tiles_of(to_matrices(self.mask, self.layout), m)
-        _check_prices(_tiles_of(matrices, m), masks, self._certificate_or_error(), self.pattern.n, self.exactly)
+        cropped = ~_tiles_of(torch.ones_like(matrices, dtype=torch.bool), m).flatten(1).all(1)
+        _check_prices(_tiles_of(matrices, m), masks, cropped, self._certificate_or_error(), self.pattern.n, self.exactly)
         return self
 
     def _certificate_or_error(self) -> Certificate:
@@ -181,7 +182,12 @@ def _selection_bound(matrices: Real[Tensor, "B O I"], pattern: Structure) -> flo
 
 
 def _check_prices(
-    scores: Real[Tensor, "B M M"], masks: Bool[Tensor, "B M M"], certificate: Certificate, n: int, exactly: bool
+    scores: Real[Tensor, "B M M"],
+    masks: Bool[Tensor, "B M M"],
+    cropped: Bool[Tensor, " B"],
+    certificate: Certificate,
+    n: int,
+    exactly: bool,
 ) -> None:
     tiles, m, _ = scores.shape
     if certificate.u.shape != (tiles, m) or certificate.v.shape != (tiles, m) or certificate.exponent.shape != (tiles,):
@@ -194,7 +200,8 @@ def _check_prices(
     if certificate.exactly and not exactly:
         raise CertificateError('prices of the "exactly N" program prove nothing about "at most N"')
     if exactly:
-        sums_hold = (masks.sum(-1) == n).all(-1) & (masks.sum(-2) == n).all(-1)
+        # A tile over the edge keeps the rest of its N in the padding, where the scores are zero.
+        sums_hold = cropped | ((masks.sum(-1) == n).all(-1) & (masks.sum(-2) == n).all(-1))
         if not bool(sums_hold.all()):
             tile = int((~sums_hold).nonzero()[0])
             raise CertificateError(f"tile {tile}: a row or column does not keep exactly {n}")

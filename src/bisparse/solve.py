@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Real
 from torch import Tensor
 
-from bisparse.kernels.ops import first_bad_score
+from bisparse.kernels.ops import BadScoreError, check_scores
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.solution import Certificate, Solution
 from bisparse.solvers import Exact, Solver
@@ -78,27 +78,25 @@ def solve(
         if remainder == "error":
             raise ValueError(f"{problem}; pass remainder='pad' or 'dense'")
         if remainder == "dense":
-            _check_scores(scores)
+            check_scores(scores)
             return Solution(torch.ones_like(scores, dtype=torch.bool), scores, pattern, layout)
     if not transposable or scores.numel() == 0:
-        _check_scores(scores)
+        check_scores(scores)
         mask = from_matrices(select(matrices, pattern), layout, scores.shape)
         return Solution(mask, scores, pattern, layout)
     assert isinstance(pattern, Pattern)
     solver = solver or choose_solver(pattern)
     padded = pad_to_multiple(matrices, m)
-    _check_scores(scores)
+    if not solver.checks_scores:
+        check_scores(scores)
     start = _start_of(warm_start, padded.shape, pattern)
-    mask, certificate = solver.solve_matrix(padded.reshape(-1, padded.shape[-1]), pattern.n, m, start)
+    try:
+        mask, certificate = solver.solve_matrix(padded.reshape(-1, padded.shape[-1]), pattern.n, m, start)
+    except BadScoreError:
+        check_scores(scores)  # says where in the caller's own tensor
+        raise
     mask = from_matrices(mask.view(padded.shape)[:, :rows, :columns], layout, scores.shape)
-    return Solution(mask, scores, pattern, layout, solver.exactly, lambda: certificate)
-
-
-def _check_scores(scores: Tensor) -> None:
-    if (bad := first_bad_score(scores)) is not None:
-        what, index = bad
-        remedy = "scores are magnitudes: pass weight.abs()" if what == "negative" else "repair or mask the weight first"
-        raise ValueError(f"scores of shape {tuple(scores.shape)} hold a {what} number at index {index}; {remedy}")
+    return Solution(mask, scores, pattern, layout, solver.exactly, certificate)
 
 
 def _start_of(solution: Solution | None, shape: torch.Size, pattern: Pattern) -> Certificate | None:

@@ -1,0 +1,1 @@
+"""The operators and their kernels: `ops` is the specification, `cpu` and `cuda` the fast ones."""

@@ -5,6 +5,9 @@ Faster kernels register themselves for "cpu" (numba) and "cuda" (Triton); torch 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -12,25 +15,34 @@ from torch import Tensor
 from bisparse.kernels import reference
 from bisparse.tiles import from_tiles, to_tiles
 
-__all__ = ["COARSE", "exact_mask", "exact_solve", "exact_solve_integers", "first_bad_score", "quantise"]
+__all__ = ["COARSE", "BadScoreError", "check_scores", "exact_mask", "exact_solve", "exact_solve_integers", "quantise"]
 
 FAST_BITS = 24
 COARSE = -(1 << 30)
 """In place of an exponent: this tile's scores span too wide a range for the fast mode; solve it exactly instead."""
+TINY = 2.0**-103
+"""A tile whose largest score is below this counts as coarse too: its scale would overflow float32."""
 COARSE_BELOW = 1 << 12
 """A quantised score below this has lost precision; a tile where that holds for over half of its non-zero scores is coarse."""
 
 
-def first_bad_score(scores: Tensor) -> tuple[str, tuple[int, ...]] | None:
-    """What is wrong with the first score that is NaN, infinite or negative, and its index; None where all are fine."""
+class BadScoreError(ValueError):
+    """A score is NaN, infinite or negative."""
+
+
+def check_scores(scores: Tensor) -> None:
+    """Raise `BadScoreError` at the first score that is NaN, infinite or negative, with its index and a remedy."""
     bad = scores < 0
     if scores.is_floating_point():
         bad = bad | ~torch.isfinite(scores)
     if not bool(bad.any()):
-        return None
+        return
     index = tuple(bad.nonzero()[0].tolist())
     number = scores[index].item()
-    return ("negative" if number < 0 else f"{number}"), index
+    remedy = "scores are magnitudes: pass weight.abs()" if number < 0 else "repair or exclude that weight first"
+    raise BadScoreError(
+        f"scores of shape {tuple(scores.shape)} hold {number} at index {index}; they must be finite and >= 0: {remedy}"
+    )
 
 
 def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[Tensor, " B"]]:
@@ -45,7 +57,7 @@ def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[T
     exponent = torch.where(largest > 0, FAST_BITS - torch.frexp(largest).exponent.long(), 0)
     q = torch.ldexp(tiles, exponent[:, None, None]).round().long()
     small = ((q < COARSE_BELOW) & (tiles > 0)).sum((1, 2))
-    return q, torch.where(2 * small > (tiles > 0).sum((1, 2)), COARSE, exponent)
+    return q, torch.where((2 * small > (tiles > 0).sum((1, 2))) | ((largest > 0) & (largest < TINY)), COARSE, exponent)
 
 
 _LIBRARY = torch.library.Library("bisparse", "DEF")
@@ -61,7 +73,7 @@ def exact_mask(scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool) -> t
     """Optimal mask of the tiles of a float32 matrix whose sides m divides, and which tiles were too `COARSE` to trust.
 
     Raises:
-        ValueError: a score is NaN, infinite or negative.
+        BadScoreError: a score is NaN, infinite or negative.
     """
     mask, coarse = torch.ops.bisparse.exact_mask(scores, n, m, exactly)
     return mask, coarse
@@ -96,8 +108,7 @@ def reference_exact_solve(
     scores: Tensor, n: int, m: int, exactly: bool, u: Tensor | None, v: Tensor | None, exponent: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The specification of `exact_solve`."""
-    if (bad := first_bad_score(scores)) is not None:
-        raise ValueError(f"a score is {bad[0]} at index {bad[1]}")
+    check_scores(scores)
     q, now = quantise(to_tiles(scores, m))
     start = None
     if u is not None and v is not None and exponent is not None:
@@ -152,3 +163,17 @@ for _name, _kernel in {
     "exact_solve_integers": reference_exact_solve_integers,
 }.items():
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
+
+
+def _numba_kernel(name: str) -> Callable[..., Any]:
+    # numba takes a second to import, so it waits for the first solve.
+    def kernel(*args: Any) -> Any:
+        from bisparse.kernels import cpu
+
+        return getattr(cpu, name)(*args)
+
+    return kernel
+
+
+for _name in ("exact_mask", "exact_solve", "exact_solve_integers"):
+    _LIBRARY.impl(_name, _numba_kernel(_name), "CPU")

@@ -10,6 +10,7 @@ meeting in the middle, without prices, which are computed when the certificate i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor
 
-from bisparse.kernels import ops, wide
+from bisparse.kernels import ops
+from bisparse.kernels.wide import solve_wide_tiles
 from bisparse.solution import Certificate
 from bisparse.solvers.solver import Guarantee, Solver
 from bisparse.tiles import from_tiles, to_tiles
@@ -39,6 +41,7 @@ class Exact(Solver):
     exactly: bool = False
     strict: bool = False
     exact: ClassVar[bool] = True
+    checks_scores: ClassVar[bool] = True
     guarantee: ClassVar[Guarantee] = Guarantee("kept", 1.0)
 
     def solve_tiles(self, scores: Float[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
@@ -48,25 +51,58 @@ class Exact(Solver):
 
     def solve_matrix(
         self, scores: Real[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None = None
-    ) -> tuple[Bool[Tensor, "R C"], Certificate | None]:
+    ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate]]:
+        if n == m:  # everything is kept, which zero prices prove
+            ops.check_scores(scores)
+            return torch.ones_like(scores, dtype=torch.bool), lambda: self._certificate_of_all(scores, m)
         if self.strict or scores.dtype not in FAST_DTYPES:
-            return self._solve_as_given(scores, n, m)
+            ops.check_scores(scores)
+            masks, certificate = self._solve_as_given(to_tiles(scores, m), n)
+            return from_tiles(masks, *scores.shape), lambda: certificate
+        numbers = scores.float().contiguous()
+        if (n, m) == (2, 4):
+            mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
+            mask = self._solve_coarse(scores, mask, coarse, n, m)[0]
+            return mask, lambda: self._solve_with_prices(scores, numbers, n, m, None)[1]
+        mask, certificate = self._solve_with_prices(scores, numbers, n, m, warm_start)
+        return mask, lambda: certificate
+
+    def _solve_with_prices(
+        self, scores: Real[Tensor, "R C"], numbers: Float[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None
+    ) -> tuple[Bool[Tensor, "R C"], Certificate]:
         start = None
-        if warm_start is not None:
+        if warm_start is not None and warm_start.u.dtype == torch.int32 and warm_start.exactly == self.exactly:
             start = warm_start.u, warm_start.v, warm_start.exponent
-        mask, u, v, exponent = ops.exact_solve(scores.float().contiguous(), n, m, self.exactly, start)
-        coarse = exponent == ops.COARSE
-        certificate = Certificate(u, v, exponent, self.exactly)
+        mask, u, v, exponent = ops.exact_solve(numbers, n, m, self.exactly, start)
+        mask, coarse, certificate = self._solve_coarse(scores, mask, exponent == ops.COARSE, n, m)
+        if certificate is None:
+            return mask, Certificate(u, v, exponent, self.exactly)
+        where = coarse.nonzero()[:, 0]
+        u, v, exponent = u.long(), v.long(), exponent.long()
+        u[where], v[where], exponent[where] = certificate.u, certificate.v, certificate.exponent
+        wide = {int(where[tile]): prices for tile, prices in certificate.wide.items()}
+        return mask, Certificate(u, v, exponent, self.exactly, wide)
+
+    def _solve_coarse(
+        self, scores: Real[Tensor, "R C"], mask: Bool[Tensor, "R C"], coarse: Bool[Tensor, " B"], n: int, m: int
+    ) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"], Certificate | None]:
+        """Solve the tiles that the fast mode would ruin, exactly as given."""
         if not bool(coarse.any()):
-            return mask, certificate
-        tiles, masks = to_tiles(scores, m), to_tiles(mask, m)
-        solved, exact_certificate = wide.solve_tiles(tiles[coarse], n, self.exactly)
-        raise AssertionError((masks, solved, exact_certificate))
+            return mask, coarse, None
+        masks = to_tiles(mask, m).clone()
+        masks[coarse], certificate = self._solve_as_given(to_tiles(scores, m)[coarse], n)
+        return from_tiles(masks, *scores.shape), coarse, certificate
 
-    def mask_matrix(self, scores: Real[Tensor, "R C"], n: int, m: int) -> Bool[Tensor, "R C"]:
-        """The mask alone, by the fastest way."""
-        return self.solve_matrix(scores, n, m)[0]
+    def _solve_as_given(self, tiles: Real[Tensor, "B M M"], n: int) -> tuple[Bool[Tensor, "B M M"], Certificate]:
+        masks, u, v, exponent, wide = solve_wide_tiles(tiles, n, self.exactly)
+        return masks, Certificate(u, v, exponent, self.exactly, wide)
 
-    def _solve_as_given(self, scores: Real[Tensor, "R C"], n: int, m: int) -> tuple[Bool[Tensor, "R C"], Certificate]:
-        masks, certificate = wide.solve_tiles(to_tiles(scores, m), n, self.exactly)
-        return from_tiles(masks, *scores.shape), certificate
+    def _certificate_of_all(self, scores: Real[Tensor, "R C"], m: int) -> Certificate:
+        tiles = to_tiles(scores, m)
+        if scores.dtype in FAST_DTYPES:
+            power = torch.frexp(tiles.double().flatten(1).amax(1)).exponent.long() if len(tiles) else tiles.new_zeros(0).long()
+            exponent = ops.FAST_BITS - power
+        else:
+            exponent = self._solve_as_given(tiles, 1)[1].exponent
+        zeros = torch.zeros(len(tiles), m, dtype=torch.int64, device=scores.device)
+        return Certificate(zeros, zeros, exponent, self.exactly)

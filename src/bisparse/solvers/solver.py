@@ -8,6 +8,7 @@ For each M x M tile with scores w >= 0::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -39,6 +40,9 @@ class Solver(ABC):
     guarantee: ClassVar[Guarantee | None] = None
     """The approximation guarantee, where one is proved."""
 
+    checks_scores: ClassVar[bool] = False
+    """Whether `solve_matrix` raises `BadScoreError` itself, so that `solve` need not read the scores beforehand."""
+
     exactly: bool = False
     """Keep exactly N in every row and column (the paper's program) instead of at most N (what hardware checks)."""
 
@@ -48,14 +52,14 @@ class Solver(ABC):
 
     def solve_matrix(
         self, scores: Float[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None = None
-    ) -> tuple[Bool[Tensor, "R C"], Certificate | None]:
-        """Mask of a matrix whose sides `m` divides, and the certificate where the solver has one.
+    ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate | None]]:
+        """Mask of a matrix whose sides `m` divides, and a function that gives the certificate, where the solver has one.
 
         `warm_start` holds the prices of an earlier solve of nearly the same scores; a solver that has no use for it
         ignores it, and no solver's value depends on it.
         """
         mask = self.solve_tiles(to_tiles(scores, m), n)
-        return from_tiles(mask, scores.shape[0], scores.shape[1]), None
+        return from_tiles(mask, scores.shape[0], scores.shape[1]), lambda: None
 
     def __call__(self, scores: Float[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
         """Alias of `solve_tiles`."""

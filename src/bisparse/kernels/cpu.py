@@ -1,0 +1,470 @@
+"""The exact solver on CPU: numba kernels over bands of tiles, registered for torch's "cpu" device.
+
+Idea: prices of all tiles at once, one tile a lane, by sorting networks on 16-bit scores; then, tile by tile, the exact mask
+those prices ask for on 24-bit scores; then shortest augmenting paths for the tiles left unbalanced. See `reference` for the
+algorithm in plain torch, `vectors` for the instructions, `middle` for 2:4.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numba import njit
+
+from bisparse.kernels import ops
+from bisparse.kernels import vectors as vec
+from bisparse.kernels.general import solve_integers
+from bisparse.kernels.middle import best_at_most_2, best_exactly_2, mask_rows
+from bisparse.kernels.networks import sorting_network
+from bisparse.kernels.threads import over_bands
+from bisparse.kernels.vectors import COARSE_SHIFT, FAR, LANES, SMALL
+
+COLD_ALTERNATIONS = 6
+WARM_ALTERNATIONS = 2
+CLAMPED_ALTERNATIONS = 3
+VECTOR_SIDES = (4, 8, 16, 32, 64)
+UNBOUNDED = 0x7F800000  # the bit pattern of infinity: NaN and, read as unsigned, every negative number lie above
+MIDDLE_CHUNK = 128
+
+
+@njit(nogil=True, cache=True)
+def median_sweep(lanes, prices, other, out, line_stride, entry_stride, floor, side):  # type: ignore[no-untyped-def]
+    """One half-sweep at N = M / 2: a price for every line of every lane."""
+    vec.never_inline()
+    for line in range(len(side)):
+        vec.median_prices(lanes, line * line_stride, entry_stride, prices, other, out + line * LANES, floor, side)
+
+
+@njit(nogil=True, cache=True)
+def general_sweep(lanes, prices, other, out, line_stride, entry_stride, network, n, spare, floor, side):  # type: ignore[no-untyped-def]
+    """One half-sweep at any N < M, by a whole sorting network held as data."""
+    vec.never_inline()
+    m = len(side)
+    for line in range(m):
+        vec.lane_differences(lanes, line * line_stride, entry_stride, prices, other, spare, side)
+        for k in range(network.shape[0]):
+            vec.compare_exchange(spare, network[k, 0] * LANES, network[k, 1] * LANES)
+        vec.store_midpoint(spare, (m - n) * LANES, (m - n - 1) * LANES, prices, out + line * LANES, floor)
+
+
+@njit(nogil=True, cache=True)
+def sweep_prices(lanes, prices16, alternations, network, n, spare, floor, side):  # type: ignore[no-untyped-def]
+    """Alternate: row prices from column prices, column prices from row prices. Rows first in `prices16`."""
+    vec.never_inline()
+    m = len(side)
+    columns = m * LANES
+    for _ in range(alternations):
+        if network.shape[0] == 0:
+            median_sweep(lanes, prices16, columns, 0, m * LANES, LANES, floor, side)
+            median_sweep(lanes, prices16, 0, columns, LANES, m * LANES, floor, side)
+        else:
+            general_sweep(lanes, prices16, columns, 0, m * LANES, LANES, network, n, spare, floor, side)
+            general_sweep(lanes, prices16, 0, columns, LANES, m * LANES, network, n, spare, floor, side)
+
+
+@njit(nogil=True, cache=True)
+def balance_prices(prices16, count, side):  # type: ignore[no-untyped-def]
+    """Move prices between the rows and the columns of each tile, which changes no mask, so that none is negative.
+
+    Those still negative are set to zero; returns whether there were any.
+    """
+    vec.never_inline()
+    m = len(side)
+    clamped = False
+    for t in range(count):
+        low_u, low_v = np.int32(prices16[t]), np.int32(prices16[m * LANES + t])
+        for k in range(1, m):
+            low_u = min(low_u, np.int32(prices16[k * LANES + t]))
+            low_v = min(low_v, np.int32(prices16[(m + k) * LANES + t]))
+        shift = (low_u - low_v) >> 1
+        clamped |= low_u + low_v < -1
+        for k in range(m):
+            prices16[k * LANES + t] = max(np.int32(prices16[k * LANES + t]) - shift, 0)
+            prices16[(m + k) * LANES + t] = min(max(np.int32(prices16[(m + k) * LANES + t]) + shift, 0), 32767)
+    return clamped
+
+
+@njit(nogil=True, cache=True)
+def start_prices(prices16, prices, u, v, count, side):  # type: ignore[no-untyped-def]
+    """The prices of the sweeps in units of the 24-bit scores, tile by tile."""
+    vec.never_inline()
+    m = len(side)
+    for t in range(count):
+        for k in range(m):
+            prices[u + t * m + k] = np.int32(prices16[k * LANES + t]) << COARSE_SHIFT
+            prices[v + t * m + k] = np.int32(prices16[(m + k) * LANES + t]) << COARSE_SHIFT
+
+
+@njit(nogil=True, cache=True)
+def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-untyped-def]
+    """Dijkstra on reduced costs from rows that keep too few and columns that keep too many, until there are none.
+
+    `flip` does the same on the transposed tile; u is then the offset of the column prices.
+    """
+    vec.never_inline()
+    m = len(side)
+    row, column = (m, 0) if flip else (0, m)
+    q, transposed = (m * m, 0) if flip else (0, m * m)
+    near_row, near_column = 2 * m * m + row, 2 * m * m + column
+    final_row, final_column = near_row + 2 * m, near_column + 2 * m
+    origin_row, origin_column = near_row + 4 * m, near_column + 4 * m
+    kept_row, kept_column = near_row + 6 * m, near_column + 6 * m
+    while True:
+        sources = vec.start_search(work, near_row, final_row, origin_row, kept_row, prices, u, free, n, side)
+        sources |= vec.start_search_surplus(work, near_column, final_column, origin_column, kept_column, n, side)
+        if sources == 0:
+            return True
+        rows_done, columns_done = np.int64(0), np.int64(0)
+        ground, ground_row = FAR, -1
+        while True:
+            packed = vec.nearest(work, near_row, near_column, side)
+            distance, node = packed >> 8, packed & 255
+            if distance >= ground:
+                distance, node = ground, ground_row
+                break
+            if node < m:
+                if work[kept_row + node] > n:
+                    break
+                price = np.int64(prices[u + node])
+                if not free and distance + price < ground:
+                    ground, ground_row = distance + price, node
+                rows_done |= np.int64(1) << node
+                work[near_row + node], work[final_row + node] = FAR, distance
+                allowed = ~(bits[row + node] | columns_done)
+                vec.relax(
+                    work, q + node * m, distance + price, 1, prices, v, near_column, origin_column, allowed, node, side
+                )  # fmt: skip
+            else:
+                node -= m
+                if work[kept_column + node] < n:
+                    node += m
+                    break
+                columns_done |= np.int64(1) << node
+                work[near_column + node], work[final_column + node] = FAR, distance
+                allowed = bits[column + node] & ~rows_done
+                vec.relax(
+                    work, transposed + node * m, distance - prices[v + node], -1, prices, u, near_row, origin_row, allowed,
+                    node, side,
+                )  # fmt: skip
+        if distance >= FAR // 2:
+            return False
+        vec.shift_prices(prices, u, work, final_row, distance, -1, side)
+        vec.shift_prices(prices, v, work, final_column, distance, 1, side)
+        in_rows = node < m
+        node = node if in_rows else node - m
+        if in_rows:
+            work[kept_row + node] -= 1
+        else:
+            work[kept_column + node] += 1
+        while True:
+            previous = work[origin_row + node] if in_rows else work[origin_column + node]
+            if previous < 0:
+                break
+            i, j = (node, np.int64(previous)) if in_rows else (np.int64(previous), node)
+            bits[row + i] ^= np.int64(1) << j
+            bits[column + j] ^= np.int64(1) << i
+            node, in_rows = np.int64(previous), not in_rows
+        if in_rows:
+            work[kept_row + node] += 1
+        else:
+            work[kept_column + node] -= 1
+
+
+@njit(nogil=True, cache=True)
+def fill_ties(bits, work, kept_row, kept_column, n, side):  # type: ignore[no-untyped-def]
+    """Keep entries at reduced cost zero, row by row, in the columns with the most room left, of those the lowest first.
+
+    On a constant tile this is the Gale-Ryser construction and leaves nothing to repair.
+    """
+    vec.never_inline()
+    m = len(side)
+    rooms = 3 * m  # bits[rooms + k]: the columns with room for k more
+    bits[rooms : rooms + n + 1] = 0
+    for j in range(m):
+        room = n - work[kept_column + j]
+        if room > 0:
+            bits[rooms + room] |= np.int64(1) << j
+    for i in range(m):
+        need = n - work[kept_row + i]
+        room = n
+        while need > 0 and room > 0:
+            candidates = bits[2 * m + i] & bits[rooms + room]
+            moved = np.int64(0)
+            while candidates != 0 and need > 0:
+                lowest = candidates & -candidates
+                candidates ^= lowest
+                moved |= lowest
+                need -= 1
+                work[kept_row + i] += 1
+                work[kept_column + vec.lowest_bit(lowest)] += 1
+            bits[i] |= moved
+            bits[2 * m + i] &= ~moved
+            bits[rooms + room] ^= moved
+            bits[rooms + room - 1] |= moved
+            room -= 1
+
+
+@njit(nogil=True, cache=True)
+def repair(scores, base, stride, scale, prices, u, v, n, free, mask, bits, work, side):  # type: ignore[no-untyped-def]
+    """Balance one tile; `bits` holds the rows of its mask and `work` the kept counts, as `tile_mask` left them."""
+    vec.never_inline()
+    m = len(side)
+    kept_row, kept_column = 2 * m * m + 6 * m, 2 * m * m + 7 * m
+    tied = vec.tile_integers(scores, base, stride, scale, prices, u, v, work, bits, 2 * m, side)
+    if tied != 0:
+        fill_ties(bits, work, kept_row, kept_column, n, side)
+    vec.column_bits(bits, 0, m, side)
+    if m >= 8:
+        for i in range(0, m, 8):
+            for j in range(0, m, 8):
+                vec.transpose_8x8(work, i * m + j, m, work, m * m + j * m + i, m)
+    else:
+        for i in range(m):
+            for j in range(m):
+                work[m * m + j * m + i] = work[i * m + j]
+    solved = augment(work, bits, prices, u, v, n, free, False, side)
+    if not free and solved:
+        solved = augment(work, bits, prices, v, u, n, free, True, side)
+    for i in range(m):
+        vec.store_row(mask, base + i * stride, bits[i], side)
+    return solved
+
+
+@njit(nogil=True, cache=True)
+def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network, side, first, last):  # type: ignore[no-untyped-def]
+    """Solve tiles first..last; with `warm`, prices and exponents hold an earlier solution. Largest bit pattern seen."""
+    m = len(side)
+    across, tiles = columns // m, exponents.shape[0]
+    source, lanes = np.zeros(LANES * m * m, np.int16), np.zeros(LANES * m * m, np.int16)
+    prices16, spare = np.zeros(2 * m * LANES, np.int16), np.zeros(m * LANES, np.int16)
+    scales, bases = np.zeros(LANES, np.float32), np.zeros(LANES, np.int64)
+    work, bits = np.zeros(2 * m * m + 8 * m, np.int32), np.zeros(4 * m + 1, np.int64)
+    kept_row = 2 * m * m + 6 * m
+    worst = np.int64(0)
+    for start in range(first, last, LANES):
+        count = min(LANES, last - start)
+        u, v = start * m, (tiles + start) * m
+        unbalanced, astray = 0, 0
+        for t in range(count):
+            tile = start + t
+            base = (tile // across) * m * columns + (tile % across) * m
+            bases[t] = base
+            largest = vec.tile_largest_bits(scores, base, columns, side)
+            worst = max(worst, largest)
+            biased = max(min(largest >> 23, 254), 23)
+            exponent = np.int32(150 - biased) if largest > 0 else np.int32(0)
+            scales[t] = vec.bits_to_float(np.int32((277 - biased) << 23))
+            small = vec.tile_to_lanes_source(scores, base, columns, scales[t], source, t * m * m, side)
+            if largest >= UNBOUNDED:
+                scales[t] = np.float32(0)
+            elif 0 < largest < (24 << 23):
+                exponent = np.int32(ops.COARSE)
+            elif 2 * small < m * m * SMALL:
+                few = 0
+                for i in range(m):
+                    for j in range(m):
+                        score = scores[base + i * columns + j]
+                        if score > 0:
+                            few += 1 if score * scales[t] < SMALL - 0.5 else -1
+                if few > 0:
+                    exponent = np.int32(ops.COARSE)
+            if exponent == ops.COARSE:
+                scales[t] = np.float32(0)
+                source[t * m * m : (t + 1) * m * m] = 0
+            if warm:
+                before = exponents[tile]
+                usable = before != ops.COARSE and exponent != ops.COARSE
+                change = exponent - before
+                for k in range(m):
+                    for side_of in (u, v):
+                        price = np.int64(prices[side_of + t * m + k]) if usable else 0
+                        price = price << min(change, 8) if change >= 0 else price >> min(-change, 31)
+                        prices[side_of + t * m + k] = max(min(price, 1 << 25), -(1 << 25))
+                if vec.tile_mask(
+                    scores, base, columns, scales[t], prices, u + t * m, v + t * m, free, n, mask, bits, work, kept_row, side
+                ) != 0:  # fmt: skip
+                    unbalanced += 1
+                    vec.tile_integers(scores, base, columns, scales[t], prices, u + t * m, v + t * m, work, bits, 2 * m, side)
+                    for i in range(m):
+                        kept = work[kept_row + i]
+                        if kept > n or kept + vec.count_bits(bits[2 * m + i]) < n:
+                            astray += 1
+                            break
+            exponents[tile] = exponent
+        if not warm or astray > LANES // 4:
+            if count < LANES:
+                source[count * m * m :] = 0
+            for t in range(0, LANES, 8):
+                for k in range(0, m * m, 8):
+                    vec.transpose_8x8(source, t * m * m + k, m * m, lanes, k * LANES + t, LANES)
+            prices16[:] = 0
+            if warm:
+                for t in range(count):
+                    for k in range(m):
+                        prices16[(m + k) * LANES + t] = max(min(prices[v + t * m + k] >> COARSE_SHIFT, 32767), -32768)
+            alternations = WARM_ALTERNATIONS if warm else COLD_ALTERNATIONS
+            sweep_prices(lanes, prices16, alternations, network, n, spare, -32768, side)
+            if not free and balance_prices(prices16, count, side):
+                sweep_prices(lanes, prices16, CLAMPED_ALTERNATIONS, network, n, spare, 0, side)
+            start_prices(prices16, prices, u, v, count, side)
+        elif unbalanced == 0:
+            continue
+        for t in range(count):
+            base, row, column = bases[t], u + t * m, v + t * m
+            if vec.tile_mask(
+                scores, base, columns, scales[t], prices, row, column, free, n, mask, bits, work, kept_row, side
+            ) != 0 and not repair(scores, base, columns, scales[t], prices, row, column, n, free, mask, bits, work, side):  # fmt: skip
+                exponents[start + t] = ops.COARSE
+    return worst
+
+
+@njit(nogil=True, cache=True)
+def middle_band(scores, across, mask, coarse, table, exactly, first, last):  # type: ignore[no-untyped-def]
+    """2:4-T of bands first..last of four rows; `mask` is seen as one uint32 for four entries. Largest bit pattern seen."""
+    codes, small = np.empty(MIDDLE_CHUNK, np.int32), np.empty(MIDDLE_CHUNK, np.int32)
+    worst = np.uint32(0)
+    for band in range(first, last):
+        for start in range(0, across, MIDDLE_CHUNK):
+            count = min(MIDDLE_CHUNK, across - start)
+            a, b = scores[4 * band, 4 * start :], scores[4 * band + 1, 4 * start :]
+            c, d = scores[4 * band + 2, 4 * start :], scores[4 * band + 3, 4 * start :]
+            if exactly:
+                for t in range(count):
+                    codes[t], small[t], largest = best_exactly_2((
+                        a[4 * t], a[4 * t + 1], a[4 * t + 2], a[4 * t + 3], b[4 * t], b[4 * t + 1], b[4 * t + 2], b[4 * t + 3],
+                        c[4 * t], c[4 * t + 1], c[4 * t + 2], c[4 * t + 3], d[4 * t], d[4 * t + 1], d[4 * t + 2], d[4 * t + 3],
+                    ))  # fmt: skip
+                    worst = max(worst, np.uint32(largest))
+            else:
+                for t in range(count):
+                    codes[t], small[t], largest = best_at_most_2((
+                        a[4 * t], a[4 * t + 1], a[4 * t + 2], a[4 * t + 3], b[4 * t], b[4 * t + 1], b[4 * t + 2], b[4 * t + 3],
+                        c[4 * t], c[4 * t + 1], c[4 * t + 2], c[4 * t + 3], d[4 * t], d[4 * t + 1], d[4 * t + 2], d[4 * t + 3],
+                    ))  # fmt: skip
+                    worst = max(worst, np.uint32(largest))
+            first_row, second_row = mask[4 * band, start:], mask[4 * band + 1, start:]
+            third_row, fourth_row = mask[4 * band + 2, start:], mask[4 * band + 3, start:]
+            least = np.int32(16 * SMALL)
+            for t in range(count):
+                least = min(least, small[t])
+            for t in range(count):
+                code = np.uint32(codes[t])
+                first_row[t], second_row[t] = table[0, code], table[1, code]
+                third_row[t], fourth_row[t] = table[2, code], table[3, code]
+            if least < 8 * SMALL:
+                for t in range(count):
+                    if small[t] < 8 * SMALL:
+                        coarse[band * across + start + t] = tile_is_coarse(scores, 4 * band, 4 * (start + t))
+    return np.int64(worst)
+
+
+@njit(nogil=True, cache=True)
+def tile_is_coarse(scores, row, column):  # type: ignore[no-untyped-def]
+    """Whether over half of a 4 x 4 tile's non-zero scores are below SMALL once quantised, or it is below 2**-104 altogether."""
+    largest = np.float64(0)
+    for i in range(4):
+        for j in range(4):
+            largest = max(largest, np.float64(scores[row + i, column + j]))
+    if largest == 0.0:
+        return False
+    if largest < 2.0**-103:
+        return True
+    exponent = np.floor(np.log2(largest))
+    few = 0
+    for i in range(4):
+        for j in range(4):
+            score = np.float64(scores[row + i, column + j])
+            if score > 0:
+                few += 1 if score * 2.0 ** (23 - exponent) < SMALL - 0.5 else -1
+    return few > 0
+
+
+def _check(worst: list[int], scores: torch.Tensor) -> bool:
+    """Whether the kernels could use the scores as they are; raises for scores that no solver takes."""
+    if max(worst, default=0) < UNBOUNDED:
+        return True
+    ops.check_scores(scores)
+    return False  # only -0.0
+
+
+def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ops.exact_mask` on CPU."""
+    if (n, m) != (2, 4):
+        mask, _, _, exponent = exact_solve(scores, n, m, exactly, None, None, None)
+        return mask, exponent == ops.COARSE
+    rows, columns = scores.shape
+    # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
+    beside = columns < 4 * MIDDLE_CHUNK
+    wide = scores.view(rows // 4, 4, columns).transpose(0, 1).reshape(4, -1) if beside else scores
+    across = wide.shape[1] // 4
+    mask = torch.empty(wide.shape, dtype=torch.bool)
+    coarse = torch.zeros(wide.shape[0] // 4 * across, dtype=torch.bool)
+    numbers, packed, flags, table = wide.numpy(), mask.numpy().view(np.uint32), coarse.numpy(), mask_rows()
+
+    def bands_of_rows(first: int, last: int) -> int:
+        return int(middle_band(numbers, across, packed, flags, table, exactly, first, last))
+
+    def columns_of_one_band(first: int, last: int) -> int:
+        part = np.ascontiguousarray(numbers[:, 4 * first : 4 * last])
+        rows_out = np.empty((4, last - first), np.uint32)
+        worst = middle_band(part, last - first, rows_out, flags[first:last], table, exactly, 0, 1)
+        packed[:, first:last] = rows_out
+        return int(worst)
+
+    if wide.shape[0] == 4:
+        worst = over_bands(columns_of_one_band, across, MIDDLE_CHUNK, 4096)
+    else:
+        worst = over_bands(bands_of_rows, wide.shape[0] // 4, 1, max(1, 4096 // across))
+    if not _check(worst, scores):
+        return exact_mask(scores.abs(), n, m, exactly)
+    if beside:
+        mask = mask.view(4, rows // 4, columns).transpose(0, 1).reshape(rows, columns)
+    return mask, coarse
+
+
+def exact_solve(
+    scores: torch.Tensor, n: int, m: int, exactly: bool,
+    u: torch.Tensor | None, v: torch.Tensor | None, exponent: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """`ops.exact_solve` on CPU."""
+    if m not in VECTOR_SIDES:
+        return ops.reference_exact_solve(scores, n, m, exactly, u, v, exponent)
+    rows, columns = scores.shape
+    tiles = (rows // m) * (columns // m)
+    mask = torch.empty((rows, columns), dtype=torch.bool)
+    prices = torch.empty(2, tiles, m, dtype=torch.int32)
+    exponents = torch.empty(tiles, dtype=torch.int32)
+    warm = u is not None and v is not None and exponent is not None
+    if u is not None and v is not None and exponent is not None:
+        prices[0], prices[1], exponents[:] = u, v, exponent
+    median = 2 * n == m and m in (8, 16, 32)
+    network = np.array([] if median else sorting_network(m), dtype=np.int64).reshape(-1, 2)
+    flat, side = scores.view(-1).numpy(), (0,) * m
+    worst = over_bands(
+        lambda first, last: int(
+            solve_band(
+                flat, columns, mask.view(torch.uint8).view(-1).numpy(), prices.view(-1).numpy(), exponents.numpy(),
+                n, int(exactly), warm, network, side, first, last,
+            )
+        ),
+        tiles, LANES, max(LANES, 16384 // (m * m)),
+    )  # fmt: skip
+    if not _check(worst, scores):
+        return exact_solve(scores.abs(), n, m, exactly, u, v, exponent)
+    return mask, prices[0], prices[1], exponents
+
+
+def exact_solve_integers(
+    q: torch.Tensor, n: int, exactly: bool, u: torch.Tensor | None, v: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`ops.exact_solve_integers` on CPU."""
+    tiles, m, _ = q.shape
+    warm = u is not None and v is not None
+    prices = [torch.zeros(tiles, m, dtype=torch.int64) if start is None else start.clone().contiguous() for start in (u, v)]
+    mask = torch.zeros(tiles, m * m, dtype=torch.bool)
+    flat = q.contiguous().view(tiles, m * m).numpy()
+    arrays = mask.numpy(), prices[0].numpy(), prices[1].numpy()
+    over_bands(
+        lambda first, last: int(solve_integers(flat, n, exactly, warm, *arrays, first, last)), tiles, 1, max(1, 4096 // (m * m))
+    )
+    return mask.view(tiles, m, m), prices[0], prices[1]

@@ -1,0 +1,471 @@
+"""The vector instructions that the CPU kernels are made of, as numba intrinsics.
+
+Each works on whole rows of a tile, or on one entry of `LANES` tiles, as one LLVM vector, so that no loop waits for the
+compiler to find its width; LLVM splits a vector over as many registers as the machine needs. The side M of a tile travels
+in the type of an argument, `side = (0,) * M`, so that one source serves every M and numba caches each.
+
+Arrays are 1-D and contiguous; offsets count elements; nothing is bounds-checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from bisparse.kernels.networks import sorting_network
+
+LANES = 32
+"""Tiles that the sweeps take side by side."""
+COARSE_SHIFT = 10
+"""The sweeps see scores of 14 bits, so that a lane is 16 bits wide; their prices are only a start."""
+FAR = 1 << 30
+SMALL = 1 << 12
+
+BIT, I8, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+Codegen = Callable[[Any, Any, Any, Any], Any]
+
+
+def _pointer(context: Any, builder: Any, signature: Any, args: Any, position: int) -> Any:
+    array = signature.args[position]
+    return context.make_array(array)(context, builder, value=args[position]).data
+
+
+def _load(b: Any, pointer: Any, offset: Any, element: ir.Type, count: int) -> Any:
+    instruction = b.load(b.bitcast(b.gep(pointer, [offset]), ir.VectorType(element, count).as_pointer()))
+    instruction.align = element.width // 8 if isinstance(element, ir.IntType) else 4
+    return instruction
+
+
+def _store(b: Any, vector: Any, pointer: Any, offset: Any) -> None:
+    instruction = b.store(vector, b.bitcast(b.gep(pointer, [offset]), vector.type.as_pointer()))
+    instruction.align = vector.type.element.width // 8
+
+
+def _number(element: ir.Type, count: int, value: int) -> Any:
+    return ir.Constant(ir.VectorType(element, count), [value] * count)
+
+
+def _spread(b: Any, scalar: Any, count: int) -> Any:
+    vector = b.insert_element(ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined), scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), _number(I32, count, 0))
+
+
+def _call(b: Any, name: str, result: ir.Type, args: Sequence[Any]) -> Any:
+    function = b.module.globals.get(name)
+    if function is None:
+        function = ir.Function(b.module, ir.FunctionType(result, [arg.type for arg in args]), name)
+    return b.call(function, args)
+
+
+def _smaller(b: Any, x: Any, y: Any) -> Any:
+    return b.select(b.icmp_signed("<", x, y), x, y)
+
+
+def _larger(b: Any, x: Any, y: Any) -> Any:
+    return b.select(b.icmp_signed(">", x, y), x, y)
+
+
+def _at(b: Any, offset: Any, plus: int) -> Any:
+    return b.add(offset, ir.Constant(I64, plus))
+
+
+def _row_of(b: Any, base: Any, stride: Any, row: int) -> Any:
+    return b.add(base, b.mul(stride, ir.Constant(I64, row)))
+
+
+def _to_bits(b: Any, flags: Any, count: int) -> Any:
+    bits = b.bitcast(flags, ir.IntType(count))
+    return bits if count == 64 else b.zext(bits, I64)
+
+
+def _from_bits(b: Any, bits: Any, count: int) -> Any:
+    return b.bitcast(bits if count == 64 else b.trunc(bits, ir.IntType(count)), ir.VectorType(BIT, count))
+
+
+def _quantised(b: Any, scores: Any, offset: Any, scale: Any, count: int) -> Any:
+    product = b.fmul(_load(b, scores, offset, F32, count), _spread(b, scale, count))
+    return b.fptosi(_call(b, f"llvm.rint.v{count}f32", product.type, [product]), ir.VectorType(I32, count))
+
+
+@intrinsic
+def never_inline(typing: Any) -> tuple[Any, Codegen]:
+    """Keep the enclosing function out of its callers, which keeps compile time in bounds."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        b.function.attributes.add("noinline")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def bits_to_float(typing: Any, bits: Any) -> tuple[Any, Codegen]:
+    """The float32 of a bit pattern."""
+    return types.float32(types.int32), lambda context, b, signature, args: b.bitcast(args[0], F32)
+
+
+@intrinsic
+def lowest_bit(typing: Any, bits: Any) -> tuple[Any, Codegen]:
+    """Index of the lowest bit set."""
+    return types.int64(types.int64), lambda context, b, signature, args: b.cttz(args[0], ir.Constant(BIT, 0))
+
+
+@intrinsic
+def count_bits(typing: Any, bits: Any) -> tuple[Any, Codegen]:
+    """Number of bits set."""
+    return types.int64(types.int64), lambda context, b, signature, args: b.ctpop(args[0])
+
+
+@intrinsic
+def tile_largest_bits(typing: Any, scores: Any, base: Any, stride: Any, side: Any) -> tuple[Any, Codegen]:
+    """Largest float32 bit pattern of a tile, read as unsigned: a negative, NaN or infinite score comes out on top."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        pointer = b.bitcast(_pointer(context, b, signature, args, 0), I32.as_pointer())
+        largest = _load(b, pointer, args[1], I32, m)
+        for row in range(1, m):
+            other = _load(b, pointer, _row_of(b, args[1], args[2], row), I32, m)
+            largest = b.select(b.icmp_unsigned(">", largest, other), largest, other)
+        return b.zext(_call(b, f"llvm.vector.reduce.umax.v{m}i32", I32, [largest]), I64)
+
+    return types.int64(scores, types.intp, types.intp, side), codegen
+
+
+@intrinsic
+def tile_to_lanes_source(
+    typing: Any, scores: Any, base: Any, stride: Any, scale: Any, out: Any, offset: Any, side: Any
+) -> tuple[Any, Codegen]:
+    """Write a tile's 14-bit scores, row by row, as int16; return the sum of min(q, SMALL) over the tile."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, target = (_pointer(context, b, signature, args, k) for k in (0, 4))
+        total = None
+        for row in range(m):
+            q = _quantised(b, source, _row_of(b, args[1], args[2], row), args[3], m)
+            limited = _smaller(b, q, _number(I32, m, SMALL))
+            total = limited if total is None else b.add(total, limited)
+            coarse = b.trunc(b.lshr(q, _number(I32, m, COARSE_SHIFT)), ir.VectorType(I16, m))
+            _store(b, coarse, target, _at(b, args[5], row * m))
+        return b.sext(_call(b, f"llvm.vector.reduce.add.v{m}i32", I32, [total]), I64)
+
+    return types.int64(scores, types.intp, types.intp, types.float32, out, types.intp, side), codegen
+
+
+@intrinsic
+def transpose_8x8(
+    typing: Any, source: Any, from_: Any, from_stride: Any, target: Any, to: Any, to_stride: Any
+) -> tuple[Any, Codegen]:
+    """Transpose a block of 8 x 8 integers."""
+    element = ir.IntType(source.dtype.bitwidth)
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        read, write = (_pointer(context, b, signature, args, k) for k in (0, 3))
+        rows = [_load(b, read, _row_of(b, args[1], args[2], k), element, 8) for k in range(8)]
+        low = ir.Constant(ir.VectorType(I32, 8), [0, 8, 1, 9, 2, 10, 3, 11])
+        high = ir.Constant(ir.VectorType(I32, 8), [4, 12, 5, 13, 6, 14, 7, 15])
+        for _ in range(3):  # three perfect shuffles
+            rows = [b.shuffle_vector(rows[k // 2], rows[k // 2 + 4], high if k % 2 else low) for k in range(8)]
+        for k in range(8):
+            _store(b, rows[k], write, _row_of(b, args[4], args[5], k))
+        return context.get_dummy_value()
+
+    return types.void(source, types.intp, types.intp, target, types.intp, types.intp), codegen
+
+
+def _lane_differences(b: Any, lanes: Any, prices: Any, line: Any, stride: Any, other: Any, m: int) -> list[Any]:
+    vector = ir.VectorType(I16, LANES)
+    return [
+        _call(
+            b,
+            f"llvm.ssub.sat.v{LANES}i16",
+            vector,
+            [_load(b, lanes, _row_of(b, line, stride, k), I16, LANES), _load(b, prices, _at(b, other, k * LANES), I16, LANES)],
+        )
+        for k in range(m)
+    ]
+
+
+def _store_midpoint(b: Any, above: Any, below: Any, floor: Any, prices: Any, offset: Any) -> None:
+    half = b.ashr(b.xor(above, below), _number(I16, LANES, 1))
+    midpoint = b.add(b.and_(above, below), half)
+    _store(b, _larger(b, midpoint, _spread(b, b.trunc(floor, I16), LANES)), prices, offset)
+
+
+@intrinsic
+def median_prices(
+    typing: Any, lanes: Any, line: Any, stride: Any, prices: Any, other: Any, out: Any, floor: Any, side: Any
+) -> tuple[Any, Codegen]:
+    """Midpoint of the two middle ones of M differences score - price, at least `floor`, by a sorting network in every lane."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        lanes, prices = (_pointer(context, b, signature, args, k) for k in (0, 3))
+        values = _lane_differences(b, lanes, prices, args[1], args[2], args[4], m)
+        for low, high in sorting_network(m // 2):  # each half sorted, ascending
+            for i, j in ((low, high), (low + m // 2, high + m // 2)):
+                values[i], values[j] = _smaller(b, values[i], values[j]), _larger(b, values[i], values[j])
+        # Of a bitonic pair of sorted halves, min(a_i, b_(last - i)) are the smaller M/2 and the max the larger.
+        below = [_smaller(b, values[i], values[m - 1 - i]) for i in range(m // 2)]
+        above = [_larger(b, values[i], values[m - 1 - i]) for i in range(m // 2)]
+        while len(below) > 1:
+            below = [_larger(b, *below[i : i + 2]) for i in range(0, len(below), 2)]
+            above = [_smaller(b, *above[i : i + 2]) for i in range(0, len(above), 2)]
+        _store_midpoint(b, above[0], below[0], args[6], prices, args[5])
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(lanes, intp, intp, prices, intp, intp, intp, side), codegen
+
+
+@intrinsic
+def lane_differences(
+    typing: Any, lanes: Any, line: Any, stride: Any, prices: Any, other: Any, out: Any, side: Any
+) -> tuple[Any, Codegen]:
+    """Differences score - price of one line in every lane, written to `out`."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        lanes, prices, out = (_pointer(context, b, signature, args, k) for k in (0, 3, 5))
+        for k, value in enumerate(_lane_differences(b, lanes, prices, args[1], args[2], args[4], m)):
+            _store(b, value, out, ir.Constant(I64, k * LANES))
+        return context.get_dummy_value()
+
+    return types.void(lanes, types.intp, types.intp, prices, types.intp, out, side), codegen
+
+
+@intrinsic
+def compare_exchange(typing: Any, lanes: Any, low: Any, high: Any) -> tuple[Any, Codegen]:
+    """Put the smaller of two entries first, in every lane."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, b, signature, args, 0)
+        x, y = (_load(b, pointer, offset, I16, LANES) for offset in args[1:])
+        _store(b, _smaller(b, x, y), pointer, args[1])
+        _store(b, _larger(b, x, y), pointer, args[2])
+        return context.get_dummy_value()
+
+    return types.void(lanes, types.intp, types.intp), codegen
+
+
+@intrinsic
+def store_midpoint(typing: Any, lanes: Any, above: Any, below: Any, prices: Any, out: Any, floor: Any) -> tuple[Any, Codegen]:
+    """Midpoint of two entries, at least `floor`, in every lane, as a price."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        lanes, prices = (_pointer(context, b, signature, args, k) for k in (0, 3))
+        above, below = (_load(b, lanes, offset, I16, LANES) for offset in args[1:3])
+        _store_midpoint(b, above, below, args[5], prices, args[4])
+        return context.get_dummy_value()
+
+    return types.void(lanes, types.intp, types.intp, prices, types.intp, types.intp), codegen
+
+
+@intrinsic
+def tile_mask(
+    typing: Any, scores: Any, base: Any, stride: Any, scale: Any, prices: Any, u: Any, v: Any, free: Any, n: Any, out: Any,
+    bits: Any, work: Any, counts: Any, side: Any,
+) -> tuple[Any, Codegen]:  # fmt: skip
+    """Write x = [q > u + v]: bytes to `out`, bits of each row, kept a row and a column to counts; is the tile unbalanced?
+
+    Unbalanced: a row or column keeps more than n, or fewer at a price above zero (at any price if `free` is 1).
+    """
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, price, bytes_, rows, work = (_pointer(context, b, signature, args, k) for k in (0, 4, 9, 10, 11))
+        column_prices = _load(b, price, args[6], I32, m)
+        kept = _number(I8, m, 0)
+        unbalanced = ir.Constant(BIT, 0)
+        n, free = b.trunc(args[8], I32), b.trunc(args[7], BIT)
+        for row in range(m):
+            offset = _row_of(b, args[1], args[2], row)
+            row_price = b.load(b.gep(price, [_at(b, args[5], row)]))
+            q = _quantised(b, source, offset, args[3], m)
+            x = b.icmp_signed(">", q, b.add(column_prices, _spread(b, row_price, m)))
+            ones = b.zext(x, ir.VectorType(I8, m))
+            _store(b, ones, bytes_, offset)
+            kept = b.add(kept, ones)
+            row_bits = _to_bits(b, x, m)
+            b.store(row_bits, b.gep(rows, [ir.Constant(I64, row)]))
+            row_kept = b.trunc(b.ctpop(row_bits), I32)
+            b.store(row_kept, b.gep(work, [_at(b, args[12], row)]))
+            short = b.and_(b.icmp_signed("<", row_kept, n), b.or_(free, b.icmp_signed(">", row_price, ir.Constant(I32, 0))))
+            unbalanced = b.or_(unbalanced, b.or_(short, b.icmp_signed(">", row_kept, n)))
+        kept = b.zext(kept, ir.VectorType(I32, m))
+        _store(b, kept, work, _at(b, args[12], m))
+        wanted = _spread(b, n, m)
+        priced = b.or_(b.icmp_signed(">", column_prices, _number(I32, m, 0)), _spread(b, free, m))
+        off = b.or_(b.icmp_signed(">", kept, wanted), b.and_(b.icmp_signed("<", kept, wanted), priced))
+        return b.or_(_to_bits(b, off, m), b.zext(unbalanced, I64))
+
+    intp = types.intp
+    return types.int64(
+        scores, intp, intp, types.float32, prices, intp, intp, intp, intp, out, bits, work, intp, side
+    ), codegen  # fmt: skip
+
+
+@intrinsic
+def tile_integers(
+    typing: Any, scores: Any, base: Any, stride: Any, scale: Any, prices: Any, u: Any, v: Any, work: Any, bits: Any, ties: Any,
+    side: Any,
+) -> tuple[Any, Codegen]:  # fmt: skip
+    """Write a tile's integers to work[:M * M] and, for each row, the bits where q == u + v; return whether there are any."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, price, target, tied = (_pointer(context, b, signature, args, k) for k in (0, 4, 7, 8))
+        column_prices = _load(b, price, args[6], I32, m)
+        any_tie = ir.Constant(I64, 0)
+        for row in range(m):
+            q = _quantised(b, source, _row_of(b, args[1], args[2], row), args[3], m)
+            _store(b, q, target, ir.Constant(I64, row * m))
+            row_price = b.load(b.gep(price, [_at(b, args[5], row)]))
+            equal = b.icmp_signed("==", q, b.add(column_prices, _spread(b, row_price, m)))
+            tie_bits = _to_bits(b, equal, m)
+            b.store(tie_bits, b.gep(tied, [_at(b, args[9], row)]))
+            any_tie = b.or_(any_tie, tie_bits)
+        return any_tie
+
+    intp = types.intp
+    return types.int64(scores, intp, intp, types.float32, prices, intp, intp, work, bits, intp, side), codegen
+
+
+@intrinsic
+def column_bits(typing: Any, bits: Any, rows: Any, columns: Any, side: Any) -> tuple[Any, Codegen]:
+    """Transpose an M x M matrix of bits, held as one integer a row."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, b, signature, args, 0)
+        lane = I64 if m == 64 else I32
+        matrix = _load(b, pointer, args[1], I64, m)
+        matrix = matrix if m == 64 else b.trunc(matrix, ir.VectorType(I32, m))
+        for column in range(m):
+            bit = ir.Constant(
+                ir.VectorType(lane, m), [(1 << column) if m == 64 else (1 << column) - (1 << 32) * (column == 31)] * m
+            )
+            there = b.icmp_signed("!=", b.and_(matrix, bit), _number(lane, m, 0))
+            b.store(_to_bits(b, there, m), b.gep(pointer, [_at(b, args[2], column)]))
+        return context.get_dummy_value()
+
+    return types.void(bits, types.intp, types.intp, side), codegen
+
+
+@intrinsic
+def start_search(
+    typing: Any, work: Any, near: Any, final: Any, origin: Any, counts: Any, prices: Any, price: Any, free: Any, n: Any, side: Any
+) -> tuple[Any, Codegen]:  # fmt: skip
+    """Distance 0 for rows that keep fewer than n at a price above zero (any price if `free`); is there one?"""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        work, prices = (_pointer(context, b, signature, args, k) for k in (0, 5))
+        zero, far = _number(I32, m, 0), _number(I32, m, FAR)
+        priced = b.icmp_signed(">", _load(b, prices, args[6], I32, m), zero)
+        short = b.icmp_signed("<", _load(b, work, args[4], I32, m), _spread(b, b.trunc(args[8], I32), m))
+        source = b.and_(short, b.or_(priced, _spread(b, b.trunc(args[7], BIT), m)))
+        _store(b, b.select(source, zero, far), work, args[1])
+        _store(b, far, work, args[2])
+        _store(b, _number(I32, m, -1), work, args[3])
+        return _to_bits(b, source, m)
+
+    intp = types.intp
+    return types.int64(work, intp, intp, intp, intp, prices, intp, intp, intp, side), codegen
+
+
+@intrinsic
+def start_search_surplus(
+    typing: Any, work: Any, near: Any, final: Any, origin: Any, counts: Any, n: Any, side: Any
+) -> tuple[Any, Codegen]:
+    """Distance 0 for columns that keep more than n; is there one?"""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        work = _pointer(context, b, signature, args, 0)
+        zero, far = _number(I32, m, 0), _number(I32, m, FAR)
+        source = b.icmp_signed(">", _load(b, work, args[4], I32, m), _spread(b, b.trunc(args[5], I32), m))
+        _store(b, b.select(source, zero, far), work, args[1])
+        _store(b, far, work, args[2])
+        _store(b, _number(I32, m, -1), work, args[3])
+        return _to_bits(b, source, m)
+
+    intp = types.intp
+    return types.int64(work, intp, intp, intp, intp, intp, side), codegen
+
+
+@intrinsic
+def relax(
+    typing: Any, work: Any, line: Any, distance: Any, sign: Any, prices: Any, price: Any, near: Any, origin: Any, allowed: Any,
+    node: Any, side: Any,
+) -> tuple[Any, Codegen]:  # fmt: skip
+    """near = min(near, distance + sign * (price - q)) over the allowed nodes, with `node` as their predecessor."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        work, prices = (_pointer(context, b, signature, args, k) for k in (0, 4))
+        cost = b.sub(_load(b, prices, args[5], I32, m), _load(b, work, args[1], I32, m))
+        reached = b.add(b.mul(cost, _spread(b, b.trunc(args[3], I32), m)), _spread(b, b.trunc(args[2], I32), m))
+        near, origin = _load(b, work, args[6], I32, m), _load(b, work, args[7], I32, m)
+        closer = b.and_(b.icmp_signed("<", reached, near), _from_bits(b, args[8], m))
+        _store(b, b.select(closer, reached, near), work, args[6])
+        _store(b, b.select(closer, _spread(b, b.trunc(args[9], I32), m), origin), work, args[7])
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(work, intp, intp, intp, prices, intp, intp, intp, types.int64, intp, side), codegen
+
+
+@intrinsic
+def nearest(typing: Any, work: Any, rows: Any, columns: Any, side: Any) -> tuple[Any, Codegen]:
+    """The nearest unfinished node: distance << 8 | index; an index from M on is a column. Rows win ties."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        work = _pointer(context, b, signature, args, 0)
+        row, column = (_load(b, work, offset, I32, m) for offset in args[1:3])
+        best = _call(b, f"llvm.vector.reduce.smin.v{m}i32", I32, [_smaller(b, row, column)])
+        spread = _spread(b, best, m)
+        row_bits, column_bits = (_to_bits(b, b.icmp_signed("==", vector, spread), m) for vector in (row, column))
+        in_rows = b.icmp_signed("!=", row_bits, ir.Constant(I64, 0))
+        zero_ok = ir.Constant(BIT, 0)
+        index = b.select(in_rows, b.cttz(row_bits, zero_ok), b.add(b.cttz(column_bits, zero_ok), ir.Constant(I64, m)))
+        return b.or_(b.shl(b.sext(best, I64), ir.Constant(I64, 8)), index)
+
+    return types.int64(work, types.intp, types.intp, side), codegen
+
+
+@intrinsic
+def shift_prices(
+    typing: Any, prices: Any, price: Any, work: Any, final: Any, distance: Any, sign: Any, side: Any
+) -> tuple[Any, Codegen]:
+    """price += sign * max(0, distance - final): keeps every reduced cost non-negative after an augmentation."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        prices, work = (_pointer(context, b, signature, args, k) for k in (0, 2))
+        lead = b.sub(_spread(b, b.trunc(args[4], I32), m), _load(b, work, args[3], I32, m))
+        lead = b.mul(_larger(b, lead, _number(I32, m, 0)), _spread(b, b.trunc(args[5], I32), m))
+        _store(b, b.add(_load(b, prices, args[1], I32, m), lead), prices, args[1])
+        return context.get_dummy_value()
+
+    intp = types.intp
+    return types.void(prices, intp, work, intp, intp, intp, side), codegen
+
+
+@intrinsic
+def store_row(typing: Any, out: Any, offset: Any, bits: Any, side: Any) -> tuple[Any, Codegen]:
+    """Write a row's bits as bytes."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        out = _pointer(context, b, signature, args, 0)
+        _store(b, b.zext(_from_bits(b, args[2], m), ir.VectorType(I8, m)), out, args[1])
+        return context.get_dummy_value()
+
+    return types.void(out, types.intp, types.int64, side), codegen
