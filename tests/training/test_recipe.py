@@ -1,0 +1,149 @@
+"""Recipes: read strictly, run to the end, and go on after a kill as if nothing had happened."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bisparse import verify
+from bisparse.training.recipe import Recipe, RecipeError, read_recipe, run_recipe
+from bisparse.training.recipe.data import load_data
+from bisparse.training.recipe.models import GPT, ResNet20, build_model
+from bisparse.training.recipe.recipe import DataRecipe, ModelRecipe, SparsityRecipe, TrainingRecipe
+
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
+BLOBS = read_recipe(RECIPES / "blobs.toml")
+SHORT = replace(BLOBS, training=replace(BLOBS.training, epochs=1.0, checkpoint_every=7), sparsity=SparsityRecipe(refresh=3))
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.toml")), ids=lambda path: path.stem)
+def test_every_recipe_of_the_examples_is_read_and_round_trips(path):
+    recipe = read_recipe(path)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.as_dict()))) == recipe
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name = 'x'\n[training]\nepoch = 3", r"\[training\] has no entry 'epoch'; it has accumulate, batch"),
+        ("name = 'x'\n[sparsity]\npattern = '5:4'", "does not exist"),
+        ("name = 'x'\n[training]\nbatch = 0", "batch = 0: must be above 0"),
+        ("name = 'x'\n[training]\nbatch = 'many'", "batch = 'many': expected int"),
+        ("name = 'x'\n[model]\nkind = 'vgg'", "expected one of resnet20, gpt, mlp"),
+        ("name = 'x'\n[model]\nkind = 'gpt'", "go together"),
+        ("name = 'x'\nmodel = 3", r"\[model\] must be a table"),
+        ("seed = 1", "needs a name"),
+        ("name = ", "cannot be read as TOML"),
+        ("name = 'x'\n[data]\nside = 10", "expected 28, 14 or 7"),
+        ("name = 'x'\n[sparsity]\nsolver = 'oracle'", "expected one of exact"),
+    ],
+)
+def test_wrong_recipes_are_refused_by_entry(tmp_path, text, message):
+    path = tmp_path / "recipe.toml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message) as error:
+        read_recipe(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_run_learns_and_leaves_a_plain_sparse_model(tmp_path):
+    outcome = run_recipe(BLOBS, tmp_path, progress=False)
+    assert outcome.test_accuracy > 0.9 and outcome.density <= 0.5 and outcome.refreshes == outcome.steps // 10
+    state = torch.load(tmp_path / "weights.pt", weights_only=True)
+    assert verify(state["3.weight"], "4:8-T")
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == outcome.steps and "flip_rate" in rows[9] and "test_accuracy" in rows[59]
+    assert (tmp_path / "curve.png").stat().st_size > 1000
+    assert run_recipe(BLOBS, tmp_path, progress=False) == outcome  # read, not run again
+    with pytest.raises(RecipeError, match="another recipe"):
+        run_recipe(replace(BLOBS, seed=1), tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("stops", [(5,), (7, 7), (13, 1, 4)])
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, stops):
+    whole = run_recipe(SHORT, tmp_path / "whole", progress=False)
+    for stop in stops:
+        assert run_recipe(SHORT, tmp_path / "parts", progress=False, stop_after=stop) is None
+    resumed = run_recipe(SHORT, tmp_path / "parts", progress=False)
+    assert resumed.curve == whole.curve and resumed.test_loss == whole.test_loss
+    one, other = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "whole" / "metrics.jsonl").read_bytes() == (tmp_path / "parts" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(tmp_path):
+    script = (
+        "from bisparse.training.recipe import *; import sys, dataclasses;"
+        f"r = read_recipe({str(RECIPES / 'blobs.toml')!r});"
+        "r = dataclasses.replace(r, training=dataclasses.replace(r.training, checkpoint_every=1));"
+        "run_recipe(r, sys.argv[1], progress=False)"
+    )
+    killed = subprocess.Popen([sys.executable, "-c", script, str(tmp_path / "killed")])
+    for _ in range(600):
+        if (tmp_path / "killed" / "checkpoint.pt").exists():
+            break
+        time.sleep(0.1)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() != 0 and not (tmp_path / "killed" / "outcome.json").exists()
+    recipe = replace(BLOBS, training=replace(BLOBS.training, checkpoint_every=1))
+    assert (
+        run_recipe(recipe, tmp_path / "killed", progress=False).curve == run_recipe(recipe, tmp_path / "w", progress=False).curve
+    )
+
+
+def test_static_sparsity_starts_from_a_dense_run(tmp_path):
+    dense = run_recipe(replace(SHORT, name="dense", sparsity=None), tmp_path / "dense", progress=False)
+    assert dense.density == 1.0 and dense.refreshes == 0
+    recipe = tmp_path / "static.toml"
+    text = (RECIPES / "blobs.toml").read_text().replace('kind = "mlp"', 'kind = "mlp"\nstart = "dense"')
+    recipe.write_text(text.replace("refresh = 10", 'mode = "static"').replace("epochs = 6", "epochs = 1"))
+    outcome = run_recipe(read_recipe(recipe), tmp_path / "static", progress=False)
+    assert outcome.curve[0]["loss"] < dense.curve[0]["loss"] and outcome.density <= 0.5
+    assert verify(torch.load(tmp_path / "static" / "weights.pt", weights_only=True)["1.weight"], "4:8-T")
+
+
+def test_accumulated_batches_make_one_step(tmp_path):
+    training = replace(SHORT.training, accumulate=4, epochs=1.0)
+    outcome = run_recipe(replace(SHORT, training=training), tmp_path, progress=False)
+    assert outcome.steps == 8  # 31 batches
+
+
+@pytest.mark.parametrize("pattern", ["4:8-T", "2:4"])
+def test_a_small_gpt_learns_text(tmp_path, pattern):
+    recipe = Recipe(
+        "gpt",
+        model=ModelRecipe("gpt", width=32, layers=1, heads=2),
+        data=DataRecipe("python-text", train=40_000, test=4_000, context=32),
+        training=TrainingRecipe(steps=30, batch=16, optimizer="adamw", lr=1e-2, clip=1.0),
+        sparsity=SparsityRecipe(pattern, refresh=5, mvue=True),
+    )
+    outcome = run_recipe(recipe, tmp_path, progress=False)
+    assert outcome.test_loss < 4.0 < outcome.curve[0]["loss"]
+
+
+def test_models_are_those_that_the_experiments_name():
+    model = ResNet20()
+    assert 0.27e6 < sum(one.numel() for one in model.parameters()) < 0.275e6
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d) and module.kernel_size == (3, 3)]
+    assert len(convolutions) == 19 and model(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
+    gpt = GPT(384, 6, 6, 256)
+    assert 10e6 < sum(one.numel() for one in gpt.parameters()) < 11.5e6
+    tokens = torch.randint(0, 256, (1, 16))
+    one, other = gpt(tokens), gpt(torch.cat([tokens[:, :8], (tokens[:, 8:] + 1) % 256], 1))
+    assert torch.allclose(one[..., :8], other[..., :8], atol=1e-5)  # causal
+    with pytest.raises(ValueError, match="not a multiple"):
+        build_model(ModelRecipe("gpt", width=30, heads=4), context=8)
+
+
+def test_missing_data_say_what_to_install(tmp_path):
+    with pytest.raises(RecipeError, match="dataset-fashion-mnist"):
+        load_data(DataRecipe("fashion-mnist", folder=str(tmp_path)))
+    with pytest.raises(RecipeError, match="bytes of text asked for"):
+        load_data(DataRecipe("python-text", train=10**12))
