@@ -107,3 +107,17 @@ def best_group(group: torch.Tensor, n: int, kind: str) -> Fraction:
     else:
         choices = [[i for pair in pairs for i in (2 * pair, 2 * pair + 1)] for pairs in combinations(range(m // 2), n // 2)]
     return max(sum((numbers[i] for i in choice), Fraction(0)) for choice in choices)
+
+
+def proved(q: torch.Tensor, masks: torch.Tensor, u: torch.Tensor, v: torch.Tensor, n: int, exactly: bool) -> torch.Tensor:
+    """Whether prices prove the masks of tiles of whole scores (B, M, M): feasible, and the dual bound equals the value."""
+    answers = []
+    for tile, mask, rows, columns in zip(q, masks, u, v, strict=True):
+        numbers, kept_here = (np.array(side.tolist(), dtype=object) for side in (tile, mask.long()))
+        row_prices, column_prices = (np.array(side.tolist(), dtype=object) for side in (rows, columns))
+        slack = numbers - row_prices[:, None] - column_prices[None, :]
+        bound = n * (row_prices.sum() + column_prices.sum()) + np.maximum(slack, 0).sum()
+        sums = [*kept_here.sum(0), *kept_here.sum(1)]
+        feasible = all(count == n for count in sums) if exactly else max(sums) <= n and min(*row_prices, *column_prices) >= 0
+        answers.append(feasible and bound == (numbers * kept_here).sum())
+    return torch.tensor(answers, dtype=torch.bool)
