@@ -9,6 +9,7 @@ from bisparse.pruning.convert import convert_, fitting_patterns
 from bisparse.pruning.magnitude import Magnitude
 from bisparse.pruning.mean_absorption import MeanAbsorption, absorb_mean
 from bisparse.pruning.method import LayerProblem, Method, Pruned
+from bisparse.pruning.permutation import PermutationReport, permute_
 from bisparse.pruning.prune import prune_
 from bisparse.pruning.regrow import Regrow
 from bisparse.pruning.sparsegpt import SparseGPT
@@ -28,6 +29,7 @@ __all__ = [
     "MeanAbsorption",
     "Method",
     "PatternViolation",
+    "PermutationReport",
     "Pruned",
     "Regrow",
     "SparseGPT",
@@ -38,6 +40,7 @@ __all__ = [
     "convert_",
     "fitting_patterns",
     "fold_batch_norms_",
+    "permute_",
     "predicted_violation",
     "prune_",
     "reestimate_batch_norms_",
