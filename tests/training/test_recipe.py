@@ -147,3 +147,23 @@ def test_missing_data_say_what_to_install(tmp_path):
         load_data(DataRecipe("fashion-mnist", folder=str(tmp_path)))
     with pytest.raises(RecipeError, match="bytes of text asked for"):
         load_data(DataRecipe("python-text", train=10**12))
+
+
+def test_the_command_runs_a_recipe(tmp_path, monkeypatch, capfd):
+    from bisparse import cli
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bisparse", "train", "--out", str(tmp_path / "run"), *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            cli.run()
+        return int(stopped.value.code or 0), *capfd.readouterr()
+
+    short = tmp_path / "short.toml"
+    short.write_text((RECIPES / "blobs.toml").read_text().replace("epochs = 6", "epochs = 1"))
+    code, shown, live = call(str(short))
+    assert code == 0 and "test accuracy" in shown and "flip_rate" in live
+    code, shown, _ = call(str(short), "--json")
+    assert code == 0 and json.loads(shown)["steps"] == 31
+    short.write_text("name = 'x'\n[training]\nepoch = 1")
+    code, _, message = call(str(short))
+    assert code == 2 and "no entry 'epoch'" in message and "Traceback" not in message

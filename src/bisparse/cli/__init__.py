@@ -14,12 +14,13 @@ from bisparse.cli.console import run_app
 from bisparse.cli.info import info
 from bisparse.cli.prune import prune
 from bisparse.cli.report import report
+from bisparse.cli.train import train
 from bisparse.cli.verify import verify
 
 __all__ = ["app", "run"]
 
 app = typer.Typer(name="bisparse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (prune, verify, info, bench, report):
+for command in (prune, verify, info, bench, report, train):
     app.command()(command)
 
 
