@@ -73,9 +73,9 @@ def linear_program(tiles: torch.Tensor, n: int, exactly: bool = False) -> np.nda
     return (result.x.reshape(count, m * m).round() * scores).sum(1)
 
 
-def dual_bound(tile: torch.Tensor, u: list[Fraction], v: list[Fraction], n: int) -> Fraction:
+def dual_bound(tile: torch.Tensor | np.ndarray, u: list[Fraction], v: list[Fraction], n: int) -> Fraction:
     """What no mask of a tile can exceed, by LP duality, from row prices u and column prices v in score units."""
-    numbers = fractions(tile)
+    numbers = fractions(tile) if isinstance(tile, torch.Tensor) else tile
     m = numbers.shape[0]
     slack = sum((max(Fraction(0), numbers[i, j] - u[i] - v[j]) for i in range(m) for j in range(m)), Fraction(0))
     return n * (sum(u, Fraction(0)) + sum(v, Fraction(0))) + slack

@@ -127,7 +127,7 @@ def select(matrices: Real[Tensor, "B R C"], pattern: Structure) -> Bool[Tensor, 
     if isinstance(pattern, Sequential):
         return _sequential(groups, n).flatten(-2)[..., :columns]
     if isinstance(pattern, Paired):
-        groups, n = groups.unflatten(-1, (m // 2, 2)).double().sum(-1), n // 2
+        groups, n = _summable(groups).unflatten(-1, (m // 2, 2)).sum(-1), n // 2
     mask = torch.zeros(groups.shape, dtype=torch.bool, device=groups.device)
     best = groups.sort(stable=True, dim=-1, descending=True).indices[..., :n]
     mask.scatter_(-1, best, True)
@@ -141,7 +141,15 @@ def _sequential(groups: Real[Tensor, "B R G M"], n: int) -> Bool[Tensor, "B R G 
     mask = torch.ones_like(groups, dtype=torch.bool)
     if n == m:
         return mask
-    windows = groups.double().unfold(-1, m - n, 1).sum(-1)
+    windows = _summable(groups).unfold(-1, m - n, 1).sum(-1)
     start = windows.argmin(-1, keepdim=True)
     place = torch.arange(m, device=groups.device)
     return (place < start) | (place >= start + (m - n))
+
+
+def _summable(groups: Real[Tensor, "*B M"]) -> Real[Tensor, "*B M"]:
+    """The scores in a type that adds up a group without loss: int64 for integers, unless they are so large that it overflows."""
+    largest = torch.iinfo(torch.int64).max // groups.shape[-1]
+    if groups.is_floating_point() or bool((groups > largest).any()):
+        return groups.double()
+    return groups.long()
