@@ -37,6 +37,7 @@ def picture(mask: torch.Tensor, side: int = 16) -> str:
 
 
 def main(model_folder: Path, lee50_folder: Path, out: Path) -> None:
+    torch.set_num_threads(1)  # more threads collapse when anything else runs on the machine
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console, pictures, scores = Console(record=True), [], {}
@@ -55,21 +56,19 @@ def main(model_folder: Path, lee50_folder: Path, out: Path) -> None:
 
             pruned = bisparse.prune_checkpoint(model_folder, target, pattern, overwrite=True, progress=show)
             bar.update(task, description=f"{pattern}: checking and embedding", completed=2 + 2 * done)
-            forms = pattern, pattern.removesuffix("-T") + "-T"
-            holds = ["[green]holds" if bisparse.verify_checkpoint(target, form) else "[dim]does not" for form in forms]
+            checks = (bisparse.verify_checkpoint(target, form) for form in (pattern, pattern.removesuffix("-T") + "-T"))
+            holds = ["[green]holds" if check else "[dim]does not" for check in checks]
             model = load(target)
             sparse = embed(model, tokenizer, documents)
             scores[target] = agreement(sparse, people), float((sparse * dense).sum(1).mean())
-            measured = [f"{score:.3f}" for score in scores[target]]
-            table.add_row(pattern, f"{pruned.retained:.2%}", f"{pruned.gap:.0e}", *holds, *measured, f"{pruned.time_s:.2f} s")
+            measured = *map("{:.3f}".format, scores[target]), f"{pruned.time_s:.2f} s"
+            table.add_row(pattern, f"{pruned.retained:.2%}", f"{pruned.gap:.0e}", *holds, *measured)
             pictures.append(f"{pattern}\n{picture(model.get_parameter(pruned.layers[0].parameter) != 0)}")
     agreements, cosines = zip(*scores.values(), strict=True)
-    tasks = (
-        Task("Agreement with people", agreement(dense, people), agreements, AGREEMENT),
-        Task("Cosine to dense", 1.0, cosines, COSINE),
-    )
+    tasks = [Task("Agreement with people", agreement(dense, people), agreements, AGREEMENT)]
+    tasks.append(Task("Cosine to dense", 1.0, cosines, COSINE))
     report = write_comparison(list(scores), out / "report.html", against=model_folder, tasks=tasks)
-    console.print(table, Columns(pictures, padding=(1, 3)))
+    console.print("The corner of one layer's mask, each way:", Columns(pictures, width=22, padding=(1, 2)), table)
     console.print(f"{len(pruned)} layers, {pruned.weights:,} weights. agreement: {AGREEMENT}\ncosine: {COSINE}")
     console.save_text(str(out / "summary.txt"), clear=False)
     console.print(f"Report to look at: {report.resolve().as_uri()}", soft_wrap=True)

@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+
+import bisparse
 
 pytestmark = pytest.mark.docs
 
@@ -73,6 +76,7 @@ def my_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import BertConfig, BertModel
 
     folder = tmp_path_factory.mktemp("pages") / "my-model"
+    torch.manual_seed(0)
     config = BertConfig(vocab_size=100, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128)
     BertModel(config).save_pretrained(folder)
     return folder
@@ -152,3 +156,11 @@ def test_the_runner_itself_fails_where_it_should() -> None:
     assert agrees("a ...\nc", "a b\nc\n") and not agrees("a ... c", "a b d")
     with pytest.raises(AssertionError):
         check_setup_command("make nonsense")
+
+
+@pytest.mark.parametrize(("pattern", "share"), [("2:4", 94.4), ("4:8", 96.7), ("8:16", 98.2), ("16:32", 99.1)])
+def test_what_the_readme_says_a_transposable_mask_keeps(pattern: str, share: float) -> None:
+    scores = torch.randn(1024, 1024).abs()
+    measured = 100 * bisparse.solve(scores, f"{pattern}-T").value / bisparse.solve(scores, pattern).value
+    assert measured == pytest.approx(share, abs=0.08)
+    assert f"{pattern}-T {share} %" in (ROOT / "README.md").read_text()
