@@ -8,6 +8,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bisparse.cli.calibrated import (
+    METHODS,
+    Calibration,
+    Damping,
+    Device,
+    Length,
+    Order,
+    Resume,
+    Sequences,
+    parse_method,
+    parse_order,
+    prune_with_data,
+)
 from bisparse.cli.console import (
     SOLVERS,
     AsJson,
@@ -37,7 +50,11 @@ __all__ = ["prune"]
 @command
 def prune(
     source: Annotated[
-        Path, typer.Argument(help="A folder of safetensors (sharded or not), or a .safetensors, .pt or .bin file.")
+        Path,
+        typer.Argument(
+            help="A folder of safetensors (sharded or not), or a .safetensors, .pt or .bin file. With --method also .gguf, "
+            "or module:function returning (model, batches)."
+        ),
     ],
     target: Annotated[
         Path | None, typer.Argument(help="The folder to write; it must not exist. Not needed with --dry-run.")
@@ -53,6 +70,16 @@ def prune(
     ] = None,
     remainder: Annotated[str, typer.Option(help="Where M does not divide a layer's sides: pad, dense or error.")] = "pad",
     solver: Annotated[str | None, typer.Option(help=f"For transposable patterns: {', '.join(SOLVERS)}. Default: exact.")] = None,
+    method: Annotated[
+        str, typer.Option(help=f"{', '.join(METHODS)}. All but the first build the model and need calibration data.")
+    ] = "magnitude",
+    calibration: Calibration = None,
+    sequences: Sequences = 256,
+    length: Length = 512,
+    order: Order = "sequential",
+    damping: Damping = None,
+    device: Device = None,
+    resume: Resume = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be pruned and what not, and why; write nothing.")
     ] = False,
@@ -60,10 +87,13 @@ def prune(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prune a checkpoint by magnitude: the best mask there is for every layer, with the proof.
+    """Prune a checkpoint: the best mask there is for every layer, with the proof.
 
-    The model is not built and memory stays small. The target holds plain dense weights with zeros, so it loads anywhere,
-    bisparse.json (what was done to which layer) and the masks. It is absent or whole, whenever the job is killed.
+    By magnitude the model is not built and memory stays small. With --method and --calibration a transformers model, or
+    what your module:function returns, is pruned by what its layers see, block by block.
+
+    The target holds plain dense weights with zeros, so it loads anywhere, bisparse.json (what was done to which layer) and
+    the masks. It is absent or whole, whenever the job is killed.
     """
     from bisparse.checkpoint import plan_checkpoint, prune_checkpoint
 
@@ -74,6 +104,27 @@ def prune(
     if target is None and not dry_run:
         raise typer.BadParameter("missing; name the folder to write, or pass --dry-run", param_hint="TARGET")
     set_threads(threads)
+    if method != "magnitude" or ":" in str(source):
+        if dry_run or target is None:
+            raise typer.BadParameter("only checkpoints pruned by magnitude can be planned ahead", param_hint="--dry-run")
+        options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder}
+        prune_with_data(
+            str(source),
+            target,
+            structure,
+            parse_method(method, damping),
+            calibration=calibration,
+            sequences=sequences,
+            length=length,
+            overwrite=overwrite,
+            as_json=as_json,
+            **options,
+            solver=parse_solver(solver),
+            order=parse_order(order),
+            device=device,
+            resume=resume,
+        )
+        return
     if dry_run:
         plan = plan_checkpoint(source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
         _print_plan(plan, structure, as_json)
@@ -210,4 +261,5 @@ def _row(name: str, group: list[LayerResult]) -> tuple[str, ...]:
 
 
 def _gap(gap: float) -> str:
-    return f"{gap:.0e}" if gap else "0"
+    # Below this there is only the rounding of two sums in double precision.
+    return f"{gap:.0e}" if gap > 1e-13 else "0"

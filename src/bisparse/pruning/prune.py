@@ -75,8 +75,8 @@ def prune_(
 
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     >>> report = prune_(model, "4:8-T")
-    >>> [(layer.name, layer.density) for layer in report]
-    [('0', 0.5), ('2', 0.5)]
+    >>> [(layer.name, layer.pattern, layer.density <= 0.5) for layer in report]
+    [('0', '4:8-T', True), ('2', '4:8-T', True)]
     """
     pattern = parse_pattern(pattern)
     method = method or Magnitude()

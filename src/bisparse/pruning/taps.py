@@ -36,13 +36,14 @@ def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
         CalibrationError: the model does not take the batch.
     """
     try:
-        if forward is not None:
-            return forward(model, batch)
-        if isinstance(batch, Mapping):
-            return model(**batch)
-        if isinstance(batch, tuple | list):
-            return model(*batch)
-        return model(batch)
+        with _without_cache(model):
+            if forward is not None:
+                return forward(model, batch)
+            if isinstance(batch, Mapping):
+                return model(**batch)
+            if isinstance(batch, tuple | list):
+                return model(*batch)
+            return model(batch)
     except CalibrationError:
         raise
     except NOT_A_BATCH as error:
@@ -52,6 +53,22 @@ def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
             "as model(**batch), model(*batch) or model(batch); pass forward=lambda model, batch: ... for anything else, "
             "such as (inputs, labels) pairs"
         ) from error
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A transformers model's key-value cache off: blocks that are run again would find their own tokens in it."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if not before:
+        yield
+        return
+    assert config is not None
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
 
 
 def _describe(value: Any) -> str:

@@ -1,0 +1,151 @@
+"""What `prune --method` and `convert` share: a model built, pruned by calibration data, and saved."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from bisparse.cli.console import grouped, print_json, print_left_dense, table, to_stdout
+
+if TYPE_CHECKING:
+    from bisparse.pattern import Structure
+    from bisparse.pruning import Method
+    from bisparse.pruning.source import Source
+    from bisparse.results import LayerResult, PruneReport
+
+__all__ = [
+    "METHODS",
+    "Calibration",
+    "Damping",
+    "Device",
+    "Length",
+    "Order",
+    "Resume",
+    "Sequences",
+    "calibration_batches",
+    "finish",
+    "parse_method",
+    "parse_order",
+    "prune_with_data",
+]
+
+METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "adaprune")
+
+Calibration = Annotated[
+    Path | None,
+    typer.Option(help="Text to calibrate on: a running text for causal models, a sample a line for others."),
+]
+Sequences = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
+Length = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
+Order = Annotated[str, typer.Option(help="sequential: layers see those pruned before them; parallel: the dense network.")]
+Damping = Annotated[float | None, typer.Option(help="Ridge of the least squares; by default chosen by held-out data.")]
+Device = Annotated[str | None, typer.Option(help="Run transformer blocks there, one at a time, such as cuda.")]
+Resume = Annotated[Path | None, typer.Option(help="A folder to go on from, should the job be interrupted.")]
+
+
+def parse_method(name: str, damping: float | None = None) -> Method:
+    """A method by its name on the command line."""
+    import bisparse.pruning as pruning
+
+    made: dict[str, Method] = {
+        "magnitude": pruning.Magnitude(),
+        "wanda": pruning.Wanda(),
+        "sparsegpt": pruning.SparseGPT() if damping is None else pruning.SparseGPT(damping=damping),
+        "alps": pruning.ALPS(refit_damping=damping),
+        "adaprune": pruning.AdaPrune(damping=damping),
+    }
+    if name not in made:
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(made)}", param_hint="--method")
+    return made[name]
+
+
+def parse_order(order: str) -> Literal["sequential", "parallel"]:
+    """The order of calibration."""
+    if order == "sequential":
+        return "sequential"
+    if order == "parallel":
+        return "parallel"
+    raise typer.BadParameter(f"{order!r} is not one of sequential, parallel", param_hint="--order")
+
+
+def prune_with_data(
+    name: str,
+    target: Path,
+    pattern: Structure,
+    method: Method,
+    *,
+    calibration: Path | None,
+    sequences: int,
+    length: int,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Build the model, prune it and save it."""
+    from bisparse.pruning import prune_
+    from bisparse.pruning.source import open_source
+
+    source = open_source(name)
+    batches = calibration_batches(source, calibration, sequences, length)
+    if method.needs and batches is None:
+        raise typer.BadParameter(f"missing; {method.name} needs calibration data", param_hint="--calibration")
+    started = time.perf_counter()
+    report = prune_(source.model, pattern, method, batches, progress=False if as_json else None, **options)
+    finish(source, target, report, overwrite, time.perf_counter() - started, as_json)
+
+
+def calibration_batches(source: Source, path: Path | None, sequences: int, length: int) -> list[Any] | None:
+    """The batches: from the text file, or those that came with the model."""
+    from bisparse.pruning.source import text_batches
+
+    if path is None:
+        return source.batches
+    if source.tokenizer is None:
+        raise typer.BadParameter(
+            "a text needs a transformers model; module:function returns its own batches", param_hint="--calibration"
+        )
+    causal = bool(getattr(source.model, "can_generate", lambda: False)())
+    return text_batches(source.tokenizer, path, causal=causal, sequences=sequences, length=length)
+
+
+def finish(source: Source, target: Path, report: PruneReport, overwrite: bool, seconds: float, as_json: bool) -> None:
+    """Save the model, the sidecar, the masks and the tokenizer, and show what was done."""
+    from bisparse.checkpoint import save
+
+    save(source.model, target, report=report, overwrite=overwrite)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(target)
+    if as_json:
+        print_json({"ok": True, "target": str(target), "density": report.density, "time_s": seconds, **report.as_dict()})
+        return
+    console = to_stdout()
+    groups = grouped(report, lambda one: one.name, lambda one: (one.shape, one.pattern))
+    heads = ("layer", " n", "to", " density", " violation", " error masked", " error now", " damping", " s")
+    console.print(table(heads, [_row(*group) for group in groups]))
+    print_left_dense(console, report.left_dense)
+    console.print()
+    for note in report.notes:
+        console.print(f"Note: {note}", markup=False)
+    console.print(f"[bold green]{len(report)} layers[/] by {report.method}: density {report.density:.4f}, {seconds:.1f} s.")
+    console.print(f"Written to {target}. Check it: bisparse verify {target}", markup=False, soft_wrap=True)
+
+
+def _row(name: str, group: list[LayerResult]) -> tuple[str, ...]:
+    def mean(values: list[float | None], digits: int = 4) -> str:
+        known = [value for value in values if value is not None]
+        return f"{sum(known) / len(known):.{digits}f}" if known else "-"
+
+    return (
+        name,
+        str(len(group)),
+        group[0].pattern,
+        mean([one.density for one in group]),
+        mean([one.violated_weights for one in group]),
+        mean([one.error_before for one in group]),
+        mean([one.error for one in group]),
+        mean([one.damping for one in group]),
+        f"{sum(one.time_s for one in group):.1f}",
+    )

@@ -1,0 +1,85 @@
+"""`bisparse convert`: from one mask type to another, without training."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from bisparse.cli.calibrated import (
+    Calibration,
+    Damping,
+    Device,
+    Length,
+    Order,
+    Resume,
+    Sequences,
+    calibration_batches,
+    finish,
+    parse_method,
+    parse_order,
+)
+from bisparse.cli.console import (
+    AsJson,
+    Excluded,
+    Included,
+    Threads,
+    command,
+    parse_pattern_option,
+    parse_solver,
+    set_threads,
+)
+
+__all__ = ["convert"]
+
+
+@command
+def convert(
+    source: Annotated[str, typer.Argument(help="A transformers folder, or module:function returning (model, batches).")],
+    target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
+    to: Annotated[str, typer.Option("--to", "-t", help="The new pattern: 2:4, 4:8-T, 4:8-paired, ... N is the number KEPT.")],
+    method: Annotated[str | None, typer.Option(help="By default adaprune with calibration data, else magnitude.")] = None,
+    calibration: Calibration = None,
+    sequences: Sequences = 256,
+    length: Length = 512,
+    regrow: Annotated[bool, typer.Option("--regrow", help="Fill places that are free in the new pattern.")] = False,
+    order: Order = "sequential",
+    damping: Damping = None,
+    include: Included = None,
+    exclude: Excluded = None,
+    solver: Annotated[str | None, typer.Option(help="For transposable patterns. Default: exact.")] = None,
+    device: Device = None,
+    resume: Resume = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that bisparse wrote.")] = False,
+    threads: Threads = None,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a model's masks, the non-zeros of its weights, to another pattern, and fit the weights to calibration data.
+
+    What was pruned stays pruned unless it may re-grow. Reports each layer's pattern violation and output error.
+    """
+    structure = parse_pattern_option(to, "--to")
+    set_threads(threads)
+    from bisparse.pruning import convert_
+    from bisparse.pruning.source import open_source
+
+    opened = open_source(source)
+    batches = calibration_batches(opened, calibration, sequences, length)
+    started = time.perf_counter()
+    report = convert_(
+        opened.model,
+        structure,
+        batches,
+        method=None if method is None and damping is None else parse_method(method or "adaprune", damping),
+        regrow=regrow,
+        include=include,
+        exclude=exclude,
+        solver=parse_solver(solver),
+        order=parse_order(order),
+        device=device,
+        resume=resume,
+        progress=False if as_json else None,
+    )
+    finish(opened, target, report, overwrite, time.perf_counter() - started, as_json)

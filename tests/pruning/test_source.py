@@ -1,0 +1,233 @@
+"""Models and data by name, the two commands, and transformers models block by block."""
+
+from __future__ import annotations
+
+import copy
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from bisparse import verify
+from bisparse.cli import app
+from bisparse.layers import find_layers
+from bisparse.pruning import ALPS, AdaPrune, CalibrationError, Wanda, prune_
+from bisparse.pruning.calibrate import Walk, calibrate
+from bisparse.pruning.chain import find_chains
+from bisparse.pruning.source import open_source, token_batches
+
+transformers = pytest.importorskip("transformers")
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def llama(**changes: object) -> nn.Module:
+    torch.manual_seed(0)
+    settings = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**settings | changes)).eval()
+
+
+def gpt2() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    ).eval()
+
+
+def bert() -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=48,
+        max_position_embeddings=64,
+    )
+    return transformers.BertModel(config).eval()
+
+
+def tokens(count: int = 6) -> list[dict[str, torch.Tensor]]:
+    torch.manual_seed(1)
+    return [{"input_ids": torch.randint(64, (2, 16))} for _ in range(count)]
+
+
+@pytest.mark.parametrize("make", [llama, gpt2, bert])
+def test_transformers_are_chains_of_blocks_and_prune_to_transposable_patterns(make) -> None:
+    model, batches = make(), tokens()
+    layers, _ = find_layers(model)
+    inner = [layer for layer in layers if "pooler" not in layer.name]
+    chains = find_chains(model, inner, {layer.name: 1 for layer in inner}, batches[0], None)
+    assert len(chains) == 1 and len(chains[0].blocks) in (2, 3)
+    assert all(chains[0].holds(layer) for layer in inner)
+    report = prune_(model, "4:8-T", AdaPrune(), batches)
+    for layer in report:
+        verify(model.get_parameter(layer.parameter), "4:8-T", layout=layer.layout).check()
+        assert layer.error < layer.error_before
+    assert not [one for one in report.left_dense if "no calibration" in one.reason]
+
+
+def test_the_stages_of_a_llama_block_are_those_that_share_an_input() -> None:
+    model = llama()
+    layers, _ = find_layers(model)
+    stages = [[layer.name.rsplit(".", 1)[1] for layer in s.layers] for s in calibrate(model, layers, tokens(), Wanda().needs)]
+    assert stages == 3 * [["q_proj", "k_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_block_by_block_gives_what_the_whole_network_would() -> None:
+    """The chain against a plain run of the model as pruned so far, key-value cache and rotary embeddings included."""
+    model, batches = llama(), tokens()
+    layers, _ = find_layers(model)
+    for stage in calibrate(model, layers, batches, AdaPrune().needs):
+        layer, statistics = stage.layers[0], stage.statistics[0].merged()
+        seen: list[torch.Tensor] = []
+        handle = layer.module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].flatten(0, 1)))
+        with torch.no_grad():
+            for batch in batches:
+                model(**batch)
+        handle.remove()
+        x = torch.cat(seen)
+        torch.testing.assert_close(statistics.gram[0], x.T @ x / len(x), rtol=1e-3, atol=1e-5)
+        with torch.no_grad():
+            for layer in stage.layers:
+                layer.weight.mul_(torch.rand_like(layer.weight) < 0.7)
+
+
+def test_memory_is_that_of_one_stage_and_the_activations_between_two_blocks() -> None:
+    small, large = Walk(), Walk()
+    for depth, walk in ((2, small), (8, large)):
+        model = llama(num_hidden_layers=depth)
+        for _ in calibrate(model, find_layers(model)[0], tokens(), Wanda().needs, walk=walk):
+            pass
+    assert large.statistics_bytes == small.statistics_bytes
+    assert large.activation_bytes < 1.1 * small.activation_bytes
+
+
+def test_use_of_the_cache_is_given_back() -> None:
+    model = llama()
+    assert model.config.use_cache
+    prune_(model, "2:4", Wanda(), tokens())
+    assert model.config.use_cache
+
+
+def test_upstream_correction_pays_on_a_language_model() -> None:
+    model, batches = llama(), tokens(20)
+    judge = {"input_ids": torch.randint(64, (16, 16))}
+    with torch.no_grad():
+        goal = model(**judge).logits
+    errors = []
+    for method in (Wanda(), AdaPrune(correct_upstream=False), AdaPrune(), ALPS(iterations=15)):
+        pruned = copy.deepcopy(model)
+        prune_(pruned, "4:8-T", method, batches)
+        with torch.no_grad():
+            errors.append(float((pruned(**judge).logits - goal).norm()))
+    assert errors[3] < errors[2] < errors[1] < errors[0]
+
+
+def test_sequences_are_spread_over_the_text_and_never_repeat() -> None:
+    batches = token_batches(torch.arange(1000), sequences=5, length=64, batch_size=2)
+    starts = sorted(int(row[0]) for batch in batches for row in batch["input_ids"])
+    assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
+    assert starts[0] == 0 and starts[-1] == 14 * 64 and len(set(starts)) == 5
+    assert len(token_batches(torch.arange(130), sequences=9, length=64)[0]["input_ids"]) == 2
+    with pytest.raises(CalibrationError, match="63 tokens, fewer than one sequence of 64"):
+        token_batches(torch.arange(63), length=64)
+
+
+@pytest.fixture
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "mine_for_tests.py").write_text(
+        "import torch\nfrom torch import nn\n"
+        "def both():\n    torch.manual_seed(0)\n"
+        "    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), [torch.randn(8, 16) for _ in range(6)]\n"
+        "def model():\n    return both()[0]\n"
+        "def wrong():\n    return 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "mine_for_tests", raising=False)
+    return tmp_path
+
+
+def test_a_source_is_a_function_of_yours(beside: Path) -> None:
+    assert len(open_source("mine_for_tests:both").batches) == 6
+    assert open_source("mine_for_tests:model").batches is None
+    for name, message in {
+        "mine_for_tests:wrong": "must return a model",
+        "mine_for_tests:absent": "has no function 'absent'",
+        "no_such_module_here:both": "no module 'no_such_module_here'",
+        "no/such/folder": "no such folder",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            open_source(name)
+
+
+def invoke(*arguments: str | Path) -> tuple[int, dict]:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    text = result.stdout[result.stdout.index("{") :] if "{" in result.stdout else "{}"
+    return result.exit_code, json.loads(text)
+
+
+def test_prune_then_convert_by_commands(beside: Path) -> None:
+    code, report = invoke("prune", "mine_for_tests:both", beside / "out", "-p", "4:8", "--method", "adaprune")
+    assert code == 0 and report["method"] == "adaprune"
+    assert all(layer["error"] < layer["error_before"] for layer in report["layers"])
+    code, _ = invoke("verify", beside / "out", "-p", "4:8")
+    assert code == 0
+    code, report = invoke("convert", "mine_for_tests:both", beside / "converted", "--to", "2:4-T", "--regrow")
+    assert code == 0 and all(layer["violated_blocks"] == 1.0 for layer in report["layers"])
+    assert invoke("verify", beside / "converted", "-p", "2:4-T")[0] == 0
+
+
+def test_wrong_use_of_the_commands_is_said_with_code_two(beside: Path) -> None:
+    for arguments in (
+        ("prune", "mine_for_tests:model", "out", "--method", "wanda"),
+        ("prune", "mine_for_tests:both", "out", "--method", "sparsegtp"),
+        ("prune", "mine_for_tests:both", "out", "--method", "wanda", "--order", "sideways"),
+        ("convert", "mine_for_tests:both", "out", "--to", "5:4"),
+        ("convert", "mine_for_tests:nothing", "out", "--to", "2:4"),
+    ):
+        assert CliRunner().invoke(app, list(arguments)).exit_code == 2
+        assert not (beside / "out").exists()
+
+
+def test_a_language_model_from_folder_to_folder(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = [f"w{i}" for i in range(62)] + ["[UNK]", "</s>"]
+    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", eos_token="</s>")
+    llama(num_hidden_layers=2).save_pretrained(tmp_path / "dense")
+    tokenizer.save_pretrained(tmp_path / "dense")
+    generator = torch.Generator().manual_seed(0)
+    text = " ".join(words[i] for i in torch.randint(62, (2000,), generator=generator).tolist())
+    (tmp_path / "text.txt").write_text(text)
+    code, report = invoke(
+        "prune", tmp_path / "dense", tmp_path / "sparse", "-p", "4:8-T", "--method", "alps",
+        "--calibration", tmp_path / "text.txt", "--sequences", "20", "--length", "32",
+    )  # fmt: skip
+    assert code == 0 and len(report["layers"]) == 14
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "sparse")
+    for layer in report["layers"]:
+        verify(loaded.get_parameter(layer["parameter"]), "4:8-T").check()
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "sparse")("w3 w4")["input_ids"] == [3, 4]
+
+
+@pytest.mark.parametrize("name", ["adaprune_a_model.py", "convert_a_model.py"])
+def test_examples(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [name])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "ALPS" in printed or "channel spaces permuted" in printed
