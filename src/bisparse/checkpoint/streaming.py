@@ -30,7 +30,7 @@ from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
 
 __all__ = ["Band", "BitPacker", "bands", "prune_stored"]
 
-BAND_WEIGHTS = 1 << 21
+BAND_WEIGHTS = 1 << 20
 """Weights in a band, unless M rows hold more."""
 DIGIT = 8
 """Bits of a score's representation looked at in one pass over the file."""
@@ -131,7 +131,8 @@ def prune_stored(
         start = time.perf_counter()
         scores = _scores(band, tensor)
         mask = choose(band, scores) if choose else _solved(layer, band, scores, solver, sums)
-        sums.kept += int(mask.sum())
+        sums.kept += int(torch.count_nonzero(mask))
+        sums.value += float(torch.where(mask, scores, 0).sum(dtype=torch.float64))
         sums.total += float(scores.sum(dtype=torch.float64))
         sums.time_s += time.perf_counter() - start
         if sums.sample is None:
@@ -176,7 +177,6 @@ def _solved(
     layer: StoredLayer, band: Band, scores: Float[Tensor, "..."], solver: Solver | None, sums: _Sums
 ) -> Bool[Tensor, "..."]:
     solution = solve(scores, layer.pattern, solver, layout=band.layout)
-    sums.value += solution.value
     if sums.bound is not None:
         sums.bound = sums.bound + solution.bound if has_bound(solution) else None
     return solution.mask
@@ -213,7 +213,6 @@ def _unstructured_chooser(layer: StoredLayer, sums: _Sums) -> Callable[[Band, Fl
         nth = equal.cumsum(1)
         mask |= (equal & (nth <= ties[own, None])).view_as(mask)
         ties[own] = (ties[own] - nth[:, -1]).clamp(min=0)
-        sums.value += float((matrices * mask).sum(dtype=torch.float64))
         excess = (matrices.double() - price.double()).clamp(min=0)
         assert sums.bound is not None
         sums.bound += float(excess.sum())

@@ -1,0 +1,492 @@
+"""Bad input and sudden death: a clear error that names the file, and an output that is absent or whole."""
+
+import errno
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_files import State, snapshot, write_folder, write_shards
+from safetensors.torch import load_file, save_file
+
+import bisparse
+from bisparse.checkpoint import CheckpointError, load_masks, output, prune_checkpoint, read_sidecar, verify_checkpoint
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="fork and signals")
+
+
+def only(folder: Path, *names: str) -> None:
+    """Nothing but these stands in a folder: no target, no temporary folder."""
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+
+
+# ---- bad input
+
+
+def damaged(folder: Path, how: str) -> None:
+    """Damage a folder's weights."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    match how:
+        case "truncated":
+            path.write_bytes(data[:-5])
+        case "only a header":
+            path.write_bytes(data[: 8 + header])
+        case "too long":
+            path.write_bytes(data + b"12345")
+        case "empty":
+            path.write_bytes(b"")
+        case "noise":
+            path.write_bytes(bytes(range(256)) * 9)
+        case "a huge header":
+            path.write_bytes((1 << 60).to_bytes(8, "little") + data[8:])
+        case "wrong shape":
+            path.write_bytes(data.replace(b'"shape":[40,16]', b'"shape":[41,16]'))
+        case "no such dtype":
+            path.write_bytes(data.replace(b'"BF16"', b'"BF17"'))
+        case "an error page":
+            path.write_text("<html>404 Not Found</html>")
+        case "a pointer":
+            path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 90868376\n")
+        case "missing":
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    "how",
+    ["truncated", "only a header", "too long", "empty", "noise", "a huge header", "wrong shape", "no such dtype", "an error page",
+     "a pointer", "missing"],
+)  # fmt: skip
+def test_damaged_safetensors(folder: Path, tmp_path: Path, how: str) -> None:
+    damaged(folder, how)
+    for job in (lambda: prune_checkpoint(folder, tmp_path / "out", "2:4"), lambda: verify_checkpoint(folder, "2:4")):
+        with pytest.raises(CheckpointError) as caught:
+            job()
+        assert str(folder) in str(caught.value) and "; " in str(caught.value), "file and remedy"
+        assert "\n" not in str(caught.value)
+    only(tmp_path, "model")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8-T", "50%"])
+def test_weights_that_are_no_numbers(
+    folder: Path, state: State, tmp_path: Path, small_bands: Callable[[], None], bad: float, pattern: str
+) -> None:
+    small_bands()
+    state["layers.0.up.weight"][33, 7] = bad
+    save_file(state, folder / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"model\.safetensors: tensor layers\.0\.up\.weight .*\(33, 7\), is -?(nan|inf).*--exclude"
+    ):
+        prune_checkpoint(folder, tmp_path / "out", pattern)
+    only(tmp_path, "model")
+    prune_checkpoint(folder, tmp_path / "out", pattern, exclude="*.up")  # the remedy works
+
+
+def test_nan_where_nothing_is_pruned_is_no_business_of_ours(folder: Path, state: State, tmp_path: Path) -> None:
+    state["embed_tokens.weight"][3] = float("nan")
+    save_file(state, folder / "model.safetensors")
+    prune_checkpoint(folder, tmp_path / "out", "2:4")
+    written = load_file(tmp_path / "out" / "model.safetensors")["embed_tokens.weight"]
+    assert written[3].isnan().all()
+
+
+class Evil:
+    """Running it would leave a trace."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(Path(os.environ["EVIL"])),)
+
+
+def torch_file(path: Path, how: str) -> None:
+    """A file that ends in .pt and is no state dict."""
+    match how:
+        case "a pickle that runs code":
+            path.write_bytes(pickle.dumps({"a.weight": Evil()}))
+        case "a torch file that runs code":
+            torch.save({"a.weight": Evil()}, path)
+        case "a whole model":
+            torch.save(torch.nn.Linear(3, 3), path)
+        case "a list":
+            torch.save([torch.zeros(3)], path)
+        case "no tensors":
+            torch.save({"epoch": 3}, path)
+        case "text":
+            path.write_text("hello")
+        case "empty":
+            path.write_bytes(b"")
+        case "truncated":
+            torch.save({"a.weight": torch.randn(64, 64)}, path)
+            path.write_bytes(path.read_bytes()[:-3000])
+        case "legacy, truncated":
+            torch.save({"a.weight": torch.randn(64, 64)}, path, _use_new_zipfile_serialization=False)
+            path.write_bytes(path.read_bytes()[:-3000])
+        case "sparse":
+            torch.save({"a.weight": torch.eye(8).to_sparse_csr()}, path)
+        case "complex":
+            torch.save({"a.weight": torch.zeros(8, 8, dtype=torch.complex128)}, path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "how",
+    ["a pickle that runs code", "a torch file that runs code", "a whole model", "a list", "no tensors", "text", "empty",
+     "truncated", "legacy, truncated", "sparse", "complex"],
+)  # fmt: skip
+def test_torch_files_that_are_no_state_dicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
+    torch_file(tmp_path / "weights.pt", how)
+    with pytest.raises(CheckpointError) as caught:
+        prune_checkpoint(tmp_path / "weights.pt", tmp_path / "out", "2:4")
+    assert "weights.pt" in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    only(tmp_path, "weights.pt")
+
+
+def test_every_damaged_byte_of_a_torch_file_is_an_error_or_harmless(tmp_path: Path) -> None:
+    weight = torch.randn(8, 8)
+    torch.save({"a.weight": weight}, tmp_path / "whole.pt")
+    data = (tmp_path / "whole.pt").read_bytes()
+    for place in range(0, len(data), 23):
+        (tmp_path / "weights.pt").write_bytes(data[:place] + bytes(8) + data[place + 8 :])
+        try:
+            prune_checkpoint(tmp_path / "weights.pt", tmp_path / "out", "2:4", overwrite=True)
+        except (CheckpointError, ValueError) as error:
+            assert isinstance(error, CheckpointError), error
+
+
+def test_shards_that_do_not_fit_their_index(tmp_path: Path) -> None:
+    states: list[State] = [{"a.weight": torch.randn(8, 8)}, {"b.weight": torch.randn(8, 8)}]
+    source = write_shards(tmp_path / "model", states)
+    index, second = source / "model.safetensors.index.json", source / "model-00002-of-00002.safetensors"
+    content = json.loads(index.read_text())
+
+    def refused(message: str) -> None:
+        with pytest.raises(CheckpointError, match=message):
+            prune_checkpoint(source, tmp_path / "out", "2:4")
+        only(tmp_path, "model")
+
+    save_file({"c.weight": torch.randn(8, 8)}, second)
+    refused(r"00002-of-00002\.safetensors lacks b\.weight.*index\.json places there")
+    save_file({"b.weight": torch.randn(8, 8), "c.weight": torch.randn(8, 8)}, second)
+    refused(r"holds c\.weight.*does not place there")
+    second.unlink()
+    refused(r"lacks 1 of 2 shards: model-00002")
+    index.write_text(json.dumps({**content, "weight_map": {"a.weight": "../elsewhere.safetensors"}}))
+    refused("outside its folder")
+    index.write_text("{")
+    refused(r"index\.json cannot be read as JSON")
+    index.write_text("{}")
+    refused("no 'weight_map'")
+    index.unlink()
+    (source / "extra.safetensors").write_bytes((source / "model-00001-of-00002.safetensors").read_bytes())
+    refused("several weight files and no index")
+
+
+def test_a_folder_without_weights_and_a_path_without_anything(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        prune_checkpoint(tmp_path / "empty", tmp_path / "out", "2:4")
+    with pytest.raises(CheckpointError, match="does not exist"):
+        prune_checkpoint(tmp_path / "nothing", tmp_path / "out", "2:4")
+    only(tmp_path, "empty")
+
+
+def test_nothing_to_prune_is_an_error_that_says_why(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "model", {"lm_head.weight": torch.randn(8, 8), "norm.weight": torch.randn(8)})
+    with pytest.raises(CheckpointError, match=r"no layer to prune \(lm_head: output head.*--include"):
+        prune_checkpoint(source, tmp_path / "out", "2:4")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "not a bisparse sidecar"), ('{"schema_version": 99}', "schema version 99"), ('{"schema_version": 1}', "garbles")],
+)
+def test_sidecars_that_are_not_ours(folder: Path, tmp_path: Path, content: str, message: str) -> None:
+    prune_checkpoint(folder, tmp_path / "out", "2:4")
+    (tmp_path / "out" / "bisparse.json").write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        verify_checkpoint(tmp_path / "out")
+
+
+def test_masks_that_are_not_ours(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no masks file"):
+        load_masks(folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="bisparse-masks"):
+        load_masks(folder)
+
+
+# ---- targets
+
+
+def test_an_existing_target_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"exists already.*--overwrite"):
+        prune_checkpoint(folder, tmp_path / "out", "2:4")
+    with pytest.raises(CheckpointError, match="not written by bisparse"):
+        prune_checkpoint(folder, tmp_path / "out", "2:4", overwrite=True)
+    assert snapshot(tmp_path / "out") == {"thesis.txt": b"years of work"}
+    only(tmp_path, "model", "out")
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_overwriting_replaces_what_bisparse_wrote(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    if not exchange:
+        monkeypatch.setattr(output, "_exchange", lambda one, other: False)
+    prune_checkpoint(folder, tmp_path / "out", "2:4")
+    (tmp_path / "out" / "old").write_text("old")
+    prune_checkpoint(folder, tmp_path / "out", "4:8-T", overwrite=True)
+    sidecar = read_sidecar(tmp_path / "out")
+    assert sidecar is not None and sidecar.report.pattern == "4:8-T"
+    assert not (tmp_path / "out" / "old").exists()
+    only(tmp_path, "model", "out")
+
+
+@pytest.mark.parametrize("target", ["model", "model/inside", "."])
+def test_source_and_target_stand_apart(folder: Path, tmp_path: Path, target: str) -> None:
+    before = snapshot(tmp_path)
+    with pytest.raises(CheckpointError, match="source"):
+        prune_checkpoint(folder, tmp_path / target, "2:4", overwrite=True)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("a file, no folder")
+    with pytest.raises(CheckpointError, match="file"):
+        prune_checkpoint(folder, tmp_path / "file" / "out", "2:4")
+    only(tmp_path, "file", "model")
+
+
+# ---- a full disk
+
+
+def test_too_little_room_is_said_before_anything_is_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
+    with pytest.raises(CheckpointError, match=r"needs .* MB, the disk has 0\.0 MB free"):
+        prune_checkpoint(folder, tmp_path / "out", "2:4")
+    only(tmp_path, "model")
+
+
+@posix
+@pytest.mark.parametrize("limit", [100, 3000, 6000, 8500])
+def test_a_disk_that_fills_up_on_the_way(folder: Path, tmp_path: Path, limit: int) -> None:
+    # A limit on the size of files is what a full disk is to `write`: it fails half-way. Only a child may limit itself.
+    def job() -> None:
+        import resource
+
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with pytest.raises(CheckpointError, match=r"disk is full.*nothing was left half written"):
+            prune_checkpoint(folder, tmp_path / "out", "2:4")
+
+    assert in_child(job) == 0
+    only(tmp_path, "model")
+
+
+def test_no_space_left_on_device(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(output, "_flush", full)
+    with pytest.raises(CheckpointError, match="disk is full"):
+        prune_checkpoint(folder, tmp_path / "out", "2:4")
+    only(tmp_path, "model")
+
+
+# ---- sudden death
+
+
+def in_child(job: Callable[[], None]) -> int:
+    """Run a job in a fork of this process; 0 if it ended well, minus the signal if it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            job()
+        except BaseException as error:  # noqa: BLE001, a child must not run on into the tests of its parent
+            sys.stderr.write(f"{error!r}\n")
+            os._exit(1)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@posix
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_killed_at_any_step_the_output_is_absent_or_whole(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    target = tmp_path / "out"
+    if overwrite:
+        prune_checkpoint(folder, target, "1:4")
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    prune_checkpoint(folder, tmp_path / "trial", "4:8-T", progress=count)
+    steps = calls
+    for last in range(steps + 1):
+        done = 0
+
+        def killed(*_: object, last: int = last) -> None:
+            nonlocal done
+            done += 1
+            if done > last:
+                die()
+
+        def job(killed: Callable[..., None] = killed) -> None:
+            prune_checkpoint(folder, target, "4:8-T", overwrite=overwrite, progress=killed)
+
+        code = in_child(job)
+        assert code == (0 if last == steps else -signal.SIGKILL)
+        found = read_sidecar(target)
+        expected = "4:8-T" if last == steps else ("1:4" if overwrite else None)
+        assert (found.report.pattern if found else None) == expected
+        assert target.exists() == (expected is not None)
+        if expected:
+            assert verify_checkpoint(target) and load_file(target / "model.safetensors")
+    only(tmp_path, "model", "out", "trial")
+
+
+@posix
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("exchange", [True, False])
+@pytest.mark.parametrize("function", ["_flush", "_publish", "_exchange", "_fsync", "os.rename"])
+@pytest.mark.parametrize("after", [False, True])
+def test_killed_while_the_name_is_given(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, after: bool, exchange: bool
+) -> None:
+    target = tmp_path / "out"
+    prune_checkpoint(folder, target, "1:4")
+    if not exchange:
+        monkeypatch.setattr(output, "_exchange", lambda one, other: False)
+    owner, name = (os, "rename") if function == "os.rename" else (output, function)
+    original = getattr(owner, name)
+
+    def killed(*arguments: Any) -> Any:
+        result = original(*arguments) if after else None
+        die()
+        return result
+
+    def job() -> None:
+        setattr(owner, name, killed)
+        prune_checkpoint(folder, target, "4:8-T", overwrite=True)
+
+    in_child(job)
+    # The next run finds the old output or the new one, whole, and clears away the rest.
+    prune_checkpoint(folder, tmp_path / "other", "2:4")
+    with pytest.raises(CheckpointError, match="exists already"):
+        prune_checkpoint(folder, target, "2:4")
+    found = read_sidecar(target)
+    assert found is not None and found.report.pattern in ("1:4", "4:8-T") and verify_checkpoint(target)
+    prune_checkpoint(folder, target, "2:4", overwrite=True)
+    only(tmp_path, "model", "other", "out")
+
+
+def test_interrupted_by_the_user_nothing_is_left(folder: Path, tmp_path: Path) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prune_checkpoint(folder, tmp_path / "out", "2:4", progress=interrupt)
+    only(tmp_path, "model")
+
+
+@posix
+def test_two_runs_with_one_target_do_not_mix(folder: Path, tmp_path: Path) -> None:
+    def second(what: str, done: int, total: int) -> None:
+        if done == 0:
+            with pytest.raises(CheckpointError, match="being written by another process"):
+                prune_checkpoint(folder, tmp_path / "out", "4:8-T")
+
+    prune_checkpoint(folder, tmp_path / "out", "2:4", progress=second)
+    sidecar = read_sidecar(tmp_path / "out")
+    assert sidecar is not None and sidecar.report.pattern == "2:4"
+    only(tmp_path, "model", "out")
+
+
+def test_names_with_odd_characters(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out [4:8] *ü"
+    prune_checkpoint(folder, target, "2:4")
+    prune_checkpoint(folder, target, "4:8-T", overwrite=True)
+    assert verify_checkpoint(target)
+    only(tmp_path, "model", target.name)
+
+
+@posix
+def test_bytes_that_change_on_disk_are_noticed(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bisparse.checkpoint import prune as module
+
+    original = module.read_back
+
+    def corrupted(path: Path, *arguments: Any) -> None:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        original(path, *arguments)
+
+    monkeypatch.setattr(module, "read_back", corrupted)
+    with pytest.raises(CheckpointError, match="not read back as it was written"):
+        prune_checkpoint(folder, tmp_path / "out", "2:4")
+    only(tmp_path, "model")
+
+
+# ---- memory
+
+SCRIPT = """
+import resource, sys
+import torch
+from bisparse.checkpoint import prune_checkpoint, verify_checkpoint
+torch.set_num_threads(1)
+source, small, target, pattern = sys.argv[1:]
+prune_checkpoint(small, target + "-small", pattern)  # imports and compiled kernels do not count
+verify_checkpoint(target + "-small")
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+prune_checkpoint(source, target, pattern)
+verify_checkpoint(target)
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+CONSTANT = 200 << 20
+"""Bytes that a job may take whatever the checkpoint's size: the bands at work."""
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize("pattern", ["2:4", "4:8-T", "50%"])
+@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, pattern: str, kind: str) -> None:
+    # 1.4 GB in all; the largest tensor has 128 MB.
+    state = {f"layers.{i}.weight": torch.randn(8192, 8192 if i == 0 else 4096).bfloat16() for i in range(20)}
+    largest = max(tensor.numel() * tensor.itemsize for tensor in state.values())
+    whole = sum(tensor.numel() * tensor.itemsize for tensor in state.values())
+    if kind == "pt":
+        torch.save(state, tmp_path / "model.pt")
+        source = tmp_path / "model.pt"
+    else:
+        source = write_folder(tmp_path / "model", state)
+    del state
+    small = write_folder(tmp_path / "small", {"a.weight": torch.randn(1024, 1024)})
+    command = [sys.executable, "-c", SCRIPT, str(source), str(small), str(tmp_path / "out"), pattern]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak = int(done.stdout.split()[-1])
+    assert peak < 3 * largest + CONSTANT < whole / 2
+    assert bisparse.verify_checkpoint(tmp_path / "out")
