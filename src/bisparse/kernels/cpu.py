@@ -63,36 +63,38 @@ def sweep_prices(lanes, prices16, alternations, network, n, spare, floor, side):
 
 
 @njit(nogil=True, cache=True)
-def balance_prices(prices16, count, side):  # type: ignore[no-untyped-def]
+def balance_prices(prices16, count, negative, side):  # type: ignore[no-untyped-def]
     """Move prices between the rows and the columns of each tile, which changes no mask, so that none is negative.
 
-    Those still negative are set to zero; returns whether there were any.
+    Those still negative are set to zero, and the tile noted in `negative`; returns whether there were any.
     """
     vec.never_inline()
     m = len(side)
-    clamped = False
+    found = False
     for t in range(count):
         low_u, low_v = np.int32(prices16[t]), np.int32(prices16[m * LANES + t])
         for k in range(1, m):
             low_u = min(low_u, np.int32(prices16[k * LANES + t]))
             low_v = min(low_v, np.int32(prices16[(m + k) * LANES + t]))
         shift = (low_u - low_v) >> 1
-        clamped |= low_u + low_v < -1
+        negative[t] = low_u + low_v < -1
+        found = found or negative[t]
         for k in range(m):
             prices16[k * LANES + t] = max(np.int32(prices16[k * LANES + t]) - shift, 0)
             prices16[(m + k) * LANES + t] = min(max(np.int32(prices16[(m + k) * LANES + t]) + shift, 0), 32767)
-    return clamped
+    return found
 
 
 @njit(nogil=True, cache=True)
-def start_prices(prices16, prices, u, v, count, side):  # type: ignore[no-untyped-def]
-    """The prices of the sweeps in units of the 24-bit scores, tile by tile."""
+def start_prices(prices16, prices, u, v, chosen, side):  # type: ignore[no-untyped-def]
+    """The prices of the sweeps in units of the 24-bit scores, for the chosen tiles."""
     vec.never_inline()
     m = len(side)
-    for t in range(count):
-        for k in range(m):
-            prices[u + t * m + k] = np.int32(prices16[k * LANES + t]) << COARSE_SHIFT
-            prices[v + t * m + k] = np.int32(prices16[(m + k) * LANES + t]) << COARSE_SHIFT
+    for t in range(LANES):
+        if chosen[t]:
+            for k in range(m):
+                prices[u + t * m + k] = np.int32(prices16[k * LANES + t]) << COARSE_SHIFT
+                prices[v + t * m + k] = np.int32(prices16[(m + k) * LANES + t]) << COARSE_SHIFT
 
 
 @njit(nogil=True, cache=True)
@@ -240,11 +242,13 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
     scales, bases = np.zeros(LANES, np.float32), np.zeros(LANES, np.int64)
     work, bits = np.zeros(2 * m * m + 8 * m, np.int32), np.zeros(4 * m + 1, np.int64)
     kept_row = 2 * m * m + 6 * m
+    chosen, negative = np.zeros(LANES, np.bool_), np.zeros(LANES, np.bool_)
     worst = np.int64(0)
     for start in range(first, last, LANES):
         count = min(LANES, last - start)
         u, v = start * m, (tiles + start) * m
         unbalanced, astray = 0, 0
+        chosen[:] = False
         for t in range(count):
             tile = start + t
             base = (tile // across) * m * columns + (tile % across) * m
@@ -280,18 +284,23 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                         price = np.int64(prices[side_of + t * m + k]) if usable else 0
                         price = price << min(change, 8) if change >= 0 else price >> min(-change, 31)
                         prices[side_of + t * m + k] = max(min(price, 1 << 25), -(1 << 25))
-                if vec.tile_mask(
-                    scores, base, columns, scales[t], prices, u + t * m, v + t * m, free, n, mask, bits, work, kept_row, side
-                ) != 0:  # fmt: skip
+                row, column = u + t * m, v + t * m
+                off = vec.tile_mask(
+                    scores, base, columns, scales[t], prices, row, column, free, n, mask, bits, work, kept_row, side
+                )  # fmt: skip
+                if off != 0:
                     unbalanced += 1
-                    vec.tile_integers(scores, base, columns, scales[t], prices, u + t * m, v + t * m, work, bits, 2 * m, side)
+                    vec.tile_integers(scores, base, columns, scales[t], prices, row, column, work, bits, 2 * m, side)
                     for i in range(m):
                         kept = work[kept_row + i]
                         if kept > n or kept + vec.count_bits(bits[2 * m + i]) < n:
                             astray += 1
+                            chosen[t] = True
                             break
+            else:
+                chosen[t] = True
             exponents[tile] = exponent
-        if not warm or astray > LANES // 4:
+        if not warm or astray > 0:
             if count < LANES:
                 source[count * m * m :] = 0
             for t in range(0, LANES, 8):
@@ -304,16 +313,20 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                         prices16[(m + k) * LANES + t] = max(min(prices[v + t * m + k] >> COARSE_SHIFT, 32767), -32768)
             alternations = WARM_ALTERNATIONS if warm else COLD_ALTERNATIONS
             sweep_prices(lanes, prices16, alternations, network, n, spare, -32768, side)
-            if not free and balance_prices(prices16, count, side):
+            again = not free and balance_prices(prices16, count, negative, side)
+            start_prices(prices16, prices, u, v, chosen, side)
+            if again:  # only for the tiles that need it, so that no tile's mask depends on its neighbours
+                chosen &= negative
                 sweep_prices(lanes, prices16, CLAMPED_ALTERNATIONS, network, n, spare, 0, side)
-            start_prices(prices16, prices, u, v, count, side)
+                start_prices(prices16, prices, u, v, chosen, side)
         elif unbalanced == 0:
             continue
         for t in range(count):
             base, row, column = bases[t], u + t * m, v + t * m
-            if vec.tile_mask(
-                scores, base, columns, scales[t], prices, row, column, free, n, mask, bits, work, kept_row, side
-            ) != 0 and not repair(scores, base, columns, scales[t], prices, row, column, n, free, mask, bits, work, side):  # fmt: skip
+            off = vec.tile_mask(scores, base, columns, scales[t], prices, row, column, free, n, mask, bits, work, kept_row, side)
+            if off == 0:
+                continue
+            if not repair(scores, base, columns, scales[t], prices, row, column, n, free, mask, bits, work, side):
                 exponents[start + t] = ops.COARSE
     return worst
 
@@ -393,6 +406,7 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
         mask, _, _, exponent = exact_solve(scores, n, m, exactly, None, None, None)
         return mask, exponent == ops.COARSE
     rows, columns = scores.shape
+    scores = scores.contiguous()
     # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
     beside = columns < 4 * MIDDLE_CHUNK
     wide = scores.view(rows // 4, 4, columns).transpose(0, 1).reshape(4, -1) if beside else scores
@@ -430,6 +444,7 @@ def exact_solve(
     if m not in VECTOR_SIDES:
         return ops.reference_exact_solve(scores, n, m, exactly, u, v, exponent)
     rows, columns = scores.shape
+    scores = scores.contiguous()
     tiles = (rows // m) * (columns // m)
     mask = torch.empty((rows, columns), dtype=torch.bool)
     prices = torch.empty(2, tiles, m, dtype=torch.int32)

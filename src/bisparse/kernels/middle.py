@@ -38,8 +38,8 @@ def _combinations() -> tuple[tuple[Profile, Profile], ...]:
         for a, b, c, d in itertools.product(range(3), repeat=4)
         if a + b + c + d == 4 and (a, b, c, d) != (1, 1, 1, 1)
     ]
-    single = itertools.product((FIRST_HOLDS_0, SECOND_HOLDS_0), repeat=2)
-    return (*doubled, *single)
+    halves = (FIRST_HOLDS_0, SECOND_HOLDS_0)
+    return (*doubled, *((upper, lower) for upper in halves for lower in halves))
 
 
 COMBINATIONS = _combinations()

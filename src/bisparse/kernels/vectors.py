@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from bisparse.kernels.networks import sorting_network
 
-LANES = 32
+LANES = 16
 """Tiles that the sweeps take side by side."""
 COARSE_SHIFT = 10
 """The sweeps see scores of 14 bits, so that a lane is 16 bits wide; their prices are only a start."""
