@@ -27,8 +27,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
-    package = {f"bisparse/{path.relative_to(ROOT / 'src' / 'bisparse')}" for path in (ROOT / "src" / "bisparse").rglob("*.py")}
+    tracked = subprocess.run(["git", "ls-files", "src"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    package = {path.removeprefix("src/") for path in tracked if (ROOT / path).exists()} or {"bisparse/__init__.py"}
     assert package <= set(names)
+    assert any(name.endswith(".jinja") for name in names), "reports need their templates"
     assert "bisparse/py.typed" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert all(name.startswith(("bisparse/", "bisparse-")) for name in names)
@@ -36,13 +38,14 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 
 def test_wheel_runs_from_where_it_is_unpacked(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
-    script = "import bisparse, torch; print(bisparse.__file__); print(bisparse.solve(torch.tensor([[4., 3.], [3., 1.]]), '1:2-T').value)"
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{script}"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    script = f"""
+import sys
+sys.path.insert(0, {str(tmp_path)!r})
+import bisparse, torch
+print(bisparse.__file__)
+print(bisparse.solve(torch.tensor([[4.0, 3.0], [3.0, 1.0]]), "1:2-T").value)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.split() == [str(tmp_path / "bisparse" / "__init__.py"), "6.0"], done.stderr
 
 

@@ -111,12 +111,14 @@ def _check_layout(shape: tuple[int, ...], layout: Layout) -> None:
     }
     if ndim not in expected[kind]:
         raise ValueError(
-            f"a weight of shape {shape} cannot have the layout '{kind}', which needs {' or '.join(map(str, expected[kind]))} dimensions"
+            f"a weight of shape {shape} cannot have the layout '{kind}', "
+            f"which needs {' or '.join(map(str, expected[kind]))} dimensions"
         )
     divisor = layout.groups if kind is LayoutKind.CONV else layout.parts
     if divisor < 1 or shape[0] % divisor:
         raise ValueError(
-            f"a weight of shape {shape} cannot be split into {divisor} {'groups' if kind is LayoutKind.CONV else 'parts'} along its first dimension"
+            f"a weight of shape {shape} cannot be split into {divisor} "
+            f"{'groups' if kind is LayoutKind.CONV else 'parts'} along its first dimension"
         )
 
 
