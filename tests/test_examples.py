@@ -91,6 +91,7 @@ def small_world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return root / "model", lee50
 
 
+@pytest.mark.transformers
 def test_demo(
     small_world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +119,7 @@ def test_demo(
     assert shares[1] < shares[2] < shares[3] < shares[4]
 
 
+@pytest.mark.transformers
 def test_verify_a_checkpoint(
     small_world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -173,6 +173,7 @@ def test_transposed_convolutions_are_not_supported() -> None:
     assert reasons(nn.Sequential(nn.ConvTranspose2d(4, 4, 3))) == {"0": "transposed convolution: not supported"}
 
 
+@pytest.mark.transformers
 def test_gpt2_conv1d() -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(3, 8)
     (layer,) = found(nn.ModuleDict({"c_attn": conv1d})).values()

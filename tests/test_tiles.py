@@ -91,6 +91,7 @@ def test_linear_rows_are_outputs() -> None:
     assert torch.allclose(layer(x), x @ matrix.t(), atol=1e-6)
 
 
+@pytest.mark.transformers
 def test_gpt2_conv1d_is_transposed() -> None:
     conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D(3, 5)
     x = torch.randn(2, 5)

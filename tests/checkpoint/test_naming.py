@@ -40,6 +40,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.transformers
 @pytest.mark.parametrize("name", MODELS)
 def test_the_same_layers_as_in_the_model_of_transformers(tmp_path: Path, name: str) -> None:
     transformers = pytest.importorskip("transformers")
@@ -52,6 +53,7 @@ def test_the_same_layers_as_in_the_model_of_transformers(tmp_path: Path, name: s
     assert by_name, "a model with nothing to prune would prove nothing"
 
 
+@pytest.mark.transformers
 def test_causal_language_models_keep_their_head_dense(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model("llama", **MODELS["llama"], tie_word_embeddings=False)

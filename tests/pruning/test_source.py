@@ -22,6 +22,7 @@ from bisparse.pruning.chain import find_chains
 from bisparse.pruning.source import open_source, token_batches
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.transformers
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
