@@ -1,0 +1,64 @@
+"""A small GPT on Python's documentation and library: loss curves dense, 2:4, 2:4-T, 4:8-T, 16:32-T, with and without MVUE.
+
+    python benchmarks/training/gpt.py [--budget reduced|full]
+
+Rows, with curves and flip rates, go to results/training-gpt.jsonl; those there are skipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from experiment import parser, run_grid, seeds
+
+from bisparse.training.recipe import Recipe
+from bisparse.training.recipe.recipe import DataRecipe, ModelRecipe, SparsityRecipe, TrainingRecipe
+
+PATTERNS = ("4:8-T", "2:4", "2:4-T", "16:32-T")
+FULL = TrainingRecipe(steps=2000, batch=16, optimizer="adamw", lr=1e-3, weight_decay=0.1, clip=1.0, evaluate_every=200)
+BUDGETS = {
+    "full": (
+        ModelRecipe("gpt", width=384, layers=6, heads=6),
+        DataRecipe("python-text", train=4_000_000, test=200_000, context=256),
+        FULL,
+    ),
+    "reduced": (
+        ModelRecipe("gpt", width=128, layers=4, heads=4),
+        DataRecipe("python-text", train=1_500_000, test=60_000, context=128),
+        replace(FULL, steps=400, batch=16, lr=2e-3, evaluate_every=100),
+    ),
+    "smoke": (
+        ModelRecipe("gpt", width=32, layers=1, heads=2),
+        DataRecipe("python-text", train=30_000, test=4_000, context=32),
+        replace(FULL, steps=6, batch=4, evaluate_every=3),
+    ),
+}
+
+
+def grid(base: Recipe, count: int, refresh: int) -> Iterator[tuple[str, Recipe]]:
+    for recipe in seeds(replace(base, name="dense"), count):
+        yield "gpt", recipe
+    for mvue in (False, True):
+        for pattern in PATTERNS:
+            name = f"{pattern} with MVUE" if mvue else pattern
+            for recipe in seeds(replace(base, name=name, sparsity=SparsityRecipe(pattern, refresh=refresh, mvue=mvue)), count):
+                yield "gpt", recipe
+
+
+def main() -> None:
+    arguments = parser(__doc__ or "", "training-gpt.jsonl")
+    arguments.add_argument("--budget", choices=BUDGETS, default="reduced")
+    chosen = arguments.parse_args()
+    model, data, training = BUDGETS[chosen.budget]
+    wanted = list(
+        grid(Recipe("", model=model, data=data, training=training), chosen.seeds, 40 if chosen.budget != "smoke" else 2)
+    )
+    if chosen.dry_run:
+        print("\n".join(f"{recipe.name}, seed {recipe.seed}" for _, recipe in wanted), f"\n{len(wanted)} runs")
+        return
+    run_grid(wanted, chosen.results, chosen.runs / f"gpt-{chosen.budget}", curve_every=10)
+
+
+if __name__ == "__main__":
+    main()

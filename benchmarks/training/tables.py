@@ -1,0 +1,250 @@
+"""Tables and curves of the training experiments: results/training-*.jsonl -> docs/benchmarks-training.md and its pictures.
+
+python benchmarks/training/tables.py [--check]
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scipy.stats import spearmanr
+
+from bisparse.diversity import mask_diversity
+from record import RESULTS, ROOT, read_rows
+
+PAGE = ROOT / "docs" / "benchmarks-training.md"
+CURVES = ROOT / "docs" / "images" / "training-gpt.svg"
+DIVERSITY = ("50%", "4:8", "2:4", "4:8-T", "2:4-T", "4:8-seq")
+REFRESHES = (1, 10, 40, 100)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+
+
+def spread(numbers: Sequence[float], scale: float = 100, digits: int = 2) -> str:
+    """Mean, and the standard deviation over seeds where there are several."""
+    if not numbers:
+        return "-"
+    mean = f"{scale * statistics.mean(numbers):.{digits}f}"
+    return mean if len(numbers) < 2 else f"{mean} ± {scale * statistics.stdev(numbers):.{digits}f}"
+
+
+def render(results: Path = RESULTS) -> str:
+    """The page, from the rows alone."""
+    resnet, gpt = read_rows(results / "training-resnet.jsonl"), read_rows(results / "training-gpt.jsonl")
+    search, finetune = read_rows(results / "training-search.jsonl"), read_rows(results / "training-finetune.jsonl")
+    parts = [
+        "# Sparse training, measured\n",
+        "Made by `python benchmarks/training/tables.py`; do not edit. ± is the standard deviation over seeds.\n",
+    ]
+    parts += [*_resnet(resnet), *_search(search), *_gpt(gpt), *_finetune(finetune)]
+    return "\n".join(parts)
+
+
+def _budget(rows: list[dict[str, Any]]) -> str:
+    first = rows[0]
+    how = first["recipe"]["training"]
+    length = f"{how['steps']} steps" if how["steps"] else f"{how['epochs']:g} epochs"
+    seeds = len({row["recipe"]["seed"] for row in rows})
+    return (
+        f"{first['data']}; {length}, batches of {how['batch']}, {seeds} seeds, {first['steps']} optimizer steps a run. "
+        f"{first['device']}, torch {first['versions']['torch']}.\n"
+    )
+
+
+def _resnet(everything: list[dict[str, Any]]) -> list[str]:
+    parts = ["## ResNet-20 on Fashion-MNIST\n"]
+    budgets: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in everything:
+        budgets[
+            json.dumps([row["recipe"]["data"], row["recipe"]["training"], row["recipe"]["model"]["width"]], sort_keys=True)
+        ].append(row)
+    if not budgets:
+        return [*parts, "No rows yet: run `benchmarks/training/resnet.py`.\n"]
+    for rows in budgets.values():
+        parts += _resnet_budget(rows)
+    return parts
+
+
+def _resnet_budget(rows: list[dict[str, Any]]) -> list[str]:
+    found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        how = row["recipe"]["sparsity"]
+        kind = ("dense",) if how is None else (how["pattern"], how["mode"], how["method"], how["solver"], how["refresh"])
+        found[kind].append(row)
+
+    def accuracy(kind: tuple[Any, ...]) -> list[float]:
+        return [row["test_accuracy"] for row in found.get(kind, [])]
+
+    def dynamic(pattern: str, method: str = "masked-decay", solver: str = "exact", refresh: int = 40) -> tuple[Any, ...]:
+        return (pattern, "dynamic", method, solver, refresh)
+
+    parts = [_budget(rows), "Test accuracy, %.\n"]
+    patterns = ("2:4", "2:4-T", "4:8-T", "16:32-T")
+    body = [["dense", spread(accuracy(("dense",))), "", "", ""]]
+    body.append(["static, from dense", *(spread(accuracy((one, "static", "masked-decay", "exact", 40))) for one in patterns)])
+    for label, method in (("STE", "ste"), ("SR-STE", "sr-ste"), ("masked decay", "masked-decay")):
+        body.append([f"dynamic, {label}", *(spread(accuracy(dynamic(one, method))) for one in patterns)])
+    body.append(["dynamic, masked decay, greedy masks", *(spread(accuracy(dynamic(one, solver="greedy"))) for one in patterns)])
+    parts.append(table(("", *patterns), body))
+    density = {one: [row["density"] for row in found.get(dynamic(one), [])] for one in patterns}
+    shown = ", ".join(f"{one} {statistics.mean(numbers):.3f}" for one, numbers in density.items() if numbers)
+    parts.append(
+        f"Density of the sparse layers (16 channels do not fill a tile of 32, whose padding counts as pruned): {shown}.\n"
+    )
+    parts += _claim(accuracy)
+    flips = {one: [row["flip_rate"] for row in found.get(dynamic("4:8-T", refresh=one), [])] for one in REFRESHES}
+    parts.append("### How often masks are refreshed (4:8-T, masked decay)\n")
+    parts.append(
+        table(
+            ("", *(f"every {one}" for one in REFRESHES)),
+            [
+                ["test accuracy, %", *(spread(accuracy(dynamic("4:8-T", refresh=one))) for one in REFRESHES)],
+                ["last flip rate, %", *(spread(flips[one], digits=3) for one in REFRESHES)],
+            ],
+        )
+    )
+    parts.append("### Does accuracy follow mask diversity? (masked decay, 50 %)\n")
+    measured = [one for one in DIVERSITY if accuracy(dynamic(one))]
+    bits = {one: [mask_diversity(one, (64, 64), method=how).log2_per_weight for how in ("exact", "paper")] for one in measured}
+    parts.append(
+        table(
+            ("structure", "bits a weight, exact", "paper's formula", "test accuracy, %"),
+            [[one, *(f"{number:.3f}" for number in bits[one]), spread(accuracy(dynamic(one)))] for one in measured],
+        )
+    )
+    if len(measured) > 2:
+        means = [statistics.mean(accuracy(dynamic(one))) for one in measured]
+        ranks = [spearmanr([bits[one][how] for one in measured], means).statistic for how in (0, 1)]
+        parts.append(
+            f"Rank correlation with accuracy: {ranks[0]:.2f} by the exact count, {ranks[1]:.2f} by the paper's formula.\n"
+        )
+    return parts
+
+
+def _claim(accuracy: Any) -> list[str]:
+    ours = accuracy(("4:8-T", "dynamic", "masked-decay", "exact", 40))
+    others = {"dense": accuracy(("dense",)), "2:4": accuracy(("2:4", "dynamic", "masked-decay", "exact", 40))}
+    lines = []
+    for name, numbers in others.items():
+        if len(ours) > 1 and len(numbers) == len(ours):
+            differences = [100 * (one - other) for one, other in zip(ours, numbers, strict=True)]
+            error = statistics.stdev(differences) / len(differences) ** 0.5
+            lines.append(f"against {name} {statistics.mean(differences):+.2f} ± {error:.2f} points")
+    if not lines:
+        return []
+    return [
+        f"The paper's claim is that 4:8-T loses nothing. Here (same seeds, mean and its standard error): {'; '.join(lines)}.\n"
+    ]
+
+
+def _search(rows: list[dict[str, Any]]) -> list[str]:
+    parts = [
+        "## What mask search costs\n",
+        "Share of training time, search / (k steps + search). The paper's figures at every 40 steps, as time added on top, are "
+        "180 % integer program, 70 % min-cost flow, 14 % approximation. The target is under 1 % at every 40 and under 5 % at "
+        "every step.\n",
+    ]
+    newest = {(row["model"], row["pattern"], row["solver"], row["threads"], row["batch"]): row for row in rows}
+    if not newest:
+        return [*parts, "No rows yet: run `benchmarks/training/search_cost.py`.\n"]
+    body = [
+        [
+            f"{row['model']}, batch {row['batch']}", row["pattern"], row["solver"], str(row["threads"]),
+            f"{row['step_ms']:.0f}", f"{row['search_ms']:.2f}",
+            f"{100 * row['share_every_40']:.3f}", f"{100 * row['share_every_1']:.2f}",
+        ]
+        for row in newest.values()
+    ]  # fmt: skip
+    parts.append(
+        table(("model", "pattern", "solver", "threads", "step, ms", "search, ms", "every 40 steps, %", "every step, %"), body)
+    )
+    last = rows[-1]
+    parts.append(f"{last['device']}, {last['vector']}, {last['cores']} cores, torch {last['versions']['torch']}. Medians.\n")
+    return parts
+
+
+def _gpt(rows: list[dict[str, Any]]) -> list[str]:
+    parts = ["## A small GPT on text\n"]
+    if not rows:
+        return [*parts, "No rows yet: run `benchmarks/training/gpt.py`.\n"]
+    names = list(dict.fromkeys(row["recipe"]["name"] for row in rows))
+    body = []
+    for name in names:
+        own = [row for row in rows if row["recipe"]["name"] == name]
+        body.append(
+            [name, spread([row["test_loss"] for row in own], 1, 4), spread([row["test_accuracy"] for row in own]),
+             spread([row["flip_rate"] for row in own if row["recipe"]["sparsity"]], digits=3)]
+        )  # fmt: skip
+    parts += [_budget(rows), table(("", "test loss, nats a byte", "bytes right, %", "last flip rate, %"), body)]
+    parts.append("![Training loss and flip rate](images/training-gpt.svg)\n")
+    return parts
+
+
+def _finetune(rows: list[dict[str, Any]]) -> list[str]:
+    parts = ["## Fine-tuning with static masks through the transformers Trainer\n"]
+    if not rows:
+        return [*parts, "No rows yet: run `benchmarks/training/finetune.py`.\n"]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        groups[row["task"], row["model"], row["pattern"], row["steps"]].append(row)
+    body = []
+    for (task, model, pattern, steps), own in groups.items():
+        digits = 4 if task == "sts" else 2
+        verified = "" if pattern == "dense" else f"{sum(row['verified'] for row in own)} of {len(own)}"
+        columns = [spread([row[one] for row in own if one in row], 1, digits) for one in ("before", "pruned", "after")]
+        body.append([f"{model}, {task}", pattern, str(steps), *columns, verified])
+    head = ("model", "pattern", "steps", "before", "pruned, not tuned", "tuned", "`bisparse verify` holds")
+    parts.append("sts: Spearman correlation on STS-B test, higher is better. text: perplexity, lower is better.\n")
+    return [*parts, table(head, body)]
+
+
+def draw(results: Path = RESULTS, path: Path = CURVES) -> None:
+    """Mean training loss and flip rate of the GPT runs."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = read_rows(results / "training-gpt.jsonl")
+    if not rows:
+        return
+    matplotlib.rcParams["svg.hashsalt"] = "bisparse"
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    loss, flips = figure.subplots(1, 2)
+    for name in dict.fromkeys(row["recipe"]["name"] for row in rows):
+        curves = [row["curve"] for row in rows if row["recipe"]["name"] == name]
+        style = {"linestyle": "--" if "MVUE" in name else "-", "linewidth": 1, "label": name}
+        points = list(zip(*curves, strict=False))
+        loss.plot([p[0]["step"] for p in points], [statistics.mean(one["loss"] for one in p) for p in points], **style)
+        moved = [p for p in points if all(one.get("flip_rate", 0) > 0 for one in p)]
+        if moved:
+            flips.plot([p[0]["step"] for p in moved], [statistics.mean(one["flip_rate"] for one in p) for p in moved], **style)
+    loss.set(xlabel="optimizer steps", ylabel="training loss, nats a byte")
+    flips.set(xlabel="optimizer steps", ylabel="flip rate a refresh", yscale="log")
+    loss.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> int:
+    page = render()
+    if "--check" in sys.argv[1:]:
+        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
+            print(f"{PAGE.relative_to(ROOT)} is not what benchmarks/training/tables.py makes: run it and commit", file=sys.stderr)
+            return 1
+        return 0
+    PAGE.write_text(page, encoding="utf-8")
+    draw()
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
