@@ -324,8 +324,8 @@ def test_operators_obey_the_rules_of_torch_library(m: int, n: int, exactly: bool
     u, v, exponent = ops.exact_solve(matrix, n, m, exactly)[1:]
     q, _ = ops.quantise(tiles)
     torch.library.opcheck(torch.ops.bisparse.exact_mask.default, (matrix, n, m, exactly))
-    torch.library.opcheck(torch.ops.bisparse.exact_solve.default, (matrix, n, m, exactly, None, None, None))
-    torch.library.opcheck(torch.ops.bisparse.exact_solve.default, (matrix, n, m, exactly, u, v, exponent))
+    torch.library.opcheck(torch.ops.bisparse.exact_solve.default, (matrix, n, m, exactly, None, None))
+    torch.library.opcheck(torch.ops.bisparse.exact_solve.default, (matrix, n, m, exactly, torch.stack([u, v]), exponent))
     torch.library.opcheck(torch.ops.bisparse.exact_solve_integers.default, (q, n, exactly, None, None))
     torch.library.opcheck(torch.ops.bisparse.exact_solve_integers.default, (q, n, exactly, u.long(), v.long()))
 

@@ -403,7 +403,7 @@ def _check(worst: list[int], scores: torch.Tensor) -> bool:
 def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.exact_mask` on CPU."""
     if (n, m) != (2, 4):
-        mask, _, _, exponent = exact_solve(scores, n, m, exactly, None, None, None)
+        mask, _, exponent = exact_solve(scores, n, m, exactly, None, None)
         return mask, exponent == ops.COARSE
     rows, columns = scores.shape
     scores = scores.contiguous()
@@ -437,36 +437,32 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
 
 
 def exact_solve(
-    scores: torch.Tensor, n: int, m: int, exactly: bool,
-    u: torch.Tensor | None, v: torch.Tensor | None, exponent: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    scores: torch.Tensor, n: int, m: int, exactly: bool, start: torch.Tensor | None, start_exponent: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`ops.exact_solve` on CPU."""
     if m not in VECTOR_SIDES:
-        return ops.reference_exact_solve(scores, n, m, exactly, u, v, exponent)
+        return ops.reference_exact_solve(scores, n, m, exactly, start, start_exponent)
     rows, columns = scores.shape
     scores = scores.contiguous()
     tiles = (rows // m) * (columns // m)
     mask = torch.empty((rows, columns), dtype=torch.bool)
-    prices = torch.empty(2, tiles, m, dtype=torch.int32)
+    prices = torch.empty((2, tiles, m), dtype=torch.int32)
     exponents = torch.empty(tiles, dtype=torch.int32)
-    warm = u is not None and v is not None and exponent is not None
-    if u is not None and v is not None and exponent is not None:
-        prices[0], prices[1], exponents[:] = u, v, exponent
+    warm = start is not None and start_exponent is not None
+    if start is not None and start_exponent is not None:
+        prices.copy_(start)
+        exponents.copy_(start_exponent)
     median = 2 * n == m and m in (8, 16, 32)
     network = np.array([] if median else sorting_network(m), dtype=np.int64).reshape(-1, 2)
-    flat, side = scores.view(-1).numpy(), (0,) * m
-    worst = over_bands(
-        lambda first, last: int(
-            solve_band(
-                flat, columns, mask.view(torch.uint8).view(-1).numpy(), prices.view(-1).numpy(), exponents.numpy(),
-                n, int(exactly), warm, network, side, first, last,
-            )
-        ),
-        tiles, LANES, max(LANES, 16384 // (m * m)),
-    )  # fmt: skip
-    if not _check(worst, scores):
-        return exact_solve(scores.abs(), n, m, exactly, u, v, exponent)
-    return mask, prices[0], prices[1], exponents
+    flat, bytes_, side = scores.view(-1).numpy(), mask.view(torch.uint8).view(-1).numpy(), (0,) * m
+    numbers, powers = prices.view(-1).numpy(), exponents.numpy()
+
+    def band(first: int, last: int) -> int:
+        return int(solve_band(flat, columns, bytes_, numbers, powers, n, int(exactly), warm, network, side, first, last))
+
+    if not _check(over_bands(band, tiles, LANES, max(LANES, 16384 // (m * m))), scores):
+        return exact_solve(scores.abs(), n, m, exactly, start, start_exponent)
+    return mask, prices, exponents
 
 
 def exact_solve_integers(

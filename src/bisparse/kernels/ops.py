@@ -63,8 +63,8 @@ def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[T
 _LIBRARY = torch.library.Library("bisparse", "DEF")
 _LIBRARY.define("exact_mask(Tensor scores, int n, int m, bool exactly) -> (Tensor mask, Tensor coarse)")
 _LIBRARY.define(
-    "exact_solve(Tensor scores, int n, int m, bool exactly, Tensor? u, Tensor? v, Tensor? exponent)"
-    " -> (Tensor mask, Tensor u, Tensor v, Tensor exponent)"
+    "exact_solve(Tensor scores, int n, int m, bool exactly, Tensor? prices, Tensor? exponent)"
+    " -> (Tensor mask, Tensor prices, Tensor exponent)"
 )
 _LIBRARY.define("exact_solve_integers(Tensor q, int n, bool exactly, Tensor? u, Tensor? v) -> (Tensor mask, Tensor u, Tensor v)")
 
@@ -90,9 +90,11 @@ def exact_solve(
 
     `start` holds u, v and exponents of an earlier solve of nearly the same scores.
     """
-    u, v, exponent = start if start is not None else (None, None, None)
-    result = torch.ops.bisparse.exact_solve(scores, n, m, exactly, u, v, exponent)
-    return result[0], result[1], result[2], result[3]
+    if start is None:
+        mask, prices, exponent = torch.ops.bisparse.exact_solve(scores, n, m, exactly, None, None)
+    else:
+        mask, prices, exponent = torch.ops.bisparse.exact_solve(scores, n, m, exactly, torch.stack(start[:2]), start[2])
+    return mask, prices[0], prices[1], exponent
 
 
 def exact_solve_integers(
@@ -105,23 +107,24 @@ def exact_solve_integers(
 
 
 def reference_exact_solve(
-    scores: Tensor, n: int, m: int, exactly: bool, u: Tensor | None, v: Tensor | None, exponent: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores: Tensor, n: int, m: int, exactly: bool, prices: Tensor | None, exponent: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of `exact_solve`."""
     check_scores(scores)
     q, now = quantise(to_tiles(scores, m))
-    start = None
-    if u is not None and v is not None and exponent is not None:
+    u, v = None, None
+    if prices is not None and exponent is not None:
         usable = (now != COARSE) & (exponent != COARSE)
         shift = torch.where(usable, now - exponent, 0).clamp(-40, 30)[:, None]
-        start = tuple(torch.ldexp(prices.double(), shift).round().long() * usable[:, None] for prices in (u, v))
-    mask, u, v = torch.ops.bisparse.exact_solve_integers(q * (now != COARSE)[:, None, None], n, exactly, *(start or (None, None)))
-    return from_tiles(mask, *scores.shape), u.int(), v.int(), now.int()
+        u, v = torch.ldexp(prices.double(), shift).round().long() * usable[:, None]
+    q = q * (now != COARSE)[:, None, None]
+    mask, u, v = torch.ops.bisparse.exact_solve_integers(q, n, exactly, u, v)
+    return from_tiles(mask, scores.shape[0], scores.shape[1]), torch.stack([u, v]).int(), now.int()
 
 
 def reference_exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:
     """The specification of `exact_mask`."""
-    mask, _, _, exponent = reference_exact_solve(scores, n, m, exactly, None, None, None)
+    mask, _, exponent = reference_exact_solve(scores, n, m, exactly, None, None)
     return mask, exponent == COARSE
 
 
@@ -140,16 +143,11 @@ def _(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake("bisparse::exact_solve")
 def _(
-    scores: Tensor, n: int, m: int, exactly: bool, u: Tensor | None, v: Tensor | None, exponent: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    scores: Tensor, n: int, m: int, exactly: bool, prices: Tensor | None, exponent: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     tiles = scores.shape[0] // m * (scores.shape[1] // m)
-    prices = [scores.new_empty(tiles, m, dtype=torch.int32) for _ in range(2)]
-    return (
-        scores.new_empty(scores.shape, dtype=torch.bool),
-        prices[0],
-        prices[1],
-        scores.new_empty(tiles, dtype=torch.int32),
-    )
+    mask = scores.new_empty(scores.shape, dtype=torch.bool)
+    return mask, scores.new_empty((2, tiles, m), dtype=torch.int32), scores.new_empty(tiles, dtype=torch.int32)
 
 
 @torch.library.register_fake("bisparse::exact_solve_integers")
