@@ -44,7 +44,7 @@ class Exact(Solver):
     checks_scores: ClassVar[bool] = True
     guarantee: ClassVar[Guarantee] = Guarantee("kept", 1.0)
 
-    def solve_tiles(self, scores: Float[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
+    def solve_tiles(self, scores: Real[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
         m = scores.shape[-1]
         mask, _ = self.solve_matrix(scores.reshape(-1, m), n, m)
         return mask.reshape(-1, m, m)

@@ -78,7 +78,7 @@ def _or_tools() -> Any:
 
 def _graph(
     m: int, n: int, exactly: bool
-) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " A"], Int[np.ndarray, " A"], Int[np.ndarray, " M2"]]:
     """Tails, heads and capacities of the arcs, entries first; supplies of the nodes: rows, then columns."""
     rows, columns = np.arange(m, dtype=np.int32), np.arange(m, 2 * m, dtype=np.int32)
     tails, heads = np.repeat(rows, m), np.tile(columns, m)

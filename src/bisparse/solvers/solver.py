@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Real
 from torch import Tensor
 
 from bisparse.solution import Certificate
@@ -47,11 +47,11 @@ class Solver(ABC):
     """Keep exactly N in every row and column (the paper's program) instead of at most N (what hardware checks)."""
 
     @abstractmethod
-    def solve_tiles(self, scores: Float[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
+    def solve_tiles(self, scores: Real[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
         """Masks of a batch of tiles. Scores are finite and non-negative (`solve` has checked); B may be 0."""
 
     def solve_matrix(
-        self, scores: Float[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None = None
+        self, scores: Real[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None = None
     ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate | None]]:
         """Mask of a matrix whose sides `m` divides, and a function that gives the certificate, where the solver has one.
 
@@ -61,11 +61,11 @@ class Solver(ABC):
         mask = self.solve_tiles(to_tiles(scores, m), n)
         return from_tiles(mask, scores.shape[0], scores.shape[1]), lambda: None
 
-    def __call__(self, scores: Float[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
+    def __call__(self, scores: Real[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
         """Alias of `solve_tiles`."""
         return self.solve_tiles(scores, n)
 
 
-def empty_mask(scores: Float[Tensor, "B M M"]) -> Bool[Tensor, "B M M"]:
+def empty_mask(scores: Real[Tensor, "B M M"]) -> Bool[Tensor, "B M M"]:
     """Nothing kept yet."""
     return torch.zeros_like(scores, dtype=torch.bool)
