@@ -1,0 +1,236 @@
+"""save and load: plain dense weights that load anywhere, from models that hold theirs in other forms."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import snapshot
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+import bisparse
+from bisparse import CheckpointError, Pattern, PatternError, load, load_masks, prune_, save, verify_checkpoint
+from bisparse.checkpoint import read_sidecar
+
+
+class Tied(nn.Module):
+    """A head that shares the embedding's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(24, 16)
+        self.body = nn.Linear(16, 16)
+        self.lm_head = nn.Linear(16, 24, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+
+class Mask(nn.Module):
+    """A parametrization like those of sparse training."""
+
+    def __init__(self, mask: Tensor, pattern: Pattern) -> None:
+        super().__init__()
+        self.mask = nn.Buffer(mask)
+        self.pattern = pattern
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+class Packed(nn.Module):
+    """A layer that holds half a weight, as accelerated ones do."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.shape = weight.shape
+        self.packed = nn.Buffer(weight.to_sparse().values())
+        self.places = nn.Buffer(weight.to_sparse().indices())
+        self.bias = nn.Parameter(torch.randn(weight.shape[0]))
+
+    def dense_weight(self) -> Tensor:
+        return torch.sparse_coo_tensor(self.places, self.packed, self.shape, check_invariants=True).to_dense()
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16), nn.BatchNorm1d(16))
+
+
+def test_a_pruned_model_comes_back_to_the_bit(tmp_path: Path) -> None:
+    model = mlp()
+    report = prune_(model, "4:8-T", patterns={"2": "2:4"})
+    save(model, tmp_path / "out", report=report)
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+    fresh = mlp()
+    sidecar = load(fresh, tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
+    assert sidecar is not None and sidecar.report == report
+    assert verify_checkpoint(tmp_path / "out")
+    masks = load_masks(tmp_path / "out")
+    assert masks.keys() == {"0.weight", "2.weight"}
+    assert all(torch.equal(mask, model.state_dict()[name] != 0) for name, mask in masks.items())
+
+
+def test_strict_loading_by_plain_torch(tmp_path: Path) -> None:
+    model = Tied()
+    save(model, tmp_path / "out", report=prune_(model, "2:4"))
+    fresh = Tied()
+    fresh.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"), strict=True)
+    assert torch.equal(fresh.lm_head.weight, model.embed.weight), "tied weights stand under each of their names"
+
+
+def test_a_checkpoint_that_names_tied_weights_once_loads(tmp_path: Path) -> None:
+    model = Tied()
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    (tmp_path / "model").mkdir()
+    torch.save(state, tmp_path / "model" / "pytorch_model.bin")
+    fresh = Tied()
+    load(fresh, tmp_path / "model")
+    assert torch.equal(fresh.lm_head.weight, model.embed.weight) and fresh.lm_head.weight is fresh.embed.weight
+
+
+def test_a_parametrized_model_is_saved_as_its_forward_pass_sees_it(tmp_path: Path) -> None:
+    model, pattern = mlp(), Pattern(4, 8, transposable=True)
+    for layer in (model[0], model[2]):
+        assert isinstance(layer, nn.Linear)
+        mask = bisparse.solve(layer.weight.detach().abs(), pattern).mask
+        parametrize.register_parametrization(layer, "weight", Mask(mask, pattern))
+    sidecar = save(model, tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == mlp().state_dict().keys(), "plain names"
+    assert torch.equal(written["2.weight"], model[2].weight)
+    assert {layer.pattern for layer in sidecar.report} == {"4:8-T"}, "the parametrization knows its pattern"
+    load(mlp(), tmp_path / "out")
+    assert parametrize.is_parametrized(model[0]), "the model is as it was"
+
+
+def test_a_model_in_sparse_training_is_saved(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    bisparse.sparsify_(model, "2:4-T")
+    save(model, tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors").keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert verify_checkpoint(tmp_path / "out", "2:4-T")
+
+
+def test_packed_layers_are_asked_for_their_dense_weight(tmp_path: Path) -> None:
+    weight = torch.randn(16, 16)
+    weight *= bisparse.solve(weight.abs(), "2:4").mask
+    model = nn.Sequential(nn.Linear(16, 16), Packed(weight))
+    prune_(model, "2:4")
+    save(model, tmp_path / "out", "2:4")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert torch.equal(written["1.weight"], weight)
+
+
+def test_a_mask_lost_before_saving_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    model = mlp()
+    report = prune_(model, "4:8-T")
+    with torch.no_grad():
+        model[2].weight[5] += 1e-3
+    with pytest.raises(PatternError, match=r"^2: .*4:8-T.*W, row 5"):
+        save(model, tmp_path / "out", report=report)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_pattern_must_come_from_somewhere(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="pass pattern"):
+        save(mlp(), tmp_path / "out")
+    with pytest.raises(PatternError, match="0: "):
+        save(mlp(), tmp_path / "out", "2:4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_and_buffers(tmp_path: Path) -> None:
+    model = mlp().bfloat16()
+    save(model, tmp_path / "out", report=prune_(model, "2:4"))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written["0.weight"].dtype == torch.bfloat16 and written["3.num_batches_tracked"].dtype == torch.int64
+    assert written["3.running_mean"].shape == (16,)
+
+
+@pytest.mark.parametrize("damage", ["shape", "missing", "unexpected", "mask", "truncated"])
+def test_loading_what_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path, damage: str) -> None:
+    from safetensors.torch import save_file
+
+    model = mlp()
+    save(model, tmp_path / "out", report=prune_(model, "2:4"))
+    path = tmp_path / "out" / "model.safetensors"
+    state = load_file(path)
+    match damage:
+        case "shape":
+            state["3.bias"] = torch.zeros(17)
+        case "missing":
+            del state["3.bias"]
+        case "unexpected":
+            state["more"] = torch.zeros(3)
+        case "mask":
+            state["2.weight"] = torch.randn(16, 24)
+    save_file(state, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-4])
+    fresh = mlp()
+    before = {name: tensor.clone() for name, tensor in fresh.state_dict().items()}
+    with pytest.raises((CheckpointError, PatternError)) as caught:
+        load(fresh, tmp_path / "out")
+    assert str(tmp_path) in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
+
+
+def test_loading_what_fits_in_part(tmp_path: Path) -> None:
+    model = mlp()
+    save(model, tmp_path / "out", report=prune_(model, "2:4"))
+    part = nn.Sequential(nn.Linear(16, 24))
+    with pytest.raises(CheckpointError, match="strict=False"):
+        load(part, tmp_path / "out")
+    load(part, tmp_path / "out", strict=False)
+    assert torch.equal(part[0].weight, model[0].weight)
+
+
+def test_any_checkpoint_can_be_loaded(tmp_path: Path) -> None:
+    model, fresh = mlp(), mlp()
+    torch.save(model.state_dict(), tmp_path / "weights.pt")
+    assert load(fresh, tmp_path / "weights.pt") is None
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), fresh.state_dict().values(), strict=True))
+
+
+def test_saving_again_needs_overwrite_and_is_whole(tmp_path: Path) -> None:
+    model = mlp()
+    report = prune_(model, "2:4")
+    save(model, tmp_path / "out", report=report)
+    before = snapshot(tmp_path / "out")
+    with pytest.raises(CheckpointError, match="exists already"):
+        save(model, tmp_path / "out", report=report)
+    assert snapshot(tmp_path / "out") == before
+    save(model, tmp_path / "out", report=prune_(model, "1:4"), overwrite=True)
+    sidecar = read_sidecar(tmp_path / "out")
+    assert sidecar is not None and sidecar.report.pattern == "1:4"
+
+
+def test_dtypes_that_safetensors_lacks(tmp_path: Path) -> None:
+    model = mlp()
+    model.register_buffer("phase", torch.zeros(3, dtype=torch.complex128))
+    report = prune_(model, "2:4")
+    with pytest.raises(CheckpointError, match=r"phase.*complex128"):
+        save(model, tmp_path / "out", report=report)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_transformers_model_loads_with_equal_outputs(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    config = transformers.AutoConfig.for_model("llama", **tiny, num_key_value_heads=2, tie_word_embeddings=True)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    save(model, tmp_path / "saved", report=prune_(model, "4:8-T"))
+    model.save_pretrained(tmp_path / "own")
+    bisparse.prune_checkpoint(tmp_path / "own", tmp_path / "pruned", "2:4-T")  # prunes what is pruned already, further
+    tokens = torch.randint(0, 64, (2, 9))
+    back, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
+    assert not any(info.values()), "a strict load: nothing missing, unexpected or renamed"
+    assert torch.equal(back(tokens).logits, model(tokens).logits)
+    config_written = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config_written["architectures"] == ["LlamaForCausalLM"] and "sparsity_config" not in config_written
+    pruned, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", output_loading_info=True)
+    assert not any(info.values())
+    assert bisparse.verify(pruned, "2:4-T") and bisparse.verify(pruned, "4:8-T")
