@@ -65,8 +65,9 @@ def test_a_run_learns_and_leaves_a_plain_sparse_model(tmp_path):
         run_recipe(replace(BLOBS, seed=1), tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("stops", [(5,), (7, 7), (13, 1, 4)])
-def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, stops):
+@pytest.mark.parametrize("stops", [(5,), (13, 1, 4)])
+def test_a_stopped_run_goes_on_bit_by_bit(tmp_path, monkeypatch, stops):
+    monkeypatch.setattr("bisparse.training.recipe.plot.plot_outcome", lambda *_: False)  # drawing takes longer than training
     whole = run_recipe(SHORT, tmp_path / "whole", progress=False)
     for stop in stops:
         assert run_recipe(SHORT, tmp_path / "parts", progress=False, stop_after=stop) is None
@@ -115,14 +116,13 @@ def test_accumulated_batches_make_one_step(tmp_path):
     assert outcome.steps == 8  # 31 batches
 
 
-@pytest.mark.parametrize("pattern", ["4:8-T", "2:4"])
-def test_a_small_gpt_learns_text(tmp_path, pattern):
+def test_a_small_gpt_learns_text(tmp_path):
     recipe = Recipe(
         "gpt",
         model=ModelRecipe("gpt", width=32, layers=1, heads=2),
         data=DataRecipe("python-text", train=40_000, test=4_000, context=32),
         training=TrainingRecipe(steps=30, batch=16, optimizer="adamw", lr=1e-2, clip=1.0),
-        sparsity=SparsityRecipe(pattern, refresh=5, mvue=True),
+        sparsity=SparsityRecipe("4:8-T", refresh=5, mvue=True),
     )
     outcome = run_recipe(recipe, tmp_path, progress=False)
     assert outcome.test_loss < 4.0 < outcome.curve[0]["loss"]
