@@ -1,6 +1,7 @@
 """prune_checkpoint against `solve` on the whole tensor, read and written by other libraries."""
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -249,3 +250,15 @@ def test_the_same_masks_as_the_model_in_memory_gets(tmp_path: Path) -> None:
     assert all(torch.equal(written[name], tensor) for name, tensor in model.state_dict().items())
     assert [(a.name, a.value) for a in in_file] == [(b.name, pytest.approx(b.value)) for b in in_memory]
     assert {left.name for left in in_file.left_dense} == {left.name for left in in_memory.left_dense} == {"0"}
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symbolic links")
+def test_a_folder_of_links_such_as_a_download_cache(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        (tmp_path / "cache" / name).symlink_to(folder / name)
+    (tmp_path / "cache" / "sub").symlink_to(folder / "sub")
+    report = prune_checkpoint(tmp_path / "cache", tmp_path / "out", "2:4")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir()), "the output stands on its own"
+    assert any("links to folders" in note and "sub" in note for note in report.notes)

@@ -4,9 +4,11 @@ import errno
 import json
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -399,6 +401,31 @@ def test_killed_while_the_name_is_given(
     assert found is not None and found.report.pattern in ("1:4", "4:8-T") and verify_checkpoint(target)
     prune_checkpoint(folder, target, "2:4", overwrite=True)
     only(tmp_path, "model", "other", "out")
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "model", {f"l{i}.weight": torch.randn(256, 256) for i in range(40)})
+    target = tmp_path / "out"
+    start = time.perf_counter()
+    prune_checkpoint(source, target, "1:4")
+    duration = time.perf_counter() - start
+    moments = random.Random(0)
+    patterns = ["2:4", "1:4"]
+    for number in range(60):
+        child = os.fork()
+        if child == 0:
+            prune_checkpoint(source, target, patterns[number % 2], overwrite=True)
+            os._exit(0)
+        time.sleep(moments.uniform(0, 1.2 * duration))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        sidecar = read_sidecar(target)
+        assert sidecar is not None and sidecar.report.pattern in patterns and verify_checkpoint(target)
+    prune_checkpoint(source, target, "2:4", overwrite=True)
+    only(tmp_path, "model", "out")
 
 
 def test_interrupted_by_the_user_nothing_is_left(folder: Path, tmp_path: Path) -> None:

@@ -217,6 +217,7 @@ def test_dtypes_that_safetensors_lacks(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.transformers
 def test_a_transformers_model_loads_with_equal_outputs(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}

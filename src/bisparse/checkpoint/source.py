@@ -190,7 +190,9 @@ def _others(folder: Path, used: set[str]) -> tuple[tuple[str, ...], tuple[str, .
             continue
         is_copy = "/" not in name and (suffix in (".safetensors", *TORCH_SUFFIXES) or name.endswith(".index.json"))
         (left if is_copy or suffix in OTHER_FORMATS else kept).append(name)
-    notes = (f"not copied, since these may hold the dense weights: {', '.join(left)}",) if left else ()
+    notes: tuple[str, ...] = (f"not copied, since these may hold the dense weights: {', '.join(left)}",) if left else ()
+    if links := sorted(path.name for path in folder.rglob("*") if path.is_symlink() and path.is_dir()):
+        notes += (f"links to folders are not followed, so these are not copied: {', '.join(links)}",)
     return tuple(kept), notes
 
 

@@ -177,9 +177,15 @@ def _implies(strict: Pattern, loose: Pattern) -> bool:
 
 
 def detect_patterns(
-    path: str | Path, *, include: NameFilter | None = None, exclude: NameFilter | None = None
+    path: str | Path,
+    *,
+    include: NameFilter | None = None,
+    exclude: NameFilter | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Detected]:
     """Which N:M patterns each layer of a checkpoint obeys already; one layer at a time, as they are read.
+
+    Arguments as for `verify_checkpoint`.
 
     Raises:
         CheckpointError: it cannot be read, or has no layers.
@@ -188,8 +194,12 @@ def detect_patterns(
     layers, _ = choose_layers(source.tensors, source.config, Pattern(1, 2), include=include, exclude=exclude)
     if not layers:
         raise CheckpointError(source.path, "has no layer that a pattern applies to", "name tensors with --include")
+    total, done = sum(layer.tensor.nbytes for layer in layers), 0
     for layer in layers:
+        if progress:
+            progress(layer.name, done, total)
         yield _detect(layer)
+        done += layer.tensor.nbytes
 
 
 def _detect(layer: StoredLayer) -> Detected:

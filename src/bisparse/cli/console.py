@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 if TYPE_CHECKING:
     from bisparse.pattern import Structure
@@ -150,12 +150,12 @@ def parse_solver(name: str | None) -> Solver | None:
 def progress_bar(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A function (what, done, total) that moves a bar on standard error, where a terminal shows it."""
     columns = (
-        BarColumn(bar_width=24),
+        BarColumn(bar_width=24, table_column=Column(min_width=24)),
         TaskProgressColumn(),
         TimeElapsedColumn(),
         TextColumn("eta"),
         TimeRemainingColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
     with Progress(*columns, console=to_stderr(), transient=True, disable=not (show and sys.stderr.isatty())) as bar:
         task = bar.add_task("", total=None)

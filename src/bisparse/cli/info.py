@@ -18,6 +18,7 @@ from bisparse.cli.console import (
     parse_pattern_option,
     print_json,
     print_left_dense,
+    progress_bar,
     table,
     to_stdout,
 )
@@ -116,7 +117,8 @@ def _meaning(structure: Structure) -> str:
 def _checkpoint(path: Path, include: list[str] | None, exclude: list[str] | None, as_json: bool) -> None:
     from bisparse.checkpoint import detect_patterns, plan_checkpoint, read_sidecar
 
-    found = list(detect_patterns(path, include=include, exclude=exclude))
+    with progress_bar(show=not as_json) as progress:
+        found = list(detect_patterns(path, include=include, exclude=exclude, progress=progress))
     plan = plan_checkpoint(path, "1:2", include=include, exclude=exclude)
     sidecar = read_sidecar(path if path.is_dir() else path.parent)
     if as_json:
