@@ -3,72 +3,63 @@
 from __future__ import annotations
 
 import json
-import platform
 import re
 import resource
-import subprocess
-import time
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from bisparse.pruning import ALPS, AdaPrune, Magnitude, Method, SparseGPT, Wanda
 from bisparse.results import PruneReport
+from record import commit, device, read_rows, versions
 
 METHODS: dict[str, tuple[Method, str]] = {
     "magnitude": (Magnitude(), "parallel"),
     "wanda": (Wanda(), "sequential"),
-    "wanda + least squares, parallel": (AdaPrune(), "parallel"),
-    "wanda + least squares": (AdaPrune(correct_upstream=False), "sequential"),
-    "wanda + least squares, upstream": (AdaPrune(), "sequential"),
     "sparsegpt": (SparseGPT(), "sequential"),
-    "sparsegpt + least squares, upstream": (SparseGPT(refit=True, correct_upstream=True), "sequential"),
-    "alps": (ALPS(correct_upstream=False), "sequential"),
-    "alps, upstream": (ALPS(), "sequential"),
+    "adaprune, dense inputs": (AdaPrune(), "parallel"),
+    "adaprune, own inputs": (AdaPrune(correct_upstream=False), "sequential"),
+    "adaprune": (AdaPrune(), "sequential"),
+    "sparsegpt, refitted": (SparseGPT(refit=True, correct_upstream=True), "sequential"),
+    "alps, own inputs": (ALPS(correct_upstream=False), "sequential"),
+    "alps": (ALPS(), "sequential"),
 }
-"""Name -> the method and the order of calibration."""
+"""Name -> the method and the order of calibration. AdaPrune here is the default: Wanda's mask, least squares, damping by
+held-out data, targets of the dense network; "own inputs" without the last, "dense inputs" as in the paper."""
 
 
 class Rows:
-    """A JSONL file of results; what is in it is not run again."""
+    """A JSONL file of results. What is in it is not run again, whatever the commit: full grids take hours."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        self.rows = read_rows(path)
+        self.environment = {**device(), "versions": versions(), "commit": commit(), "threads": torch.get_num_threads()}
 
     def find(self, key: dict[str, Any]) -> dict[str, Any] | None:
         return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
 
     @contextmanager
     def new(self, key: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-        """A row to fill, appended at the end; None where the file has it already."""
+        """A row to fill, on disk when the block ends; None where the file has it already."""
         if self.find(key) is not None:
             yield None
             return
         row = dict(key)
         yield row
-        row |= environment()
+        print(json.dumps(row), flush=True)
+        row |= {**self.environment, "date": datetime.now(UTC).isoformat(timespec="seconds")}
         self.rows.append(row)
-        with self.path.open("a") as file:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-        shown = {name: value for name, value in row.items() if name not in environment()}
-        print(json.dumps(shown), flush=True)
-
-
-def environment() -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-    }
 
 
 def measured(report: PruneReport, seconds: float) -> dict[str, Any]:
@@ -88,7 +79,7 @@ def measured(report: PruneReport, seconds: float) -> dict[str, Any]:
 
 
 def load_text(path: Path, unit: str) -> list[str]:
-    """Sentences, or one long text, of a plain or word/tag file or of a folder of them (the Brown corpus)."""
+    """Sentences, or one long text, of a plain file, or of a folder of word/tag files (the Brown corpus)."""
     files = sorted(file for file in path.iterdir() if re.fullmatch(r"c[a-r]\d\d", file.name)) if path.is_dir() else [path]
     lines = []
     for file in files:

@@ -17,11 +17,13 @@ def verdict(holds: bool) -> str:
 
 
 def figure(value: float, digits: int = 3) -> str:
-    """To so many significant digits, without exponents."""
+    """To so many significant digits, or to the whole number where that has more; without exponents."""
     if value == 0:
         return "0"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}"
     text = f"{value:.{digits}g}"
-    return f"{float(text):,.0f}" if abs(value) >= 10 ** (digits - 1) else text if "e" not in text else f"{value:.6f}".rstrip("0")
+    return text if "e" not in text else f"{value:.6f}".rstrip("0")
 
 
 def percent(share: float | None, digits: int = 2) -> str:

@@ -1,0 +1,65 @@
+"""The "10 % law": accuracy that AdaPrune recovers, against the pattern violation of the mask it starts from.
+
+    python benchmarks/pruning/law.py --cache FOLDER [--data FOLDER]
+
+Networks pruned to 100, 90, ..., 10 % density and trained one epoch with that mask are converted to 2:4 and 4:8; the sparser
+they are, the less of them the pattern violates. Rows: benchmarks/results/pruning_law.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+from experiment import Rows, measured
+from network import QUICK, accuracy, calibration, fashion_mnist, trained
+from resnet import METHODS
+
+from bisparse.pruning import convert_, reestimate_batch_norms_
+from record import RESULTS
+
+DENSITIES = (100, 90, 80, 70, 60, 50, 45, 40, 35, 30, 20, 10)
+COMPARED = ("magnitude", "adaprune (a), Adam", "adaprune (b), same mask and inputs", "adaprune (b), default", "alps")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, required=True)
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", nargs="+", default=list(COMPARED))
+    parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8"])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--results", type=Path, default=RESULTS / "pruning_law.jsonl")
+    options = parser.parse_args()
+    data = fashion_mnist(options.data, *(QUICK if options.quick else ()))
+    epochs = 1 if options.quick else 5
+    rows = Rows(options.results)
+    for density in DENSITIES[:: 5 if options.quick else 1]:
+        origin = None if density == 100 else f"{density}%"
+        with rows.new({"density": density, "to": None}) as row:
+            if row is not None:
+                row["accuracy"] = accuracy(trained(options.cache, data, origin, epochs), data)
+        for to in options.patterns:
+            for name in options.methods:
+                method, order = METHODS[name]
+                for seed in range(1 if options.quick else options.seeds):
+                    key = {"density": density, "to": to, "method": name, "seed": seed if method.needs else None}
+                    with rows.new(key) as row:
+                        if row is None:
+                            continue
+                        batches = calibration(data, seed)
+                        model = copy.deepcopy(trained(options.cache, data, origin, epochs))
+                        started = time.perf_counter()
+                        report = convert_(model, to, batches, method=method, order=order)
+                        row |= measured(report, time.perf_counter() - started)
+                        row["violated_weights"] = sum(x.violated_weights * x.size for x in report) / report.weights
+                        row["violated_blocks"] = sum(x.violated_blocks * x.size for x in report) / report.weights
+                        reestimate_batch_norms_(model, batches)
+                        row["accuracy"] = accuracy(model, data)
+
+
+if __name__ == "__main__":
+    main()

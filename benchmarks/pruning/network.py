@@ -1,0 +1,88 @@
+"""ResNet-20 on Fashion-MNIST: trained dense once and kept, and sparse ones trained from it a little, to convert."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bisparse import prune_
+from bisparse.pruning import reestimate_batch_norms_
+from bisparse.training.recipe.data import Data, load_data
+from bisparse.training.recipe.models import ResNet20
+from bisparse.training.recipe.recipe import DataRecipe
+
+EPOCHS, BATCH, RATE = 5, 128, 0.4
+
+
+def fashion_mnist(folder: Path | None, train: int = 60_000, test: int = 10_000, side: int = 28) -> Data:
+    return load_data(DataRecipe(kind="fashion-mnist", folder=str(folder or ""), train=train, test=test, side=side))
+
+
+QUICK = (512, 512, 7)
+"""Images and their side for runs that only show that the program works."""
+
+
+def accuracy(model: nn.Module, data: Data, batch: int = 500) -> float:
+    """Top-1 on the test images, in per cent."""
+    model.eval()
+    right = 0
+    with torch.inference_mode():
+        for images, labels in zip(data.test_inputs.split(batch), data.test_labels.split(batch), strict=True):
+            right += int((model(images).argmax(1) == labels).sum())
+    return 100 * right / len(data.test_labels)
+
+
+def trained(cache: Path, data: Data, origin: str | None = None, epochs: int = EPOCHS) -> nn.Module:
+    """The dense network, or one pruned from it by magnitude and trained one epoch with its mask fixed; from the cache."""
+    name = "dense" if origin is None else origin.replace(":", "of").replace("%", "percent")
+    path = cache / f"resnet20-fashion{data.train_inputs.shape[-1]}-{name}-{len(data.train_labels)}x{epochs}.pt"
+    model = ResNet20()
+    if path.exists():
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+    torch.manual_seed(0)
+    if origin is None:
+        fit(model, data, epochs, RATE)
+    else:
+        model.load_state_dict(trained(cache, data, None, epochs).state_dict())
+        prune_(model, origin)
+        reestimate_batch_norms_(model, list(data.train_inputs[:2000].split(200)))
+        fit(model, data, 1, RATE / 8, {name: value != 0 for name, value in model.named_parameters() if value.ndim == 4})
+    cache.mkdir(parents=True, exist_ok=True)
+    torch.save(model.state_dict(), path)
+    return model.eval()
+
+
+def fit(model: nn.Module, data: Data, epochs: int, rate: float, masks: dict[str, Tensor] | None = None) -> None:
+    """SGD with one cycle, bfloat16, random flips."""
+    steps = len(data.train_labels) // BATCH
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * steps)
+    model.train()
+    model.to(memory_format=torch.channels_last)
+    parameters = dict(model.named_parameters())
+    for _ in range(epochs):
+        for index in torch.randperm(len(data.train_labels))[: steps * BATCH].split(BATCH):
+            images = data.train_inputs[index]
+            flip = torch.rand(len(index)) < 0.5
+            images = torch.where(flip[:, None, None, None], images.flip(3), images).to(memory_format=torch.channels_last)
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(images)
+            loss = functional.cross_entropy(logits.float(), data.train_labels[index], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for name, mask in (masks or {}).items():
+                    parameters[name].mul_(mask)
+    model.to(memory_format=torch.contiguous_format)
+
+
+def calibration(data: Data, seed: int, count: int = 400, batch: int = 50) -> list[Tensor]:
+    """Training images without labels."""
+    index = torch.randperm(len(data.train_labels), generator=torch.Generator().manual_seed(seed))[:count]
+    return list(data.train_inputs[index].split(batch))

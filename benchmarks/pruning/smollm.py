@@ -1,0 +1,84 @@
+"""SmolLM2-135M: perplexity on WikiText-2 after one-shot pruning, calibrated on another corpus.
+
+    python benchmarks/pruning/smollm.py FILE.gguf --wikitext FILE --calibration TEXT_OR_BROWN_FOLDER
+
+The weights are Q4_1, dequantised: say so beside every figure. Perplexity is over the first 12,288 tokens at context 512, unless
+--tokens asks for more. Rows: benchmarks/results/pruning_smollm.jsonl. A method and pattern that is cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+
+import torch
+from experiment import METHODS, Rows, load_text, measured
+from torch import Tensor, nn
+
+from bisparse import verify
+from bisparse.pruning import prune_
+from bisparse.pruning.source import open_source, token_batches
+from record import RESULTS
+
+PATTERNS = ("2:4", "2:4-T", "4:8-T", "8:16-T", "16:32-T")
+COMPARED = ("magnitude", "wanda", "sparsegpt", "adaprune, own inputs", "adaprune", "alps")
+
+
+def perplexity(model: nn.Module, ids: Tensor, context: int = 512, batch: int = 4) -> float:
+    rows = ids[: len(ids) // context * context].view(-1, context)
+    total = 0.0
+    with torch.inference_mode():
+        for part in rows.split(batch):
+            logits = model(input_ids=part).logits.float()
+            total += float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
+    return float(torch.tensor(total / (rows.shape[0] * (context - 1))).exp())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a .gguf file or a transformers folder")
+    parser.add_argument("--wikitext", type=Path, required=True)
+    parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=12_288, help="of WikiText-2, for the perplexity")
+    parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--methods", nargs="+", default=COMPARED)
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="the forward passes'; moments are float32"
+    )
+    parser.add_argument("--device", help="run blocks there")
+    parser.add_argument("--journal", type=Path, help="a folder to resume single jobs from")
+    parser.add_argument("--results", type=Path, default=RESULTS / "pruning_smollm.jsonl")
+    options = parser.parse_args()
+    rows = Rows(options.results)
+    source = open_source(options.model)
+    dense = source.model.float() if options.dtype == "float32" else source.model.bfloat16()
+    test = source.tokenizer(options.wikitext.read_text(), return_tensors="pt", verbose=False)["input_ids"][0][: options.tokens]
+    text = source.tokenizer(load_text(options.calibration, "text")[0], return_tensors="pt", verbose=False)["input_ids"][0]
+    batches = token_batches(text, sequences=options.sequences, length=options.length, batch_size=4)
+    common = {"model": "SmolLM2-135M-Instruct, Q4_1 dequantised", "tokens": options.tokens, "dtype": options.dtype}
+    with rows.new({**common, "pattern": "dense"}) as row:
+        if row is not None:
+            row["perplexity"] = perplexity(dense, test)
+    for pattern in options.patterns:
+        for name in options.methods:
+            method, order = METHODS[name]
+            data = {"sequences": options.sequences, "length": options.length, "corpus": options.calibration.name}
+            with rows.new({**common, "pattern": pattern, "method": name, **(data if method.needs else {})}) as row:
+                if row is None:
+                    continue
+                model = copy.deepcopy(dense)
+                started = time.perf_counter()
+                resume = options.journal / f"{name}-{pattern}".replace(" ", "-").replace(":", "of") if options.journal else None
+                report = prune_(model, pattern, method, batches, order=order, device=options.device, resume=resume, progress=True)
+                row |= measured(report, time.perf_counter() - started)
+                for layer in report:
+                    verify(model.get_parameter(layer.parameter), pattern, name=layer.name).check()
+                row["perplexity"] = perplexity(model, test)
+
+
+if __name__ == "__main__":
+    main()
