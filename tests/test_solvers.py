@@ -135,6 +135,8 @@ def test_value_against_every_mask_there_is(solver: Solver, pattern: str) -> None
 def tiles_for_linear_program(m: int) -> Tensor:
     # Left to the tests in fractions: kinds whose small scores lie below HiGHS' tolerance.
     tiles = {kind: tile for kind, tile in kinds(m).items() if kind not in ("wide scales", "one outlier")}
+    if m > 16:
+        tiles = {kind: tiles[kind] for kind in ("gaussian", "mostly zeros", "ties", "low rank", "staircase")}
     return as_dtype({kind: tile[:1] for kind, tile in tiles.items()} if m > 8 else tiles, torch.float32)
 
 
