@@ -22,11 +22,13 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from bisparse.kernels.ops import COARSE, quantise
+from bisparse.solvers.rounding import chunks
 from bisparse.solvers.solver import Guarantee, Solver
 
 __all__ = ["MinCostFlow"]
 
 WIDE_BITS = 48
+Graph = tuple[Int[np.ndarray, " A"], Int[np.ndarray, " A"], Int[np.ndarray, " A"], Int[np.ndarray, " M2"]]
 
 
 @dataclass(frozen=True)
@@ -48,21 +50,26 @@ class MinCostFlow(Solver):
 
     def solve_tiles(self, scores: Real[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
         flow = _or_tools()
-        tiles, m, _ = scores.shape
-        tails, heads, capacities, supplies = _graph(m, n, self.exactly)
-        nodes, entries = np.arange(2 * m, dtype=np.int32), np.arange(m * m, dtype=np.int32)
-        costs = np.zeros((tiles, tails.size), dtype=np.int64)
-        costs[:, : m * m] = -_integers(scores.detach().cpu()).reshape(tiles, m * m).numpy()
-        kept = np.empty((tiles, m * m), dtype=np.int64)
-        for tile in range(tiles):
-            problem = flow.SimpleMinCostFlow()
-            problem.add_arcs_with_capacity_and_unit_cost(tails, heads, capacities, costs[tile])
-            problem.set_nodes_supplies(nodes, supplies)
-            status = problem.solve()
-            if status != problem.OPTIMAL:
-                raise RuntimeError(f"OR-tools' min-cost flow returned {status.name} for tile {tile} of side {m}, N = {n}")
-            kept[tile] = problem.flows(entries)
-        return torch.from_numpy(kept == 1).view(tiles, m, m).to(scores.device)
+        graph = _graph(scores.shape[-1], n, self.exactly)
+        return torch.cat([_solve_chunk(flow, chunk, n, graph) for chunk in chunks(scores)])
+
+
+def _solve_chunk(flow: Any, scores: Real[Tensor, "B M M"], n: int, graph: Graph) -> Bool[Tensor, "B M M"]:
+    tails, heads, capacities, supplies = graph
+    tiles, m, _ = scores.shape
+    nodes, entries = np.arange(2 * m, dtype=np.int32), np.arange(m * m, dtype=np.int32)
+    costs = np.zeros((tiles, tails.size), dtype=np.int64)
+    costs[:, : m * m] = -_integers(scores.detach().cpu()).reshape(tiles, m * m).numpy()
+    kept = np.empty((tiles, m * m), dtype=np.bool_)
+    for tile in range(tiles):
+        problem = flow.SimpleMinCostFlow()
+        problem.add_arcs_with_capacity_and_unit_cost(tails, heads, capacities, costs[tile])
+        problem.set_nodes_supplies(nodes, supplies)
+        status = problem.solve()
+        if status != problem.OPTIMAL:
+            raise RuntimeError(f"OR-tools' min-cost flow returned {status.name} for a tile of side {m}, N = {n}")
+        kept[tile] = problem.flows(entries)
+    return torch.from_numpy(kept).view(tiles, m, m).to(scores.device)
 
 
 def _or_tools() -> Any:
@@ -76,9 +83,7 @@ def _or_tools() -> Any:
     return min_cost_flow
 
 
-def _graph(
-    m: int, n: int, exactly: bool
-) -> tuple[Int[np.ndarray, " A"], Int[np.ndarray, " A"], Int[np.ndarray, " A"], Int[np.ndarray, " M2"]]:
+def _graph(m: int, n: int, exactly: bool) -> Graph:
     """Tails, heads and capacities of the arcs, entries first; supplies of the nodes: rows, then columns."""
     rows, columns = np.arange(m, dtype=np.int32), np.arange(m, 2 * m, dtype=np.int32)
     tails, heads = np.repeat(rows, m), np.tile(columns, m)
