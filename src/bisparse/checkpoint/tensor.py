@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 import torch
 from jaxtyping import Shaped
@@ -216,7 +215,7 @@ class SafetensorsWriter:
         """Append a tensor's bytes, or some of them."""
         self._file.write(data)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> SafetensorsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
