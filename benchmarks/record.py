@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -50,6 +51,15 @@ def versions() -> dict[str, str]:
     return found
 
 
+def sources() -> str:
+    """A digest of the code that is measured: rows of other code are not taken for this one's."""
+    digest = hashlib.sha256()
+    package = ROOT / "src" / "bisparse"
+    for path in sorted([*(package / "kernels").glob("*.py"), *(package / "solvers").glob("*.py"), package / "solve.py"]):
+        digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def commit() -> str:
     """The commit that is checked out, with a plus where the sources differ from it."""
     try:
@@ -64,11 +74,12 @@ def _git(*arguments: str) -> str:
 
 
 class Record:
-    """A file of rows. A row is found again by its `key`, on the same device, with the same versions and commit."""
+    """A file of rows. A row is found again by its `key`, for the same sources, on the same device, with the same versions."""
 
     def __init__(self, path: Path, fresh: bool = False) -> None:
         self.path = path
-        self.environment = {**device(), "versions": versions(), "commit": commit()}
+        self.environment = {**device(), "versions": versions(), "sources": sources()}
+        self.commit = commit()
         self.rows = [] if fresh else read_rows(path)
         if fresh and path.exists():
             path.unlink()
@@ -81,7 +92,7 @@ class Record:
     def add(self, key: Mapping[str, Any], figures: Mapping[str, Any]) -> dict[str, Any]:
         """Append a row; it is on disk when this returns, so that a run that is cut off loses nothing."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        row = {**key, **figures, **self.environment, "date": now}
+        row = {**key, **figures, **self.environment, "commit": self.commit, "date": now}
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:

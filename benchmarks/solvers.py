@@ -4,7 +4,7 @@
 
 Each cell (input, size, pattern) is solved and its proofs checked tile by tile, and only then timed: all contenders and thread
 counts take turns, round after round, so that a slow moment of the machine hits them alike, and medians are compared. Rows go
-to benchmarks/results/solvers.jsonl; a run that was cut off goes on where it stopped (same commit, device and versions).
+to benchmarks/results/solvers.jsonl; a run that was cut off goes on where it stopped (same code, device and versions).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import time, torch
 start = time.perf_counter()
 import bisparse
 bisparse.solve, bisparse.verify, bisparse.Pattern
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, time.process_time())
 """
 FIRST_MASK = """
 import sys, time, torch
@@ -26,7 +26,7 @@ scores = torch.rand(256, 256)
 start = time.perf_counter()
 from bisparse import solve
 solve(scores, sys.argv[1]).mask
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, time.process_time())
 """
 EVERYTHING = """
 import sys, time, torch
@@ -37,7 +37,7 @@ from bisparse import Exact, solve
 first = solve(scores, sys.argv[1]).check()
 solve(scores, sys.argv[1], Exact(exactly=True)).check()
 solve(scores * 1.01, sys.argv[1], warm_start=first).check()
-print(time.perf_counter() - start)
+print(time.perf_counter() - start, time.process_time())
 """
 
 
@@ -54,22 +54,23 @@ def measure(record: Record, repeat: int) -> None:
             if record.find(cold_key) is not None and record.find(second_key) is not None:
                 continue
             with tempfile.TemporaryDirectory() as cache:
-                cold, _ = _run(script, cache, pattern)
+                cold, _, cold_cpu = _run(script, cache, pattern)
                 again = [_run(script, cache, pattern) for _ in range(repeat)]
-            print(_shown(record.add(cold_key, {"time_s": cold})))
-            inside, whole = (statistics.median(run[side] for run in again) for side in (0, 1))
-            print(_shown(record.add(second_key, {"time_s": inside, "process_s": whole})))
+            print(_shown(record.add(cold_key, {"time_s": cold, "cpu_s": cold_cpu})))
+            inside, whole, cpu = (statistics.median(run[which] for run in again) for which in range(3))
+            print(_shown(record.add(second_key, {"time_s": inside, "process_s": whole, "cpu_s": cpu})))
 
 
-def _run(script: str, cache: str | None, *arguments: str) -> tuple[float, float]:
-    """Seconds the script reports, without torch's own import, and of its whole process."""
+def _run(script: str, cache: str | None, *arguments: str) -> tuple[float, float, float]:
+    """Seconds the script reports, without torch's own import; of its whole process; of processor time, on all cores."""
     environment = dict(os.environ) if cache is None else {**os.environ, "NUMBA_CACHE_DIR": cache}
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", script, *arguments], env=environment, capture_output=True, text=True)
     whole = time.perf_counter() - start
     if done.returncode:
         raise RuntimeError(f"a process of the start-up benchmark failed:\n{done.stderr}")
-    return float(done.stdout), whole
+    inside, processor = map(float, done.stdout.split())
+    return inside, whole, processor
 
 
 def _shown(row: dict[str, object]) -> str:

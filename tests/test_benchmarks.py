@@ -1,0 +1,155 @@
+"""The benchmark page is what the rows say, its verdicts are right, and the rows that need no clock are what the code says."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+def rows_of(**figures: Any) -> dict[str, Any]:
+    environment = {
+        "device": "A processor",
+        "vector": "AVX2",
+        "cores": 2,
+        "versions": {"torch": "2"},
+        "commit": "abc",
+        "date": "2026-01-02",
+    }
+    return {**environment, **figures}
+
+
+def timed(
+    contender: str, time_ms: float, threads: int = 1, pattern: str = "2:4-T", side: int = 1024, **more: Any
+) -> dict[str, Any]:
+    place = {"input": "gaussian", "side": side, "pattern": pattern, "contender": contender, "threads": threads}
+    figures = {"time_ms": time_ms, "ns_per_weight": time_ms, "share": 1.0, "scaled_from_weights": None, **more}
+    return rows_of(benchmark="solvers", **place, **figures)
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_committed_page_is_what_the_committed_rows_say() -> None:
+    done = subprocess.run([sys.executable, str(BENCHMARKS / "tables.py"), "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_page_that_differs_is_found_and_shown(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("# Benchmarks\n\n| 2:4-T | 1500 x |\n")
+    command = [sys.executable, str(BENCHMARKS / "tables.py"), "--check", "--page", str(page)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "-| 2:4-T | 1500 x |" in done.stdout and "make fix" in done.stdout
+    assert page.read_text().endswith("1500 x |\n")
+
+
+@pytest.mark.parametrize(
+    ("or_tools", "one", "two", "expected"),
+    [
+        (1501.0, 1.0, 0.5, "| 2:4-T | 1,501 | 1 | 1,501 x | 1500 x | met | 1 | 0.55 | 2.00 x | 1.7 x: met |"),
+        (1499.0, 1.0, 0.6, "| 2:4-T | 1,499 | 1 | 1,499 x | 1500 x | **missed** | 1 | 0.55 | 1.67 x | 1.7 x: **missed** |"),
+    ],
+)
+def test_targets_are_judged_by_the_ratio(or_tools: float, one: float, two: float, expected: str, tmp_path: Path) -> None:
+    import tables
+
+    write(tmp_path / "solvers.jsonl", [timed("Exact", one), timed("Exact", two, threads=2), timed("OR-tools", or_tools)])
+    assert expected in tables.render(tmp_path)
+
+
+def test_the_latest_row_counts_and_scaled_ones_are_marked(tmp_path: Path) -> None:
+    import tables
+
+    old, new = timed("OR-tools", 111.0), timed("OR-tools", 222.0, scaled_from_weights=1 << 20)
+    write(tmp_path / "solvers.jsonl", [old, timed("Exact", 1.0), new])
+    page = tables.render(tmp_path)
+    assert "~222" in page and "111" not in page
+
+
+def test_start_up_is_held_to_its_limits(tmp_path: Path) -> None:
+    import tables
+
+    startup = [
+        rows_of(benchmark="startup", what="import", pattern="", time_s=0.31),
+        rows_of(benchmark="startup", what="cold: mask", pattern="4:8-T", time_s=29.9),
+        rows_of(benchmark="startup", what="second process: mask", pattern="4:8-T", time_s=0.1, process_s=2.1),
+    ]
+    write(tmp_path / "solvers.jsonl", startup)
+    page = tables.render(tmp_path)
+    assert "0.31 s | under 0.3 s | **missed** |" in page
+    assert "29.90 s | under 30 s | met |" in page
+    assert "2.10 s | under 2 s | **missed** |" in page
+
+
+def test_a_page_without_rows_says_so(tmp_path: Path) -> None:
+    import tables
+
+    page = tables.render(tmp_path)
+    assert "Not measured yet: `make bench`." in page and "Not measured yet: `python benchmarks/quality.py`." in page
+
+
+def test_the_committed_diversity_rows_are_what_the_code_says() -> None:
+    import diversity
+
+    lines = (BENCHMARKS / "results" / "diversity.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == json.loads(json.dumps(diversity.rows()))
+
+
+def test_a_row_is_found_again_only_in_the_same_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import record
+
+    path = tmp_path / "rows.jsonl"
+    record.Record(path).add({"pattern": "2:4"}, {"time_ms": 1.5})
+    with path.open("a") as file:
+        file.write('{"pattern": "4:8", "tim')  # a run that was killed while it wrote
+    again = record.Record(path)
+    found = again.find({"pattern": "2:4"})
+    assert found is not None and found["time_ms"] == 1.5
+    assert again.find({"pattern": "4:8"}) is None
+    for field in ("device", "versions", "sources", "commit", "date"):
+        assert found[field]
+    monkeypatch.setattr(record, "sources", lambda: "other code")
+    assert record.Record(path).find({"pattern": "2:4"}) is None
+    assert record.Record(path, fresh=True).rows == [] and not path.exists()
+
+
+@pytest.mark.slow
+def test_the_solver_benchmark_runs_resumes_and_fills_the_page(tmp_path: Path) -> None:
+    pytest.importorskip("ortools")
+    import tables
+
+    results = tmp_path / "solvers.jsonl"
+    command = [
+        sys.executable,
+        str(BENCHMARKS / "solvers.py"),
+        "--quick",
+        "--side",
+        "64",
+        "--skip-startup",
+        "--results",
+        str(results),
+    ]
+    command += ["--pattern", "4:8-T", "--input", "gaussian", "--rounds", "1"]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    rows = results.read_text().splitlines()
+    second = subprocess.run(command, capture_output=True, text=True)
+    assert second.returncode == 0 and second.stdout == "" and results.read_text().splitlines() == rows
+    by_name = {row["contender"]: row for row in map(json.loads, rows)}
+    assert by_name["OR-tools"]["share"] == pytest.approx(1, abs=1e-6) and by_name["Exact"]["share"] == 1
+    assert by_name["2-approximation"]["share"] < by_name["torch greedy"]["share"] < by_name["Sinkhorn"]["share"] <= 1
+    assert "| 4:8-T |" in tables.render(tmp_path)
