@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Real
 from torch import Tensor
 
-from bisparse.kernels.ops import BadScoreError, check_scores
+from bisparse.kernels.ops import BadScoreError, check_scores, keep_largest
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.solution import Certificate, Solution
 from bisparse.solvers import Exact, Solver
@@ -128,9 +128,7 @@ def select(matrices: Real[Tensor, "B R C"], pattern: Structure) -> Bool[Tensor, 
         return _sequential(groups, n).flatten(-2)[..., :columns]
     if isinstance(pattern, Paired):
         groups, n = _summable(groups).unflatten(-1, (m // 2, 2)).sum(-1), n // 2
-    mask = torch.zeros(groups.shape, dtype=torch.bool, device=groups.device)
-    best = groups.sort(stable=True, dim=-1, descending=True).indices[..., :n]
-    mask.scatter_(-1, best, True)
+    mask = keep_largest(groups.reshape(-1, groups.shape[-1]), n).view(groups.shape)
     if isinstance(pattern, Paired):
         mask = mask.repeat_interleave(2, dim=-1)
     return mask.flatten(-2)[..., :columns]

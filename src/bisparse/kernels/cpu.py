@@ -372,6 +372,22 @@ def middle_band(scores, across, mask, coarse, table, exactly, first, last):  # t
 
 
 @njit(nogil=True, cache=True)
+def largest_band(groups, n, mask, first, last):  # type: ignore[no-untyped-def]
+    """Keep an entry if fewer than n of its group are larger, or equal and before it."""
+    m = groups.shape[1]
+    for g in range(first, last):
+        for i in range(m):
+            score = groups[g, i]
+            before = 0
+            for j in range(i):
+                before += groups[g, j] >= score
+            for j in range(i + 1, m):
+                before += groups[g, j] > score
+            mask[g, i] = before < n
+    return 0
+
+
+@njit(nogil=True, cache=True)
 def tile_is_coarse(scores, row, column):  # type: ignore[no-untyped-def]
     """Whether over half of a 4 x 4 tile's non-zero scores are below SMALL once quantised, or it is below 2**-104 altogether."""
     largest = np.float64(0)
@@ -398,6 +414,16 @@ def _check(worst: list[int], scores: torch.Tensor) -> bool:
         return True
     ops.check_scores(scores)
     return False  # only -0.0
+
+
+def keep_largest(groups: torch.Tensor, n: int) -> torch.Tensor:
+    """`ops.keep_largest` on CPU."""
+    if groups.dtype in (torch.float16, torch.bfloat16):
+        groups = groups.float()
+    numbers, mask = groups.contiguous().numpy(), torch.empty(groups.shape, dtype=torch.bool)
+    out, m = mask.numpy(), max(groups.shape[1], 1)
+    over_bands(lambda first, last: int(largest_band(numbers, n, out, first, last)), len(groups), 1, max(1, 65536 // m))
+    return mask
 
 
 def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,13 +9,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from bisparse.kernels import reference
 from bisparse.tiles import from_tiles, to_tiles
 
-__all__ = ["COARSE", "BadScoreError", "check_scores", "exact_mask", "exact_solve", "exact_solve_integers", "quantise"]
+__all__ = [
+    "COARSE",
+    "BadScoreError",
+    "check_scores",
+    "exact_mask",
+    "exact_solve",
+    "exact_solve_integers",
+    "keep_largest",
+    "quantise",
+]
 
 FAST_BITS = 24
 COARSE = -(1 << 30)
@@ -61,12 +70,19 @@ def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[T
 
 
 _LIBRARY = torch.library.Library("bisparse", "DEF")
+_LIBRARY.define("keep_largest(Tensor groups, int n) -> Tensor")
 _LIBRARY.define("exact_mask(Tensor scores, int n, int m, bool exactly) -> (Tensor mask, Tensor coarse)")
 _LIBRARY.define(
     "exact_solve(Tensor scores, int n, int m, bool exactly, Tensor? prices, Tensor? exponent)"
     " -> (Tensor mask, Tensor prices, Tensor exponent)"
 )
 _LIBRARY.define("exact_solve_integers(Tensor q, int n, bool exactly, Tensor? u, Tensor? v) -> (Tensor mask, Tensor u, Tensor v)")
+
+
+def keep_largest(groups: Real[Tensor, "G M"], n: int) -> Bool[Tensor, "G M"]:
+    """The n largest of every group; of equal scores the one with the lower index."""
+    mask: Tensor = torch.ops.bisparse.keep_largest(groups, n)
+    return mask
 
 
 def exact_mask(scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"]]:
@@ -135,6 +151,17 @@ def reference_exact_solve_integers(
     return reference.exact_tiles(q, n, exactly, None if u is None or v is None else (u, v))
 
 
+def reference_keep_largest(groups: Tensor, n: int) -> Tensor:
+    """The specification of `keep_largest`."""
+    best = groups.sort(stable=True, dim=-1, descending=True).indices[:, :n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)
+
+
+@torch.library.register_fake("bisparse::keep_largest")
+def _(groups: Tensor, n: int) -> Tensor:
+    return groups.new_empty(groups.shape, dtype=torch.bool)
+
+
 @torch.library.register_fake("bisparse::exact_mask")
 def _(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:
     tiles = scores.shape[0] // m * (scores.shape[1] // m)
@@ -156,6 +183,7 @@ def _(q: Tensor, n: int, exactly: bool, u: Tensor | None, v: Tensor | None) -> t
 
 
 for _name, _kernel in {
+    "keep_largest": reference_keep_largest,
     "exact_mask": reference_exact_mask,
     "exact_solve": reference_exact_solve,
     "exact_solve_integers": reference_exact_solve_integers,
@@ -173,5 +201,5 @@ def _numba_kernel(name: str) -> Callable[..., Any]:
     return kernel
 
 
-for _name in ("exact_mask", "exact_solve", "exact_solve_integers"):
+for _name in ("keep_largest", "exact_mask", "exact_solve", "exact_solve_integers"):
     _LIBRARY.impl(_name, _numba_kernel(_name), "CPU")
