@@ -17,6 +17,10 @@ BENCHMARKS = ROOT / "benchmarks"
 @pytest.fixture(autouse=True)
 def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
+    # Programs in other folders of benchmarks have files of these names too.
+    own = {path.stem for path in BENCHMARKS.iterdir()}
+    for name in [name for name in sys.modules if name.split(".")[0] in own]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def rows_of(**figures: Any) -> dict[str, Any]:
