@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,19 @@ BENCHMARKS = ROOT / "benchmarks"
 
 
 @pytest.fixture(autouse=True)
-def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    # Programs in other folders of benchmarks have files of these names too.
+def _benchmarks_are_importable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Modules of benchmarks/ for the length of a test: programs in its folders have files of these names too."""
     own = {path.stem for path in BENCHMARKS.iterdir()}
-    for name in [name for name in sys.modules if name.split(".")[0] in own]:
+
+    def loaded() -> list[str]:
+        return [name for name in sys.modules if name.split(".")[0] in own]
+
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    for name in loaded():
         monkeypatch.delitem(sys.modules, name)
+    yield
+    for name in loaded():
+        del sys.modules[name]
 
 
 def rows_of(**figures: Any) -> dict[str, Any]:
