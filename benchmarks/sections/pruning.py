@@ -68,9 +68,8 @@ def language(rows: list[Row]) -> list[str]:
     for pattern, aim in (("16:32-T", 60.0), ("4:8-T", 100.0)):
         best = min((row for row in rows if row["pattern"] == pattern), key=lambda row: row["perplexity"], default=None)
         if best is not None:
-            parts += [
-                f"Best {pattern}: {best['perplexity']:.1f} by {best['method']}; under {aim:.0f}: {verdict(best['perplexity'] < aim)}.\n"
-            ]
+            met = verdict(best["perplexity"] < aim)
+            parts += [f"Best {pattern}: {best['perplexity']:.1f} by {best['method']}; under {aim:.0f}: {met}.\n"]
     return [*parts, provenance(rows)]
 
 

@@ -209,16 +209,29 @@ def test_cross_moments_relate_the_dense_networks_inputs_to_the_present_ones(leak
     assert checked >= 9
 
 
-def test_parallel_statistics_are_those_of_the_dense_network() -> None:
-    model = Chained()
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["stage by stage", "one pass"])
+def test_parallel_statistics_are_those_of_the_dense_network(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bisparse.pruning.calibrate.WHOLE_BYTES", limit)
+    model, walk = Chained(), Walk()
     batches = [torch.randn(4, 8) for _ in range(6)]
     layers, _ = find_layers(model)
-    dense = {layer.name: sequential_oracle(model, batches, layer.name) for layer in layers}
-    for stage in calibrate(model, layers, batches, ALL, order="parallel", progress=False):
+    found = 0
+    for stage in calibrate(model, layers, batches, ALL, order="parallel", progress=False, walk=walk):
         for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
-            torch.testing.assert_close(statistics.gram[0], dense[layer.name], rtol=1e-4, atol=1e-5)
-            with torch.no_grad():
-                layer.weight.zero_()
+            found += 1
+            torch.testing.assert_close(statistics.gram[0], sequential_oracle(model, batches, layer.name), rtol=1e-4, atol=1e-5)
+    assert found == len(layers)
+    one_stage = 2 * 4 * (16 * 16 + 2 * 16)
+    assert (walk.statistics_bytes <= one_stage) is (limit == 0), "what does not fit is collected stage by stage"
+
+
+def test_raw_inputs_are_held_for_one_stage_only() -> None:
+    model, walk = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))), Walk()
+    batches = [torch.randn(4, 8) for _ in range(5)]
+    for order in ("parallel", "sequential"):
+        for _ in calibrate(model, find_layers(model)[0], batches, frozenset({Statistic.INPUTS}), order=order, walk=walk):
+            pass
+    assert walk.statistics_bytes == 5 * 4 * 8 * 4
 
 
 def test_every_fifth_batch_is_held_out_and_merging_gives_all_of_them() -> None:

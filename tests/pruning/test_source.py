@@ -123,7 +123,7 @@ def test_use_of_the_cache_is_given_back() -> None:
 
 
 def test_upstream_correction_pays_on_a_language_model() -> None:
-    model, batches = llama(), tokens(20)
+    model, batches = llama(num_hidden_layers=2), tokens(20)
     judge = {"input_ids": torch.randint(64, (16, 16))}
     with torch.no_grad():
         goal = model(**judge).logits

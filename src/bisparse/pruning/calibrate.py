@@ -4,7 +4,7 @@ A stage is a run of layers that see the same input (an attention's query, key an
 "sequential" the walker yields a stage, the caller changes its weights, and the statistics of the next stage are those of the
 changed network. In order "parallel" all statistics are of the network as it is when the walk begins.
 
-Cost: "parallel" is one pass over the data. "sequential" runs a chain of blocks (transformer layers, say) block by block with
+Cost: "parallel" is one pass over the data where the statistics of all layers fit into memory together. "sequential" runs a chain of blocks (transformer layers, say) block by block with
 the activations between two blocks kept, so that the whole walk costs a few passes; what is no chain is run from the start up
 to each stage.
 """
@@ -23,13 +23,17 @@ from tqdm.auto import tqdm
 
 from bisparse.layers import Layer
 from bisparse.pruning.chain import Chain, ChainRun, dense_copy, find_chains
+from bisparse.pruning.reduction import positions
 from bisparse.pruning.statistics import CalibrationError, Moments, Statistic, Statistics
 from bisparse.pruning.taps import LAST_PART, EnoughSeen, Seen, call_model, observed, token_mask
+from bisparse.tiles import to_matrices
 
 __all__ = ["Order", "Stage", "Walk", "calibrate"]
 
 Order = Literal["sequential", "parallel"]
 HOLD_OUT_EVERY = 5
+WHOLE_BYTES = 1 << 30
+"""Statistics of all layers are collected in one pass if they fit into this; else stage by stage, as in "sequential"."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,8 @@ def calibrate(
         batches: calibration data, read once and kept (token ids, images). Passed as ``model(**batch)``, ``model(*batch)``
             or ``model(batch)``, or by `forward`. Positions that a 2-D "attention_mask" hides are not counted.
         needs: what to collect.
-        order: "sequential" or "parallel", see above. CROSS is collected in "sequential" only, where it differs from GRAM.
+        order: "sequential" or "parallel", see above. CROSS is collected in "sequential" only, where it differs from GRAM. In
+            "parallel" the caller leaves the weights alone until the walk is over.
         device: run the blocks of a chain there, one block at a time; by default where the model is.
         done: names of layers changed by an earlier, interrupted walk: they are passed over.
         dense: what a parameter or buffer was before anything was pruned, None for one that is as it was; for the dense network
@@ -106,7 +111,7 @@ def calibrate(
         walk.time_s += time.perf_counter() - started
         reached = {layer.name for stage in stages for layer in stage}
         walk.unreached += [layer.name for layer in layers if layer.name not in reached]
-        if order == "parallel":
+        if order == "parallel" and _bytes_of_all(layers, needs) <= WHOLE_BYTES:
             walker = _walk_whole(model, stages, calls, data, needs, forward, walk, done)
         else:
             walker = _walk_in_order(model, stages, calls, data, needs, forward, walk, device, done, dense)
@@ -203,6 +208,20 @@ class _Collector:
     @property
     def bytes(self) -> int:
         return sum(moments.bytes for moments in (*self.fit.values(), *self.held.values()))
+
+
+def _bytes_of_all(layers: Sequence[Layer], needs: frozenset[Statistic]) -> float:
+    """What the statistics of all layers take together; raw inputs are never held for more than one stage."""
+    if Statistic.INPUTS in needs:
+        return float("inf")
+    copies = 2 if Statistic.HELD_OUT in needs else 1
+    total = 0
+    for layer in layers:
+        batch, _, inputs = to_matrices(layer.weight.detach(), layer.layout).shape
+        kernel = positions(layer.layout, layer.weight.shape)
+        width = kernel * inputs
+        total += 4 * copies * (batch // kernel) * (width * width if Statistic.GRAM in needs else width)
+    return total
 
 
 def _walk_whole(
