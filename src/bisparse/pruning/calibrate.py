@@ -4,9 +4,9 @@ A stage is a run of layers that see the same input (an attention's query, key an
 "sequential" the walker yields a stage, the caller changes its weights, and the statistics of the next stage are those of the
 changed network. In order "parallel" all statistics are of the network as it is when the walk begins.
 
-Cost: "parallel" is one pass over the data where the statistics of all layers fit into memory together. "sequential" runs a chain of blocks (transformer layers, say) block by block with
-the activations between two blocks kept, so that the whole walk costs a few passes; what is no chain is run from the start up
-to each stage.
+Cost: "parallel" is one pass over the data where the statistics of all layers fit into memory together. "sequential" runs
+a chain of blocks (transformer layers, say) block by block with the activations between two blocks kept, so that the whole
+walk costs a few passes; what is no chain is run from the start up to each stage.
 """
 
 from __future__ import annotations
