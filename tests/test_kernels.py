@@ -27,7 +27,7 @@ SolveIntegers = Callable[..., tuple[Tensor, Tensor, Tensor]]
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which kernel `ops` runs: the specification in plain torch, or the one registered for the device."""
     if request.param == "reference":
-        for name in ("exact_mask", "exact_solve", "exact_solve_integers"):
+        for name in ("exact_mask", "exact_solve", "exact_solve_integers", "keep_largest"):
             monkeypatch.setattr(torch.ops.bisparse, name, getattr(ops, f"reference_{name}"))
     return str(request.param)
 
@@ -314,6 +314,25 @@ def test_a_tile_of_outliers_and_dust_is_called_coarse(implementation: str) -> No
     assert (ops.exact_solve(as_matrix(tiles), 4, 8, False)[3] == ops.COARSE).tolist() == [False, True, False]
 
 
+# ---- groups that stand alone -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8], ids=str
+)
+@pytest.mark.parametrize("m", [2, 3, 4, 8, 16, 40])
+def test_the_largest_of_each_group_and_the_lowest_index_of_equals(implementation: str, m: int, dtype: torch.dtype) -> None:
+    few = torch.randint(0, 4, (150, m), generator=torch.Generator().manual_seed(m))
+    many = torch.randint(0, 127, (150, m), generator=torch.Generator().manual_seed(m))
+    for groups in (few.to(dtype), many.to(dtype), few[:0].to(dtype), many[:1].to(dtype), many.t().contiguous().t().to(dtype)):
+        for n in {1, m // 2 or 1, m - 1, m}:
+            mask = ops.keep_largest(groups, n)
+            order = [sorted(range(m), key=lambda place: (-group[place], place))[:n] for group in groups.tolist()]
+            assert mask.dtype == torch.bool
+            assert mask.shape == groups.shape
+            assert [sorted(places) for places in order] == [row.nonzero()[:, 0].tolist() for row in mask]
+
+
 # ---- torch.library ---------------------------------------------------------------------------------------------------
 
 
@@ -327,6 +346,7 @@ def test_operators_obey_the_rules_of_torch_library(m: int, n: int, exactly: bool
     torch.library.opcheck(torch.ops.bisparse.exact_solve.default, (matrix, n, m, exactly, None, None))
     torch.library.opcheck(torch.ops.bisparse.exact_solve.default, (matrix, n, m, exactly, torch.stack([u, v]), exponent))
     torch.library.opcheck(torch.ops.bisparse.exact_solve_integers.default, (q, n, exactly, None, None))
+    torch.library.opcheck(torch.ops.bisparse.keep_largest.default, (matrix.reshape(-1, m), n))
     torch.library.opcheck(torch.ops.bisparse.exact_solve_integers.default, (q, n, exactly, u.long(), v.long()))
 
 
