@@ -117,7 +117,9 @@ def main() -> None:
     arguments.add_argument("--steps", type=int, default=180)
     arguments.add_argument("--batch", type=int, default=32)
     arguments.add_argument("--lr", type=float, default=5e-5)
+    arguments.add_argument("--threads", type=int, default=1)
     chosen = arguments.parse_args()
+    torch.set_num_threads(chosen.threads)
     record = Record(chosen.results)
     for pattern in chosen.patterns:
         for seed in range(chosen.seeds):
@@ -152,13 +154,28 @@ def fine_tune(chosen: Any, pattern: str, seed: int) -> dict[str, Any]:
         if pattern != "dense":
             bisparse.finalize_(model)
             saved.save_pretrained(f"{folder}/model")
-            command = [sys.executable, "-m", "bisparse", "verify", f"{folder}/model", pattern, "--exclude", "*pooler*", "--json"]
+            command = [
+                sys.executable,
+                "-m",
+                "bisparse",
+                "verify",
+                f"{folder}/model",
+                "--pattern",
+                pattern,
+                "--exclude",
+                "*pooler*",
+                "--json",
+            ]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             figures |= {
                 "verified": result.returncode == 0,
-                "verify": json.loads(result.stdout or "{}").get("message", result.stderr),
+                "verify": _short(result.stdout) if result.stdout else result.stderr,
             }
     return figures
+
+
+def _short(output: str) -> dict[str, Any]:
+    return {name: value for name, value in json.loads(output).items() if name != "layers"}
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ BUDGETS = {
     "reduced": (
         ModelRecipe("gpt", width=128, layers=4, heads=4),
         DataRecipe("python-text", train=1_500_000, test=60_000, context=128),
-        replace(FULL, steps=400, batch=16, lr=2e-3, evaluate_every=100),
+        replace(FULL, steps=300, batch=8, lr=2e-3, evaluate_every=100),
     ),
     "smoke": (
         ModelRecipe("gpt", width=32, layers=1, heads=2),
