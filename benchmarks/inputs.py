@@ -14,6 +14,8 @@ from record import ROOT, gaussian
 ASSET = "all-MiniLM-L6-v2"
 LAYER = "encoder.layer.0.intermediate.dense.weight"
 INPUTS = ("gaussian", "student-t", "real layer", "80 % zeros", "constant")
+HARD = ("4-bit values", "all zeros")
+"""Further cases with ties everywhere, timed at the smaller size."""
 
 
 def scores(name: str, side: int, layer: Path | None = None, tensor: str = LAYER) -> Tensor:
@@ -33,11 +35,15 @@ def scores(name: str, side: int, layer: Path | None = None, tensor: str = LAYER)
             return gaussian(side, side).abs() * (torch.rand(side, side, generator=generator) >= 0.8)
         case "constant":
             return torch.ones(side, side)
+        case "all zeros":
+            return torch.zeros(side, side)
+        case "4-bit values":
+            return (gaussian(side, side).abs() * 2.5).round().clamp(max=7)
         case "real layer":
             weight = read_layer(layer, tensor).float().abs()
             rows, columns = weight.shape
             return weight.repeat(-(-side // rows), -(-side // columns))[:side, :side].contiguous()
-    raise ValueError(f"no input is called {name!r}: expected one of {INPUTS}")
+    raise ValueError(f"no input is called {name!r}: expected one of {INPUTS + HARD}")
 
 
 def read_layer(file: Path | None, tensor: str) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import startup
 from bisparse import Certificate, Exact, Greedy, Pattern, Sinkhorn, Solution, TwoApproximation, solve, verify
-from inputs import INPUTS, LAYER, scores
+from inputs import HARD, INPUTS, LAYER, scores
 from record import RESULTS, Record, cores, gaussian
 
 PATTERNS = ("2:4-T", "4:8-T", "8:16-T", "16:32-T")
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="256 x 256, two inputs, few rounds: does it all run?")
     parser.add_argument("--side", type=int, action="append", help=f"side of the matrix; default {SIDES}")
     parser.add_argument("--pattern", action="append", help=f"default {PATTERNS}")
-    parser.add_argument("--input", action="append", choices=INPUTS)
+    parser.add_argument("--input", action="append", choices=(*INPUTS, *HARD))
     parser.add_argument("--layer", type=Path, help="a safetensors file with the real layer; default all-MiniLM-L6-v2's")
     parser.add_argument("--tensor", default=LAYER, help="its name in that file")
     parser.add_argument("--rounds", type=int, help="default 9, at 8192 and above 5")
@@ -65,9 +65,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS / "solvers.jsonl")
     options = parser.parse_args()
     sides = options.side or ((256,) if options.quick else SIDES)
-    inputs = options.input or (("gaussian", "constant") if options.quick else INPUTS)
     record = Record(options.results, options.fresh)
     for side in sides:
+        inputs = options.input or (("gaussian", "constant") if options.quick else (*INPUTS, *HARD) if side <= 1024 else INPUTS)
         for pattern in options.pattern or PATTERNS:
             for name in inputs:
                 rounds = options.rounds or (3 if options.quick else 5 if side >= 8192 else 9)
