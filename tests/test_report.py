@@ -6,11 +6,14 @@ import dataclasses
 import html.parser
 import itertools
 import json
+import math
 import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import scipy
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -395,18 +398,12 @@ def test_the_stored_shares_are_what_solve_keeps_of_gaussian_scores(text: str) ->
 
 
 def test_the_stored_shares_of_plain_patterns_are_those_of_order_statistics() -> None:
-    from scipy.integrate import quad
-    from scipy.stats import beta, halfnorm
-
-    def expected(rank: int, m: int) -> float:
-        return float(quad(lambda p: halfnorm.ppf(p) * beta.pdf(p, rank, m - rank + 1), 0, 1, limit=200)[0])
-
+    # A score x is kept where fewer than n of the m - 1 others are larger.
+    x = np.linspace(0, 9, 20_001)
     for n, m in ((1, 2), (2, 4), (4, 8), (8, 16), (16, 32)):
-        kept = sum(expected(rank, m) for rank in range(m - n + 1, m + 1)) / (m * halfnorm.mean())
-        assert GAUSSIAN_RETAINED[f"{n}:{m}"] == round(kept, 4)
-    assert GAUSSIAN_RETAINED["50%"] == round(
-        float(torch.exp(-(torch.distributions.Normal(0, 1).icdf(torch.tensor(0.75)) ** 2) / 2)), 4
-    )
+        kept = x * scipy.stats.halfnorm.pdf(x) * scipy.stats.binom.cdf(n - 1, m - 1, scipy.stats.halfnorm.sf(x))
+        assert GAUSSIAN_RETAINED[f"{n}:{m}"] == round(scipy.integrate.trapezoid(kept, x) / scipy.stats.halfnorm.mean(), 4)
+    assert GAUSSIAN_RETAINED["50%"] == round(math.exp(-(scipy.stats.norm.ppf(0.75) ** 2) / 2), 4)
 
 
 def test_json_of_the_sidecar_is_not_trusted_for_the_verdict(dense: Path, tmp_path: Path) -> None:
