@@ -136,7 +136,7 @@ def test_convolution_is_a_sum_over_kernel_positions(dimensions: int, groups: int
 
 
 @pytest.mark.parametrize(
-    ("ndim", "kind"), [(2, LayoutKind.LINEAR), (3, LayoutKind.CONV), (4, LayoutKind.CONV), (5, LayoutKind.CONV)]
+    ("ndim", "kind"), [(2, LayoutKind.LINEAR), (3, LayoutKind.EXPERTS), (4, LayoutKind.CONV), (5, LayoutKind.CONV)]
 )
 def test_layout_of_a_bare_tensor(ndim: int, kind: LayoutKind) -> None:
     assert default_layout(ndim) == Layout(kind)

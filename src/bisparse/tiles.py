@@ -51,14 +51,14 @@ class Layout:
 
 
 def default_layout(ndim: int) -> Layout:
-    """The layout of a bare tensor: 2-D is a Linear weight, 3-D to 5-D a convolution's."""
+    """The layout of a bare tensor: 2-D is a Linear weight, 3-D a batch of matrices, 4-D and 5-D a convolution's weight."""
     if ndim == 2:
         return Layout(LayoutKind.LINEAR)
-    if ndim in (3, 4, 5):
+    if ndim == 3:
+        return Layout(LayoutKind.EXPERTS)
+    if ndim in (4, 5):
         return Layout(LayoutKind.CONV)
-    raise ValueError(
-        f"a weight of {ndim} dimensions has no GEMM layout: expected 2-D (O, I) or 3-D to 5-D (C_out, C_in, *kernel)"
-    )
+    raise ValueError(f"a weight of {ndim} dimensions has no GEMM layout: expected (O, I), (B, O, I) or (C_out, C_in, *kernel)")
 
 
 def to_matrices(weight: Shaped[Tensor, "..."], layout: Layout) -> Shaped[Tensor, "B O I"]:

@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, Literal, NamedTuple
 
-import torch
 from jaxtyping import Bool, Real
 from torch import Tensor
 
@@ -64,8 +63,3 @@ class Solver(ABC):
     def __call__(self, scores: Real[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
         """Alias of `solve_tiles`."""
         return self.solve_tiles(scores, n)
-
-
-def empty_mask(scores: Real[Tensor, "B M M"]) -> Bool[Tensor, "B M M"]:
-    """Nothing kept yet."""
-    return torch.zeros_like(scores, dtype=torch.bool)
