@@ -58,7 +58,9 @@ def default_layout(ndim: int) -> Layout:
         return Layout(LayoutKind.EXPERTS)
     if ndim in (4, 5):
         return Layout(LayoutKind.CONV)
-    raise ValueError(f"a weight of {ndim} dimensions has no GEMM layout: expected (O, I), (B, O, I) or (C_out, C_in, *kernel)")
+    raise ValueError(
+        f"a weight of {ndim} dimensions has no GEMM layout: expected 2-D (O, I), 3-D (B, O, I), 4-D or 5-D (C_out, C_in, *k)"
+    )
 
 
 def to_matrices(weight: Shaped[Tensor, "..."], layout: Layout) -> Shaped[Tensor, "B O I"]:

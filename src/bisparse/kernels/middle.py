@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ def _half_mask(profile: Profile, candidate: int) -> list[list[int]]:
     return rows
 
 
+@cache
 def mask_rows() -> np.ndarray[Any, np.dtype[np.uint32]]:
     """The four rows, as 4 mask bytes each, of each code 16 * combination + 4 * lower + upper candidate: (4, codes)."""
     table = np.zeros((len(COMBINATIONS) * 16, 4, 4), np.uint8)
