@@ -18,6 +18,7 @@ from bisparse.checkpoint import MASKS, SIDECAR, load_masks, plan_checkpoint, pru
 from bisparse.tiles import Layout, LayoutKind
 
 PATTERNS = ["2:4", "1:4-T", "4:8-T", "3:8-seq", "4:8-paired", "37%", "5:10-T", "16:32-T"]
+ON_EVERY_LAYOUT = ["2:4", "4:8-T", "37%", "5:10-T"]
 LAYOUTS = {
     "linear": ((40, 72), Layout()),
     "transposed": ((40, 72), Layout(LayoutKind.TRANSPOSED)),
@@ -38,8 +39,11 @@ def unpack(path: Path, name: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(bits[:count].reshape(shape)).bool()
 
 
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("kind", LAYOUTS)
+@pytest.mark.parametrize(
+    ("kind", "pattern"),
+    [("linear", pattern) for pattern in PATTERNS]
+    + [(kind, pattern) for kind in LAYOUTS if kind != "linear" for pattern in ON_EVERY_LAYOUT],
+)
 def test_bands_find_what_solve_finds_on_the_whole(
     tmp_path: Path, small_bands: Callable[[], None], kind: str, pattern: str
 ) -> None:
@@ -77,7 +81,7 @@ def test_dtypes_survive_to_the_bit(tmp_path: Path, dtype: torch.dtype, pattern: 
 
 
 @pytest.mark.parametrize("numbers", ["ties", "zeros", "few", "subnormal"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("density", ["50%", "1%", "0.001%", "100%"])
 def test_unstructured_thresholds_on_hard_numbers(
     tmp_path: Path, small_bands: Callable[[], None], numbers: str, dtype: torch.dtype, density: str

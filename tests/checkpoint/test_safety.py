@@ -156,7 +156,7 @@ def test_every_damaged_byte_of_a_torch_file_is_an_error_or_harmless(tmp_path: Pa
     weight = torch.randn(8, 8)
     torch.save({"a.weight": weight}, tmp_path / "whole.pt")
     data = (tmp_path / "whole.pt").read_bytes()
-    for place in range(0, len(data), 23):
+    for place in range(0, len(data), 41):
         (tmp_path / "weights.pt").write_bytes(data[:place] + bytes(8) + data[place + 8 :])
         try:
             prune_checkpoint(tmp_path / "weights.pt", tmp_path / "out", "2:4", overwrite=True)
@@ -345,7 +345,7 @@ def test_killed_at_any_step_the_output_is_absent_or_whole(
 
     prune_checkpoint(folder, tmp_path / "trial", "4:8-T", progress=count)
     steps = calls
-    for last in range(steps + 1):
+    for last in range(steps % 2, steps + 1, 2):
         done = 0
 
         def killed(*_: object, last: int = last) -> None:
@@ -370,11 +370,13 @@ def test_killed_at_any_step_the_output_is_absent_or_whole(
 
 @posix
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("exchange", [True, False])
-@pytest.mark.parametrize("function", ["_flush", "_publish", "_exchange", "_fsync", "os.rename"])
+@pytest.mark.parametrize(
+    ("function", "call", "exchange"),
+    [("_flush", 1, True), ("_publish", 1, True), ("_exchange", 1, True), ("os.rename", 1, False), ("os.rename", 2, False)],
+)
 @pytest.mark.parametrize("after", [False, True])
 def test_killed_while_the_name_is_given(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, after: bool, exchange: bool
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, after: bool, exchange: bool
 ) -> None:
     target = tmp_path / "out"
     prune_checkpoint(folder, target, "1:4")
@@ -382,8 +384,13 @@ def test_killed_while_the_name_is_given(
         monkeypatch.setattr(output, "_exchange", lambda one, other: False)
     owner, name = (os, "rename") if function == "os.rename" else (output, function)
     original = getattr(owner, name)
+    calls = 0
 
     def killed(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls < call:
+            return original(*arguments)
         result = original(*arguments) if after else None
         die()
         return result
@@ -392,7 +399,7 @@ def test_killed_while_the_name_is_given(
         setattr(owner, name, killed)
         prune_checkpoint(folder, target, "4:8-T", overwrite=True)
 
-    in_child(job)
+    assert in_child(job) == -signal.SIGKILL
     # The next run finds the old output or the new one, whole, and clears away the rest.
     prune_checkpoint(folder, tmp_path / "other", "2:4")
     with pytest.raises(CheckpointError, match="exists already"):
@@ -498,8 +505,7 @@ CONSTANT = 200 << 20
 
 @posix
 @pytest.mark.slow
-@pytest.mark.parametrize("pattern", ["2:4", "4:8-T", "50%"])
-@pytest.mark.parametrize("kind", ["safetensors", "pt"])
+@pytest.mark.parametrize(("pattern", "kind"), [("2:4", "safetensors"), ("4:8-T", "pt"), ("50%", "safetensors")])
 def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, pattern: str, kind: str) -> None:
     # 1.4 GB in all; the largest tensor has 128 MB.
     state = {f"layers.{i}.weight": torch.randn(8192, 8192 if i == 0 else 4096).bfloat16() for i in range(20)}
