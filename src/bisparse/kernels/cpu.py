@@ -14,7 +14,7 @@ from numba import njit
 from bisparse.kernels import ops
 from bisparse.kernels import vectors as vec
 from bisparse.kernels.general import solve_integers
-from bisparse.kernels.middle import best_at_most_2, best_exactly_2, mask_rows
+from bisparse.kernels.middle import best_at_most_2, best_exactly_2, larger_unsigned, mask_rows
 from bisparse.kernels.networks import sorting_network
 from bisparse.kernels.repair import repair
 from bisparse.kernels.threads import over_bands
@@ -202,7 +202,7 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
 def middle_band(scores, across, mask, coarse, table, exactly, first, last):  # type: ignore[no-untyped-def]
     """2:4-T of bands first..last of four rows; `mask` is seen as one uint32 for four entries. Largest bit pattern seen."""
     codes, small = np.empty(MIDDLE_CHUNK, np.int32), np.empty(MIDDLE_CHUNK, np.int32)
-    worst = np.uint32(0)
+    worst = np.int32(0)
     for band in range(first, last):
         for start in range(0, across, MIDDLE_CHUNK):
             count = min(MIDDLE_CHUNK, across - start)
@@ -214,14 +214,14 @@ def middle_band(scores, across, mask, coarse, table, exactly, first, last):  # t
                         a[4 * t], a[4 * t + 1], a[4 * t + 2], a[4 * t + 3], b[4 * t], b[4 * t + 1], b[4 * t + 2], b[4 * t + 3],
                         c[4 * t], c[4 * t + 1], c[4 * t + 2], c[4 * t + 3], d[4 * t], d[4 * t + 1], d[4 * t + 2], d[4 * t + 3],
                     ))  # fmt: skip
-                    worst = max(worst, np.uint32(largest))
+                    worst = larger_unsigned(worst, largest)
             else:
                 for t in range(count):
                     codes[t], small[t], largest = best_at_most_2((
                         a[4 * t], a[4 * t + 1], a[4 * t + 2], a[4 * t + 3], b[4 * t], b[4 * t + 1], b[4 * t + 2], b[4 * t + 3],
                         c[4 * t], c[4 * t + 1], c[4 * t + 2], c[4 * t + 3], d[4 * t], d[4 * t + 1], d[4 * t + 2], d[4 * t + 3],
                     ))  # fmt: skip
-                    worst = max(worst, np.uint32(largest))
+                    worst = larger_unsigned(worst, largest)
             first_row, second_row = mask[4 * band, start:], mask[4 * band + 1, start:]
             third_row, fourth_row = mask[4 * band + 2, start:], mask[4 * band + 3, start:]
             least = np.int32(16 * SMALL)
@@ -235,7 +235,7 @@ def middle_band(scores, across, mask, coarse, table, exactly, first, last):  # t
                 for t in range(count):
                     if small[t] < 8 * SMALL:
                         coarse[band * across + start + t] = tile_is_coarse(scores, 4 * band, 4 * (start + t))
-    return np.int64(worst)
+    return np.int64(worst) & 0xFFFFFFFF
 
 
 @njit(nogil=True, cache=True)

@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 
 from bisparse.kernels.vectors import SMALL
 
-__all__ = ["best_at_most_2", "best_exactly_2", "mask_rows"]
+__all__ = ["best_at_most_2", "best_exactly_2", "larger_unsigned", "mask_rows"]
 
 I32 = ir.IntType(32)
 Profile = tuple[int, int, int, int] | str
@@ -159,6 +159,16 @@ def _best_mask(exactly: bool) -> Callable[..., Any]:
         return types.UniTuple(types.int32, 3)(types.UniTuple(types.float32, 16)), codegen
 
     return typing
+
+
+@intrinsic
+def larger_unsigned(typing: Any, x: Any, y: Any) -> Any:
+    """The larger of two bit patterns, read as unsigned."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.select(b.icmp_unsigned(">", args[0], args[1]), args[0], args[1])
+
+    return types.int32(types.int32, types.int32), codegen
 
 
 @intrinsic
