@@ -37,7 +37,9 @@ def run_json(*arguments: object) -> tuple[int, dict[str, object]]:
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small checkpoint; commands in this process do not wait for the disk."""
+    monkeypatch.setattr("bisparse.checkpoint.output._fsync", lambda path: None)
     folder = tmp_path / "model"
     folder.mkdir()
     state = {f"layers.{i}.{name}.weight": torch.randn(16, 24) for i in range(3) for name in ("up", "down")}

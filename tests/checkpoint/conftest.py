@@ -8,6 +8,12 @@ import torch
 from checkpoint_files import State, write_folder
 
 
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forcing files to disk protects from power failure, which no test can cause, and takes seconds on a busy machine."""
+    monkeypatch.setattr("bisparse.checkpoint.output._fsync", lambda path: None)
+
+
 @pytest.fixture
 def state() -> State:
     """A bit of everything: two layers to prune, and what stays dense."""

@@ -435,6 +435,20 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     only(tmp_path, "model", "out")
 
 
+@posix
+def test_every_file_and_folder_is_on_disk_before_it_gets_its_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[str] = []
+    monkeypatch.setattr(output, "_fsync", lambda path: steps.append(path.name))
+    original = os.rename
+    monkeypatch.setattr(os, "rename", lambda *names: (steps.append("renamed"), original(*names)))
+    prune_checkpoint(folder, tmp_path / "out", "2:4")
+    written = {path.name for path in (tmp_path / "out").rglob("*")}
+    assert written <= set(steps[: steps.index("renamed")]), "a file that is named but not on disk is lost with the power"
+    assert steps[-1] == tmp_path.name, "the name itself is on disk too"
+
+
 def test_interrupted_by_the_user_nothing_is_left(folder: Path, tmp_path: Path) -> None:
     def interrupt(what: str, done: int, total: int) -> None:
         if done > total // 2:
