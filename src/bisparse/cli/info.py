@@ -33,6 +33,10 @@ __all__ = ["info"]
 def info(
     subject: Annotated[str, typer.Argument(metavar="PATTERN|CHECKPOINT", help="Such as 4:8-T, or a folder or file of weights.")],
     size: Annotated[str, typer.Option("--size", metavar="T|RxC", help="The tensor whose masks are counted.")] = "64x64",
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Draw mask diversity against retained magnitude: .png, .svg or .pdf."),
+    ] = None,
     include: Included = None,
     exclude: Excluded = None,
     as_json: AsJson = False,
@@ -42,11 +46,24 @@ def info(
     Of a checkpoint: which N:M patterns each layer obeys already, on W alone and on W and W^T.
     """
     if Path(subject).exists():
+        if plot is not None:
+            raise typer.BadParameter("a plot is drawn of a pattern, not of a checkpoint", param_hint="--plot")
         _checkpoint(Path(subject), include, exclude, as_json)
     else:
         if "/" in subject or subject.endswith((".safetensors", ".pt", ".pth", ".bin")):
             raise typer.BadParameter(f"{subject} does not exist", param_hint="PATTERN|CHECKPOINT")
-        _pattern(parse_pattern_option(subject, "PATTERN|CHECKPOINT"), _parse_size(size), as_json)
+        structure = parse_pattern_option(subject, "PATTERN|CHECKPOINT")
+        if plot is not None:
+            _plot(structure, plot)
+        _pattern(structure, _parse_size(size), as_json)
+
+
+def _plot(structure: Structure, path: Path) -> None:
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise typer.BadParameter(f"{path}: expected a file that ends in .png, .svg or .pdf", param_hint="--plot")
+    from bisparse.report import plot_diversity
+
+    plot_diversity(path, highlight=[structure])
 
 
 def _parse_size(text: str) -> tuple[int, ...]:
