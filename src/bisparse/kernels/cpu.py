@@ -20,7 +20,7 @@ from bisparse.kernels.repair import repair
 from bisparse.kernels.threads import over_bands
 from bisparse.kernels.vectors import COARSE_SHIFT, LANES, SMALL
 
-COLD_ALTERNATIONS = 6
+COLD_ALTERNATIONS = 8
 WARM_ALTERNATIONS = 2
 CLAMPED_ALTERNATIONS = 3
 VECTOR_SIDES = (4, 8, 16, 32, 64)
