@@ -226,9 +226,10 @@ def _print_report(report: PruneReport, target: Path, time_s: float, as_json: boo
     for note in report.notes:
         console.print(f"Note: {note}", markup=False)
     retained = "" if report.retained is None else f"{report.retained:.2%} of |w| kept, "
-    proof = (
-        "no proof of optimality with this solver" if report.gap is None else f"proved within {_gap(report.gap)} of the optimum"
-    )
+    if report.gap is None:
+        proof = "no proof of optimality with this solver"
+    else:
+        proof = "proved optimal" if _gap(report.gap) == "0" else f"proved within {_gap(report.gap)} of the optimum"
     console.print(
         f"[bold green]{len(report)} layers[/], {report.weights:,} weights: density {report.density:.4f}, {retained}{proof}; "
         f"{time_s:.1f} s, {report.time_s:.1f} s of it mask search and proof."
