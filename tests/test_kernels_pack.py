@@ -1,0 +1,116 @@
+"""Packing for sparse tensor cores: the specification against torch's own conversions, bit by bit."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from bisparse import solve, verify
+from bisparse.kernels.pack import metadata_place, pack_2to4, pack_2to4_transposable
+
+HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+SHAPES = pytest.mark.parametrize("shape", [(32, 32), (64, 32), (32, 96), (128, 160)], ids=str)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.int16)
+
+
+def assert_packed_as_torch_does(dense: Tensor, values: Tensor, metadata: Tensor) -> None:
+    expected_values, expected_metadata = sparse_semi_structured_from_dense_cutlass(dense.contiguous())
+    assert (values.dtype, metadata.dtype) == (dense.dtype, torch.int16)
+    assert torch.equal(bits(values), bits(expected_values))
+    assert torch.equal(metadata, expected_metadata)
+    assert torch.equal(bits(sparse_semi_structured_to_dense_cutlass(values, metadata)), bits(dense))
+
+
+@HALF
+@SHAPES
+def test_mask_is_the_optimum_and_both_sides_are_packed_as_torch_does(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = torch.randn(shape).to(dtype)
+    mask, values, metadata, values_t, metadata_t = pack_2to4_transposable(weight)
+    assert torch.equal(mask, solve(weight.abs(), "2:4-T").mask)
+    dense = torch.where(mask, weight, torch.zeros_like(weight))
+    assert_packed_as_torch_does(dense, values, metadata)
+    assert_packed_as_torch_does(dense.t(), values_t, metadata_t)
+
+
+@HALF
+def test_every_group_there_is(dtype: torch.dtype) -> None:
+    # All 11 groups with at most two kept, at every place, in both operands.
+    kept = [[int(b) for b in f"{code:04b}"] for code in range(16) if code.bit_count() <= 2]
+    mask = torch.zeros(64, 64, dtype=torch.bool)
+    for place in range(16 * 16):
+        group = torch.tensor(kept[place % len(kept)], dtype=torch.bool)
+        row, column = place // 16 * 4, place % 16 * 4
+        if place % 2:
+            mask[row + place % 4, column : column + 4] = group
+        else:
+            mask[row : row + 4, column + place % 4] = group
+    assert bool(verify(mask, "2:4-T"))
+    weight = torch.randn(64, 64).to(dtype)
+    weight[weight == 0] = 1
+    dense = torch.where(mask, weight, torch.zeros_like(weight))
+    values, metadata, values_t, metadata_t = pack_2to4(weight, mask)
+    assert_packed_as_torch_does(dense, values, metadata)
+    assert_packed_as_torch_does(dense.t(), values_t, metadata_t)
+
+
+def test_weights_that_are_zero_or_full_of_ties() -> None:
+    for weight in (torch.zeros(32, 64), torch.ones(32, 64), torch.randint(-2, 3, (32, 64))):
+        weight = weight.to(torch.bfloat16)
+        mask, values, metadata, values_t, metadata_t = pack_2to4_transposable(weight)
+        verify(mask, "2:4-T").check()
+        dense = torch.where(mask, weight, torch.zeros_like(weight))
+        assert_packed_as_torch_does(dense, values, metadata)
+        assert_packed_as_torch_does(dense.t(), values_t, metadata_t)
+
+
+def test_what_the_mask_drops_is_zero_even_if_it_is_not_finite() -> None:
+    weight, mask = torch.ones(32, 32, dtype=torch.float16), torch.zeros(32, 32, dtype=torch.bool)
+    mask[0, 1] = True
+    weight[0, 0], weight[1, 0] = torch.inf, torch.nan
+    values, _, values_t, _ = pack_2to4(weight, mask)
+    assert values.sum() == 1 and values_t.sum() == 1
+
+
+def test_metadata_places_are_a_permutation() -> None:
+    place = metadata_place(96, 6)
+    assert torch.equal(place.flatten().sort().values, torch.arange(96 * 6))
+
+
+def test_strides_do_not_matter() -> None:
+    weight = torch.randn(64, 32).half()
+    for packed, other in zip(pack_2to4_transposable(weight), pack_2to4_transposable(weight.t().contiguous().t()), strict=True):
+        assert torch.equal(packed, other)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.zeros(32, 32), "float16 or bfloat16"),
+        (torch.zeros(2, 32, 32).half(), "matrix"),
+        (torch.zeros(32, 48).half(), "divisible by 32"),
+        (torch.zeros(16, 32).half(), "divisible by 32"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(weight: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pack_2to4_transposable(weight)
+
+
+def test_a_mask_of_another_shape_or_dtype_is_refused() -> None:
+    weight = torch.zeros(32, 32).half()
+    for mask in (torch.zeros(32, 64, dtype=torch.bool), torch.zeros(32, 32)):
+        with pytest.raises(ValueError, match="bool mask"):
+            pack_2to4(weight, mask)
+
+
+def test_operators_keep_the_rules_of_torch() -> None:
+    weight = torch.randn(32, 64).half()
+    mask = pack_2to4_transposable(weight)[0]
+    torch.library.opcheck(torch.ops.bisparse.pack_2to4.default, (weight, mask))
+    torch.library.opcheck(torch.ops.bisparse.pack_2to4_transposable.default, (weight,))
