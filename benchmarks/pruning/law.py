@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from experiment import Rows, measured
-from network import QUICK, accuracy, calibration, fashion_mnist, trained
+from network import accuracy, arguments, calibration, opened, trained
 from resnet import METHODS
 
 from bisparse.pruning import convert_, reestimate_batch_norms_
@@ -26,32 +26,30 @@ COMPARED = ("magnitude", "adaprune (a), Adam", "adaprune (b), same mask and inpu
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True)
-    parser.add_argument("--data", type=Path)
+    arguments(parser)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(COMPARED))
     parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8"])
-    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--densities", nargs="+", type=int, default=list(DENSITIES))
     parser.add_argument("--results", type=Path, default=RESULTS / "pruning_law.jsonl")
     options = parser.parse_args()
-    data = fashion_mnist(options.data, *(QUICK if options.quick else ()))
-    epochs = 1 if options.quick else 5
+    data, how, budget = opened(options)
     rows = Rows(options.results)
-    for density in DENSITIES[:: 5 if options.quick else 1]:
+    for density in options.densities[:: 5 if options.quick else 1]:
         origin = None if density == 100 else f"{density}%"
-        with rows.new({"density": density, "to": None}) as row:
+        with rows.new({**budget, "density": density, "to": None}) as row:
             if row is not None:
-                row["accuracy"] = accuracy(trained(options.cache, data, origin, epochs), data)
+                row["accuracy"] = accuracy(trained(how, data, origin), data)
         for to in options.patterns:
             for name in options.methods:
                 method, order = METHODS[name]
                 for seed in range(1 if options.quick else options.seeds):
-                    key = {"density": density, "to": to, "method": name, "seed": seed if method.needs else None}
+                    key = {**budget, "density": density, "to": to, "method": name, "seed": seed if method.needs else None}
                     with rows.new(key) as row:
                         if row is None:
                             continue
                         batches = calibration(data, seed)
-                        model = copy.deepcopy(trained(options.cache, data, origin, epochs))
+                        model = copy.deepcopy(trained(how, data, origin))
                         started = time.perf_counter()
                         report = convert_(model, to, batches, method=method, order=order)
                         row |= measured(report, time.perf_counter() - started)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser, Namespace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,6 +27,27 @@ QUICK = (512, 512, 7)
 """Images and their side for runs that only show that the program works."""
 
 
+def arguments(parser: ArgumentParser) -> None:
+    """The arguments that choose data and training."""
+    parser.add_argument("--cache", type=Path, required=True, help="where the trained networks are kept")
+    parser.add_argument("--data", type=Path, help="Fashion-MNIST's idx.gz files")
+    parser.add_argument("--side", type=int, default=28, help="of the images, in pixels; 14 takes a quarter of the time")
+    parser.add_argument("--test-images", type=int, default=10_000)
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--tuning", type=int, default=60_000, help="images that a sparse network to convert is trained on")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of training")
+    parser.add_argument("--quick", action="store_true", help="512 small images, 1 epoch, 1 seed: does it run?")
+
+
+def opened(options: Namespace) -> tuple[Data, Training, dict[str, int]]:
+    """The data, how networks are trained on it, and the budget as columns of a row."""
+    if options.quick:
+        return fashion_mnist(options.data, *QUICK), Training(options.cache, 1, 512), {"side": QUICK[2], "test_images": QUICK[1]}
+    data = fashion_mnist(options.data, 60_000, options.test_images, options.side)
+    budget = {"side": options.side, "test_images": options.test_images, "epochs": options.epochs, "tuning": options.tuning}
+    return data, Training(options.cache, options.epochs, options.tuning, options.dtype), budget
+
+
 def accuracy(model: nn.Module, data: Data, batch: int = 500) -> float:
     """Top-1 on the test images, in per cent."""
     model.eval()
@@ -35,29 +58,44 @@ def accuracy(model: nn.Module, data: Data, batch: int = 500) -> float:
     return 100 * right / len(data.test_labels)
 
 
-def trained(cache: Path, data: Data, origin: str | None = None, epochs: int = EPOCHS) -> nn.Module:
+@dataclass(frozen=True)
+class Training:
+    """How the networks to convert are trained."""
+
+    cache: Path
+    """Where they are kept: each is trained once."""
+    epochs: int = EPOCHS
+    tuning: int = 60_000
+    """Images of the one epoch that a sparse network is trained after it was pruned from the dense one."""
+    dtype: str = "bfloat16"
+
+
+def trained(how: Training, data: Data, origin: str | None = None) -> nn.Module:
     """The dense network, or one pruned from it by magnitude and trained one epoch with its mask fixed; from the cache."""
     name = "dense" if origin is None else origin.replace(":", "of").replace("%", "percent")
-    path = cache / f"resnet20-fashion{data.train_inputs.shape[-1]}-{name}-{len(data.train_labels)}x{epochs}.pt"
+    budget = f"{len(data.train_labels)}x{how.epochs}" + ("" if origin is None else f"+{how.tuning}")
+    path = how.cache / f"resnet20-fashion{data.train_inputs.shape[-1]}-{name}-{budget}.pt"
     model = ResNet20()
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
     torch.manual_seed(0)
     if origin is None:
-        fit(model, data, epochs, RATE)
+        fit(model, data, how.epochs, RATE, how.dtype)
     else:
-        model.load_state_dict(trained(cache, data, None, epochs).state_dict())
+        model.load_state_dict(trained(how, data).state_dict())
         prune_(model, origin)
         reestimate_batch_norms_(model, list(data.train_inputs[:2000].split(200)))
-        fit(model, data, 1, RATE / 8, {name: value != 0 for name, value in model.named_parameters() if value.ndim == 4})
-    cache.mkdir(parents=True, exist_ok=True)
+        masks = {name: value != 0 for name, value in model.named_parameters() if value.ndim == 4}
+        part = replace(data, train_inputs=data.train_inputs[: how.tuning], train_labels=data.train_labels[: how.tuning])
+        fit(model, part, 1, RATE / 8, how.dtype, masks)
+    how.cache.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path)
     return model.eval()
 
 
-def fit(model: nn.Module, data: Data, epochs: int, rate: float, masks: dict[str, Tensor] | None = None) -> None:
-    """SGD with one cycle, bfloat16, random flips."""
+def fit(model: nn.Module, data: Data, epochs: int, rate: float, dtype: str, masks: dict[str, Tensor] | None = None) -> None:
+    """SGD with one cycle, random flips."""
     steps = len(data.train_labels) // BATCH
     optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=epochs * steps)
@@ -69,7 +107,7 @@ def fit(model: nn.Module, data: Data, epochs: int, rate: float, masks: dict[str,
             images = data.train_inputs[index]
             flip = torch.rand(len(index)) < 0.5
             images = torch.where(flip[:, None, None, None], images.flip(3), images).to(memory_format=torch.channels_last)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
                 logits = model(images)
             loss = functional.cross_entropy(logits.float(), data.train_labels[index], label_smoothing=0.1)
             optimizer.zero_grad()

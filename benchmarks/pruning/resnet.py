@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from experiment import Rows, measured
-from network import QUICK, accuracy, calibration, fashion_mnist, trained
+from network import accuracy, arguments, calibration, opened, trained
 
 from bisparse import verify
 from bisparse.pruning import (
@@ -47,21 +47,18 @@ METHODS: dict[str, tuple[Method, str]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, required=True, help="where the trained networks are kept")
-    parser.add_argument("--data", type=Path, help="Fashion-MNIST's idx.gz files")
+    arguments(parser)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--patterns", nargs="+", default=list(dict.fromkeys(to for _, to in ROUTES)))
-    parser.add_argument("--quick", action="store_true", help="512 small images, 1 epoch, 1 seed: does it run?")
     parser.add_argument("--results", type=Path, default=RESULTS / "pruning_resnet.jsonl")
     options = parser.parse_args()
-    data = fashion_mnist(options.data, *(QUICK if options.quick else ()))
-    epochs = 1 if options.quick else 5
+    data, how, budget = opened(options)
     rows = Rows(options.results)
-    for origin in (None, "4:8", "50%"):
-        with rows.new({"origin": origin or "dense", "to": None}) as row:
+    for origin in dict.fromkeys(origin for origin, to in ROUTES if to in options.patterns):
+        with rows.new({**budget, "origin": origin or "dense", "to": None}) as row:
             if row is not None:
-                row["accuracy"] = accuracy(trained(options.cache, data, origin, epochs), data)
+                row["accuracy"] = accuracy(trained(how, data, origin), data)
     for seed in range(1 if options.quick else options.seeds):
         batches = calibration(data, seed)
         for origin, to in ROUTES:
@@ -69,10 +66,10 @@ def main() -> None:
                 if to not in options.patterns:
                     continue
                 method, order = METHODS[name]
-                key = {"origin": origin or "dense", "to": to, "method": name, "seed": seed if method.needs else None}
+                key = {**budget, "origin": origin or "dense", "to": to, "method": name, "seed": seed if method.needs else None}
                 if rows.find({**key, "batch_norms": "re-estimated"}):
                     continue
-                model = copy.deepcopy(trained(options.cache, data, origin, epochs))
+                model = copy.deepcopy(trained(how, data, origin))
                 started = time.perf_counter()
                 report = convert_(model, to, batches, method=method, order=order, progress=True)
                 figures = measured(report, time.perf_counter() - started)
