@@ -6,6 +6,7 @@ Faster kernels register themselves for "cpu" (numba) and "cuda" (Triton); torch 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -88,8 +89,10 @@ def keep_largest(groups: Real[Tensor, "G M"], n: int) -> Bool[Tensor, "G M"]:
 def exact_mask(scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"]]:
     """Optimal mask of the tiles of a float32 matrix whose sides m divides, and which tiles were too `COARSE` to trust.
 
+    On a GPU float16 and bfloat16 are read as they are, and a tile with a bad score is coarse: nothing waits for the device.
+
     Raises:
-        BadScoreError: a score is NaN, infinite or negative.
+        BadScoreError: a score is NaN, infinite or negative; not on a GPU.
     """
     mask, coarse = torch.ops.bisparse.exact_mask(scores, n, m, exactly)
     return mask, coarse
@@ -201,5 +204,17 @@ def _numba_kernel(name: str) -> Callable[..., Any]:
     return kernel
 
 
+def _triton_kernel(name: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        from bisparse.kernels import cuda
+
+        return getattr(cuda, name)(*args)
+
+    return kernel
+
+
 for _name in ("keep_largest", "exact_mask", "exact_solve", "exact_solve_integers"):
     _LIBRARY.impl(_name, _numba_kernel(_name), "CPU")
+if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
+    for _name in ("exact_mask", "exact_solve", "exact_solve_integers"):
+        _LIBRARY.impl(_name, _triton_kernel(_name), "CUDA")

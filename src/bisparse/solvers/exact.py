@@ -59,7 +59,7 @@ class Exact(Solver):
             ops.check_scores(scores)
             masks, certificate = self._solve_as_given(to_tiles(scores, m), n)
             return from_tiles(masks, *scores.shape), lambda: certificate
-        numbers = scores.float().contiguous()
+        numbers = (scores if scores.is_cuda else scores.float()).contiguous()
         if (n, m) == (2, 4):
             mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
             mask = self._solve_coarse(scores, mask, coarse, n, m)[0]
@@ -89,6 +89,7 @@ class Exact(Solver):
         """Solve the tiles that the fast mode would ruin, exactly as given."""
         if not bool(coarse.any()):
             return mask, coarse, None
+        ops.check_scores(scores)  # a kernel on a GPU cannot raise and calls a tile coarse that holds no scores
         masks = to_tiles(mask, m).clone()
         masks[coarse], certificate = self._solve_as_given(to_tiles(scores, m)[coarse], n)
         return from_tiles(masks, *scores.shape), coarse, certificate
