@@ -20,9 +20,8 @@ from bisparse.kernels.repair import repair
 from bisparse.kernels.threads import over_bands
 from bisparse.kernels.vectors import COARSE_SHIFT, LANES, SMALL
 
-COLD_ALTERNATIONS = 8
-WARM_ALTERNATIONS = 2
-CLAMPED_ALTERNATIONS = 3
+COLD_ALTERNATIONS = 5
+WARM_ALTERNATIONS = 3
 VECTOR_SIDES = (4, 8, 16, 32, 64)
 UNBOUNDED = 0x7F800000  # the bit pattern of infinity: NaN and, read as unsigned, every negative number lie above
 MIDDLE_CHUNK = 128
@@ -64,38 +63,17 @@ def sweep_prices(lanes, prices16, alternations, network, n, spare, floor, side):
 
 
 @njit(nogil=True, cache=True)
-def balance_prices(prices16, count, negative, side):  # type: ignore[no-untyped-def]
-    """Move prices between the rows and the columns of each tile, which changes no mask, so that none is negative.
-
-    Those still negative are set to zero, and the tile noted in `negative`; returns whether there were any.
-    """
+def start_prices(prices16, settled, prices, u, v, chosen, side):  # type: ignore[no-untyped-def]
+    """The prices of the sweeps in units of the 24-bit scores, for the chosen tiles; `settled` is room for their transpose."""
     vec.never_inline()
     m = len(side)
-    found = False
-    for t in range(count):
-        low_u, low_v = np.int32(prices16[t]), np.int32(prices16[m * LANES + t])
-        for k in range(1, m):
-            low_u = min(low_u, np.int32(prices16[k * LANES + t]))
-            low_v = min(low_v, np.int32(prices16[(m + k) * LANES + t]))
-        shift = (low_u - low_v) >> 1
-        negative[t] = low_u + low_v < -1
-        found = found or negative[t]
-        for k in range(m):
-            prices16[k * LANES + t] = max(np.int32(prices16[k * LANES + t]) - shift, 0)
-            prices16[(m + k) * LANES + t] = min(max(np.int32(prices16[(m + k) * LANES + t]) + shift, 0), 32767)
-    return found
-
-
-@njit(nogil=True, cache=True)
-def start_prices(prices16, prices, u, v, chosen, side):  # type: ignore[no-untyped-def]
-    """The prices of the sweeps in units of the 24-bit scores, for the chosen tiles."""
-    vec.never_inline()
-    m = len(side)
+    for t in range(0, LANES, 8):
+        for k in range(0, 2 * m, 8):
+            vec.transpose_8x8(prices16, k * LANES + t, LANES, settled, t * 2 * m + k, 2 * m)
     for t in range(LANES):
         if chosen[t]:
-            for k in range(m):
-                prices[u + t * m + k] = np.int32(prices16[k * LANES + t]) << COARSE_SHIFT
-                prices[v + t * m + k] = np.int32(prices16[(m + k) * LANES + t]) << COARSE_SHIFT
+            vec.refine_prices(settled, t * 2 * m, prices, u + t * m, side)
+            vec.refine_prices(settled, t * 2 * m + m, prices, v + t * m, side)
 
 
 @njit(nogil=True, cache=True)
@@ -104,11 +82,12 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
     m = len(side)
     across, tiles = columns // m, exponents.shape[0]
     source, lanes = np.zeros(LANES * m * m, np.int16), np.zeros(LANES * m * m, np.int16)
-    prices16, spare = np.zeros(2 * m * LANES, np.int16), np.zeros(m * LANES, np.int16)
+    prices16, settled, spare = np.zeros(2 * m * LANES, np.int16), np.zeros(2 * m * LANES, np.int16), np.zeros(m * LANES, np.int16)
     scales, bases = np.zeros(LANES, np.float32), np.zeros(LANES, np.int64)
     work, bits = np.zeros(2 * m * m + 8 * m, np.int32), np.zeros(4 * m + 1, np.int64)
     kept_row = 2 * m * m + 6 * m
-    chosen, negative = np.zeros(LANES, np.bool_), np.zeros(LANES, np.bool_)
+    chosen = np.zeros(LANES, np.bool_)
+    floor = -32768 if free else 0
     worst = np.int64(0)
     for start in range(first, last, LANES):
         count = min(LANES, last - start)
@@ -178,14 +157,12 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                 for t in range(count):
                     for k in range(m):
                         prices16[(m + k) * LANES + t] = max(min(prices[v + t * m + k] >> COARSE_SHIFT, 32767), -32768)
-            alternations = WARM_ALTERNATIONS if warm else COLD_ALTERNATIONS
-            sweep_prices(lanes, prices16, alternations, network, n, spare, -32768, side)
-            again = not free and balance_prices(prices16, count, negative, side)
-            start_prices(prices16, prices, u, v, chosen, side)
-            if again:  # only for the tiles that need it, so that no tile's mask depends on its neighbours
-                chosen &= negative
-                sweep_prices(lanes, prices16, CLAMPED_ALTERNATIONS, network, n, spare, 0, side)
-                start_prices(prices16, prices, u, v, chosen, side)
+            if not warm:
+                sweep_prices(lanes, prices16, COLD_ALTERNATIONS, network, n, spare, -32768, side)
+            if not free:
+                vec.balance_prices(prices16, side)
+            sweep_prices(lanes, prices16, WARM_ALTERNATIONS, network, n, spare, floor, side)
+            start_prices(prices16, settled, prices, u, v, chosen, side)
         elif unbalanced == 0:
             continue
         for t in range(count):

@@ -10,6 +10,7 @@ Arrays are 1-D and contiguous; offsets count elements; nothing is bounds-checked
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial, reduce
 from typing import Any
 
 from llvmlite import ir
@@ -178,7 +179,7 @@ def transpose_8x8(
     return types.void(source, types.intp, types.intp, target, types.intp, types.intp), codegen
 
 
-def _lane_differences(b: Any, lanes: Any, prices: Any, line: Any, stride: Any, other: Any, m: int) -> list[Any]:
+def _lane_differences(b: Any, lanes: Any, prices: Any, line: Any, stride: Any, other: Any, places: range) -> list[Any]:
     vector = ir.VectorType(I16, LANES)
     return [
         _call(
@@ -187,7 +188,7 @@ def _lane_differences(b: Any, lanes: Any, prices: Any, line: Any, stride: Any, o
             vector,
             [_load(b, lanes, _row_of(b, line, stride, k), I16, LANES), _load(b, prices, _at(b, other, k * LANES), I16, LANES)],
         )
-        for k in range(m)
+        for k in places
     ]
 
 
@@ -206,10 +207,12 @@ def median_prices(
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         lanes, prices = (_pointer(context, b, signature, args, k) for k in (0, 3))
-        values = _lane_differences(b, lanes, prices, args[1], args[2], args[4], m)
-        for low, high in sorting_network(m // 2):  # each half sorted, ascending
-            for i, j in ((low, high), (low + m // 2, high + m // 2)):
-                values[i], values[j] = _smaller(b, values[i], values[j]), _larger(b, values[i], values[j])
+        values: list[Any] = []
+        for half in (0, m // 2):  # one half after the other: both at once do not fit the registers at M = 32
+            part = _lane_differences(b, lanes, prices, args[1], args[2], args[4], range(half, half + m // 2))
+            for i, j in sorting_network(m // 2):
+                part[i], part[j] = _smaller(b, part[i], part[j]), _larger(b, part[i], part[j])
+            values += part
         # Of a bitonic pair of sorted halves, min(a_i, b_(last - i)) are the smaller M/2 and the max the larger.
         below = [_smaller(b, values[i], values[m - 1 - i]) for i in range(m // 2)]
         above = [_larger(b, values[i], values[m - 1 - i]) for i in range(m // 2)]
@@ -232,7 +235,7 @@ def lane_differences(
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         lanes, prices, out = (_pointer(context, b, signature, args, k) for k in (0, 3, 5))
-        for k, value in enumerate(_lane_differences(b, lanes, prices, args[1], args[2], args[4], m)):
+        for k, value in enumerate(_lane_differences(b, lanes, prices, args[1], args[2], args[4], range(m))):
             _store(b, value, out, ir.Constant(I64, k * LANES))
         return context.get_dummy_value()
 
@@ -264,6 +267,42 @@ def store_midpoint(typing: Any, lanes: Any, above: Any, below: Any, prices: Any,
         return context.get_dummy_value()
 
     return types.void(lanes, types.intp, types.intp, prices, types.intp, types.intp), codegen
+
+
+@intrinsic
+def balance_prices(typing: Any, prices: Any, side: Any) -> tuple[Any, Codegen]:
+    """Move prices from rows to columns of each lane, which changes no mask, so that both have the same least; none below 0."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        pointer = _pointer(context, b, signature, args, 0)
+        vector = ir.VectorType(I16, LANES)
+        lines = [_load(b, pointer, ir.Constant(I64, k * LANES), I16, LANES) for k in range(2 * m)]
+        rows, columns = lines[:m], lines[m:]
+        low_row, low_column = reduce(partial(_smaller, b), rows), reduce(partial(_smaller, b), columns)
+        half = b.ashr(b.xor(low_row, low_column), _number(I16, LANES, 1))
+        shift = _call(b, f"llvm.ssub.sat.v{LANES}i16", vector, [low_row, b.add(b.and_(low_row, low_column), half)])
+        for name, part, start in (("ssub", rows, 0), ("sadd", columns, m)):
+            for k, line in enumerate(part):
+                moved = _call(b, f"llvm.{name}.sat.v{LANES}i16", vector, [line, shift])
+                _store(b, _larger(b, moved, _number(I16, LANES, 0)), pointer, ir.Constant(I64, (start + k) * LANES))
+        return context.get_dummy_value()
+
+    return types.void(prices, side), codegen
+
+
+@intrinsic
+def refine_prices(typing: Any, coarse: Any, from_: Any, prices: Any, to: Any, side: Any) -> tuple[Any, Codegen]:
+    """Prices of a tile's rows, or columns, from units of the sweeps to units of the 24-bit scores."""
+    m = side.count
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, target = (_pointer(context, b, signature, args, k) for k in (0, 2))
+        wide = b.sext(_load(b, source, args[1], I16, m), ir.VectorType(I32, m))
+        _store(b, b.shl(wide, _number(I32, m, COARSE_SHIFT)), target, args[3])
+        return context.get_dummy_value()
+
+    return types.void(coarse, types.intp, prices, types.intp, side), codegen
 
 
 @intrinsic
