@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bisparse.accelerate import AccelerationReport, accelerate_
     from bisparse.checkpoint import CheckpointError, load, load_masks, prune_checkpoint, save, verify_checkpoint
     from bisparse.diversity import MaskDiversity, hardware, mask_diversity
     from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ALPS",
+    "AccelerationReport",
     "AdaPrune",
     "Certificate",
     "CertificateError",
@@ -49,6 +51,7 @@ __all__ = [
     "Verification",
     "Violation",
     "Wanda",
+    "accelerate_",
     "choose_solver",
     "convert_",
     "finalize_",
@@ -70,7 +73,7 @@ __all__ = [
 ]
 
 # Names are imported when they are first used: `bisparse --help` need not wait for torch.
-_ROOMS = ("diversity", "pattern", "solution", "solve", "solvers", "results", "checkpoint", "pruning", "training", "report")
+_ROOMS = ("diversity", "pattern", "solution", "solve", "solvers", "results", "checkpoint", "pruning", "training", "accelerate", "report")
 
 
 def __getattr__(name: str) -> Any:

@@ -213,8 +213,14 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
 
     Raises:
         CheckpointError: names or shapes that do not fit, or a corrupt file; the model is unchanged.
+        ValueError: the model is accelerated.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
     """
+    if packed := [name for name, module in model.named_modules() if isinstance(module, HasDenseWeight)]:
+        raise ValueError(
+            f"the model is accelerated (at {packed[0]!r}): load into the plain model, then call accelerate_, or read the weights "
+            "yourself and pass them to model.load_state_dict"
+        )
     source = open_source(folder)
     sidecar = read_sidecar(source.path if source.path.is_dir() else source.path.parent)
     state, tensors = model.state_dict(), source.tensors

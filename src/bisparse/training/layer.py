@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,7 +14,21 @@ from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
 from bisparse.training.masked import Masked, SoftThreshold, own_parametrization, trained_parameter
 
-__all__ = ["SparseLayer", "local"]
+__all__ = ["Accelerated", "SparseLayer", "local"]
+
+
+@runtime_checkable
+class Accelerated(Protocol):
+    """A layer that multiplies by its weight in a form of its own, as `bisparse.accelerate` makes them."""
+
+    def dense_weight(self) -> Tensor:
+        """The weight, dense, with zeros."""
+
+    def mask_changed(self) -> None:
+        """Take up the mask of the weight as it is now."""
+
+    def restore_(self) -> None:
+        """Become the layer again that it was."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -85,6 +100,11 @@ class SparseLayer:
     def zero_pruned(self) -> None:
         """Set the weight to exactly zero off the mask."""
         local(self.weight.detach()).masked_fill_(~self.local_mask, 0)
+
+    def mask_changed(self) -> None:
+        """Tell the module, where it keeps something that it made from the mask."""
+        if isinstance(self.module, Accelerated):
+            self.module.mask_changed()
 
     @property
     def transposable(self) -> bool:

@@ -16,7 +16,7 @@ from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
-from bisparse.training.layer import SparseLayer
+from bisparse.training.layer import Accelerated, SparseLayer
 from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, trained_parameter
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.schedule import Phase, Schedule
@@ -298,17 +298,20 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
 
 @torch.no_grad()
 def finalize_(model: nn.Module) -> nn.Module:
-    """Turn a sparsified model into a plain one: weights hold their zeros, nothing of this library is left. Returns the model.
+    """Turn a sparsified or accelerated model into a plain one: weights hold their zeros, nothing of this library is left.
 
-    The parameters stay the same objects, so optimizers keep them. The masks are checked against their patterns first.
+    Returns the model. The parameters stay the same objects, so optimizers keep them, but for weights that were packed. The masks
+    are checked against their patterns first.
 
     Raises:
-        ValueError: the model is not sparsified, or its weights are sharded over ranks (take `plain_state_dict` there).
+        ValueError: the model is neither sparsified nor accelerated, or its weights are sharded over ranks (take
+            `plain_state_dict` there).
         PatternError: a mask breaks its pattern, as after averaging masks.
     """
     dynamic = masked_parameters(model)
+    accelerated = [module for module in model.modules() if isinstance(module, Accelerated)]
     static = [(module, buffer) for module in model.modules() for buffer, _ in _buffers(module) if _is_static_mask(module, buffer)]
-    if not dynamic and not static:
+    if not dynamic and not static and not accelerated:
         raise ValueError("the model is not sparsified: there is nothing to finalize")
     for name, module, parameter, own in dynamic:
         if isinstance(trained_parameter(module, parameter), DTensor):
@@ -318,6 +321,8 @@ def finalize_(model: nn.Module) -> nn.Module:
             )
         if not own.dense:
             verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
+    for layer in accelerated:
+        layer.restore_()
     masked = {id(own): getattr(module, parameter).clone() for _, module, parameter, own in dynamic}
     for _, module, parameter, own in dynamic:
         # Copied into the dense weight, whose storage others may share; twice for tied weights, with the same values.

@@ -252,6 +252,7 @@ class Sparsity:
             own = layer.parametrization
             if own is not None:
                 own.dense = False
+            layer.mask_changed()
         if measured:
             for tell in self.on_refresh:
                 tell(self)
@@ -267,6 +268,7 @@ class Sparsity:
             if own is not None:
                 own.dense = True
                 own.mask.fill_(True)
+                layer.mask_changed()
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -324,6 +326,7 @@ class Sparsity:
             parametrization = layer.parametrization
             if parametrization is not None:
                 parametrization.dense = dense
+            layer.mask_changed()
 
 
 def check_mask(name: str, mask: Tensor, pattern: Structure, layer: SparseLayer) -> None:

@@ -1,0 +1,384 @@
+"""The libraries that multiply by a 2:4 matrix: cuSPARSELt, CUTLASS, and a reference that runs anywhere.
+
+Each one keeps a packed matrix in two tensors: `packed`, of the weight's dtype, and `metadata`. The operators of torch that are
+used are prototypes there; this file alone calls them. None of them checks that what it packs is 2:4: callers must.
+
+Source of shapes and dtypes: `torch.sparse.SparseSemiStructuredTensorCUTLASS` and `...CUSPARSELT`, torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Bool, Float, Shaped, UInt8
+from torch import Tensor
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from bisparse.accelerate.packing import (
+    find_positions,
+    from_metadata,
+    kept_mask,
+    put_values,
+    take_values,
+    to_metadata,
+)
+from bisparse.kernels.pack import pack_2to4
+
+__all__ = ["BACKENDS", "Backend", "BackendError", "choose_backend", "usable_backends"]
+
+HALF = (torch.float16, torch.bfloat16)
+DENSE_MULTIPLE = 8
+"""Both libraries take activations whose number of tokens is a multiple of this; others are completed with zeros."""
+
+
+class BackendError(ValueError):
+    """A backend that was asked for cannot run here, or cannot take this layer."""
+
+
+class Backend(ABC):
+    """A way to store a 2:4 matrix and to multiply by it."""
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    row_multiple: int = 1
+    column_multiple: int = 1
+
+    def shape_reason(self, rows: int, columns: int) -> str | None:
+        """Why a (rows, columns) matrix cannot be packed; None where it can."""
+        if rows % self.row_multiple == 0 and columns % self.column_multiple == 0:
+            return None
+        return (
+            f"{self.name} packs matrices whose rows are a multiple of {self.row_multiple} and columns of {self.column_multiple}, "
+            f"not {rows} x {columns}"
+        )
+
+    def dtype_reason(self, dtype: torch.dtype) -> str | None:
+        """Why numbers of this dtype cannot be packed; None where they can."""
+        if dtype in self.dtypes:
+            return None
+        taken = ", ".join(str(one).removeprefix("torch.") for one in self.dtypes)
+        return f"{self.name} takes {taken}, not {str(dtype).removeprefix('torch.')}"
+
+    @abstractmethod
+    def device_reason(self, device: torch.device) -> str | None:
+        """Why it cannot run on this device; None where it can."""
+
+    @abstractmethod
+    def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
+        """(packed, metadata) of a matrix that is 2:4 along its rows."""
+
+    @abstractmethod
+    def unpack(
+        self, packed: Shaped[Tensor, "..."], metadata: Shaped[Tensor, "..."], rows: int, columns: int
+    ) -> Float[Tensor, "R C"]:
+        """The matrix that was packed, dense, with zeros."""
+
+    @abstractmethod
+    def layout(self, positions: UInt8[Tensor, "R G"], columns: int, dtype: torch.dtype) -> Shaped[Tensor, "..."]:
+        """The metadata of these positions: found once for a mask, used with every set of values."""
+
+    def layouts(
+        self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], positions_t: UInt8[Tensor, "C H"], dtype: torch.dtype
+    ) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
+        """`layout` of a mask that is 2:4 both ways, and of its transpose."""
+        rows, columns = mask.shape
+        return self.layout(positions, columns, dtype), self.layout(positions_t, rows, dtype)
+
+    @abstractmethod
+    def fill(
+        self,
+        weight: Float[Tensor, "R C"],
+        positions: UInt8[Tensor, "R G"],
+        metadata: Shaped[Tensor, "..."],
+        dtype: torch.dtype,
+    ) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
+        """(packed, metadata) of a weight as it is now, masked, in another dtype; `metadata` is what `layout` gave."""
+
+    @abstractmethod
+    def multiply(
+        self,
+        packed: Shaped[Tensor, "..."],
+        metadata: Shaped[Tensor, "..."],
+        dense: Float[Tensor, "C N"],
+        rows: int,
+        bias: Float[Tensor, " R"] | None = None,
+        *,
+        transposed: bool = False,
+        search: bool = False,
+    ) -> Float[Tensor, "..."]:
+        """``S @ dense + bias``, (R, N), or its transpose, (N, R); contiguous. With `search`, by the fastest algorithm here."""
+
+
+class Reference(Backend):
+    """Really packed, decompressed for every product: the same numbers on any device, and no faster than dense."""
+
+    name = "reference"
+    dtypes = (torch.float64, torch.float32, *HALF)
+
+    def device_reason(self, device: torch.device) -> str | None:
+        return None
+
+    def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Float[Tensor, "R C2"], UInt8[Tensor, "R B"]]:
+        positions = find_positions(matrix != 0)
+        return take_values(matrix, positions), to_metadata(positions)
+
+    def unpack(
+        self, packed: Float[Tensor, "R C2"], metadata: UInt8[Tensor, "R B"], rows: int, columns: int
+    ) -> Float[Tensor, "R C"]:
+        return put_values(packed, from_metadata(metadata, packed.shape[1] // 2), columns)
+
+    def layout(self, positions: UInt8[Tensor, "R G"], columns: int, dtype: torch.dtype) -> UInt8[Tensor, "R B"]:
+        return to_metadata(positions)
+
+    def fill(
+        self,
+        weight: Float[Tensor, "R C"],
+        positions: UInt8[Tensor, "R G"],
+        metadata: Shaped[Tensor, "..."],
+        dtype: torch.dtype,
+    ) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "..."]]:
+        return take_values(weight, positions).to(dtype), metadata
+
+    def multiply(
+        self,
+        packed: Float[Tensor, "R C2"],
+        metadata: UInt8[Tensor, "R B"],
+        dense: Float[Tensor, "C N"],
+        rows: int,
+        bias: Float[Tensor, " R"] | None = None,
+        *,
+        transposed: bool = False,
+        search: bool = False,
+    ) -> Float[Tensor, "..."]:
+        matrix = self.unpack(packed, metadata, rows, dense.shape[0])
+        product = torch.nn.functional.linear(dense.t(), matrix, bias)
+        return product if transposed else product.t().contiguous()
+
+
+class _OnTensorCores(Backend):
+    dtypes = HALF
+
+    def device_reason(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"{self.name} needs a CUDA device, and the weights are on {device.type}"
+        if not torch.cuda.is_available():
+            return f"{self.name} needs a CUDA device, and torch sees none here"
+        if torch.version.hip:
+            return f"{self.name} runs on NVIDIA devices, and this torch is built for ROCm"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"{self.name} needs sparse tensor cores (compute capability 8.0, Ampere), and this device has {major}.{minor}"
+        return self._library_reason(major, minor) or _try_out(self.name, torch.device(device.type, device.index or 0))
+
+    @abstractmethod
+    def _library_reason(self, major: int, minor: int) -> str | None: ...
+
+
+class Cutlass(_OnTensorCores):
+    """torch's CUTLASS kernels: values and metadata apart, so that new values need no packing."""
+
+    name = "cutlass"
+    row_multiple, column_multiple = 32, 64
+
+    def _library_reason(self, major: int, minor: int) -> str | None:
+        if major != 8:
+            return f"torch's CUTLASS kernels for 2:4 run on compute capability 8.x, and this device has {major}.{minor}"
+        return None
+
+    def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "R M"]]:
+        values, metadata = sparse_semi_structured_from_dense_cutlass(matrix.contiguous())
+        return values, metadata
+
+    def unpack(
+        self, packed: Float[Tensor, "R C2"], metadata: Shaped[Tensor, "R M"], rows: int, columns: int
+    ) -> Float[Tensor, "R C"]:
+        matrix: Tensor = sparse_semi_structured_to_dense_cutlass(packed, metadata)
+        return matrix
+
+    def layout(self, positions: UInt8[Tensor, "R G"], columns: int, dtype: torch.dtype) -> Shaped[Tensor, "R M"]:
+        metadata: Tensor = sparse_semi_structured_from_dense_cutlass(kept_mask(positions, columns).to(dtype))[1]
+        return metadata
+
+    def layouts(
+        self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], positions_t: UInt8[Tensor, "C H"], dtype: torch.dtype
+    ) -> tuple[Shaped[Tensor, "R M"], Shaped[Tensor, "C N"]]:
+        _, metadata, _, metadata_t = pack_2to4(mask.to(dtype), mask)
+        return metadata, metadata_t
+
+    def fill(
+        self,
+        weight: Float[Tensor, "R C"],
+        positions: UInt8[Tensor, "R G"],
+        metadata: Shaped[Tensor, "R M"],
+        dtype: torch.dtype,
+    ) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "R M"]]:
+        return take_values(weight, positions).to(dtype), metadata
+
+    def multiply(
+        self,
+        packed: Float[Tensor, "R C2"],
+        metadata: Shaped[Tensor, "R M"],
+        dense: Float[Tensor, "C N"],
+        rows: int,
+        bias: Float[Tensor, " R"] | None = None,
+        *,
+        transposed: bool = False,
+        search: bool = False,
+    ) -> Float[Tensor, "..."]:
+        padded = _padded(dense)
+        if bias is None:
+            product = torch._sparse_semi_structured_mm(packed, metadata, padded)
+        else:
+            product = torch._sparse_semi_structured_addmm(bias, packed, metadata, padded)
+        product = product[:, : dense.shape[1]]
+        return product.t().contiguous() if transposed else product.contiguous()
+
+
+class CuSparseLt(_OnTensorCores):
+    """NVIDIA's cuSPARSELt: values and metadata in one tensor, whose form is the library's own business."""
+
+    name = "cusparselt"
+    row_multiple, column_multiple = 16, 16
+
+    def _library_reason(self, major: int, minor: int) -> str | None:
+        return None if torch.backends.cusparselt.is_available() else "this torch is built without cuSPARSELt"
+
+    def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Shaped[Tensor, "R P"], Shaped[Tensor, "0"]]:
+        # Adding zero turns -0.0 into 0.0: whether the library takes -0.0 for a zero is not documented.
+        packed = torch._cslt_compress(matrix.contiguous() + 0.0)
+        return packed.view(matrix.shape[0], -1), matrix.new_empty(0)
+
+    def unpack(
+        self, packed: Shaped[Tensor, "R P"], metadata: Shaped[Tensor, "..."], rows: int, columns: int
+    ) -> Float[Tensor, "R C"]:
+        # Exact for finite numbers: every sum has one term that is not zero.
+        return self.multiply(packed, metadata, torch.eye(columns, dtype=packed.dtype, device=packed.device), rows)
+
+    def layout(self, positions: UInt8[Tensor, "R G"], columns: int, dtype: torch.dtype) -> Shaped[Tensor, "..."]:
+        """The bytes behind the values, where the values come first in our order; nothing where they do not.
+
+        An image of the mask tells: each kept entry holds its number in the group, so that equal values mean equal slots.
+        """
+        numbers = torch.arange(1, 5, device=positions.device, dtype=dtype).repeat(-(-columns // 4))[:columns]
+        image = torch.where(kept_mask(positions, columns), numbers, 0)
+        packed = self.pack(image)[0].flatten()
+        values = take_values(image, positions).flatten()
+        if torch.equal(packed[: values.numel()], values):
+            return packed[values.numel() :].view(torch.uint8)
+        return positions.new_empty(0)
+
+    def fill(
+        self,
+        weight: Float[Tensor, "R C"],
+        positions: UInt8[Tensor, "R G"],
+        metadata: Shaped[Tensor, "..."],
+        dtype: torch.dtype,
+    ) -> tuple[Shaped[Tensor, "R P"], Shaped[Tensor, "0"]]:
+        values = take_values(weight, positions).to(dtype)
+        if metadata.numel() == 0:
+            return self.pack(put_values(values, positions, weight.shape[1]))
+        packed = torch.cat((values.flatten(), metadata.view(dtype))).view(weight.shape[0], -1)
+        return packed, values.new_empty(0)
+
+    def multiply(
+        self,
+        packed: Shaped[Tensor, "R P"],
+        metadata: Shaped[Tensor, "..."],
+        dense: Float[Tensor, "C N"],
+        rows: int,
+        bias: Float[Tensor, " R"] | None = None,
+        *,
+        transposed: bool = False,
+        search: bool = False,
+    ) -> Float[Tensor, "..."]:
+        padded = _padded(dense)
+        algorithm = 0
+        if search:
+            by_rows = padded.is_contiguous()
+            shape = (rows, *padded.shape)
+            algorithm = _search_algorithm(shape, by_rows, bias is not None, transposed, packed.dtype, packed.device)
+        product = torch._cslt_sparse_mm(packed, padded, bias=bias, transpose_result=transposed, alg_id=algorithm)
+        tokens = dense.shape[1]
+        return (product[:tokens] if transposed else product[:, :tokens]).contiguous()
+
+
+BACKENDS: dict[str, Backend] = {one.name: one for one in (CuSparseLt(), Cutlass(), Reference())}
+"""All there are; `choose_backend` takes the first that runs, and never the reference."""
+
+
+def usable_backends(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
+    """Every backend, and why it cannot run on this device with this dtype; None where it can.
+
+    >>> usable_backends(torch.device("cpu"))["cusparselt"]
+    'cusparselt needs a CUDA device, and the weights are on cpu'
+    """
+    return {
+        name: (None if dtype is None else backend.dtype_reason(dtype)) or backend.device_reason(device)
+        for name, backend in BACKENDS.items()
+    }
+
+
+def choose_backend(name: str, device: torch.device) -> Backend | str:
+    """The backend of a name, or for "auto" the fastest known to run on a device; the reason where none does.
+
+    cuSPARSELt stands before CUTLASS: it has kernels for every generation, and can search for the best. The advisor measures both.
+
+    Raises:
+        BackendError: the name is none, or this backend does not run on this device.
+    """
+    if name == "auto":
+        reasons = {one: BACKENDS[one].device_reason(device) for one in ("cusparselt", "cutlass")}
+        for one, reason in reasons.items():
+            if reason is None:
+                return BACKENDS[one]
+        return "; ".join(str(reason) for reason in reasons.values())
+    if name not in BACKENDS:
+        raise BackendError(f"backend={name!r}: expected 'auto', {', '.join(map(repr, BACKENDS))}")
+    if (reason := BACKENDS[name].device_reason(device)) is not None:
+        raise BackendError(
+            f"backend={name!r}: {reason}. Pass backend='auto' to stay masked-dense there, or 'reference' for the same numbers"
+        )
+    return BACKENDS[name]
+
+
+def _padded(dense: Float[Tensor, "C N"]) -> Float[Tensor, "C N8"]:
+    """Columns completed to what the libraries take; rows or columns contiguous."""
+    missing = -dense.shape[1] % DENSE_MULTIPLE
+    if missing:
+        dense = torch.nn.functional.pad(dense.t(), (0, 0, 0, missing)).t()
+    return dense if dense.is_contiguous() or dense.t().is_contiguous() else dense.contiguous()
+
+
+@functools.lru_cache(maxsize=1024)
+def _search_algorithm(
+    shape: tuple[int, int, int], by_rows: bool, bias: bool, transposed: bool, dtype: torch.dtype, device: torch.device
+) -> int:
+    """cuSPARSELt's fastest algorithm for (rows, columns, tokens), by trying all of them once on random numbers."""
+    rows, columns, tokens = shape
+    matrix = torch.randn(rows, columns // 4, 4, dtype=dtype, device=device)
+    matrix[..., 2:] = 0
+    packed = torch._cslt_compress(matrix.view(rows, columns)).view(rows, -1)
+    dense = torch.randn((columns, tokens) if by_rows else (tokens, columns), dtype=dtype, device=device)
+    numbers = torch.randn(rows, dtype=dtype, device=device) if bias else None
+    return int(torch._cslt_sparse_mm_search(packed, dense if by_rows else dense.t(), numbers, transpose_result=transposed))
+
+
+@functools.cache
+def _try_out(name: str, device: torch.device) -> str | None:
+    """Why a small product fails on this device, or gives wrong numbers; None where it is right."""
+    backend = BACKENDS[name]
+    numbers = torch.Generator(device="cpu").manual_seed(0)
+    matrix = torch.randint(1, 8, (64, 128), generator=numbers).to(device, torch.bfloat16)
+    matrix.view(64, 32, 4)[..., ::2] = 0
+    dense = torch.randint(-8, 8, (128, 16), generator=numbers).to(device, torch.bfloat16)
+    try:
+        product = backend.multiply(*backend.pack(matrix), dense, 64)
+        right = torch.equal(product.float(), (matrix.float() @ dense.float()).to(torch.bfloat16).float())
+    except RuntimeError as error:
+        return f"{name} does not run on {torch.cuda.get_device_name(device)}: {str(error).splitlines()[0]}"
+    return None if right else f"{name} gives wrong products on {torch.cuda.get_device_name(device)}"

@@ -1,0 +1,376 @@
+"""Linear layers that run sparse: `PackedLinear` holds its weight packed for good, `SparseLinear` trains a dense one.
+
+Both are installed in place, by changing a Linear's class: hooks, names and whoever holds the module stay as they are. Both give
+plain dense weights to `state_dict`, and `restore_` makes them the Linear again that they were.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Shaped, UInt8
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
+
+from bisparse.accelerate.backend import BACKENDS, BackendError
+from bisparse.accelerate.operators import linear_2to4, packed_linear_2to4
+from bisparse.accelerate.packing import find_positions, kept_mask
+from bisparse.solution import PatternError, verify
+from bisparse.training import MVUELinear
+from bisparse.training.masked import Masked, own_parametrization, trained_parameter
+
+__all__ = ["PackedLinear", "SparseLinear"]
+
+
+class PackedLinear(nn.Linear):
+    """A Linear whose weight is a constant, stored as its kept values and where they stand.
+
+    `weight` is the dense weight, made anew at each reading; so is the entry of `state_dict`, which loads into a plain Linear and,
+    the other way round, takes a plain Linear's entry if it is 2:4.
+    """
+
+    backend: str
+    wanted_backend: str
+    search: bool
+    was_trained: bool
+    packed: Shaped[Tensor, "..."]
+    metadata: Shaped[Tensor, "..."]
+    packed_t: Shaped[Tensor, "..."] | None
+    metadata_t: Shaped[Tensor, "..."] | None
+
+    @classmethod
+    def install_(cls, module: nn.Linear, backend: str, *, transposed: bool, search: bool = True) -> None:
+        """Turn a Linear into this class. With `transposed` W^T is packed too, for sparse gradients of the input.
+
+        Raises:
+            PatternError: the weight, or with `transposed` its transpose, is not 2:4.
+            BackendError: what was packed does not give the weight back. The module is unchanged then.
+        """
+        weight = module.weight.detach()
+        tensors = _pack(weight, backend, transposed)
+        trained = module.weight.requires_grad
+        del module._parameters["weight"]
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module.backend, module.wanted_backend, module.search, module.was_trained = backend, backend, search, trained
+        module._hold(tensors)
+
+    @property
+    def weight(self) -> Float[Tensor, "O I"]:  # type: ignore[override]
+        """The dense weight, made anew at each reading."""
+        return self.dense_weight()
+
+    @torch.no_grad()
+    def dense_weight(self) -> Float[Tensor, "O I"]:
+        """The weight that was packed, with zeros."""
+        return BACKENDS[self.backend].unpack(self.packed, self.metadata, self.out_features, self.in_features)
+
+    def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        flat = _two_dimensional(_cast(input), self.in_features)
+        if flat.dtype != self.packed.dtype:
+            raise ValueError(
+                f"the weight is packed in {self.packed.dtype} and the input of shape {tuple(input.shape)} is {flat.dtype}: "
+                "convert the input, run under autocast, or convert the module with .to(dtype)"
+            )
+        transposed = None if self.packed_t is None or self.metadata_t is None else (self.packed_t, self.metadata_t)
+        output = packed_linear_2to4(
+            flat, self.packed, self.metadata, transposed, self.bias, self.out_features, self.backend, search=self.search
+        )
+        return output.reshape(*input.shape[:-1], self.out_features)
+
+    def mask_changed(self) -> None:
+        """Nothing to do: the weight is a constant."""
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Become a plain Linear again, with the dense weight."""
+        weight = self.dense_weight()
+        self._hold((None, None, None, None))
+        for name in ("packed", "metadata", "packed_t", "metadata_t"):
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        trained = self.was_trained
+        for name in ("backend", "wanted_backend", "search", "was_trained"):
+            delattr(self, name)
+        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.register_parameter("weight", nn.Parameter(weight, requires_grad=trained))
+        self._parameters["bias"] = self._parameters.pop("bias")  # in Linear's own order
+
+    def extra_repr(self) -> str:
+        backward = "" if self.packed_t is None else ", both ways"
+        return f"{super().extra_repr()}, packed 2:4 by {self.backend}{backward}"
+
+    def _hold(self, tensors: tuple[Tensor | None, ...]) -> None:
+        for name, tensor in zip(("packed", "metadata", "packed_t", "metadata_t"), tensors, strict=True):
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        found = fn(self.packed.new_empty(1))
+        if found.dtype == self.packed.dtype and found.device == self.packed.device:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # The packed form belongs to a device and a dtype.
+        both_ways, weight = self.packed_t is not None, fn(self.dense_weight())
+        self._hold((None, None, None, None))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        wanted = BACKENDS[self.wanted_backend]
+        usable = wanted.device_reason(weight.device) is None and wanted.dtype_reason(weight.dtype) is None
+        self.backend = wanted.name if usable else "reference"
+        self._hold(_pack(weight, self.backend, both_ways))
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.dense_weight()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = f"{prefix}weight"
+        rest = {name: value for name, value in state_dict.items() if name != key}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        weight = state_dict.get(key)
+        if weight is None:
+            if strict:
+                missing_keys.append(key)
+        elif tuple(weight.shape) != (self.out_features, self.in_features):
+            error_msgs.append(f"{key}: shape {tuple(weight.shape)}, expected {(self.out_features, self.in_features)}")
+        else:
+            try:
+                weight = weight.detach().to(self.packed.device, self.packed.dtype)
+                self._hold(_pack(weight, self.backend, self.packed_t is not None, key))
+            except PatternError as error:
+                error_msgs.append(str(error))
+
+
+class SparseLinear(nn.Linear):
+    """A Linear that trains: its dense weight is the optimizer's, its products are sparse at the mask's positions.
+
+    Positions are found where the mask changes; the values are taken from the weight in every pass, so nothing can go stale.
+    While there is no mask to follow (a dense phase), and for inputs of another dtype than `input_dtype`, it runs masked-dense.
+    """
+
+    backend: str
+    input_dtype: torch.dtype
+    search: bool
+    layer_name: str
+    mvue: bool
+    both_ways: bool
+    fixed: bool
+    """The mask is the weight's own zeros, and stays."""
+    warned: bool
+    _loaded: RemovableHandle
+    positions: UInt8[Tensor, "O G"] | None
+    metadata: Shaped[Tensor, "..."] | None
+    positions_t: UInt8[Tensor, "I H"] | None
+    metadata_t: Shaped[Tensor, "..."] | None
+
+    @classmethod
+    def install_(
+        cls, module: nn.Linear, backend: str, dtype: torch.dtype, *, transposed: bool, search: bool = True, name: str = ""
+    ) -> None:
+        """Turn a Linear, plain or in sparse training, into this class; parameters and masks stay the same objects.
+
+        Args:
+            dtype: of the inputs, as autocast or the model's own dtype will have it.
+            transposed: the mask is 2:4 along columns too, and the input's gradient shall be a sparse product.
+            name: the layer's, for messages.
+
+        Raises:
+            PatternError: the mask is not 2:4. The module is unchanged then.
+        """
+        own = own_parametrization(module, "weight")
+        resting = own is not None and own.dense
+        tensors = (None,) * 4 if resting else _find(_mask_of(module), backend, dtype, transposed)
+        mvue = isinstance(module, MVUELinear)
+        _set_class(module, cls)
+        assert isinstance(module, cls)
+        module.backend, module.input_dtype, module.search, module.layer_name = backend, dtype, search, name
+        module.mvue, module.both_ways, module.warned = mvue, transposed, False
+        # A mask that nobody else holds does not move: then gradients of pruned weights would be lost work, or worse.
+        module.fixed = own is None and not isinstance(_static_mask(module), Tensor)
+        module._hold(tensors)
+        module._loaded = module.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def dense_weight(self) -> Float[Tensor, "O I"]:
+        """The weight as the products see it: dense, with zeros."""
+        weight = trained_parameter(self, "weight")
+        if isinstance(own := own_parametrization(self, "weight"), Masked):
+            return torch.where(own.mask, weight, 0)
+        assert self.positions is not None
+        return torch.where(kept_mask(self.positions, self.in_features), weight, 0)
+
+    def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        input = _cast(input)
+        if self.positions is None or self.metadata is None or not self._takes(input.dtype):
+            return self._dense(input)
+        transposed = None if self.positions_t is None or self.metadata_t is None else (self.positions_t, self.metadata_t)
+        output = linear_2to4(
+            _two_dimensional(input, self.in_features),
+            trained_parameter(self, "weight"),
+            self.bias,
+            self.positions,
+            self.metadata,
+            transposed,
+            self.backend,
+            mvue=self.mvue,
+            fixed=self.fixed,
+            search=self.search,
+        )
+        return output.reshape(*input.shape[:-1], self.out_features)
+
+    @torch.no_grad()
+    def mask_changed(self) -> None:
+        """Find the positions of the mask as it is now; sparse training calls it after each refresh."""
+        own = own_parametrization(self, "weight")
+        if own is not None and own.dense:
+            self._hold((None, None, None, None))
+        elif not self.fixed:
+            self._hold(_find(_mask_of(self), self.backend, self.input_dtype, self.both_ways))
+        elif self.positions is not None:
+            there = trained_parameter(self, "weight").detach() != 0
+            # Other zeros than before: the weight was loaded. A kept weight may well be zero for now.
+            if bool((there & ~kept_mask(self.positions, self.in_features)).any()):
+                self._hold(_find(there, self.backend, self.input_dtype, self.both_ways))
+
+    @torch.no_grad()
+    def restore_(self) -> None:
+        """Become again what it was made of. Pruned entries of a weight in training keep their dense values."""
+        if self.fixed:
+            trained_parameter(self, "weight").copy_(self.dense_weight())
+        self._loaded.remove()
+        for name in ("positions", "metadata", "positions_t", "metadata_t"):
+            del self._buffers[name]
+            self._non_persistent_buffers_set.discard(name)
+        kind = MVUELinear if self.mvue else nn.Linear
+        for name in ("backend", "input_dtype", "search", "layer_name", "mvue", "both_ways", "warned", "fixed", "_loaded"):
+            delattr(self, name)
+        _set_class(self, kind)
+
+    def extra_repr(self) -> str:
+        ways = "both ways" if self.both_ways else "forward"
+        return f"{super().extra_repr()}, 2:4 by {self.backend}, {ways}{', mvue' if self.mvue else ''}"
+
+    def _takes(self, dtype: torch.dtype) -> bool:
+        if self.backend == "reference" or dtype == self.input_dtype:
+            return True
+        if not (self.warned or torch.compiler.is_compiling()):
+            self.warned = True
+            warnings.warn(
+                f"{self.layer_name or 'a sparse Linear'} runs masked-dense: it was accelerated for {self.input_dtype}, the input "
+                f"is {dtype}. Run under autocast, or pass dtype={dtype} to accelerate_ if {self.backend} takes it.",
+                stacklevel=3,
+            )
+        return False
+
+    def _dense(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        weight = trained_parameter(self, "weight")
+        if parametrize.is_parametrized(self, "weight"):
+            weight = self.weight
+        elif self.positions is not None:
+            weight = torch.where(kept_mask(self.positions, self.in_features), weight, 0)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
+
+    def _hold(self, tensors: tuple[Tensor | None, ...]) -> None:
+        for name, tensor in zip(("positions", "metadata", "positions_t", "metadata_t"), tensors, strict=True):
+            held = self._buffers.get(name)
+            if held is not None and tensor is not None and held.shape == tensor.shape and held.device == tensor.device:
+                held.copy_(tensor)  # where a compiled graph, or a captured one, reads it
+            else:
+                self.register_buffer(name, tensor, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = self.positions
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if before is not None and self.positions is not None and before.device != self.positions.device:
+            mask = kept_mask(self.positions, self.in_features)
+            self._hold(_find(mask, self.backend, self.input_dtype, self.both_ways))
+        return self
+
+
+def _cast(input: Tensor) -> Tensor:
+    """The input as autocast wants it. The weight is cast by the products themselves: autocast's own cache of casts would miss
+    an optimizer's step within its context."""
+    kind = input.device.type
+    return input.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else input
+
+
+def _two_dimensional(input: Tensor, columns: int) -> Tensor:
+    if input.shape[-1:] != (columns,):
+        raise ValueError(f"an input of shape {tuple(input.shape)} does not fit a layer of {columns} inputs")
+    return input.reshape(-1, columns)
+
+
+def _static_mask(module: nn.Module) -> Tensor | None:
+    mask = module._buffers.get("weight_mask")
+    return mask if mask is not None and mask.dtype == torch.bool else None
+
+
+def _mask_of(module: nn.Module) -> Bool[Tensor, "O I"]:
+    own = own_parametrization(module, "weight")
+    if own is not None:
+        return own.mask
+    static = _static_mask(module)
+    return static if static is not None else trained_parameter(module, "weight").detach() != 0
+
+
+@torch.no_grad()
+def _find(
+    mask: Bool[Tensor, "O I"], backend: str, dtype: torch.dtype, transposed: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    verify(mask, "2:4-T" if transposed else "2:4").check()
+    own = BACKENDS[backend]
+    positions = find_positions(mask)
+    if not transposed:
+        return positions, own.layout(positions, mask.shape[1], dtype), None, None
+    positions_t = find_positions(mask.t())
+    metadata, metadata_t = own.layouts(mask, positions, positions_t, dtype)
+    return positions, metadata, positions_t, metadata_t
+
+
+@torch.no_grad()
+def _pack(weight: Float[Tensor, "O I"], backend: str, transposed: bool, name: str = "") -> tuple[Tensor | None, ...]:
+    verify(weight, "2:4-T" if transposed else "2:4", name=name).check()
+    own, sides, tensors = BACKENDS[backend], [weight, weight.t()] if transposed else [weight], []
+    for matrix in sides:
+        matrix = matrix.contiguous()
+        packed, metadata = own.pack(matrix)
+        if not torch.equal(own.unpack(packed, metadata, *matrix.shape), matrix):
+            raise BackendError(
+                f"{name or 'a weight'} of shape {tuple(matrix.shape)} and {matrix.dtype}: what {backend} packed does not give it "
+                "back (NaN among the weights, or a fault of the library); it stays dense"
+            )
+        tensors += [packed, metadata]
+    return (*tensors, *(None,) * (4 - len(tensors)))
+
+
+def _set_class(module: nn.Module, kind: type[nn.Linear]) -> None:
+    """Change a module's class beneath its parametrizations, which are taken off and put on again: same objects, same names."""
+    if not parametrize.is_parametrized(module, "weight"):
+        module.__class__ = kind
+        return
+    assert isinstance(module.parametrizations, nn.ModuleDict)
+    chain = module.parametrizations["weight"]
+    assert isinstance(chain, nn.ModuleList)
+    steps = list(chain)
+    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+    module.__class__ = kind
+    for step in steps:
+        parametrize.register_parametrization(module, "weight", step, unsafe=True)
+
+
+def _after_loading(module: nn.Module, keys: Any) -> None:
+    assert isinstance(module, SparseLinear)
+    module.mask_changed()

@@ -1,0 +1,79 @@
+"""2:4 matrices in half the space: where the kept weights stand (positions), and their values.
+
+A group of four consecutive entries of a row has two slots. `positions` holds a byte a group: bits 0-1 the entry in the first
+slot, bits 2-3 that in the second, which stands to its right, bits 4 and 5 whether each slot is in use. A slot that is not in
+use points where CUTLASS's packer points, so that one set of values serves every layout of the metadata. Positions come from the
+mask, not from the weights' zeros: a kept weight may be zero now and not after the next step.
+
+Columns that 4 does not divide count as completed with pruned ones.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Shaped, UInt8
+from torch import Tensor
+
+__all__ = ["find_positions", "kept_mask", "put_values", "take_values", "to_metadata"]
+
+FIRST_USED, SECOND_USED = 1 << 4, 1 << 5
+
+
+def find_positions(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:
+    """Where the at most two kept entries of every group stand. The mask must be 2:4 along its rows.
+
+    >>> [bin(p) for p in find_positions(torch.tensor([[True, False, True, False, False, False, True, False]]))[0].tolist()]
+    ['0b111000', '0b101110']
+    """
+    m0, m1, m2, m3 = _groups(mask).unbind(-1)
+    empty = ~m0 & ~m1
+    first = torch.where(m0, 0, torch.where(m1, 1, 2))
+    second = torch.where(m0 & m1, 1, torch.where(empty, 3, 2 + m3.to(torch.int64)))
+    first_used = m0 | m1 | m2
+    second_used = torch.where(m0 & m1, m1, torch.where(second == 2, m2, m3))
+    code = first | second << 2 | first_used.to(torch.int64) << 4 | second_used.to(torch.int64) << 5
+    return code.to(torch.uint8)
+
+
+def take_values(weight: Shaped[Tensor, "R C"], positions: UInt8[Tensor, "R G"]) -> Shaped[Tensor, "R C2"]:
+    """The values of the kept entries, two a group, zero in a slot that is not in use; contiguous."""
+    values = _groups(weight).gather(-1, _slots(positions))
+    return values.masked_fill_(~_used(positions), 0).flatten(-2)
+
+
+def put_values(values: Shaped[Tensor, "R C2"], positions: UInt8[Tensor, "R G"], columns: int) -> Shaped[Tensor, "R C"]:
+    """The inverse of `take_values`: the dense matrix, with zeros."""
+    groups = values.new_zeros((*positions.shape, 4))
+    return groups.scatter_(-1, _slots(positions), values.unflatten(-1, (-1, 2))).flatten(-2)[:, :columns].contiguous()
+
+
+def kept_mask(positions: UInt8[Tensor, "R G"], columns: int) -> Bool[Tensor, "R C"]:
+    """The mask that the positions were found from."""
+    return put_values(_used(positions).flatten(-2), positions, columns)
+
+
+def to_metadata(positions: UInt8[Tensor, "R G"]) -> UInt8[Tensor, "R B"]:
+    """The positions in two bits a slot, two groups a byte, as the reference backend stores them; see `from_metadata`."""
+    padded = torch.nn.functional.pad(positions & 15, (0, positions.shape[1] % 2))
+    return padded[:, ::2] | padded[:, 1::2] << 4
+
+
+def from_metadata(metadata: UInt8[Tensor, "R B"], groups: int) -> UInt8[Tensor, "R G"]:
+    """Positions from `to_metadata`, every slot counted as in use: the values hold zeros in the others."""
+    codes = torch.stack((metadata & 15, metadata >> 4), -1).flatten(-2)[:, :groups]
+    return codes | FIRST_USED | SECOND_USED
+
+
+def _groups(matrix: Shaped[Tensor, "R C"]) -> Shaped[Tensor, "R G 4"]:
+    missing = -matrix.shape[-1] % 4
+    if missing:
+        matrix = torch.nn.functional.pad(matrix, (0, missing))
+    return matrix.unflatten(-1, (-1, 4))
+
+
+def _slots(positions: UInt8[Tensor, "R G"]) -> Shaped[Tensor, "R G 2"]:
+    return torch.stack((positions & 3, positions >> 2 & 3), -1).long()
+
+
+def _used(positions: UInt8[Tensor, "R G"]) -> Bool[Tensor, "R G 2"]:
+    return torch.stack((positions & FIRST_USED, positions & SECOND_USED), -1) != 0
