@@ -7,16 +7,20 @@ is NaN, infinite or negative comes back as `COARSE`, and `Exact`, which solves c
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 from torch import Tensor
 
 from bisparse.kernels import ops
+from bisparse.kernels.cuda_middle import mask_words, middle_masks, packed_tiles
 from bisparse.kernels.cuda_prices import bisected_prices, swept_prices
 from bisparse.kernels.cuda_repair import balanced_masks
 from bisparse.kernels.networks import sorting_network
+from bisparse.kernels.pack import packed_like
 
-__all__ = ["exact_mask", "exact_solve", "exact_solve_integers"]
+__all__ = ["exact_mask", "exact_solve", "exact_solve_integers", "pack_2to4", "pack_2to4_transposable"]
 
 SIDES = (4, 8, 16, 32, 64)
 NETWORK_SIDES = (4, 8, 16, 32)
@@ -25,6 +29,8 @@ COLD_ALTERNATIONS = 8
 WARM_ALTERNATIONS = 2
 CLAMPED_ALTERNATIONS = 3
 WIDE_ALTERNATIONS = 4
+MIDDLE_TILES = 256
+PACKED_TILES = 16
 SWEEP_LANES = 128
 REPAIR_LANES = 32
 FAR, LIMIT = 1 << 30, 1 << 29
@@ -34,8 +40,49 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 def exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:
     """`ops.exact_mask` on a GPU; float16 and bfloat16 are read as they are."""
-    mask, _, exponent = exact_solve(scores, n, m, exactly, None, None)
-    return mask, exponent == ops.COARSE
+    if (n, m) != (2, 4) or scores.dtype not in DTYPES:
+        mask, _, exponent = exact_solve(scores, n, m, exactly, None, None)
+        return mask, exponent == ops.COARSE
+    scores = scores.contiguous()
+    rows, columns = scores.shape
+    across = columns // 4
+    mask = torch.empty((rows, columns), dtype=torch.bool, device=scores.device)
+    coarse = torch.empty(rows // 4 * across, dtype=torch.bool, device=scores.device)
+    if coarse.numel():
+        middle_masks[(rows // 4, triton.cdiv(across, MIDDLE_TILES))](
+            scores, _words(scores.device), mask.view(torch.int32), coarse.view(torch.int8), columns, across,
+            BLOCK=MIDDLE_TILES, EXACTLY=exactly, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return mask, coarse
+
+
+@cache
+def _words(device: torch.device) -> Tensor:
+    return mask_words(device)
+
+
+def pack_2to4(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`pack.pack_2to4` on a GPU."""
+    return _pack(weight, mask.contiguous())[1:]
+
+
+def pack_2to4_transposable(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`pack.pack_2to4_transposable` on a GPU."""
+    return _pack(weight, None)
+
+
+def _pack(weight: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    weight = weight.contiguous()
+    rows, columns = weight.shape
+    mask = torch.empty_like(weight, dtype=torch.bool) if given is None else given
+    values, metadata, values_t, metadata_t = packed_like(weight)
+    if weight.numel():
+        packed_tiles[(rows // 32, triton.cdiv(columns // 4, PACKED_TILES))](
+            weight, _words(weight.device), mask.view(torch.int32), mask.view(torch.int32), values.view(torch.int32), metadata,
+            values_t.view(torch.int32), metadata_t, rows, columns,
+            BLOCK=PACKED_TILES, GIVEN=given is not None, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return mask, values, metadata, values_t, metadata_t
 
 
 def exact_solve(

@@ -11,13 +11,17 @@ non-zero weights is completed with zeros the way torch does it, so that the pack
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int, Int16
 from torch import Tensor
 
 from bisparse.kernels import ops
 
-__all__ = ["metadata_place", "pack_2to4", "pack_2to4_transposable"]
+__all__ = ["metadata_place", "pack_2to4", "pack_2to4_transposable", "packed_like"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP_ROWS = 32
@@ -129,7 +133,8 @@ def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, metadata.view(rows, columns // 16)
 
 
-def _packed_like(weight: Tensor) -> Packed:
+def packed_like(weight: Tensor) -> Packed:
+    """New, unwritten tensors for the packed operands of a weight."""
     rows, columns = weight.shape
     return (
         weight.new_empty(rows, columns // 2),
@@ -141,13 +146,27 @@ def _packed_like(weight: Tensor) -> Packed:
 
 @torch.library.register_fake("bisparse::pack_2to4")
 def _(weight: Tensor, mask: Tensor) -> Packed:
-    return _packed_like(weight)
+    return packed_like(weight)
 
 
 @torch.library.register_fake("bisparse::pack_2to4_transposable")
 def _(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return weight.new_empty(weight.shape, dtype=torch.bool), *_packed_like(weight)
+    return weight.new_empty(weight.shape, dtype=torch.bool), *packed_like(weight)
 
 
 _LIBRARY.impl("pack_2to4", reference_pack_2to4, "CompositeExplicitAutograd")
 _LIBRARY.impl("pack_2to4_transposable", reference_pack_2to4_transposable, "CompositeExplicitAutograd")
+
+
+def _triton_kernel(name: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        from bisparse.kernels import cuda
+
+        return getattr(cuda, name)(*args)
+
+    return kernel
+
+
+if find_spec("triton") is not None:
+    for _name in ("pack_2to4", "pack_2to4_transposable"):
+        _LIBRARY.impl(_name, _triton_kernel(_name), "CUDA")
