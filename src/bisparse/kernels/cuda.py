@@ -14,9 +14,10 @@ import triton
 from torch import Tensor
 
 from bisparse.kernels import ops
-from bisparse.kernels.cuda_middle import mask_words, middle_masks, packed_tiles
+from bisparse.kernels.cuda_middle import middle_masks, packed_tiles
 from bisparse.kernels.cuda_prices import bisected_prices, swept_prices
 from bisparse.kernels.cuda_repair import balanced_masks
+from bisparse.kernels.middle import mask_bits
 from bisparse.kernels.networks import sorting_network
 from bisparse.kernels.pack import packed_like
 
@@ -58,7 +59,7 @@ def exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, T
 
 @cache
 def _words(device: torch.device) -> Tensor:
-    return mask_words(device)
+    return torch.from_numpy(mask_bits()).to(device)
 
 
 def pack_2to4(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -6,17 +6,15 @@ happens in registers; a table gives the mask of the winning code. See `pack` for
 
 # Triton reads the source of these functions and types them itself; its tuples grow by addition only.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="no-untyped-def, assignment"
+# mypy: disable-error-code="no-untyped-def, assignment, misc, var-annotated"
 
-import numpy as np
-import torch
 import triton
 import triton.language as tl
 
 from bisparse.kernels.cuda_prices import COARSE_BELOW, SMALLEST, UNBOUNDED, to_integers
-from bisparse.kernels.middle import COMBINATIONS, FIRST_HOLDS_0, PAIRS, Profile, mask_rows
+from bisparse.kernels.middle import COMBINATIONS, FIRST_HOLDS_0, PAIRS, Profile
 
-__all__ = ["mask_words", "middle_masks", "packed_tiles"]
+__all__ = ["middle_masks", "packed_tiles"]
 
 DOUBLED, PAIRED, FIRST, SECOND = range(4)
 
@@ -47,14 +45,6 @@ HIGH_INDEX = tl.constexpr(
     )
 )
 """Likewise of the second."""
-
-
-def mask_words(device: torch.device) -> torch.Tensor:
-    """The mask of each code as 16 bits, bit 4 * row + column; int32."""
-    rows = mask_rows()
-    entries = rows[:, :, None].view(np.uint8).reshape(4, -1, 4).astype(np.int32)  # row, code, column
-    places = 4 * np.arange(4)[:, None, None] + np.arange(4)
-    return torch.from_numpy((entries << places).sum((0, 2)).astype(np.int32)).to(device)
 
 
 @triton.jit
@@ -94,7 +84,7 @@ def half_values(first, second, CODE: tl.constexpr, EXACTLY: tl.constexpr):
 
 @triton.jit
 def best_words(scores, words, EXACTLY: tl.constexpr):
-    """The best mask of 16 float32 scores, as the bits of a word; and which tiles are coarse."""
+    """The best mask of 16 float32 scores as 16 bits, bit 4 * row + column, by the table of codes; and which tiles are coarse."""
     largest = scores[0].to(tl.uint32, bitcast=True)
     for k in tl.static_range(1, 16):
         largest = tl.maximum(largest, scores[k].to(tl.uint32, bitcast=True))
