@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from bisparse.layers import Layer
-from bisparse.pruning.chain import Chain, ChainRun, dense_copy, find_chains
+from bisparse.pruning.chain import Chain, dense_copy, find_chains
+from bisparse.pruning.chain_run import ChainRun
 from bisparse.pruning.reduction import positions
-from bisparse.pruning.statistics import CalibrationError, Moments, Statistic, Statistics
+from bisparse.pruning.statistics import CalibrationError, Moments, Statistic, Statistics, reading_of
 from bisparse.pruning.taps import LAST_PART, EnoughSeen, Seen, call_model, observed, token_mask
 from bisparse.tiles import to_matrices
 
@@ -151,18 +152,21 @@ def discover(
     stages: list[list[Layer]] = []
     calls: dict[str, int] = {}
     # Holding the input keeps its id from being given to another tensor.
-    current: Tensor | None = None
+    current: tuple[Tensor, int] | None = None
 
     def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
         nonlocal current
         calls[layer.name] = calls.get(layer.name, 0) + (1 if part in (None, 0) else 0)
         if calls[layer.name] > 1 or part not in (None, 0):
             return
-        if current is inputs and stages:
+        version = 0 if inputs.is_inference() else inputs._version
+        # A tensor that was worked on in place in between is another input.
+        same = part is None and current is not None and current[0] is inputs and current[1] == version
+        if same:
             stages[-1].append(layer)
         else:
             stages.append([layer])
-        current = inputs
+        current = (inputs, version) if part is None else None
 
     with torch.no_grad(), observed(model, layers, seen):
         call_model(model, data[0], forward)
@@ -171,17 +175,34 @@ def discover(
 
 
 class _Collector:
-    """Moments of some layers over all batches, with every fifth batch, or part of each, held out where asked for."""
+    """Moments of stages over all batches, with every fifth batch, or part of each, held out where asked for.
 
-    def __init__(self, layers: Sequence[Layer], needs: frozenset[Statistic], batches: int) -> None:
-        self.needs = needs
+    Layers of a stage see the same input: those that also read it alike share one set of moments.
+    """
+
+    def __init__(
+        self, stages: Sequence[Sequence[Layer]], calls: dict[str, int], needs: frozenset[Statistic], batches: int
+    ) -> None:
         self.by_batch = batches >= HOLD_OUT_EVERY
-        self.layers = layers
+        self._shared: dict[str, str] = {}
+        leaders: list[Layer] = []
+        for stage in stages:
+            reading: dict[Any, str] = {}
+            for layer in stage:
+                # One that is called more than once sees more than the input that they share.
+                shared = calls.get(layer.name, 1) == 1
+                leader = reading.setdefault(reading_of(layer), layer.name) if shared else layer.name
+                self._shared[layer.name] = leader
+                if leader == layer.name:
+                    leaders.append(layer)
         plain = needs - {Statistic.HELD_OUT}
-        self.fit = {layer.name: Moments(layer, plain) for layer in layers}
-        self.held = {layer.name: Moments(layer, plain) for layer in layers} if Statistic.HELD_OUT in needs else {}
+        self.fit = {layer.name: Moments(layer, plain) for layer in leaders}
+        self.held = {layer.name: Moments(layer, plain) for layer in leaders} if Statistic.HELD_OUT in needs else {}
 
     def add(self, index: int, layer: Layer, x: Tensor, z: Tensor | None, keep: Tensor | None, part: int | None) -> None:
+        """Take in a batch of a layer's inputs; the same input handed in for a layer that shares its moments is not counted."""
+        if layer.name not in self.fit:
+            return
         if not self.held:
             self.fit[layer.name].add(x, z, keep, part)
         elif self.by_batch:
@@ -197,13 +218,13 @@ class _Collector:
                     )
 
     def stage(self, layers: Sequence[Layer]) -> Stage:
-        statistics = []
+        found: dict[str, Statistics] = {}
         for layer in layers:
-            own = self.fit[layer.name].statistics()
-            if self.held:
-                own = replace(own, held_out=self.held[layer.name].statistics())
-            statistics.append(own)
-        return Stage(tuple(layers), tuple(statistics))
+            leader = self._shared[layer.name]
+            if leader not in found:
+                own = self.fit[leader].statistics()
+                found[leader] = replace(own, held_out=self.held[leader].statistics()) if self.held else own
+        return Stage(tuple(layers), tuple(found[self._shared[layer.name]] for layer in layers))
 
     @property
     def bytes(self) -> int:
@@ -235,13 +256,11 @@ def _walk_whole(
     done: frozenset[str],
 ) -> Iterator[Stage]:
     """All stages from one pass, all of the network as it is now."""
-    layers = [layer for stage in stages for layer in stage if layer.name not in done]
-    collector = _Collector(layers, needs, len(data))
-    _run(model, layers, data, forward, collector, walk, None, calls)
+    todo = [[layer for layer in stage if layer.name not in done] for stage in stages]
+    collector = _Collector(todo, calls, needs, len(data))
+    _run(model, [layer for stage in todo for layer in stage], data, forward, collector, walk, None, calls)
     walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
-    for stage in stages:
-        if rest := [layer for layer in stage if layer.name not in done]:
-            yield collector.stage(rest)
+    yield from (collector.stage(stage) for stage in todo if stage)
 
 
 def _run(
@@ -326,7 +345,7 @@ def _walk_in_order(
             run = ChainRun(segment, model, data, forward, device, cross, dense)
             yield from _walk_chain(run, own, data, needs, walk, done, reference if number else None)
         elif todo := [layer for layer in segment if layer.name not in done]:
-            collector = _Collector(todo, needs, len(data))
+            collector = _Collector([todo], calls, needs, len(data))
             _run(model, todo, data, forward, collector, walk, reference if number else None, calls)
             walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
             yield collector.stage(todo)
@@ -344,16 +363,21 @@ def _walk_chain(
     run.start(reference)
     for number in range(len(run.chain.blocks)):
         own = [stage for stage in stages if run.chain.block_of(stage[0]) == number]
-        with run.block(number):
-            for stage in own:
+        with run.block(number, own):
+            for position, stage in enumerate(own):
                 # Layers done before the walk was interrupted are part of the pruned stream already.
                 run.differs |= any(layer.name in done for layer in stage)
                 todo = [layer for layer in stage if layer.name not in done]
                 if not todo:
                     continue
-                collector = _Collector(todo, needs, len(data))
+                collector = _Collector([todo], {}, needs, len(data))
                 for index, batch in enumerate(data):
-                    run.observe(index, todo, collector.add, token_mask(batch))
+                    keep = token_mask(batch)
+                    inputs, dense_inputs = run.inputs_of(index, position)
+                    for at, (x, part) in enumerate(inputs):
+                        for layer in todo:
+                            collector.add(index, layer, x, dense_inputs[at][0] if dense_inputs else None, keep, part)
+                    run.release(index)
                 walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
                 walk.activation_bytes = max(walk.activation_bytes, run.activation_bytes)
                 yield collector.stage(todo)

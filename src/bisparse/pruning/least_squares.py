@@ -29,7 +29,7 @@ DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Candidates of `choose_damping`, in units of the mean diagonal of G."""
 
 CHUNK_BYTES = 256 << 20
-MAX_FACTORISED_SUPPORT = 320
+MAX_FACTORISED_SUPPORT = 96
 """Above this many unknowns a row, conjugate gradient is the faster of the two on CPU and GPU."""
 
 

@@ -12,7 +12,7 @@ are therefore switched off while accumulating.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -25,7 +25,7 @@ from torch.nn import functional
 from bisparse.layers import Layer
 from bisparse.tiles import LayoutKind
 
-__all__ = ["CalibrationError", "Moments", "Statistic", "Statistics", "full_precision", "input_columns"]
+__all__ = ["CalibrationError", "Moments", "Statistic", "Statistics", "full_precision", "input_columns", "reading_of"]
 
 
 class Statistic(StrEnum):
@@ -42,6 +42,8 @@ class Statistic(StrEnum):
     """The moments of every fifth batch kept apart."""
 
 
+SPLIT_COLUMNS = 512
+"""From this many columns on, second moments are computed by halves."""
 COLUMN_BYTES = 64 << 20
 """Unfolded columns are made and consumed in pieces of about this size."""
 
@@ -129,6 +131,14 @@ def input_columns(layer: Layer, inputs: Float[Tensor, "..."], keep: Bool[Tensor,
         yield piece.float().unsqueeze(0)
 
 
+def reading_of(layer: Layer) -> Hashable:
+    """Layers for which this is equal make the same columns of the same input."""
+    module = layer.module
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
+    return layer.name if isinstance(module, nn.MultiheadAttention) else "rows"
+
+
 def _patches(module: nn.Module, inputs: Float[Tensor, "N C *spatial"]) -> Iterator[Float[Tensor, "G T K"]]:
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     dimensions = len(module.kernel_size)
@@ -153,6 +163,17 @@ def _patches(module: nn.Module, inputs: Float[Tensor, "N C *spatial"]) -> Iterat
             taps.append(tap.flatten(3))
         columns = torch.stack(taps, 2)  # (N, G, P, I, positions)
         yield columns.permute(1, 0, 4, 2, 3).flatten(3).flatten(1, 2)
+
+
+def _second_moment(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G K K"]:
+    """``x^T x`` by halves of the columns, of which one of the two mixed quarters is the other transposed."""
+    width = x.shape[2]
+    if width < SPLIT_COLUMNS:
+        return x.transpose(1, 2) @ x
+    left, right = x.split([width // 2, width - width // 2], dim=2)
+    mixed = left.transpose(1, 2) @ right
+    top = torch.cat([_second_moment(left), mixed], dim=2)
+    return torch.cat([top, torch.cat([mixed.transpose(1, 2), _second_moment(right)], dim=2)], dim=1)
 
 
 class Moments:
@@ -199,10 +220,10 @@ class Moments:
         if Statistic.MEAN in self.needs:
             self._sum("mean", part, x.sum(1))
         if Statistic.GRAM in self.needs:
-            self._sum("gram", part, x.transpose(1, 2) @ x)
+            self._sum("gram", part, _second_moment(x))
         if Statistic.CROSS in self.needs and z is not None:
             self._sum("cross", part, z.transpose(1, 2) @ x)
-            self._sum("dense_gram", part, z.transpose(1, 2) @ z)
+            self._sum("dense_gram", part, _second_moment(z))
             self._sum("dense_mean", part, z.sum(1))
 
     def _sum(self, name: str, part: int, value: Tensor) -> None:

@@ -1,0 +1,256 @@
+"""A chain at work: one block at a time, each batch's pass through it stopped before every stage until the stage is pruned.
+
+Every block runs once a batch and stream, whatever the number of its stages. A stopped pass holds what it has computed of
+its block; where that would take more than `PAUSED_BYTES`, the remaining batches run the block anew for each stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bisparse.layers import Layer
+from bisparse.pruning.chain import Call, Chain, argument_of, dense_copy, without
+from bisparse.pruning.paused import Paused
+from bisparse.pruning.taps import LAST_PART, EnoughSeen, call_model, observed
+
+__all__ = ["ChainRun"]
+
+PAUSED_BYTES = 8 << 30
+"""What stopped passes may hold together, by estimate."""
+INNER = 8
+"""Bytes that a pass stopped inside a block holds, as a multiple of its activations: by estimate, of a gated MLP."""
+
+Inputs = list[tuple[Tensor, int | None]]
+"""Inputs of a stage, with the part of a packed projection that each belongs to."""
+
+
+class _Pass:
+    """One batch on its way through a block, in one stream."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.paused = Paused(run)
+        self.stage = -1
+        self.inputs: Inputs = []
+
+    def reach(self, stage: int) -> Inputs:
+        """The inputs of a stage, where the pass stops before the first layer of it."""
+        while self.stage < stage:
+            handed = self.paused.resume()
+            if handed is None:
+                return []
+            self.stage, self.inputs = handed
+        return self.inputs
+
+
+class ChainRun:
+    """The activations before the present block, for every batch, and the block itself, with a dense copy where needed."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        model: nn.Module,
+        data: Sequence[Any],
+        forward: Callable[..., Any] | None,
+        device: torch.device | str | None,
+        keep_dense: bool,
+        dense: Callable[[Tensor], Tensor | None] | None,
+    ) -> None:
+        self.chain = chain
+        self.model = model
+        self.data = data
+        self.forward = forward
+        self.device = None if device is None else torch.device(device)
+        self.keep_dense = keep_dense
+        self.dense = dense
+        self.calls: list[list[Call]] = []
+        self.inputs: list[Tensor] = []
+        self.dense_inputs: list[Tensor] = []
+        self.current = 0
+        self.differs = False
+        """Whether the network up to here differs from the dense one: only then are there two streams."""
+        self.forwards = 0
+        self._dense_block: nn.Module | None = None
+        self._passes: dict[tuple[int, bool], _Pass] = {}
+        self._running: _Pass | None = None
+
+    @property
+    def activation_bytes(self) -> int:
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self._tensors()}
+        return sum(held.values())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.inputs
+        yield from self.dense_inputs
+        yield from (
+            leaf
+            for calls in self.calls
+            for leaf in pytree.tree_leaves([without(call, "") for call in calls])
+            if isinstance(leaf, Tensor)
+        )
+
+    def start(self, reference: nn.Module | None) -> None:
+        """Run every batch up to the chain, and note what each block is handed besides the activations."""
+        for index, batch in enumerate(self.data):
+            calls, inputs = self._handed(self.model, self.chain.blocks, batch, index)
+            self.calls.append(calls)
+            self.inputs.append(inputs)
+            if self.keep_dense:
+                dense = inputs
+                if reference is not None:
+                    dense = self._handed(reference, reference.get_submodule(self.chain.name), batch, index)[1]
+                self.dense_inputs.append(dense)
+        self.differs = reference is not None
+
+    def _handed(self, model: nn.Module, blocks: Any, batch: Any, index: int) -> tuple[list[Call], Tensor]:
+        calls: list[Call] = []
+        inputs: list[Tensor] = []
+        argument, last = self.chain.slot.argument, len(blocks) - 1
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = Call(args, dict(kwargs))
+            if not calls:
+                inputs.append(argument_of(call, argument))
+            rest, named = without(call, argument)
+            if calls:
+                rest, named = _sharing((rest, named), without(calls[-1], argument))
+            calls.append(Call(tuple(rest), named))
+            if len(calls) > last:
+                raise EnoughSeen
+
+        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+        try:
+            with suppress(EnoughSeen):
+                call_model(model, batch, self.forward, index)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.forwards += 1
+        return calls, inputs[0]
+
+    @contextmanager
+    def block(self, number: int, stages: Sequence[Sequence[Layer]]) -> Iterator[None]:
+        """Bring one block to the device, with a dense copy of it if the dense stream is kept, to be stopped before `stages`."""
+        block = self.chain.blocks[number]
+        home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
+        self.current = number
+        if self.device is not None:
+            block.to(self.device)
+        firsts = [stage[0] for stage in stages]
+        twins: list[Layer] = []
+        if self.keep_dense:
+            self._dense_block = dense_copy(block, self.dense)
+            names = {id(module): name for name, module in block.named_modules()}
+            twins = [replace(layer, module=self._dense_block.get_submodule(names[id(layer.module)])) for layer in firsts]
+        number_of = {layer.name: index for index, layer in enumerate(firsts)}
+        parts: Inputs = []
+
+        def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
+            if self._running is None:
+                # A forward pass of the caller's own, between two stages.
+                return
+            parts.append((inputs, part))
+            if part in (None, LAST_PART):
+                handed, parts[:] = list(parts), []
+                self._running.paused.pause((number_of[layer.name], handed))
+
+        try:
+            with observed(block, firsts, seen), observed(self._dense_block or nn.Identity(), twins, seen):
+                yield
+        finally:
+            for one in self._passes.values():
+                one.paused.stop()
+            self._passes.clear()
+            self._dense_block = None
+            if self.device is not None:
+                block.to(home)
+
+    def inputs_of(self, index: int, stage: int) -> tuple[Inputs, Inputs | None]:
+        """What a stage of the present block sees of one batch; and in the dense network, if that is another one by now."""
+        streams = (False, True) if self._dense_block is not None and self.differs else (False,)
+        found = []
+        for dense in streams:
+            one = self._pass(index, dense)
+            found.append(self._resumed(one, lambda one=one: one.reach(stage)))  # type: ignore[misc]
+        return found[0], found[1] if len(found) > 1 else None
+
+    def release(self, index: int) -> None:
+        """Forget the pass of a batch that there is no room to hold; it will start anew."""
+        if not self._held(index):
+            for dense in (False, True):
+                if one := self._passes.pop((index, dense), None):
+                    one.paused.stop()
+
+    def advance(self) -> None:
+        """Replace the activations by what the present block, as it now is, makes of them."""
+        last = self.current == len(self.chain.blocks) - 1
+        for index in range(len(self.inputs)):
+            if not last:
+                outputs = self._finish(index, False)
+                if self._dense_block is not None:
+                    self.dense_inputs[index] = self._finish(index, True) if self.differs else outputs
+                self.inputs[index] = outputs
+            for dense in (False, True):
+                if one := self._passes.pop((index, dense), None):
+                    one.paused.stop()
+
+    def _finish(self, index: int, dense: bool) -> Tensor:
+        one = self._pass(index, dense)
+        while not one.paused.finished:
+            self._resumed(one, one.paused.resume)
+        home = (self.dense_inputs if dense else self.inputs)[index].device
+        return self.chain.slot.of_output(one.paused.result).to(home)
+
+    def _resumed(self, one: _Pass, go_on: Callable[[], Any]) -> Any:
+        self._running = one
+        try:
+            return go_on()
+        finally:
+            self._running = None
+
+    def _pass(self, index: int, dense: bool) -> _Pass:
+        if (index, dense) not in self._passes:
+            block = self._dense_block if dense else self.chain.blocks[self.current]
+            inputs = (self.dense_inputs if dense else self.inputs)[index]
+            assert block is not None
+            self._passes[index, dense] = _Pass(lambda: self._call(block, index, inputs))
+            self.forwards += 1
+        return self._passes[index, dense]
+
+    def _held(self, index: int) -> bool:
+        one = INNER * self.inputs[index].nbytes * (2 if self.keep_dense else 1)
+        return (index + 1) * one <= PAUSED_BYTES
+
+    def _call(self, block: nn.Module, index: int, inputs: Tensor) -> Any:
+        call = self.calls[index][self.current]
+        device = self.device or inputs.device
+        args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (list(call.args), call.kwargs))
+        argument = self.chain.slot.argument
+        # A block may work in place on what it is handed; the activations may be needed again.
+        handed = inputs.to(device, copy=True)
+        if isinstance(argument, int):
+            args[argument] = handed
+        else:
+            kwargs[argument] = handed
+        return block(*args, **kwargs)
+
+
+def _sharing(given: Any, before: Any) -> Any:
+    """`given`, with each tensor that equals its counterpart in `before` replaced by it, so that it is held once."""
+    leaves, structure = pytree.tree_flatten(given)
+    others, other_structure = pytree.tree_flatten(before)
+    if structure != other_structure:
+        return given
+    shared = [
+        b
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        else a
+        for a, b in zip(leaves, others, strict=True)
+    ]
+    return pytree.tree_unflatten(shared, structure)

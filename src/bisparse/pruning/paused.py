@@ -1,0 +1,80 @@
+"""A computation that stops where it is told, and goes on when it is told, keeping everything it has computed.
+
+A forward pass stopped before a layer can wait until that layer is pruned and then go on with the new weights, so that
+pruning a block stage by stage runs it once, not once a stage. Coroutines by greenlet: the pass is ordinary code that knows
+nothing of it, and all of it stays in one thread.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from greenlet import greenlet
+
+__all__ = ["Paused"]
+
+DEVICES = ("cpu", "cuda")
+
+
+class _Ambient:
+    """The modes that torch keeps for a thread: a pass that stops inside one must not leave it on for others."""
+
+    def __init__(self) -> None:
+        self.grad = torch.is_grad_enabled()
+        self.autocast = [(device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in DEVICES]
+
+    def restore(self) -> None:
+        torch.set_grad_enabled(self.grad)
+        for device, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
+
+
+class Paused:
+    """A call that may pause itself.
+
+    >>> steps = Paused(lambda: [steps.pause("first"), steps.pause("second")])
+    >>> steps.resume(), steps.resume(), steps.resume(), steps.result
+    ('first', 'second', None, [None, None])
+    """
+
+    def __init__(self, work: Callable[[], Any]) -> None:
+        self.result: Any = None
+        """What the call returned, once it has."""
+        self._work = work
+        self._inner = greenlet(self._run)
+        self._inner.gr_context = contextvars.copy_context()
+        self._outside: _Ambient | None = None
+
+    def _run(self) -> None:
+        self.result = self._work()
+
+    def resume(self) -> Any:
+        """Go on up to the next pause, and return what it hands out; None once the call has returned. Raises what it raises."""
+        self._outside = _Ambient()
+        self._inner.parent = greenlet.getcurrent()
+        try:
+            return self._inner.switch()
+        finally:
+            self._outside.restore()
+
+    def pause(self, handed_out: Any) -> None:
+        """To be called from within: return `handed_out` to whoever resumed, and wait to be resumed."""
+        inside = _Ambient()
+        self._inner.parent.switch(handed_out)
+        inside.restore()
+
+    @property
+    def finished(self) -> bool:
+        return bool(self._inner.dead)
+
+    def stop(self) -> None:
+        """Unwind a call that is not to go on, its ``finally`` clauses included."""
+        if self._inner and not self.finished:
+            outside = _Ambient()
+            self._inner.parent = greenlet.getcurrent()
+            self._inner.throw()
+            outside.restore()
