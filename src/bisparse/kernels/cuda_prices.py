@@ -28,6 +28,7 @@ UNBOUNDED = tl.constexpr(0x7F800000)
 """The bit pattern of infinity: NaN and, read as unsigned, every negative number lie above."""
 SMALLEST = tl.constexpr(24 << 23)
 """A tile whose largest score has a smaller bit pattern, below 2**-103, is coarse."""
+NO_FLOOR = tl.constexpr(1 << 30)
 FAR_PRICE = tl.constexpr(1 << 25)
 """Start prices are cut to this: no optimal price of 24-bit scores is larger."""
 
@@ -145,30 +146,25 @@ def swept_prices(
             off = (kept_row > N) | ((reach_row < N) & (u > 0)) | (kept_column > N) | ((reach_column < N) & (v > 0))
         astray = astray & (tl.max(off.to(tl.int32), axis=1, keep_dims=True) + zero > 0)
 
-    if tl.max(astray.to(tl.int32)) > 0:
-        new_u = u
-        new_v = v
-        for _ in range(ALTERNATIONS):
-            new_u = half_sweep(rows, new_v, zero, NETWORK, N, M)
-            new_v = half_sweep(columns, new_u, zero, NETWORK, N, M)
-        if not FREE:
-            low_u = tl.min(new_u, axis=1, keep_dims=True) + zero
-            low_v = tl.min(new_v, axis=1, keep_dims=True) + zero
-            shift = (low_u - low_v) >> 1
-            new_u = tl.maximum(new_u - shift, 0)
-            new_v = tl.maximum(new_v + shift, 0)
-            negative = astray & (low_u + low_v < -1)
-            if tl.max(negative.to(tl.int32)) > 0:
-                clamped_u = new_u
-                clamped_v = new_v
-                for _ in range(CLAMPED_ALTERNATIONS):
-                    clamped_u = tl.maximum(half_sweep(rows, clamped_v, zero, NETWORK, N, M), 0)
-                    clamped_v = tl.maximum(half_sweep(columns, clamped_u, zero, NETWORK, N, M), 0)
-                new_u = tl.where(negative, clamped_u, new_u)
-                new_v = tl.where(negative, clamped_v, new_v)
-        # Each tile for itself: what its neighbours need must not change its mask.
-        u = tl.where(astray, new_u, u)
-        v = tl.where(astray, new_v, v)
+    # Each tile for itself: only what is astray moves, so that its neighbours' needs do not change its mask.
+    floor = zero - NO_FLOOR
+    step = 0
+    steps = tl.where(tl.max(astray.to(tl.int32)) > 0, ALTERNATIONS, 0)
+    while step < steps:
+        u = tl.where(astray, tl.maximum(half_sweep(rows, v, zero, NETWORK, N, M), floor), u)
+        v = tl.where(astray, tl.maximum(half_sweep(columns, u, zero, NETWORK, N, M), floor), v)
+        step += 1
+        if not FREE:  # noqa: SIM102 - decided when the kernel is compiled
+            if step == ALTERNATIONS:
+                low_u = tl.min(u, axis=1, keep_dims=True) + zero
+                low_v = tl.min(v, axis=1, keep_dims=True) + zero
+                shift = tl.where(astray, (low_u - low_v) >> 1, 0)
+                u = tl.maximum(u - shift, 0)
+                v = tl.maximum(v + shift, 0)
+                astray = astray & (low_u + low_v < -1)
+                floor = zero
+                if tl.max(astray.to(tl.int32)) > 0:
+                    steps = ALTERNATIONS + CLAMPED_ALTERNATIONS
     tl.store(prices + tile * M + lane, u, mask=inside)
     tl.store(prices + (tiles + tile) * M + lane, v, mask=inside)
     tl.store(exponents + tile + zero, exponent, mask=inside & (lane == 0))
