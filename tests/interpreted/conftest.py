@@ -1,0 +1,5 @@
+"""These tests run the Triton kernels on the CPU, which Triton decides when it is first imported: see test_kernels_cuda.py."""
+
+import os
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
