@@ -37,14 +37,15 @@ def main() -> None:
     rows = Rows(options.results)
     for density in options.densities[:: 5 if options.quick else 1]:
         origin = None if density == 100 else f"{density}%"
-        with rows.new({**budget, "density": density, "to": None}) as row:
+        with rows.new({**budget, "origin_density": density, "to": None}) as row:
             if row is not None:
                 row["accuracy"] = accuracy(trained(how, data, origin), data)
         for to in options.patterns:
             for name in options.methods:
                 method, order = METHODS[name]
                 for seed in range(1 if options.quick else options.seeds):
-                    key = {**budget, "density": density, "to": to, "method": name, "seed": seed if method.needs else None}
+                    key = {**budget, "origin_density": density, "to": to, "method": name}
+                    key["seed"] = seed if method.needs else None
                     with rows.new(key) as row:
                         if row is None:
                             continue

@@ -96,8 +96,8 @@ def law(rows: list[Row]) -> list[str]:
     parts = ["## The 10 % law\n"]
     if not rows:
         return [*parts, unmeasured("law.py")]
-    start = {row["density"]: row["accuracy"] for row in rows if row["to"] is None}
-    converted = [dict(row, loss=start[row["density"]] - row["accuracy"]) for row in rows if row["to"] is not None]
+    start = {row["origin_density"]: row["accuracy"] for row in rows if row["to"] is None}
+    converted = [dict(row, loss=start[row["origin_density"]] - row["accuracy"]) for row in rows if row["to"] is not None]
     parts += ["Top-1 lost, in points, by a network of some violation v_w that is converted without training.\n"]
     for to in dict.fromkeys(row["to"] for row in converted):
         chosen = sorted((row for row in converted if row["to"] == to), key=lambda row: row["violated_weights"])

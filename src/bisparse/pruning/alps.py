@@ -31,6 +31,14 @@ from bisparse.solution import Solution
 __all__ = ["ALPS"]
 
 
+SETTLED = 1e-3
+"""The mask stands still when no more than this share of it changes between two updates of rho: the refit does the rest."""
+LEAST = 6
+"""Iterations before that is believed: the first ones may change little."""
+FLOOR = 1e-7
+"""Scores below this share of the largest count as this."""
+
+
 @dataclass(frozen=True)
 class ALPS(Method):
     """Mask and weights by ADMM.
@@ -40,7 +48,7 @@ class ALPS(Method):
         refit_damping: ridge of the final least squares; None: chosen by held-out calibration data.
         rho: first penalty, on inputs scaled to unit mean square.
         rho_every: iterations between two updates of rho. 3 is the source's; 1 ends in a third of the time, at an error that is
-            one or two per cent larger.
+            about one per cent larger.
         iterations: at most.
         refit_bias, correct_upstream, linear_solver: as for `AdaPrune`.
     """
@@ -102,7 +110,10 @@ class ALPS(Method):
         dense = damped.weight * scale[:, None, :]
 
         def project(weight: Float[Tensor, "G O K"]) -> tuple[Solution, Float[Tensor, "G O K"]]:
-            solution = problem.solve(problem.matrices(weight.square()))
+            scores = weight.square()
+            # Late in the search what is pruned is all but zero; a range that no weight needs costs the solver its time.
+            scores = scores.clamp(min=FLOOR * float(scores.amax()) if scores.numel() else 0.0)
+            solution = problem.solve(problem.matrices(scores))
             return solution, weight * problem.rows(solution.mask)
 
         first, point = project(dense)
@@ -121,7 +132,7 @@ class ALPS(Method):
                 mask = problem.rows(last.mask)
                 changed = int((mask != before).sum()) / 2
                 before = mask
-                if changed == 0:
+                if step >= LEAST and changed <= SETTLED * kept:
                     break
                 rho *= 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1
         return first, last, step
