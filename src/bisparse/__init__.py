@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bisparse.accelerate import AccelerationReport, accelerate_
+    from bisparse.accelerate import AccelerationReport, accelerate_, advise
     from bisparse.checkpoint import CheckpointError, load, load_masks, prune_checkpoint, save, verify_checkpoint
     from bisparse.diversity import MaskDiversity, hardware, mask_diversity
     from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
@@ -52,6 +52,7 @@ __all__ = [
     "Violation",
     "Wanda",
     "accelerate_",
+    "advise",
     "choose_solver",
     "convert_",
     "finalize_",
@@ -73,7 +74,19 @@ __all__ = [
 ]
 
 # Names are imported when they are first used: `bisparse --help` need not wait for torch.
-_ROOMS = ("diversity", "pattern", "solution", "solve", "solvers", "results", "checkpoint", "pruning", "training", "accelerate", "report")
+_ROOMS = (
+    "diversity",
+    "pattern",
+    "solution",
+    "solve",
+    "solvers",
+    "results",
+    "checkpoint",
+    "pruning",
+    "training",
+    "accelerate",
+    "report",
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from accelerated_ranks import accelerated
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -175,6 +176,7 @@ def main() -> None:
     results["sharded first"] = sharded_first(rank)
     results["disagreement"] = disagreement(rank)
     results["large prune"] = large_prune(rank)
+    results["accelerated"] = accelerated(rank)
     torch.save(results, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()

@@ -10,6 +10,8 @@ import torch
 from bisparse import finalize_, solve, sparsify_, verify
 
 sys.path.insert(0, str(Path(__file__).parent))
+from accelerated_ranks import build as accelerated_build
+from accelerated_ranks import train as accelerated_train
 from ranks import STEPS, build, train
 
 CASES = [("dynamic", "4:8-T"), ("static", "4:8-T"), ("dynamic", "2:4")]
@@ -111,3 +113,24 @@ def test_pruning_over_ranks_gives_the_masks_of_one_process(results):
         if weight.ndim == 2:
             best = solve(weight.abs(), "8:16-T").check()
             assert torch.equal(found["state"][name], weight * best.mask)
+
+
+def test_accelerated_layers_under_ddp_and_fsdp2_equal_a_masked_dense_single_process(results):
+    model = accelerated_build()
+    sparsity = sparsify_(model, "2:4-T", refresh=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    sparsity.attach(optimizer)
+    for rank in (0, 1):
+        assert results[rank]["accelerated"].keys() == results[0]["accelerated"].keys()
+    accelerated_train(model, optimizer)
+    masks = [layer.mask.clone() for layer in sparsity.layers]
+    expected = finalize_(model).state_dict()
+    one, other = (result["accelerated"] for result in results)
+    for kind in ("ddp", "fsdp"):
+        for name, value in expected.items():
+            assert torch.equal(one[kind][name], other[kind][name])
+            assert torch.allclose(one[kind][name], value, atol=1e-5), (kind, name)
+        for ours, theirs, mask in zip(one[f"{kind} masks"], other[f"{kind} masks"], masks, strict=True):
+            assert torch.equal(ours, theirs) and torch.equal(ours, mask)
+    assert "is sharded over ranks already: call accelerate_ before fully_shard" in one["late"]
+    assert "call accelerate_ before fully_shard" in one["late and plain"]

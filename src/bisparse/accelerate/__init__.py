@@ -1,15 +1,31 @@
 """Acceleration on NVIDIA GPUs: products with 2:4 weights on sparse tensor cores, forward and backward."""
 
+from bisparse.accelerate.advice import Advice, LayerAdvice, LayerShape
+from bisparse.accelerate.advisor import advise, advise_shapes, layer_shapes
 from bisparse.accelerate.backend import BackendError, usable_backends
 from bisparse.accelerate.convert import AcceleratedLayer, AccelerationReport, accelerate_
+from bisparse.accelerate.grid import Grid, GridPoint, stored_grids
 from bisparse.accelerate.linear import PackedLinear, SparseLinear
+from bisparse.accelerate.measure import Pass, Timing, measure_linear
 
 __all__ = [
     "AcceleratedLayer",
     "AccelerationReport",
+    "Advice",
     "BackendError",
+    "Grid",
+    "GridPoint",
+    "LayerAdvice",
+    "LayerShape",
     "PackedLinear",
+    "Pass",
     "SparseLinear",
+    "Timing",
     "accelerate_",
+    "advise",
+    "advise_shapes",
+    "layer_shapes",
+    "measure_linear",
+    "stored_grids",
     "usable_backends",
 ]

@@ -360,11 +360,12 @@ def _search_algorithm(
 ) -> int:
     """cuSPARSELt's fastest algorithm for (rows, columns, tokens), by trying all of them once on random numbers."""
     rows, columns, tokens = shape
-    matrix = torch.randn(rows, columns // 4, 4, dtype=dtype, device=device)
+    own = torch.Generator(device).manual_seed(0)  # a search in the middle of a run must not move its random numbers
+    matrix = torch.randn(rows, columns // 4, 4, dtype=dtype, device=device, generator=own)
     matrix[..., 2:] = 0
     packed = torch._cslt_compress(matrix.view(rows, columns)).view(rows, -1)
-    dense = torch.randn((columns, tokens) if by_rows else (tokens, columns), dtype=dtype, device=device)
-    numbers = torch.randn(rows, dtype=dtype, device=device) if bias else None
+    dense = torch.randn((columns, tokens) if by_rows else (tokens, columns), dtype=dtype, device=device, generator=own)
+    numbers = torch.randn(rows, dtype=dtype, device=device, generator=own) if bias else None
     return int(torch._cslt_sparse_mm_search(packed, dense if by_rows else dense.t(), numbers, transpose_result=transposed))
 
 

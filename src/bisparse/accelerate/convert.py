@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from bisparse.accelerate.advice import Advice
 from bisparse.accelerate.backend import HALF, BackendError, choose_backend
 from bisparse.accelerate.linear import PackedLinear, SparseLinear
 from bisparse.diversity import hardware
@@ -18,7 +19,7 @@ from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.solution import PatternError, verify
 from bisparse.training import MVUELinear
-from bisparse.training.masked import Masked, SoftThreshold, own_parametrization, trained_parameter
+from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, own_parametrization, trained_parameter
 
 __all__ = ["AcceleratedLayer", "AccelerationReport", "BackendName", "accelerate_", "is_2to4", "layer_reason"]
 
@@ -82,6 +83,7 @@ def accelerate_(
     model: nn.Module,
     backend: BackendName = "auto",
     *,
+    advice: Advice | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
     dtype: torch.dtype | None = None,
@@ -103,6 +105,8 @@ def accelerate_(
     Args:
         backend: "cusparselt" or "cutlass"; "reference" stores the same packed form anywhere, and is no faster than dense; "auto"
             takes what the device has, and leaves the model masked-dense where it has nothing.
+        advice: what `advise` said of this model: layers that do not win stay as they are, the others take the backend that was
+            fastest. Layers it knows nothing of are converted as without it.
         include, exclude: which layers, by name, glob, ``re:`` or function.
         dtype: of the inputs of layers in training: by default the weight's where it is half precision, else bfloat16.
         search: let cuSPARSELt try its algorithms once for each new shape. Turn it off where the number of tokens keeps varying.
@@ -111,22 +115,32 @@ def accelerate_(
         BackendError: the backend that was asked for does not run here; or it can take none of the layers, or not one that was
             asked for by name, and this says why.
         PatternError: a layer that was asked for by name, with a backend, is not 2:4: names the layer, row and columns.
+        ValueError: weights in dynamic training are sharded over ranks already.
     """
+    for name, module, parameter, _ in masked_parameters(model):
+        if isinstance(trained_parameter(module, parameter), DTensor):
+            raise ValueError(f"{name} is sharded over ranks already: call accelerate_ before fully_shard")
     before = held_bytes(model)
     layers, left = find_layers(model, include, exclude)
     if backend != "auto":
         for device in {trained_parameter(layer.module, layer.parameter).device for layer in layers}:
             choose_backend(backend, device)
     done: list[AcceleratedLayer] = []
+    advised = {} if advice is None else {one.name: one for one in advice.layers}
     for layer in layers:
-        outcome = _accelerate(layer, backend, dtype, search)
+        known = advised.get(layer.name)
+        if known is not None and known.convert is False:
+            left.append(Skipped(layer.name, known.reason))
+            continue
+        own_backend = backend if backend != "auto" or known is None or known.backend is None else known.backend
+        outcome = _accelerate(layer, own_backend, dtype, search)
         if isinstance(outcome, AcceleratedLayer):
             done.append(outcome)
         elif backend != "auto" and include is not None:
             raise (PatternError if outcome.broken else BackendError)(f"{layer.name}: {outcome.reason}")
         else:
             left.append(Skipped(layer.name, outcome.reason))
-    if backend != "auto" and not done:
+    if backend != "auto" and not done and not advised:
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in left[:5])
         raise BackendError(f"backend={backend!r}: no layer of the model can run sparse ({reasons or 'it has no prunable layer'})")
     return AccelerationReport(tuple(done), tuple(left), before, held_bytes(model))
@@ -175,11 +189,12 @@ def is_2to4(structure: str | Structure) -> tuple[bool, bool]:
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each storage once."""
-    tensors = [*module.parameters(), *module.buffers()]
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if not tensor.is_meta
-    }
+    """Bytes of all parameters and buffers, each storage once; of sharded ones, this rank's part."""
+    storages = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
+        if not tensor.is_meta:
+            storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
@@ -212,7 +227,7 @@ def weight_refusal(weight: Shaped[Tensor, "O I"]) -> Refusal | None:
     return Refusal(reason, broken=True)
 
 
-def _accelerate(layer: Layer, name: BackendName, dtype: torch.dtype | None, search: bool) -> AcceleratedLayer | Refusal:
+def _accelerate(layer: Layer, name: str, dtype: torch.dtype | None, search: bool) -> AcceleratedLayer | Refusal:
     if (reason := layer_reason(layer)) is not None:
         return Refusal(reason)
     module = layer.module

@@ -70,17 +70,16 @@ class PackedLinear(nn.Linear):
         return BACKENDS[self.backend].unpack(self.packed, self.metadata, self.out_features, self.in_features)
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
-        flat = _two_dimensional(_cast(input), self.in_features)
-        if flat.dtype != self.packed.dtype:
+        input = _checked(_cast(input), self.in_features)
+        if input.dtype != self.packed.dtype:
             raise ValueError(
-                f"the weight is packed in {self.packed.dtype} and the input of shape {tuple(input.shape)} is {flat.dtype}: "
+                f"the weight is packed in {self.packed.dtype} and the input of shape {tuple(input.shape)} is {input.dtype}: "
                 "convert the input, run under autocast, or convert the module with .to(dtype)"
             )
         transposed = None if self.packed_t is None or self.metadata_t is None else (self.packed_t, self.metadata_t)
-        output = packed_linear_2to4(
-            flat, self.packed, self.metadata, transposed, self.bias, self.out_features, self.backend, search=self.search
+        return packed_linear_2to4(
+            input, self.packed, self.metadata, transposed, self.bias, self.out_features, self.backend, search=self.search
         )
-        return output.reshape(*input.shape[:-1], self.out_features)
 
     def mask_changed(self) -> None:
         """Nothing to do: the weight is a constant."""
@@ -216,8 +215,8 @@ class SparseLinear(nn.Linear):
         if self.positions is None or self.metadata is None or not self._takes(input.dtype):
             return self._dense(input)
         transposed = None if self.positions_t is None or self.metadata_t is None else (self.positions_t, self.metadata_t)
-        output = linear_2to4(
-            _two_dimensional(input, self.in_features),
+        return linear_2to4(
+            _checked(input, self.in_features),
             trained_parameter(self, "weight"),
             self.bias,
             self.positions,
@@ -228,7 +227,6 @@ class SparseLinear(nn.Linear):
             fixed=self.fixed,
             search=self.search,
         )
-        return output.reshape(*input.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def mask_changed(self) -> None:
@@ -307,10 +305,10 @@ def _cast(input: Tensor) -> Tensor:
     return input.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else input
 
 
-def _two_dimensional(input: Tensor, columns: int) -> Tensor:
+def _checked(input: Tensor, columns: int) -> Tensor:
     if input.shape[-1:] != (columns,):
         raise ValueError(f"an input of shape {tuple(input.shape)} does not fit a layer of {columns} inputs")
-    return input.reshape(-1, columns)
+    return input
 
 
 def _static_mask(module: nn.Module) -> Tensor | None:
@@ -357,18 +355,16 @@ def _pack(weight: Float[Tensor, "O I"], backend: str, transposed: bool, name: st
 
 
 def _set_class(module: nn.Module, kind: type[nn.Linear]) -> None:
-    """Change a module's class beneath its parametrizations, which are taken off and put on again: same objects, same names."""
-    if not parametrize.is_parametrized(module, "weight"):
+    """Change a module's class beneath its parametrizations: a new class of its own, as torch would have made it from `kind`.
+
+    Taking the parametrization off and putting it on again would change the old class, which the module's copies share.
+    """
+    old = type(module)
+    if not parametrize.is_parametrized(module):
         module.__class__ = kind
         return
-    assert isinstance(module.parametrizations, nn.ModuleDict)
-    chain = module.parametrizations["weight"]
-    assert isinstance(chain, nn.ModuleList)
-    steps = list(chain)
-    parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-    module.__class__ = kind
-    for step in steps:
-        parametrize.register_parametrization(module, "weight", step, unsafe=True)
+    own = {name: value for name, value in vars(old).items() if name not in ("__dict__", "__weakref__", "__doc__", "__module__")}
+    module.__class__ = type(f"Parametrized{kind.__name__}", (kind,), own)
 
 
 def _after_loading(module: nn.Module, keys: Any) -> None:

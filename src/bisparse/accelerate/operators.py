@@ -48,7 +48,7 @@ _LIBRARY.define("unpack_2to4(Tensor packed, Tensor metadata, int rows, int colum
 
 
 def linear_2to4(
-    input: Float[Tensor, "T I"],
+    input: Float[Tensor, "*T I"],
     weight: Float[Tensor, "O I"],
     bias: Float[Tensor, " O"] | None,
     positions: UInt8[Tensor, "O G"],
@@ -59,7 +59,7 @@ def linear_2to4(
     mvue: bool = False,
     fixed: bool = False,
     search: bool = False,
-) -> Float[Tensor, "T O"]:
+) -> Float[Tensor, "*T O"]:
     """``x W~^T + b`` in the input's dtype, where W~ is the weight at the mask's positions and zero elsewhere.
 
     The weight's gradient is in the weight's dtype, of all entries (straight through), or of the kept ones with `fixed`.
@@ -78,7 +78,7 @@ def linear_2to4(
 
 
 def packed_linear_2to4(
-    input: Float[Tensor, "T I"],
+    input: Float[Tensor, "*T I"],
     packed: Shaped[Tensor, "..."],
     metadata: Shaped[Tensor, "..."],
     transposed: tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]] | None,
@@ -87,7 +87,7 @@ def packed_linear_2to4(
     backend: str,
     *,
     search: bool = False,
-) -> Float[Tensor, "T O"]:
+) -> Float[Tensor, "*T O"]:
     """``x W^T + b`` with a packed W, a constant; `transposed` is the packed W^T, for a sparse gradient of the input."""
     packed_t, metadata_t = transposed if transposed is not None else (None, None)
     output: Tensor = torch.ops.bisparse.packed_linear_2to4(
@@ -124,13 +124,10 @@ def _product(
 ) -> Tensor:
     matrix = weight.t() if transposed else weight
     rows = matrix.shape[0]
-    if input.shape[0] == 0 or matrix.numel() == 0:
+    if input.numel() == 0:
         return _empty_product(input, rows, bias)
-    own = BACKENDS[backend]
-    packed, found = own.fill(matrix, positions, metadata, input.dtype)
-    number = None if bias is None else bias.to(input.dtype)
-    output: Tensor = own.multiply(packed, found, input.contiguous().t(), rows, number, transposed=True, search=search)
-    return output
+    packed, found = BACKENDS[backend].fill(matrix, positions, metadata, input.dtype)
+    return _multiply(input, packed, found, bias, rows, backend, search)
 
 
 def _masked(weight: Tensor, positions: Tensor) -> Tensor:
@@ -170,13 +167,9 @@ def _packed_linear(
 def _packed_product(
     input: Tensor, packed: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, backend: str, search: bool
 ) -> Tensor:
-    if input.shape[0] == 0:
+    if input.numel() == 0:
         return _empty_product(input, rows, bias)
-    number = None if bias is None else bias.to(input.dtype)
-    output: Tensor = BACKENDS[backend].multiply(
-        packed, metadata, input.contiguous().t(), rows, number, transposed=True, search=search
-    )
-    return output
+    return _multiply(input, packed, metadata, bias, rows, backend, search)
 
 
 def _unpack(packed: Tensor, metadata: Tensor, rows: int, columns: int, backend: str) -> Tensor:
@@ -184,8 +177,17 @@ def _unpack(packed: Tensor, metadata: Tensor, rows: int, columns: int, backend: 
     return matrix
 
 
+def _multiply(
+    input: Tensor, packed: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, backend: str, search: bool
+) -> Tensor:
+    flat = input.reshape(-1, input.shape[-1]).contiguous()
+    number = None if bias is None else bias.to(input.dtype)
+    output: Tensor = BACKENDS[backend].multiply(packed, metadata, flat.t(), rows, number, transposed=True, search=search)
+    return output.view(*input.shape[:-1], rows)
+
+
 def _empty_product(input: Tensor, rows: int, bias: Tensor | None) -> Tensor:
-    zeros = input.new_zeros(input.shape[0], rows)
+    zeros = input.new_zeros(*input.shape[:-1], rows)
     return zeros if bias is None else zeros + bias.to(input.dtype)
 
 
@@ -203,14 +205,14 @@ for _name, _kernel in {
 
 @torch.library.register_fake("bisparse::linear_2to4")
 def _(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
-    return input.new_empty(input.shape[0], weight.shape[0])
+    return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
 @torch.library.register_fake("bisparse::product_2to4")
 def _(
     input: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, metadata: Tensor, transposed: bool, *_: Any
 ) -> Tensor:
-    return input.new_empty(input.shape[0], weight.shape[1 if transposed else 0])
+    return input.new_empty(*input.shape[:-1], weight.shape[1 if transposed else 0])
 
 
 @torch.library.register_fake("bisparse::masked_2to4")
@@ -234,12 +236,12 @@ def _(
     rows: int,
     *_: Any,
 ) -> Tensor:
-    return input.new_empty(input.shape[0], rows)
+    return input.new_empty(*input.shape[:-1], rows)
 
 
 @torch.library.register_fake("bisparse::packed_product_2to4")
 def _(input: Tensor, packed: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, *_: Any) -> Tensor:
-    return input.new_empty(input.shape[0], rows)
+    return input.new_empty(*input.shape[:-1], rows)
 
 
 @torch.library.register_fake("bisparse::unpack_2to4")
@@ -264,20 +266,21 @@ def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         to_input = torch.ops.bisparse.product_2to4(gradient, weight, None, positions_t, metadata_t, True, backend, search)
     elif needs_input:
         to_input = gradient @ torch.ops.bisparse.masked_2to4(weight, positions).to(gradient.dtype)
+    flat = gradient.reshape(-1, gradient.shape[-1])
     if needs_weight:
-        to_weight = (
-            torch.ops.bisparse.weight_gradient_2to4(gradient, input, backend, search) if mvue else gradient.t() @ input
-        ).to(weight.dtype)
+        inputs = input.reshape(-1, input.shape[-1])
+        to_weight = torch.ops.bisparse.weight_gradient_2to4(flat, inputs, backend, search) if mvue else flat.t() @ inputs
+        to_weight = to_weight.to(weight.dtype)
         if fixed:
             to_weight = torch.ops.bisparse.masked_2to4(to_weight, positions)
     if needs_bias:
-        to_bias = gradient.sum(0).to(ctx.bias_dtype)
+        to_bias = flat.sum(0).to(ctx.bias_dtype)
     return to_input, to_weight, to_bias, *(None,) * 8
 
 
 def _packed_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, packed, metadata, packed_t, metadata_t, bias, ctx.rows, ctx.backend, ctx.search = inputs
-    ctx.columns = input.shape[1]
+    ctx.columns = input.shape[-1]
     ctx.save_for_backward(packed, metadata, packed_t, metadata_t)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -292,7 +295,7 @@ def _packed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     elif ctx.needs_input_grad[0]:
         to_input = gradient @ torch.ops.bisparse.unpack_2to4(packed, metadata, ctx.rows, ctx.columns, ctx.backend)
     if ctx.needs_input_grad[5]:
-        to_bias = gradient.sum(0).to(ctx.bias_dtype)
+        to_bias = gradient.reshape(-1, ctx.rows).sum(0).to(ctx.bias_dtype)
     return to_input, None, None, None, None, to_bias, None, None, None
 
 

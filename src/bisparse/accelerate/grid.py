@@ -1,0 +1,142 @@
+"""Measured times of Linear layers over sizes and tokens, stored, so that a machine without that GPU can predict its own layers.
+
+A file is JSON: what was measured on (device, dtype, versions, commit, date), and a row a point. Between points, the logarithm of
+a time is interpolated linearly in the logarithms of out_features, in_features and tokens, which is exact where time is a product
+of powers of the sizes. Nothing is predicted outside of what was measured.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from bisparse.accelerate.measure import Pass, Timing
+
+__all__ = ["Grid", "GridPoint", "stored_grids"]
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """One measured layer."""
+
+    out_features: int
+    in_features: int
+    tokens: int
+    backend: str
+    training: bool
+    """Both passes with float32 weights under autocast; otherwise the forward pass alone."""
+    both_ways: bool
+    """The gradient of the input is sparse too."""
+    timing: Timing
+
+
+@dataclass(frozen=True)
+class Grid:
+    """All points of one device."""
+
+    device: str
+    dtype: str
+    points: tuple[GridPoint, ...]
+    about: dict[str, Any] = field(default_factory=dict)
+    """Versions, commit, date."""
+
+    @staticmethod
+    def read(path: str | Path) -> Grid:
+        """A grid from its file.
+
+        Raises:
+            ValueError: the file is no grid, or of another version of the format.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content.get("format") != FORMAT:
+                raise ValueError(f"format {content.get('format')!r}, and this release reads {FORMAT}")
+            points = tuple(
+                GridPoint(**{**row, "timing": Timing(Pass(**row["timing"]["dense"]), Pass(**row["timing"]["sparse"]))})
+                for row in content["points"]
+            )
+            grid = Grid(content["device"], content["dtype"], points, content["about"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"{path} is no grid of measured times ({error}); `make bench-gpu` writes one") from error
+        if any(min(one.timing.dense.forward_ms, one.timing.sparse.forward_ms) <= 0 for one in grid.points):
+            raise ValueError(f"{path} is no grid of measured times: it has a forward time that is not positive")
+        return grid
+
+    def write(self, path: str | Path) -> None:
+        """Write the file that `read` reads."""
+        content = {"format": FORMAT, **asdict(self)}
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    def predict(self, shape: tuple[int, int], tokens: int, backend: str, *, training: bool, both_ways: bool) -> Timing | None:
+        """The times of a layer of shape (out_features, in_features); None where no measured points surround it."""
+        kind = (backend, training, both_ways)
+        points = {
+            (one.out_features, one.in_features, one.tokens): one.timing
+            for one in self.points
+            if (one.backend, one.training, one.both_ways) == kind
+        }
+        corners = [_around(sorted({point[axis] for point in points}), size) for axis, size in enumerate((*shape, tokens))]
+        weighted = []
+        for corner in itertools.product(*corners):
+            timing = points.get((corner[0][0], corner[1][0], corner[2][0]))
+            if timing is None:
+                return None
+            weighted.append((math.prod(weight for _, weight in corner), timing))
+        if not weighted:
+            return None
+        passes = []
+        for side in ("dense", "sparse"):
+            own = [(weight, getattr(timing, side)) for weight, timing in weighted]
+            peaks = [(weight, float(one.peak_bytes or 0)) for weight, one in own]
+            known = all(one.peak_bytes is not None for _, one in own)
+            passes.append(
+                Pass(
+                    _mean((weight, one.forward_ms) for weight, one in own),
+                    _mean((weight, one.backward_ms) for weight, one in own),
+                    round(_mean(peaks)) if known else None,
+                )
+            )
+        return Timing(*passes)
+
+
+def stored_grids() -> dict[str, Grid]:
+    """The grids that come with the package, by device; there are none until someone with that device has measured one."""
+    folder = resources.files("bisparse.accelerate") / "grids"
+    if not folder.is_dir():
+        return {}
+    found = {}
+    for file in sorted(folder.iterdir(), key=lambda one: one.name):
+        if file.name.endswith(".json"):
+            with resources.as_file(file) as path:
+                grid = Grid.read(path)
+            found[grid.device] = grid
+    return found
+
+
+def _around(sizes: list[int], size: int) -> list[tuple[int, float]]:
+    """The measured sizes on both sides of a size, and their weights; none where it lies outside."""
+    place = bisect.bisect_left(sizes, size)
+    if place < len(sizes) and sizes[place] == size:
+        return [(size, 1.0)]
+    if place in (0, len(sizes)):
+        return []
+    low, high = sizes[place - 1], sizes[place]
+    weight = math.log(size / low) / math.log(high / low)
+    return [(low, 1 - weight), (high, weight)]
+
+
+def _mean(weighted: Any) -> float:
+    """The weighted geometric mean; 0 where a number is 0."""
+    pairs = list(weighted)
+    if any(value <= 0 for _, value in pairs):
+        return 0.0
+    return math.exp(sum(weight * math.log(value) for weight, value in pairs))

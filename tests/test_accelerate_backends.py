@@ -1,0 +1,425 @@
+"""cuSPARSELt and CUTLASS without a GPU: torch's operators played by stand-ins that check how they are called, and real layouts.
+
+The stand-ins follow torch's own sources: what they accept (shapes, strides, dtypes), and what they give back. What only a GPU can
+tell, whether the real libraries agree, is in the tests marked `gpu` at the end.
+"""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+from bisparse import accelerate_, finalize_, prune_, sparsify_
+from bisparse.accelerate import BackendError, backend, usable_backends
+from bisparse.accelerate.backend import BACKENDS
+from bisparse.accelerate.packing import find_positions
+
+CUDA = torch.device("cuda", 0)
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA device: run `make test-gpu` on a machine that has one"
+)
+
+
+class Library:
+    """What torch's operators do, on the CPU."""
+
+    def __init__(self, values_first: bool) -> None:
+        self.values_first = values_first
+        self.compressed, self.searched, self.algorithms = 0, 0, []
+
+    def compress(self, matrix: Tensor) -> Tensor:
+        assert matrix.is_contiguous() and matrix.dtype in (torch.float16, torch.bfloat16)
+        rows, columns = matrix.shape
+        assert rows % 16 == 0 and columns % 16 == 0
+        self.compressed += 1
+        values, metadata = [], []
+        # By bits, to be unkind: a -0.0 is no zero.
+        for group, bits in zip(matrix.view(-1, 4).tolist(), matrix.view(torch.int16).view(-1, 4).tolist(), strict=True):
+            places = [place for place in range(4) if bits[place]][:2]
+            for free in range(4):
+                if len(places) < 2 and free not in places:
+                    places.append(free)
+            first, second = sorted(places)
+            values += [group[first], group[second]]
+            metadata.append(first | second << 2)
+        low = torch.tensor(metadata, dtype=torch.uint8).view(-1, 2)
+        tail = (low[:, 0] | low[:, 1] << 4).view(matrix.dtype)
+        kept = torch.tensor(values, dtype=matrix.dtype)
+        return torch.cat((kept, tail) if self.values_first else (tail, kept))
+
+    def dense(self, packed: Tensor, columns: int) -> Tensor:
+        flat = packed.flatten()
+        size = flat.numel() * 16 // 9
+        values, tail = flat.split([size // 2, size // 16]) if self.values_first else flat.split([size // 16, size // 2])[::-1]
+        codes = tail.contiguous().view(torch.uint8)
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten().long()
+        groups = torch.zeros(size // 4, 4, dtype=packed.dtype)
+        groups.scatter_(1, torch.stack((codes & 3, codes >> 2), -1), values.view(-1, 2))
+        return groups.view(-1, columns)
+
+    def multiply(
+        self, packed: Tensor, dense: Tensor, bias: Tensor | None = None, transpose_result: bool = False, alg_id: int = 0
+    ) -> Tensor:
+        assert packed.dtype == dense.dtype and (bias is None or bias.dtype == dense.dtype)
+        assert dense.is_contiguous() or dense.t().is_contiguous(), "torch takes the strides of anything else for a transpose"
+        assert dense.shape[1] % 8 == 0 and dense.shape[0] % 16 == 0
+        self.algorithms.append(alg_id)
+        product = self.dense(packed, dense.shape[0]) @ dense
+        product = product if bias is None else product + bias[:, None]
+        return product.t().contiguous() if transpose_result else product
+
+    def search(self, packed: Tensor, dense: Tensor, bias: Tensor | None = None, transpose_result: bool = False) -> int:
+        self.multiply(packed, dense, bias, transpose_result)
+        self.algorithms.pop()
+        self.searched += 1
+        return 3
+
+    @staticmethod
+    def cutlass(values: Tensor, metadata: Tensor, dense: Tensor) -> Tensor:
+        assert metadata.dtype == torch.int16 and values.shape[1] * 2 == dense.shape[0]
+        assert 1 in dense.stride() and dense.shape[1] % 8 == 0 and values.is_contiguous()
+        return sparse_semi_structured_to_dense_cutlass(values, metadata) @ dense
+
+    @classmethod
+    def cutlass_add(cls, bias: Tensor, values: Tensor, metadata: Tensor, dense: Tensor) -> Tensor:
+        assert bias.shape == values.shape[:1] and bias.dtype == values.dtype
+        return cls.cutlass(values, metadata, dense) + bias[:, None]
+
+
+@pytest.fixture(params=[True, False], ids=["values first", "values last"])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
+    stand_in = Library(request.param)
+    monkeypatch.setattr(torch, "_cslt_compress", stand_in.compress)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", stand_in.multiply)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", stand_in.search)
+    monkeypatch.setattr(torch, "_sparse_semi_structured_mm", stand_in.cutlass)
+    monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", stand_in.cutlass_add)
+    for name in ("cusparselt", "cutlass"):
+        monkeypatch.setattr(type(BACKENDS[name]), "device_reason", lambda self, device: None)
+    backend._search_algorithm.cache_clear()
+    yield stand_in
+    backend._search_algorithm.cache_clear()
+
+
+def model_of(pattern: str = "2:4-T", dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64, bias=False)).to(dtype)
+    prune_(model, pattern)
+    return model
+
+
+def run(model: nn.Module, tokens: int = 11, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(3)
+    inputs = torch.randn(tokens, 64).to(dtype).requires_grad_()
+    output = model(inputs)
+    output.backward(torch.randn(output.shape).to(output.dtype))
+    return output.detach().float(), inputs.grad.float()
+
+
+def close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).norm() <= 0.02 * other.norm())
+
+
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+@pytest.mark.parametrize("pattern", ["2:4-T", "2:4"])
+def test_packed_layers(library: Library, name: str, pattern: str) -> None:
+    dense = model_of(pattern).requires_grad_(False)
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        model[0].weight[model[0].weight == 0] = -0.0  # what a product with a mask leaves behind
+    report = accelerate_(model, name)
+    assert [one.backend for one in report.layers] == [name, name] and report.layers[0].backward == (pattern == "2:4-T")
+    for ours, theirs in zip(run(model), run(dense), strict=True):
+        assert close(ours, theirs)
+    assert torch.equal(model[0].dense_weight(), dense[0].weight)
+    finalize_(model)
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), dense.parameters(), strict=True))
+
+
+def test_packed_bytes_are_nine_sixteenths(library: Library) -> None:
+    for name in ("cusparselt", "cutlass"):
+        model = model_of().eval()
+        report = accelerate_(model, name)
+        assert report.bytes_before - report.bytes_after == 2 * 2 * 64 * 128 * 7 // 16
+
+
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+@pytest.mark.parametrize("mvue", [False, True])
+def test_layers_in_training(library: Library, name: str, mvue: bool) -> None:
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64, bias=False))
+    model = copy.deepcopy(dense)
+    runs = []
+    for one in (model, dense):
+        sparsity = sparsify_(one, "2:4-T", refresh=2, mvue=mvue)
+        if one is model:
+            report = accelerate_(model, name)
+            assert all(layer.backward and layer.weight == "trained" for layer in report.layers)
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.005)
+        sparsity.attach(optimizer)
+        history = []
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16):
+                output, gradient = run(one, dtype=torch.float32)
+            torch.manual_seed(11)  # MVUE draws
+            optimizer.step()
+            optimizer.zero_grad()
+            history += [output, gradient]
+        runs.append((history, [layer.mask.clone() for layer in sparsity.layers]))
+    for ours, theirs in zip(runs[0][0][:2], runs[1][0][:2], strict=True):
+        assert close(ours, theirs)
+    if not mvue:  # its draws differ, and so do the steps from the second on
+        for ours, theirs in zip(runs[0][0], runs[1][0], strict=True):
+            assert float((ours - theirs).norm()) <= 0.1 * float(theirs.norm())  # rounding decides a few near ties of the masks
+        for ours, theirs in zip(runs[0][1], runs[1][1], strict=True):
+            assert float((ours != theirs).float().mean()) < 0.01
+
+
+def test_new_values_reach_the_product_without_packing_where_the_layout_allows_it(library: Library) -> None:
+    layer = model_of(dtype=torch.float32).train()
+    accelerate_(layer, "cusparselt", dtype=torch.bfloat16, search=False)
+    packed_so_far = library.compressed
+    outputs = []
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs.append(run(layer, dtype=torch.float32)[0])
+        with torch.no_grad():
+            for weight in layer.parameters():
+                weight.mul_(2)
+    assert not torch.equal(outputs[0], outputs[1])
+    per_step = 4  # W and W^T of two layers
+    # The stand-in fills unused slots from the left and the packer from the right: without any, their orders agree.
+    assert library.compressed - packed_so_far in (0, 3 * per_step)
+    full = find_positions(torch.tensor([[True, False, True, False]]).repeat(16, 4))
+    metadata = BACKENDS["cusparselt"].layout(full, 16, torch.bfloat16)
+    assert (metadata.numel() > 0) == library.values_first
+    before = library.compressed
+    weight = torch.randn(16, 16)
+    packed, _ = BACKENDS["cusparselt"].fill(weight, full, metadata, torch.bfloat16)
+    assert (library.compressed == before) == library.values_first
+    assert torch.equal(library.dense(packed, 16), (weight * torch.tensor([1.0, 0, 1, 0] * 4)).to(torch.bfloat16))
+
+
+def test_the_best_algorithm_is_searched_once_a_shape(library: Library) -> None:
+    model = model_of().eval().requires_grad_(False)
+    accelerate_(model, "cusparselt")
+    inputs = torch.randn(16, 64).to(torch.bfloat16)
+    library.algorithms.clear()
+    for _ in range(3):
+        model(inputs)
+    assert library.searched == 2 and library.algorithms == [3] * 6
+    model(inputs[:8])
+    assert library.searched == 4
+    model(inputs[:5])  # completed to 8 tokens: the same shape
+    assert library.searched == 4
+    state = torch.get_rng_state()
+    model(inputs[:16].repeat(2, 1))
+    assert library.searched == 6 and torch.equal(torch.get_rng_state(), state), "searching is no event of the run"
+    other = model_of().eval()
+    accelerate_(other, "cusparselt", search=False)
+    library.algorithms.clear()
+    other(inputs)
+    assert library.searched == 6 and library.algorithms == [0, 0]
+
+
+def test_backends_refuse_shapes_and_dtypes_with_reasons(library: Library) -> None:
+    for name, rows, columns, multiples in (("cusparselt", 24, 32, (16, 16)), ("cutlass", 64, 32, (32, 64))):
+        layer = nn.Sequential(nn.Linear(columns, rows)).to(torch.bfloat16).eval()
+        prune_(layer, "2:4-T")
+        before = layer[0].weight.clone()
+        with pytest.raises(BackendError, match=f"{name} packs matrices whose rows are a multiple of {multiples[0]} and columns"):
+            accelerate_(layer, name)
+        assert torch.equal(layer[0].weight, before)
+    with pytest.raises(BackendError, match=r"cusparselt takes float16, bfloat16, not float32; convert the model first"):
+        accelerate_(model_of(dtype=torch.float32).eval(), "cusparselt")
+    with pytest.raises(BackendError, match=r"not float64; pass dtype=torch.bfloat16"):
+        accelerate_(model_of(dtype=torch.float32).train(), "cutlass", dtype=torch.float64)
+
+
+def test_a_shape_whose_transpose_is_refused_runs_sparse_forward_only(library: Library) -> None:
+    model = nn.Sequential(nn.Linear(64, 32, bias=False)).to(torch.bfloat16)
+    prune_(model, "2:4-T")
+    dense = copy.deepcopy(model)
+    report = accelerate_(model, "cutlass")
+    assert not report.layers[0].backward and "for W^T, cutlass packs" in report.layers[0].note
+    for ours, theirs in zip(run(model), run(dense), strict=True):
+        assert close(ours, theirs)
+
+
+def test_other_input_dtypes_run_masked_dense_and_say_so_once(library: Library) -> None:
+    model = model_of(dtype=torch.float32).train()
+    dense = copy.deepcopy(model)
+    accelerate_(model, "cusparselt")
+    with pytest.warns(
+        UserWarning, match=r"^0 runs masked-dense: it was accelerated for torch\.bfloat16, the input is torch\.float32"
+    ):
+        ours = run(model, dtype=torch.float32)
+    assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(ours, run(dense, dtype=torch.float32), strict=True))
+    assert library.algorithms == []
+
+
+def test_moving_packs_anew_with_what_runs_there(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of().eval()
+    weight = model[0].weight.detach().clone()
+    accelerate_(model, "cusparselt")
+    model.to(torch.float32)
+    assert model[0].backend == "reference" and torch.equal(model[0].dense_weight(), weight.float())
+    model.to(torch.bfloat16)
+    assert model[0].backend == "cusparselt" and torch.equal(model[0].dense_weight(), weight)
+
+
+def test_cutlass_layout_is_that_of_torch() -> None:
+    weight = model_of()[0].weight.detach()
+    own = BACKENDS["cutlass"]
+    mask = weight != 0
+    positions, positions_t = find_positions(mask), find_positions(mask.t())
+    expected = sparse_semi_structured_from_dense_cutlass(weight)
+    expected_t = sparse_semi_structured_from_dense_cutlass(weight.t().contiguous())
+    metadata, metadata_t = own.layouts(mask, positions, positions_t, torch.bfloat16)
+    for found, (values, meta) in (
+        (own.fill(weight, positions, metadata, torch.bfloat16), expected),
+        (own.fill(weight.t(), positions_t, metadata_t, torch.bfloat16), expected_t),
+    ):
+        assert torch.equal(found[0], values) and torch.equal(found[1], meta)
+    assert torch.equal(own.layout(positions, weight.shape[1], torch.bfloat16), metadata)
+    assert torch.equal(own.unpack(*own.pack(weight), *weight.shape), weight)
+
+
+# ---- which backend runs where
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine that says it has a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
+    monkeypatch.setattr(torch.version, "hip", None, raising=False)
+    monkeypatch.setattr(backend, "_try_out", lambda name, device: None)
+    monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
+    return monkeypatch
+
+
+def test_what_runs_on_which_generation(gpu: pytest.MonkeyPatch) -> None:
+    assert usable_backends(CUDA)["cusparselt"] is None
+    assert "run on compute capability 8.x, and this device has 9.0" in str(usable_backends(CUDA)["cutlass"])
+    assert backend.choose_backend("auto", CUDA) is BACKENDS["cusparselt"]
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+    assert set(usable_backends(CUDA).values()) == {None}
+    assert "not float32" in str(usable_backends(CUDA, torch.float32)["cutlass"])
+    gpu.setattr(torch.backends.cusparselt, "is_available", lambda: False)
+    assert usable_backends(CUDA)["cusparselt"] == "this torch is built without cuSPARSELt"
+    assert backend.choose_backend("auto", CUDA) is BACKENDS["cutlass"]
+    with pytest.raises(BackendError, match="built without cuSPARSELt"):
+        backend.choose_backend("cusparselt", CUDA)
+
+
+def test_old_devices_and_other_makers(gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    reason = backend.choose_backend("auto", CUDA)
+    assert (
+        isinstance(reason, str)
+        and "needs sparse tensor cores (compute capability 8.0, Ampere), and this device has 7.5" in reason
+    )
+    gpu.setattr(torch.version, "hip", "6.2", raising=False)
+    assert "built for ROCm" in str(usable_backends(CUDA)["cutlass"])
+    gpu.setattr(torch.cuda, "is_available", lambda: False)
+    assert "torch sees none here" in str(usable_backends(CUDA)["cutlass"])
+
+
+def test_a_library_that_fails_or_lies_is_found_out(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
+    try_out = backend._try_out.__wrapped__
+    cpu = torch.device("cpu")
+    assert try_out("cusparselt", cpu) is None and try_out("cutlass", cpu) is None
+
+    def mismatch(*_: object, **__: object) -> Tensor:
+        raise RuntimeError("CUDA error: architecture mismatch when calling `cusparseLtInit(&handle)`\nmore")
+
+    honest = torch._cslt_sparse_mm
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", mismatch)
+    assert try_out("cusparselt", cpu) == (
+        "cusparselt does not run on NVIDIA Test: CUDA error: architecture mismatch when calling `cusparseLtInit(&handle)`"
+    )
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *one, **other: honest(*one, **other) * 1.02)
+    assert try_out("cusparselt", cpu) == "cusparselt gives wrong products on NVIDIA Test"
+
+
+# ---- on a GPU
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_on_a_gpu_packed_layers_equal_the_masked_dense_ones(name: str, dtype: torch.dtype) -> None:
+    if (reason := usable_backends(CUDA)[name]) is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256, bias=False)).to("cuda", dtype)
+    prune_(dense, "2:4-T")
+    dense.requires_grad_(False)
+    model = copy.deepcopy(dense)
+    accelerate_(model, name)
+    for tokens in (1, 8, 300):
+        inputs = torch.randn(tokens, 256, device="cuda", dtype=dtype)
+        one, other = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
+        ours, theirs = model(one), dense(other)
+        assert close(ours.float(), theirs.float())
+        upstream = torch.randn_like(ours)
+        ours.backward(upstream)
+        theirs.backward(upstream)
+        assert close(one.grad.float(), other.grad.float())
+    assert torch.equal(model[0].dense_weight(), dense[0].weight)
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+@pytest.mark.parametrize("mvue", [False, True])
+def test_on_a_gpu_training_equals_masked_dense_training(name: str, mvue: bool) -> None:
+    if (reason := usable_backends(CUDA)[name]) is not None:
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(256, 512), nn.GELU(), nn.Linear(512, 256)).cuda()
+    model = copy.deepcopy(dense)
+    losses = []
+    for one in (model, dense):
+        sparsity = sparsify_(one, "2:4-T", refresh=2, mvue=mvue)
+        if one is model:
+            assert len(accelerate_(model, name)) == 2
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        sparsity.attach(optimizer)
+        own = []
+        for step in range(6):
+            inputs = torch.randn(512, 256, generator=torch.Generator().manual_seed(step)).cuda()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = nn.functional.mse_loss(one(inputs), inputs)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            own.append(float(loss.detach()))
+        losses.append(own)
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-2)
+    assert losses[0] == pytest.approx(losses[1], rel=5e-2)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_on_a_gpu_the_reference_agrees_and_compiled_code_does_too() -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(256, 512).to("cuda", torch.bfloat16).requires_grad_(False)
+    prune_(dense, "2:4-T", include="*")
+    inputs = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
+    for name, reason in usable_backends(CUDA).items():
+        if reason is None:
+            model = copy.deepcopy(dense)
+            accelerate_(model, name, include="*")
+            compiled = torch.compile(model, fullgraph=True)
+            assert close(compiled(inputs).float(), dense(inputs).float()), name
