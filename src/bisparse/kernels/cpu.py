@@ -14,7 +14,7 @@ from numba import njit
 from bisparse.kernels import ops
 from bisparse.kernels import vectors as vec
 from bisparse.kernels.general import solve_integers
-from bisparse.kernels.middle import best_at_most_2, best_exactly_2, larger_unsigned, mask_rows
+from bisparse.kernels.middle import WIDTH, best_at_most_2, best_exactly_2, mask_bits, row_bytes, spans_too_far
 from bisparse.kernels.networks import sorting_network
 from bisparse.kernels.repair import repair
 from bisparse.kernels.threads import over_bands
@@ -176,43 +176,54 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
 
 
 @njit(nogil=True, cache=True)
-def middle_band(scores, across, mask, coarse, table, exactly, first, last):  # type: ignore[no-untyped-def]
+def middle_tiles(scores, offset, stride, count, codes, flags, table, exactly, extremes):  # type: ignore[no-untyped-def]
+    """2:4-T of `count` tiles side by side, at least `WIDTH`: their masks as bits, to `codes`. Does `flags` name coarse ones?"""
+    vec.never_inline()
+    extremes[:WIDTH] = SMALL
+    if exactly:
+        for t in range(0, count, WIDTH):
+            k = min(t, count - WIDTH)  # the last call overlaps with the one before
+            best_exactly_2(scores, offset + 4 * k, stride, codes, k, extremes)
+    else:
+        for t in range(0, count, WIDTH):
+            k = min(t, count - WIDTH)
+            best_at_most_2(scores, offset + 4 * k, stride, codes, k, extremes)
+    for t in range(count):
+        codes[t] = table[codes[t]]
+    least = np.int32(SMALL)
+    for k in range(WIDTH):
+        least = min(least, extremes[k])
+    if least == SMALL:
+        return False
+    for t in range(0, count, WIDTH):
+        k = min(t, count - WIDTH)
+        spans_too_far(scores, offset + 4 * k, stride, flags, k)
+    return True
+
+
+@njit(nogil=True, cache=True)
+def middle_band(scores, columns, mask, coarse, table, exactly, first, last):  # type: ignore[no-untyped-def]
     """2:4-T of bands first..last of four rows; `mask` is seen as one uint32 for four entries. Largest bit pattern seen."""
-    codes, small = np.empty(MIDDLE_CHUNK, np.int32), np.empty(MIDDLE_CHUNK, np.int32)
-    worst = np.int32(0)
+    codes, flags = np.empty(MIDDLE_CHUNK, np.int32), np.empty(MIDDLE_CHUNK, np.int32)
+    extremes = np.zeros(2 * WIDTH, np.int32)
+    across = columns // 4
     for band in range(first, last):
-        for start in range(0, across, MIDDLE_CHUNK):
+        for chunk in range(0, across, MIDDLE_CHUNK):
+            start = min(chunk, across - WIDTH)
             count = min(MIDDLE_CHUNK, across - start)
-            a, b = scores[4 * band, 4 * start :], scores[4 * band + 1, 4 * start :]
-            c, d = scores[4 * band + 2, 4 * start :], scores[4 * band + 3, 4 * start :]
-            if exactly:
+            offset = 4 * (band * columns + start)
+            if middle_tiles(scores, offset, columns, count, codes, flags, table, exactly, extremes):
                 for t in range(count):
-                    codes[t], small[t], largest = best_exactly_2((
-                        a[4 * t], a[4 * t + 1], a[4 * t + 2], a[4 * t + 3], b[4 * t], b[4 * t + 1], b[4 * t + 2], b[4 * t + 3],
-                        c[4 * t], c[4 * t + 1], c[4 * t + 2], c[4 * t + 3], d[4 * t], d[4 * t + 1], d[4 * t + 2], d[4 * t + 3],
-                    ))  # fmt: skip
-                    worst = larger_unsigned(worst, largest)
-            else:
-                for t in range(count):
-                    codes[t], small[t], largest = best_at_most_2((
-                        a[4 * t], a[4 * t + 1], a[4 * t + 2], a[4 * t + 3], b[4 * t], b[4 * t + 1], b[4 * t + 2], b[4 * t + 3],
-                        c[4 * t], c[4 * t + 1], c[4 * t + 2], c[4 * t + 3], d[4 * t], d[4 * t + 1], d[4 * t + 2], d[4 * t + 3],
-                    ))  # fmt: skip
-                    worst = larger_unsigned(worst, largest)
+                    coarse[band * across + start + t] = flags[t] != 0
             first_row, second_row = mask[4 * band, start:], mask[4 * band + 1, start:]
             third_row, fourth_row = mask[4 * band + 2, start:], mask[4 * band + 3, start:]
-            least = np.int32(16 * SMALL)
             for t in range(count):
-                least = min(least, small[t])
-            for t in range(count):
-                code = np.uint32(codes[t])
-                first_row[t], second_row[t] = table[0, code], table[1, code]
-                third_row[t], fourth_row[t] = table[2, code], table[3, code]
-            if least < 8 * SMALL:
-                for t in range(count):
-                    if small[t] < 8 * SMALL:
-                        coarse[band * across + start + t] = tile_is_coarse(scores, 4 * band, 4 * (start + t))
-    return np.int64(worst) & 0xFFFFFFFF
+                first_row[t], second_row[t] = row_bytes(codes[t], 0), row_bytes(codes[t], 1)
+                third_row[t], fourth_row[t] = row_bytes(codes[t], 2), row_bytes(codes[t], 3)
+    worst = np.int64(0)
+    for k in range(WIDTH):
+        worst = max(worst, np.int64(extremes[WIDTH + k]) & 0xFFFFFFFF)
+    return worst
 
 
 @njit(nogil=True, cache=True)
@@ -229,27 +240,6 @@ def largest_band(groups, n, mask, first, last):  # type: ignore[no-untyped-def]
                 before += groups[g, j] > score
             mask[g, i] = before < n
     return 0
-
-
-@njit(nogil=True, cache=True)
-def tile_is_coarse(scores, row, column):  # type: ignore[no-untyped-def]
-    """Whether over half of a 4 x 4 tile's non-zero scores are below SMALL once quantised, or it is below 2**-104 altogether."""
-    largest = np.float64(0)
-    for i in range(4):
-        for j in range(4):
-            largest = max(largest, np.float64(scores[row + i, column + j]))
-    if largest == 0.0:
-        return False
-    if largest < 2.0**-103:
-        return True
-    exponent = np.floor(np.log2(largest))
-    few = 0
-    for i in range(4):
-        for j in range(4):
-            score = np.float64(scores[row + i, column + j])
-            if score > 0:
-                few += 1 if score * 2.0 ** (23 - exponent) < SMALL - 0.5 else -1
-    return few > 0
 
 
 def _check(worst: list[int], scores: torch.Tensor) -> bool:
@@ -280,29 +270,34 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
     beside = columns < 4 * MIDDLE_CHUNK
     wide = scores.view(rows // 4, 4, columns).transpose(0, 1).reshape(4, -1) if beside else scores
-    across = wide.shape[1] // 4
-    mask = torch.empty(wide.shape, dtype=torch.bool)
-    coarse = torch.zeros(wide.shape[0] // 4 * across, dtype=torch.bool)
-    numbers, packed, flags, table = wide.numpy(), mask.numpy().view(np.uint32), coarse.numpy(), mask_rows()
+    lacking = 4 * WIDTH - wide.shape[1]
+    if lacking > 0:
+        wide = torch.nn.functional.pad(wide, (0, lacking))
+    height, width = wide.shape
+    mask = torch.empty((height, width), dtype=torch.bool)
+    coarse = torch.zeros(height // 4 * width // 4, dtype=torch.bool)
+    numbers, packed, flags, table = wide.view(-1).numpy(), mask.numpy().view(np.uint32), coarse.numpy(), mask_bits()
 
     def bands_of_rows(first: int, last: int) -> int:
-        return int(middle_band(numbers, across, packed, flags, table, exactly, first, last))
+        return int(middle_band(numbers, width, packed, flags, table, exactly, first, last))
 
     def columns_of_one_band(first: int, last: int) -> int:
-        part = np.ascontiguousarray(numbers[:, 4 * first : 4 * last])
+        part = wide[:, 4 * first : 4 * last].reshape(-1).numpy()
         rows_out = np.empty((4, last - first), np.uint32)
-        worst = middle_band(part, last - first, rows_out, flags[first:last], table, exactly, 0, 1)
+        worst = middle_band(part, 4 * (last - first), rows_out, flags[first:last], table, exactly, 0, 1)
         packed[:, first:last] = rows_out
         return int(worst)
 
-    if wide.shape[0] == 4:
-        worst = over_bands(columns_of_one_band, across, MIDDLE_CHUNK, 4096)
+    if height == 4:
+        worst = over_bands(columns_of_one_band, width // 4, MIDDLE_CHUNK, 4096)
     else:
-        worst = over_bands(bands_of_rows, wide.shape[0] // 4, 1, max(1, 4096 // across))
+        worst = over_bands(bands_of_rows, height // 4, 1, max(1, 16384 // width))
     if not _check(worst, scores):
         return exact_mask(scores.abs(), n, m, exactly)
+    if lacking > 0:
+        mask, coarse = mask[:, :-lacking], coarse[: -lacking // 4]
     if beside:
-        mask = mask.view(4, rows // 4, columns).transpose(0, 1).reshape(rows, columns)
+        mask = mask.reshape(4, rows // 4, columns).transpose(0, 1).reshape(rows, columns)
     return mask, coarse
 
 

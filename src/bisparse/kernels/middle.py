@@ -1,4 +1,4 @@
-"""Exact 2:4-T masks by meeting in the middle, without branches: one tile a lane.
+"""Exact 2:4-T masks by meeting in the middle, without branches: eight tiles side by side, one a lane.
 
 A 4 x 4 tile splits into an upper and a lower pair of rows. A column profile c in {0, 1, 2}^4 with sum 4 says how much of
 each column's room of 2 the upper pair may take; the lower pair gets 2 - c. Any mask that keeps at most 2 everywhere fits
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial, reduce
 from typing import Any
 
 import numpy as np
@@ -23,11 +23,16 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from bisparse.kernels.llvm import F32, I32, I64, at, call_llvm, data_of, larger, load, number, row_of, smaller, store
 from bisparse.kernels.vectors import SMALL
 
-__all__ = ["best_at_most_2", "best_exactly_2", "larger_unsigned", "mask_rows"]
+__all__ = ["WIDTH", "best_at_most_2", "best_exactly_2", "mask_bits", "row_bytes", "spans_too_far"]
 
-I32 = ir.IntType(32)
+WIDTH = 8
+"""Tiles that an intrinsic takes at once."""
+LANE_OF_TILE = [0, 4, 1, 5, 2, 6, 3, 7]
+"""Tiles stay in their half of a register as they are transposed, which is cheaper, and are put in order at the end."""
+I32X8 = ir.VectorType(I32, WIDTH)
 Profile = tuple[int, int, int, int] | str
 FIRST_HOLDS_0, SECOND_HOLDS_0 = "first", "second"
 PAIRS = tuple(itertools.combinations(range(4), 2))
@@ -76,28 +81,26 @@ def _half_mask(profile: Profile, candidate: int) -> list[list[int]]:
 
 
 @cache
-def mask_rows() -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """The four rows, as 4 mask bytes each, of each code 16 * combination + 4 * lower + upper candidate: (4, codes)."""
-    table = np.zeros((len(COMBINATIONS) * 16, 4, 4), np.uint8)
+def mask_bits() -> np.ndarray[Any, np.dtype[np.int32]]:
+    """The mask of each code 16 * combination + 4 * lower + upper candidate: bit 4 * row + column."""
+    table = np.zeros((len(COMBINATIONS) * 16, 16), np.int32)
     for index, (upper, lower) in enumerate(COMBINATIONS):
         for low, up in itertools.product(range(4), repeat=2):
             if 3 in (low, up) and (isinstance(upper, str)):
                 continue  # six candidates make two profiles of three
-            table[16 * index + 4 * low + up] = _half_mask(upper, up) + _half_mask(lower, low)
-    return np.ascontiguousarray(table.reshape(-1, 16).view(np.uint32).T)
+            table[16 * index + 4 * low + up] = np.ravel(_half_mask(upper, up) + _half_mask(lower, low))
+    masks: np.ndarray[Any, np.dtype[np.int32]] = (table << np.arange(16)).sum(1, dtype=np.int32)
+    return masks
 
 
 def _half_values(b: Any, first: list[Any], second: list[Any], code: int, exactly: bool) -> dict[Profile, Any]:
     """Best value of a pair of rows within each profile; the winning candidate times `code` is in the low bits."""
 
     def tag(value: Any, candidate: int) -> Any:
-        return b.add(value, ir.Constant(I32, candidate * code))
+        return b.add(value, number(I32, WIDTH, candidate * code))
 
     def best(*values: Any) -> Any:
-        result = values[0]
-        for value in values[1:]:
-            result = b.select(b.icmp_signed(">", value, result), value, result)
-        return result
+        return reduce(partial(larger, b), values)
 
     pair_sums = [{pair: b.add(row[pair[0]], row[pair[1]]) for pair in PAIRS} for row in (first, second)]
     columns = [b.add(first[column], second[column]) for column in range(4)]
@@ -123,27 +126,50 @@ def _half_values(b: Any, first: list[Any], second: list[Any], code: int, exactly
     return values
 
 
+def _columns(b: Any, scores: Any, offset: Any) -> list[Any]:
+    """The four columns of one row of eight tiles, lanes in the order of `LANE_OF_TILE`."""
+
+    def halves(x: Any, y: Any, wide: bool, high: bool) -> Any:
+        place = ([2, 3, 10, 11, 6, 7, 14, 15] if high else [0, 1, 8, 9, 4, 5, 12, 13]) if wide else (
+            [2, 10, 3, 11, 6, 14, 7, 15] if high else [0, 8, 1, 9, 4, 12, 5, 13]
+        )  # fmt: skip
+        return b.shuffle_vector(x, y, ir.Constant(I32X8, place))
+
+    parts = [load(b, scores, at(b, offset, WIDTH * k), F32, WIDTH) for k in range(4)]
+    (low, high), (low_after, high_after) = (
+        [halves(x, y, False, high) for high in (False, True)] for x, y in (parts[:2], parts[2:])
+    )
+    return [
+        halves(x, y, True, second) for x, y in ((low, low_after), (high, high_after)) for second in (False, True)
+    ]  # fmt: skip
+
+
+def _quantiser(b: Any, scores: Any, offset: Any, stride: Any) -> tuple[list[Any], Any, Any]:
+    """The 16 scores of eight tiles as floats, the bit pattern of each tile's largest, and the scale that makes it 24 bits."""
+    floats = [column for row in range(4) for column in _columns(b, scores, row_of(b, offset, stride, row))]
+    bits = [b.bitcast(x, I32X8) for x in floats]
+    largest = reduce(lambda x, y: b.select(b.icmp_unsigned(">", x, y), x, y), bits)
+    # Below 2**-104 the scale would overflow; such a tile counts as coarse.
+    biased = larger(b, b.lshr(largest, number(I32, WIDTH, 23)), number(I32, WIDTH, 23))
+    scale = b.bitcast(b.shl(b.sub(number(I32, WIDTH, 277), biased), number(I32, WIDTH, 23)), ir.VectorType(F32, WIDTH))
+    return floats, largest, scale
+
+
 def _best_mask(exactly: bool) -> Callable[..., Any]:
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        floats = [b.extract_value(args[0], k) for k in range(16)]
-        bits = [b.bitcast(x, I32) for x in floats]
-        largest = bits[0]
-        for other in bits[1:]:
-            largest = b.select(b.icmp_unsigned(">", largest, other), largest, other)
-        biased = b.lshr(largest, ir.Constant(I32, 23))
-        floor = ir.Constant(I32, 23)  # below 2**-104 the scale would overflow; such a tile counts as coarse
-        biased = b.select(b.icmp_signed(">", biased, floor), biased, floor)
-        scale = b.bitcast(b.shl(b.sub(ir.Constant(I32, 277), biased), ir.Constant(I32, 23)), ir.FloatType())
-        rint = b.module.declare_intrinsic("llvm.rint", [ir.FloatType()])
-        limit = ir.Constant(I32, SMALL)
-        small, q = ir.Constant(I32, 0), []
-        for x in floats:
-            integer = b.fptosi(b.call(rint, [b.fmul(x, scale)]), I32)
-            small = b.add(small, b.select(b.icmp_signed("<", integer, limit), integer, limit))
-            q.append(b.shl(integer, ir.Constant(I32, 4)))
+        scores, codes, extremes = (data_of(context, b, signature, args, k) for k in (0, 3, 5))
+        floats, largest, scale = _quantiser(b, scores, args[1], args[2])
+        integers = [call_llvm(b, f"llvm.lrint.v{WIDTH}i32.v{WIDTH}f32", I32X8, [b.fmul(x, scale)]) for x in floats]
+        # If one of every two scores is large, at least half are.
+        large = [larger(b, x, y) for x, y in zip(integers[:8], integers[8:], strict=True)]
+        zero, width = ir.Constant(I64, 0), ir.Constant(I64, WIDTH)
+        store(b, reduce(partial(smaller, b), large, load(b, extremes, zero, I32, WIDTH)), extremes, zero)
+        seen = load(b, extremes, width, I32, WIDTH)
+        store(b, b.select(b.icmp_unsigned(">", largest, seen), largest, seen), extremes, width)
+        q = [b.shl(x, number(I32, WIDTH, 4)) for x in integers]
         upper = _half_values(b, q[0:4], q[4:8], 1, exactly)
         lower = _half_values(b, q[8:12], q[12:16], 4, exactly)
-        best, where = None, ir.Constant(I32, 0)
+        best, where = None, number(I32, WIDTH, 0)
         for index, (up, low) in enumerate(COMBINATIONS):
             value = b.add(upper[up], lower[low])
             if best is None:
@@ -151,33 +177,63 @@ def _best_mask(exactly: bool) -> Callable[..., Any]:
                 continue
             better = b.icmp_signed(">", value, best)
             best = b.select(better, value, best)
-            where = b.select(better, ir.Constant(I32, 16 * index), where)
-        code = b.or_(where, b.and_(best, ir.Constant(I32, 15)))
-        return context.make_tuple(b, signature.return_type, [code, small, largest])
+            where = b.select(better, number(I32, WIDTH, 16 * index), where)
+        code = b.or_(where, b.and_(best, number(I32, WIDTH, 15)))
+        store(b, _in_order(b, code), codes, args[4])
+        return context.get_dummy_value()
 
-    def typing(context: Any, scores: Any) -> tuple[Any, Any]:
-        return types.UniTuple(types.int32, 3)(types.UniTuple(types.float32, 16)), codegen
+    def typing(context: Any, scores: Any, offset: Any, stride: Any, codes: Any, place: Any, extremes: Any) -> tuple[Any, Any]:
+        return types.void(scores, types.intp, types.intp, codes, types.intp, extremes), codegen
 
     return typing
 
 
+def _in_order(b: Any, lanes: Any) -> Any:
+    return b.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), ir.Constant(I32X8, LANE_OF_TILE))
+
+
 @intrinsic
-def larger_unsigned(typing: Any, x: Any, y: Any) -> Any:
-    """The larger of two bit patterns, read as unsigned."""
+def best_at_most_2(typing: Any, scores: Any, offset: Any, stride: Any, codes: Any, place: Any, extremes: Any) -> Any:
+    """The code of the best mask of eight tiles, to `codes`; the 8 + 8 lanes of `extremes` (int32) take account of the scores.
+
+    Lane by lane: a lower bound of a tile's eighth largest q, its minimum over the calls; and the largest bit pattern seen.
+    """
+    return _best_mask(exactly=False)(typing, scores, offset, stride, codes, place, extremes)
+
+
+@intrinsic
+def best_exactly_2(typing: Any, scores: Any, offset: Any, stride: Any, codes: Any, place: Any, extremes: Any) -> Any:
+    """`best_at_most_2`, with every row and column keeping exactly 2."""
+    return _best_mask(exactly=True)(typing, scores, offset, stride, codes, place, extremes)
+
+
+@intrinsic
+def spans_too_far(typing: Any, scores: Any, offset: Any, stride: Any, flags: Any, place: Any) -> Any:
+    """Are over half of a tile's non-zero scores below SMALL once quantised, or all below 2**-103? Of eight tiles, as int32."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        return b.select(b.icmp_unsigned(">", args[0], args[1]), args[0], args[1])
+        source, target = (data_of(context, b, signature, args, k) for k in (0, 3))
+        floats, largest, scale = _quantiser(b, source, args[1], args[2])
+        zero, one, minus = (number(I32, WIDTH, k) for k in (0, 1, -1))
+        limit = ir.Constant(ir.VectorType(F32, WIDTH), [SMALL - 0.5] * WIDTH)
+        few = zero
+        for x in floats:
+            vote = b.select(b.fcmp_ordered("<", b.fmul(x, scale), limit), one, minus)
+            few = b.add(few, b.select(b.icmp_signed("==", b.bitcast(x, I32X8), zero), zero, vote))
+        tiny = b.icmp_unsigned("<", largest, number(I32, WIDTH, 24 << 23))
+        coarse = b.and_(b.icmp_signed("!=", largest, zero), b.or_(tiny, b.icmp_signed(">", few, zero)))
+        store(b, _in_order(b, b.zext(coarse, I32X8)), target, args[4])
+        return context.get_dummy_value()
 
-    return types.int32(types.int32, types.int32), codegen
+    return types.void(scores, types.intp, types.intp, flags, types.intp), codegen
 
 
 @intrinsic
-def best_at_most_2(typing: Any, scores: Any) -> Any:
-    """(code of the best mask, sum of min(q, SMALL), largest bit pattern) of a tile's 16 scores."""
-    return _best_mask(exactly=False)(typing, scores)
+def row_bytes(typing: Any, bits: Any, row: Any) -> Any:
+    """Four mask bytes, as one integer, of a row of a mask held as 16 bits."""
 
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        four = b.and_(b.lshr(args[0], b.shl(b.trunc(args[1], I32), ir.Constant(I32, 2))), ir.Constant(I32, 15))
+        return b.and_(b.mul(four, ir.Constant(I32, 0x00204081)), ir.Constant(I32, 0x01010101))
 
-@intrinsic
-def best_exactly_2(typing: Any, scores: Any) -> Any:
-    """`best_at_most_2`, with every row and column keeping exactly 2."""
-    return _best_mask(exactly=True)(typing, scores)
+    return types.uint32(types.int32, types.int64), codegen

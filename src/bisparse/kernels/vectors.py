@@ -9,7 +9,7 @@ Arrays are 1-D and contiguous; offsets count elements; nothing is bounds-checked
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial, reduce
 from typing import Any
 
@@ -17,6 +17,26 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from bisparse.kernels.llvm import (
+    BIT,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    at,
+    call_llvm,
+    data_of,
+    from_bits,
+    larger,
+    load,
+    number,
+    row_of,
+    smaller,
+    spread,
+    store,
+    to_bits,
+)  # fmt: skip
 from bisparse.kernels.networks import sorting_network
 
 LANES = 16
@@ -26,70 +46,12 @@ COARSE_SHIFT = 10
 FAR = 1 << 30
 SMALL = 1 << 12
 
-BIT, I8, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 Codegen = Callable[[Any, Any, Any, Any], Any]
 
 
-def _pointer(context: Any, builder: Any, signature: Any, args: Any, position: int) -> Any:
-    array = signature.args[position]
-    return context.make_array(array)(context, builder, value=args[position]).data
-
-
-def _load(b: Any, pointer: Any, offset: Any, element: ir.Type, count: int) -> Any:
-    instruction = b.load(b.bitcast(b.gep(pointer, [offset]), ir.VectorType(element, count).as_pointer()))
-    instruction.align = element.width // 8 if isinstance(element, ir.IntType) else 4
-    return instruction
-
-
-def _store(b: Any, vector: Any, pointer: Any, offset: Any) -> None:
-    instruction = b.store(vector, b.bitcast(b.gep(pointer, [offset]), vector.type.as_pointer()))
-    instruction.align = vector.type.element.width // 8
-
-
-def _number(element: ir.Type, count: int, value: int) -> Any:
-    return ir.Constant(ir.VectorType(element, count), [value] * count)
-
-
-def _spread(b: Any, scalar: Any, count: int) -> Any:
-    vector = b.insert_element(ir.Constant(ir.VectorType(scalar.type, count), ir.Undefined), scalar, ir.Constant(I32, 0))
-    return b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), _number(I32, count, 0))
-
-
-def _call(b: Any, name: str, result: ir.Type, args: Sequence[Any]) -> Any:
-    function = b.module.globals.get(name)
-    if function is None:
-        function = ir.Function(b.module, ir.FunctionType(result, [arg.type for arg in args]), name)
-    return b.call(function, args)
-
-
-def _smaller(b: Any, x: Any, y: Any) -> Any:
-    return b.select(b.icmp_signed("<", x, y), x, y)
-
-
-def _larger(b: Any, x: Any, y: Any) -> Any:
-    return b.select(b.icmp_signed(">", x, y), x, y)
-
-
-def _at(b: Any, offset: Any, plus: int) -> Any:
-    return b.add(offset, ir.Constant(I64, plus))
-
-
-def _row_of(b: Any, base: Any, stride: Any, row: int) -> Any:
-    return b.add(base, b.mul(stride, ir.Constant(I64, row)))
-
-
-def _to_bits(b: Any, flags: Any, count: int) -> Any:
-    bits = b.bitcast(flags, ir.IntType(count))
-    return bits if count == 64 else b.zext(bits, I64)
-
-
-def _from_bits(b: Any, bits: Any, count: int) -> Any:
-    return b.bitcast(bits if count == 64 else b.trunc(bits, ir.IntType(count)), ir.VectorType(BIT, count))
-
-
 def _quantised(b: Any, scores: Any, offset: Any, scale: Any, count: int) -> Any:
-    product = b.fmul(_load(b, scores, offset, F32, count), _spread(b, scale, count))
-    return b.fptosi(_call(b, f"llvm.rint.v{count}f32", product.type, [product]), ir.VectorType(I32, count))
+    product = b.fmul(load(b, scores, offset, F32, count), spread(b, scale, count))
+    return call_llvm(b, f"llvm.lrint.v{count}i32.v{count}f32", ir.VectorType(I32, count), [product])
 
 
 @intrinsic
@@ -127,12 +89,12 @@ def tile_largest_bits(typing: Any, scores: Any, base: Any, stride: Any, side: An
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        pointer = b.bitcast(_pointer(context, b, signature, args, 0), I32.as_pointer())
-        largest = _load(b, pointer, args[1], I32, m)
+        pointer = b.bitcast(data_of(context, b, signature, args, 0), I32.as_pointer())
+        largest = load(b, pointer, args[1], I32, m)
         for row in range(1, m):
-            other = _load(b, pointer, _row_of(b, args[1], args[2], row), I32, m)
+            other = load(b, pointer, row_of(b, args[1], args[2], row), I32, m)
             largest = b.select(b.icmp_unsigned(">", largest, other), largest, other)
-        return b.zext(_call(b, f"llvm.vector.reduce.umax.v{m}i32", I32, [largest]), I64)
+        return b.zext(call_llvm(b, f"llvm.vector.reduce.umax.v{m}i32", I32, [largest]), I64)
 
     return types.int64(scores, types.intp, types.intp, side), codegen
 
@@ -145,15 +107,15 @@ def tile_to_lanes_source(
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, target = (_pointer(context, b, signature, args, k) for k in (0, 4))
+        source, target = (data_of(context, b, signature, args, k) for k in (0, 4))
         total = None
         for row in range(m):
-            q = _quantised(b, source, _row_of(b, args[1], args[2], row), args[3], m)
-            limited = _smaller(b, q, _number(I32, m, SMALL))
+            q = _quantised(b, source, row_of(b, args[1], args[2], row), args[3], m)
+            limited = smaller(b, q, number(I32, m, SMALL))
             total = limited if total is None else b.add(total, limited)
-            coarse = b.trunc(b.lshr(q, _number(I32, m, COARSE_SHIFT)), ir.VectorType(I16, m))
-            _store(b, coarse, target, _at(b, args[5], row * m))
-        return b.sext(_call(b, f"llvm.vector.reduce.add.v{m}i32", I32, [total]), I64)
+            coarse = b.trunc(b.lshr(q, number(I32, m, COARSE_SHIFT)), ir.VectorType(I16, m))
+            store(b, coarse, target, at(b, args[5], row * m))
+        return b.sext(call_llvm(b, f"llvm.vector.reduce.add.v{m}i32", I32, [total]), I64)
 
     return types.int64(scores, types.intp, types.intp, types.float32, out, types.intp, side), codegen
 
@@ -166,14 +128,14 @@ def transpose_8x8(
     element = ir.IntType(source.dtype.bitwidth)
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        read, write = (_pointer(context, b, signature, args, k) for k in (0, 3))
-        rows = [_load(b, read, _row_of(b, args[1], args[2], k), element, 8) for k in range(8)]
+        read, write = (data_of(context, b, signature, args, k) for k in (0, 3))
+        rows = [load(b, read, row_of(b, args[1], args[2], k), element, 8) for k in range(8)]
         low = ir.Constant(ir.VectorType(I32, 8), [0, 8, 1, 9, 2, 10, 3, 11])
         high = ir.Constant(ir.VectorType(I32, 8), [4, 12, 5, 13, 6, 14, 7, 15])
         for _ in range(3):  # three perfect shuffles
             rows = [b.shuffle_vector(rows[k // 2], rows[k // 2 + 4], high if k % 2 else low) for k in range(8)]
         for k in range(8):
-            _store(b, rows[k], write, _row_of(b, args[4], args[5], k))
+            store(b, rows[k], write, row_of(b, args[4], args[5], k))
         return context.get_dummy_value()
 
     return types.void(source, types.intp, types.intp, target, types.intp, types.intp), codegen
@@ -182,20 +144,20 @@ def transpose_8x8(
 def _lane_differences(b: Any, lanes: Any, prices: Any, line: Any, stride: Any, other: Any, places: range) -> list[Any]:
     vector = ir.VectorType(I16, LANES)
     return [
-        _call(
+        call_llvm(
             b,
             f"llvm.ssub.sat.v{LANES}i16",
             vector,
-            [_load(b, lanes, _row_of(b, line, stride, k), I16, LANES), _load(b, prices, _at(b, other, k * LANES), I16, LANES)],
+            [load(b, lanes, row_of(b, line, stride, k), I16, LANES), load(b, prices, at(b, other, k * LANES), I16, LANES)],
         )
         for k in places
     ]
 
 
 def _store_midpoint(b: Any, above: Any, below: Any, floor: Any, prices: Any, offset: Any) -> None:
-    half = b.ashr(b.xor(above, below), _number(I16, LANES, 1))
+    half = b.ashr(b.xor(above, below), number(I16, LANES, 1))
     midpoint = b.add(b.and_(above, below), half)
-    _store(b, _larger(b, midpoint, _spread(b, b.trunc(floor, I16), LANES)), prices, offset)
+    store(b, larger(b, midpoint, spread(b, b.trunc(floor, I16), LANES)), prices, offset)
 
 
 @intrinsic
@@ -206,19 +168,19 @@ def median_prices(
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        lanes, prices = (_pointer(context, b, signature, args, k) for k in (0, 3))
+        lanes, prices = (data_of(context, b, signature, args, k) for k in (0, 3))
         values: list[Any] = []
         for half in (0, m // 2):  # one half after the other: both at once do not fit the registers at M = 32
             part = _lane_differences(b, lanes, prices, args[1], args[2], args[4], range(half, half + m // 2))
             for i, j in sorting_network(m // 2):
-                part[i], part[j] = _smaller(b, part[i], part[j]), _larger(b, part[i], part[j])
+                part[i], part[j] = smaller(b, part[i], part[j]), larger(b, part[i], part[j])
             values += part
         # Of a bitonic pair of sorted halves, min(a_i, b_(last - i)) are the smaller M/2 and the max the larger.
-        below = [_smaller(b, values[i], values[m - 1 - i]) for i in range(m // 2)]
-        above = [_larger(b, values[i], values[m - 1 - i]) for i in range(m // 2)]
+        below = [smaller(b, values[i], values[m - 1 - i]) for i in range(m // 2)]
+        above = [larger(b, values[i], values[m - 1 - i]) for i in range(m // 2)]
         while len(below) > 1:
-            below = [_larger(b, *below[i : i + 2]) for i in range(0, len(below), 2)]
-            above = [_smaller(b, *above[i : i + 2]) for i in range(0, len(above), 2)]
+            below = [larger(b, *below[i : i + 2]) for i in range(0, len(below), 2)]
+            above = [smaller(b, *above[i : i + 2]) for i in range(0, len(above), 2)]
         _store_midpoint(b, above[0], below[0], args[6], prices, args[5])
         return context.get_dummy_value()
 
@@ -234,9 +196,9 @@ def lane_differences(
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        lanes, prices, out = (_pointer(context, b, signature, args, k) for k in (0, 3, 5))
+        lanes, prices, out = (data_of(context, b, signature, args, k) for k in (0, 3, 5))
         for k, value in enumerate(_lane_differences(b, lanes, prices, args[1], args[2], args[4], range(m))):
-            _store(b, value, out, ir.Constant(I64, k * LANES))
+            store(b, value, out, ir.Constant(I64, k * LANES))
         return context.get_dummy_value()
 
     return types.void(lanes, types.intp, types.intp, prices, types.intp, out, side), codegen
@@ -247,10 +209,10 @@ def compare_exchange(typing: Any, lanes: Any, low: Any, high: Any) -> tuple[Any,
     """Put the smaller of two entries first, in every lane."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        pointer = _pointer(context, b, signature, args, 0)
-        x, y = (_load(b, pointer, offset, I16, LANES) for offset in args[1:])
-        _store(b, _smaller(b, x, y), pointer, args[1])
-        _store(b, _larger(b, x, y), pointer, args[2])
+        pointer = data_of(context, b, signature, args, 0)
+        x, y = (load(b, pointer, offset, I16, LANES) for offset in args[1:])
+        store(b, smaller(b, x, y), pointer, args[1])
+        store(b, larger(b, x, y), pointer, args[2])
         return context.get_dummy_value()
 
     return types.void(lanes, types.intp, types.intp), codegen
@@ -261,8 +223,8 @@ def store_midpoint(typing: Any, lanes: Any, above: Any, below: Any, prices: Any,
     """Midpoint of two entries, at least `floor`, in every lane, as a price."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        lanes, prices = (_pointer(context, b, signature, args, k) for k in (0, 3))
-        above, below = (_load(b, lanes, offset, I16, LANES) for offset in args[1:3])
+        lanes, prices = (data_of(context, b, signature, args, k) for k in (0, 3))
+        above, below = (load(b, lanes, offset, I16, LANES) for offset in args[1:3])
         _store_midpoint(b, above, below, args[5], prices, args[4])
         return context.get_dummy_value()
 
@@ -275,17 +237,17 @@ def balance_prices(typing: Any, prices: Any, side: Any) -> tuple[Any, Codegen]:
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        pointer = _pointer(context, b, signature, args, 0)
+        pointer = data_of(context, b, signature, args, 0)
         vector = ir.VectorType(I16, LANES)
-        lines = [_load(b, pointer, ir.Constant(I64, k * LANES), I16, LANES) for k in range(2 * m)]
+        lines = [load(b, pointer, ir.Constant(I64, k * LANES), I16, LANES) for k in range(2 * m)]
         rows, columns = lines[:m], lines[m:]
-        low_row, low_column = reduce(partial(_smaller, b), rows), reduce(partial(_smaller, b), columns)
-        half = b.ashr(b.xor(low_row, low_column), _number(I16, LANES, 1))
-        shift = _call(b, f"llvm.ssub.sat.v{LANES}i16", vector, [low_row, b.add(b.and_(low_row, low_column), half)])
+        low_row, low_column = reduce(partial(smaller, b), rows), reduce(partial(smaller, b), columns)
+        half = b.ashr(b.xor(low_row, low_column), number(I16, LANES, 1))
+        shift = call_llvm(b, f"llvm.ssub.sat.v{LANES}i16", vector, [low_row, b.add(b.and_(low_row, low_column), half)])
         for name, part, start in (("ssub", rows, 0), ("sadd", columns, m)):
             for k, line in enumerate(part):
-                moved = _call(b, f"llvm.{name}.sat.v{LANES}i16", vector, [line, shift])
-                _store(b, _larger(b, moved, _number(I16, LANES, 0)), pointer, ir.Constant(I64, (start + k) * LANES))
+                moved = call_llvm(b, f"llvm.{name}.sat.v{LANES}i16", vector, [line, shift])
+                store(b, larger(b, moved, number(I16, LANES, 0)), pointer, ir.Constant(I64, (start + k) * LANES))
         return context.get_dummy_value()
 
     return types.void(prices, side), codegen
@@ -297,9 +259,9 @@ def refine_prices(typing: Any, coarse: Any, from_: Any, prices: Any, to: Any, si
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, target = (_pointer(context, b, signature, args, k) for k in (0, 2))
-        wide = b.sext(_load(b, source, args[1], I16, m), ir.VectorType(I32, m))
-        _store(b, b.shl(wide, _number(I32, m, COARSE_SHIFT)), target, args[3])
+        source, target = (data_of(context, b, signature, args, k) for k in (0, 2))
+        wide = b.sext(load(b, source, args[1], I16, m), ir.VectorType(I32, m))
+        store(b, b.shl(wide, number(I32, m, COARSE_SHIFT)), target, args[3])
         return context.get_dummy_value()
 
     return types.void(coarse, types.intp, prices, types.intp, side), codegen
@@ -317,31 +279,31 @@ def tile_mask(
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, price, bytes_, rows, work = (_pointer(context, b, signature, args, k) for k in (0, 4, 9, 10, 11))
-        column_prices = _load(b, price, args[6], I32, m)
-        kept = _number(I8, m, 0)
+        source, price, bytes_, rows, work = (data_of(context, b, signature, args, k) for k in (0, 4, 9, 10, 11))
+        column_prices = load(b, price, args[6], I32, m)
+        kept = number(I8, m, 0)
         unbalanced = ir.Constant(BIT, 0)
         n, free = b.trunc(args[8], I32), b.trunc(args[7], BIT)
         for row in range(m):
-            offset = _row_of(b, args[1], args[2], row)
-            row_price = b.load(b.gep(price, [_at(b, args[5], row)]))
+            offset = row_of(b, args[1], args[2], row)
+            row_price = b.load(b.gep(price, [at(b, args[5], row)]))
             q = _quantised(b, source, offset, args[3], m)
-            x = b.icmp_signed(">", q, b.add(column_prices, _spread(b, row_price, m)))
+            x = b.icmp_signed(">", q, b.add(column_prices, spread(b, row_price, m)))
             ones = b.zext(x, ir.VectorType(I8, m))
-            _store(b, ones, bytes_, offset)
+            store(b, ones, bytes_, offset)
             kept = b.add(kept, ones)
-            row_bits = _to_bits(b, x, m)
+            row_bits = to_bits(b, x, m)
             b.store(row_bits, b.gep(rows, [ir.Constant(I64, row)]))
             row_kept = b.trunc(b.ctpop(row_bits), I32)
-            b.store(row_kept, b.gep(work, [_at(b, args[12], row)]))
+            b.store(row_kept, b.gep(work, [at(b, args[12], row)]))
             short = b.and_(b.icmp_signed("<", row_kept, n), b.or_(free, b.icmp_signed(">", row_price, ir.Constant(I32, 0))))
             unbalanced = b.or_(unbalanced, b.or_(short, b.icmp_signed(">", row_kept, n)))
         kept = b.zext(kept, ir.VectorType(I32, m))
-        _store(b, kept, work, _at(b, args[12], m))
-        wanted = _spread(b, n, m)
-        priced = b.or_(b.icmp_signed(">", column_prices, _number(I32, m, 0)), _spread(b, free, m))
+        store(b, kept, work, at(b, args[12], m))
+        wanted = spread(b, n, m)
+        priced = b.or_(b.icmp_signed(">", column_prices, number(I32, m, 0)), spread(b, free, m))
         off = b.or_(b.icmp_signed(">", kept, wanted), b.and_(b.icmp_signed("<", kept, wanted), priced))
-        return b.or_(_to_bits(b, off, m), b.zext(unbalanced, I64))
+        return b.or_(to_bits(b, off, m), b.zext(unbalanced, I64))
 
     intp = types.intp
     return types.int64(
@@ -358,16 +320,16 @@ def tile_integers(
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, price, target, tied = (_pointer(context, b, signature, args, k) for k in (0, 4, 7, 8))
-        column_prices = _load(b, price, args[6], I32, m)
+        source, price, target, tied = (data_of(context, b, signature, args, k) for k in (0, 4, 7, 8))
+        column_prices = load(b, price, args[6], I32, m)
         any_tie = ir.Constant(I64, 0)
         for row in range(m):
-            q = _quantised(b, source, _row_of(b, args[1], args[2], row), args[3], m)
-            _store(b, q, target, ir.Constant(I64, row * m))
-            row_price = b.load(b.gep(price, [_at(b, args[5], row)]))
-            equal = b.icmp_signed("==", q, b.add(column_prices, _spread(b, row_price, m)))
-            tie_bits = _to_bits(b, equal, m)
-            b.store(tie_bits, b.gep(tied, [_at(b, args[9], row)]))
+            q = _quantised(b, source, row_of(b, args[1], args[2], row), args[3], m)
+            store(b, q, target, ir.Constant(I64, row * m))
+            row_price = b.load(b.gep(price, [at(b, args[5], row)]))
+            equal = b.icmp_signed("==", q, b.add(column_prices, spread(b, row_price, m)))
+            tie_bits = to_bits(b, equal, m)
+            b.store(tie_bits, b.gep(tied, [at(b, args[9], row)]))
             any_tie = b.or_(any_tie, tie_bits)
         return any_tie
 
@@ -381,16 +343,16 @@ def column_bits(typing: Any, bits: Any, rows: Any, columns: Any, side: Any) -> t
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        pointer = _pointer(context, b, signature, args, 0)
+        pointer = data_of(context, b, signature, args, 0)
         lane = I64 if m == 64 else I32
-        matrix = _load(b, pointer, args[1], I64, m)
+        matrix = load(b, pointer, args[1], I64, m)
         matrix = matrix if m == 64 else b.trunc(matrix, ir.VectorType(I32, m))
         for column in range(m):
             bit = ir.Constant(
                 ir.VectorType(lane, m), [(1 << column) if m == 64 else (1 << column) - (1 << 32) * (column == 31)] * m
             )
-            there = b.icmp_signed("!=", b.and_(matrix, bit), _number(lane, m, 0))
-            b.store(_to_bits(b, there, m), b.gep(pointer, [_at(b, args[2], column)]))
+            there = b.icmp_signed("!=", b.and_(matrix, bit), number(lane, m, 0))
+            b.store(to_bits(b, there, m), b.gep(pointer, [at(b, args[2], column)]))
         return context.get_dummy_value()
 
     return types.void(bits, types.intp, types.intp, side), codegen
@@ -404,15 +366,15 @@ def start_search(
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        work, prices = (_pointer(context, b, signature, args, k) for k in (0, 5))
-        zero, far = _number(I32, m, 0), _number(I32, m, FAR)
-        priced = b.icmp_signed(">", _load(b, prices, args[6], I32, m), zero)
-        short = b.icmp_signed("<", _load(b, work, args[4], I32, m), _spread(b, b.trunc(args[8], I32), m))
-        source = b.and_(short, b.or_(priced, _spread(b, b.trunc(args[7], BIT), m)))
-        _store(b, b.select(source, zero, far), work, args[1])
-        _store(b, far, work, args[2])
-        _store(b, _number(I32, m, -1), work, args[3])
-        return _to_bits(b, source, m)
+        work, prices = (data_of(context, b, signature, args, k) for k in (0, 5))
+        zero, far = number(I32, m, 0), number(I32, m, FAR)
+        priced = b.icmp_signed(">", load(b, prices, args[6], I32, m), zero)
+        short = b.icmp_signed("<", load(b, work, args[4], I32, m), spread(b, b.trunc(args[8], I32), m))
+        source = b.and_(short, b.or_(priced, spread(b, b.trunc(args[7], BIT), m)))
+        store(b, b.select(source, zero, far), work, args[1])
+        store(b, far, work, args[2])
+        store(b, number(I32, m, -1), work, args[3])
+        return to_bits(b, source, m)
 
     intp = types.intp
     return types.int64(work, intp, intp, intp, intp, prices, intp, intp, intp, side), codegen
@@ -426,13 +388,13 @@ def start_search_surplus(
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        work = _pointer(context, b, signature, args, 0)
-        zero, far = _number(I32, m, 0), _number(I32, m, FAR)
-        source = b.icmp_signed(">", _load(b, work, args[4], I32, m), _spread(b, b.trunc(args[5], I32), m))
-        _store(b, b.select(source, zero, far), work, args[1])
-        _store(b, far, work, args[2])
-        _store(b, _number(I32, m, -1), work, args[3])
-        return _to_bits(b, source, m)
+        work = data_of(context, b, signature, args, 0)
+        zero, far = number(I32, m, 0), number(I32, m, FAR)
+        source = b.icmp_signed(">", load(b, work, args[4], I32, m), spread(b, b.trunc(args[5], I32), m))
+        store(b, b.select(source, zero, far), work, args[1])
+        store(b, far, work, args[2])
+        store(b, number(I32, m, -1), work, args[3])
+        return to_bits(b, source, m)
 
     intp = types.intp
     return types.int64(work, intp, intp, intp, intp, intp, side), codegen
@@ -447,13 +409,13 @@ def relax(
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        work, prices = (_pointer(context, b, signature, args, k) for k in (0, 4))
-        cost = b.sub(_load(b, prices, args[5], I32, m), _load(b, work, args[1], I32, m))
-        reached = b.add(b.mul(cost, _spread(b, b.trunc(args[3], I32), m)), _spread(b, b.trunc(args[2], I32), m))
-        near, origin = _load(b, work, args[6], I32, m), _load(b, work, args[7], I32, m)
-        closer = b.and_(b.icmp_signed("<", reached, near), _from_bits(b, args[8], m))
-        _store(b, b.select(closer, reached, near), work, args[6])
-        _store(b, b.select(closer, _spread(b, b.trunc(args[9], I32), m), origin), work, args[7])
+        work, prices = (data_of(context, b, signature, args, k) for k in (0, 4))
+        cost = b.sub(load(b, prices, args[5], I32, m), load(b, work, args[1], I32, m))
+        reached = b.add(b.mul(cost, spread(b, b.trunc(args[3], I32), m)), spread(b, b.trunc(args[2], I32), m))
+        near, origin = load(b, work, args[6], I32, m), load(b, work, args[7], I32, m)
+        closer = b.and_(b.icmp_signed("<", reached, near), from_bits(b, args[8], m))
+        store(b, b.select(closer, reached, near), work, args[6])
+        store(b, b.select(closer, spread(b, b.trunc(args[9], I32), m), origin), work, args[7])
         return context.get_dummy_value()
 
     intp = types.intp
@@ -466,11 +428,11 @@ def nearest(typing: Any, work: Any, rows: Any, columns: Any, side: Any) -> tuple
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        work = _pointer(context, b, signature, args, 0)
-        row, column = (_load(b, work, offset, I32, m) for offset in args[1:3])
-        best = _call(b, f"llvm.vector.reduce.smin.v{m}i32", I32, [_smaller(b, row, column)])
-        spread = _spread(b, best, m)
-        row_bits, column_bits = (_to_bits(b, b.icmp_signed("==", vector, spread), m) for vector in (row, column))
+        work = data_of(context, b, signature, args, 0)
+        row, column = (load(b, work, offset, I32, m) for offset in args[1:3])
+        best = call_llvm(b, f"llvm.vector.reduce.smin.v{m}i32", I32, [smaller(b, row, column)])
+        bests = spread(b, best, m)
+        row_bits, column_bits = (to_bits(b, b.icmp_signed("==", vector, bests), m) for vector in (row, column))
         in_rows = b.icmp_signed("!=", row_bits, ir.Constant(I64, 0))
         zero_ok = ir.Constant(BIT, 0)
         index = b.select(in_rows, b.cttz(row_bits, zero_ok), b.add(b.cttz(column_bits, zero_ok), ir.Constant(I64, m)))
@@ -487,10 +449,10 @@ def shift_prices(
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        prices, work = (_pointer(context, b, signature, args, k) for k in (0, 2))
-        lead = b.sub(_spread(b, b.trunc(args[4], I32), m), _load(b, work, args[3], I32, m))
-        lead = b.mul(_larger(b, lead, _number(I32, m, 0)), _spread(b, b.trunc(args[5], I32), m))
-        _store(b, b.add(_load(b, prices, args[1], I32, m), lead), prices, args[1])
+        prices, work = (data_of(context, b, signature, args, k) for k in (0, 2))
+        lead = b.sub(spread(b, b.trunc(args[4], I32), m), load(b, work, args[3], I32, m))
+        lead = b.mul(larger(b, lead, number(I32, m, 0)), spread(b, b.trunc(args[5], I32), m))
+        store(b, b.add(load(b, prices, args[1], I32, m), lead), prices, args[1])
         return context.get_dummy_value()
 
     intp = types.intp
@@ -503,8 +465,8 @@ def store_row(typing: Any, out: Any, offset: Any, bits: Any, side: Any) -> tuple
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        out = _pointer(context, b, signature, args, 0)
-        _store(b, b.zext(_from_bits(b, args[2], m), ir.VectorType(I8, m)), out, args[1])
+        out = data_of(context, b, signature, args, 0)
+        store(b, b.zext(from_bits(b, args[2], m), ir.VectorType(I8, m)), out, args[1])
         return context.get_dummy_value()
 
     return types.void(out, types.intp, types.int64, side), codegen

@@ -62,7 +62,8 @@ class Exact(Solver):
         numbers = (scores if scores.is_cuda else scores.float()).contiguous()
         if (n, m) == (2, 4):
             mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
-            mask = self._solve_coarse(scores, mask, coarse, n, m)[0]
+            if coarse.numel() > 0 and bool(coarse.view(torch.uint8).amax()):  # six times faster than any()
+                mask = self._solve_coarse(scores, mask, coarse, n, m)[0]
             return mask, lambda: self._solve_with_prices(scores, numbers, n, m, None)[1]
         mask, certificate = self._solve_with_prices(scores, numbers, n, m, warm_start)
         return mask, lambda: certificate
@@ -74,9 +75,10 @@ class Exact(Solver):
         if warm_start is not None and warm_start.u.dtype == torch.int32 and warm_start.exactly == self.exactly:
             start = warm_start.u, warm_start.v, warm_start.exponent
         mask, u, v, exponent = ops.exact_solve(numbers, n, m, self.exactly, start)
-        mask, coarse, certificate = self._solve_coarse(scores, mask, exponent == ops.COARSE, n, m)
-        if certificate is None:
+        if exponent.numel() == 0 or int(exponent.amin()) != ops.COARSE:
             return mask, Certificate(u, v, exponent, self.exactly)
+        coarse = exponent == ops.COARSE
+        mask, certificate = self._solve_coarse(scores, mask, coarse, n, m)
         where = coarse.nonzero()[:, 0]
         u, v, exponent = u.long(), v.long(), exponent.long()
         u[where], v[where], exponent[where] = certificate.u, certificate.v, certificate.exponent
@@ -85,14 +87,12 @@ class Exact(Solver):
 
     def _solve_coarse(
         self, scores: Real[Tensor, "R C"], mask: Bool[Tensor, "R C"], coarse: Bool[Tensor, " B"], n: int, m: int
-    ) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"], Certificate | None]:
+    ) -> tuple[Bool[Tensor, "R C"], Certificate]:
         """Solve the tiles that the fast mode would ruin, exactly as given."""
-        if not bool(coarse.any()):
-            return mask, coarse, None
         ops.check_scores(scores)  # a kernel on a GPU cannot raise and calls a tile coarse that holds no scores
         masks = to_tiles(mask, m).clone()
         masks[coarse], certificate = self._solve_as_given(to_tiles(scores, m)[coarse], n)
-        return from_tiles(masks, *scores.shape), coarse, certificate
+        return from_tiles(masks, *scores.shape), certificate
 
     def _solve_as_given(self, tiles: Real[Tensor, "B M M"], n: int) -> tuple[Bool[Tensor, "B M M"], Certificate]:
         masks, u, v, exponent, wide = solve_wide_tiles(tiles, n, self.exactly)
