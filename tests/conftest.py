@@ -18,3 +18,13 @@ settings.load_profile("fast")
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests of the GPU are skipped, with the reason, where there is none."""
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="torch sees no CUDA device; on a machine with one, `make test-gpu` runs this")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)

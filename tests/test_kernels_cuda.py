@@ -1,11 +1,17 @@
 """The Triton kernels without a GPU: their tests in Triton's interpreter, and every kernel compiled for sm_90 and sm_80."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+
+from bisparse import Exact, solve
+from bisparse.kernels import ops, pack
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -28,3 +34,128 @@ def test_kernels_in_the_interpreter() -> None:
 @pytest.mark.slow
 def test_more_of_the_kernels_in_the_interpreter() -> None:
     interpreted("-m", "slow")
+
+
+# ---- compiled without a GPU ------------------------------------------------------------------------------------------
+
+KERNELS = {
+    "2:4-T": {"middle_masks"},
+    "2:4-T packed": {"packed_tiles"},
+    "2:4 packed under a mask": {"packed_tiles"},
+    "4:8-T": {"swept_prices", "balanced_masks"},
+    "8:16-T": {"swept_prices", "balanced_masks"},
+    "16:32-T": {"swept_prices", "balanced_masks"},
+    "32:64-T": {"bisected_prices", "balanced_masks"},
+    "integers": {"bisected_prices", "balanced_masks"},
+}
+
+
+def resources_of(only: str, arch: int, folder: Path) -> list[dict[str, Any]]:
+    rows = folder / "rows.jsonl"
+    arguments = ["--arch", str(arch), "--only", only, "--results", str(rows)]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, str(BENCHMARKS / "kernels.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return [json.loads(line) for line in rows.read_text().splitlines()]
+
+
+def check_resources(only: str, arch: int, folder: Path) -> None:
+    rows = resources_of(only, arch, folder)
+    assert {row["kernel"] for row in rows} == KERNELS[only]
+    for row in rows:
+        assert row["device"] == f"none: compiled for sm_{arch}"
+        assert row["instructions"] > 100
+        if only in ("2:4-T", "4:8-T", "8:16-T", "16:32-T"):  # those that are held to a time
+            assert row["spill_instructions"] == 0, row
+            # Half of the lanes of a multiprocessor for memory, and a quarter for the price sweeps, must fit its 65536 registers.
+            assert row["registers"] <= 128, row
+
+
+def test_kernels_of_2to4_compile_for_sm_90_without_spills(tmp_path: Path) -> None:
+    check_resources("2:4-T", 90, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [90, 80])
+@pytest.mark.parametrize("only", KERNELS)
+def test_every_kernel_compiles(only: str, arch: int, tmp_path: Path) -> None:
+    check_resources(only, arch, tmp_path)
+
+
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
+
+PATTERNS = ["2:4-T", "4:8-T", "8:16-T", "16:32-T", "32:64-T"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_solutions_on_the_device_are_proved_and_worth_those_of_the_cpu(pattern: str, dtype: torch.dtype) -> None:
+    scores = torch.randn(1024, 512).abs().to(dtype)
+    scores[:64, :64] = 1
+    scores[64:128, :64] = 0
+    scores[200, 200] = 1e4
+    for exactly in (False, True):
+        solution = solve(scores.cuda(), pattern, Exact(exactly=exactly))
+        assert solution.mask.is_cuda
+        solution.check()
+        assert solution.value == pytest.approx(solve(scores, pattern, Exact(exactly=exactly)).value, rel=1e-12)
+        again = solve((scores.float() * (1 + 0.01 * torch.rand(scores.shape))).cuda(), pattern, warm_start=solution)
+        again.check()
+
+
+@pytest.mark.gpu
+def test_masks_at_2to4_are_those_of_the_cpu_ties_included() -> None:
+    for scores in (torch.randn(512, 2048).abs(), torch.randint(0, 4, (512, 2052)).float(), torch.zeros(4, 4)):
+        for exactly in (False, True):
+            expected = ops.exact_mask(scores, 2, 4, exactly)
+            found = ops.exact_mask(scores.cuda(), 2, 4, exactly)
+            assert all(torch.equal(one.cpu(), other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_packed_operands_on_the_device_are_those_of_the_specification(dtype: torch.dtype) -> None:
+    for shape in ((32, 32), (256, 2080), (4096, 1024)):
+        weight = torch.randn(shape).to(dtype)
+        packed = pack.pack_2to4_transposable(weight.cuda())
+        again = pack.pack_2to4(weight.cuda(), packed[0])
+        expected = pack.reference_pack_2to4_transposable(weight)
+        for one, other in [*zip(packed, expected, strict=True), *zip(again, expected[1:], strict=True)]:
+            assert torch.equal(one.cpu(), other)
+
+
+@pytest.mark.gpu
+def test_operators_never_wait_for_the_device() -> None:
+    scores, weight = torch.rand(256, 256).cuda(), torch.randn(256, 256).cuda().half()
+    calls = [
+        lambda: ops.exact_solve(scores, 4, 8, False),
+        lambda: ops.exact_mask(scores, 2, 4, False),
+        lambda: pack.pack_2to4_transposable(weight),
+    ]
+    for call in calls:
+        call()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for call in calls:
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_the_same_call_twice_gives_the_same_bits() -> None:
+    scores = torch.randint(0, 4, (512, 512)).float().cuda()
+    for n, m in ((2, 4), (4, 8), (16, 32)):
+        first, second = ops.exact_solve(scores, n, m, False), ops.exact_solve(scores, n, m, False)
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_bad_scores_on_the_device_raise_with_their_index(pattern: str) -> None:
+    scores = torch.rand(128, 128).cuda()
+    scores[70, 33] = torch.nan
+    with pytest.raises(ops.BadScoreError, match=r"\(70, 33\)"):
+        solve(scores, pattern)

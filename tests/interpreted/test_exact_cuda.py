@@ -22,7 +22,7 @@ def _few_large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     # The interpreter pays for each step, not for each lane. `test_any_number_of_tiles` runs the sizes of the device.
     monkeypatch.setattr(cuda, "SWEEP_LANES", 512)
     monkeypatch.setattr(cuda, "REPAIR_LANES", 256)
-    monkeypatch.setattr(cuda, "MIDDLE_TILES", 64)
+    monkeypatch.setattr(cuda, "MIDDLE_BYTES", 1024)
     monkeypatch.setattr(cuda, "COLD_ALTERNATIONS", 3)  # leaves more to repair than the 8 of the device
 
 
@@ -221,6 +221,7 @@ def test_strides_do_not_matter() -> None:
         same(cuda.exact_mask(view, 2, 4, False), cuda.exact_mask(view.contiguous(), 2, 4, False))
 
 
+@pytest.mark.slow
 def test_every_output_is_written() -> None:
     matrix = as_matrix(torch.cat([numbers("gaussian", 2, 8), numbers("zeros", 1, 8)]), 3)
     weight = torch.randn(32, 32).half()
@@ -244,7 +245,7 @@ def test_every_output_is_written() -> None:
 
 @PROGRAMS
 def test_same_masks_at_2to4_as_on_the_cpu_ties_included(monkeypatch: pytest.MonkeyPatch, exactly: bool) -> None:
-    monkeypatch.setattr(cuda, "MIDDLE_TILES", 256)
+    monkeypatch.setattr(cuda, "MIDDLE_BYTES", 4096)
     tiles = torch.cat([all_kinds(4, each=20), numbers("gaussian", 36, 4, seed=9)])
     matrix = as_matrix(tiles, 256)
     same(cuda.exact_mask(matrix, 2, 4, exactly), ops.exact_mask(matrix, 2, 4, exactly))
@@ -255,7 +256,7 @@ def test_same_masks_at_2to4_as_on_the_cpu_ties_included(monkeypatch: pytest.Monk
 @pytest.mark.slow
 def test_2to4_of_widths_that_no_program_divides(monkeypatch: pytest.MonkeyPatch) -> None:
     for across in (1, 5, 33):
-        monkeypatch.setattr(cuda, "MIDDLE_TILES", 32)
+        monkeypatch.setattr(cuda, "MIDDLE_BYTES", 512)
         matrix = as_matrix(numbers("int4", across, 4), across)
         same(cuda.exact_mask(matrix, 2, 4, False), ops.exact_mask(matrix, 2, 4, False))
 

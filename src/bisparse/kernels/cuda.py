@@ -30,7 +30,8 @@ COLD_ALTERNATIONS = 8
 WARM_ALTERNATIONS = 2
 CLAMPED_ALTERNATIONS = 3
 WIDE_ALTERNATIONS = 4
-MIDDLE_TILES = 256
+MIDDLE_BYTES = 2048
+"""Of each of a band's four rows that a program reads: 16 bytes a thread."""
 PACKED_TILES = 16
 SWEEP_LANES = 128
 REPAIR_LANES = 32
@@ -49,10 +50,11 @@ def exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, T
     across = columns // 4
     mask = torch.empty((rows, columns), dtype=torch.bool, device=scores.device)
     coarse = torch.empty(rows // 4 * across, dtype=torch.bool, device=scores.device)
+    block = MIDDLE_BYTES // (4 * scores.element_size())
     if coarse.numel():
-        middle_masks[(rows // 4, triton.cdiv(across, MIDDLE_TILES))](
+        middle_masks[(rows // 4, triton.cdiv(across, block))](
             scores, _words(scores.device), mask.view(torch.int32), coarse.view(torch.int8), columns, across,
-            BLOCK=MIDDLE_TILES, EXACTLY=exactly, num_warps=4, enable_fp_fusion=False,
+            BLOCK=block, EXACTLY=exactly, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return mask, coarse
 

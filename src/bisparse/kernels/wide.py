@@ -26,7 +26,7 @@ def solve_wide_tiles(
     tiles: Real[Tensor, "B M M"], n: int, exactly: bool
 ) -> tuple[Bool[Tensor, "B M M"], Int[Tensor, "B M"], Int[Tensor, "B M"], Int[Tensor, " B"], dict[int, WidePrices]]:
     """Masks, prices u and v, exponents, and the prices of tiles that need more than 64 bits; n < M."""
-    device, numbers = tiles.device, tiles.detach().cpu()
+    device, numbers = tiles.device, tiles.detach()
     if numbers.is_floating_point():
         numbers = numbers.double()
         power, whole = _powers(numbers)
@@ -36,7 +36,7 @@ def solve_wide_tiles(
     else:
         numbers = numbers.long()
         fits = numbers.flatten(1).amax(1) < 1 << BITS if numbers.numel() else numbers.new_zeros(0, dtype=torch.bool)
-        whole = torch.zeros(len(numbers), dtype=torch.int64)
+        whole = torch.zeros(len(numbers), dtype=torch.int64, device=device)
         exponent = torch.where(fits, 0, BITS - 63)
         q = torch.where(fits[:, None, None], numbers, numbers >> (63 - BITS))
     mask, u, v = ops.exact_solve_integers(q, n, exactly)
@@ -48,9 +48,9 @@ def solve_wide_tiles(
         prices = [[price << finer for price in side[tile].tolist()] for side in (u, v)]
         kept = mask[tile].tolist()
         wide[tile] = _finish(scores, kept, prices[0], prices[1], n, exactly)
-        mask[tile] = torch.tensor(kept)
+        mask[tile] = torch.tensor(kept, device=device)
         u[tile], v[tile], exponent[tile] = 0, 0, whole[tile]
-    return mask.to(device), u.to(device), v.to(device), exponent.to(device), wide
+    return mask, u, v, exponent, wide
 
 
 def _scaled(numbers: Tensor, exponent: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def _scaled(numbers: Tensor, exponent: Tensor) -> Tensor:
 def _powers(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """For each tile: the power of two above its largest score, and the exponent that makes all its scores whole."""
     mantissa, power = torch.frexp(numbers)
-    digits = torch.ldexp(mantissa, torch.tensor(53)).long()
+    digits = torch.ldexp(mantissa, torch.tensor(53, device=numbers.device)).long()
     trailing = torch.frexp((digits & -digits).double()).exponent - 1
     last = torch.where(digits > 0, power - 53 + trailing, 10_000).flatten(1).amin(1).long()
     top = torch.where(digits > 0, power, -10_000).flatten(1).amax(1).long()
