@@ -140,15 +140,50 @@ def test_info_of_a_checkpoint_finds_its_patterns(model: Path, tmp_path: Path) ->
         assert ("2:4-T" if "up" in layer["layer"] else "4:8") in layer["patterns"]
 
 
-def test_bench_times_every_solver_and_knows_the_optimum(model: Path) -> None:
-    code, content = run_json("bench", "32x32", "-p", "2:4-T", "--repeat", "1", "--threads", "1")
-    assert code == 0 and isinstance(content["results"], list)
-    share = {result["solver"]: result["share"] for result in content["results"]}
-    assert set(share) >= {"exact", "greedy", "two-approximation", "sinkhorn"}
-    assert share["exact"] == 1.0 and 0.5 < share["two-approximation"] < share["greedy"] <= 1.0
-    assert all(result["time_s"] > 0 for result in content["results"])
-    shown = run("bench", model, "-p", "4:8-T", "--solver", "exact", "--repeat", "1").stdout
-    assert "layers.0.down" in shown and "layers.1.down" not in shown, "equal shapes are timed once"
+def test_bench_without_a_gpu_says_so_and_gives_what_is_exact() -> None:
+    code, content = run_json("bench", "--model", "4096x14336", "--tokens", "16384")
+    assert code == 0 and content["source"] == "exact" and content["speedup"] is None
+    (layer,) = content["layers"]
+    assert layer["convert"] is None and layer["timing"] is None and layer["forward_flops"] == 2 * 16384 * 4096 * 14336
+    shown = run("bench", "-m", "4096x14336", "--inference").stdout
+    assert shown.startswith("Nothing is known of times: torch sees no CUDA device here, and no grid of measured times is stored")
+    assert "117.44 -> 66.06" in shown and "not known" in shown
+
+
+def test_bench_of_a_checkpoint_tells_what_could_run_sparse_and_why_not(model: Path, tmp_path: Path) -> None:
+    code, content = run_json("bench", "-m", model, "--backend", "reference", "--tokens", "8")
+    assert code == 0 and content["source"] == "measured"
+    assert all(one["convert"] is False and "its weight is dense" in one["reason"] for one in content["layers"])
+    assert {one["name"] for one in content["left_dense"]} == {"wte"}
+    run("prune", model, tmp_path / "out", "-p", "2:4-T", "--layer-pattern", "*.down=4:8")
+    code, content = run_json("bench", "-m", tmp_path / "out", "--backend", "reference", "--tokens", "8")
+    for layer in content["layers"]:
+        if "up" in layer["name"]:
+            assert layer["timing"]["sparse"]["forward_ms"] > 0 and layer["backend"] == "reference"
+        else:
+            assert re.search(r"not 2:4: row \d+, columns \d+ to \d+", layer["reason"])
+    shown = run("bench", "-m", model, "-p", "4:8-T").stdout
+    assert "4:8-T has no path on tensor cores" in shown and "layers.*.up" in shown
+
+
+def test_bench_predicts_from_a_grid(tmp_path: Path) -> None:
+    times = {"forward_ms": 4.0, "backward_ms": 8.0, "peak_bytes": None}
+    timing = {"dense": times, "sparse": {"forward_ms": 3.0, "backward_ms": 6.0, "peak_bytes": None}}
+    point = {"out_features": 512, "in_features": 512, "tokens": 64, "backend": "cusparselt", "training": True, "both_ways": True}
+    grid = {"format": 1, "device": "A GPU", "dtype": "bfloat16", "about": {}, "points": [{**point, "timing": timing}]}
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    shown = run("bench", "-m", "512x512", "-n", "64", "--grid", tmp_path / "grid.json").stdout
+    assert shown.startswith("Predicted on A GPU: 64 tokens") and "sparse, cusparselt: 1.33x faster" in shown
+    assert "4.000 + 8.000" in shown and "3.000 + 6.000" in shown
+    outside = run("bench", "-m", "512x1024", "-n", "64", "--grid", tmp_path / "grid.json").stdout
+    assert "not known" in outside and "0 of 1 layers win" in outside
+
+
+def test_bench_of_a_function_of_yours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_bench_model.py").write_text("import torch\ndef build():\n    return torch.nn.Linear(64, 64)\n")
+    monkeypatch.chdir(tmp_path)
+    code, content = run_json("bench", "-m", "own_bench_model:build", "-p", "2:4", "-n", "4", "--backend", "reference")
+    assert code == 0 and content["layers"][0]["shape"] == [64, 64] and content["layers"][0]["timing"] is not None
 
 
 def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
@@ -179,14 +214,20 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
         (["info", "4:8-Q"], "4:8-Q"),
         (["info", "no/such/folder"], "does not exist"),
         (["info", "2:4", "--size", "0"], "4096x4096"),
-        (["bench", "-p", "2:4"], "transposable"),
-        (["bench", "nowhere"], "1024x1024"),
+        (["bench"], "--model"),
+        (["bench", "-m", "nowhere"], "4096x14336"),
+        (["bench", "-m", "64x64", "--backend", "magic"], "cusparselt"),
+        (["bench", "-m", "64x64", "--backend", "cutlass"], "needs a CUDA device"),
+        (["bench", "-m", "64x64", "--device", "cuda"], "no CUDA device"),
+        (["bench", "-m", "64x64", "--dtype", "float32"], "float16"),
+        (["bench", "-m", "64x64", "--tokens", "0"], "--tokens"),
+        (["bench", "-m", "64x64", "--grid", "MODEL/config.json"], "no grid of measured times"),
         (["fly"], "fly"),
     ],
 )
 def test_wrong_use_is_exit_code_2(model: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
     places = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
-    result = run(*(places.get(one, one) for one in arguments))
+    result = run(*(places.get(one, one).replace("MODEL/", f"{model}/") for one in arguments))
     assert result.exit_code == 2
     assert words in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
     assert not (tmp_path / "out").exists() and result.stdout == ""
@@ -206,7 +247,7 @@ def test_failed_jobs_are_exit_code_1(model: Path, tmp_path: Path) -> None:
     failed("exists already", "prune", model, out)
     failed("lies in, around or on the source", "prune", model, model / "inside")
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1])
-    for command in (["prune", model, tmp_path / "new"], ["verify", model, "-p", "2:4"], ["info", model], ["bench", model]):
+    for command in (["prune", model, tmp_path / "new"], ["verify", model, "-p", "2:4"], ["info", model], ["bench", "-m", model]):
         failed("truncated", *command)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
 

@@ -1,173 +1,181 @@
-"""`bisparse bench`: how long mask search takes, for every solver, on a checkpoint's layers or on a matrix of a given size."""
+"""`bisparse bench`: which layers of a model win by running sparse on this device, and why each other one does not."""
 
 from __future__ import annotations
 
 import re
-import statistics
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bisparse.cli.console import (
-    SOLVERS,
     AsJson,
     Excluded,
     Included,
-    Threads,
     command,
+    grouped,
     parse_pattern_option,
-    parse_solver,
     print_json,
+    print_left_dense,
     progress_bar,
-    set_threads,
     table,
     to_stdout,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
+    from bisparse.accelerate import Advice, LayerAdvice, LayerShape, Pass
+    from bisparse.layers import Skipped
     from bisparse.pattern import Structure
-    from bisparse.tiles import Layout
 
 __all__ = ["bench"]
 
-LARGEST = 1 << 22
-"""A layer of more weights is timed on its first rows, which is said."""
+DTYPES = ("bfloat16", "float16")
+BACKENDS = ("auto", "cusparselt", "cutlass", "reference")
 
 
 @command
 def bench(
-    subject: Annotated[
-        str, typer.Argument(metavar="CHECKPOINT|RxC", help="Weights to search on, or the size of a Gaussian matrix.")
-    ] = "1024x1024",
-    pattern: Annotated[str, typer.Option("--pattern", "-p", help="A transposable pattern, such as 4:8-T.")] = "4:8-T",
-    solver: Annotated[
-        list[str] | None,
-        typer.Option("--solver", help=f"One of {', '.join(SOLVERS)}. May be repeated. Default: all that are installed."),
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", metavar="CHECKPOINT|OxI", help="Or module:function returning a model; or a layer's size."),
+    ],
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Rows of a layer's input: batch times length.")] = 16384,
+    pattern: Annotated[
+        str | None,
+        typer.Option("--pattern", "-p", help="As if pruned to it, such as 2:4-T. By default what the weights obey now."),
     ] = None,
-    repeat: Annotated[int, typer.Option("--repeat", min=1, help="Runs of each, after one to warm up; the median counts.")] = 3,
+    inference: Annotated[bool, typer.Option("--inference", help="The forward pass alone counts.")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help=f"{' or '.join(DTYPES)}.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option("--device", help="By default CUDA where there is one.")] = None,
+    backend: Annotated[str, typer.Option("--backend", help=f"{', '.join(BACKENDS)}.")] = "auto",
+    grid: Annotated[
+        Path | None, typer.Option("--grid", metavar="FILE", help="Predict from these times, measured on another machine.")
+    ] = None,
     include: Included = None,
     exclude: Excluded = None,
-    threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Time the mask search alone: no reading, no scoring, no proof. Shapes that occur more than once are timed once.
+    """Measure every layer dense and sparse, forward and backward, on this device: which win, and why not the others.
 
-    The share is the score kept, of the best that is possible, which Exact proves.
+    Without a CUDA device, times are predicted from a stored grid. Without one, only what is exact is shown: shapes, bytes, FLOPs.
     """
+    for value, known, option in ((dtype, DTYPES, "--dtype"), (backend, BACKENDS, "--backend")):
+        if value not in known:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(known)}", param_hint=option)
+    structure = None if pattern is None else parse_pattern_option(pattern)
     import torch
 
-    structure = parse_pattern_option(pattern)
-    if not getattr(structure, "transposable", False):
-        raise typer.BadParameter(
-            f"{structure} needs no solver; choose a transposable pattern such as 4:8-T", param_hint="--pattern"
-        )
-    names = solver or [name for name in SOLVERS if name != "min-cost-flow" or _has_ortools()]
-    for name in names:
-        parse_solver(name)
-    set_threads(threads)
-    weights = list(_weights(subject, structure, include, exclude))
-    results = []
+    from bisparse.accelerate import advise_shapes
+
+    shapes, left = _shapes(model, structure, include, exclude)
     with progress_bar(show=not as_json) as progress:
-        for number, (layer, scores, layout, note) in enumerate(weights):
-            for place, name in enumerate(names):
-                progress(f"{layer}: {name}", number * len(names) + place, len(weights) * len(names))
-                results.append({"layer": layer, "note": note, **_measure(scores, structure, name, layout, repeat)})
-    conditions = {
-        "pattern": str(structure),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "device": "cpu",
-        "repeat": repeat,
-    }
+        advice = advise_shapes(
+            shapes,
+            tokens,
+            left=left,
+            dtype=getattr(torch, dtype),
+            device=device,
+            backend=backend,  # type: ignore[arg-type]
+            training=not inference,
+            grid=grid,
+            progress=progress,
+        )
     if as_json:
-        print_json(
-            {
-                "ok": True,
-                "measured": "mask search only, median seconds of solve(scores, pattern, solver)",
-                **conditions,
-                "results": results,
-            }
+        print_json({"ok": True, "speedup": advice.speedup, **advice.as_dict()})
+    else:
+        _show(advice)
+
+
+def _shapes(
+    subject: str, pattern: Structure | None, include: list[str] | None, exclude: list[str] | None
+) -> tuple[list[LayerShape], list[Skipped]]:
+    from bisparse.accelerate.advisor import layer_shapes, shape_at
+
+    if size := re.fullmatch(r"([1-9]\d{0,6})[x×]([1-9]\d{0,6})", subject):
+        return [shape_at(subject, (int(size[1]), int(size[2])), pattern or "2:4-T")], []
+    if Path(subject).exists():
+        return _stored(Path(subject), pattern, include, exclude)
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", subject):
+        raise typer.BadParameter(
+            f"{subject} is neither a checkpoint, nor module:function, nor a size such as 4096x14336", param_hint="--model"
         )
-        return
-    console = to_stdout()
-    console.print(
-        f"Mask search at {structure}, {conditions['threads']} CPU threads, median of {repeat} runs of solve(): "
-        "no reading, no scoring, no proof.",
-        markup=False,
-    )
-    rows = [
-        (
-            one["layer"] + (f" ({one['note']})" if one["note"] else ""),
-            " x ".join(map(str, one["shape"])),
-            one["solver"],
-            f"{1000 * one['time_s']:,.2f}",
-            f"{1e9 * one['time_s'] / one['weights']:,.1f}",
-            f"{one['share']:.4%}",
-        )
-        for one in results
-    ]
-    console.print(table(("layer", " shape", "solver", " ms", " ns a weight", " of the optimum"), rows))
+    from bisparse.pruning.source import open_source
+
+    return layer_shapes(open_source(subject).model, pattern, include, exclude)
 
 
-def _has_ortools() -> bool:
-    import importlib.util
+def _stored(
+    path: Path, pattern: Structure | None, include: list[str] | None, exclude: list[str] | None
+) -> tuple[list[LayerShape], list[Skipped]]:
+    from dataclasses import replace
 
-    return importlib.util.find_spec("ortools") is not None
-
-
-def _weights(
-    subject: str, pattern: Structure, include: list[str] | None, exclude: list[str] | None
-) -> Iterator[tuple[str, Tensor, Layout | None, str]]:
-    import torch
-
-    if size := re.fullmatch(r"([1-9]\d{0,5})[x×]([1-9]\d{0,5})", subject):
-        scores = torch.randn(int(size[1]), int(size[2]), generator=torch.Generator().manual_seed(0)).abs()
-        yield "Gaussian, seed 0", scores, None, ""
-        return
-    if not Path(subject).exists():
-        raise typer.BadParameter(f"{subject} is neither a checkpoint nor a size such as 1024x1024", param_hint="CHECKPOINT|RxC")
+    from bisparse.accelerate import LayerShape
+    from bisparse.accelerate.advisor import shape_at
     from bisparse.checkpoint import plan_checkpoint
-    from bisparse.checkpoint.streaming import bands
-    from bisparse.scores import magnitude
+    from bisparse.checkpoint.verify import verify_stored
+    from bisparse.layers import Skipped
+    from bisparse.pattern import Pattern
+    from bisparse.tiles import LayoutKind
 
-    seen = set()
-    for layer in plan_checkpoint(subject, pattern, include=include, exclude=exclude).layers:
-        if (layer.tensor.shape, layer.layout) in seen:
+    plan = plan_checkpoint(path, pattern or "2:4-T", include=include, exclude=exclude)
+    shapes, left = [], list(plan.left_dense)
+    for layer in plan.layers:
+        if layer.layout.kind is not LayoutKind.LINEAR:
+            left.append(Skipped(layer.name, f"{layer.layout.kind} layout: only Linear layers run sparse so far"))
             continue
-        seen.add((layer.tensor.shape, layer.layout))
-        if layer.tensor.size <= LARGEST:
-            yield layer.name, magnitude(layer.tensor.read().view(layer.tensor.shape)), layer.layout, ""
-        else:
-            band = next(bands(layer.tensor, layer.layout, getattr(pattern, "m", 1), LARGEST))
-            yield layer.name, magnitude(band.weight), band.layout, "its first rows"
+        size = (layer.tensor.shape[0], layer.tensor.shape[1])
+        if pattern is not None:
+            shapes.append(shape_at(layer.name, size, pattern))
+            continue
+        plain = verify_stored(replace(layer, pattern=Pattern(2, 4)))
+        reason = ""
+        if plain.density == 1.0:
+            reason = "its weight is dense: prune it first; --pattern 2:4-T shows what that would bring"
+        elif plain.first is not None:
+            reason = (
+                f"its weight is not 2:4: row {plain.first.row}, columns {4 * plain.first.group} to {4 * plain.first.group + 3}"
+            )
+        shapes.append(LayerShape(layer.name, size, not reason and bool(verify_stored(layer)), reason))
+    return shapes, left
 
 
-def _measure(scores: Tensor, pattern: Structure, name: str, layout: Layout | None, repeat: int) -> dict[str, Any]:
-    from bisparse.solve import solve
-    from bisparse.solvers import Exact
+def _show(advice: Advice) -> None:
+    console = to_stdout()
+    passes = "forward and backward, float32 weights under autocast" if advice.training else "forward"
+    if advice.source == "exact":
+        console.print(f"Nothing is known of times: {advice.note}. What follows is exact.", markup=False, soft_wrap=True)
+    else:
+        console.print(
+            f"{advice.source.capitalize()} on {advice.device}: {advice.tokens:,} tokens, {advice.dtype}, {passes}; medians.",
+            markup=False,
+            soft_wrap=True,
+        )
+    rows = []
+    for name, group in grouped(advice.layers, lambda one: one.name, lambda one: (one.shape, one.convert, one.reason)):
+        rows.append((name, str(len(group)), *_cells(group[0])))
+    times = (" dense f + b ms", " sparse f + b ms", " peak MB")
+    headings = ("layer", " n", " out x in", " GFLOP", *times, " weight MB", "advice")
+    console.print(table(headings, rows))
+    print_left_dense(console, advice.left_dense)
+    console.print()
+    console.print(f"{advice}.", markup=False, soft_wrap=True)
 
-    chosen = parse_solver(name)
 
-    def search() -> Any:
-        return solve(scores, pattern, chosen, layout=layout)
+def _cells(layer: LayerAdvice) -> tuple[str, ...]:
+    timing = layer.timing
 
-    solution = search()
-    best = solve(scores, pattern, Exact(), layout=layout).value
-    return {
-        "shape": list(scores.shape),
-        "weights": scores.numel(),
-        "solver": name,
-        "time_s": statistics.median(_seconds(search) for _ in range(repeat)),
-        "share": solution.value / best if best > 0 else 1.0,
-    }
+    def shown(one: Pass) -> str:
+        return f"{one.forward_ms:.3f} + {one.backward_ms:.3f}"
 
+    peaks = (timing.dense.peak_bytes, timing.sparse.peak_bytes) if timing is not None else (None, None)
 
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    what = {True: f"sparse, {layer.backend}: {layer.reason}", False: f"dense: {layer.reason}", None: "not known"}[layer.convert]
+    return (
+        " x ".join(map(str, layer.shape)),
+        f"{layer.forward_flops / 1e9:,.2f}",
+        "" if timing is None else shown(timing.dense),
+        "" if timing is None else shown(timing.sparse),
+        "" if peaks[0] is None or peaks[1] is None else f"{peaks[0] / 1e6:,.1f} -> {peaks[1] / 1e6:,.1f}",
+        f"{layer.dense_bytes / 1e6:,.2f} -> {layer.sparse_bytes / 1e6:,.2f}",
+        what,
+    )
