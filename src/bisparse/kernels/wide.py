@@ -54,15 +54,16 @@ def solve_wide_tiles(
 
 
 def _scaled(numbers: Tensor, exponent: Tensor) -> Tensor:
-    # In two steps, since 2**exponent alone may leave the range of float64.
+    # In two steps, since 2**exponent alone may leave the range of float64; by its bits, since pow on a GPU need not be exact.
     half = exponent // 2
-    return torch.ldexp(torch.ldexp(numbers, half[:, None, None]), (exponent - half)[:, None, None]).round().long()
+    first, second = (((1023 + power) << 52).view(torch.float64)[:, None, None] for power in (half, exponent - half))
+    return (numbers * first * second).round().long()
 
 
 def _powers(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """For each tile: the power of two above its largest score, and the exponent that makes all its scores whole."""
     mantissa, power = torch.frexp(numbers)
-    digits = torch.ldexp(mantissa, torch.tensor(53, device=numbers.device)).long()
+    digits = (mantissa * 2.0**53).long()
     trailing = torch.frexp((digits & -digits).double()).exponent - 1
     last = torch.where(digits > 0, power - 53 + trailing, 10_000).flatten(1).amin(1).long()
     top = torch.where(digits > 0, power, -10_000).flatten(1).amax(1).long()
