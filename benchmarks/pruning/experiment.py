@@ -40,8 +40,8 @@ METHODS: dict[str, tuple[Method, str]] = {
     ),
 }
 """Name -> the method and the order of calibration. AdaPrune here is the default: Wanda's mask, least squares, damping by
-held-out data, targets of the dense network; "own inputs" without the last, "dense inputs" as in the paper. "short": rho grows at every iteration of ADMM instead of every
-third, and the refit's damping is 0.01 instead of chosen by held-out data: half the time, for large networks."""
+held-out data, targets of the dense network; "own inputs" without the last, "dense inputs" as in the paper. "short": rho grows
+at every iteration of ADMM instead of every third, and the refit's damping is 0.01 instead of chosen by held-out data."""
 
 
 class Rows:

@@ -17,7 +17,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bisparse.pruning.least_squares import choose_damping, reconstruct
@@ -78,8 +78,9 @@ def fit(
     damping: float | None = None,
     refit_bias: bool = True,
     linear_solver: Literal["auto", "factorisation", "conjugate gradient"] = "auto",
+    start: Float[Tensor, "G O K"] | None = None,
 ) -> Pruned:
-    """Weights (and bias) of least output error on a given mask."""
+    """Weights (and bias) of least output error on a given mask; `start`, on the mask, is where conjugate gradient starts."""
     statistics = problem.measured
     everything = statistics.merged()
     centred = refit_bias and problem.bias is not None
@@ -94,7 +95,7 @@ def fit(
             part = problem.least_squares(centred=centred, statistics=statistics)
             judge = problem.least_squares(centred=centred, statistics=held_out)
             damping, _ = choose_damping(part, judge, mask)
-    solved = reconstruct(whole, mask, damping=damping, method=linear_solver)
+    solved = reconstruct(whole, mask, damping=damping, method=linear_solver, start=start)
     bias = None
     if centred:
         assert everything.mean is not None

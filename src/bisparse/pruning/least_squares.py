@@ -23,7 +23,7 @@ from torch import Tensor
 
 from bisparse.pruning.problem import Problem
 
-__all__ = ["DAMPINGS", "Reconstruction", "choose_damping", "reconstruct"]
+__all__ = ["DAMPINGS", "Reconstruction", "choose_damping", "reconstruct", "some_rows"]
 
 DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """Candidates of `choose_damping`, in units of the mean diagonal of G."""
@@ -146,6 +146,12 @@ def _conjugate_gradient(
     return weight, iterations, worst
 
 
+def some_rows(mask: Bool[Tensor, "G O K"], count: int = 64) -> Int[Tensor, " R"]:
+    """At most `count` evenly spaced output rows, for what can be judged by a sample."""
+    outputs = mask.shape[1]
+    return torch.linspace(0, outputs - 1, min(count, outputs), device=mask.device).round().long()
+
+
 def choose_damping(
     problem: Problem,
     held_out: Problem,
@@ -163,8 +169,7 @@ def choose_damping(
         The damping, and the relative error on the held-out part for every candidate tried: from the strongest down
         to past the best.
     """
-    outputs = mask.shape[1]
-    index: Int[Tensor, " R"] = torch.linspace(0, outputs - 1, min(max_rows, outputs), device=mask.device).round().long()
+    index = some_rows(mask, max_rows)
     part, judge, support = problem.rows(index), held_out.rows(index), mask[:, index]
     errors: dict[float, float] = {}
     start: Tensor | None = None
