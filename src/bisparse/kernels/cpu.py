@@ -16,12 +16,14 @@ from bisparse.kernels import vectors as vec
 from bisparse.kernels.general import solve_integers
 from bisparse.kernels.middle import WIDTH, best_at_most_2, best_exactly_2, mask_bits, row_bytes, spans_too_far
 from bisparse.kernels.networks import sorting_network
+from bisparse.kernels.prices import balance_prices, coarsen_prices, refine_prices, rescale_prices
 from bisparse.kernels.repair import repair
 from bisparse.kernels.threads import over_bands
-from bisparse.kernels.vectors import COARSE_SHIFT, LANES, SMALL
+from bisparse.kernels.vectors import LANES, SMALL
 
-COLD_ALTERNATIONS = 5
-WARM_ALTERNATIONS = 3
+COLD_ALTERNATIONS = 5  # before the prices are balanced
+BALANCED_ALTERNATIONS = 3
+WARM_ALTERNATIONS = 2
 VECTOR_SIDES = (4, 8, 16, 32, 64)
 UNBOUNDED = 0x7F800000  # the bit pattern of infinity: NaN and, read as unsigned, every negative number lie above
 MIDDLE_CHUNK = 128
@@ -72,8 +74,8 @@ def start_prices(prices16, settled, prices, u, v, chosen, side):  # type: ignore
             vec.transpose_8x8(prices16, k * LANES + t, LANES, settled, t * 2 * m + k, 2 * m)
     for t in range(LANES):
         if chosen[t]:
-            vec.refine_prices(settled, t * 2 * m, prices, u + t * m, side)
-            vec.refine_prices(settled, t * 2 * m + m, prices, v + t * m, side)
+            refine_prices(settled, t * 2 * m, prices, u + t * m, side)
+            refine_prices(settled, t * 2 * m + m, prices, v + t * m, side)
 
 
 @njit(nogil=True, cache=True)
@@ -92,7 +94,6 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
     for start in range(first, last, LANES):
         count = min(LANES, last - start)
         u, v = start * m, (tiles + start) * m
-        unbalanced, astray = 0, 0
         chosen[:] = False
         for t in range(count):
             tile = start + t
@@ -123,49 +124,42 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
             if warm:
                 before = exponents[tile]
                 usable = before != ops.COARSE and exponent != ops.COARSE
-                change = exponent - before
-                lowest = -(1 << 25) if free else 0
-                for k in range(m):
-                    for side_of in (u, v):
-                        price = np.int64(prices[side_of + t * m + k]) if usable else 0
-                        price = price << min(change, 8) if change >= 0 else price >> min(-change, 31)
-                        prices[side_of + t * m + k] = max(min(price, 1 << 25), lowest)
+                change = min(max(exponent - before, -31), 8) if usable else -31
+                for side_of in (u, v):
+                    rescale_prices(prices, side_of + t * m, change, -(1 << 25) if free else 0, side)
                 row, column = u + t * m, v + t * m
                 off = vec.tile_mask(
                     scores, base, columns, scales[t], prices, row, column, free, n, mask, bits, work, kept_row, side
                 )  # fmt: skip
-                if off != 0:
-                    unbalanced += 1
-                    vec.tile_integers(scores, base, columns, scales[t], prices, row, column, work, bits, 2 * m, side)
-                    for i in range(m):
-                        kept = work[kept_row + i]
-                        if kept > n or kept + vec.count_bits(bits[2 * m + i]) < n:
-                            astray += 1
-                            chosen[t] = True
-                            break
+                chosen[t] = off != 0
             else:
                 chosen[t] = True
             exponents[tile] = exponent
-        if not warm or astray > 0:
-            if count < LANES:
-                source[count * m * m :] = 0
-            for t in range(0, LANES, 8):
-                for k in range(0, m * m, 8):
-                    vec.transpose_8x8(source, t * m * m + k, m * m, lanes, k * LANES + t, LANES)
-            prices16[:] = 0
-            if warm:
-                for t in range(count):
-                    for k in range(m):
-                        prices16[(m + k) * LANES + t] = max(min(prices[v + t * m + k] >> COARSE_SHIFT, 32767), -32768)
-            if not warm:
-                sweep_prices(lanes, prices16, COLD_ALTERNATIONS, network, n, spare, -32768, side)
-            if not free:
-                vec.balance_prices(prices16, side)
-            sweep_prices(lanes, prices16, WARM_ALTERNATIONS, network, n, spare, floor, side)
-            start_prices(prices16, settled, prices, u, v, chosen, side)
-        elif unbalanced == 0:
+        if not chosen.any():
             continue
+        if count < LANES:
+            source[count * m * m :] = 0
+        for t in range(0, LANES, 8):
+            for k in range(0, m * m, 8):
+                vec.transpose_8x8(source, t * m * m + k, m * m, lanes, k * LANES + t, LANES)
+        if warm:
+            settled[:] = 0
+            for t in range(count):
+                coarsen_prices(prices, u + t * m, settled, t * 2 * m, side)
+                coarsen_prices(prices, v + t * m, settled, t * 2 * m + m, side)
+            for t in range(0, LANES, 8):
+                for k in range(0, 2 * m, 8):
+                    vec.transpose_8x8(settled, t * 2 * m + k, 2 * m, prices16, k * LANES + t, LANES)
+        else:
+            prices16[:] = 0
+            sweep_prices(lanes, prices16, COLD_ALTERNATIONS, network, n, spare, -32768, side)
+            if not free:
+                balance_prices(prices16, side)
+        sweep_prices(lanes, prices16, WARM_ALTERNATIONS if warm else BALANCED_ALTERNATIONS, network, n, spare, floor, side)
+        start_prices(prices16, settled, prices, u, v, chosen, side)
         for t in range(count):
+            if not chosen[t]:
+                continue
             base, row, column = bases[t], u + t * m, v + t * m
             off = vec.tile_mask(scores, base, columns, scales[t], prices, row, column, free, n, mask, bits, work, kept_row, side)
             if off == 0:

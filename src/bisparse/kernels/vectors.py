@@ -10,7 +10,6 @@ Arrays are 1-D and contiguous; offsets count elements; nothing is bounds-checked
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, reduce
 from typing import Any
 
 from llvmlite import ir
@@ -229,42 +228,6 @@ def store_midpoint(typing: Any, lanes: Any, above: Any, below: Any, prices: Any,
         return context.get_dummy_value()
 
     return types.void(lanes, types.intp, types.intp, prices, types.intp, types.intp), codegen
-
-
-@intrinsic
-def balance_prices(typing: Any, prices: Any, side: Any) -> tuple[Any, Codegen]:
-    """Move prices from rows to columns of each lane, which changes no mask, so that both have the same least; none below 0."""
-    m = side.count
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        pointer = data_of(context, b, signature, args, 0)
-        vector = ir.VectorType(I16, LANES)
-        lines = [load(b, pointer, ir.Constant(I64, k * LANES), I16, LANES) for k in range(2 * m)]
-        rows, columns = lines[:m], lines[m:]
-        low_row, low_column = reduce(partial(smaller, b), rows), reduce(partial(smaller, b), columns)
-        half = b.ashr(b.xor(low_row, low_column), number(I16, LANES, 1))
-        shift = call_llvm(b, f"llvm.ssub.sat.v{LANES}i16", vector, [low_row, b.add(b.and_(low_row, low_column), half)])
-        for name, part, start in (("ssub", rows, 0), ("sadd", columns, m)):
-            for k, line in enumerate(part):
-                moved = call_llvm(b, f"llvm.{name}.sat.v{LANES}i16", vector, [line, shift])
-                store(b, larger(b, moved, number(I16, LANES, 0)), pointer, ir.Constant(I64, (start + k) * LANES))
-        return context.get_dummy_value()
-
-    return types.void(prices, side), codegen
-
-
-@intrinsic
-def refine_prices(typing: Any, coarse: Any, from_: Any, prices: Any, to: Any, side: Any) -> tuple[Any, Codegen]:
-    """Prices of a tile's rows, or columns, from units of the sweeps to units of the 24-bit scores."""
-    m = side.count
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, target = (data_of(context, b, signature, args, k) for k in (0, 2))
-        wide = b.sext(load(b, source, args[1], I16, m), ir.VectorType(I32, m))
-        store(b, b.shl(wide, number(I32, m, COARSE_SHIFT)), target, args[3])
-        return context.get_dummy_value()
-
-    return types.void(coarse, types.intp, prices, types.intp, side), codegen
 
 
 @intrinsic
