@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import time
 
 import pytest
 import torch
@@ -145,12 +146,15 @@ def test_the_order_of_the_methods_on_data_they_have_not_seen(layer: tuple, patte
 
 def test_least_squares_has_less_error_than_adam_in_a_tenth_of_its_time(layer: tuple) -> None:
     model, batches, _ = layer
-    results = {}
+    results, seconds = {}, {}
     for name, method in {"a": GradientAdaPrune(), "b": AdaPrune(Magnitude(), correct_upstream=False)}.items():
         pruned = copy.deepcopy(model)
+        # The processor's time for this thread, which other programs do not lengthen.
+        started = time.thread_time()
         results[name] = prune_(pruned, "4:8", method, batches, order="parallel")["0"]
+        seconds[name] = time.thread_time() - started
     assert results["b"].error < results["a"].error < results["a"].error_before
-    assert results["b"].time_s < results["a"].time_s / 10
+    assert seconds["b"] < seconds["a"] / 10
 
 
 def reported_and_measured(model: nn.Module, method: Method, batches: list[Tensor], pattern: str = "2:4") -> tuple[float, float]:

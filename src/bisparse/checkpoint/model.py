@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -89,6 +89,7 @@ def save(
     include: Filter | None = None,
     exclude: Filter | None = None,
     overwrite: bool = False,
+    beside: Callable[[Path], None] | None = None,
 ) -> Sidecar:
     """Save a model whose layers obey a pattern: a plain `model.safetensors` that loads anywhere, the sidecar, the masks.
 
@@ -102,6 +103,7 @@ def save(
         state: the weights, instead of the model's own, where these are sharded over ranks.
         include, exclude: the layers that `pattern` is about; see `find_layers`.
         overwrite: replace a folder that bisparse wrote.
+        beside: called with the folder before it appears, to write more into it: a tokenizer's ``save_pretrained``.
 
     Raises:
         PatternError: a layer breaks its pattern; names it. Nothing is written.
@@ -145,6 +147,8 @@ def save(
         sidecar = Sidecar(report, source=type(model).__name__, samples=_samples(report, weights))
         (temporary / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
         read_back(temporary / WEIGHTS, ordered, checksums, layers, lambda tensor: None)
+        if beside is not None:
+            beside(temporary)
     return sidecar
 
 

@@ -115,9 +115,7 @@ def finish(source: Source, target: Path, report: PruneReport, overwrite: bool, s
     """Save the model, the sidecar, the masks and the tokenizer, and show what was done."""
     from bisparse.checkpoint import save
 
-    save(source.model, target, report=report, overwrite=overwrite)
-    if source.tokenizer is not None:
-        source.tokenizer.save_pretrained(target)
+    save(source.model, target, report=report, overwrite=overwrite, beside=getattr(source.tokenizer, "save_pretrained", None))
     if as_json:
         print_json({"ok": True, "target": str(target), "density": report.density, "time_s": seconds, **report.as_dict()})
         return

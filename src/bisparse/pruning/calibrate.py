@@ -257,23 +257,23 @@ def _walk_whole(
 ) -> Iterator[Stage]:
     """All stages from one pass, all of the network as it is now."""
     todo = [[layer for layer in stage if layer.name not in done] for stage in stages]
-    collector = _Collector(todo, calls, needs, len(data))
-    _run(model, [layer for stage in todo for layer in stage], data, forward, collector, walk, None, calls)
-    walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
+    collector = _run(model, todo, data, needs, forward, walk, None, calls)
     yield from (collector.stage(stage) for stage in todo if stage)
 
 
 def _run(
     model: nn.Module,
-    layers: Sequence[Layer],
+    stages: Sequence[Sequence[Layer]],
     data: Sequence[Any],
+    needs: frozenset[Statistic],
     forward: Callable[..., Any] | None,
-    collector: _Collector,
     walk: Walk,
     reference: nn.Module | None,
     calls: dict[str, int],
-) -> None:
+) -> _Collector:
     """Run every batch, only as far as needed, and collect; from `reference`, where given, the dense inputs."""
+    collector = _Collector(stages, calls, needs, len(data))
+    layers = [layer for stage in stages for layer in stage]
     # A layer called more than once may be called a different number of times by another batch: run to the end.
     once = all(calls.get(layer.name) == 1 for layer in layers)
     twins = [replace(layer, module=reference.get_submodule(_module_name(model, layer))) for layer in layers] if reference else []
@@ -285,6 +285,8 @@ def _run(
         with observed(model, layers, _collecting(collector, index, batch, dense, layers if once else ())), suppress(EnoughSeen):
             call_model(model, batch, forward, index)
         walk.forwards += 1 + (reference is not None)
+    walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
+    return collector
 
 
 def _noting(dense: dict[str, list[Tensor]]) -> Seen:
@@ -345,10 +347,7 @@ def _walk_in_order(
             run = ChainRun(segment, model, data, forward, device, cross, dense)
             yield from _walk_chain(run, own, data, needs, walk, done, reference if number else None)
         elif todo := [layer for layer in segment if layer.name not in done]:
-            collector = _Collector([todo], calls, needs, len(data))
-            _run(model, todo, data, forward, collector, walk, reference if number else None, calls)
-            walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
-            yield collector.stage(todo)
+            yield _run(model, [todo], data, needs, forward, walk, reference if number else None, calls).stage(todo)
 
 
 def _walk_chain(

@@ -26,10 +26,8 @@ from bisparse.pruning.taps import call_model
 
 __all__ = ["ChannelSpace", "channel_spaces"]
 
-UNTRACEABLE = (
-    fx.proxy.TraceError, TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, AssertionError, KeyError,
-    IndexError, NameError,
-)  # fmt: skip
+UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
+"""What code that wants numbers raises when it is handed symbols (fx's own TraceError is a ValueError)."""
 
 ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LeakyReLU, nn.ELU,

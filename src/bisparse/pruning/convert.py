@@ -19,15 +19,14 @@ from bisparse.layers import Filter, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.pruning.adaprune import AdaPrune
 from bisparse.pruning.calibrate import Order
-from bisparse.pruning.layerwise import Change, apply_, plan, prune_layer
+from bisparse.pruning.layerwise import plan
 from bisparse.pruning.magnitude import Magnitude
 from bisparse.pruning.method import Method
-from bisparse.pruning.prune import prune_layers_
+from bisparse.pruning.prune import prune_layers_, report_of
 from bisparse.pruning.regrow import Regrow
 from bisparse.pruning.violation import sparsest_pattern, violation
 from bisparse.results import LayerResult, PruneReport
 from bisparse.solution import verify
-from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
 
 __all__ = ["convert_", "fitting_patterns"]
@@ -82,40 +81,20 @@ def convert_(
     with torch.no_grad():
         allowed = {layer.name: layer.weight != 0 for layer, _ in planned}
     found = {layer.name: _violated(allowed[layer.name], structure, layer.layout) for layer, structure in planned}
-    notes: tuple[str, ...] = ()
-    if method.needs:
-        if batches is None:
-            raise ValueError(f"{method.name} needs calibration data: pass batches")
-        results, unreached, notes = prune_layers_(
-            model,
-            [(layer, structure, method) for layer, structure in planned],
-            batches,
-            solver=solver,
-            order=order,
-            forward=forward,
-            device=device,
-            resume=resume,
-            progress=progress,
-            allowed=allowed,
-        )
-        left_dense += unreached
-    else:
-        changes: list[Change] = []
-        results = []
-        for layer, structure in planned:
-            change, result = prune_layer(layer, structure, method, solver, allowed=allowed[layer.name])
-            changes.append(change)
-            results.append(result)
-        apply_(changes)
-    return PruneReport(
-        str(pattern),
-        method.name,
-        repr(solver or choose_solver(pattern)),
-        tuple(_with_violation(result, *found[result.name]) for result in results),
-        tuple(left_dense),
-        {glob: str(parse_pattern(one)) for glob, one in (patterns or {}).items()},
-        notes,
+    results, unreached, notes = prune_layers_(
+        model,
+        [(layer, structure, method) for layer, structure in planned],
+        batches,
+        solver=solver,
+        order=order,
+        forward=forward,
+        device=device,
+        resume=resume,
+        progress=progress,
+        allowed=allowed,
     )
+    with_violation = [_with_violation(result, *found[result.name]) for result in results]
+    return report_of(pattern, method, solver, with_violation, [*left_dense, *unreached], patterns, notes)
 
 
 def _violated(kept: Tensor, structure: Structure, layout: Any) -> tuple[float | None, float]:

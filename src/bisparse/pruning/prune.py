@@ -27,7 +27,7 @@ from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["prune_", "prune_layers_"]
+__all__ = ["prune_", "prune_layers_", "report_of"]
 
 
 def prune_(
@@ -81,31 +81,30 @@ def prune_(
     pattern = parse_pattern(pattern)
     method = method or Magnitude()
     planned, left_dense = plan(model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
-    if method.needs:
-        if batches is None:
-            needs = ", ".join(sorted(method.needs))
-            raise ValueError(f"{method.name} needs the {needs} of each layer's inputs: pass batches of calibration data")
-        results, unreached, notes = prune_layers_(
-            model,
-            [(layer, structure, method) for layer, structure in planned],
-            batches,
-            solver=solver,
-            order=order,
-            forward=forward,
-            device=device,
-            resume=resume,
-            progress=progress,
-        )
-        left_dense += unreached
-    else:
-        changes: list[Change] = []
-        results = []
-        notes = ()
-        for layer, structure in planned:
-            change, result = prune_layer(layer, structure, method, solver)
-            changes.append(change)
-            results.append(result)
-        apply_(changes)
+    results, unreached, notes = prune_layers_(
+        model,
+        [(layer, structure, method) for layer, structure in planned],
+        batches,
+        solver=solver,
+        order=order,
+        forward=forward,
+        device=device,
+        resume=resume,
+        progress=progress,
+    )
+    return report_of(pattern, method, solver, results, [*left_dense, *unreached], patterns, notes)
+
+
+def report_of(
+    pattern: Structure,
+    method: Method,
+    solver: Solver | None,
+    results: Sequence[LayerResult],
+    left_dense: Sequence[Skipped],
+    patterns: Mapping[str, str | Structure] | None,
+    notes: tuple[str, ...],
+) -> PruneReport:
+    """The report of a job."""
     return PruneReport(
         str(pattern),
         method.name,
@@ -120,7 +119,7 @@ def prune_(
 def prune_layers_(
     model: nn.Module,
     jobs: Sequence[tuple[Layer, Structure, Method]],
-    batches: Iterable[Any],
+    batches: Iterable[Any] | None,
     *,
     solver: Solver | None = None,
     order: Order = "sequential",
@@ -130,16 +129,29 @@ def prune_layers_(
     progress: bool | None = None,
     allowed: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[LayerResult], list[Skipped], tuple[str, ...]]:
-    """Prune layers by calibration data, each to its own structure by its own method; all or, on any error, none.
+    """Prune layers, each to its own structure by its own method; all or, on any error, none.
 
-    Originals are kept on disk until the end, so that memory holds one copy of the model.
+    Where a method needs data, originals are kept on disk until the end, so that memory holds one copy of the model.
+
+    Args:
+        allowed: for each layer's name, where weights may be kept; by default everywhere.
 
     Returns:
         A result a layer, in the order of `jobs`; the layers that calibration never reached; notes on cost and data.
     """
+    needs = frozenset().union(*(method.needs for _, _, method in jobs)) if jobs else frozenset()
+    if not needs:
+        done = [
+            prune_layer(layer, structure, method, solver, allowed=None if allowed is None else allowed[layer.name])
+            for layer, structure, method in jobs
+        ]
+        apply_([change for change, _ in done])
+        return [result for _, result in done], [], ()
+    if batches is None:
+        names = ", ".join(dict.fromkeys(method.name for _, _, method in jobs if method.needs))
+        raise ValueError(f"{names} needs the {', '.join(sorted(needs))} of each layer's inputs: pass batches of calibration data")
     data = list(batches)
     by_name = {layer.name: (layer, structure, method) for layer, structure, method in jobs}
-    needs = frozenset().union(*(method.needs for _, _, method in jobs)) if jobs else frozenset()
     about = {
         "jobs": {name: f"{structure} by {method!r}" for name, (_, structure, method) in by_name.items()},
         "solver": repr(solver),
@@ -211,7 +223,7 @@ def prune_layers_(
             for layer in touched:
                 _write_(layer, journal.get("dense", layer.name)[0], norms)
             raise
-    unreached = [Skipped(name, "no calibration batch went through this layer") for name in walk.unreached]
+    unreached = [Skipped(name, _why_unreached(by_name[name][0])) for name in walk.unreached]
     if jobs and not results:
         raise CalibrationError(
             f"no calibration batch went through any of the {len(jobs)} layers to prune, such as {jobs[0][0].name}; "
@@ -219,6 +231,15 @@ def prune_layers_(
         )
     ordered = [results[layer.name] for layer, _, _ in jobs if layer.name in results]
     return ordered, unreached, _notes(walk, len(data), order)
+
+
+def _why_unreached(layer: Layer) -> str:
+    if layer.layout.kind is LayoutKind.EXPERTS:
+        return (
+            "calibration sees what modules are called with, and experts in one 3-D parameter are no modules: which tokens each "
+            "one gets is known inside the forward only; prune them by a method that needs no data, such as magnitude"
+        )
+    return "no calibration batch went through this layer"
 
 
 def _notes(walk: Walk, batches: int, order: Order) -> tuple[str, ...]:
