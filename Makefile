@@ -69,5 +69,8 @@ fix: $(READY)
 bench: $(READY)
 	$(RUN) benchmarks/solvers.py
 
-bench-gpu:
-	@echo "There are no GPU kernels to measure yet: on CUDA tensors \`solve\` runs the reference path." >&2; exit 2
+# One program after the other; the first that finds no GPU ends the run, with its reason.
+bench-gpu: $(READY)
+	$(RUN) benchmarks/gpu/solvers.py
+	$(RUN) benchmarks/gpu/linear.py
+	$(RUN) benchmarks/gpu/block.py

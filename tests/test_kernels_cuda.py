@@ -1,9 +1,11 @@
 """The Triton kernels without a GPU: their tests in Triton's interpreter, and every kernel compiled for sm_90 and sm_80."""
 
+import importlib
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +161,62 @@ def test_bad_scores_on_the_device_raise_with_their_index(pattern: str) -> None:
     scores[70, 33] = torch.nan
     with pytest.raises(ops.BadScoreError, match=r"\(70, 33\)"):
         solve(scores, pattern)
+
+
+# ---- the benchmark of these kernels ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_the_benchmark_says_so_and_writes_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "solvers.py"), "--results", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "torch sees no CUDA device here, so nothing was measured" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_benchmark_rehearses_on_the_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "solvers.py"), "--rehearse", "--results", str(tmp_path / "rows.jsonl")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for contender in ("device copy", "mask and pack", "pack under a mask", "operator, warm, 1% drift"):
+        assert contender in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def section(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., list[str]]]:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    before = set(sys.modules)
+    yield importlib.import_module("sections.gpu_solvers").gpu_solvers
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in ("record", "sections"):
+            del sys.modules[name]
+
+
+def timed(pattern: str, dtype: str, contender: str, time_ms: float, share: float | None = None) -> dict[str, Any]:
+    place = {"pattern": pattern, "dtype": dtype, "contender": contender, "device": "A GPU", "commit": "abc", "date": "2026-01-02"}
+    return {**place, "time_ms": time_ms, "share": share, "versions": {"torch": "2"}}
+
+
+def test_the_page_says_what_was_not_measured(section: Callable[..., list[str]]) -> None:
+    page = "\n".join(section([]))
+    assert page.count("not measured: no GPU was at hand") == 6 and "met" not in page.replace("not measured", "")
+
+
+def test_the_page_judges_what_was_measured(section: Callable[..., list[str]]) -> None:
+    rows = [timed("4:8-T", "float32", "solve", 1.99), timed("8:16-T", "float32", "solve", 2.01)]
+    half = {"device copy": (0.1, None), "operator": (0.149, 0.7), "mask and pack": (0.301, 0.7)}
+    rows += [timed("2:4-T", "bfloat16", name, *figures) for name, figures in half.items()]
+    rows += [timed("2:4-T", "bfloat16", "torch's tile pruning, packed", 0.302, 0.6895)]
+    page = "\n".join(section(rows))
+    for line in (
+        "| exact mask, 4:8-T, float32, certified | under 2 ms | 1.99 ms | met |",
+        "| exact mask, 8:16-T, float32, certified | under 2 ms | 2.01 ms | **missed** |",
+        "| exact mask, 16:32-T, float32, certified | under 2 ms | not measured: no GPU was at hand |  |",
+        "| exact mask, 2:4-T, bfloat16 | under 1.5 x a copy of the matrix | 1.49 x | met |",
+        "| 2:4-T mask, W and W^T packed, bfloat16 | under 3 x a copy of the matrix | 3.01 x | **missed** |",
+        "| no slower, 1.5 % more magnitude | 1 x as fast, 1.52 % more | met |",
+    ):
+        assert line in page

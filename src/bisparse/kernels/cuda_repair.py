@@ -18,6 +18,9 @@ from bisparse.kernels.cuda_prices import COARSE, to_integers
 
 __all__ = ["balanced_masks"]
 
+UNROLLED = tl.constexpr(8)
+"""As many loads are in flight at once; unrolled altogether, M = 32 compiles for a minute."""
+
 
 @triton.jit
 def integers_at(scores, place, where, scale, WIDE: tl.constexpr):
@@ -34,7 +37,7 @@ def transposed_words(words, lane, M: tl.constexpr):
     zero = tl.zeros_like(words)
     result = zero
     count = zero.to(tl.int32)
-    for k in tl.static_range(M):
+    for k in tl.range(0, M, loop_unroll_factor=UNROLLED):
         bit = (tl.gather(words, count * 0 + k, 1) >> lane) & 1
         result |= bit << k
         count += bit.to(tl.int32)
@@ -54,7 +57,7 @@ def filled_ties(columns, kept_column, kept_row, tied, lane, N: tl.constexpr, M: 
         candidate = (((tied >> i) & 1) != 0) & (room > 0)
         key = tl.where(candidate, room * M + (M - 1 - lane), 0)
         better = zero
-        for k in tl.static_range(M):
+        for k in tl.range(0, M, loop_unroll_factor=UNROLLED):
             better += (tl.gather(key, zero + k, 1) > key).to(tl.int32)
         taken = candidate & (better < need)
         columns |= taken.to(columns.dtype) << i
@@ -215,7 +218,7 @@ def balanced_masks(
     columns = zero.to(tl.int64) if M > 32 else zero
     tied = columns
     kept_column = zero
-    for k in tl.static_range(M):
+    for k in tl.range(0, M, loop_unroll_factor=UNROLLED):
         q = integers_at(scores, corner + k * row_stride + lane, inside, scale, WIDE)
         slack = q - v - tl.gather(u, zero + k, 1)
         columns |= (slack > 0).to(columns.dtype) << k
@@ -237,7 +240,7 @@ def balanced_masks(
         )  # fmt: skip
         failed |= also_failed
 
-    for k in tl.static_range(M):
+    for k in tl.range(0, M, loop_unroll_factor=UNROLLED):
         tl.store(mask + corner + k * row_stride + lane, ((columns >> k) & 1).to(tl.int8), mask=inside)
     tl.store(prices + tile * M + lane, u, mask=inside)
     tl.store(prices + (tiles + tile) * M + lane, v, mask=inside)
