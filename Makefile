@@ -74,3 +74,4 @@ bench-gpu: $(READY)
 	$(RUN) benchmarks/gpu/solvers.py
 	$(RUN) benchmarks/gpu/linear.py
 	$(RUN) benchmarks/gpu/block.py
+	$(RUN) benchmarks/gpu/windows.py

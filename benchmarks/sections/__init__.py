@@ -1,12 +1,19 @@
 """The sections of docs/benchmarks.md: the file of rows each is made from, and the function that writes it."""
 
 from sections.diversity import diversity
+from sections.gpu import gpu
+from sections.gpu_solvers import gpu_kernels, gpu_solvers
+from sections.gpu_windows import gpu_windows
 from sections.pruning import depthwise, images, language, law, sentences
 from sections.quality import quality
 from sections.speed import speed
 
 SECTIONS = {
     "solvers.jsonl": speed,
+    "gpu_solvers.jsonl": gpu_solvers,
+    "gpu_kernels.jsonl": gpu_kernels,
+    "gpu_windows.jsonl": gpu_windows,
+    "gpu.jsonl": gpu,
     "quality.jsonl": quality,
     "diversity.jsonl": diversity,
     "pruning_minilm.jsonl": sentences,
