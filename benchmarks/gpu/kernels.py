@@ -78,7 +78,7 @@ def compiled(call: Callable[[], Any], arch: int) -> list[tuple[str, int, Any]]:
         signature, constants, hints = {}, {}, {}
         for place, parameter in enumerate(self.params):
             value = values[parameter.name]
-            if parameter.is_constexpr:
+            if parameter.is_constexpr or (isinstance(value, int) and value == 1):  # as a launch does
                 signature[parameter.name], constants[parameter.name] = "constexpr", value
                 continue
             signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"

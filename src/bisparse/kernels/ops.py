@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
@@ -23,6 +24,7 @@ __all__ = [
     "exact_mask",
     "exact_solve",
     "exact_solve_integers",
+    "holds",
     "keep_largest",
     "quantise",
 ]
@@ -70,6 +72,16 @@ def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[T
     return q, torch.where((2 * small > (tiles > 0).sum((1, 2))) | ((largest > 0) & (largest < TINY)), COARSE, exponent)
 
 
+def stack(x: Tensor, y: Tensor) -> Tensor:
+    """`torch.stack`, on CPU without torch's threads: they spin for a while after their work and take the cores from ours."""
+    return torch.from_numpy(np.stack([x.numpy(), y.numpy()])) if x.device.type == "cpu" else torch.stack([x, y])
+
+
+def holds(tensor: Tensor, value: int) -> bool:
+    """Whether any entry equals `value`; on CPU without torch's threads."""
+    return bool((tensor.numpy() == value).any() if tensor.device.type == "cpu" else (tensor == value).any())
+
+
 _LIBRARY = torch.library.Library("bisparse", "DEF")
 _LIBRARY.define("keep_largest(Tensor groups, int n) -> Tensor")
 _LIBRARY.define("exact_mask(Tensor scores, int n, int m, bool exactly) -> (Tensor mask, Tensor coarse)")
@@ -112,7 +124,8 @@ def exact_solve(
     if start is None:
         mask, prices, exponent = torch.ops.bisparse.exact_solve(scores, n, m, exactly, None, None)
     else:
-        mask, prices, exponent = torch.ops.bisparse.exact_solve(scores, n, m, exactly, torch.stack(start[:2]), start[2])
+        before = stack(start[0], start[1])
+        mask, prices, exponent = torch.ops.bisparse.exact_solve(scores, n, m, exactly, before, start[2])
     return mask, prices[0], prices[1], exponent
 
 
@@ -204,11 +217,14 @@ def _numba_kernel(name: str) -> Callable[..., Any]:
     return kernel
 
 
-def _triton_kernel(name: str) -> Callable[..., Any]:
+def triton_kernel(name: str) -> Callable[..., Any]:
+    """The kernel of that name in `cuda`, imported when it is first called, and launched on its tensors' device."""
+
     def kernel(*args: Any) -> Any:
         from bisparse.kernels import cuda
 
-        return getattr(cuda, name)(*args)
+        with torch.cuda.device_of(args[0]):
+            return getattr(cuda, name)(*args)
 
     return kernel
 
@@ -217,4 +233,4 @@ for _name in ("keep_largest", "exact_mask", "exact_solve", "exact_solve_integers
     _LIBRARY.impl(_name, _numba_kernel(_name), "CPU")
 if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
     for _name in ("exact_mask", "exact_solve", "exact_solve_integers"):
-        _LIBRARY.impl(_name, _triton_kernel(_name), "CUDA")
+        _LIBRARY.impl(_name, triton_kernel(_name), "CUDA")

@@ -11,9 +11,7 @@ non-zero weights is completed with zeros the way torch does it, so that the pack
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int, Int16
@@ -158,15 +156,6 @@ _LIBRARY.impl("pack_2to4", reference_pack_2to4, "CompositeExplicitAutograd")
 _LIBRARY.impl("pack_2to4_transposable", reference_pack_2to4_transposable, "CompositeExplicitAutograd")
 
 
-def _triton_kernel(name: str) -> Callable[..., Any]:
-    def kernel(*args: Any) -> Any:
-        from bisparse.kernels import cuda
-
-        return getattr(cuda, name)(*args)
-
-    return kernel
-
-
 if find_spec("triton") is not None:
     for _name in ("pack_2to4", "pack_2to4_transposable"):
-        _LIBRARY.impl(_name, _triton_kernel(_name), "CUDA")
+        _LIBRARY.impl(_name, ops.triton_kernel(_name), "CUDA")
