@@ -416,3 +416,29 @@ def test_json_of_the_sidecar_is_not_trusted_for_the_verdict(dense: Path, tmp_pat
     (folder / SIDECAR).write_text(json.dumps(document))
     assert not read_figures(folder).holds
     assert "✗" in Page(write_report(folder, tmp_path / "report.html")).text
+
+
+def test_figures_of_a_job_with_data_stand_in_the_table(tmp_path: Path) -> None:
+    """Violation, both errors and damping of each layer, as the report of the conversion has them."""
+    from torch import nn
+
+    from bisparse import convert_, prune_
+    from bisparse.checkpoint import save
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    prune_(model, "4:8")
+    report = convert_(model, "2:4", [torch.randn(64, 32) for _ in range(6)])
+    save(model, tmp_path / "out", report=report)
+    page = Page(write_report(tmp_path / "out", tmp_path / "report.html"))
+    head = [cell.strip() for cell in next(row for row in page.rows if "Damping" in row)]
+    for layer in report:
+        cells = dict(zip(head, page.row(layer.name), strict=True))
+        assert cells["Violation"] == f"{100 * layer.violated_weights:.1f} %"
+        assert cells["Error masked"] == f"{100 * layer.error_before:.1f} %"
+        assert cells["Output error"] == f"{100 * layer.error:.1f} %"
+        assert cells["Damping"] == f"{layer.damping:g}"
+
+
+def test_columns_that_no_layer_has_a_figure_for_are_left_out(page: Page) -> None:
+    assert not {"Violation", "Error masked", "Output error", "Damping"} & {cell.strip() for row in page.rows for cell in row}

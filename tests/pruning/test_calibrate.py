@@ -366,3 +366,23 @@ class TestBadData:
 
         with pytest.raises(CalibrationError, match="went through any"):
             prune_(Model(), "2:4", Wanda(), [{"x": torch.randn(2, 3, 8), "attention_mask": torch.zeros(2, 3)}])
+
+
+def test_experts_in_one_parameter_are_left_dense_with_their_own_reason() -> None:
+    class Experts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.router = nn.Linear(8, 8)
+            self.experts = nn.Module()
+            self.experts.gate_up_proj = nn.Parameter(torch.randn(2, 8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("ti,eoi->to", self.router(x), self.experts.gate_up_proj)
+
+    model = Experts()
+    before = model.experts.gate_up_proj.detach().clone()
+    report = prune_(model, "2:4", Wanda(), [torch.randn(6, 8)], include="*")
+    assert [layer.name for layer in report] == ["router"]
+    (skipped,) = [one for one in report.left_dense if one.name == "experts.gate_up_proj"]
+    assert "known inside the forward only" in skipped.reason and "magnitude" in skipped.reason
+    assert torch.equal(model.experts.gate_up_proj, before)

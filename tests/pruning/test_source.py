@@ -14,6 +14,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from bisparse import verify
+from bisparse.checkpoint import CheckpointError, save
 from bisparse.cli import app
 from bisparse.layers import find_layers
 from bisparse.pruning import ALPS, AdaPrune, CalibrationError, Wanda, prune_
@@ -232,3 +233,18 @@ def test_examples(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     printed = capsys.readouterr().out
     assert "ALPS" in printed or "channel spaces permuted" in printed
+
+
+def test_what_stands_beside_a_model_is_written_with_it_or_not_at_all(tmp_path: Path) -> None:
+    model = torch.nn.Linear(16, 16)
+    report = prune_(model, "2:4")
+
+    def fails(folder: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+        raise OSError("the disk is full")
+
+    with pytest.raises(CheckpointError, match="the disk is full"):
+        save(model, tmp_path / "out", report=report, beside=fails)
+    assert not any(tmp_path.iterdir())
+    save(model, tmp_path / "out", report=report, beside=lambda folder: (folder / "tokenizer.json").write_text("{}"))
+    assert (tmp_path / "out" / "tokenizer.json").exists()
