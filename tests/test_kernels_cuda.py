@@ -38,6 +38,12 @@ def test_more_of_the_kernels_in_the_interpreter() -> None:
     interpreted("-m", "slow")
 
 
+@pytest.mark.parametrize("name", ["exact_mask", "exact_solve", "exact_solve_integers", "pack_2to4", "pack_2to4_transposable"])
+def test_operators_have_a_kernel_of_their_own_on_cuda(name: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bisparse::{name}", "CUDA")
+    assert callable(getattr(importlib.import_module("bisparse.kernels.cuda"), name))
+
+
 # ---- compiled without a GPU ------------------------------------------------------------------------------------------
 
 KERNELS = {
@@ -144,6 +150,42 @@ def test_operators_never_wait_for_the_device() -> None:
             call()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_operators_are_captured_in_a_graph() -> None:
+    scores, weight = torch.rand(256, 256).cuda(), torch.randn(256, 256).cuda().half()
+
+    def run() -> tuple[torch.Tensor, ...]:
+        return (*ops.exact_solve(scores, 8, 16, False), *pack.pack_2to4_transposable(weight))
+
+    run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    scores.copy_(torch.rand(256, 256))
+    weight.copy_(torch.randn(256, 256))
+    graph.replay()
+    assert all(torch.equal(one, other) for one, other in zip(captured, run(), strict=True))
+
+
+@pytest.mark.gpu
+def test_operators_on_the_device_obey_the_rules_of_torch_library() -> None:
+    matrix, weight = torch.rand(32, 64).cuda(), torch.randn(32, 64).cuda().half()
+    mask = pack.pack_2to4_transposable(weight)[0]
+    u, v, exponent = ops.exact_solve(matrix, 4, 8, False)[1:]
+    torch.library.opcheck(torch.ops.bisparse.exact_mask.default, (matrix, 2, 4, False))
+    torch.library.opcheck(torch.ops.bisparse.exact_solve.default, (matrix, 4, 8, False, None, None))
+    torch.library.opcheck(torch.ops.bisparse.exact_solve.default, (matrix, 4, 8, False, torch.stack([u, v]), exponent))
+    torch.library.opcheck(torch.ops.bisparse.pack_2to4_transposable.default, (weight,))
+    torch.library.opcheck(torch.ops.bisparse.pack_2to4.default, (weight, mask))
+
+
+@pytest.mark.gpu
+def test_strict_scores_on_the_device_are_proved() -> None:
+    for scores in (torch.rand(64, 64, dtype=torch.float64), torch.randint(0, 1 << 40, (64, 64)), torch.rand(64, 64)):
+        solution = solve(scores.cuda(), "4:8-T", Exact(strict=True)).check()
+        assert solution.value == pytest.approx(solve(scores, "4:8-T", Exact(strict=True)).value, rel=1e-12)
 
 
 @pytest.mark.gpu

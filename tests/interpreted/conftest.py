@@ -1,4 +1,7 @@
-"""These tests run the Triton kernels on the CPU, which Triton decides when it is first imported: see test_kernels_cuda.py."""
+"""These tests run the Triton kernels on the CPU, which Triton decides when it is first imported; test_kernels_cuda.py starts them.
+
+TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest tests/interpreted
+"""
 
 import os
 
