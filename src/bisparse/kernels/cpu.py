@@ -244,11 +244,19 @@ def _check(worst: list[int], scores: torch.Tensor) -> bool:
     return False  # only -0.0
 
 
+def _empty(shape: tuple[int, ...], dtype: type[np.generic]) -> torch.Tensor:
+    """By numpy, which asks for huge pages: faults on 4 KiB pages can take longer than the search of a large matrix.
+
+    Nothing in this file is left to torch's own threads: they spin for a while after their work and take the cores from ours.
+    """
+    return torch.from_numpy(np.empty(shape, dtype))
+
+
 def keep_largest(groups: torch.Tensor, n: int) -> torch.Tensor:
     """`ops.keep_largest` on CPU."""
     if groups.dtype in (torch.float16, torch.bfloat16):
         groups = groups.float()
-    numbers, mask = groups.contiguous().numpy(), torch.empty(groups.shape, dtype=torch.bool)
+    numbers, mask = groups.contiguous().numpy(), _empty(tuple(groups.shape), np.bool_)
     out, m = mask.numpy(), max(groups.shape[1], 1)
     over_bands(lambda first, last: int(largest_band(numbers, n, out, first, last)), len(groups), 1, max(1, 65536 // m))
     return mask
@@ -268,8 +276,8 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     if lacking > 0:
         wide = torch.nn.functional.pad(wide, (0, lacking))
     height, width = wide.shape
-    mask = torch.empty((height, width), dtype=torch.bool)
-    coarse = torch.zeros(height // 4 * width // 4, dtype=torch.bool)
+    mask = _empty((height, width), np.bool_)
+    coarse = torch.from_numpy(np.zeros(height // 4 * width // 4, np.bool_))
     numbers, packed, flags, table = wide.view(-1).numpy(), mask.numpy().view(np.uint32), coarse.numpy(), mask_bits()
 
     def bands_of_rows(first: int, last: int) -> int:
@@ -304,13 +312,13 @@ def exact_solve(
     rows, columns = scores.shape
     scores = scores.contiguous()
     tiles = (rows // m) * (columns // m)
-    mask = torch.empty((rows, columns), dtype=torch.bool)
-    prices = torch.empty((2, tiles, m), dtype=torch.int32)
+    mask = _empty((rows, columns), np.bool_)
+    prices = _empty((2, tiles, m), np.int32)
     exponents = torch.empty(tiles, dtype=torch.int32)
     warm = start is not None and start_exponent is not None
     if start is not None and start_exponent is not None:
-        prices.copy_(start)
-        exponents.copy_(start_exponent)
+        np.copyto(prices.numpy(), start.numpy())
+        np.copyto(exponents.numpy(), start_exponent.numpy())
     median = 2 * n == m and m in (8, 16, 32)
     network = np.array([] if median else sorting_network(m), dtype=np.int64).reshape(-1, 2)
     flat, bytes_, side = scores.view(-1).numpy(), mask.view(torch.uint8).view(-1).numpy(), (0,) * m
