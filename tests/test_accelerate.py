@@ -2,6 +2,8 @@
 
 import copy
 import itertools
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -554,3 +556,14 @@ def test_frozen_layers_in_training_mode_are_packed_both_ways() -> None:
     report = accelerate_(model, "reference")
     assert all(one.weight == "packed" and one.backward for one in report.layers)
     assert isinstance(model.up, PackedLinear) and model.up.packed_t is not None
+
+
+def test_the_example_trains_finalizes_and_packs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    program = Path(__file__).resolve().parent.parent / "examples" / "accelerate_a_model.py"
+    monkeypatch.setattr(sys, "argv", [str(program), "20", "32"])
+    runpy.run_path(str(program), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert "training: 4 layers run sparse, 4 of them both ways; 0 stay as they are" in printed
+    assert "2:4-T holds on" in printed and "inference: 4 layers run sparse, 0 of them both ways" in printed
+    if not torch.cuda.is_available():
+        assert "relative difference from masked dense: 0.0e+00" in printed
