@@ -42,7 +42,9 @@ def arguments(parser: ArgumentParser) -> None:
 def opened(options: Namespace) -> tuple[Data, Training, dict[str, int]]:
     """The data, how networks are trained on it, and the budget as columns of a row."""
     if options.quick:
-        return fashion_mnist(options.data, *QUICK), Training(options.cache, 1, 512), {"side": QUICK[2], "test_images": QUICK[1]}
+        images, tests, side = QUICK
+        budget = {"side": side, "test_images": tests, "epochs": 1, "tuning": images}
+        return fashion_mnist(options.data, *QUICK), Training(options.cache, 1, images, options.dtype), budget
     data = fashion_mnist(options.data, 60_000, options.test_images, options.side)
     budget = {"side": options.side, "test_images": options.test_images, "epochs": options.epochs, "tuning": options.tuning}
     return data, Training(options.cache, options.epochs, options.tuning, options.dtype), budget
