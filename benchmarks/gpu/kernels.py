@@ -114,6 +114,7 @@ def resources(code: Any) -> dict[str, Any]:
         "spill_instructions": instructions["LDL"] + instructions["STL"],
         "shared_bytes": code.metadata.shared,
         "instructions": instructions.total(),
+        "float_arithmetic": sorted(set(re.findall(r"\b(?:(?:mul|add|fma)\.[a-z.]*f32|cvt\.[a-z.]*s32\.f32)\b", code.asm["ptx"]))),
         "kinds": {
             kind: sum(count for name, count in instructions.items() if re.match(names_of, name))
             for kind, names_of in PIPES.items()
