@@ -48,6 +48,7 @@ def test_operators_have_a_kernel_of_their_own_on_cuda(name: str) -> None:
 
 KERNELS = {
     "2:4-T": {"middle_masks"},
+    "2:4-T prices": {"swept_prices", "balanced_masks"},
     "2:4-T packed": {"packed_tiles"},
     "2:4 packed under a mask": {"packed_tiles"},
     "4:8-T": {"swept_prices", "balanced_masks"},
