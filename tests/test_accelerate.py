@@ -25,7 +25,7 @@ from bisparse import (
 )
 from bisparse.accelerate import BackendError, PackedLinear, SparseLinear
 from bisparse.accelerate.convert import held_bytes, is_2to4
-from bisparse.accelerate.packing import find_positions, from_metadata, kept_mask, put_values, take_values, to_metadata
+from bisparse.kernels.positions import find_positions, from_metadata, kept_mask, put_values, take_values, to_metadata
 from bisparse.pattern import parse_pattern
 from bisparse.solution import PatternError
 

@@ -18,7 +18,7 @@ from torch.sparse._semi_structured_conversions import (
 from bisparse import accelerate_, finalize_, prune_, sparsify_
 from bisparse.accelerate import BackendError, backend, usable_backends
 from bisparse.accelerate.backend import BACKENDS
-from bisparse.accelerate.packing import find_positions
+from bisparse.kernels.positions import find_positions
 
 CUDA = torch.device("cuda", 0)
 needs_gpu = pytest.mark.skipif(

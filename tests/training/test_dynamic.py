@@ -1,5 +1,7 @@
 """Dynamic masks: what the forward pass sees, what the optimizer gets, when masks move, and what is reported."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -270,3 +272,13 @@ def test_layers_that_m_does_not_divide_are_padded():
     other = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 10))
     left = sparsify_(other, "4:8-T", remainder="dense").skipped
     assert [one.name for one in left] == ["1"] and "8 does not divide" in left[0].reason
+
+
+def test_finalizing_a_model_leaves_its_copies_alone(mlp):
+    sparsify_(mlp, "4:8-T")
+    average = copy.deepcopy(mlp)
+    finalize_(mlp)
+    inputs = torch.randn(3, 16)
+    assert torch.equal(average(inputs), mlp(inputs)), "an average of the weights, say, that goes on"
+    finalize_(average)
+    assert torch.equal(average(inputs), mlp(inputs))

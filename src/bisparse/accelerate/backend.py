@@ -19,7 +19,8 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from bisparse.accelerate.packing import (
+from bisparse.kernels.pack import pack_2to4
+from bisparse.kernels.positions import (
     find_positions,
     from_metadata,
     kept_mask,
@@ -27,7 +28,6 @@ from bisparse.accelerate.packing import (
     take_values,
     to_metadata,
 )
-from bisparse.kernels.pack import pack_2to4
 
 __all__ = ["BACKENDS", "Backend", "BackendError", "choose_backend", "usable_backends"]
 
@@ -142,7 +142,7 @@ class Reference(Backend):
         metadata: Shaped[Tensor, "..."],
         dtype: torch.dtype,
     ) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "..."]]:
-        return take_values(weight, positions).to(dtype), metadata
+        return take_values(weight, positions, dtype), metadata
 
     def multiply(
         self,
@@ -217,7 +217,7 @@ class Cutlass(_OnTensorCores):
         metadata: Shaped[Tensor, "R M"],
         dtype: torch.dtype,
     ) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "R M"]]:
-        return take_values(weight, positions).to(dtype), metadata
+        return take_values(weight, positions, dtype), metadata
 
     def multiply(
         self,
@@ -279,7 +279,7 @@ class CuSparseLt(_OnTensorCores):
         metadata: Shaped[Tensor, "..."],
         dtype: torch.dtype,
     ) -> tuple[Shaped[Tensor, "R P"], Shaped[Tensor, "0"]]:
-        values = take_values(weight, positions).to(dtype)
+        values = take_values(weight, positions, dtype)
         if metadata.numel() == 0:
             return self.pack(put_values(values, positions, weight.shape[1]))
         packed = torch.cat((values.flatten(), metadata.view(dtype))).view(weight.shape[0], -1)

@@ -18,10 +18,10 @@ from torch.utils.hooks import RemovableHandle
 
 from bisparse.accelerate.backend import BACKENDS, BackendError
 from bisparse.accelerate.operators import linear_2to4, packed_linear_2to4
-from bisparse.accelerate.packing import find_positions, kept_mask
+from bisparse.kernels.positions import find_positions, kept_mask
 from bisparse.solution import PatternError, verify
 from bisparse.training import MVUELinear
-from bisparse.training.masked import Masked, own_parametrization, trained_parameter
+from bisparse.training.masked import Masked, own_parametrization, separate_class, trained_parameter
 
 __all__ = ["PackedLinear", "SparseLinear"]
 
@@ -355,16 +355,11 @@ def _pack(weight: Float[Tensor, "O I"], backend: str, transposed: bool, name: st
 
 
 def _set_class(module: nn.Module, kind: type[nn.Linear]) -> None:
-    """Change a module's class beneath its parametrizations: a new class of its own, as torch would have made it from `kind`.
-
-    Taking the parametrization off and putting it on again would change the old class, which the module's copies share.
-    """
-    old = type(module)
-    if not parametrize.is_parametrized(module):
+    """Change a module's class beneath its parametrizations."""
+    if parametrize.is_parametrized(module):
+        separate_class(module, kind)
+    else:
         module.__class__ = kind
-        return
-    own = {name: value for name, value in vars(old).items() if name not in ("__dict__", "__weakref__", "__doc__", "__module__")}
-    module.__class__ = type(f"Parametrized{kind.__name__}", (kind,), own)
 
 
 def _after_loading(module: nn.Module, keys: Any) -> None:

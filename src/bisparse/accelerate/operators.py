@@ -17,7 +17,7 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from bisparse.accelerate.backend import BACKENDS
-from bisparse.accelerate.packing import put_values, take_values
+from bisparse.kernels.positions import put_values, take_values
 from bisparse.training import mvue_2_4
 
 __all__ = ["linear_2to4", "packed_linear_2to4"]

@@ -17,7 +17,7 @@ from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
 from bisparse.training.layer import Accelerated, SparseLayer
-from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, trained_parameter
+from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, separate_class, trained_parameter
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.search import Score, magnitude
@@ -327,6 +327,7 @@ def finalize_(model: nn.Module) -> nn.Module:
     for _, module, parameter, own in dynamic:
         # Copied into the dense weight, whose storage others may share; twice for tied weights, with the same values.
         trained_parameter(module, parameter).copy_(masked[id(own)])
+        separate_class(module)
         parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
     for module, buffer in static:
         delattr(module, buffer)

@@ -10,6 +10,8 @@ Columns that 4 does not divide count as completed with pruned ones.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import torch
 from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor
@@ -17,6 +19,9 @@ from torch import Tensor
 __all__ = ["find_positions", "kept_mask", "put_values", "take_values", "to_metadata"]
 
 FIRST_USED, SECOND_USED = 1 << 4, 1 << 5
+
+_LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
+_LIBRARY.define("take_values(Tensor weight, Tensor positions, ScalarType dtype) -> Tensor")
 
 
 def find_positions(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:
@@ -35,10 +40,21 @@ def find_positions(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:
     return code.to(torch.uint8)
 
 
-def take_values(weight: Shaped[Tensor, "R C"], positions: UInt8[Tensor, "R G"]) -> Shaped[Tensor, "R C2"]:
-    """The values of the kept entries, two a group, zero in a slot that is not in use; contiguous."""
+def take_values(
+    weight: Shaped[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype | None = None
+) -> Shaped[Tensor, "R C2"]:
+    """The values of the kept entries, two a group, zero in a slot that is not in use; contiguous, in `dtype` if given.
+
+    The weight may be a transposed view: on a GPU one kernel reads it as it lies.
+    """
+    values: Tensor = torch.ops.bisparse.take_values(weight, positions, dtype or weight.dtype)
+    return values
+
+
+def reference_take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    """The specification of `take_values`."""
     values = _groups(weight).gather(-1, _slots(positions))
-    return values.masked_fill_(~_used(positions), 0).flatten(-2)
+    return values.masked_fill_(~_used(positions), 0).flatten(-2).to(dtype)
 
 
 def put_values(values: Shaped[Tensor, "R C2"], positions: UInt8[Tensor, "R G"], columns: int) -> Shaped[Tensor, "R C"]:
@@ -77,3 +93,20 @@ def _slots(positions: UInt8[Tensor, "R G"]) -> Shaped[Tensor, "R G 2"]:
 
 def _used(positions: UInt8[Tensor, "R G"]) -> Bool[Tensor, "R G 2"]:
     return torch.stack((positions & FIRST_USED, positions & SECOND_USED), -1) != 0
+
+
+@torch.library.register_fake("bisparse::take_values")
+def _(weight: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight.new_empty((positions.shape[0], 2 * positions.shape[1]), dtype=dtype)
+
+
+def _on_a_gpu(weight: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+    from bisparse.kernels import cuda_values
+
+    with torch.cuda.device_of(weight):
+        return cuda_values.take_values(weight, positions, dtype)
+
+
+_LIBRARY.impl("take_values", reference_take_values, "CompositeExplicitAutograd")
+if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
+    _LIBRARY.impl("take_values", _on_a_gpu, "CUDA")
