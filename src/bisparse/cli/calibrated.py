@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,6 +13,8 @@ import typer
 from bisparse.cli.console import grouped, print_json, print_left_dense, table, to_stdout
 
 if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
     from bisparse.pattern import Structure
     from bisparse.pruning import Method
     from bisparse.pruning.source import Source
@@ -27,6 +31,7 @@ __all__ = [
     "Sequences",
     "calibration_batches",
     "finish",
+    "group_of_ranks",
     "parse_method",
     "parse_order",
     "prune_with_data",
@@ -71,6 +76,21 @@ def parse_order(order: str) -> Literal["sequential", "parallel"]:
     raise typer.BadParameter(f"{order!r} is not one of sequential, parallel", param_hint="--order")
 
 
+@contextmanager
+def group_of_ranks() -> Iterator[ProcessGroup | None]:
+    """All ranks of a torchrun, to share the job; None without torchrun."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_torchelastic_launched()):
+        yield None
+        return
+    distributed.init_process_group()
+    try:
+        yield distributed.group.WORLD
+    finally:
+        distributed.destroy_process_group()
+
+
 def prune_with_data(
     name: str,
     target: Path,
@@ -93,8 +113,9 @@ def prune_with_data(
     if method.needs and batches is None:
         raise typer.BadParameter(f"missing; {method.name} needs calibration data", param_hint="--calibration")
     started = time.perf_counter()
-    report = prune_(source.model, pattern, method, batches, progress=False if as_json else None, **options)
-    finish(source, target, report, overwrite, time.perf_counter() - started, as_json)
+    with group_of_ranks() as group:
+        report = prune_(source.model, pattern, method, batches, progress=False if as_json else None, group=group, **options)
+        finish(source, target, report, overwrite, time.perf_counter() - started, as_json, group)
 
 
 def calibration_batches(source: Source, path: Path | None, sequences: int, length: int) -> list[Any] | None:
@@ -111,10 +132,22 @@ def calibration_batches(source: Source, path: Path | None, sequences: int, lengt
     return text_batches(source.tokenizer, path, causal=causal, sequences=sequences, length=length)
 
 
-def finish(source: Source, target: Path, report: PruneReport, overwrite: bool, seconds: float, as_json: bool) -> None:
-    """Save the model, the sidecar, the masks and the tokenizer, and show what was done."""
+def finish(
+    source: Source,
+    target: Path,
+    report: PruneReport,
+    overwrite: bool,
+    seconds: float,
+    as_json: bool,
+    group: ProcessGroup | None = None,
+) -> None:
+    """Save the model, the sidecar, the masks and the tokenizer, and show what was done; of several ranks the first does."""
+    from torch import distributed
+
     from bisparse.checkpoint import save
 
+    if group is not None and distributed.get_rank(group) != 0:
+        return
     save(source.model, target, report=report, overwrite=overwrite, beside=getattr(source.tokenizer, "save_pretrained", None))
     if as_json:
         print_json({"ok": True, "target": str(target), "density": report.density, "time_s": seconds, **report.as_dict()})

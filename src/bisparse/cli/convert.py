@@ -18,6 +18,7 @@ from bisparse.cli.calibrated import (
     Sequences,
     calibration_batches,
     finish,
+    group_of_ranks,
     parse_method,
     parse_order,
 )
@@ -68,18 +69,20 @@ def convert(
     opened = open_source(source)
     batches = calibration_batches(opened, calibration, sequences, length)
     started = time.perf_counter()
-    report = convert_(
-        opened.model,
-        structure,
-        batches,
-        method=None if method is None and damping is None else parse_method(method or "adaprune", damping),
-        regrow=regrow,
-        include=include,
-        exclude=exclude,
-        solver=parse_solver(solver),
-        order=parse_order(order),
-        device=device,
-        resume=resume,
-        progress=False if as_json else None,
-    )
-    finish(opened, target, report, overwrite, time.perf_counter() - started, as_json)
+    with group_of_ranks() as group:
+        report = convert_(
+            opened.model,
+            structure,
+            batches,
+            method=None if method is None and damping is None else parse_method(method or "adaprune", damping),
+            regrow=regrow,
+            include=include,
+            exclude=exclude,
+            solver=parse_solver(solver),
+            order=parse_order(order),
+            device=device,
+            resume=resume,
+            progress=False if as_json else None,
+            group=group,
+        )
+        finish(opened, target, report, overwrite, time.perf_counter() - started, as_json, group)

@@ -11,6 +11,7 @@ from bisparse.pruning.mean_absorption import MeanAbsorption, absorb_mean
 from bisparse.pruning.method import LayerProblem, Method, Pruned
 from bisparse.pruning.permutation import PermutationReport, permute_
 from bisparse.pruning.prune import prune_
+from bisparse.pruning.ranks import OtherRankError
 from bisparse.pruning.regrow import Regrow
 from bisparse.pruning.sparsegpt import SparseGPT
 from bisparse.pruning.statistics import CalibrationError, Statistic, Statistics
@@ -28,6 +29,7 @@ __all__ = [
     "MatchMoments",
     "MeanAbsorption",
     "Method",
+    "OtherRankError",
     "PatternViolation",
     "PermutationReport",
     "Pruned",

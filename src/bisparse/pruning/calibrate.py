@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from bisparse.layers import Layer
 from bisparse.pruning.chain import Chain, dense_copy, find_chains
 from bisparse.pruning.chain_run import ChainRun
+from bisparse.pruning.ranks import Ranks
 from bisparse.pruning.reduction import positions
 from bisparse.pruning.statistics import CalibrationError, Moments, Statistic, Statistics, reading_of
 from bisparse.pruning.taps import LAST_PART, EnoughSeen, Seen, call_model, observed, token_mask
@@ -74,6 +75,7 @@ def calibrate(
     dense: Callable[[Tensor], Tensor | None] | None = None,
     progress: bool | None = None,
     walk: Walk | None = None,
+    ranks: Ranks | None = None,
 ) -> Generator[Stage]:
     """Yield the layers stage by stage, each with the statistics of its inputs; the caller may change weights in between.
 
@@ -91,6 +93,7 @@ def calibrate(
             that CROSS compares with.
         progress: a progress bar; None: if a terminal is there to see it.
         walk: filled with costs and with the layers never reached.
+        ranks: share the data among these, all of whom call this alike; every one gets the statistics of all data.
 
     Raises:
         CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
@@ -103,6 +106,8 @@ def calibrate(
         raise ValueError(f"order={order!r}: expected 'sequential' or 'parallel'")
     if order == "parallel":
         needs = needs - {Statistic.CROSS}
+    # Raw inputs are not worth sending: each rank runs all of the data then.
+    shared = _Data(data, needs, ranks if ranks is not None and Statistic.INPUTS not in needs else Ranks())
     bar = tqdm(
         total=len(layers), desc="calibrating", unit="layer", disable=None if progress is None else not progress, smoothing=0.1
     )
@@ -113,9 +118,9 @@ def calibrate(
         reached = {layer.name for stage in stages for layer in stage}
         walk.unreached += [layer.name for layer in layers if layer.name not in reached]
         if order == "parallel" and _bytes_of_all(layers, needs) <= WHOLE_BYTES:
-            walker = _walk_whole(model, stages, calls, data, needs, forward, walk, done)
+            walker = _walk_whole(model, stages, calls, shared, forward, walk, done)
         else:
-            walker = _walk_in_order(model, stages, calls, data, needs, forward, walk, device, done, dense)
+            walker = _walk_in_order(model, stages, calls, shared, forward, walk, device, done, dense)
         for stage in _timed(walker, walk):
             bar.set_postfix_str(stage.layers[-1].name)
             yield stage
@@ -174,16 +179,30 @@ def discover(
     return stages, calls
 
 
+@dataclass(frozen=True)
+class _Data:
+    """The calibration data of a walk, and what is collected of it."""
+
+    batches: list[Any]
+    needs: frozenset[Statistic]
+    ranks: Ranks
+
+    @property
+    def own(self) -> list[tuple[int, Any]]:
+        """The batches that this rank runs, with their numbers among all."""
+        return list(self.ranks.share(list(enumerate(self.batches))))
+
+
 class _Collector:
     """Moments of stages over all batches, with every fifth batch, or part of each, held out where asked for.
 
     Layers of a stage see the same input: those that also read it alike share one set of moments.
     """
 
-    def __init__(
-        self, stages: Sequence[Sequence[Layer]], calls: dict[str, int], needs: frozenset[Statistic], batches: int
-    ) -> None:
-        self.by_batch = batches >= HOLD_OUT_EVERY
+    def __init__(self, stages: Sequence[Sequence[Layer]], calls: dict[str, int], data: _Data) -> None:
+        needs = data.needs
+        self.ranks = data.ranks
+        self.by_batch = len(data.batches) >= HOLD_OUT_EVERY
         self._shared: dict[str, str] = {}
         leaders: list[Layer] = []
         for stage in stages:
@@ -222,6 +241,9 @@ class _Collector:
         for layer in layers:
             leader = self._shared[layer.name]
             if leader not in found:
+                for moments in (self.fit, self.held):
+                    if leader in moments:
+                        moments[leader].share(self.ranks)
                 own = self.fit[leader].statistics()
                 found[leader] = replace(own, held_out=self.held[leader].statistics()) if self.held else own
         return Stage(tuple(layers), tuple(found[self._shared[layer.name]] for layer in layers))
@@ -249,35 +271,33 @@ def _walk_whole(
     model: nn.Module,
     stages: list[list[Layer]],
     calls: dict[str, int],
-    data: Sequence[Any],
-    needs: frozenset[Statistic],
+    data: _Data,
     forward: Callable[..., Any] | None,
     walk: Walk,
     done: frozenset[str],
 ) -> Iterator[Stage]:
     """All stages from one pass, all of the network as it is now."""
     todo = [[layer for layer in stage if layer.name not in done] for stage in stages]
-    collector = _run(model, todo, data, needs, forward, walk, None, calls)
+    collector = _run(model, todo, data, forward, walk, None, calls)
     yield from (collector.stage(stage) for stage in todo if stage)
 
 
 def _run(
     model: nn.Module,
     stages: Sequence[Sequence[Layer]],
-    data: Sequence[Any],
-    needs: frozenset[Statistic],
+    data: _Data,
     forward: Callable[..., Any] | None,
     walk: Walk,
     reference: nn.Module | None,
     calls: dict[str, int],
 ) -> _Collector:
     """Run every batch, only as far as needed, and collect; from `reference`, where given, the dense inputs."""
-    collector = _Collector(stages, calls, needs, len(data))
+    collector = _Collector(stages, calls, data)
     layers = [layer for stage in stages for layer in stage]
     # A layer called more than once may be called a different number of times by another batch: run to the end.
     once = all(calls.get(layer.name) == 1 for layer in layers)
     twins = [replace(layer, module=reference.get_submodule(_module_name(model, layer))) for layer in layers] if reference else []
-    for index, batch in enumerate(data):
+    for index, batch in data.own:
         dense: dict[str, list[Tensor]] = {}
         if reference is not None:
             with observed(reference, twins, _noting(dense)):
@@ -319,15 +339,14 @@ def _walk_in_order(
     model: nn.Module,
     stages: list[list[Layer]],
     calls: dict[str, int],
-    data: Sequence[Any],
-    needs: frozenset[Statistic],
+    data: _Data,
     forward: Callable[..., Any] | None,
     walk: Walk,
     device: torch.device | str | None,
     done: frozenset[str],
     dense: Callable[[Tensor], Tensor | None] | None,
 ) -> Iterator[Stage]:
-    chains = find_chains(model, [layer for stage in stages for layer in stage], calls, data[0], forward)
+    chains = find_chains(model, [layer for stage in stages for layer in stage], calls, data.batches[0], forward)
     segments: list[Chain | list[Layer]] = []
     for stage in stages:
         # A stage that straddles a chain's end does not exist: its layers share one input.
@@ -336,7 +355,7 @@ def _walk_in_order(
             segments.append(stage)
         elif chain not in segments:
             segments.append(chain)
-    cross = Statistic.CROSS in needs
+    cross = Statistic.CROSS in data.needs
     # Blocks keep their own dense copies, one at a time. A dense copy of the whole model is needed only where something
     # else is pruned before a chain; layers after the only chain are fitted to the outputs they have by then.
     alone = len(segments) > 0 and isinstance(segments[0], Chain) and not any(isinstance(s, Chain) for s in segments[1:])
@@ -344,17 +363,16 @@ def _walk_in_order(
     for number, segment in enumerate(segments):
         if isinstance(segment, Chain):
             own = [stage for stage in stages if segment.holds(stage[0])]
-            run = ChainRun(segment, model, data, forward, device, cross, dense)
-            yield from _walk_chain(run, own, data, needs, walk, done, reference if number else None)
+            run = ChainRun(segment, model, [batch for _, batch in data.own], forward, device, cross, dense)
+            yield from _walk_chain(run, own, data, walk, done, reference if number else None)
         elif todo := [layer for layer in segment if layer.name not in done]:
-            yield _run(model, [todo], data, needs, forward, walk, reference if number else None, calls).stage(todo)
+            yield _run(model, [todo], data, forward, walk, reference if number else None, calls).stage(todo)
 
 
 def _walk_chain(
     run: ChainRun,
     stages: list[list[Layer]],
-    data: Sequence[Any],
-    needs: frozenset[Statistic],
+    data: _Data,
     walk: Walk,
     done: frozenset[str],
     reference: nn.Module | None,
@@ -369,14 +387,14 @@ def _walk_chain(
                 todo = [layer for layer in stage if layer.name not in done]
                 if not todo:
                     continue
-                collector = _Collector([todo], {}, needs, len(data))
-                for index, batch in enumerate(data):
+                collector = _Collector([todo], {}, data)
+                for own_index, (index, batch) in enumerate(data.own):
                     keep = token_mask(batch)
-                    inputs, dense_inputs = run.inputs_of(index, position)
+                    inputs, dense_inputs = run.inputs_of(own_index, position)
                     for at, (x, part) in enumerate(inputs):
                         for layer in todo:
                             collector.add(index, layer, x, dense_inputs[at][0] if dense_inputs else None, keep, part)
-                    run.release(index)
+                    run.release(own_index)
                 walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
                 walk.activation_bytes = max(walk.activation_bytes, run.activation_bytes)
                 yield collector.stage(todo)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from bisparse.layers import Filter, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
@@ -23,6 +24,7 @@ from bisparse.pruning.layerwise import plan
 from bisparse.pruning.magnitude import Magnitude
 from bisparse.pruning.method import Method
 from bisparse.pruning.prune import prune_layers_, report_of
+from bisparse.pruning.ranks import Ranks
 from bisparse.pruning.regrow import Regrow
 from bisparse.pruning.violation import sparsest_pattern, violation
 from bisparse.results import LayerResult, PruneReport
@@ -49,6 +51,7 @@ def convert_(
     device: torch.device | str | None = None,
     resume: str | Path | None = None,
     progress: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> PruneReport:
     """Convert the masks of a model, which are the non-zeros of its weights, to another pattern, in place.
 
@@ -62,7 +65,7 @@ def convert_(
         method: by default `AdaPrune` with data, else `Magnitude`.
         regrow: places that the old mask pruned may be kept where the new pattern has room; needs data, and `AdaPrune`.
         patterns: patterns of single layers, by name; `fitting_patterns` proposes some.
-        include, exclude, remainder, solver, order, forward, device, resume, progress: as for `prune_`.
+        include, exclude, remainder, solver, order, forward, device, resume, progress, group: as for `prune_`.
 
     >>> model = nn.Sequential(nn.Linear(16, 16))
     >>> _ = convert_(model, "4:8")
@@ -92,6 +95,7 @@ def convert_(
         resume=resume,
         progress=progress,
         allowed=allowed,
+        ranks=Ranks(group),
     )
     with_violation = [_with_violation(result, *found[result.name]) for result in results]
     return report_of(pattern, method, solver, with_violation, [*left_dense, *unreached], patterns, notes)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 
 from bisparse.layers import Filter, Layer, Skipped
@@ -21,6 +22,7 @@ from bisparse.pruning.journal import Journal
 from bisparse.pruning.layerwise import Change, apply_, plan, prune_layer
 from bisparse.pruning.magnitude import Magnitude
 from bisparse.pruning.method import Method
+from bisparse.pruning.ranks import Ranks
 from bisparse.pruning.statistics import CalibrationError
 from bisparse.results import LayerResult, PruneReport
 from bisparse.solve import choose_solver
@@ -46,6 +48,7 @@ def prune_(
     device: torch.device | str | None = None,
     resume: str | Path | None = None,
     progress: bool | None = None,
+    group: ProcessGroup | None = None,
 ) -> PruneReport:
     """Prune the layers of a model in place, and report what was done to each and which were left dense, and why.
 
@@ -68,9 +71,12 @@ def prune_(
         resume: a folder for the journal of this job. An interrupted job called again with the same arguments goes on at the
             layer where it stopped; the folder is removed at the end.
         progress: a progress bar; None: if a terminal is there to see it.
+        group: ranks that share the job, such as ``torch.distributed.group.WORLD`` under torchrun: each calls this with the same
+            model and the same batches, runs a part of the batches, prunes a part of the layers, and ends with the whole result.
 
     Raises:
         CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
+        OtherRankError: another rank of the group failed.
         ValueError: weights that are NaN or infinite, filters that match nothing, parametrized weights, missing batches.
 
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
@@ -91,6 +97,7 @@ def prune_(
         device=device,
         resume=resume,
         progress=progress,
+        ranks=Ranks(group),
     )
     return report_of(pattern, method, solver, results, [*left_dense, *unreached], patterns, notes)
 
@@ -128,6 +135,7 @@ def prune_layers_(
     resume: str | Path | None = None,
     progress: bool | None = None,
     allowed: Mapping[str, Tensor] | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[list[LayerResult], list[Skipped], tuple[str, ...]]:
     """Prune layers, each to its own structure by its own method; all or, on any error, none.
 
@@ -135,18 +143,15 @@ def prune_layers_(
 
     Args:
         allowed: for each layer's name, where weights may be kept; by default everywhere.
+        ranks: share the job among these.
 
     Returns:
         A result a layer, in the order of `jobs`; the layers that calibration never reached; notes on cost and data.
     """
     needs = frozenset().union(*(method.needs for _, _, method in jobs)) if jobs else frozenset()
+    ranks = ranks or Ranks()
     if not needs:
-        done = [
-            prune_layer(layer, structure, method, solver, allowed=None if allowed is None else allowed[layer.name])
-            for layer, structure, method in jobs
-        ]
-        apply_([change for change, _ in done])
-        return [result for _, result in done], [], ()
+        return _prune_without_data_(jobs, solver, allowed, ranks), [], ()
     if batches is None:
         names = ", ".join(dict.fromkeys(method.name for _, _, method in jobs if method.needs))
         raise ValueError(f"{names} needs the {', '.join(sorted(needs))} of each layer's inputs: pass batches of calibration data")
@@ -162,7 +167,9 @@ def prune_layers_(
     results: dict[str, LayerResult] = {}
     walk = Walk()
     norms = norms_after(model, [layer for layer, _, _ in jobs], data[0], forward) if data else {}
-    with Journal(resume, about) as journal:
+    # Each rank has all of the result, and a journal of its own.
+    folder = resume if resume is None or ranks.size == 1 else Path(resume) / f"rank-{ranks.rank}-of-{ranks.size}"
+    with Journal(folder, about) as journal:
         touched: list[Layer] = []
         changed: dict[int, tuple[str, str]] = {}
 
@@ -182,8 +189,9 @@ def prune_layers_(
             _write_(layer, journal.get("done", layer.name)[0], norms)
 
         try:
+            journals = ranks.all({layer.name for layer, _, _ in jobs if journal.has("done", layer.name)})
             for layer, _, _ in jobs:
-                if journal.has("done", layer.name):
+                if all(layer.name in names for names in journals):
                     results[layer.name] = _result_from(journal.get("done", layer.name)[1])
                     if order == "sequential":
                         commit(layer)
@@ -197,20 +205,27 @@ def prune_layers_(
                 device=device,
                 done=frozenset(results),
                 dense=dense,
-                progress=progress,
+                progress=progress if ranks.rank == 0 else False,
                 walk=walk,
+                ranks=ranks,
             )
             with closing(stages):
                 for stage in stages:
-                    for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
-                        if statistics.columns == 0:
+                    found: dict[str, tuple[dict[str, Tensor], LayerResult]] = {}
+                    for layer, statistics in ranks.share(list(zip(stage.layers, stage.statistics, strict=True))):
+                        if statistics.columns:
+                            _, structure, method = by_name[layer.name]
+                            where = None if allowed is None else allowed[layer.name]
+                            change, result = prune_layer(layer, structure, method, solver, statistics, where, norms)
+                            found[layer.name] = _after(change, norms), result
+                    found = {name: one for part in ranks.all(found) for name, one in part.items()}
+                    for layer in stage.layers:
+                        if layer.name not in found:
                             walk.unreached.append(layer.name)
                             continue
-                        _, structure, method = by_name[layer.name]
-                        where = None if allowed is None else allowed[layer.name]
-                        change, result = prune_layer(layer, structure, method, solver, statistics, where, norms)
+                        after, result = found[layer.name]
                         journal.put("dense", layer.name, _live(layer, norms))
-                        journal.put("done", layer.name, _after(change, norms), asdict(result))
+                        journal.put("done", layer.name, after, asdict(result))
                         results[layer.name] = result
                         if order == "sequential":
                             commit(layer)
@@ -218,10 +233,13 @@ def prune_layers_(
                 for layer, _, _ in jobs:
                     if layer.name in results:
                         commit(layer)
-        except BaseException:
+            # Nobody is done before all are: a rank that fails until here takes the others with it.
+            ranks.all(None)
+        except BaseException as error:
             # KeyboardInterrupt included: the model is handed back as it was.
             for layer in touched:
                 _write_(layer, journal.get("dense", layer.name)[0], norms)
+            ranks.fail(error)
             raise
     unreached = [Skipped(name, _why_unreached(by_name[name][0])) for name in walk.unreached]
     if jobs and not results:
@@ -231,6 +249,28 @@ def prune_layers_(
         )
     ordered = [results[layer.name] for layer, _, _ in jobs if layer.name in results]
     return ordered, unreached, _notes(walk, len(data), order)
+
+
+def _prune_without_data_(
+    jobs: Sequence[tuple[Layer, Structure, Method]],
+    solver: Solver | None,
+    allowed: Mapping[str, Tensor] | None,
+    ranks: Ranks,
+) -> list[LayerResult]:
+    """Prune layers whose methods need no statistics; each rank solves its share of them."""
+    try:
+        own = {}
+        for layer, structure, method in ranks.share(jobs):
+            where = None if allowed is None else allowed[layer.name]
+            change, result = prune_layer(layer, structure, method, solver, allowed=where)
+            own[layer.name] = (change.mask, change.weight, change.bias, result)
+        found = {name: one for part in ranks.all(own) for name, one in part.items()}
+    except BaseException as error:
+        ranks.fail(error)
+        raise
+    done = [(layer, *found[layer.name]) for layer, _, _ in jobs]
+    apply_([Change(layer, mask, weight, bias, bias_of(layer)) for layer, mask, weight, bias, _ in done])
+    return [result for *_, result in done]
 
 
 def _why_unreached(layer: Layer) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bisparse.layers import Layer
+from bisparse.pruning.ranks import Ranks
 from bisparse.tiles import LayoutKind
 
 __all__ = ["CalibrationError", "Moments", "Statistic", "Statistics", "full_precision", "input_columns", "reading_of"]
@@ -232,6 +233,11 @@ class Moments:
             self._sums[key] += value
         else:
             self._sums[key] = value
+
+    def share(self, ranks: Ranks) -> None:
+        """Take in what the other ranks have accumulated; raw inputs are not exchanged."""
+        self.columns = sum(ranks.all(self.columns))
+        ranks.sum_(self._sums)
 
     @property
     def bytes(self) -> int:

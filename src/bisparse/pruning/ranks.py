@@ -1,0 +1,81 @@
+"""A pruning job shared by the ranks of a process group: each takes a part of the calibration data and of the layers.
+
+Every exchange begins with `Ranks.all`, in which a rank that fails says so: the others fail with it instead of waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+__all__ = ["OtherRankError", "Ranks"]
+
+T = TypeVar("T")
+
+
+class OtherRankError(RuntimeError):
+    """Another rank of the job failed."""
+
+
+@dataclass(frozen=True)
+class _Failed:
+    message: str
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that share a job; one alone without a group."""
+
+    group: ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else torch.distributed.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        return 1 if self.group is None else torch.distributed.get_world_size(self.group)
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """What this rank takes of the items: every `size`-th."""
+        return items[self.rank :: self.size]
+
+    def all(self, own: T) -> list[T]:
+        """What every rank hands in, in their order.
+
+        Raises:
+            OtherRankError: a rank failed instead.
+        """
+        found = self._gathered(own)
+        if failed := {rank: one for rank, one in enumerate(found) if isinstance(one, _Failed)}:
+            rank, failure = next(iter(failed.items()))
+            raise OtherRankError(f"rank {rank} failed: {failure.message}")
+        return found
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others, who are at their next exchange, that this rank has failed."""
+        if not isinstance(error, OtherRankError):
+            self._gathered(_Failed(f"{type(error).__name__}: {error}"))
+
+    def _gathered(self, own: Any) -> list[Any]:
+        if self.group is None or self.size == 1:
+            return [own]
+        found: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(found, own, group=self.group)
+        return found
+
+    def sum_(self, tensors: dict[str, Tensor]) -> None:
+        """Replace tensors by their sums over the ranks, in place; one that a rank lacks counts as zeros there."""
+        if self.group is None or self.size == 1:
+            return
+        known = self.all({name: (tuple(one.shape), one.dtype, one.device.type) for name, one in tensors.items()})
+        for name, (shape, dtype, device) in sorted({name: what for one in known for name, what in one.items()}.items()):
+            if name not in tensors:
+                tensors[name] = torch.zeros(shape, dtype=dtype, device=device)
+            torch.distributed.all_reduce(tensors[name], group=self.group)

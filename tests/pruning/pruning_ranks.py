@@ -1,0 +1,72 @@
+"""What each of two ranks does for test_ranks.py: `pruning_ranks.py RANK FOLDER` writes rank-N.pt there."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from bisparse.pruning import ALPS, AdaPrune, CalibrationError, GradientAdaPrune, Magnitude, Method, OtherRankError, prune_
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.gate, self.b = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.b(torch.relu(self.a(x)) * self.gate(x))
+
+
+JOBS: dict[str, tuple[Method, str]] = {
+    "magnitude": (Magnitude(), "parallel"),
+    "adaprune": (AdaPrune(), "sequential"),
+    "adaprune, dense inputs": (AdaPrune(), "parallel"),
+    "alps": (ALPS(iterations=8), "sequential"),
+    "raw inputs": (GradientAdaPrune(steps=5), "parallel"),
+}
+
+
+def build() -> tuple[nn.Module, list[Tensor]]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), *(Block(16) for _ in range(3)), nn.Linear(16, 8))
+    return model, [torch.randn(12, 8) for _ in range(7)]
+
+
+def pruned(name: str, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    model, batches = build()
+    method, order = JOBS[name]
+    prune_(model, "4:8-T", method, batches, order=order, group=group, include="*")
+    return model.state_dict()
+
+
+class Failing(AdaPrune):
+    """Fails at a layer that rank 1 gets."""
+
+    def prune(self, problem):
+        if problem.name == "2.gate":
+            raise CalibrationError("2.gate: on purpose")
+        return super().prune(problem)
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found: dict[str, object] = {name: pruned(name, dist.group.WORLD) for name in JOBS}
+    model, batches = build()
+    before = copy.deepcopy(model.state_dict())
+    try:
+        prune_(model, "4:8-T", Failing(), batches, group=dist.group.WORLD, include="*")
+    except (CalibrationError, OtherRankError) as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    found["unchanged"] = all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    torch.save(found, folder / f"rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,75 @@
+"""Pruning shared by two ranks (gloo): the same on both, and what one process would have made; a failure is everybody's."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bisparse.checkpoint import verify_checkpoint
+from bisparse.pruning.ranks import Ranks
+
+WORKER = Path(__file__).with_name("pruning_ranks.py")
+SPEC = importlib.util.spec_from_file_location("pruning_ranks", WORKER)
+assert SPEC is not None and SPEC.loader is not None
+worker = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(worker)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no distributed package")
+    folder = tmp_path_factory.mktemp("ranks")
+    processes = [
+        subprocess.Popen([sys.executable, str(WORKER), str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=240)[1] for process in processes]
+    assert all(process.returncode == 0 for process in processes), "\n".join(error[-3000:] for error in errors)
+    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", list(worker.JOBS))
+def test_ranks_agree_and_make_what_one_process_makes(name: str, results: list[dict]) -> None:
+    alone = worker.pruned(name, None)
+    for key, value in results[0][name].items():
+        assert torch.equal(value, results[1][name][key]), key
+        # Sums over ranks are taken in another order; on so few tokens that shows in the third digit.
+        assert float((value - alone[key]).norm()) <= 5e-3 * float(alone[key].norm()), key
+
+
+def test_the_failure_of_one_rank_reaches_the_other_and_changes_no_model(results: list[dict]) -> None:
+    assert sorted(one["error"] for one in results) == [
+        "CalibrationError: 2.gate: on purpose",
+        "OtherRankError: rank 1 failed: CalibrationError: 2.gate: on purpose",
+    ]
+    assert all(one["unchanged"] for one in results)
+
+
+def test_one_alone_shares_with_nobody() -> None:
+    alone = Ranks()
+    assert list(alone.share([1, 2, 3])) == [1, 2, 3] and alone.all("own") == ["own"]
+    sums = {"a": torch.ones(2)}
+    alone.sum_(sums)
+    assert torch.equal(sums["a"], torch.ones(2))
+
+
+@pytest.mark.slow
+def test_the_command_runs_over_ranks_by_torchrun(tmp_path: Path) -> None:
+    (tmp_path / "mine_over_ranks.py").write_text(
+        "import torch\n"
+        "def both():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)), [torch.randn(8, 16) for _ in range(6)]\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = ["bisparse", "prune", "mine_over_ranks:both", "out", "-p", "4:8-T", "--method", "adaprune"]
+    done = subprocess.run([*launch, *command], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Written to out") == 1
+    assert all(verify_checkpoint(tmp_path / "out").values())
