@@ -67,7 +67,7 @@ def test_prices_prove_every_mask(m: int, n: int, exactly: bool) -> None:
 
 @pytest.mark.slow
 @PROGRAMS
-@pytest.mark.parametrize(("m", "n"), [(4, 1), (4, 3), (8, 1), (8, 3), (8, 7), (16, 4), (16, 15), (32, 16), (32, 5)], ids=str)
+@pytest.mark.parametrize(("m", "n"), [(4, 1), (4, 3), (8, 1), (8, 7), (16, 4), (32, 16)], ids=str)
 def test_prices_prove_every_mask_at_any_n(m: int, n: int, exactly: bool) -> None:
     check_proof(all_kinds(m, seed=1), n, exactly)
 
