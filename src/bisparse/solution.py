@@ -84,7 +84,8 @@ class Solution:
     @cached_property
     def value(self) -> float:
         """Total score kept."""
-        return float(self.scores.double()[self.mask].sum()) if self.scores.numel() else 0.0
+        nothing = torch.zeros((), dtype=self.scores.dtype, device=self.scores.device)
+        return float(torch.where(self.mask, self.scores, nothing).sum(dtype=torch.float64))
 
     @property
     def bound(self) -> float:
