@@ -49,8 +49,11 @@ def grid(base: Recipe, count: int, refresh: int) -> Iterator[tuple[str, Recipe]]
 def main() -> None:
     arguments = parser(__doc__ or "", "training-gpt.jsonl")
     arguments.add_argument("--budget", choices=BUDGETS, default="reduced")
+    arguments.add_argument("--steps", type=int, help="optimizer steps, instead of the budget's")
     chosen = arguments.parse_args()
     model, data, training = BUDGETS[chosen.budget]
+    if chosen.steps:
+        training = replace(training, steps=chosen.steps, evaluate_every=max(1, chosen.steps // 3))
     wanted = list(
         grid(Recipe("", model=model, data=data, training=training), chosen.seeds, 40 if chosen.budget != "smoke" else 2)
     )
