@@ -64,7 +64,7 @@ def commit() -> str:
     """The commit that is checked out, with a plus where the sources differ from it."""
     try:
         name = _git("rev-parse", "--short=12", "HEAD")
-        return name + ("+" if _git("status", "--porcelain", "--", "src", "benchmarks") else "")
+        return name + ("+" if _git("status", "--porcelain", "--", "src", "benchmarks", ":!benchmarks/results") else "")
     except (subprocess.CalledProcessError, FileNotFoundError):
         return "unknown"
 
