@@ -50,6 +50,8 @@ class Chain:
     slot: Slot
     members: dict[int, int]
     """Block number of every module inside, by id."""
+    alike: bool = False
+    """Whether all blocks are handed the very same objects besides the activations."""
 
     def holds(self, layer: Layer) -> bool:
         return id(layer.module) in self.members
@@ -102,8 +104,8 @@ def find_chains(
     for name, blocks, members, _ in sorted(candidates, key=lambda one: (-one[3], len(one[0]))):
         if any(id(block) in chain.members for chain in chains for block in blocks):
             continue
-        if slot := _slot_of(model, blocks, batch, forward):
-            chains.append(Chain(name, blocks, slot, members))
+        if found := _slot_of(model, blocks, batch, forward):
+            chains.append(Chain(name, blocks, found[0], members, found[1]))
     return chains
 
 
@@ -134,8 +136,10 @@ def _record(
     return log
 
 
-def _slot_of(model: nn.Module, blocks: Sequence[nn.Module], batch: Any, forward: Callable[..., Any] | None) -> Slot | None:
-    """Where the blocks hand activations on, or None where they are no chain."""
+def _slot_of(
+    model: nn.Module, blocks: Sequence[nn.Module], batch: Any, forward: Callable[..., Any] | None
+) -> tuple[Slot, bool] | None:
+    """Where the blocks hand activations on, and whether all else is the same for all; None where they are no chain."""
     log = _record(model, blocks, batch, forward)
     if [index for index, _ in log] != list(range(len(blocks))):
         return None
@@ -157,7 +161,13 @@ def _slot_of(model: nn.Module, blocks: Sequence[nn.Module], batch: Any, forward:
     for (index, plain), (_, changed) in zip(log, disturbed, strict=True):
         if index and not _same_besides(plain, changed, slot.argument):
             return None
-    return slot
+    others = [pytree.tree_flatten(without(call, slot.argument)) for _, call in log]
+    alike = all(
+        structure == others[0][1]
+        and all(a is b or (isinstance(a, PLAIN) and a == b) for a, b in zip(leaves, others[0][0], strict=True))
+        for leaves, structure in others
+    )
+    return slot, alike
 
 
 def _handed_on(output: Any, call: Call) -> Slot | None:

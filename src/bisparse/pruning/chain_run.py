@@ -121,7 +121,7 @@ class ChainRun:
             if calls:
                 rest, named = _sharing((rest, named), without(calls[-1], argument))
             calls.append(Call(tuple(rest), named))
-            if len(calls) > last:
+            if self.chain.alike or len(calls) > last:
                 raise EnoughSeen
 
         handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
@@ -132,7 +132,7 @@ class ChainRun:
             for handle in handles:
                 handle.remove()
         self.forwards += 1
-        return calls, inputs[0]
+        return calls * len(blocks) if self.chain.alike else calls, inputs[0]
 
     @contextmanager
     def block(self, number: int, stages: Sequence[Sequence[Layer]]) -> Iterator[None]:
