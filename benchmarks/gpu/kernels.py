@@ -60,6 +60,7 @@ def calls(only: str | None) -> dict[str, Callable[[], Any]]:
     found["2:4-T, bfloat16"] = lambda: cuda.exact_mask(torch.rand(32, 64).bfloat16(), 2, 4, False)
     found["2:4-T, exactly, bfloat16"] = lambda: cuda.exact_mask(torch.rand(32, 64).bfloat16(), 2, 4, True)
     found["2:4-T, float32"] = lambda: cuda.exact_mask(torch.rand(32, 64), 2, 4, False)
+    found["2:4, bfloat16"] = lambda: cuda.keep_largest(torch.rand(4096, 4).bfloat16(), 2)
     found["2:4-T prices"] = lambda: cuda.exact_solve(torch.rand(8, 64), 2, 4, False, None, None)
     found["2:4-T packed, bfloat16"] = lambda: cuda.pack_2to4_transposable(torch.rand(32, 64).bfloat16())
     found["2:4 packed under a mask, bfloat16"] = lambda: cuda.pack_2to4(

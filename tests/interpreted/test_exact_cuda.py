@@ -69,13 +69,14 @@ def test_prices_prove_every_mask(m: int, n: int, exactly: bool) -> None:
 @PROGRAMS
 @pytest.mark.parametrize(("m", "n"), [(4, 1), (4, 3), (8, 1), (8, 7), (16, 4), (32, 16)], ids=str)
 def test_prices_prove_every_mask_at_any_n(m: int, n: int, exactly: bool) -> None:
-    check_proof(all_kinds(m, seed=1), n, exactly)
+    kinds = KINDS if m < 32 else ["gaussian", "int4", "zeros"]
+    check_proof(torch.cat([numbers(kind, 1, m, seed=1) for kind in kinds]), n, exactly)
 
 
 @pytest.mark.slow
 @PROGRAMS
 def test_prices_prove_masks_of_side_64(exactly: bool) -> None:
-    tiles = torch.cat([numbers(kind, 1, 64) for kind in ("gaussian", "int4", "mostly zeros", "zeros")])
+    tiles = torch.cat([numbers(kind, 1, 64) for kind in ("gaussian", "zeros")])
     _, uv, found = check_proof(tiles, 32, exactly)
     drifted = tiles * (1 + 0.01 * torch.randn(tiles.shape))
     check_proof(drifted, 32, exactly, (uv, found))
@@ -274,6 +275,14 @@ def test_packed_operands_are_those_of_the_specification_bit_by_bit(dtype: torch.
     changed[~found[0]] = torch.nan  # what the mask drops is never looked at
     for one, other in zip(cuda.pack_2to4(changed, found[0]), pack.reference_pack_2to4(changed, found[0]), strict=True):
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+@pytest.mark.parametrize("m", [2, 4, 6, 16])
+def test_the_largest_of_each_group_and_the_lowest_index_of_equals(m: int) -> None:
+    for groups in (torch.randint(0, 4, (300, m)), torch.randn(7, m).bfloat16(), torch.zeros(1, m, dtype=torch.float64)):
+        for n in {1, m // 2, m - 1, m} - {0}:
+            assert torch.equal(cuda.keep_largest(groups, n), ops.reference_keep_largest(groups, n))
+    assert cuda.keep_largest(torch.zeros(0, m), 1).shape == (0, m)
 
 
 # ---- the main path ---------------------------------------------------------------------------------------------------

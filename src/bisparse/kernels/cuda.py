@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from bisparse.kernels import ops
+from bisparse.kernels.cuda_groups import largest_of_groups
 from bisparse.kernels.cuda_middle import middle_masks, packed_tiles
 from bisparse.kernels.cuda_prices import bisected_prices, swept_prices
 from bisparse.kernels.cuda_repair import balanced_masks
@@ -21,7 +22,7 @@ from bisparse.kernels.middle import mask_bits
 from bisparse.kernels.networks import sorting_network
 from bisparse.kernels.pack import packed_like
 
-__all__ = ["exact_mask", "exact_solve", "exact_solve_integers", "pack_2to4", "pack_2to4_transposable"]
+__all__ = ["exact_mask", "exact_solve", "exact_solve_integers", "keep_largest", "pack_2to4", "pack_2to4_transposable"]
 
 SIDES = (4, 8, 16, 32, 64)
 NETWORK_SIDES = (4, 8, 16, 32)
@@ -33,11 +34,27 @@ WIDE_ALTERNATIONS = 4
 MIDDLE_BYTES = 2048
 """Of each of a band's four rows that a program reads: 16 bytes a thread."""
 PACKED_TILES = 16
+GROUP_ENTRIES = 512
 SWEEP_LANES = 128
 REPAIR_LANES = 32
 FAR, LIMIT = 1 << 30, 1 << 29
 WIDE_FAR = 1 << 62
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def keep_largest(groups: Tensor, n: int) -> Tensor:
+    """`ops.keep_largest` on a GPU."""
+    groups = groups.contiguous()
+    count, m = groups.shape
+    mask = torch.empty(groups.shape, dtype=torch.bool, device=groups.device)
+    if mask.numel():
+        lanes = triton.next_power_of_2(m)
+        block = max(1, GROUP_ENTRIES // lanes)
+        largest_of_groups[(triton.cdiv(count, block),)](
+            groups, mask.view(torch.int8), count, N=n, M=m, LANES=lanes, BLOCK=block,
+            HALF=groups.dtype in (torch.float16, torch.bfloat16), num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return mask
 
 
 def exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:

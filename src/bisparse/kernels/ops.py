@@ -232,5 +232,5 @@ def triton_kernel(name: str) -> Callable[..., Any]:
 for _name in ("keep_largest", "exact_mask", "exact_solve", "exact_solve_integers"):
     _LIBRARY.impl(_name, _numba_kernel(_name), "CPU")
 if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
-    for _name in ("exact_mask", "exact_solve", "exact_solve_integers"):
+    for _name in ("keep_largest", "exact_mask", "exact_solve", "exact_solve_integers"):
         _LIBRARY.impl(_name, triton_kernel(_name), "CUDA")
