@@ -165,3 +165,40 @@ def test_the_solver_benchmark_runs_resumes_and_fills_the_page(tmp_path: Path) ->
     assert by_name["OR-tools"]["share"] == pytest.approx(1, abs=1e-6) and by_name["Exact"]["share"] == 1
     assert by_name["2-approximation"]["share"] < by_name["torch greedy"]["share"] < by_name["Sinkhorn"]["share"] <= 1
     assert "| 4:8-T |" in tables.render(tmp_path)
+
+
+def law_row(density: int, method: str | None, accuracy: float, violated: float = 0.0) -> dict[str, Any]:
+    budget = {"side": 14, "epochs": 5, "tuning": 100, "test_images": 200}
+    to = None if method is None else "2:4"
+    return rows_of(**budget, origin_density=density, to=to, method=method, accuracy=accuracy, violated_weights=violated)
+
+
+def test_the_law_says_where_each_method_breaks() -> None:
+    from sections.pruning import law
+
+    rows = [law_row(density, None, 90.0) for density in (50, 70, 90)]
+    for density, violated, lost in ((50, 0.1, 0.5), (70, 0.3, 1.5), (90, 0.4, 0.5)):
+        rows += [law_row(density, "one", 90 - lost, violated), law_row(density, "two", 90.0, violated)]
+    page = "".join(law(rows))
+    # A later point that holds does not mend the curve.
+    assert "one: loses at most 1 point up to v_w = 10.0 %, breaks at 30.0 %" in page
+    assert "two: loses at most 1 point up to v_w = 40.0 %, does not break" in page
+    assert "line [0.50, 1.50, 0.50]" in page and 'x-axis "v_w" ["10.0 %", "30.0 %", "40.0 %"]' in page
+
+
+@pytest.mark.parametrize(("ours", "met"), [(0.2, "met"), (0.3, "**missed**")])
+def test_a_layer_is_compared_with_the_same_method_of_others(ours: float, met: str) -> None:
+    from sections.pruning import peers
+
+    common = {"layer": "l", "tokens": 10, "error_held_out": 0.5, "seconds": 0.1}
+    rows = [
+        rows_of(**common, by="bisparse", method="SparseGPT", error=ours, mask_error=0.4),
+        rows_of(**common, by="bisparse", method="Wanda", error=0.1),
+        rows_of(**common, by="other", method="SparseGPT", error=0.25),
+        rows_of(**common, by="another", method="SparseGPT, mask only", error=0.41),
+        rows_of(layer="l", by="absent", method="SparseGPT", missing="not installed"),
+    ]
+    page = "".join(peers(rows))
+    assert f"l, SparseGPT: ours {ours:.4f}, other 0.2500; at most theirs: {met}" in page
+    assert "ours 0.4000, another 0.4100; at most theirs: met" in page
+    assert "absent" not in page
