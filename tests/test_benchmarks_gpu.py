@@ -75,8 +75,8 @@ def test_verification_sees_wrong_outputs_wrong_gradients_and_bias(linear, monkey
         patched.setattr(kind, "multiply", off)
         assert linear.verify(layers["sparse by reference"], inputs, upstream) > linear.TOLERANCE
     with monkeypatch.context() as patched:
-        estimate = operators.mvue_2_4
-        patched.setattr(operators, "mvue_2_4", lambda gradient: estimate(gradient) * 1.5)
+        estimate = operators.estimate_2to4
+        patched.setattr(operators, "estimate_2to4", lambda *arguments: estimate(*arguments) * 1.5)
         assert linear.verify(layers["sparse, MVUE by reference"], inputs, upstream) > linear.TOLERANCE
         assert linear.verify(layers["sparse by reference"], inputs, upstream) < linear.TOLERANCE
 

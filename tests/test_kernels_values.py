@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from bisparse.kernels.estimate import estimate_2to4, reference_estimate_2to4
 from bisparse.kernels.positions import find_positions, take_values
 
 
@@ -40,6 +41,47 @@ def test_the_kernel_compiles_without_a_gpu_and_without_spills(arch: int) -> None
         code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "enable_fp_fusion": False}).asm
         assert f"sm_{arch}" in code["ptx"] and ".local" not in code["ptx"]
         assert "cvt.rn.bf16" in code["ptx"], "rounded to nearest, as torch does"
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+def test_the_estimate_compiles_without_a_gpu_and_without_spills(arch: int) -> None:
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bisparse.kernels import cuda_values
+
+    types = {"gradient": "*bf16", "start": "*fp32", "estimate": "*bf16", "tokens": "i32", "outputs": "i32", "groups": "i32"}
+    names = cuda_values.estimate_kernel.arg_names
+    constants = {"BLOCK_GROUPS": cuda_values.ESTIMATE_GROUPS, "BLOCK_OUTPUTS": cuda_values.ESTIMATE_OUTPUTS}
+    source = ASTSource(
+        cuda_values.estimate_kernel,
+        {**types, **dict.fromkeys(constants, "constexpr")},
+        {(names.index(name),): value for name, value in constants.items()},
+    )
+    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "enable_fp_fusion": False}).asm
+    assert f"sm_{arch}" in code["ptx"] and ".local" not in code["ptx"]
+    assert "div.rn.f32" in code["ptx"] and "cvt.rn.bf16" in code["ptx"], "rounded as torch does"
+
+
+def test_the_estimate_obeys_torch_and_needs_a_start_for_each_group() -> None:
+    for tokens, groups in ((8, 2), (6, 2), (6, 5)):
+        torch.library.opcheck(torch.ops.bisparse.estimate_2to4, (torch.randn(tokens, 3), torch.rand(groups, 3)))
+    for shape in ((1, 3), (2, 4), (6,)):
+        with pytest.raises(ValueError, match="needs a start for each group"):
+            estimate_2to4(torch.randn(8, 3), torch.rand(shape))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_on_a_gpu_estimates_are_those_of_the_specification(dtype: torch.dtype) -> None:
+    gradient, start = torch.randn(1001, 130).to(dtype), torch.rand(256, 130)
+    found = estimate_2to4(gradient.cuda(), start.cuda()).cpu()
+    expected = reference_estimate_2to4(gradient, start)
+    # A draw may differ where a running sum meets its threshold to the last bit.
+    assert float(((found != 0) != (expected != 0)).float().mean()) < 1e-4
+    same = (found != 0) == (expected != 0)
+    assert torch.allclose(found[same].float(), expected[same].float(), rtol=2**-7)
 
 
 @pytest.mark.gpu

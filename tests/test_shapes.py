@@ -5,7 +5,10 @@ import sys
 from pathlib import Path
 
 CHECKED = [
+    "bisparse.accelerate",
+    "bisparse.kernels.estimate",
     "bisparse.kernels.ops",
+    "bisparse.kernels.positions",
     "bisparse.kernels.reference",
     "bisparse.kernels.wide",
     "bisparse.layers",
@@ -18,7 +21,7 @@ CHECKED = [
 PROGRAM = f"""
 from jaxtyping import install_import_hook
 with install_import_hook({CHECKED!r}, "beartype.beartype"):
-    import bisparse.kernels.ops, bisparse.kernels.reference, bisparse.kernels.wide, bisparse.layers
+    import bisparse.accelerate, bisparse.kernels.estimate, bisparse.kernels.ops, bisparse.kernels.positions, bisparse.kernels.reference, bisparse.kernels.wide, bisparse.layers
     import bisparse.pattern, bisparse.solution, bisparse.solve, bisparse.solvers, bisparse.tiles
     import bisparse
 import torch
@@ -54,6 +57,21 @@ ops.reference_exact_mask(torch.rand(8, 8), 4, 8, False)
 ops.reference_exact_solve_integers(q, 4, True, None, None)
 find_layers(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Conv2d(4, 4, 3)), pattern=solution.pattern, remainder="dense")
 """
+ACCELERATION = """
+from bisparse import accelerate_, advise, finalize_, prune_, sparsify_
+for trained in (False, True):
+    model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Linear(8, 20)).train(trained)
+    if trained:
+        sparsify_(model, "2:4-T", mvue=True)
+    else:
+        prune_(model, "2:4-T", include="*")
+    advise(model, 3, backend="reference", dtype=torch.float32)
+    assert len(accelerate_(model, "reference", include="*")) == 2
+    inputs = torch.randn(2, 3, 12, requires_grad=True)
+    model(inputs).sum().backward()
+    [layer.dense_weight() for layer in model]
+    finalize_(model)
+"""
 LIES = """
 import jaxtyping
 for call in (lambda: bisparse.Exact()(torch.rand(4, 4), 2), lambda: bisparse.Exact()(torch.rand(2, 4, 8), 2)):
@@ -71,5 +89,5 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_signatures_are_true_and_a_false_shape_is_seen() -> None:
-    result = run(PROGRAM + ENGINE + LIES)
+    result = run(PROGRAM + ENGINE + ACCELERATION + LIES)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -35,7 +35,7 @@ def test_values_are_those_of_the_specification(shape: tuple[int, int], given: st
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (13, 70), (64, 9)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_estimates_are_those_of_the_specification(
     shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -46,7 +46,7 @@ def test_estimates_are_those_of_the_specification(
     gradient[0] *= 100  # one entry that is certain
     gradient = (8 * gradient).round().clamp(-64, 64).to(dtype)
     for groups in (-(-tokens // 4), 20):  # exactly enough, and completed with zeros
-        start = torch.rand(groups, outputs, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        start = torch.rand(groups, outputs)
         expected = reference_estimate_2to4(gradient, start)
         torch.empty = poisoned(torch.empty)  # type: ignore[assignment]
         try:

@@ -17,8 +17,8 @@ from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
 from bisparse.accelerate.backend import BACKENDS
+from bisparse.kernels.estimate import estimate_2to4
 from bisparse.kernels.positions import put_values, take_values
-from bisparse.training import mvue_2_4
 
 __all__ = ["linear_2to4", "packed_linear_2to4"]
 
@@ -139,13 +139,12 @@ def _weight_gradient(gradient: Tensor, input: Tensor, backend: str, search: bool
     """``g~^T x`` with g~ the estimate of g: at most 2 of every 4 tokens in each column."""
     own = BACKENDS[backend]
     tokens, rows = gradient.shape
-    multiple = max(own.column_multiple, 4)
-    missing = -tokens % multiple
-    if missing:
-        gradient = torch.nn.functional.pad(gradient, (0, 0, 0, missing))
-        input = torch.nn.functional.pad(input, (0, 0, 0, missing))
-    estimate = mvue_2_4(gradient).t().contiguous()
-    packed, metadata = own.pack(estimate)
+    groups = -(-tokens // max(own.column_multiple, 4)) * max(own.column_multiple, 4) // 4
+    wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    start = torch.rand((groups, rows), dtype=wide, device=gradient.device)
+    packed, metadata = own.pack(estimate_2to4(gradient, start))
+    if 4 * groups > tokens:
+        input = torch.nn.functional.pad(input, (0, 0, 0, 4 * groups - tokens))
     output: Tensor = own.multiply(packed, metadata, input.contiguous(), rows, search=search)
     return output
 

@@ -53,7 +53,7 @@ def take_values(
 
 def reference_take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
     """The specification of `take_values`."""
-    values = _groups(weight).gather(-1, _slots(positions))
+    values: Tensor = _groups(weight).gather(-1, _slots(positions))
     return values.masked_fill_(~_used(positions), 0).flatten(-2).to(dtype)
 
 

@@ -20,28 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bisparse.kernels.estimate import estimate_2to4, keep_probabilities
+
 __all__ = ["MVUELinear", "keep_probabilities", "mvue_2_4"]
-
-
-def keep_probabilities(groups: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
-    """The probability of keeping each of 4 entries: ``min(1, |g_i| / tau)``, summing to 2, or to the non-zeros where fewer.
-
-    >>> keep_probabilities(torch.tensor([[1.0, 1.0, 1.0, 1.0], [9.0, 1.0, 1.0, 0.0]])).tolist()
-    [[0.5, 0.5, 0.5, 0.5], [1.0, 0.5, 0.5, 0.0]]
-    """
-    size = groups.abs()
-    total = size.sum(-1, keepdim=True)
-    largest, where = size.max(-1, keepdim=True)
-    rest = total - largest
-    # At most one entry can pass 1: then it is certain, and the others share what is left of the 2.
-    clipped = largest > rest
-    probability = torch.where(clipped, size / _nonzero(rest), 2 * size / _nonzero(total)).clamp(max=1.0)
-    certain = torch.zeros_like(size, dtype=torch.bool).scatter_(-1, where, True)
-    return torch.where(clipped & certain, 1.0, probability)
-
-
-def _nonzero(number: Tensor) -> Tensor:
-    return torch.where(number > 0, number, 1.0)
 
 
 def mvue_2_4(gradient: Float[Tensor, "T O"], generator: torch.Generator | None = None) -> Float[Tensor, "T O"]:
@@ -50,20 +31,13 @@ def mvue_2_4(gradient: Float[Tensor, "T O"], generator: torch.Generator | None =
     Sampling runs in float32, or float64 for float64. A last group of fewer than 4 tokens counts as completed with zeros.
     """
     tokens, out = gradient.shape
-    wide = gradient if gradient.dtype == torch.float64 else gradient.float()
-    groups = torch.nn.functional.pad(wide, (0, 0, 0, -tokens % 4)).unflatten(0, (-1, 4)).transpose(1, 2)  # (groups, O, 4)
-    probability = keep_probabilities(groups)
-    certain = probability == 1
-    reached = torch.where(certain, 0, probability).cumsum(-1)
-    # The sum is a whole number but for rounding, which must not add or lose a draw.
-    reached[..., -1:] = reached[..., -1:].round()
-    start = torch.rand((*reached.shape[:-1], 1), dtype=reached.dtype, device=reached.device, generator=generator)
-    # Entry i is kept where a whole number lies in (reached_(i-1) - start, reached_i - start]; the floor counts them.
-    passed = torch.floor(reached - start)
-    before = torch.cat([torch.floor(-start), passed[..., :-1]], dim=-1)
-    kept = certain | ((passed > before) & (probability > 0))
-    estimate = torch.where(kept, groups / torch.where(probability > 0, probability, 1.0), 0.0)
-    return estimate.transpose(1, 2).reshape(-1, out)[:tokens].to(gradient.dtype)
+    start = torch.rand(
+        (-(-tokens // 4), out),
+        dtype=torch.float64 if gradient.dtype == torch.float64 else torch.float32,
+        device=gradient.device,
+        generator=generator,
+    )
+    return estimate_2to4(gradient, start).t()[:tokens].contiguous()
 
 
 class _MVUEMatmul(torch.autograd.Function):
