@@ -14,6 +14,7 @@ from pathlib import Path
 
 from record import RESULTS, ROOT, read_rows
 from sections import SECTIONS
+from sections.training import draw_gpt
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 HEAD = """# Benchmarks
@@ -34,6 +35,8 @@ def main() -> int:
     page = render(options.results)
     if not options.check:
         options.page.write_text(page, encoding="utf-8")
+        if rows := read_rows(options.results / "training-gpt.jsonl"):
+            draw_gpt(rows)
         return 0
     there = options.page.read_text(encoding="utf-8") if options.page.exists() else ""
     if there == page:

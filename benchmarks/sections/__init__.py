@@ -7,6 +7,7 @@ from sections.gpu_windows import gpu_windows
 from sections.pruning import depthwise, images, language, law, peers, sentences
 from sections.quality import quality
 from sections.speed import speed
+from sections.training import training_finetune, training_gpt, training_resnet, training_search
 
 SECTIONS = {
     "solvers.jsonl": speed,
@@ -16,6 +17,10 @@ SECTIONS = {
     "gpu.jsonl": gpu,
     "quality.jsonl": quality,
     "diversity.jsonl": diversity,
+    "training-resnet.jsonl": training_resnet,
+    "training-search.jsonl": training_search,
+    "training-gpt.jsonl": training_gpt,
+    "training-finetune.jsonl": training_finetune,
     "pruning_minilm.jsonl": sentences,
     "pruning_smollm.jsonl": language,
     "pruning_resnet.jsonl": images,

@@ -47,6 +47,9 @@ def grid(base: Recipe, runs: Path, count: int) -> Iterator[tuple[str, Recipe]]:
             start = str((runs / run_folder(replace(dense, seed=recipe.seed))).resolve())
             how = SparsityRecipe(pattern, mode="static")
             yield "static", replace(recipe, model=replace(recipe.model, start=start), sparsity=how)
+    for recipe in seeds(replace(base, name="dense, trained on"), count):
+        start = str((runs / run_folder(replace(dense, seed=recipe.seed))).resolve())
+        yield "static", replace(recipe, model=replace(recipe.model, start=start))
     for pattern in DIVERSITY:
         if pattern not in DYNAMIC:
             for recipe in dynamic(f"dynamic masked decay {pattern}", pattern=pattern):

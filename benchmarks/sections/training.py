@@ -1,33 +1,24 @@
-"""Tables and curves of the training experiments: results/training-*.jsonl -> docs/benchmarks-training.md and its pictures.
-
-python benchmarks/training/tables.py [--check]
-"""
+"""Sparse training: accuracy of networks, what mask search costs, curves of a language model, fine-tuning."""
 
 from __future__ import annotations
 
 import json
 import statistics
-import sys
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scipy.stats import spearmanr
 
 from bisparse.diversity import mask_diversity
-from record import RESULTS, ROOT, read_rows
+from record import ROOT
+from sections.markdown import table
 
-PAGE = ROOT / "docs" / "benchmarks-training.md"
 CURVES = ROOT / "docs" / "images" / "training-gpt.svg"
 DIVERSITY = ("50%", "4:8", "2:4", "4:8-T", "2:4-T", "4:8-seq")
 REFRESHES = (1, 10, 40, 100)
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "|".join(["---"] + ["---:"] * (len(head) - 1)) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows]) + "\n"
+TARGETS = {40: 0.01, 1: 0.05}
 
 
 def spread(numbers: Sequence[float], scale: float = 100, digits: int = 2) -> str:
@@ -36,18 +27,6 @@ def spread(numbers: Sequence[float], scale: float = 100, digits: int = 2) -> str
         return "-"
     mean = f"{scale * statistics.mean(numbers):.{digits}f}"
     return mean if len(numbers) < 2 else f"{mean} ± {scale * statistics.stdev(numbers):.{digits}f}"
-
-
-def render(results: Path = RESULTS) -> str:
-    """The page, from the rows alone."""
-    resnet, gpt = read_rows(results / "training-resnet.jsonl"), read_rows(results / "training-gpt.jsonl")
-    search, finetune = read_rows(results / "training-search.jsonl"), read_rows(results / "training-finetune.jsonl")
-    parts = [
-        "# Sparse training, measured\n",
-        "Made by `python benchmarks/training/tables.py`; do not edit. ± is the standard deviation over seeds.\n",
-    ]
-    parts += [*_resnet(resnet), *_search(search), *_gpt(gpt), *_finetune(finetune)]
-    return "\n".join(parts)
 
 
 def _budget(rows: list[dict[str, Any]]) -> str:
@@ -61,15 +40,16 @@ def _budget(rows: list[dict[str, Any]]) -> str:
     )
 
 
-def _resnet(everything: list[dict[str, Any]]) -> list[str]:
-    parts = ["## ResNet-20 on Fashion-MNIST\n"]
+def training_resnet(everything: list[dict[str, Any]]) -> list[str]:
+    """Accuracy by structure and method."""
+    parts = ["## Sparse training: ResNet-20 on Fashion-MNIST\n"]
     budgets: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in everything:
         budgets[
             json.dumps([row["recipe"]["data"], row["recipe"]["training"], row["recipe"]["model"]["width"]], sort_keys=True)
         ].append(row)
     if not budgets:
-        return [*parts, "No rows yet: run `benchmarks/training/resnet.py`.\n"]
+        return [*parts, "Not measured yet: `python benchmarks/training/resnet.py`.\n"]
     for rows in budgets.values():
         parts += _resnet_budget(rows)
     return parts
@@ -79,7 +59,10 @@ def _resnet_budget(rows: list[dict[str, Any]]) -> list[str]:
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         how = row["recipe"]["sparsity"]
-        kind = ("dense",) if how is None else (how["pattern"], how["mode"], how["method"], how["solver"], how["refresh"])
+        if how is None:
+            kind: tuple[Any, ...] = ("dense, trained on",) if row["recipe"]["model"]["start"] else ("dense",)
+        else:
+            kind = (how["pattern"], how["mode"], how["method"], how["solver"], how["refresh"])
         found[kind].append(row)
 
     def accuracy(kind: tuple[Any, ...]) -> list[float]:
@@ -88,9 +71,13 @@ def _resnet_budget(rows: list[dict[str, Any]]) -> list[str]:
     def dynamic(pattern: str, method: str = "masked-decay", solver: str = "exact", refresh: int = 40) -> tuple[Any, ...]:
         return (pattern, "dynamic", method, solver, refresh)
 
-    parts = [_budget(rows), "Test accuracy, %.\n"]
+    parts = [
+        _budget(rows),
+        "Test accuracy, %. Static runs start from the dense network and train as long again, as does the second dense row; "
+        "dynamic runs start from scratch.\n",
+    ]
     patterns = ("2:4", "2:4-T", "4:8-T", "16:32-T")
-    body = [["dense", spread(accuracy(("dense",))), "", "", ""]]
+    body = [[name, spread(accuracy((name,))), "", "", ""] for name in ("dense", "dense, trained on")]
     body.append(["static, from dense", *(spread(accuracy((one, "static", "masked-decay", "exact", 40))) for one in patterns)])
     for label, method in (("STE", "ste"), ("SR-STE", "sr-ste"), ("masked decay", "masked-decay")):
         body.append([f"dynamic, {label}", *(spread(accuracy(dynamic(one, method))) for one in patterns)])
@@ -147,16 +134,17 @@ def _claim(accuracy: Any) -> list[str]:
     ]
 
 
-def _search(rows: list[dict[str, Any]]) -> list[str]:
+def training_search(rows: list[dict[str, Any]]) -> list[str]:
+    """The share of training time that goes to the search of masks."""
     parts = [
-        "## What mask search costs\n",
+        "## Sparse training: what mask search costs\n",
         "Share of training time, search / (k steps + search). The paper's figures at every 40 steps, as time added on top, are "
         "180 % integer program, 70 % min-cost flow, 14 % approximation. The target is under 1 % at every 40 and under 5 % at "
         "every step.\n",
     ]
     newest = {(row["model"], row["pattern"], row["solver"], row["threads"], row["batch"]): row for row in rows}
     if not newest:
-        return [*parts, "No rows yet: run `benchmarks/training/search_cost.py`.\n"]
+        return [*parts, "Not measured yet: `python benchmarks/training/search_cost.py`.\n"]
     body = [
         [
             f"{row['model']}, batch {row['batch']}", row["pattern"], row["solver"], str(row["threads"]),
@@ -173,10 +161,11 @@ def _search(rows: list[dict[str, Any]]) -> list[str]:
     return parts
 
 
-def _gpt(rows: list[dict[str, Any]]) -> list[str]:
-    parts = ["## A small GPT on text\n"]
+def training_gpt(rows: list[dict[str, Any]]) -> list[str]:
+    """Loss and flip rates of a language model; the curves are a picture beside the page."""
+    parts = ["## Sparse training: a small GPT on text\n"]
     if not rows:
-        return [*parts, "No rows yet: run `benchmarks/training/gpt.py`.\n"]
+        return [*parts, "Not measured yet: `python benchmarks/training/gpt.py`.\n"]
     names = list(dict.fromkeys(row["recipe"]["name"] for row in rows))
     body = []
     for name in names:
@@ -190,10 +179,11 @@ def _gpt(rows: list[dict[str, Any]]) -> list[str]:
     return parts
 
 
-def _finetune(rows: list[dict[str, Any]]) -> list[str]:
-    parts = ["## Fine-tuning with static masks through the transformers Trainer\n"]
+def training_finetune(rows: list[dict[str, Any]]) -> list[str]:
+    """Static masks through the transformers Trainer."""
+    parts = ["## Sparse training: fine-tuning with static masks through the transformers Trainer\n"]
     if not rows:
-        return [*parts, "No rows yet: run `benchmarks/training/finetune.py`.\n"]
+        return [*parts, "Not measured yet: `python benchmarks/training/finetune.py`.\n"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         groups[row["task"], row["model"], row["pattern"], row["steps"]].append(row)
@@ -208,14 +198,11 @@ def _finetune(rows: list[dict[str, Any]]) -> list[str]:
     return [*parts, table(head, body)]
 
 
-def draw(results: Path = RESULTS, path: Path = CURVES) -> None:
+def draw_gpt(rows: list[dict[str, Any]], path: Path = CURVES) -> None:
     """Mean training loss and flip rate of the GPT runs."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    rows = read_rows(results / "training-gpt.jsonl")
-    if not rows:
-        return
     matplotlib.rcParams["svg.hashsalt"] = "bisparse"
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, flips = figure.subplots(1, 2)
@@ -232,19 +219,3 @@ def draw(results: Path = RESULTS, path: Path = CURVES) -> None:
     loss.legend(fontsize=7)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
-
-
-def main() -> int:
-    page = render()
-    if "--check" in sys.argv[1:]:
-        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != page:
-            print(f"{PAGE.relative_to(ROOT)} is not what benchmarks/training/tables.py makes: run it and commit", file=sys.stderr)
-            return 1
-        return 0
-    PAGE.write_text(page, encoding="utf-8")
-    draw()
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
