@@ -21,7 +21,8 @@ CHECKED = [
 PROGRAM = f"""
 from jaxtyping import install_import_hook
 with install_import_hook({CHECKED!r}, "beartype.beartype"):
-    import bisparse.accelerate, bisparse.kernels.estimate, bisparse.kernels.ops, bisparse.kernels.positions, bisparse.kernels.reference, bisparse.kernels.wide, bisparse.layers
+    import bisparse.accelerate, bisparse.kernels.estimate, bisparse.kernels.positions
+    import bisparse.kernels.ops, bisparse.kernels.reference, bisparse.kernels.wide, bisparse.layers
     import bisparse.pattern, bisparse.solution, bisparse.solve, bisparse.solvers, bisparse.tiles
     import bisparse
 import torch

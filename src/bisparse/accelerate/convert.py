@@ -95,7 +95,7 @@ def accelerate_(
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
     >>> _ = bisparse.prune_(model, "2:4-T")
     >>> print(accelerate_(model, backend="reference"))
-    2 layers run sparse, 0 of them both ways; 0 stay as they are; 33,280 -> 19,456 bytes
+    2 layers run sparse, 0 of them both ways; 0 stay as they are; 33,280 -> 17,920 bytes
 
     A layer in sparse training (`sparsify_`) goes on being trained, its weight a dense parameter. So does any other layer whose
     weight requires a gradient in a model in training mode; its mask is the weight's non-zeros, and stays. All other weights are

@@ -28,7 +28,7 @@ def find_positions(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:
     """Where the at most two kept entries of every group stand. The mask must be 2:4 along its rows.
 
     >>> [bin(p) for p in find_positions(torch.tensor([[True, False, True, False, False, False, True, False]]))[0].tolist()]
-    ['0b111000', '0b101110']
+    ['0b111000', '0b11110']
     """
     m0, m1, m2, m3 = _groups(mask).unbind(-1)
     empty = ~m0 & ~m1
