@@ -23,6 +23,7 @@ def _few_large_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "SWEEP_LANES", 512)
     monkeypatch.setattr(cuda, "REPAIR_LANES", 256)
     monkeypatch.setattr(cuda, "MIDDLE_BYTES", 1024)
+    monkeypatch.setattr(cuda, "GROUP_ENTRIES", 8192)
     monkeypatch.setattr(cuda, "COLD_ALTERNATIONS", 3)  # leaves more to repair than the 8 of the device
 
 
@@ -277,10 +278,10 @@ def test_packed_operands_are_those_of_the_specification_bit_by_bit(dtype: torch.
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-@pytest.mark.parametrize("m", [2, 4, 6, 16])
+@pytest.mark.parametrize("m", [4, 6, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_largest_of_each_group_and_the_lowest_index_of_equals(m: int) -> None:
     for groups in (torch.randint(0, 4, (300, m)), torch.randn(7, m).bfloat16(), torch.zeros(1, m, dtype=torch.float64)):
-        for n in {1, m // 2, m - 1, m} - {0}:
+        for n in (1, m // 2, m):
             assert torch.equal(cuda.keep_largest(groups, n), ops.reference_keep_largest(groups, n))
     assert cuda.keep_largest(torch.zeros(0, m), 1).shape == (0, m)
 
