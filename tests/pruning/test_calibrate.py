@@ -386,3 +386,20 @@ def test_experts_in_one_parameter_are_left_dense_with_their_own_reason() -> None
     (skipped,) = [one for one in report.left_dense if one.name == "experts.gate_up_proj"]
     assert "known inside the forward only" in skipped.reason and "magnitude" in skipped.reason
     assert torch.equal(model.experts.gate_up_proj, before)
+
+
+def test_one_token_of_all_the_energy_does_not_decide_for_the_others() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 128, 8)
+    x[:, 0] *= 1000
+    found = walked(nn.Sequential(nn.Linear(8, 8, bias=False)), [x], include="*")["0"]
+    flat = x.reshape(-1, 8)
+    usual = x[:, 1:].reshape(-1, 8).square().sum(1).mean()
+    # The definition: weights that limit a token's energy to 32 times the usual one.
+    weights = (32 * usual / flat.square().sum(1)).clamp(max=1)
+    expected = (flat * weights[:, None]).T @ flat / weights.sum()
+    torch.testing.assert_close(found.gram[0], expected, rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found.mean[0], (flat * weights[:, None]).sum(0) / weights.sum(), rtol=0.02, atol=0.02)
+    torch.testing.assert_close(found.norm[0].square(), found.gram[0].diagonal(), rtol=1e-4, atol=1e-5)
+    plain = walked(nn.Sequential(nn.Linear(8, 8, bias=False)), [x], needs={Statistic.MEAN}, include="*")["0"]
+    torch.testing.assert_close(plain.mean[0], flat.mean(0), rtol=1e-4, atol=1e-3)

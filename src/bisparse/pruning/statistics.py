@@ -43,6 +43,9 @@ class Statistic(StrEnum):
     """The moments of every fifth batch kept apart."""
 
 
+AVERAGED = frozenset({Statistic.NORM, Statistic.MEAN, Statistic.GRAM, Statistic.CROSS})
+HEAVY = 32.0
+"""Columns of more than this many times the usual energy count as if they had that much."""
 SPLIT_COLUMNS = 512
 """From this many columns on, second moments are computed by halves."""
 COLUMN_BYTES = 64 << 20
@@ -177,8 +180,30 @@ def _second_moment(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G K K"]:
     return torch.cat([top, torch.cat([mixed.transpose(1, 2), _second_moment(right)], dim=2)], dim=1)
 
 
+def _weights(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G T 1"] | None:
+    """What each column counts: 1, less for one of very much energy; None where all count 1.
+
+    In language models the first token can hold 99.8 % of the energy of an MLP's inputs: a mask and weights fitted to plain
+    averages are made for that token alone. The usual energy is the mean without the largest hundredth.
+    """
+    columns = x.shape[1]
+    largest = columns // 100
+    if largest == 0:
+        # Too few to tell what is usual.
+        return None
+    energy = x.square().sum(2, keepdim=True)
+    usual = (energy.sum(1, keepdim=True) - energy.topk(largest, dim=1).values.sum(1, keepdim=True)) / (columns - largest)
+    limit = HEAVY * usual.clamp(min=0)
+    heavy = (energy > limit) & (limit > 0)
+    return torch.where(heavy, limit / energy, torch.ones_like(energy)) if bool(heavy.any()) else None
+
+
 class Moments:
-    """Accumulates a layer's statistics, batch by batch; sums in float32, count exact."""
+    """Accumulates a layer's statistics, batch by batch; sums in float32, count exact.
+
+    Second moments and norms are what masks and weights are fitted to: with them, columns of very much energy count less (see
+    `HEAVY`). Means alone are plain.
+    """
 
     def __init__(self, layer: Layer, needs: frozenset[Statistic]) -> None:
         self.layer = layer
@@ -216,16 +241,25 @@ class Moments:
                 self._add_columns(x, z, part or 0)
 
     def _add_columns(self, x: Float[Tensor, "G T K"], z: Float[Tensor, "G T K"] | None, part: int) -> None:
+        if not self.needs & AVERAGED:
+            return
+        weights = _weights(x) if self.needs & {Statistic.GRAM, Statistic.NORM} else None
+        roots = None if weights is None else weights.sqrt()
+        total = torch.full((x.shape[0], 1), float(x.shape[1]), device=x.device) if weights is None else weights.sum(1)
+        self._sum("weight", part, total)
+        if roots is not None:
+            # Both factors of each product carry the root.
+            x, z = x * roots, None if z is None else z * roots
         if Statistic.NORM in self.needs:
             self._sum("square", part, x.square().sum(1))
         if Statistic.MEAN in self.needs:
-            self._sum("mean", part, x.sum(1))
+            self._sum("mean", part, x.sum(1) if roots is None else (x * roots).sum(1))
         if Statistic.GRAM in self.needs:
             self._sum("gram", part, _second_moment(x))
         if Statistic.CROSS in self.needs and z is not None:
             self._sum("cross", part, z.transpose(1, 2) @ x)
             self._sum("dense_gram", part, _second_moment(z))
-            self._sum("dense_mean", part, z.sum(1))
+            self._sum("dense_mean", part, z.sum(1) if roots is None else (z * roots).sum(1))
 
     def _sum(self, name: str, part: int, value: Tensor) -> None:
         key = f"{name}/{part}"
@@ -248,10 +282,12 @@ class Moments:
         """The averages so far."""
 
         def average(name: str) -> Tensor | None:
-            parts = sorted((key for key in self._sums if key.startswith(f"{name}/")), key=lambda key: int(key.split("/")[1]))
+            parts = sorted(int(key.split("/")[1]) for key in self._sums if key.startswith(f"{name}/"))
             if not parts or self.columns == 0:
                 return None
-            return torch.cat([self._sums[key] for key in parts]) / self.columns
+            sums = [self._sums[f"{name}/{part}"] for part in parts]
+            weights = [self._sums[f"weight/{part}"].clamp(min=torch.finfo(torch.float32).tiny) for part in parts]
+            return torch.cat([one / total.view(-1, *[1] * (one.ndim - 1)) for one, total in zip(sums, weights, strict=True)])
 
         square = average("square")
         return Statistics(
