@@ -319,7 +319,7 @@ def exact_solve(
     if start is not None and start_exponent is not None:
         np.copyto(prices.numpy(), start.numpy())
         np.copyto(exponents.numpy(), start_exponent.numpy())
-    median = 2 * n == m and m in (8, 16, 32)
+    median = 2 * n == m and m in (4, 8, 16, 32)
     network = np.array([] if median else sorting_network(m), dtype=np.int64).reshape(-1, 2)
     flat, bytes_, side = scores.view(-1).numpy(), mask.view(torch.uint8).view(-1).numpy(), (0,) * m
     numbers, powers = prices.view(-1).numpy(), exponents.numpy()
