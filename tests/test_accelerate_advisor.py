@@ -146,7 +146,7 @@ def test_bytes_are_those_that_accelerated_layers_take() -> None:
 def test_a_stored_grid_is_taken_where_there_is_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(advisor, "stored_grids", lambda: {"NVIDIA Test": synthetic()})
     assert advise(mlp(), 1024).source == "predicted"
-    assert advise(mlp(), 1024, backend="reference", dtype=torch.float32).source == "measured"
+    assert advise(mlp(), 16, backend="reference", dtype=torch.float32).source == "measured"
     with pytest.raises(ValueError, match="measured in bfloat16, and float16 is asked for"):
         advise(mlp(), 1024, dtype=torch.float16)
 

@@ -197,7 +197,7 @@ def test_new_values_reach_the_product_without_packing_where_the_layout_allows_it
     # The stand-in fills unused slots from the left and the packer from the right: without any, their orders agree.
     assert library.compressed - packed_so_far in (0, 3 * per_step)
     full = find_positions(torch.tensor([[True, False, True, False]]).repeat(16, 4))
-    metadata = BACKENDS["cusparselt"].layout(full, 16, torch.bfloat16)
+    metadata = BACKENDS["cusparselt"].layout(torch.tensor([[True, False, True, False]]).repeat(16, 4), full, torch.bfloat16)
     assert (metadata.numel() > 0) == library.values_first
     before = library.compressed
     weight = torch.randn(16, 16)
@@ -287,7 +287,7 @@ def test_cutlass_layout_is_that_of_torch() -> None:
         (own.fill(weight.t(), positions_t, metadata_t, torch.bfloat16), expected_t),
     ):
         assert torch.equal(found[0], values) and torch.equal(found[1], meta)
-    assert torch.equal(own.layout(positions, weight.shape[1], torch.bfloat16), metadata)
+    assert torch.equal(own.layout(mask, positions, torch.bfloat16), metadata)
     assert torch.equal(own.unpack(*own.pack(weight), *weight.shape), weight)
 
 

@@ -44,6 +44,34 @@ def test_the_kernel_compiles_without_a_gpu_and_without_spills(arch: int) -> None
 
 
 @pytest.mark.parametrize("arch", [80, 90])
+def test_the_positions_compile_without_a_gpu_and_without_spills(arch: int) -> None:
+    triton = pytest.importorskip("triton", reason="Triton is not installed")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bisparse.kernels import cuda_values
+
+    names = cuda_values.positions_kernel.arg_names
+    types = {"mask": "*u8", "positions": "*u8", "broken": "*i32", **dict.fromkeys(names[3:8], "i64")}
+    constants = {"BLOCK_ROWS": cuda_values.BLOCK_ROWS, "BLOCK_GROUPS": cuda_values.BLOCK_GROUPS}
+    source = ASTSource(
+        cuda_values.positions_kernel,
+        {**types, **dict.fromkeys(constants, "constexpr")},
+        {(names.index(name),): value for name, value in constants.items()},
+    )
+    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "enable_fp_fusion": False}).asm
+    assert f"sm_{arch}" in code["ptx"] and ".local" not in code["ptx"]
+
+
+def test_a_mask_that_is_not_2to4_has_no_positions() -> None:
+    mask = torch.zeros(4, 8, dtype=torch.bool)
+    torch.library.opcheck(torch.ops.bisparse.find_positions, (mask,))
+    mask[2, 4:7] = True
+    with pytest.raises(ValueError, match=r"shape \(4, 8\) keeps more than 2 of 4"):
+        find_positions(mask)
+
+
+@pytest.mark.parametrize("arch", [80, 90])
 def test_the_estimate_compiles_without_a_gpu_and_without_spills(arch: int) -> None:
     triton = pytest.importorskip("triton", reason="Triton is not installed")
     from triton.backends.compiler import GPUTarget
@@ -92,6 +120,7 @@ def test_on_a_gpu_values_are_those_of_the_specification() -> None:
     for matrix in (weight, weight.t()):
         mask = torch.rand(matrix.shape[0], matrix.shape[1] // 4, 4).argsort(-1) < 2
         positions = find_positions(mask.flatten(1))
+        assert torch.equal(find_positions(mask.flatten(1).cuda()).cpu(), positions)
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             found = take_values(matrix.cuda(), positions.cuda(), dtype)
             assert torch.equal(found.cpu(), reference_take_values(matrix, positions, dtype))

@@ -5,7 +5,7 @@ import torch
 
 from bisparse.kernels import cuda_values
 from bisparse.kernels.estimate import reference_estimate_2to4
-from bisparse.kernels.positions import find_positions, reference_take_values
+from bisparse.kernels.positions import find_positions, reference_find_positions, reference_take_values
 from test_accelerate import random_mask
 
 
@@ -32,6 +32,18 @@ def test_values_are_those_of_the_specification(shape: tuple[int, int], given: st
         finally:
             torch.empty = torch.empty.honest  # type: ignore[attr-defined]
         assert torch.equal(found, expected) and found.is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (5, 36), (9, 30), (3, 33)])
+def test_positions_are_those_of_the_specification(shape: tuple[int, int]) -> None:
+    for mask in (random_mask(*shape), random_mask(*shape).t().contiguous().t(), torch.zeros(shape, dtype=torch.bool)):
+        found, broken = cuda_values.find_positions(mask)
+        expected, expected_broken = reference_find_positions(mask)
+        assert torch.equal(found, expected) and bool(broken) == bool(expected_broken)
+        for place in range(mask.shape[0]):
+            wrong = mask.clone()
+            wrong[place, :3] = True
+            assert bool(cuda_values.find_positions(wrong)[1]) == bool(reference_find_positions(wrong)[1]) == (shape[1] > 2)
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (13, 70), (64, 9)])

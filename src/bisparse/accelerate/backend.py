@@ -23,7 +23,6 @@ from bisparse.kernels.pack import pack_2to4
 from bisparse.kernels.positions import (
     find_positions,
     from_metadata,
-    kept_mask,
     put_values,
     take_values,
     to_metadata,
@@ -79,15 +78,14 @@ class Backend(ABC):
         """The matrix that was packed, dense, with zeros."""
 
     @abstractmethod
-    def layout(self, positions: UInt8[Tensor, "R G"], columns: int, dtype: torch.dtype) -> Shaped[Tensor, "..."]:
-        """The metadata of these positions: found once for a mask, used with every set of values."""
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Shaped[Tensor, "..."]:
+        """The metadata of a mask, whose positions are given: found once for a mask, used with every set of values."""
 
     def layouts(
         self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], positions_t: UInt8[Tensor, "C H"], dtype: torch.dtype
     ) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
         """`layout` of a mask that is 2:4 both ways, and of its transpose."""
-        rows, columns = mask.shape
-        return self.layout(positions, columns, dtype), self.layout(positions_t, rows, dtype)
+        return self.layout(mask, positions, dtype), self.layout(mask.t(), positions_t, dtype)
 
     @abstractmethod
     def fill(
@@ -132,7 +130,7 @@ class Reference(Backend):
     ) -> Float[Tensor, "R C"]:
         return put_values(packed, from_metadata(metadata, packed.shape[1] // 2), columns)
 
-    def layout(self, positions: UInt8[Tensor, "R G"], columns: int, dtype: torch.dtype) -> UInt8[Tensor, "R B"]:
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> UInt8[Tensor, "R B"]:
         return to_metadata(positions)
 
     def fill(
@@ -200,8 +198,8 @@ class Cutlass(_OnTensorCores):
         matrix: Tensor = sparse_semi_structured_to_dense_cutlass(packed, metadata)
         return matrix
 
-    def layout(self, positions: UInt8[Tensor, "R G"], columns: int, dtype: torch.dtype) -> Shaped[Tensor, "R M"]:
-        metadata: Tensor = sparse_semi_structured_from_dense_cutlass(kept_mask(positions, columns).to(dtype))[1]
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Shaped[Tensor, "R M"]:
+        metadata: Tensor = sparse_semi_structured_from_dense_cutlass(mask.to(dtype).contiguous())[1]
         return metadata
 
     def layouts(
@@ -259,13 +257,13 @@ class CuSparseLt(_OnTensorCores):
         # Exact for finite numbers: every sum has one term that is not zero.
         return self.multiply(packed, metadata, torch.eye(columns, dtype=packed.dtype, device=packed.device), rows)
 
-    def layout(self, positions: UInt8[Tensor, "R G"], columns: int, dtype: torch.dtype) -> Shaped[Tensor, "..."]:
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Shaped[Tensor, "..."]:
         """The bytes behind the values, where the values come first in our order; nothing where they do not.
 
         An image of the mask tells: each kept entry holds its number in the group, so that equal values mean equal slots.
         """
-        numbers = torch.arange(1, 5, device=positions.device, dtype=dtype).repeat(-(-columns // 4))[:columns]
-        image = torch.where(kept_mask(positions, columns), numbers, 0)
+        numbers = torch.arange(1, 5, device=mask.device, dtype=dtype).repeat(-(-mask.shape[1] // 4))[: mask.shape[1]]
+        image = torch.where(mask, numbers, 0)
         packed = self.pack(image)[0].flatten()
         values = take_values(image, positions).flatten()
         if torch.equal(packed[: values.numel()], values):

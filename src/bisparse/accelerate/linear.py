@@ -328,12 +328,15 @@ def _mask_of(module: nn.Module) -> Bool[Tensor, "O I"]:
 def _find(
     mask: Bool[Tensor, "O I"], backend: str, dtype: torch.dtype, transposed: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    verify(mask, "2:4-T" if transposed else "2:4").check()
     own = BACKENDS[backend]
-    positions = find_positions(mask)
-    if not transposed:
-        return positions, own.layout(positions, mask.shape[1], dtype), None, None
-    positions_t = find_positions(mask.t())
+    try:
+        positions = find_positions(mask)
+        positions_t = find_positions(mask.t()) if transposed else None
+    except ValueError:
+        verify(mask, "2:4-T" if transposed else "2:4").check()  # says where
+        raise
+    if positions_t is None:
+        return positions, own.layout(mask, positions, dtype), None, None
     metadata, metadata_t = own.layouts(mask, positions, positions_t, dtype)
     return positions, metadata, positions_t, metadata_t
 

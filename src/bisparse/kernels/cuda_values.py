@@ -1,8 +1,8 @@
-"""What a 2:4 layer in training does to its operands in every pass, a Triton kernel each.
+"""What a 2:4 layer in training does to its operands, a Triton kernel each.
 
-The kept values of the weight, cast: 4 bytes a weight in, 1 out, and a quarter for the positions; in plain torch an index of 8
-bytes a value, and several passes. The 2:4 estimate of the output's gradient, transposed: each number read once and written once;
-in plain torch about twenty passes in float32.
+At a refresh, the positions of a mask: a byte a weight in, a quarter out. In every pass, the kept values of the weight, cast:
+4 bytes a weight in, 1 out, and a quarter for the positions; in plain torch an index of 8 bytes a value, and several passes. And the
+2:4 estimate of the output's gradient, transposed: each number read once and written once; in plain torch about twenty passes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["estimate_2to4", "take_values"]
+__all__ = ["estimate_2to4", "find_positions", "take_values"]
 
 BLOCK_ROWS, BLOCK_GROUPS = 32, 64
 ESTIMATE_GROUPS, ESTIMATE_OUTPUTS = 16, 64
+
+
+def find_positions(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """`positions.find_positions` on a GPU; the mask with any strides."""
+    rows, columns = mask.shape
+    groups = -(-columns // 4)
+    positions = torch.empty((rows, groups), dtype=torch.uint8, device=mask.device)
+    broken = torch.zeros((), dtype=torch.int32, device=mask.device)
+    if positions.numel():
+        positions_kernel[(triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(groups, BLOCK_GROUPS))](
+            mask.view(torch.uint8), positions, broken, rows, columns, groups, mask.stride(0), mask.stride(1),
+            BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return positions, broken != 0
 
 
 def take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
@@ -41,6 +55,37 @@ def estimate_2to4(gradient: Tensor, start: Tensor) -> Tensor:
             BLOCK_GROUPS=ESTIMATE_GROUPS, BLOCK_OUTPUTS=ESTIMATE_OUTPUTS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return estimate
+
+
+@triton.jit
+def positions_kernel(  # type: ignore[no-untyped-def]
+    mask,
+    positions,
+    broken,
+    rows,
+    columns,
+    groups,
+    row_stride,
+    column_stride,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """The positions of a block of rows and groups, and a mark where a group keeps more than two."""
+    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
+    group = (tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)).to(tl.int64)[None, :]
+    there = (row < rows) & (group < groups)
+    start = mask + row * row_stride + 4 * group * column_stride
+    m0 = tl.load(start, mask=there & (4 * group < columns), other=0).to(tl.int32)
+    m1 = tl.load(start + column_stride, mask=there & (4 * group + 1 < columns), other=0).to(tl.int32)
+    m2 = tl.load(start + 2 * column_stride, mask=there & (4 * group + 2 < columns), other=0).to(tl.int32)
+    m3 = tl.load(start + 3 * column_stride, mask=there & (4 * group + 3 < columns), other=0).to(tl.int32)
+    first = tl.where(m0 == 1, 0, tl.where(m1 == 1, 1, 2))
+    second = tl.where((m0 & m1) == 1, 1, tl.where((m0 | m1) == 0, 3, 2 + m3))
+    second_used = tl.where((m0 & m1) == 1, m1, tl.where(second == 2, m2, m3))
+    code = first | second << 2 | (m0 | m1 | m2) << 4 | second_used << 5
+    tl.store(positions + row * groups + group, code.to(tl.uint8), mask=there)
+    worst = tl.max(tl.max(m0 + m1 + m2 + m3, axis=1), axis=0)
+    tl.atomic_max(broken, 1, mask=worst > 2)
 
 
 @triton.jit

@@ -10,7 +10,9 @@ Columns that 4 does not divide count as completed with pruned ones.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Shaped, UInt8
@@ -21,23 +23,39 @@ __all__ = ["find_positions", "kept_mask", "put_values", "take_values", "to_metad
 FIRST_USED, SECOND_USED = 1 << 4, 1 << 5
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
+_LIBRARY.define("find_positions(Tensor mask) -> (Tensor positions, Tensor broken)")
 _LIBRARY.define("take_values(Tensor weight, Tensor positions, ScalarType dtype) -> Tensor")
 
 
 def find_positions(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:
-    """Where the at most two kept entries of every group stand. The mask must be 2:4 along its rows.
+    """Where the at most two kept entries of every group stand.
+
+    Raises:
+        ValueError: a group keeps more than two.
 
     >>> [bin(p) for p in find_positions(torch.tensor([[True, False, True, False, False, False, True, False]]))[0].tolist()]
     ['0b111000', '0b11110']
     """
-    m0, m1, m2, m3 = _groups(mask).unbind(-1)
+    positions, broken = torch.ops.bisparse.find_positions(mask)
+    if bool(broken):
+        raise ValueError(
+            f"a mask of shape {tuple(mask.shape)} keeps more than 2 of 4 in some group: it is not 2:4 along its rows"
+        )
+    found: Tensor = positions
+    return found
+
+
+def reference_find_positions(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The specification of `find_positions`: the positions, and whether a group keeps more than two."""
+    groups = _groups(mask)
+    m0, m1, m2, m3 = groups.unbind(-1)
     empty = ~m0 & ~m1
     first = torch.where(m0, 0, torch.where(m1, 1, 2))
     second = torch.where(m0 & m1, 1, torch.where(empty, 3, 2 + m3.to(torch.int64)))
     first_used = m0 | m1 | m2
     second_used = torch.where(m0 & m1, m1, torch.where(second == 2, m2, m3))
     code = first | second << 2 | first_used.to(torch.int64) << 4 | second_used.to(torch.int64) << 5
-    return code.to(torch.uint8)
+    return code.to(torch.uint8), (groups.sum(-1) > 2).any()
 
 
 def take_values(
@@ -95,18 +113,29 @@ def _used(positions: UInt8[Tensor, "R G"]) -> Bool[Tensor, "R G 2"]:
     return torch.stack((positions & FIRST_USED, positions & SECOND_USED), -1) != 0
 
 
+@torch.library.register_fake("bisparse::find_positions")
+def _(mask: Tensor) -> tuple[Tensor, Tensor]:
+    groups = -(-mask.shape[1] // 4)
+    return mask.new_empty((mask.shape[0], groups), dtype=torch.uint8), mask.new_empty((), dtype=torch.bool)
+
+
 @torch.library.register_fake("bisparse::take_values")
 def _(weight: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
     return weight.new_empty((positions.shape[0], 2 * positions.shape[1]), dtype=dtype)
 
 
-def _on_a_gpu(weight: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    from bisparse.kernels import cuda_values
+def _on_a_gpu(name: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        from bisparse.kernels import cuda_values
 
-    with torch.cuda.device_of(weight):
-        return cuda_values.take_values(weight, positions, dtype)
+        with torch.cuda.device_of(arguments[0]):
+            return getattr(cuda_values, name)(*arguments)
+
+    return kernel
 
 
+_LIBRARY.impl("find_positions", reference_find_positions, "CompositeExplicitAutograd")
 _LIBRARY.impl("take_values", reference_take_values, "CompositeExplicitAutograd")
 if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
-    _LIBRARY.impl("take_values", _on_a_gpu, "CUDA")
+    for _name in ("find_positions", "take_values"):
+        _LIBRARY.impl(_name, _on_a_gpu(_name), "CUDA")
