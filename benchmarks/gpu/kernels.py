@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/kernels.py [--arch 90] [--only 4:8-T] [--results FILE]
 
-The kernels are those that the operators launch: each call of an operator below is made with launching replaced by compiling.
+The kernels are those that the operators launch: each call of an operator below is made without a device to launch on.
 Instructions are counted in the machine code, each once; loops multiply them. Rows go to benchmarks/results/gpu_kernels.jsonl.
 """
 
@@ -24,17 +24,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bisparse.kernels import cuda
 from bisparse.pattern import parse_pattern
 from record import RESULTS, Record
 
-POINTERS = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int32: "*i32",
-    torch.int16: "*i16", torch.int8: "*i8",
-}  # fmt: skip
 PIPES = {
     "integer and select": r"IADD|VIADD|VIMNMX|VIADDMNMX|IMNMX|ISETP|SEL$|LOP3|PLOP3|SHF|LEA|PRMT|SGXT|FMNMX|FSETP|FSEL",
     "multiply-add": r"IMAD|FMUL|FADD|FFMA",
@@ -66,32 +62,37 @@ def calls(only: str | None) -> dict[str, Callable[[], Any]]:
     found["2:4 packed under a mask, bfloat16"] = lambda: cuda.pack_2to4(
         torch.rand(32, 64).bfloat16(), torch.zeros(32, 64, dtype=torch.bool)
     )
+    found["integers, one tile"] = lambda: cuda.exact_solve_integers(torch.zeros(1, 8, 8, dtype=torch.int64), 4, True, None, None)
     found["integers, 8"] = lambda: cuda.exact_solve_integers(torch.zeros(4, 8, 8, dtype=torch.int64), 4, False, None, None)
     return {name: call for name, call in found.items() if only is None or name.split(",")[0] == only}
 
 
-def compiled(call: Callable[[], Any], arch: int) -> list[tuple[str, int, Any]]:
-    """Name, warps and code of each kernel that a call would launch."""
+class NoDevice:
+    """Stands in for Triton's driver: it names a target to compile for, and has nothing to launch on."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled(call: Callable[[], Any]) -> list[tuple[str, int, Any]]:
+    """Name, warps and code of each kernel that a call would launch, specialised to its arguments as a launch does."""
     launched: list[tuple[str, int, Any]] = []
-
-    def compile_instead(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
-        options = {name: kwargs.pop(name) for name in ("num_warps", "enable_fp_fusion")}
-        values = dict(zip(self.arg_names, args, strict=False)) | kwargs
-        signature, constants, hints = {}, {}, {}
-        for place, parameter in enumerate(self.params):
-            value = values[parameter.name]
-            if parameter.is_constexpr or (isinstance(value, int) and value == 1):  # as a launch does
-                signature[parameter.name], constants[parameter.name] = "constexpr", value
-                continue
-            signature[parameter.name] = POINTERS[value.dtype] if isinstance(value, torch.Tensor) else "i32"
-            if isinstance(value, torch.Tensor) or value % 16 == 0:
-                hints[(place,)] = [["tt.divisibility", 16]]
-        source = ASTSource(self, signature, constants, hints)
-        code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        launched.append((self.fn.__name__, options["num_warps"], code))
-
     original = JITFunction.run
-    JITFunction.run = compile_instead  # type: ignore[method-assign, assignment]
+
+    def compile_only(self: JITFunction[Any], *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        code = original(self, *args, grid=grid, warmup=True, **kwargs)
+        launched.append((self.fn.__name__, kwargs["num_warps"], code))
+
+    JITFunction.run = compile_only  # type: ignore[method-assign, assignment]
     try:
         call()
     finally:
@@ -130,6 +131,7 @@ def main() -> None:
     parser.add_argument("--only", help="one pattern, such as 4:8-T")
     parser.add_argument("--results", type=Path, default=RESULTS / "gpu_kernels.jsonl")
     options = parser.parse_args()
+    driver.set_active(NoDevice(options.arch))
     record = Record(options.results)
     record.environment = {
         "device": f"none: compiled for sm_{options.arch}",
@@ -138,7 +140,7 @@ def main() -> None:
     }
     for name, call in calls(options.only).items():
         start = time.perf_counter()
-        launched = compiled(call, options.arch)
+        launched = compiled(call)
         seconds = time.perf_counter() - start
         for kernel, warps, code in launched:
             key = {"benchmark": "gpu kernels", "call": name, "kernel": kernel, "warps": warps}
