@@ -1,8 +1,8 @@
 """What a 2:4 layer in training does to its operands, a Triton kernel each.
 
 At a refresh, the positions of a mask: a byte a weight in, a quarter out. In every pass, the kept values of the weight, cast:
-4 bytes a weight in, 1 out, and a quarter for the positions; in plain torch an index of 8 bytes a value, and several passes. And the
-2:4 estimate of the output's gradient, transposed: each number read once and written once; in plain torch about twenty passes.
+4 bytes a weight in, 1 out, and a quarter for the positions; in plain torch an index of 8 bytes a value, and several passes. And
+the 2:4 estimate of the output's gradient, transposed: read once and written once; in plain torch about twenty passes.
 """
 
 from __future__ import annotations
