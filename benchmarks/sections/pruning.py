@@ -87,7 +87,8 @@ def images(rows: list[Row]) -> list[str]:
         parts += [grid(chosen, lambda row: row["method"], lambda row: f"{row['origin']} -> {row['to']}", "accuracy", 2)]
     parts += [
         "Repairs of means alone lower every layer's error and can still lose accuracy while batch norms stay as they were: the "
-        "outputs of a masked layer deviate less than the dense one's, and with the means put right that shrinks from layer to layer.\n",
+        "outputs of a masked layer deviate less than the dense one's, and with the means put right that shrinks from layer to "
+        "layer.\n",
         "**Seconds**\n",
     ]
     chosen = [row for row in converted if row["batch_norms"] == "re-estimated"]
