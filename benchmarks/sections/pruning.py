@@ -66,8 +66,8 @@ def language(rows: list[Row]) -> list[str]:
 
     parts += [grid(rows, data, by_pattern, "perplexity", 1)]
     parts += [
-        "The full budget is 256 sequences; rows of fewer are reduced. own inputs: fitted to the dense layer's outputs on the pruned "
-        "network's inputs; else to the dense network's outputs. short: see benchmarks/pruning/experiment.py.\n"
+        "The full budget is 256 sequences; rows of fewer are reduced. own inputs: fitted to the dense layer's outputs on the "
+        "pruned network's inputs; else to the dense network's outputs. short: see benchmarks/pruning/experiment.py.\n"
     ]
     for pattern, aim in (("16:32-T", 60.0), ("4:8-T", 100.0), ("2:4-T", 220.0)):
         best = min((row for row in rows if row["pattern"] == pattern), key=lambda row: row["perplexity"], default=None)
