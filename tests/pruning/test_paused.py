@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from bisparse.layers import find_layers
-from bisparse.pruning import Statistic
+from bisparse.pruning import AdaPrune, Statistic, prune_
 from bisparse.pruning import chain_run as chain_run_module
 from bisparse.pruning.calibrate import Walk, calibrate
 from bisparse.pruning.paused import Paused
@@ -23,6 +25,17 @@ def test_it_hands_out_what_it_pauses_with_and_ends_with_its_result() -> None:
     assert [paused.resume() for _ in range(3)] == [0, 1, 2]
     assert not paused.finished
     assert paused.resume() is None and paused.finished and paused.result == "end"
+
+
+def test_without_greenlet_pruning_stage_by_stage_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "greenlet", None)
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    data = [torch.randn(64, 16) for _ in range(3)]
+    with pytest.raises(ImportError, match=r"bisparse\[calibration\]"):
+        prune_(model, "2:4-T", AdaPrune(), batches=data)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert len(prune_(model, "2:4-T", AdaPrune(), batches=data, order="parallel")) == 2
 
 
 def test_errors_reach_whoever_resumed() -> None:

@@ -68,6 +68,8 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             fail("interrupted; nothing was left behind", INTERRUPTED, as_json=as_json)
         except MemoryError:
             fail("out of memory; close other programs or use fewer --threads", 1, as_json=as_json)
+        except ImportError as error:
+            fail(str(error), 2, as_json=as_json)
         except OSError as error:
             fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1, as_json=as_json)
         except ValueError as error:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from greenlet import greenlet
 
 __all__ = ["Paused"]
 
@@ -33,8 +32,21 @@ class _Ambient:
             torch.set_autocast_dtype(device, dtype)
 
 
+def _greenlet() -> Any:
+    try:
+        from greenlet import greenlet
+    except ImportError as error:
+        raise ImportError(
+            "pruning stage by stage (order='sequential') needs greenlet: pip install bisparse[calibration]"
+        ) from error
+    return greenlet
+
+
 class Paused:
     """A call that may pause itself.
+
+    Raises:
+        ImportError: greenlet, of the extra `calibration`, is not installed.
 
     >>> steps = Paused(lambda: [steps.pause("first"), steps.pause("second")])
     >>> steps.resume(), steps.resume(), steps.resume(), steps.result
@@ -45,7 +57,8 @@ class Paused:
         self.result: Any = None
         """What the call returned, once it has."""
         self._work = work
-        self._inner = greenlet(self._run)
+        self._greenlet = _greenlet()
+        self._inner = self._greenlet(self._run)
         self._inner.gr_context = contextvars.copy_context()
         self._outside: _Ambient | None = None
 
@@ -55,7 +68,7 @@ class Paused:
     def resume(self) -> Any:
         """Go on up to the next pause, and return what it hands out; None once the call has returned. Raises what it raises."""
         self._outside = _Ambient()
-        self._inner.parent = greenlet.getcurrent()
+        self._inner.parent = self._greenlet.getcurrent()
         try:
             return self._inner.switch()
         finally:
@@ -75,6 +88,6 @@ class Paused:
         """Unwind a call that is not to go on, its ``finally`` clauses included."""
         if self._inner and not self.finished:
             outside = _Ambient()
-            self._inner.parent = greenlet.getcurrent()
+            self._inner.parent = self._greenlet.getcurrent()
             self._inner.throw()
             outside.restore()
