@@ -294,7 +294,11 @@ def test_stopped_by_a_signal_nothing_is_left(tmp_path: Path, number: signal.Sign
     (tmp_path / "model").mkdir()
     save_file({f"l{i}.weight": torch.randn(512, 512) for i in range(120)}, tmp_path / "model" / "model.safetensors")
     command = [sys.executable, "-m", "bisparse", "prune", tmp_path / "model", tmp_path / "out", "-p", "2:4", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+
+    def heed() -> None:  # a shell has its jobs in the background ignore ctrl-c, and they hand that on
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as job:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob(".out.bisparse-*/model.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.01)

@@ -27,12 +27,12 @@ def test_the_grid_holds_every_run_that_the_experiment_needs():
     listed = [f"{study}: {recipe.name}, seed {recipe.seed}" for study, recipe in wanted_runs]
     assert len({(study, str(recipe)) for study, recipe in wanted_runs}) == len(wanted_runs)  # no run twice
     for wanted in (
-        "dense: dense", "static: static 4:8-T", "dynamic: dynamic STE 16:32-T", "dynamic: dynamic SR-STE 2:4",
+        "dense: dense", "static: dense, trained on", "static: static 4:8-T", "dynamic: dynamic STE 16:32-T", "dynamic: dynamic SR-STE 2:4",
         "dynamic: dynamic masked decay 4:8-seq", "dynamic: dynamic masked decay 50%", "greedy: greedy 4:8-T",
         "refresh: refresh 100 4:8-T",
     ):  # fmt: skip
         assert sum(line.startswith(f"{wanted}, seed") for line in listed) == 3, wanted
-    assert len([line for line in listed if "seed" in line]) == 3 * (1 + 12 + 3 + 3 + 2 + 3)
+    assert len([line for line in listed if "seed" in line]) == 3 * (1 + 12 + 4 + 3 + 2 + 3)
 
 
 @pytest.mark.slow
