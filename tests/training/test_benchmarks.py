@@ -27,7 +27,8 @@ def test_the_grid_holds_every_run_that_the_experiment_needs():
     listed = [f"{study}: {recipe.name}, seed {recipe.seed}" for study, recipe in wanted_runs]
     assert len({(study, str(recipe)) for study, recipe in wanted_runs}) == len(wanted_runs)  # no run twice
     for wanted in (
-        "dense: dense", "static: dense, trained on", "static: static 4:8-T", "dynamic: dynamic STE 16:32-T", "dynamic: dynamic SR-STE 2:4",
+        "dense: dense", "static: dense, trained on",
+        "static: static 4:8-T", "dynamic: dynamic STE 16:32-T", "dynamic: dynamic SR-STE 2:4",
         "dynamic: dynamic masked decay 4:8-seq", "dynamic: dynamic masked decay 50%", "greedy: greedy 4:8-T",
         "refresh: refresh 100 4:8-T",
     ):  # fmt: skip
