@@ -219,9 +219,9 @@ def draw_gpt(rows: list[dict[str, Any]], path: Path = CURVES) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "bisparse"
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, flips = figure.subplots(1, 2)
-    for name in dict.fromkeys(row["recipe"]["name"] for row in rows):
+    for index, name in enumerate(dict.fromkeys(row["recipe"]["name"] for row in rows)):
         curves = [row["curve"] for row in rows if row["recipe"]["name"] == name]
-        style = {"linestyle": "--" if "MVUE" in name else "-", "linewidth": 1, "label": name}
+        style = {"linestyle": "--" if "MVUE" in name else "-", "linewidth": 1, "label": name, "color": f"C{index}"}
         points = list(zip(*curves, strict=False))
         loss.plot([p[0]["step"] for p in points], [statistics.mean(one["loss"] for one in p) for p in points], **style)
         moved = [p for p in points if all(one.get("flip_rate", 0) > 0 for one in p)]
