@@ -4,7 +4,6 @@ Idea: prices of all tiles at once, one tile a lane, by sorting networks on 16-bi
 those prices ask for on 24-bit scores; then shortest augmenting paths for the tiles left unbalanced. See `reference` for the
 algorithm in plain torch, `vectors` for the instructions, `middle` for 2:4.
 
-Outputs are made by numpy, which asks for huge pages: faults on 4 KiB pages can take longer than the search of a large matrix.
 Nothing is left to torch's own threads: they spin for a while after their work and take the cores from ours.
 """
 
@@ -17,7 +16,8 @@ from numba import njit
 from bisparse.kernels import ops
 from bisparse.kernels import vectors as vec
 from bisparse.kernels.general import solve_integers
-from bisparse.kernels.middle import WIDTH, best_at_most_2, best_exactly_2, fetch_ahead, mask_bits, spans_too_far, store_masks
+from bisparse.kernels.memory import empty
+from bisparse.kernels.middle import FEW, WIDTH, best_at_most_2, best_exactly_2, fetch_ahead, mask_bits, spans_too_far, store_masks
 from bisparse.kernels.networks import sorting_network
 from bisparse.kernels.prices import balance_prices, coarsen_prices, refine_prices, rescale_prices
 from bisparse.kernels.repair import repair
@@ -179,7 +179,7 @@ def middle_tiles(scores, offset, ahead, stride, count, codes, flags, table, exac
     What comes next is at `ahead`: four rows far apart are more streams than the processor follows by itself.
     """
     vec.never_inline()
-    extremes[:WIDTH] = SMALL
+    extremes[:WIDTH] = FEW
     if exactly:
         for t in range(0, count, WIDTH):
             k = min(t, count - WIDTH)  # the last call overlaps with the one before
@@ -192,10 +192,10 @@ def middle_tiles(scores, offset, ahead, stride, count, codes, flags, table, exac
             best_at_most_2(scores, offset + 4 * k, stride, codes, k, extremes)
     for t in range(count):
         codes[t] = table[codes[t]]
-    least = np.int32(SMALL)
+    least = np.int32(FEW)
     for k in range(WIDTH):
         least = min(least, extremes[k])
-    if least == SMALL:
+    if least == FEW:
         return False
     for t in range(0, count, WIDTH):
         k = min(t, count - WIDTH)
@@ -256,7 +256,7 @@ def keep_largest(groups: torch.Tensor, n: int) -> torch.Tensor:
     if groups.dtype in (torch.float16, torch.bfloat16):
         groups = groups.float()
     numbers = groups.contiguous().numpy()
-    mask = np.empty(numbers.shape, np.bool_)
+    mask = empty(numbers.shape, np.bool_)
     worth = max(1, 65536 // max(groups.shape[1], 1))
     over_bands(lambda first, last: int(largest_band(numbers, n, mask, first, last)), len(groups), 1, worth)
     return torch.from_numpy(mask)
@@ -277,7 +277,7 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     if lacking > 0:
         wide = np.pad(wide, ((0, 0), (0, lacking)))
     height, width = wide.shape
-    mask, coarse = np.empty((height, width), np.bool_), np.zeros(height // 4 * width // 4, np.bool_)
+    mask, coarse = empty((height, width), np.bool_), np.zeros(height // 4 * width // 4, np.bool_)
     numbers, packed, table = wide.reshape(-1), mask.view(np.uint32), mask_bits()
 
     def bands_of_rows(first: int, last: int) -> int:
@@ -312,7 +312,7 @@ def exact_solve(
     rows, columns = scores.shape
     scores = scores.contiguous()
     tiles = (rows // m) * (columns // m)
-    mask, prices, exponents = np.empty((rows, columns), np.bool_), np.empty((2, tiles, m), np.int32), np.empty(tiles, np.int32)
+    mask, prices, exponents = empty((rows, columns), np.bool_), empty((2, tiles, m), np.int32), empty((tiles,), np.int32)
     warm = start is not None and start_exponent is not None
     if start is not None and start_exponent is not None:
         np.copyto(prices, start.numpy())

@@ -27,7 +27,7 @@ from numba.extending import intrinsic
 from bisparse.kernels.llvm import F32, I8, I32, I64, at, call_llvm, data_of, larger, load, number, row_of, smaller, store
 from bisparse.kernels.vectors import SMALL
 
-__all__ = ["WIDTH", "best_at_most_2", "best_exactly_2", "fetch_ahead", "mask_bits", "spans_too_far", "store_masks"]
+__all__ = ["FEW", "WIDTH", "best_at_most_2", "best_exactly_2", "fetch_ahead", "mask_bits", "spans_too_far", "store_masks"]
 
 WIDTH = 16 if get_host_cpu_features().get("avx512vl") else 8
 """Tiles that an intrinsic takes at once: as many as a register of this processor has lanes."""
@@ -40,6 +40,7 @@ LANE_OF_TILE = [4 * (tile % QUARTERS) + tile // QUARTERS for tile in range(WIDTH
 LANES_I32 = ir.VectorType(I32, WIDTH)
 Profile = tuple[int, int, int, int] | str
 FIRST_HOLDS_0, SECOND_HOLDS_0 = "first", "second"
+FEW = 2 * SMALL << 4
 PAIRS = tuple(itertools.combinations(range(4), 2))
 
 
@@ -164,13 +165,12 @@ def _best_mask(exactly: bool) -> Callable[..., Any]:
         scores, codes, extremes = (data_of(context, b, signature, args, k) for k in (0, 3, 5))
         floats, largest, scale = _quantiser(b, scores, args[1], args[2])
         integers = [call_llvm(b, f"llvm.lrint.v{WIDTH}i32.v{WIDTH}f32", LANES_I32, [b.fmul(x, scale)]) for x in floats]
-        # If one of every two scores is large, at least half are.
-        large = [larger(b, x, y) for x, y in zip(integers[:8], integers[8:], strict=True)]
+        q = [b.shl(x, number(I32, WIDTH, 4)) for x in integers]
         zero, width = ir.Constant(I64, 0), ir.Constant(I64, WIDTH)
-        store(b, reduce(partial(smaller, b), large, load(b, extremes, zero, I32, WIDTH)), extremes, zero)
+        pairs = [b.add(q[row + column], q[row + 4 + column]) for row in (0, 8) for column in range(4)]
+        store(b, reduce(partial(smaller, b), pairs, load(b, extremes, zero, I32, WIDTH)), extremes, zero)
         seen = load(b, extremes, width, I32, WIDTH)
         store(b, b.select(b.icmp_unsigned(">", largest, seen), largest, seen), extremes, width)
-        q = [b.shl(x, number(I32, WIDTH, 4)) for x in integers]
         upper = _half_values(b, q[0:4], q[4:8], 1, exactly)
         lower = _half_values(b, q[8:12], q[12:16], 4, exactly)
         best, where = None, number(I32, WIDTH, 0)
@@ -200,7 +200,8 @@ def _in_order(b: Any, lanes: Any) -> Any:
 def best_at_most_2(typing: Any, scores: Any, offset: Any, stride: Any, codes: Any, place: Any, extremes: Any) -> Any:
     """The code of the best mask of `WIDTH` tiles, to `codes`; `extremes` (int32, 2 * `WIDTH`) takes account.
 
-    Lane by lane: a lower bound of a tile's eighth largest q, its minimum over the calls; and the largest bit pattern seen.
+    Lane by lane: the least sum of two scores, one above the other in a pair of rows, over the calls; and the largest bit
+    pattern seen. Where no such sum is below `FEW`, at least half of each tile's scores are `SMALL` or more.
     """
     return _best_mask(exactly=False)(typing, scores, offset, stride, codes, place, extremes)
 
@@ -217,12 +218,12 @@ def fetch_ahead(typing: Any, scores: Any, offset: Any, stride: Any) -> Any:
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         source = data_of(context, b, signature, args, 0)
-        read, once, data = (ir.Constant(I32, number) for number in (0, 0, 1))
+        read, keep, data = (ir.Constant(I32, number) for number in (0, 3, 1))
         for row in range(4):
             for line in range(4 * WIDTH // FLOATS_A_LINE):
                 place = b.gep(source, [at(b, row_of(b, args[1], args[2], row), line * FLOATS_A_LINE)])
                 address = b.bitcast(place, I8.as_pointer())
-                call_llvm(b, "llvm.prefetch.p0i8", ir.VoidType(), [address, read, once, data])
+                call_llvm(b, "llvm.prefetch.p0i8", ir.VoidType(), [address, read, keep, data])
         return context.get_dummy_value()
 
     return types.void(scores, types.intp, types.intp), codegen
