@@ -16,8 +16,19 @@ from numba import njit
 from bisparse.kernels import ops
 from bisparse.kernels import vectors as vec
 from bisparse.kernels.general import solve_integers
-from bisparse.kernels.memory import empty
-from bisparse.kernels.middle import FEW, WIDTH, best_at_most_2, best_exactly_2, fetch_ahead, mask_bits, spans_too_far, store_masks
+from bisparse.kernels.memory import LARGE, empty
+from bisparse.kernels.middle import (
+    FEW,
+    WIDTH,
+    best_at_most_2,
+    best_exactly_2,
+    fence,
+    fetch_ahead,
+    mask_bits,
+    spans_too_far,
+    store_masks,
+    store_masks_past_caches,
+)  # fmt: skip
 from bisparse.kernels.networks import sorting_network
 from bisparse.kernels.prices import balance_prices, coarsen_prices, refine_prices, rescale_prices
 from bisparse.kernels.repair import repair
@@ -204,7 +215,7 @@ def middle_tiles(scores, offset, ahead, stride, count, codes, flags, table, exac
 
 
 @njit(nogil=True, cache=True)
-def middle_band(scores, columns, mask, coarse, table, exactly, first, last):  # type: ignore[no-untyped-def]
+def middle_band(scores, columns, mask, past_caches, coarse, table, exactly, first, last):  # type: ignore[no-untyped-def]
     """2:4-T of bands first..last of four rows; `mask` is seen as one uint32 for four entries. Largest bit pattern seen."""
     codes, flags = np.empty(MIDDLE_CHUNK, np.int32), np.empty(MIDDLE_CHUNK, np.int32)
     extremes = np.zeros(2 * WIDTH, np.int32)
@@ -220,7 +231,11 @@ def middle_band(scores, columns, mask, coarse, table, exactly, first, last):  # 
                     coarse[band * across + start + t] = flags[t] != 0
             for t in range(0, count, WIDTH):
                 k = min(t, count - WIDTH)
-                store_masks(codes, k, mask, 4 * band * across + start + k, across)
+                if past_caches:
+                    store_masks_past_caches(codes, k, mask, 4 * band * across + start + k, across)
+                else:
+                    store_masks(codes, k, mask, 4 * band * across + start + k, across)
+    fence()
     worst = np.int64(0)
     for k in range(WIDTH):
         worst = max(worst, np.int64(extremes[WIDTH + k]) & 0xFFFFFFFF)
@@ -279,14 +294,16 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     height, width = wide.shape
     mask, coarse = empty((height, width), np.bool_), np.zeros(height // 4 * width // 4, np.bool_)
     numbers, packed, table = wide.reshape(-1), mask.view(np.uint32), mask_bits()
+    # What is larger than the caches would be read only to be overwritten.
+    past_caches = mask.nbytes >= LARGE and width % (4 * WIDTH) == 0 and mask.ctypes.data % (4 * WIDTH) == 0
 
     def bands_of_rows(first: int, last: int) -> int:
-        return int(middle_band(numbers, width, packed, coarse, table, exactly, first, last))
+        return int(middle_band(numbers, width, packed, past_caches, coarse, table, exactly, first, last))
 
     def columns_of_one_band(first: int, last: int) -> int:
         part = wide[:, 4 * first : 4 * last].reshape(-1)
         rows_out = np.empty((4, last - first), np.uint32)
-        worst = middle_band(part, 4 * (last - first), rows_out, coarse[first:last], table, exactly, 0, 1)
+        worst = middle_band(part, 4 * (last - first), rows_out, False, coarse[first:last], table, exactly, 0, 1)
         packed[:, first:last] = rows_out
         return int(worst)
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["empty"]
+__all__ = ["LARGE", "empty"]
 
 LARGE = 1 << 22
 """Bytes from which the system's pages are worth a thought."""

@@ -27,7 +27,18 @@ from numba.extending import intrinsic
 from bisparse.kernels.llvm import F32, I8, I32, I64, at, call_llvm, data_of, larger, load, number, row_of, smaller, store
 from bisparse.kernels.vectors import SMALL
 
-__all__ = ["FEW", "WIDTH", "best_at_most_2", "best_exactly_2", "fetch_ahead", "mask_bits", "spans_too_far", "store_masks"]
+__all__ = [
+    "FEW",
+    "WIDTH",
+    "best_at_most_2",
+    "best_exactly_2",
+    "fence",
+    "fetch_ahead",
+    "mask_bits",
+    "spans_too_far",
+    "store_masks",
+    "store_masks_past_caches",
+]
 
 WIDTH = 16 if get_host_cpu_features().get("avx512vl") else 8
 """Tiles that an intrinsic takes at once: as many as a register of this processor has lanes."""
@@ -250,21 +261,46 @@ def spans_too_far(typing: Any, scores: Any, offset: Any, stride: Any, flags: Any
     return types.void(scores, types.intp, types.intp, flags, types.intp), codegen
 
 
-@intrinsic
-def store_masks(typing: Any, bits: Any, place: Any, mask: Any, offset: Any, stride: Any) -> Any:
-    """Write `WIDTH` masks held as 16 bits each, side by side, as a byte an entry; `mask` counts four bytes as one."""
-
+def _store_masks(past_caches: bool) -> Callable[..., Any]:
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         source, target = (data_of(context, b, signature, args, k) for k in (0, 2))
         count = 4 * WIDTH
         octets = b.bitcast(load(b, source, args[1], I32, WIDTH), ir.VectorType(I8, count))
-        nothing = number(I8, count, 0)
         for row in range(4):
             place = [lane // 4 * 4 + row // 2 for lane in range(count)]
             repeated = b.shuffle_vector(octets, octets, ir.Constant(ir.VectorType(I32, count), place))
             bit = ir.Constant(ir.VectorType(I8, count), [1 << (row % 2 * 4 + lane % 4) for lane in range(count)])
-            kept = b.zext(b.icmp_unsigned("!=", b.and_(repeated, bit), nothing), ir.VectorType(I8, count))
-            store(b, b.bitcast(kept, LANES_I32), target, row_of(b, args[3], args[4], row))
+            kept = b.zext(b.icmp_unsigned("!=", b.and_(repeated, bit), number(I8, count, 0)), ir.VectorType(I8, count))
+            written = store(b, b.bitcast(kept, LANES_I32), target, row_of(b, args[3], args[4], row))
+            if past_caches:
+                written.align = count
+                written.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
         return context.get_dummy_value()
 
-    return types.void(bits, types.intp, mask, types.intp, types.intp), codegen
+    def typing(context: Any, bits: Any, place: Any, mask: Any, offset: Any, stride: Any) -> tuple[Any, Any]:
+        return types.void(bits, types.intp, mask, types.intp, types.intp), codegen
+
+    return typing
+
+
+@intrinsic
+def store_masks(typing: Any, bits: Any, place: Any, mask: Any, offset: Any, stride: Any) -> Any:
+    """Write `WIDTH` masks held as 16 bits each, side by side, as a byte an entry; `mask` counts four bytes as one."""
+    return _store_masks(past_caches=False)(typing, bits, place, mask, offset, stride)
+
+
+@intrinsic
+def store_masks_past_caches(typing: Any, bits: Any, place: Any, mask: Any, offset: Any, stride: Any) -> Any:
+    """`store_masks` to addresses that 4 * `WIDTH` divides, without reading what was there; see `fence`."""
+    return _store_masks(past_caches=True)(typing, bits, place, mask, offset, stride)
+
+
+@intrinsic
+def fence(typing: Any) -> Any:
+    """Everything written so far is there for other threads."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        b.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
