@@ -40,6 +40,14 @@ def feasible_masks(m: int, n: int, exactly: bool) -> np.ndarray:
     return masks[(masks.sum(1) == n).all(1)] if exactly else masks
 
 
+def closed_form_2to4(tiles: torch.Tensor) -> torch.Tensor:
+    """The largest totals of 4 x 4 integer tiles, (B,) int64, with exactly 2 in every row and column (docs/mathematics.md)."""
+    h = tiles.long() @ torch.tensor([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]])
+    apart = (h[:, :, None] - h[:, None]).abs().amax(-1)
+    pairings = [apart[:, a, b] + apart[:, c, d] for a, b, c, d in ((0, 1, 2, 3), (0, 2, 1, 3), (0, 3, 1, 2))]
+    return (tiles.long().sum((1, 2)) + torch.stack(pairings).amax(0)) // 2
+
+
 def brute_force(tile: torch.Tensor, n: int, exactly: bool = False) -> Fraction:
     """The largest total any mask of a small tile keeps, by trying all of them."""
     m = tile.shape[-1]

@@ -23,6 +23,22 @@ Solve = Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]]
 SolveIntegers = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+def test_the_closed_form_is_what_trying_all_masks_finds() -> None:
+    tiles = torch.randint(0, 50, (60, 4, 4))
+    assert oracle.closed_form_2to4(tiles).tolist() == [int(oracle.brute_force(tile, 2, exactly=True)) for tile in tiles]
+
+
+@pytest.mark.parametrize("values", [3, 1 << 24], ids=["ties", "24 bits"])
+def test_exactly_2to4_is_the_closed_form_on_a_million_weights(values: int) -> None:
+    q = torch.randint(0, values, (1024, 1024))
+    q[::4, ::4] = values - 1  # every tile holds the largest score, so none is rounded differently
+    mask, coarse = ops.exact_mask(q.float(), 2, 4, exactly=True)
+    tiles, masks = to_tiles(q, 4), to_tiles(mask, 4)
+    assert not coarse.any()
+    assert (masks.sum(1) == 2).all() and (masks.sum(2) == 2).all()
+    assert torch.equal((tiles * masks).sum((1, 2)), oracle.closed_form_2to4(tiles))
+
+
 @pytest.fixture(params=["reference", "dispatched"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Which kernel `ops` runs: the specification in plain torch, or the one registered for the device."""
