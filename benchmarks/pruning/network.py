@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from bisparse import prune_
 from bisparse.pruning import reestimate_batch_norms_
@@ -120,6 +124,47 @@ def fit(model: nn.Module, data: Data, epochs: int, rate: float, dtype: str, mask
                 for name, mask in (masks or {}).items():
                     parameters[name].mul_(mask)
     model.to(memory_format=torch.contiguous_format)
+
+
+def held_out_errors(dense: nn.Module, model: nn.Module, layers: Iterable[str], images: Tensor) -> tuple[float, float]:
+    """Mean over the layers of the relative error of their outputs on images, before batch norms are re-estimated.
+
+    Returns:
+        Given the dense network's inputs, and given those that the converted network has there itself.
+    """
+    wrong: dict[tuple[str, str], float] = {}
+    energy: dict[str, float] = {}
+    for batch in images.split(100):
+        goals, outputs = _inside(dense, layers, batch), _inside(model, layers, batch)
+        for name, (z, goal) in goals.items():
+            # The layers have no bias; one that was fitted is part of the running mean of the batch norm behind.
+            norm = re.sub(r"conv(\d)$", r"norm\1", name).replace("shortcut.0", "shortcut.1")
+            shift = (dense.get_submodule(norm).running_mean - model.get_submodule(norm).running_mean).view(-1, 1, 1)
+            with torch.inference_mode():
+                found = {"dense": model.get_submodule(name)(z), "own": outputs[name][1]}
+            for inputs, output in found.items():
+                wrong[inputs, name] = wrong.get((inputs, name), 0.0) + float((output + shift - goal).double().square().sum())
+            energy[name] = energy.get(name, 0.0) + float(goal.double().square().sum())
+    first, second = (mean((wrong[inputs, name] / energy[name]) ** 0.5 for name in energy) for inputs in ("dense", "own"))
+    return first, second
+
+
+def _inside(model: nn.Module, layers: Iterable[str], batch: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and outputs of layers while the model runs."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str) -> RemovableHandle:
+        hook = model.get_submodule(name).register_forward_hook
+        return hook(lambda _, args, output: seen.__setitem__(name, (args[0], output)))
+
+    handles = [note(name) for name in layers]
+    try:
+        with torch.inference_mode():
+            model.eval()(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def calibration(data: Data, seed: int, count: int = 400, batch: int = 50) -> list[Tensor]:
