@@ -75,3 +75,4 @@ bench-gpu: $(READY)
 	$(RUN) benchmarks/gpu/linear.py
 	$(RUN) benchmarks/gpu/block.py
 	$(RUN) benchmarks/gpu/windows.py
+	$(RUN) benchmarks/gpu/linear.py --grid
