@@ -186,6 +186,24 @@ def test_the_law_says_where_each_method_breaks() -> None:
     assert "line [0.50, 1.50, 0.50]" in page and 'x-axis "v_w" ["10.0 %", "30.0 %", "40.0 %"]' in page
 
 
+def test_least_squares_is_judged_against_adam_by_conversion() -> None:
+    from sections.pruning import gradient_against_least_squares
+
+    def conversion(to: str, method: str, seed: int, error: float, seconds: float) -> dict[str, Any]:
+        errors = {"held_out_error": error, "held_out_error_own_inputs": 2 * error}
+        return rows_of(origin="dense", to=to, method=method, seed=seed, cpu_seconds=seconds, **errors)
+
+    adam, same, default = "adaprune (a), Adam", "adaprune (b), same mask and inputs", "adaprune (b), default"
+    rows = [conversion("2:4", adam, seed, 0.2 + 0.02 * seed, 40.0) for seed in (0, 1)]
+    rows += [conversion("2:4", same, 0, 0.2, 4.0), conversion("2:4", default, 0, 0.3, 5.0)]
+    rows += [conversion("4:8", same, 0, 0.1, 1.0)]  # nothing to compare with
+    page = "".join(gradient_against_least_squares(rows))
+    assert "| dense -> 2:4 | 2 | 0.2100 ± 0.0141 | 0.2000 | 0.4200 ± 0.0283 | 0.6000 | 40.0 ± 0.0 | 4.0 | 5.0 |" in page
+    assert "* dense -> 2:4, (b): lower error than (a): met; in a tenth of its time: 10 times as fast, met." in page
+    assert "(b) by default: lower error than (a): **missed**; in a tenth of its time: 8 times as fast, **missed**." in page
+    assert "4:8" not in page and gradient_against_least_squares(rows[-1:]) == []
+
+
 @pytest.mark.parametrize(("ours", "met"), [(0.2, "met"), (0.3, "**missed**")])
 def test_a_layer_is_compared_with_the_same_method_of_others(ours: float, met: str) -> None:
     from sections.pruning import peers
