@@ -41,7 +41,7 @@ test-slow: $(READY)
 	$(RUN) -m pytest -m "slow and not gpu"
 
 test-gpu: $(READY)
-	$(RUN) -m pytest -m gpu
+	$(RUN) -m pytest -m gpu -rs
 
 test-transformers-4: $(VENV_4)/ready
 	$(VENV_4)/bin/python -m pytest -m "transformers and not gpu"
