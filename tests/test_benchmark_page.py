@@ -168,7 +168,7 @@ def test_the_solver_benchmark_runs_resumes_and_fills_the_page(tmp_path: Path) ->
 
 
 def law_row(density: int, method: str | None, accuracy: float, violated: float = 0.0) -> dict[str, Any]:
-    budget = {"side": 14, "epochs": 5, "tuning": 100, "test_images": 200}
+    budget = {"side": 14, "epochs": 5, "tuning": 100, "test_images": 200, "dtype": "bfloat16"}
     to = None if method is None else "2:4"
     return rows_of(**budget, origin_density=density, to=to, method=method, accuracy=accuracy, violated_weights=violated)
 

@@ -37,7 +37,7 @@ def main() -> None:
         origin = None if density == 100 else f"{density}%"
         with rows.new({**budget, "origin_density": density, "to": None}) as row:
             if row is not None:
-                row["accuracy"] = accuracy(trained(how, data, origin), data)
+                row["accuracy"] = accuracy(trained(how, data, origin), data, how.dtype)
         for to in options.patterns:
             for name in options.methods:
                 for seed in range(1 if options.quick else options.seeds):
@@ -49,7 +49,7 @@ def main() -> None:
                         model, figures = converted(trained(how, data, origin), to, name, batches, data.test_inputs)
                         row |= figures
                         reestimate_batch_norms_(model, batches)
-                        row["accuracy"] = accuracy(model, data)
+                        row["accuracy"] = accuracy(model, data, how.dtype)
 
 
 if __name__ == "__main__":

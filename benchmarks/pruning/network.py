@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
@@ -39,28 +40,31 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--tuning", type=int, default=60_000, help="images that a sparse network to convert is trained on")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of training")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of training and judging")
     parser.add_argument("--quick", action="store_true", help="512 small images, 1 epoch, 1 seed: does it run?")
 
 
-def opened(options: Namespace) -> tuple[Data, Training, dict[str, int]]:
+def opened(options: Namespace) -> tuple[Data, Training, dict[str, int | str]]:
     """The data, how networks are trained on it, and the budget as columns of a row."""
     if options.quick:
         images, tests, side = QUICK
-        budget = {"side": side, "test_images": tests, "epochs": 1, "tuning": images}
+        budget = {"side": side, "test_images": tests, "epochs": 1, "tuning": images, "dtype": options.dtype}
         return fashion_mnist(options.data, *QUICK), Training(options.cache, 1, images, options.dtype), budget
     data = fashion_mnist(options.data, 60_000, options.test_images, options.side)
-    budget = {"side": options.side, "test_images": options.test_images, "epochs": options.epochs, "tuning": options.tuning}
+    budget = {
+        "side": options.side, "test_images": options.test_images, "epochs": options.epochs, "tuning": options.tuning,
+        "dtype": options.dtype,
+    }  # fmt: skip
     return data, Training(options.cache, options.epochs, options.tuning, options.dtype), budget
 
 
-def accuracy(model: nn.Module, data: Data, batch: int = 500) -> float:
-    """Top-1 on the test images, in per cent."""
-    model.eval()
+def accuracy(model: nn.Module, data: Data, dtype: str, batch: int = 100) -> float:
+    """Top-1 on the test images, in per cent, in the precision of training."""
+    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
     right = 0
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         for images, labels in zip(data.test_inputs.split(batch), data.test_labels.split(batch), strict=True):
-            right += int((model(images).argmax(1) == labels).sum())
+            right += int((model(images.contiguous(memory_format=torch.channels_last)).argmax(1) == labels).sum())
     return 100 * right / len(data.test_labels)
 
 

@@ -82,7 +82,7 @@ def main() -> None:
     for origin in dict.fromkeys(origin for origin, to in ROUTES if to in options.patterns):
         with rows.new({**budget, "origin": origin or "dense", "to": None}) as row:
             if row is not None:
-                row["accuracy"] = accuracy(trained(how, data, origin), data)
+                row["accuracy"] = accuracy(trained(how, data, origin), data, how.dtype)
     for seed in range(1 if options.quick else options.seeds):
         batches = calibration(data, seed)
         for origin, to in ROUTES:
@@ -96,11 +96,11 @@ def main() -> None:
                 model, figures = converted(trained(how, data, origin), to, name, batches, data.test_inputs)
                 with rows.new({**key, "batch_norms": "as they were"}) as row:
                     if row is not None:
-                        row |= {"accuracy": accuracy(model, data), **figures}
+                        row |= {"accuracy": accuracy(model, data, how.dtype), **figures}
                 reestimate_batch_norms_(model, batches)
                 with rows.new({**key, "batch_norms": "re-estimated"}) as row:
                     if row is not None:
-                        row |= {"accuracy": accuracy(model, data), **figures}
+                        row |= {"accuracy": accuracy(model, data, how.dtype), **figures}
 
 
 if __name__ == "__main__":

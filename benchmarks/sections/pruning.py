@@ -193,7 +193,8 @@ def budget(row: Row) -> str:
     """What the networks were trained and judged on, in a sentence."""
     return (
         f"ResNet-20 on Fashion-MNIST at {row['side']} x {row['side']} pixels, trained for {row['epochs']} epochs; sparse "
-        f"ones for one more epoch on {row['tuning']:,} images; judged on {row['test_images']:,} test images."
+        f"ones for one more epoch on {row['tuning']:,} images; judged on {row['test_images']:,} test images, "
+        f"all in {row['dtype']}; conversion in float32."
     )
 
 
