@@ -181,7 +181,9 @@ def test_the_law_says_where_each_method_breaks() -> None:
         rows += [law_row(density, "one", 90 - lost, violated), law_row(density, "two", 90.0, violated)]
     page = "".join(law(rows))
     # A later point that holds does not mend the curve.
-    assert "one: loses at most 1 point up to v_w = 10.0 %, breaks at 30.0 %" in page
+    assert (
+        "one: loses at most 1 point up to v_w = 10.0 %, breaks at 30.0 %; up to the paper's 10 % it loses at most 0.50." in page
+    )
     assert "two: loses at most 1 point up to v_w = 40.0 %, does not break" in page
     assert "line [0.50, 1.50, 0.50]" in page and 'x-axis "v_w" ["10.0 %", "30.0 %", "40.0 %"]' in page
 
