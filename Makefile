@@ -14,12 +14,14 @@ READY := $(VENV)/ready
 SET_UP := tools/set_up.py
 # 4.57 is the last transformers before 5; its tests get an environment of their own.
 VENV_4 := .venv-transformers-4
+# 3.6 is the oldest Triton that the kernels are written for; likewise.
+VENV_TRITON := .venv-oldest-triton
 
-.PHONY: help setup demo test test-slow test-gpu test-transformers-4 check fix bench bench-gpu
+.PHONY: help setup demo test test-slow test-gpu test-transformers-4 test-oldest-triton check fix bench bench-gpu
 
 help:
 	@echo "make demo       prune all-MiniLM-L6-v2 to five patterns, check them, and make a report to look at"
-	@echo "make test       the tests; test-slow, test-gpu and test-transformers-4 are the others"
+	@echo "make test       the tests; test-slow, test-gpu, test-transformers-4 and test-oldest-triton are the others"
 	@echo "make check      format, lint, types, import contract, doctests, documentation"
 	@echo "make fix        format and repair what can be repaired, and write the generated pages anew"
 	@echo "make bench      the solver benchmark; bench-gpu is the GPU's"
@@ -41,13 +43,20 @@ test-slow: $(READY)
 	$(RUN) -m pytest -m "slow and not gpu"
 
 test-gpu: $(READY)
-	$(RUN) -m pytest -m gpu
+	$(RUN) -m pytest -m gpu -rs
 
 test-transformers-4: $(VENV_4)/ready
 	$(VENV_4)/bin/python -m pytest -m "transformers and not gpu"
 
 $(VENV_4)/ready: pyproject.toml $(SET_UP)
 	$(PYTHON) $(SET_UP) $(VENV_4) --torch-index "$(TORCH_INDEX)" --with "transformers==4.57.*"
+	@touch $@
+
+test-oldest-triton: $(VENV_TRITON)/ready
+	$(VENV_TRITON)/bin/python -m pytest -m "not gpu" tests/test_kernels_cuda.py tests/test_kernels_values.py
+
+$(VENV_TRITON)/ready: pyproject.toml $(SET_UP)
+	$(PYTHON) $(SET_UP) $(VENV_TRITON) --torch-index "$(TORCH_INDEX)" --with "triton==3.6.*"
 	@touch $@
 
 check: $(READY)
@@ -75,3 +84,4 @@ bench-gpu: $(READY)
 	$(RUN) benchmarks/gpu/linear.py
 	$(RUN) benchmarks/gpu/block.py
 	$(RUN) benchmarks/gpu/windows.py
+	$(RUN) benchmarks/gpu/linear.py --grid

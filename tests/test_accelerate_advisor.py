@@ -16,6 +16,14 @@ CPU = torch.device("cpu")
 SIZES, TOKENS = (512, 1024, 4096), (64, 1024, 16384)
 
 
+@pytest.fixture(autouse=True)
+def _without_a_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The advice of these tests is that of a machine without one, also where there is one, and where grids were measured.
+    if request.node.get_closest_marker("gpu") is None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(advisor, "stored_grids", dict)
+
+
 def law(rows: int, columns: int, tokens: int, factor: float) -> float:
     """A time that is a product of powers, which interpolation in logarithms must hit exactly."""
     return factor * rows**0.9 * columns**1.1 * tokens**0.8 * 1e-9
@@ -117,8 +125,7 @@ def test_advice_from_a_grid_and_what_accelerate_makes_of_it() -> None:
     assert len(accelerate_(model, "reference", advice=advice)) == 2
 
 
-def test_without_device_and_grid_only_what_is_exact_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(advisor, "stored_grids", dict)
+def test_without_device_and_grid_only_what_is_exact_is_said() -> None:
     model = mlp().eval()
     advice = advise(model, 16)
     assert advice.source == "exact" and advice.speedup is None
@@ -205,9 +212,8 @@ def test_wrong_arguments() -> None:
     for tokens in (0, -1, 1.5, True):
         with pytest.raises(ValueError, match="expected the number of rows"):
             advise_shapes([], tokens)  # type: ignore[arg-type]
-    if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="no CUDA device here"):
-            advise_shapes([], 8, device="cuda")
+    with pytest.raises(ValueError, match="no CUDA device here"):
+        advise_shapes([], 8, device="cuda")
 
 
 def test_a_model_in_sparse_training_is_judged_by_its_masks() -> None:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import bisparse
+from bisparse.accelerate import advisor
 from bisparse.cli import app
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals")
@@ -34,6 +35,13 @@ def run_json(*arguments: object) -> tuple[int, dict[str, object]]:
     """A command with --json: standard output must be one JSON document."""
     result = run(*arguments, "--json")
     return result.exit_code, json.loads(result.stdout)
+
+
+@pytest.fixture(autouse=True)
+def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What `bench` says here is what it says on a machine without one, also where there is one, and where grids were measured.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(advisor, "stored_grids", dict)
 
 
 @pytest.fixture

@@ -139,12 +139,12 @@ def test_a_broken_expression_is_an_error() -> None:
 # ---- reasons ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["lm_head", "model.classifier", "head", "fc", "fc.weight", "decoder.LM_HEAD"])
+@pytest.mark.parametrize("name", ["lm_head", "model.classifier", "head", "fc", "fc.weight", "decoder.LM_HEAD", "_fc"])
 def test_heads_go_by_name(name: str) -> None:
     assert (reason := head_reason(name)) and "output head" in reason
 
 
-@pytest.mark.parametrize("name", ["layers.0.fc1", "heads", "head.0", "classifier_norm", "", "score_net"])
+@pytest.mark.parametrize("name", ["layers.0.fc1", "heads", "head.0", "classifier_norm", "", "score_net", "_fc1"])
 def test_the_last_linear_of_another_name_is_no_head(name: str) -> None:
     assert head_reason(name) is None
 

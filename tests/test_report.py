@@ -435,10 +435,13 @@ def test_figures_of_a_job_with_data_stand_in_the_table(tmp_path: Path) -> None:
     for layer in report:
         cells = dict(zip(head, page.row(layer.name), strict=True))
         assert cells["Violation"] == f"{100 * layer.violated_weights:.1f} %"
+        assert cells["Groups violated"] == f"{100 * layer.violated_blocks:.1f} %"
         assert cells["Error masked"] == f"{100 * layer.error_before:.1f} %"
         assert cells["Output error"] == f"{100 * layer.error:.1f} %"
         assert cells["Damping"] == f"{layer.damping:g}"
 
 
 def test_columns_that_no_layer_has_a_figure_for_are_left_out(page: Page) -> None:
-    assert not {"Violation", "Error masked", "Output error", "Damping"} & {cell.strip() for row in page.rows for cell in row}
+    assert not {"Violation", "Groups violated", "Error masked", "Output error", "Damping"} & {
+        cell.strip() for row in page.rows for cell in row
+    }

@@ -9,15 +9,13 @@ they are, the less of them the pattern violates. Rows: benchmarks/results/prunin
 from __future__ import annotations
 
 import argparse
-import copy
-import time
 from pathlib import Path
 
-from experiment import Rows, measured
+from experiment import Rows
 from network import accuracy, arguments, calibration, opened, trained
-from resnet import METHODS
+from resnet import converted
 
-from bisparse.pruning import convert_, reestimate_batch_norms_
+from bisparse.pruning import reestimate_batch_norms_
 from record import RESULTS
 
 DENSITIES = (100, 90, 80, 70, 60, 50, 45, 40, 35, 30, 20, 10)
@@ -39,25 +37,19 @@ def main() -> None:
         origin = None if density == 100 else f"{density}%"
         with rows.new({**budget, "origin_density": density, "to": None}) as row:
             if row is not None:
-                row["accuracy"] = accuracy(trained(how, data, origin), data)
+                row["accuracy"] = accuracy(trained(how, data, origin), data, how.dtype)
         for to in options.patterns:
             for name in options.methods:
-                method, order = METHODS[name]
                 for seed in range(1 if options.quick else options.seeds):
-                    key = {**budget, "origin_density": density, "to": to, "method": name}
-                    key["seed"] = seed if method.needs else None
+                    key = {**budget, "origin_density": density, "to": to, "method": name, "seed": seed}
                     with rows.new(key) as row:
                         if row is None:
                             continue
                         batches = calibration(data, seed)
-                        model = copy.deepcopy(trained(how, data, origin))
-                        started = time.perf_counter()
-                        report = convert_(model, to, batches, method=method, order=order)
-                        row |= measured(report, time.perf_counter() - started)
-                        row["violated_weights"] = sum(x.violated_weights * x.size for x in report) / report.weights
-                        row["violated_blocks"] = sum(x.violated_blocks * x.size for x in report) / report.weights
+                        model, figures = converted(trained(how, data, origin), to, name, batches, data.test_inputs)
+                        row |= figures
                         reestimate_batch_norms_(model, batches)
-                        row["accuracy"] = accuracy(model, data)
+                        row["accuracy"] = accuracy(model, data, how.dtype)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import re
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 from bisparse import prune_
 from bisparse.pruning import reestimate_batch_norms_
@@ -35,28 +40,31 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--test-images", type=int, default=10_000)
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--tuning", type=int, default=60_000, help="images that a sparse network to convert is trained on")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of training")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of training and judging")
     parser.add_argument("--quick", action="store_true", help="512 small images, 1 epoch, 1 seed: does it run?")
 
 
-def opened(options: Namespace) -> tuple[Data, Training, dict[str, int]]:
+def opened(options: Namespace) -> tuple[Data, Training, dict[str, int | str]]:
     """The data, how networks are trained on it, and the budget as columns of a row."""
     if options.quick:
         images, tests, side = QUICK
-        budget = {"side": side, "test_images": tests, "epochs": 1, "tuning": images}
+        budget = {"side": side, "test_images": tests, "epochs": 1, "tuning": images, "dtype": options.dtype}
         return fashion_mnist(options.data, *QUICK), Training(options.cache, 1, images, options.dtype), budget
     data = fashion_mnist(options.data, 60_000, options.test_images, options.side)
-    budget = {"side": options.side, "test_images": options.test_images, "epochs": options.epochs, "tuning": options.tuning}
+    budget = {
+        "side": options.side, "test_images": options.test_images, "epochs": options.epochs, "tuning": options.tuning,
+        "dtype": options.dtype,
+    }  # fmt: skip
     return data, Training(options.cache, options.epochs, options.tuning, options.dtype), budget
 
 
-def accuracy(model: nn.Module, data: Data, batch: int = 500) -> float:
-    """Top-1 on the test images, in per cent."""
-    model.eval()
+def accuracy(model: nn.Module, data: Data, dtype: str, batch: int = 100) -> float:
+    """Top-1 on the test images, in per cent, in the precision of training."""
+    model = copy.deepcopy(model).eval().to(memory_format=torch.channels_last)
     right = 0
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
         for images, labels in zip(data.test_inputs.split(batch), data.test_labels.split(batch), strict=True):
-            right += int((model(images).argmax(1) == labels).sum())
+            right += int((model(images.contiguous(memory_format=torch.channels_last)).argmax(1) == labels).sum())
     return 100 * right / len(data.test_labels)
 
 
@@ -120,6 +128,47 @@ def fit(model: nn.Module, data: Data, epochs: int, rate: float, dtype: str, mask
                 for name, mask in (masks or {}).items():
                     parameters[name].mul_(mask)
     model.to(memory_format=torch.contiguous_format)
+
+
+def held_out_errors(dense: nn.Module, model: nn.Module, layers: Iterable[str], images: Tensor) -> tuple[float, float]:
+    """Mean over the layers of the relative error of their outputs on images, before batch norms are re-estimated.
+
+    Returns:
+        Given the dense network's inputs, and given those that the converted network has there itself.
+    """
+    wrong: dict[tuple[str, str], float] = {}
+    energy: dict[str, float] = {}
+    for batch in images.split(100):
+        goals, outputs = _inside(dense, layers, batch), _inside(model, layers, batch)
+        for name, (z, goal) in goals.items():
+            # The layers have no bias; one that was fitted is part of the running mean of the batch norm behind.
+            norm = re.sub(r"conv(\d)$", r"norm\1", name).replace("shortcut.0", "shortcut.1")
+            shift = (dense.get_submodule(norm).running_mean - model.get_submodule(norm).running_mean).view(-1, 1, 1)
+            with torch.inference_mode():
+                found = {"dense": model.get_submodule(name)(z), "own": outputs[name][1]}
+            for inputs, output in found.items():
+                wrong[inputs, name] = wrong.get((inputs, name), 0.0) + float((output + shift - goal).double().square().sum())
+            energy[name] = energy.get(name, 0.0) + float(goal.double().square().sum())
+    first, second = (mean((wrong[inputs, name] / energy[name]) ** 0.5 for name in energy) for inputs in ("dense", "own"))
+    return first, second
+
+
+def _inside(model: nn.Module, layers: Iterable[str], batch: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and outputs of layers while the model runs."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str) -> RemovableHandle:
+        hook = model.get_submodule(name).register_forward_hook
+        return hook(lambda _, args, output: seen.__setitem__(name, (args[0], output)))
+
+    handles = [note(name) for name in layers]
+    try:
+        with torch.inference_mode():
+            model.eval()(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
 
 
 def calibration(data: Data, seed: int, count: int = 400, batch: int = 50) -> list[Tensor]:

@@ -69,7 +69,8 @@ def matches(chosen: Filter, name: str, module: nn.Module) -> bool:
 
 def head_reason(name: str) -> str | None:
     """Why a layer of this name stays dense by default, or None."""
-    last = name.removesuffix(".weight").rsplit(".", 1)[-1].lower()
+    # Private attributes count as what they are: EfficientNet's head is `_fc`.
+    last = name.removesuffix(".weight").rsplit(".", 1)[-1].lower().strip("_")
     if last in HEAD_NAMES:
         return f"output head (its name ends in '{last}'); include it by name to prune it"
     return None

@@ -75,13 +75,13 @@ class GradientAdaPrune(Method):
             if bias is not None:
                 groups.append({"params": [bias], "lr": self.bias_rate})
             optimizer = torch.optim.Adam(groups)
-            dense_bias = None if problem.bias is None else problem.bias.float()
+            # The dense outputs are kept, as the paper's code does, instead of made again at every step.
+            goals = [_dense_outputs(problem, pool, weight.device) for pool in pools]
             for _ in range(self.steps):
-                pool = pools[int(torch.randint(len(pools), (1,), generator=generator))]
+                chosen = int(torch.randint(len(pools), (1,), generator=generator))
+                pool = pools[chosen]
                 index = torch.randint(pool.shape[0], (min(self.batch_size, pool.shape[0]),), generator=generator)
-                x = pool[index].float().to(weight.device)
-                with torch.no_grad():
-                    goal = problem.output(x, problem.weight.float(), dense_bias)
+                x, goal = (kind[index].float().to(weight.device) for kind in (pool, goals[chosen]))
                 loss = torch.nn.functional.mse_loss(problem.output(x, kept * mask, bias), goal)
                 optimizer.zero_grad()
                 loss.backward()
@@ -89,6 +89,13 @@ class GradientAdaPrune(Method):
                 with torch.no_grad():
                     kept.mul_(mask)
         return kept.detach(), None if bias is None else bias.detach()
+
+
+@torch.no_grad()
+def _dense_outputs(problem: LayerProblem, inputs: Tensor, device: torch.device) -> Tensor:
+    assert problem.output is not None
+    bias = None if problem.bias is None else problem.bias.float()
+    return torch.cat([problem.output(x.float().to(device), problem.weight.float(), bias).cpu() for x in inputs.split(64)])
 
 
 def _measured_error(problem: LayerProblem, inputs: tuple[Tensor, ...], weight: Tensor, bias: Tensor) -> float:

@@ -100,7 +100,7 @@ def write_report(
         chart=chart_of_layers([figures], [gaussian]),
         mixed=len({layer.pattern for layer in report}) > 1,
         has_output_error=any(layer.error is not None for layer in report),
-        has_violation=any(layer.violated_weights is not None for layer in report),
+        has_violation=any(layer.violated_blocks is not None for layer in report),
         has_damping=any(layer.damping is not None for layer in report),
         hero=pictures[len(pictures) // 2] if pictures else None,
         pictures=pictures,
