@@ -190,7 +190,7 @@ class Sparsity:
                 if decay == 0.0:
                     continue
                 weight = local(layer.weight.detach())
-                pruned = torch.where(layer.local_mask, 0, weight)
+                pruned = weight * ~layer.local_mask
                 if self.method == "sr-ste":
                     weight.sub_(pruned, alpha=float(rates[id(layer.weight)]) * decay)
                 else:
