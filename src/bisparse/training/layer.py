@@ -103,7 +103,8 @@ class SparseLayer:
 
     def mask_changed(self) -> None:
         """Tell the module, where it keeps something that it made from the mask."""
-        if isinstance(self.module, Accelerated):
+        # The name first: isinstance with a protocol looks every method up each time, which counts where layers are small.
+        if hasattr(self.module, "mask_changed") and isinstance(self.module, Accelerated):
             self.module.mask_changed()
 
     @property

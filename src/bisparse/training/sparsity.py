@@ -22,6 +22,7 @@ from bisparse.results import LayerResult, PruneReport
 from bisparse.solution import verify
 from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
+from bisparse.tiles import from_matrices
 from bisparse.training.change import MaskChange, as_metrics, measure_change
 from bisparse.training.layer import SparseLayer, local
 from bisparse.training.ranks import check_ranks_agree, ranks
@@ -243,8 +244,9 @@ class Sparsity:
         measured = bool(self.measure_every) and (self.refreshes - 1) % max(1, self.measure_every // self.refresh_every) == 0
         solver = self.search.solver
         for layer in layers:
-            mask, scores = found[layer.name]
+            mask, matrices = found[layer.name]
             if measured:
+                scores = from_matrices(matrices, layer.layout, mask.shape)
                 optimal = not layer.transposable or (solver or choose_solver(layer.pattern)).exact
                 old = layer.mask.to(mask.device)
                 self.changes[layer.name] = measure_change(layer, self.step, old, mask, scores, optimal=optimal)
