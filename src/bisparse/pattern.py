@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from jaxtyping import Bool, Int
@@ -180,6 +181,11 @@ def parse_pattern(text: str | Structure) -> Structure:
         return text
     if not isinstance(text, str):
         raise ValueError(f"pattern {text!r}: expected a text such as {_FORMS}")
+    return _parse_text(text)
+
+
+@lru_cache
+def _parse_text(text: str) -> Structure:
     stripped = text.strip()
     if percent := re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", stripped):
         return Unstructured(float(percent[1]) / 100)

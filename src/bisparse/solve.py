@@ -95,7 +95,8 @@ def solve(
     except BadScoreError:
         check_scores(scores)  # says where in the caller's own tensor
         raise
-    mask = from_matrices(mask.view(padded.shape)[:, :rows, :columns], layout, scores.shape)
+    mask = mask.view(padded.shape)
+    mask = from_matrices(mask if padded is matrices else mask[:, :rows, :columns], layout, scores.shape)
     return Solution(mask, scores, pattern, layout, solver.exactly, certificate)
 
 

@@ -41,6 +41,16 @@ class LayoutKind(StrEnum):
     """(E, O, I): a mixture's experts in one parameter; a matrix an expert."""
 
 
+DIMENSIONS = {
+    LayoutKind.LINEAR: (2,),
+    LayoutKind.TRANSPOSED: (2,),
+    LayoutKind.CONV: (3, 4, 5),
+    LayoutKind.PACKED: (2,),
+    LayoutKind.EXPERTS: (3,),
+}
+"""How many dimensions a weight of each layout may have."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """The layout of one parameter; `groups` for convolutions, `parts` for packed projections."""
@@ -103,18 +113,11 @@ def from_matrices(
 
 
 def _check_layout(shape: tuple[int, ...], layout: Layout) -> None:
-    kind, ndim = layout.kind, len(shape)
-    expected = {
-        LayoutKind.LINEAR: (2,),
-        LayoutKind.TRANSPOSED: (2,),
-        LayoutKind.PACKED: (2,),
-        LayoutKind.EXPERTS: (3,),
-        LayoutKind.CONV: (3, 4, 5),
-    }
-    if ndim not in expected[kind]:
+    kind = layout.kind
+    if len(shape) not in DIMENSIONS[kind]:
         raise ValueError(
             f"a weight of shape {shape} cannot have the layout '{kind}', "
-            f"which needs {' or '.join(map(str, expected[kind]))} dimensions"
+            f"which needs {' or '.join(map(str, DIMENSIONS[kind]))} dimensions"
         )
     divisor = layout.groups if kind is LayoutKind.CONV else layout.parts
     if divisor < 1 or shape[0] % divisor:

@@ -3,6 +3,8 @@
 Idea: prices of all tiles at once, one tile a lane, by sorting networks on 16-bit scores; then, tile by tile, the exact mask
 those prices ask for on 24-bit scores; then shortest augmenting paths for the tiles left unbalanced. See `reference` for the
 algorithm in plain torch, `vectors` for the instructions, `middle` for 2:4.
+
+Nothing is left to torch's own threads: they spin for a while after their work and take the cores from ours.
 """
 
 from __future__ import annotations
@@ -14,7 +16,19 @@ from numba import njit
 from bisparse.kernels import ops
 from bisparse.kernels import vectors as vec
 from bisparse.kernels.general import solve_integers
-from bisparse.kernels.middle import WIDTH, best_at_most_2, best_exactly_2, mask_bits, row_bytes, spans_too_far
+from bisparse.kernels.memory import LARGE, empty
+from bisparse.kernels.middle import (
+    FEW,
+    WIDTH,
+    best_at_most_2,
+    best_exactly_2,
+    fence,
+    fetch_ahead,
+    mask_bits,
+    spans_too_far,
+    store_masks,
+    store_masks_past_caches,
+)  # fmt: skip
 from bisparse.kernels.networks import sorting_network
 from bisparse.kernels.prices import balance_prices, coarsen_prices, refine_prices, rescale_prices
 from bisparse.kernels.repair import repair
@@ -170,24 +184,29 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
 
 
 @njit(nogil=True, cache=True)
-def middle_tiles(scores, offset, stride, count, codes, flags, table, exactly, extremes):  # type: ignore[no-untyped-def]
-    """2:4-T of `count` tiles side by side, at least `WIDTH`: their masks as bits, to `codes`. Does `flags` name coarse ones?"""
+def middle_tiles(scores, offset, ahead, stride, count, codes, flags, table, exactly, extremes):  # type: ignore[no-untyped-def]
+    """2:4-T of `count` tiles side by side, at least `WIDTH`: their masks as bits, to `codes`. Does `flags` name coarse ones?
+
+    What comes next is at `ahead`: four rows far apart are more streams than the processor follows by itself.
+    """
     vec.never_inline()
-    extremes[:WIDTH] = SMALL
+    extremes[:WIDTH] = FEW
     if exactly:
         for t in range(0, count, WIDTH):
             k = min(t, count - WIDTH)  # the last call overlaps with the one before
+            fetch_ahead(scores, ahead + 4 * k, stride)
             best_exactly_2(scores, offset + 4 * k, stride, codes, k, extremes)
     else:
         for t in range(0, count, WIDTH):
             k = min(t, count - WIDTH)
+            fetch_ahead(scores, ahead + 4 * k, stride)
             best_at_most_2(scores, offset + 4 * k, stride, codes, k, extremes)
     for t in range(count):
         codes[t] = table[codes[t]]
-    least = np.int32(SMALL)
+    least = np.int32(FEW)
     for k in range(WIDTH):
         least = min(least, extremes[k])
-    if least == SMALL:
+    if least == FEW:
         return False
     for t in range(0, count, WIDTH):
         k = min(t, count - WIDTH)
@@ -196,7 +215,7 @@ def middle_tiles(scores, offset, stride, count, codes, flags, table, exactly, ex
 
 
 @njit(nogil=True, cache=True)
-def middle_band(scores, columns, mask, coarse, table, exactly, first, last):  # type: ignore[no-untyped-def]
+def middle_band(scores, columns, mask, past_caches, coarse, table, exactly, first, last):  # type: ignore[no-untyped-def]
     """2:4-T of bands first..last of four rows; `mask` is seen as one uint32 for four entries. Largest bit pattern seen."""
     codes, flags = np.empty(MIDDLE_CHUNK, np.int32), np.empty(MIDDLE_CHUNK, np.int32)
     extremes = np.zeros(2 * WIDTH, np.int32)
@@ -206,14 +225,17 @@ def middle_band(scores, columns, mask, coarse, table, exactly, first, last):  # 
             start = min(chunk, across - WIDTH)
             count = min(MIDDLE_CHUNK, across - start)
             offset = 4 * (band * columns + start)
-            if middle_tiles(scores, offset, columns, count, codes, flags, table, exactly, extremes):
+            ahead = offset + 4 * count if start + count < across else 4 * (band + 1) * columns
+            if middle_tiles(scores, offset, ahead, columns, count, codes, flags, table, exactly, extremes):
                 for t in range(count):
                     coarse[band * across + start + t] = flags[t] != 0
-            first_row, second_row = mask[4 * band, start:], mask[4 * band + 1, start:]
-            third_row, fourth_row = mask[4 * band + 2, start:], mask[4 * band + 3, start:]
-            for t in range(count):
-                first_row[t], second_row[t] = row_bytes(codes[t], 0), row_bytes(codes[t], 1)
-                third_row[t], fourth_row[t] = row_bytes(codes[t], 2), row_bytes(codes[t], 3)
+            for t in range(0, count, WIDTH):
+                k = min(t, count - WIDTH)
+                if past_caches:
+                    store_masks_past_caches(codes, k, mask, 4 * band * across + start + k, across)
+                else:
+                    store_masks(codes, k, mask, 4 * band * across + start + k, across)
+    fence()
     worst = np.int64(0)
     for k in range(WIDTH):
         worst = max(worst, np.int64(extremes[WIDTH + k]) & 0xFFFFFFFF)
@@ -244,49 +266,44 @@ def _check(worst: list[int], scores: torch.Tensor) -> bool:
     return False  # only -0.0
 
 
-def _empty(shape: tuple[int, ...], dtype: type[np.generic]) -> torch.Tensor:
-    """By numpy, which asks for huge pages: faults on 4 KiB pages can take longer than the search of a large matrix.
-
-    Nothing in this file is left to torch's own threads: they spin for a while after their work and take the cores from ours.
-    """
-    return torch.from_numpy(np.empty(shape, dtype))
-
-
 def keep_largest(groups: torch.Tensor, n: int) -> torch.Tensor:
     """`ops.keep_largest` on CPU."""
     if groups.dtype in (torch.float16, torch.bfloat16):
         groups = groups.float()
-    numbers, mask = groups.contiguous().numpy(), _empty(tuple(groups.shape), np.bool_)
-    out, m = mask.numpy(), max(groups.shape[1], 1)
-    over_bands(lambda first, last: int(largest_band(numbers, n, out, first, last)), len(groups), 1, max(1, 65536 // m))
-    return mask
+    numbers = groups.contiguous().numpy()
+    mask = empty(numbers.shape, np.bool_)
+    worth = max(1, 65536 // max(groups.shape[1], 1))
+    over_bands(lambda first, last: int(largest_band(numbers, n, mask, first, last)), len(groups), 1, worth)
+    return torch.from_numpy(mask)
 
 
 def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.exact_mask` on CPU."""
     if (n, m) != (2, 4):
-        mask, _, exponent = exact_solve(scores, n, m, exactly, None, None)
-        return mask, exponent == ops.COARSE
+        solved, _, exponent = exact_solve(scores, n, m, exactly, None, None)
+        return solved, exponent == ops.COARSE
     rows, columns = scores.shape
-    scores = scores.contiguous()
+    wide = scores.contiguous().numpy()
     # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
     beside = columns < 4 * MIDDLE_CHUNK
-    wide = scores.view(rows // 4, 4, columns).transpose(0, 1).reshape(4, -1) if beside else scores
+    if beside:
+        wide = wide.reshape(rows // 4, 4, columns).swapaxes(0, 1).reshape(4, -1)
     lacking = 4 * WIDTH - wide.shape[1]
     if lacking > 0:
-        wide = torch.nn.functional.pad(wide, (0, lacking))
+        wide = np.pad(wide, ((0, 0), (0, lacking)))
     height, width = wide.shape
-    mask = _empty((height, width), np.bool_)
-    coarse = torch.from_numpy(np.zeros(height // 4 * width // 4, np.bool_))
-    numbers, packed, flags, table = wide.view(-1).numpy(), mask.numpy().view(np.uint32), coarse.numpy(), mask_bits()
+    mask, coarse = empty((height, width), np.bool_), np.zeros(height // 4 * width // 4, np.bool_)
+    numbers, packed, table = wide.reshape(-1), mask.view(np.uint32), mask_bits()
+    # What is larger than the caches would be read only to be overwritten.
+    past_caches = mask.nbytes >= LARGE and width % (4 * WIDTH) == 0 and mask.ctypes.data % (4 * WIDTH) == 0
 
     def bands_of_rows(first: int, last: int) -> int:
-        return int(middle_band(numbers, width, packed, flags, table, exactly, first, last))
+        return int(middle_band(numbers, width, packed, past_caches, coarse, table, exactly, first, last))
 
     def columns_of_one_band(first: int, last: int) -> int:
-        part = wide[:, 4 * first : 4 * last].reshape(-1).numpy()
+        part = wide[:, 4 * first : 4 * last].reshape(-1)
         rows_out = np.empty((4, last - first), np.uint32)
-        worst = middle_band(part, 4 * (last - first), rows_out, flags[first:last], table, exactly, 0, 1)
+        worst = middle_band(part, 4 * (last - first), rows_out, False, coarse[first:last], table, exactly, 0, 1)
         packed[:, first:last] = rows_out
         return int(worst)
 
@@ -299,8 +316,8 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     if lacking > 0:
         mask, coarse = mask[:, :-lacking], coarse[: -lacking // 4]
     if beside:
-        mask = mask.reshape(4, rows // 4, columns).transpose(0, 1).reshape(rows, columns)
-    return mask, coarse
+        mask = mask.reshape(4, rows // 4, columns).swapaxes(0, 1).reshape(rows, columns)
+    return torch.from_numpy(mask), torch.from_numpy(coarse)
 
 
 def exact_solve(
@@ -312,24 +329,21 @@ def exact_solve(
     rows, columns = scores.shape
     scores = scores.contiguous()
     tiles = (rows // m) * (columns // m)
-    mask = _empty((rows, columns), np.bool_)
-    prices = _empty((2, tiles, m), np.int32)
-    exponents = torch.empty(tiles, dtype=torch.int32)
+    mask, prices, exponents = empty((rows, columns), np.bool_), empty((2, tiles, m), np.int32), empty((tiles,), np.int32)
     warm = start is not None and start_exponent is not None
     if start is not None and start_exponent is not None:
-        np.copyto(prices.numpy(), start.numpy())
-        np.copyto(exponents.numpy(), start_exponent.numpy())
+        np.copyto(prices, start.numpy())
+        np.copyto(exponents, start_exponent.numpy())
     median = 2 * n == m and m in (4, 8, 16, 32)
     network = np.array([] if median else sorting_network(m), dtype=np.int64).reshape(-1, 2)
-    flat, bytes_, side = scores.view(-1).numpy(), mask.view(torch.uint8).view(-1).numpy(), (0,) * m
-    numbers, powers = prices.view(-1).numpy(), exponents.numpy()
+    flat, bytes_, numbers, side = scores.numpy().reshape(-1), mask.reshape(-1).view(np.uint8), prices.reshape(-1), (0,) * m
 
     def band(first: int, last: int) -> int:
-        return int(solve_band(flat, columns, bytes_, numbers, powers, n, int(exactly), warm, network, side, first, last))
+        return int(solve_band(flat, columns, bytes_, numbers, exponents, n, int(exactly), warm, network, side, first, last))
 
     if not _check(over_bands(band, tiles, LANES, max(LANES, 16384 // (m * m))), scores):
         return exact_solve(scores.abs(), n, m, exactly, start, start_exponent)
-    return mask, prices, exponents
+    return torch.from_numpy(mask), torch.from_numpy(prices), torch.from_numpy(exponents)
 
 
 def exact_solve_integers(

@@ -47,10 +47,11 @@ def load(b: Any, pointer: Any, offset: Any, element: ir.Type, count: int) -> Any
     return instruction
 
 
-def store(b: Any, vector: Any, pointer: Any, offset: Any) -> None:
-    """Write a vector, from `offset` entries on."""
+def store(b: Any, vector: Any, pointer: Any, offset: Any) -> Any:
+    """Write a vector, from `offset` entries on; the instruction."""
     instruction = b.store(vector, b.bitcast(b.gep(pointer, [offset]), vector.type.as_pointer()))
     instruction.align = vector.type.element.width // 8
+    return instruction
 
 
 def number(element: ir.Type, count: int, value: int) -> Any:

@@ -1,4 +1,4 @@
-"""Exact 2:4-T masks by meeting in the middle, without branches: eight tiles side by side, one a lane.
+"""Exact 2:4-T masks by meeting in the middle, without branches: tiles side by side, one a lane.
 
 A 4 x 4 tile splits into an upper and a lower pair of rows. A column profile c in {0, 1, 2}^4 with sum 4 says how much of
 each column's room of 2 the upper pair may take; the lower pair gets 2 - c. Any mask that keeps at most 2 everywhere fits
@@ -20,21 +20,38 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.extending import intrinsic
 
-from bisparse.kernels.llvm import F32, I32, I64, at, call_llvm, data_of, larger, load, number, row_of, smaller, store
+from bisparse.kernels.llvm import F32, I8, I32, I64, at, call_llvm, data_of, larger, load, number, row_of, smaller, store
 from bisparse.kernels.vectors import SMALL
 
-__all__ = ["WIDTH", "best_at_most_2", "best_exactly_2", "mask_bits", "row_bytes", "spans_too_far"]
+__all__ = [
+    "FEW",
+    "WIDTH",
+    "best_at_most_2",
+    "best_exactly_2",
+    "fence",
+    "fetch_ahead",
+    "mask_bits",
+    "spans_too_far",
+    "store_masks",
+    "store_masks_past_caches",
+]
 
-WIDTH = 8
-"""Tiles that an intrinsic takes at once."""
-LANE_OF_TILE = [0, 4, 1, 5, 2, 6, 3, 7]
-"""Tiles stay in their half of a register as they are transposed, which is cheaper, and are put in order at the end."""
-I32X8 = ir.VectorType(I32, WIDTH)
+WIDTH = 16 if get_host_cpu_features().get("avx512vl") else 8
+"""Tiles that an intrinsic takes at once: as many as a register of this processor has lanes."""
+FLOATS_A_LINE = 16
+"""A line of the cache has 64 bytes."""
+QUARTERS = WIDTH // 4
+"""Groups of four lanes in a register."""
+LANE_OF_TILE = [4 * (tile % QUARTERS) + tile // QUARTERS for tile in range(WIDTH)]
+"""Tiles stay in their group of four lanes as they are transposed, which is cheaper, and are put in order at the end."""
+LANES_I32 = ir.VectorType(I32, WIDTH)
 Profile = tuple[int, int, int, int] | str
 FIRST_HOLDS_0, SECOND_HOLDS_0 = "first", "second"
+FEW = 2 * SMALL << 4
 PAIRS = tuple(itertools.combinations(range(4), 2))
 
 
@@ -127,27 +144,26 @@ def _half_values(b: Any, first: list[Any], second: list[Any], code: int, exactly
 
 
 def _columns(b: Any, scores: Any, offset: Any) -> list[Any]:
-    """The four columns of one row of eight tiles, lanes in the order of `LANE_OF_TILE`."""
+    """The four columns of one row of `WIDTH` tiles, lanes in the order of `LANE_OF_TILE`."""
 
-    def halves(x: Any, y: Any, wide: bool, high: bool) -> Any:
-        place = ([2, 3, 10, 11, 6, 7, 14, 15] if high else [0, 1, 8, 9, 4, 5, 12, 13]) if wide else (
-            [2, 10, 3, 11, 6, 14, 7, 15] if high else [0, 8, 1, 9, 4, 12, 5, 13]
-        )  # fmt: skip
-        return b.shuffle_vector(x, y, ir.Constant(I32X8, place))
+    def interleaved(x: Any, y: Any, high: bool, wide: bool) -> Any:
+        """The lower or the higher half of each group of four lanes of x and of y, in turn by one lane or, `wide`, by two."""
+        half = (0, 1, WIDTH, WIDTH + 1) if wide else (0, WIDTH, 1, WIDTH + 1)
+        place = [4 * group + 2 * high + lane for group in range(QUARTERS) for lane in half]
+        return b.shuffle_vector(x, y, ir.Constant(LANES_I32, place))
 
     parts = [load(b, scores, at(b, offset, WIDTH * k), F32, WIDTH) for k in range(4)]
     (low, high), (low_after, high_after) = (
-        [halves(x, y, False, high) for high in (False, True)] for x, y in (parts[:2], parts[2:])
+        [interleaved(x, y, high, wide=False) for high in (False, True)] for x, y in (parts[:2], parts[2:])
     )
-    return [
-        halves(x, y, True, second) for x, y in ((low, low_after), (high, high_after)) for second in (False, True)
-    ]  # fmt: skip
+    pairs = ((low, low_after), (high, high_after))
+    return [interleaved(x, y, second, wide=True) for x, y in pairs for second in (False, True)]
 
 
 def _quantiser(b: Any, scores: Any, offset: Any, stride: Any) -> tuple[list[Any], Any, Any]:
-    """The 16 scores of eight tiles as floats, the bit pattern of each tile's largest, and the scale that makes it 24 bits."""
+    """The 16 scores of `WIDTH` tiles as floats, the bit pattern of each tile's largest, and the scale that makes it 24 bits."""
     floats = [column for row in range(4) for column in _columns(b, scores, row_of(b, offset, stride, row))]
-    bits = [b.bitcast(x, I32X8) for x in floats]
+    bits = [b.bitcast(x, LANES_I32) for x in floats]
     largest = reduce(lambda x, y: b.select(b.icmp_unsigned(">", x, y), x, y), bits)
     # Below 2**-104 the scale would overflow; such a tile counts as coarse.
     biased = larger(b, b.lshr(largest, number(I32, WIDTH, 23)), number(I32, WIDTH, 23))
@@ -159,14 +175,13 @@ def _best_mask(exactly: bool) -> Callable[..., Any]:
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         scores, codes, extremes = (data_of(context, b, signature, args, k) for k in (0, 3, 5))
         floats, largest, scale = _quantiser(b, scores, args[1], args[2])
-        integers = [call_llvm(b, f"llvm.lrint.v{WIDTH}i32.v{WIDTH}f32", I32X8, [b.fmul(x, scale)]) for x in floats]
-        # If one of every two scores is large, at least half are.
-        large = [larger(b, x, y) for x, y in zip(integers[:8], integers[8:], strict=True)]
+        integers = [call_llvm(b, f"llvm.lrint.v{WIDTH}i32.v{WIDTH}f32", LANES_I32, [b.fmul(x, scale)]) for x in floats]
+        q = [b.shl(x, number(I32, WIDTH, 4)) for x in integers]
         zero, width = ir.Constant(I64, 0), ir.Constant(I64, WIDTH)
-        store(b, reduce(partial(smaller, b), large, load(b, extremes, zero, I32, WIDTH)), extremes, zero)
+        pairs = [b.add(q[row + column], q[row + 4 + column]) for row in (0, 8) for column in range(4)]
+        store(b, reduce(partial(smaller, b), pairs, load(b, extremes, zero, I32, WIDTH)), extremes, zero)
         seen = load(b, extremes, width, I32, WIDTH)
         store(b, b.select(b.icmp_unsigned(">", largest, seen), largest, seen), extremes, width)
-        q = [b.shl(x, number(I32, WIDTH, 4)) for x in integers]
         upper = _half_values(b, q[0:4], q[4:8], 1, exactly)
         lower = _half_values(b, q[8:12], q[12:16], 4, exactly)
         best, where = None, number(I32, WIDTH, 0)
@@ -189,14 +204,15 @@ def _best_mask(exactly: bool) -> Callable[..., Any]:
 
 
 def _in_order(b: Any, lanes: Any) -> Any:
-    return b.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), ir.Constant(I32X8, LANE_OF_TILE))
+    return b.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), ir.Constant(LANES_I32, LANE_OF_TILE))
 
 
 @intrinsic
 def best_at_most_2(typing: Any, scores: Any, offset: Any, stride: Any, codes: Any, place: Any, extremes: Any) -> Any:
-    """The code of the best mask of eight tiles, to `codes`; the 8 + 8 lanes of `extremes` (int32) take account of the scores.
+    """The code of the best mask of `WIDTH` tiles, to `codes`; `extremes` (int32, 2 * `WIDTH`) takes account.
 
-    Lane by lane: a lower bound of a tile's eighth largest q, its minimum over the calls; and the largest bit pattern seen.
+    Lane by lane: the least sum of two scores, one above the other in a pair of rows, over the calls; and the largest bit
+    pattern seen. Where no such sum is below `FEW`, at least half of each tile's scores are `SMALL` or more.
     """
     return _best_mask(exactly=False)(typing, scores, offset, stride, codes, place, extremes)
 
@@ -208,8 +224,25 @@ def best_exactly_2(typing: Any, scores: Any, offset: Any, stride: Any, codes: An
 
 
 @intrinsic
+def fetch_ahead(typing: Any, scores: Any, offset: Any, stride: Any) -> Any:
+    """Bring `WIDTH` tiles into the cache before they are needed; what lies outside the array does no harm."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source = data_of(context, b, signature, args, 0)
+        read, keep, data = (ir.Constant(I32, number) for number in (0, 3, 1))
+        for row in range(4):
+            for line in range(4 * WIDTH // FLOATS_A_LINE):
+                place = b.gep(source, [at(b, row_of(b, args[1], args[2], row), line * FLOATS_A_LINE)])
+                address = b.bitcast(place, I8.as_pointer())
+                call_llvm(b, "llvm.prefetch.p0i8", ir.VoidType(), [address, read, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(scores, types.intp, types.intp), codegen
+
+
+@intrinsic
 def spans_too_far(typing: Any, scores: Any, offset: Any, stride: Any, flags: Any, place: Any) -> Any:
-    """Are over half of a tile's non-zero scores below SMALL once quantised, or all below 2**-103? Of eight tiles, as int32."""
+    """Are over half of a tile's non-zero scores below SMALL once quantised, or all below 2**-103? Of `WIDTH` tiles, as int32."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         source, target = (data_of(context, b, signature, args, k) for k in (0, 3))
@@ -219,21 +252,55 @@ def spans_too_far(typing: Any, scores: Any, offset: Any, stride: Any, flags: Any
         few = zero
         for x in floats:
             vote = b.select(b.fcmp_ordered("<", b.fmul(x, scale), limit), one, minus)
-            few = b.add(few, b.select(b.icmp_signed("==", b.bitcast(x, I32X8), zero), zero, vote))
+            few = b.add(few, b.select(b.icmp_signed("==", b.bitcast(x, LANES_I32), zero), zero, vote))
         tiny = b.icmp_unsigned("<", largest, number(I32, WIDTH, 24 << 23))
         coarse = b.and_(b.icmp_signed("!=", largest, zero), b.or_(tiny, b.icmp_signed(">", few, zero)))
-        store(b, _in_order(b, b.zext(coarse, I32X8)), target, args[4])
+        store(b, _in_order(b, b.zext(coarse, LANES_I32)), target, args[4])
         return context.get_dummy_value()
 
     return types.void(scores, types.intp, types.intp, flags, types.intp), codegen
 
 
+def _store_masks(past_caches: bool) -> Callable[..., Any]:
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        source, target = (data_of(context, b, signature, args, k) for k in (0, 2))
+        count = 4 * WIDTH
+        octets = b.bitcast(load(b, source, args[1], I32, WIDTH), ir.VectorType(I8, count))
+        for row in range(4):
+            place = [lane // 4 * 4 + row // 2 for lane in range(count)]
+            repeated = b.shuffle_vector(octets, octets, ir.Constant(ir.VectorType(I32, count), place))
+            bit = ir.Constant(ir.VectorType(I8, count), [1 << (row % 2 * 4 + lane % 4) for lane in range(count)])
+            kept = b.zext(b.icmp_unsigned("!=", b.and_(repeated, bit), number(I8, count, 0)), ir.VectorType(I8, count))
+            written = store(b, b.bitcast(kept, LANES_I32), target, row_of(b, args[3], args[4], row))
+            if past_caches:
+                written.align = count
+                written.set_metadata("nontemporal", b.module.add_metadata([ir.Constant(I32, 1)]))
+        return context.get_dummy_value()
+
+    def typing(context: Any, bits: Any, place: Any, mask: Any, offset: Any, stride: Any) -> tuple[Any, Any]:
+        return types.void(bits, types.intp, mask, types.intp, types.intp), codegen
+
+    return typing
+
+
 @intrinsic
-def row_bytes(typing: Any, bits: Any, row: Any) -> Any:
-    """Four mask bytes, as one integer, of a row of a mask held as 16 bits."""
+def store_masks(typing: Any, bits: Any, place: Any, mask: Any, offset: Any, stride: Any) -> Any:
+    """Write `WIDTH` masks held as 16 bits each, side by side, as a byte an entry; `mask` counts four bytes as one."""
+    return _store_masks(past_caches=False)(typing, bits, place, mask, offset, stride)
+
+
+@intrinsic
+def store_masks_past_caches(typing: Any, bits: Any, place: Any, mask: Any, offset: Any, stride: Any) -> Any:
+    """`store_masks` to addresses that 4 * `WIDTH` divides, without reading what was there; see `fence`."""
+    return _store_masks(past_caches=True)(typing, bits, place, mask, offset, stride)
+
+
+@intrinsic
+def fence(typing: Any) -> Any:
+    """Everything written so far is there for other threads."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        four = b.and_(b.lshr(args[0], b.shl(b.trunc(args[1], I32), ir.Constant(I32, 2))), ir.Constant(I32, 15))
-        return b.and_(b.mul(four, ir.Constant(I32, 0x00204081)), ir.Constant(I32, 0x01010101))
+        b.fence("seq_cst")
+        return context.get_dummy_value()
 
-    return types.uint32(types.int32, types.int64), codegen
+    return types.void(), codegen

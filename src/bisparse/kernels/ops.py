@@ -20,11 +20,11 @@ from bisparse.tiles import from_tiles, to_tiles
 __all__ = [
     "COARSE",
     "BadScoreError",
+    "any_coarse",
     "check_scores",
     "exact_mask",
     "exact_solve",
     "exact_solve_integers",
-    "holds",
     "keep_largest",
     "quantise",
 ]
@@ -77,9 +77,12 @@ def stack(x: Tensor, y: Tensor) -> Tensor:
     return torch.from_numpy(np.stack([x.numpy(), y.numpy()])) if x.device.type == "cpu" else torch.stack([x, y])
 
 
-def holds(tensor: Tensor, value: int) -> bool:
-    """Whether any entry equals `value`; on CPU without torch's threads."""
-    return bool((tensor.numpy() == value).any() if tensor.device.type == "cpu" else (tensor == value).any())
+def any_coarse(tiles: Tensor) -> bool:
+    """Whether any tile is coarse, by flags or by exponents; on CPU without torch's threads."""
+    if tiles.device.type != "cpu":
+        return bool((tiles if tiles.dtype == torch.bool else tiles == COARSE).any())
+    numbers = tiles.numpy()
+    return bool(np.count_nonzero(numbers if tiles.dtype == torch.bool else numbers == COARSE))
 
 
 _LIBRARY = torch.library.Library("bisparse", "DEF")
@@ -126,7 +129,8 @@ def exact_solve(
     else:
         before = stack(start[0], start[1])
         mask, prices, exponent = torch.ops.bisparse.exact_solve(scores, n, m, exactly, before, start[2])
-    return mask, prices[0], prices[1], exponent
+    u, v = prices.unbind()
+    return mask, u, v, exponent
 
 
 def exact_solve_integers(

@@ -62,7 +62,7 @@ class Exact(Solver):
         numbers = (scores if scores.is_cuda else scores.float()).contiguous()
         if (n, m) == (2, 4):
             mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
-            if ops.holds(coarse, True):
+            if ops.any_coarse(coarse):
                 mask = self._solve_coarse(scores, mask, coarse, n, m)[0]
             return mask, lambda: self._solve_with_prices(scores, numbers, n, m, None)[1]
         mask, certificate = self._solve_with_prices(scores, numbers, n, m, warm_start)
@@ -75,7 +75,7 @@ class Exact(Solver):
         if warm_start is not None and warm_start.u.dtype == torch.int32 and warm_start.exactly == self.exactly:
             start = warm_start.u, warm_start.v, warm_start.exponent
         mask, u, v, exponent = ops.exact_solve(numbers, n, m, self.exactly, start)
-        if not ops.holds(exponent, ops.COARSE):
+        if not ops.any_coarse(exponent):
             return mask, Certificate(u, v, exponent, self.exactly)
         coarse = exponent == ops.COARSE
         mask, certificate = self._solve_coarse(scores, mask, coarse, n, m)
