@@ -280,6 +280,16 @@ def test_masks_do_not_depend_on_how_layers_are_gathered(model, step, monkeypatch
     assert runs[0].metrics() == runs[1].metrics()
 
 
+def test_layers_cast_apart_after_they_were_gathered(step):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    sparsity = sparsify_(model, "4:8-T")
+    model[1].double()
+    sparsity.refresh()
+    for layer in sparsity.layers:
+        assert torch.equal(layer.mask, solve(layer.weight.detach().abs().float(), "4:8-T").mask)
+
+
 def test_layers_that_m_does_not_divide_are_padded():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 10, 3), nn.Conv2d(10, 12, 3, groups=2))
     sparsity = sparsify_(model, "4:8-T")

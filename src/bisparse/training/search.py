@@ -164,11 +164,13 @@ class MaskSearch:
             if matrix is None:
                 make = torch.zeros if gathered.padded else torch.empty
                 matrix = make(gathered.rows, gathered.columns, dtype=scores.dtype, device=scores.device)
-            own = to_matrices(scores, layer.layout)
-            if self.score is magnitude:
-                torch.abs(own, out=place.cut(matrix))
-            else:
-                place.cut(matrix).copy_(own)
+            own, place_of_own = to_matrices(scores, layer.layout), place.cut(matrix)
+            if self.score is not magnitude:
+                place_of_own.copy_(own)
+            elif own.dtype == matrix.dtype and own.device == matrix.device:
+                torch.abs(own, out=place_of_own)
+            else:  # layers that were moved or cast apart since they were gathered
+                place_of_own.copy_(own.abs())
         assert matrix is not None
         return matrix
 
