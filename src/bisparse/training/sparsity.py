@@ -24,7 +24,7 @@ from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
 from bisparse.tiles import from_matrices
 from bisparse.training.change import MaskChange, as_metrics, measure_change
-from bisparse.training.layer import SparseLayer, local
+from bisparse.training.layer import SparseLayer, keep_only_, local
 from bisparse.training.ranks import check_ranks_agree, ranks
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.search import MaskSearch, Prices, Score
@@ -359,7 +359,7 @@ def check_mask(name: str, mask: Tensor, pattern: Structure, layer: SparseLayer) 
 def _mask_gradient(layer: SparseLayer) -> None:
     gradient = layer.weight.grad
     if gradient is not None and layer.active:
-        local(gradient.detach()).masked_fill_(~layer.local_mask, 0)
+        keep_only_(local(gradient.detach()), layer.local_mask)
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:
