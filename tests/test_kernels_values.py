@@ -100,6 +100,29 @@ def test_the_estimate_obeys_torch_and_needs_a_start_for_each_group() -> None:
             estimate_2to4(torch.randn(8, 3), torch.rand(shape))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_on_a_cpu_estimates_are_those_of_the_specification(dtype: torch.dtype) -> None:
+    for tokens, outputs, groups in ((1001, 130, 256), (6, 3, 5), (0, 3, 1), (4, 0, 1)):
+        gradient = (torch.randn(tokens, outputs) * torch.randint(0, 3, (tokens, outputs))).to(dtype)  # zeros and ties
+        gradient[:1] *= 100  # one entry that is certain
+        start = torch.rand(groups, outputs, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        for own in (gradient, gradient.t().contiguous().t()):  # any strides
+            assert torch.equal(estimate_2to4(own, start), reference_estimate_2to4(own, start))
+
+
+@pytest.mark.parametrize("estimate", [estimate_2to4, reference_estimate_2to4])
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_not_lost(estimate, broken: float) -> None:  # type: ignore[no-untyped-def]
+    gradient = torch.randn(16, 5)
+    start = torch.rand(4, 5)
+    expected = estimate(gradient, start)
+    gradient[6, 2] = broken
+    found = estimate(gradient, start)
+    assert bool(found[2, 4:8].isnan().all())
+    expected[2, 4:8] = found[2, 4:8] = 0
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_on_a_gpu_estimates_are_those_of_the_specification(dtype: torch.dtype) -> None:

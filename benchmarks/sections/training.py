@@ -34,23 +34,33 @@ def _budget(rows: list[dict[str, Any]]) -> str:
     how = first["recipe"]["training"]
     length = f"{how['steps']} steps" if how["steps"] else f"{how['epochs']:g} epochs"
     seeds = len({row["recipe"]["seed"] for row in rows})
+    model = first["recipe"]["model"]
+    shape = f", {model['layers']} blocks" if model["kind"] == "gpt" else ""
     return (
-        f"{first['data']}; {length}, batches of {how['batch']}, {seeds} seeds, {first['steps']} optimizer steps a run. "
+        f"{first['data']}; {model['kind']} of width {model['width']}{shape}; {length}, batches of {how['batch']}, "
+        f"{how.get('precision', 'float32')}, {seeds} seeds, {first['steps']} optimizer steps a run. "
         f"{first['device']}, torch {first['versions']['torch']}.\n"
     )
+
+
+def _by_budget(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Rows of the same data, training and model size together, the shortest runs first."""
+    budgets: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        recipe = row["recipe"]
+        model = recipe["model"] | {"start": ""}
+        training = {"precision": "float32"} | recipe["training"]
+        budgets[json.dumps([recipe["data"], training, model], sort_keys=True)].append(row)
+    return sorted(budgets.values(), key=lambda own: own[0]["steps"] * own[0]["recipe"]["training"]["batch"])
 
 
 def training_resnet(everything: list[dict[str, Any]]) -> list[str]:
     """Accuracy by structure and method."""
     parts = ["## Sparse training: ResNet-20 on Fashion-MNIST\n"]
-    budgets: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in everything:
-        budgets[
-            json.dumps([row["recipe"]["data"], row["recipe"]["training"], row["recipe"]["model"]["width"]], sort_keys=True)
-        ].append(row)
-    if not budgets:
+    if not everything:
         return [*parts, "Not measured yet: `python benchmarks/training/resnet.py`.\n"]
-    for rows in budgets.values():
+    for rows in _by_budget(everything):
+        parts.append(f"### {rows[0]['recipe']['data']['train']} images, {rows[0]['steps']} steps\n")
         parts += _resnet_budget(rows)
     return parts
 
@@ -82,40 +92,43 @@ def _resnet_budget(rows: list[dict[str, Any]]) -> list[str]:
     for label, method in (("STE", "ste"), ("SR-STE", "sr-ste"), ("masked decay", "masked-decay")):
         body.append([f"dynamic, {label}", *(spread(accuracy(dynamic(one, method))) for one in patterns)])
     body.append(["dynamic, masked decay, greedy masks", *(spread(accuracy(dynamic(one, solver="greedy"))) for one in patterns)])
-    parts.append(table(("", *patterns), body))
+    parts.append(table(("", *patterns), [line for line in body if set(line[1:]) - {"", "-"}]))
     density = {one: [row["density"] for row in found.get(dynamic(one), [])] for one in patterns}
     shown = ", ".join(f"{one} {statistics.mean(numbers):.3f}" for one, numbers in density.items() if numbers)
     parts.append(
         f"Density of the sparse layers (16 channels do not fill a tile of 32, whose padding counts as pruned): {shown}.\n"
     )
     parts += _claim(accuracy)
-    flips = {one: [row["flip_rate"] for row in found.get(dynamic("4:8-T", refresh=one), [])] for one in REFRESHES}
-    parts.append("### How often masks are refreshed (4:8-T, masked decay)\n")
-    parts.append(
-        table(
-            ("", *(f"every {one}" for one in REFRESHES)),
-            [
-                ["test accuracy, %", *(spread(accuracy(dynamic("4:8-T", refresh=one))) for one in REFRESHES)],
-                ["last flip rate, %", *(spread(flips[one], digits=3) for one in REFRESHES)],
-            ],
-        )
-    )
-    parts.append("### Does accuracy follow mask diversity? (masked decay, 50 %)\n")
+    if sum(bool(accuracy(dynamic("4:8-T", refresh=one))) for one in REFRESHES) > 1:
+        parts += _refreshes(found, dynamic)
     measured = [one for one in DIVERSITY if accuracy(dynamic(one))]
-    bits = {one: [mask_diversity(one, (64, 64), method=how).log2_per_weight for how in ("exact", "paper")] for one in measured}
-    parts.append(
-        table(
-            ("structure", "bits a weight, exact", "paper's formula", "test accuracy, %"),
-            [[one, *(f"{number:.3f}" for number in bits[one]), spread(accuracy(dynamic(one)))] for one in measured],
-        )
-    )
-    if len(measured) > 2:
-        means = [statistics.mean(accuracy(dynamic(one))) for one in measured]
-        ranks = [spearmanr([bits[one][how] for one in measured], means).statistic for how in (0, 1)]
-        parts.append(
-            f"Rank correlation with accuracy: {ranks[0]:.2f} by the exact count, {ranks[1]:.2f} by the paper's formula.\n"
-        )
+    if len(measured) == len(DIVERSITY):
+        parts += _diversity({one: accuracy(dynamic(one)) for one in measured})
     return parts
+
+
+def _refreshes(found: dict[tuple[Any, ...], list[dict[str, Any]]], dynamic: Any) -> list[str]:
+    runs = [found.get(dynamic("4:8-T", refresh=one), []) for one in REFRESHES]
+    body = [
+        ["test accuracy, %", *(spread([row["test_accuracy"] for row in own]) for own in runs)],
+        ["last flip rate, %", *(spread([row["flip_rate"] for row in own], digits=3) for own in runs)],
+    ]
+    return [
+        "#### How often masks are refreshed (4:8-T, masked decay)\n",
+        table(("", *(f"every {one}" for one in REFRESHES)), body),
+    ]
+
+
+def _diversity(accuracies: dict[str, list[float]]) -> list[str]:
+    bits = {one: [mask_diversity(one, (64, 64), method=how).log2_per_weight for how in ("exact", "paper")] for one in accuracies}
+    body = [[one, *(f"{number:.3f}" for number in bits[one]), spread(own)] for one, own in accuracies.items()]
+    means = [statistics.mean(own) for own in accuracies.values()]
+    ranks = [spearmanr([bits[one][how] for one in accuracies], means).statistic for how in (0, 1)]
+    return [
+        "#### Does accuracy follow mask diversity? (masked decay, 50 %)\n",
+        table(("structure", "bits a weight, exact", "paper's formula", "test accuracy, %"), body),
+        f"Rank correlation with accuracy: {ranks[0]:.2f} by the exact count, {ranks[1]:.2f} by the paper's formula.\n",
+    ]
 
 
 def _claim(accuracy: Any) -> list[str]:
@@ -179,16 +192,40 @@ def training_gpt(rows: list[dict[str, Any]]) -> list[str]:
     parts = ["## Sparse training: a small GPT on text\n"]
     if not rows:
         return [*parts, "Not measured yet: `python benchmarks/training/gpt.py`.\n"]
-    names = list(dict.fromkeys(row["recipe"]["name"] for row in rows))
-    body = []
-    for name in names:
-        own = [row for row in rows if row["recipe"]["name"] == name]
-        body.append(
-            [name, spread([row["test_loss"] for row in own], 1, 4), spread([row["test_accuracy"] for row in own]),
-             spread([row["flip_rate"] for row in own if row["recipe"]["sparsity"]], digits=3)]
-        )  # fmt: skip
-    parts += [_budget(rows), table(("", "test loss, nats a byte", "bytes right, %", "last flip rate, %"), body)]
-    parts.append("![Training loss and flip rate](images/training-gpt.svg)\n")
+    for budget in _by_budget([row for row in rows if row["study"] == "gpt"]):
+        body = []
+        for name in dict.fromkeys(row["recipe"]["name"] for row in budget):
+            own = [row for row in budget if row["recipe"]["name"] == name]
+            body.append(
+                [name, str(len(own)), spread([row["test_loss"] for row in own], 1, 4),
+                 spread([row["test_accuracy"] for row in own]),
+                 spread([_mean_flip_rate(row) for row in own if row["recipe"]["sparsity"]]),
+                 spread([row["flip_rate"] for row in own if row["recipe"]["sparsity"]], digits=3)]
+            )  # fmt: skip
+        head = ("", "runs", "test loss, nats a byte", "bytes right, %", "mean flip rate a refresh, %", "of the last, %")
+        parts += [_budget(budget), table(head, body)]
+    parts.append("Of the longest runs:\n\n![Training loss and flip rate](images/training-gpt.svg)\n")
+    return parts + _decays([row for row in rows if row["study"] == "decay"])
+
+
+def _mean_flip_rate(row: dict[str, Any]) -> float:
+    return statistics.mean(point["flip_rate"] for point in row["curve"] if "flip_rate" in point)
+
+
+def _decays(rows: list[dict[str, Any]]) -> list[str]:
+    """How much masked decay AdamW wants."""
+    parts = []
+    for budget in _by_budget(rows):
+        ordered = sorted(budget, key=lambda row: row["recipe"]["sparsity"]["decay"])
+        body = [
+            [f"{row['recipe']['sparsity']['decay']:g}", f"{row['test_loss']:.4f}", f"{100 * _mean_flip_rate(row):.2f}"]
+            for row in ordered
+        ]
+        parts += [
+            f"### Masked decay with AdamW: lambda at 4:8-T, {budget[0]['steps']} steps\n",
+            _budget(budget),
+            table(("lambda", "test loss, nats a byte", "mean flip rate a refresh, %"), body),
+        ]
     return parts
 
 
@@ -212,13 +249,14 @@ def training_finetune(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw_gpt(rows: list[dict[str, Any]], path: Path = CURVES) -> None:
-    """Mean training loss and flip rate of the GPT runs."""
+    """Mean training loss and flip rate of the GPT runs of the longest budget."""
     import matplotlib
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["svg.hashsalt"] = "bisparse"
     figure = Figure(figsize=(10, 4), layout="constrained")
     loss, flips = figure.subplots(1, 2)
+    rows = _by_budget([row for row in rows if row["study"] == "gpt"])[-1]
     for index, name in enumerate(dict.fromkeys(row["recipe"]["name"] for row in rows)):
         curves = [row["curve"] for row in rows if row["recipe"]["name"] == name]
         style = {"linestyle": "--" if "MVUE" in name else "-", "linewidth": 1, "label": name, "color": f"C{index}"}

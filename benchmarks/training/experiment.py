@@ -31,7 +31,7 @@ def key_of(recipe: Recipe, study: str) -> dict[str, Any]:
 def run_grid(grid: Iterable[tuple[str, Recipe]], path: Path, folder: Path, *, curve_every: int = 0) -> None:
     """Run what has no row yet; a row is written when a run is finished. A killed run goes on from its own checkpoint."""
     record = Record(path)
-    finished = [{"study": row["study"], "recipe": row["recipe"]} for row in read_rows(path)]
+    finished = [key_of(Recipe.from_dict(row["recipe"]), row["study"]) for row in read_rows(path)]  # older ones lack new entries
     for study, recipe in grid:
         key = key_of(recipe, study)
         if key in finished:

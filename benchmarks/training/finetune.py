@@ -5,8 +5,9 @@
 
 "sts": sentence embeddings by mean pooling, trained to give human similarities by their cosine; Spearman on the test set.
 "text": a causal language model on Python's documentation; perplexity on text held out. Before, after one-shot pruning, after
-fine-tuning, and a dense fine-tuning of the same length beside it. Rows go to results/training-finetune.jsonl; those there are
-skipped.
+fine-tuning, and a dense fine-tuning of the same length beside it; with --method adaprune the static masks start from
+weights that AdaPrune fitted on a part of the training set. --precision bfloat16 trains under autocast. Rows go to
+results/training-finetune.jsonl; those there are skipped.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ import bisparse
 from bisparse.training.recipe.data import load_data
 from bisparse.training.recipe.recipe import DataRecipe
 from bisparse.training.transformers import SparsityCallback
+
+CALIBRATION = 512
+"""Rows of the training set that AdaPrune looks at."""
 
 
 class Similarity(nn.Module):
@@ -118,12 +122,18 @@ def main() -> None:
     arguments.add_argument("--batch", type=int, default=32)
     arguments.add_argument("--lr", type=float, default=5e-5)
     arguments.add_argument("--threads", type=int, default=1)
+    arguments.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    arguments.add_argument("--method", choices=("magnitude", "adaprune"), default="magnitude", help="where static masks start")
     chosen = arguments.parse_args()
     torch.set_num_threads(chosen.threads)
     record = Record(chosen.results)
     for pattern in chosen.patterns:
         for seed in range(chosen.seeds):
             how = {"steps": chosen.steps, "batch": chosen.batch, "lr": chosen.lr, "seed": seed}
+            if chosen.precision != "float32":
+                how["precision"] = chosen.precision
+            if chosen.method != "magnitude":
+                how["method"] = chosen.method
             key = {"task": chosen.task, "model": chosen.model.name, "pattern": pattern, **how}
             if chosen.dry_run or any(all(row.get(name) == value for name, value in key.items()) for row in record.rows):
                 print(key)
@@ -139,14 +149,18 @@ def fine_tune(chosen: Any, pattern: str, seed: int) -> dict[str, Any]:
     figures: dict[str, Any] = {"before": evaluate(), "threads": torch.get_num_threads()}
     callbacks = []
     if pattern != "dense":
-        sparsity = bisparse.sparsify_(model, pattern, mode="static", exclude="*pooler*")
+        if chosen.method == "adaprune":
+            calibration = [batch for start in range(0, CALIBRATION, 64) if (batch := collate(train[start : start + 64]))]
+            bisparse.prune_(model, pattern, bisparse.AdaPrune(), calibration, exclude="*pooler*")
+        masks = "nonzero" if chosen.method == "adaprune" else None
+        sparsity = bisparse.sparsify_(model, pattern, mode="static", masks=masks, exclude="*pooler*")  # type: ignore[arg-type]
         figures |= {"pruned": evaluate(), "layers": len(sparsity.layers)}
         callbacks = [SparsityCallback(sparsity)]
     with tempfile.TemporaryDirectory() as folder:
         training = TrainingArguments(
             output_dir=f"{folder}/run", max_steps=chosen.steps, per_device_train_batch_size=chosen.batch, learning_rate=chosen.lr,
             warmup_steps=chosen.steps // 10, logging_steps=20, save_strategy="no", report_to=[], use_cpu=True, seed=seed,
-            remove_unused_columns=False,
+            remove_unused_columns=False, bf16=chosen.precision == "bfloat16",
         )  # fmt: skip
         trainer = Trainer(model=model, args=training, train_dataset=train, data_collator=collate, callbacks=callbacks)
         figures["seconds"] = trainer.train().metrics["train_runtime"]

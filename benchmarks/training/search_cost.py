@@ -4,9 +4,9 @@
 
 On ResNet-20 (random images of Fashion-MNIST's size, which take the same time) and on a GPT of about 10M parameters, at 2:4-T,
 4:8-T and 16:32-T: the exact solver cold and warm, greedy, the 2-approximation, Sinkhorn, OR-tools' flow, and a mixed-integer
-program (HiGHS, timed on a sample of the tiles and scaled up; the row says on how many). Training steps without a search and
-searches are timed in turn; the share is search / (k * step + search) at a refresh every k steps. Rows go to
-results/training-search.jsonl.
+program (HiGHS, timed on a sample of the tiles and scaled up; the row says on how many). A training step without a search, then
+a search by each solver for the same weights, and so on in turn; the share is search / (k * step + search) at a refresh every k
+steps. Rows go to results/training-search.jsonl.
 """
 
 from __future__ import annotations
@@ -25,13 +25,16 @@ from bisparse.training.recipe.models import GPT, ResNet20
 
 PATTERNS = ("2:4-T", "4:8-T", "16:32-T")
 SOLVERS: dict[str, Callable[[], bisparse.Solver]] = {
-    "exact, warm": bisparse.Exact,
+    "exact, warm": bisparse.Exact,  # first: what comes later in a turn would give it prices of the same weights
     "exact, cold": bisparse.Exact,
     "greedy": bisparse.Greedy,
     "2-approximation": bisparse.TwoApproximation,
     "Sinkhorn": bisparse.Sinkhorn,
     "OR-tools flow": bisparse.MinCostFlow,
 }
+CACHES = 1 << 24
+"""Numbers that fill the caches."""
+PROGRAM = "integer program"
 INTEGER_TILES = {4: 400, 8: 150, 32: 8}
 """Tiles that the integer program is timed on."""
 
@@ -57,9 +60,10 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[
     return time.perf_counter() - start
 
 
-def search_seconds(sparsity: Sparsity, cold: bool) -> float:
-    if cold:
-        sparsity.search.prices.clear()
+def search_seconds(sparsity: Sparsity, solver: bisparse.Solver, other: torch.Tensor) -> float:
+    """Of one search, with the caches full of `other` data, as a training step leaves them."""
+    other.add_(1)
+    sparsity.search.solver = solver
     before = sparsity.search_seconds
     sparsity.refresh()
     return sparsity.search_seconds - before
@@ -102,50 +106,78 @@ def main() -> None:
         build, batch_size = MODELS[name]
         batch_size = chosen.batch or batch_size
         for pattern in chosen.patterns:
-            for solver in (*SOLVERS, "integer program"):
-                key = {"model": name, "pattern": pattern, "solver": solver, "threads": chosen.threads, "batch": batch_size}
-                if chosen.dry_run or record.find(key) is not None:
-                    print(key)
-                    continue
-                figures = measure(build, batch_size, pattern, solver, chosen.steps)
-                row = record.add(key, figures)
-                shares = f"{row['share_every_40']:.3%} at every 40, {row['share_every_1']:.2%} at every step"
+            keys = {
+                solver: {"model": name, "pattern": pattern, "solver": solver, "threads": chosen.threads, "batch": batch_size}
+                for solver in (*SOLVERS, PROGRAM)
+            }
+            left = [solver for solver, key in keys.items() if record.find(key) is None]
+            if chosen.dry_run or not left:
+                print("\n".join(str(keys[solver]) for solver in left))
+                continue
+            figures = measure(build, batch_size, pattern, chosen.steps)
+            for solver in left:
+                row = record.add(keys[solver], figures[solver])
+                said = f"{row['share_every_40']:.3%} at every 40, {row['share_every_1']:.2%} at every step"
                 print(
-                    f"{name} {pattern} {solver}: step {row['step_ms']:.1f} ms, search {row['search_ms']:.2f} ms, {shares}",
+                    f"{name} {pattern} {solver}: step {row['step_ms']:.1f} ms, search {row['search_ms']:.2f} ms, {said}",
                     flush=True,
                 )
 
 
 def measure(
-    build: Callable[..., tuple[nn.Module, Callable[..., object]]], batch_size: int, pattern: str, solver: str, steps: int
-) -> dict[str, object]:
+    build: Callable[..., tuple[nn.Module, Callable[..., tuple[torch.Tensor, torch.Tensor]]]],
+    batch_size: int,
+    pattern: str,
+    steps: int,
+) -> dict[str, dict[str, object]]:
+    """By solver: how long its searches took beside the training steps."""
     torch.manual_seed(0)
     model, batches = build(batch_size)
-    own = SOLVERS.get(solver, bisparse.Exact)()
-    sparsity = sparsify_(model, pattern, solver=own, refresh=10**9, measure_every=0)
+    sparsity = sparsify_(model, pattern, refresh=10**9, measure_every=0)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     sparsity.attach(optimizer)
-    train_step(model, optimizer, batches())
-    step_times, search_times, how = [], [], {}
-    for _ in range(steps):
-        step_times.append(train_step(model, optimizer, batches()))
-        if solver != "integer program":
-            search_times.append(search_seconds(sparsity, cold=solver == "exact, cold"))
-    if solver == "integer program":
-        structure = bisparse.Pattern.parse(pattern)
-        assert isinstance(structure, bisparse.Pattern)
-        seconds, timed, tiles = integer_program_seconds(sparsity, structure)
-        search_times, how = [seconds], {"tiles_timed": timed, "tiles": tiles}
-    weights = sum(layer.weight.numel() for layer in sparsity.layers)
+    solvers = {name: make() for name, make in SOLVERS.items()}
+    other = torch.zeros(CACHES)
+    step_times: list[float] = []
+    search_times: dict[str, list[float]] = {name: [] for name in SOLVERS}
+    for turn in range(steps + 1):  # the first warms up
+        step = train_step(model, optimizer, batches())
+        found = {}
+        for name, solver in solvers.items():
+            if name == "exact, cold":
+                prices, masks = dict(sparsity.search.prices), [layer.mask.clone() for layer in sparsity.layers]
+            if name != "exact, warm":
+                sparsity.search.prices.clear()
+            found[name] = search_seconds(sparsity, solver, other)
+        sparsity.search.prices.update(prices)  # training goes on with the exact masks, the next warm search with their prices
+        for layer, mask in zip(sparsity.layers, masks, strict=True):
+            layer.mask.copy_(mask)
+        if turn:
+            step_times.append(step)
+            for name, seconds in found.items():
+                search_times[name].append(seconds)
+    structure = bisparse.Pattern.parse(pattern)
+    assert isinstance(structure, bisparse.Pattern)
+    seconds, timed, tiles = integer_program_seconds(sparsity, structure)
+    search_times[PROGRAM] = [seconds]
+    shared = {"weights": sum(layer.weight.numel() for layer in sparsity.layers), "steps": steps}
     finalize_(model)
-    step, search = statistics.median(step_times), statistics.median(search_times[1:] or search_times)
-    return how | {
-        "weights": weights,
-        "steps": steps,
+    return {
+        name: shared
+        | ({"tiles_timed": timed, "tiles": tiles} if name == PROGRAM else {})
+        | shares(statistics.median(step_times), statistics.median(own))
+        | {
+            "step_ms_all": [round(1000 * one, 3) for one in step_times],
+            "search_ms_all": [round(1000 * one, 3) for one in own],
+        }
+        for name, own in search_times.items()
+    }
+
+
+def shares(step: float, search: float) -> dict[str, float]:
+    return {
         "step_ms": 1000 * step,
-        "step_ms_all": [round(1000 * one, 3) for one in step_times],
         "search_ms": 1000 * search,
-        "search_ms_all": [round(1000 * one, 3) for one in search_times],
         # The paper's figure is time added over training without a search.
         "added_every_40": search / (40 * step),
         "added_every_1": search / step,

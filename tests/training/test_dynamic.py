@@ -261,6 +261,35 @@ def test_one_refresh_of_many_layers_costs_one_call_a_width(monkeypatch):
         assert torch.equal(layer.mask, solve(layer.weight.detach().abs(), "4:8-T").mask)
 
 
+@pytest.mark.parametrize("pattern", ["2:4-T", "4:8-T", "16:32-T"])
+def test_masks_do_not_depend_on_how_layers_are_gathered(model, step, monkeypatch, pattern):
+    other = copy.deepcopy(model)
+    runs = []
+    for one, most in ((model, 1 << 22), (other, 1)):
+        monkeypatch.setattr("bisparse.training.search.GATHERED_WEIGHTS", {"cpu": most})
+        sparsity = sparsify_(one, pattern, refresh=1, measure_every=1)
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.5)
+        sparsity.attach(optimizer)
+        for number in range(3):
+            step(one, optimizer, number)
+        runs.append(sparsity)
+    assert len(runs[0].search._gathered) < len(runs[1].search._gathered) == len(runs[1].layers)
+    for one, another in zip(runs[0].layers, runs[1].layers, strict=True):
+        assert torch.equal(one.mask, another.mask), one.name
+        assert torch.equal(one.weight, another.weight), one.name
+    assert runs[0].metrics() == runs[1].metrics()
+
+
+def test_layers_cast_apart_after_they_were_gathered(step):
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    sparsity = sparsify_(model, "4:8-T")
+    model[1].double()
+    sparsity.refresh()
+    for layer in sparsity.layers:
+        assert torch.equal(layer.mask, solve(layer.weight.detach().abs().float(), "4:8-T").mask)
+
+
 def test_layers_that_m_does_not_divide_are_padded():
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 10, 3), nn.Conv2d(10, 12, 3, groups=2))
     sparsity = sparsify_(model, "4:8-T")

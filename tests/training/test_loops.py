@@ -146,6 +146,25 @@ def test_frozen_layers_keep_weight_and_mask(mlp, step):
         finalize_(mlp)
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_layers_that_thaw_and_join_the_optimizer_are_followed(mlp, step, mode):
+    mlp[0].weight.requires_grad_(False)
+    sparsity = sparsify_(mlp, "4:8-T", refresh=1, mode=mode)
+    thawing = sparsity.layers[0]
+    optimizer = torch.optim.SGD([one for one in mlp.parameters() if one.requires_grad], lr=0.5, momentum=0.9, weight_decay=0.1)
+    sparsity.attach(optimizer)
+    step(mlp, optimizer, 0)
+    thawing.weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [thawing.weight]})
+    before = thawing.weight.detach().clone()
+    for number in range(1, 4):
+        step(mlp, optimizer, number)
+        assert mode == "dynamic" or not bool(thawing.weight[~thawing.mask].any())
+    assert not torch.equal(thawing.weight, before)
+    finalize_(mlp)
+    assert verify(mlp, "4:8-T")
+
+
 class Tied(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -143,3 +143,16 @@ def test_autocast(mlp):
     assert output.dtype == torch.bfloat16
     output.float().sum().backward()
     assert mlp[0].parametrizations.weight.original.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_a_broken_gradient_is_not_hidden_by_the_estimate(broken):
+    model = nn.Linear(8, 8, bias=False)
+    sparsity = sparsify_(model, "4:8-T", mvue=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsity.attach(optimizer)
+    upstream = torch.randn(16, 8)
+    upstream[5, 3] = broken
+    model(torch.randn(16, 8)).backward(upstream)
+    with pytest.raises(ValueError, match="holds NaN or infinite numbers"):
+        optimizer.step()

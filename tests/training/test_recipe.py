@@ -42,6 +42,7 @@ def test_every_recipe_of_the_examples_is_read_and_round_trips(path):
         ("name = ", "cannot be read as TOML"),
         ("name = 'x'\n[data]\nside = 10", "expected 28, 14 or 7"),
         ("name = 'x'\n[sparsity]\nsolver = 'oracle'", "expected one of exact"),
+        ("name = 'x'\n[training]\nprecision = 'float16'", "expected one of float32, bfloat16"),
     ],
 )
 def test_wrong_recipes_are_refused_by_entry(tmp_path, text, message):
@@ -108,6 +109,24 @@ def test_static_sparsity_starts_from_a_dense_run(tmp_path):
     outcome = run_recipe(read_recipe(recipe), tmp_path / "static", progress=False)
     assert outcome.curve[0]["loss"] < dense.curve[0]["loss"] and outcome.density <= 0.5
     assert verify(torch.load(tmp_path / "static" / "weights.pt", weights_only=True)["1.weight"], "4:8-T")
+
+
+def test_bfloat16_is_for_the_products_and_not_for_the_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("bisparse.training.recipe.plot.plot_outcome", lambda *_: False)
+    seen = set()
+    linear = torch.nn.functional.linear
+
+    def watched(*arguments):
+        result = linear(*arguments)
+        seen.add((arguments[1].dtype, result.dtype))
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    training = replace(SHORT.training, precision="bfloat16", epochs=3.0)
+    outcome = run_recipe(replace(SHORT, training=training), tmp_path, progress=False)
+    assert seen == {(torch.float32, torch.bfloat16), (torch.float32, torch.float32)}  # the second where lazy layers take shape
+    assert outcome.test_accuracy > 0.8
+    assert all(value.dtype == torch.float32 for value in torch.load(tmp_path / "weights.pt", weights_only=True).values())
 
 
 def test_accumulated_batches_make_one_step(tmp_path):

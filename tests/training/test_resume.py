@@ -101,3 +101,13 @@ def test_warm_prices_are_really_part_of_the_state():
     prices = parts[3].state_dict()["layers"]["0"]
     assert prices["u"].shape == (4 // 2 * 1, 32) and bool(prices["u"].any()) and prices["exponent"].shape == (2,)
     assert "u" not in build(CASES["2:4-T"])[3].state_dict()["layers"]["0"]  # tiles of 4 need none
+
+
+def test_a_state_that_was_taken_stays_as_it_was():
+    parts = build(CASES["16:32-T every step"])
+    train(parts, 2)
+    state = parts[3].state_dict()
+    before = {name: entry["u"].clone() for name, entry in state["layers"].items()}
+    train(parts, 2)
+    assert all(torch.equal(state["layers"][name]["u"], u) for name, u in before.items())
+    assert any(not torch.equal(parts[3].state_dict()["layers"][name]["u"], u) for name, u in before.items())

@@ -10,6 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bisparse
 from bisparse import finalize_, solve, sparsify_, verify
+from bisparse.training.layer import keep_only_
 
 OPTIMIZERS = {
     "sgd": lambda held: torch.optim.SGD(held, lr=0.1),
@@ -50,6 +51,20 @@ def test_zeros_stay_zero_under_every_optimizer(mlp, step, name):
         assert zeros_hold(mlp, masks) and zeros_hold(averaged.module, masks)
     assert not torch.equal(mlp[0].weight, before)
     assert all(torch.equal(layer.mask, masks[layer.name]) for layer in sparsity.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(33, 17), (8, 4, 3, 3)])
+def test_what_is_off_the_mask_becomes_exactly_zero_whatever_it_was(dtype, shape):
+    values = torch.randn(shape).to(dtype)
+    values.view(-1)[:6] = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1.0, -1.0], dtype=dtype)
+    for own in (values, values.transpose(0, 1)) if len(shape) == 2 else (values.to(memory_format=torch.channels_last),):
+        mask = torch.rand(own.shape) < 0.5
+        expected = torch.where(mask, own, 0)
+        found = own.clone(memory_format=torch.preserve_format)
+        keep_only_(found, mask)
+        assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+        assert not bool(torch.signbit(found[~mask]).any())
 
 
 def test_lbfgs_with_its_closure(mlp):

@@ -157,14 +157,15 @@ def estimate_kernel(  # type: ignore[no-untyped-def]
     reached2 = reached1 + tl.where(p2 == 1.0, 0.0, p2)
     reached3 = tl.floor(reached2 + tl.where(p3 == 1.0, 0.0, p3) + 0.5)
     before = tl.floor(-uniform)
+    broken = total - total  # NaN where a gradient is not finite, which must not pass for a zero
     passed0 = tl.floor(reached0 - uniform)
     passed1 = tl.floor(reached1 - uniform)
     passed2 = tl.floor(reached2 - uniform)
     passed3 = tl.floor(reached3 - uniform)
-    e0 = tl.where((p0 == 1.0) | ((passed0 > before) & (p0 > 0)), tl.div_rn(g0, tl.where(p0 > 0, p0, 1.0)), 0.0)
-    e1 = tl.where((p1 == 1.0) | ((passed1 > passed0) & (p1 > 0)), tl.div_rn(g1, tl.where(p1 > 0, p1, 1.0)), 0.0)
-    e2 = tl.where((p2 == 1.0) | ((passed2 > passed1) & (p2 > 0)), tl.div_rn(g2, tl.where(p2 > 0, p2, 1.0)), 0.0)
-    e3 = tl.where((p3 == 1.0) | ((passed3 > passed2) & (p3 > 0)), tl.div_rn(g3, tl.where(p3 > 0, p3, 1.0)), 0.0)
+    e0 = tl.where((p0 == 1.0) | ((passed0 > before) & (p0 > 0)), tl.div_rn(g0, tl.where(p0 > 0, p0, 1.0)), 0.0) + broken
+    e1 = tl.where((p1 == 1.0) | ((passed1 > passed0) & (p1 > 0)), tl.div_rn(g1, tl.where(p1 > 0, p1, 1.0)), 0.0) + broken
+    e2 = tl.where((p2 == 1.0) | ((passed2 > passed1) & (p2 > 0)), tl.div_rn(g2, tl.where(p2 > 0, p2, 1.0)), 0.0) + broken
+    e3 = tl.where((p3 == 1.0) | ((passed3 > passed2) & (p3 > 0)), tl.div_rn(g3, tl.where(p3 > 0, p3, 1.0)), 0.0) + broken
     # (groups, outputs, 2, 2): the last index is the lower bit of the token.
     four = tl.join(tl.join(e0, e2), tl.join(e1, e3)).to(estimate.dtype.element_ty)
     high = 2 * tl.arange(0, 2)[None, None, :, None]

@@ -45,7 +45,7 @@ def estimate_2to4(gradient: Float[Tensor, "T O"], start: Float[Tensor, "G O"]) -
     """The estimate, transposed: (O, 4 G), 2:4 along its rows; tokens beyond the gradient's count as zeros.
 
     Args:
-        gradient: tokens by outputs.
+        gradient: tokens by outputs. A group that holds NaN or an infinite number gives NaN.
         start: a uniform number in [0, 1) for each group and output, float32, or float64 for a float64 gradient. 4 G must reach T.
     """
     if start.ndim != 2 or start.shape[1] != gradient.shape[1] or 4 * start.shape[0] < gradient.shape[0]:
@@ -68,8 +68,10 @@ def reference_estimate_2to4(gradient: Tensor, start: Tensor) -> Tensor:
     passed = torch.floor(reached - start.unsqueeze(-1))
     before = torch.cat([torch.floor(-start.unsqueeze(-1)), passed[..., :-1]], dim=-1)
     kept = certain | ((passed > before) & (probability > 0))
-    estimate = torch.where(kept, groups / _nonzero(probability), 0.0)
-    return estimate.transpose(0, 1).reshape(out, -1).to(gradient.dtype).contiguous()
+    total = groups.abs().sum(-1, keepdim=True)
+    # NaN where a gradient is not finite, which must not pass for a zero.
+    estimate: Tensor = torch.where(kept, groups / _nonzero(probability), 0.0) + (total - total)
+    return estimate.transpose(0, 1).reshape(out, 4 * start.shape[0]).to(gradient.dtype).contiguous()
 
 
 def _nonzero(number: Tensor) -> Tensor:
@@ -79,6 +81,12 @@ def _nonzero(number: Tensor) -> Tensor:
 @torch.library.register_fake("bisparse::estimate_2to4")
 def _(gradient: Tensor, start: Tensor) -> Tensor:
     return gradient.new_empty((gradient.shape[1], 4 * start.shape[0]))
+
+
+def _on_a_cpu(gradient: Tensor, start: Tensor) -> Tensor:
+    from bisparse.kernels import cpu_estimate  # numba takes a second to import
+
+    return cpu_estimate.estimate_2to4(gradient, start)
 
 
 def _on_a_gpu(gradient: Tensor, start: Tensor) -> Tensor:
@@ -91,5 +99,6 @@ def _on_a_gpu(gradient: Tensor, start: Tensor) -> Tensor:
 
 
 _LIBRARY.impl("estimate_2to4", reference_estimate_2to4, "CompositeExplicitAutograd")
+_LIBRARY.impl("estimate_2to4", _on_a_cpu, "CPU")
 if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
     _LIBRARY.impl("estimate_2to4", _on_a_gpu, "CUDA")

@@ -30,6 +30,10 @@ def mvue_2_4(gradient: Float[Tensor, "T O"], generator: torch.Generator | None =
 
     Sampling runs in float32, or float64 for float64. A last group of fewer than 4 tokens counts as completed with zeros.
     """
+    return _transposed_estimate(gradient, generator).t().contiguous()
+
+
+def _transposed_estimate(gradient: Float[Tensor, "T O"], generator: torch.Generator | None = None) -> Float[Tensor, "O T"]:
     tokens, out = gradient.shape
     start = torch.rand(
         (-(-tokens // 4), out),
@@ -37,7 +41,7 @@ def mvue_2_4(gradient: Float[Tensor, "T O"], generator: torch.Generator | None =
         device=gradient.device,
         generator=generator,
     )
-    return estimate_2to4(gradient, start).t()[:tokens].contiguous()
+    return estimate_2to4(gradient, start)[:, :tokens]
 
 
 class _MVUEMatmul(torch.autograd.Function):
@@ -58,7 +62,7 @@ class _MVUEMatmul(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             gradient @ weight if needs_input else None,
-            mvue_2_4(flat).t() @ inputs.reshape(-1, inputs.shape[-1]) if needs_weight else None,
+            _transposed_estimate(flat) @ inputs.reshape(-1, inputs.shape[-1]) if needs_weight else None,
             flat.sum(0) if needs_bias else None,
         )
 

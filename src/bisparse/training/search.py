@@ -7,12 +7,12 @@ and receives the others' bands: masks are the same everywhere, and tiles that st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from bisparse.pattern import Structure, Unstructured
@@ -27,8 +27,10 @@ __all__ = ["MaskSearch", "Prices", "Score", "magnitude"]
 Score = Callable[[str, Tensor], Tensor]
 """(layer name, dense weight) -> scores of the same shape, non-negative and finite."""
 
-GATHERED_WEIGHTS = 1 << 25
-"""Layers are gathered up to this many weights, which bounds the memory that a search needs beyond the model's."""
+GATHERED_WEIGHTS = {"cpu": 1 << 22}
+GATHERED_ELSEWHERE = 1 << 25
+"""Layers are gathered up to this many weights, which bounds the memory that a search needs beyond the model's. On a CPU that is
+16 MB of float32, which the allocator keeps: fresh pages cost as much as a tenth of the search."""
 
 
 def magnitude(name: str, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -53,10 +55,17 @@ class _Place:
     start: int
     count: int
     rows: int
+    inside: tuple[int, int]
+    """Rows and columns of each matrix without its padding."""
 
     @property
     def end(self) -> int:
         return self.start + self.count * self.rows
+
+    def cut(self, matrix: Shaped[Tensor, "R C"]) -> Shaped[Tensor, "B O I"]:
+        """The layer's own matrices, without padding; a view."""
+        own = matrix[self.start : self.end].view(self.count, self.rows, -1)
+        return own[:, : self.inside[0], : self.inside[1]]
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,10 @@ class _Gathered:
     @property
     def transposable(self) -> bool:
         return self.places[0].layer.transposable
+
+    @property
+    def padded(self) -> bool:
+        return any(place.inside != (place.rows, self.columns) for place in self.places)
 
     @property
     def side(self) -> int:
@@ -97,12 +110,14 @@ class MaskSearch:
     def __init__(self, layers: Iterable[SparseLayer], solver: Solver | None, score: Score) -> None:
         self.solver, self.score = solver, score
         self.prices: dict[str, Prices] = {}
+        self._whole: dict[str, tuple[list[Prices], Certificate]] = {}
+        """By a gathered matrix's first layer: the prices of its layers, and what they were cut from."""
         self._gathered = _gather(layers)
 
     def masks(
         self, names: Iterable[str] | None = None, *, share: bool = False
-    ) -> dict[str, tuple[Bool[Tensor, "..."], Float[Tensor, "..."]]]:
-        """(mask, scores) of each named layer; with `share` the work is divided over the ranks (a collective call).
+    ) -> dict[str, tuple[Bool[Tensor, "..."], Float[Tensor, "B O I"]]]:
+        """(mask, its GEMM matrices' scores) of each named layer; with `share` the ranks divide the work (a collective call).
 
         Raises:
             ValueError: scores that are NaN, infinite or negative; the message names the layer.
@@ -122,44 +137,42 @@ class MaskSearch:
         return found
 
     def _solve(self, gathered: _Gathered, share: bool) -> dict[str, tuple[Tensor, Tensor]]:
-        scores = {place.layer.name: self._scores(place.layer) for place in gathered.places}
-        first = next(iter(scores.values()))
-        matrix = torch.zeros(gathered.rows, gathered.columns, dtype=first.dtype, device=first.device)
-        for place in gathered.places:
-            own = to_matrices(scores[place.layer.name], place.layer.layout)
-            matrix[place.start : place.end].view(place.count, place.rows, -1)[:, : own.shape[1], : own.shape[2]] = own
+        matrix = self._scores(gathered)
         try:
             mask = self._solve_shared(gathered, matrix) if share else self._solve_here(gathered, matrix)
         except ValueError as error:
-            raise self._explained(error, scores) from error
-        results = {}
-        for place in gathered.places:
-            layer, own_scores = place.layer, scores[place.layer.name]
-            rows, columns = to_matrices(own_scores, layer.layout).shape[1:]
-            own_mask = mask[place.start : place.end].view(place.count, place.rows, -1)[:, :rows, :columns]
-            results[layer.name] = (from_matrices(own_mask, layer.layout, own_scores.shape), own_scores)
-        return results
-
-    def _scores(self, layer: SparseLayer) -> Tensor:
-        weight = layer.full_weight()
-        scores = self.score(layer.name, weight)
-        if scores.shape != weight.shape:
-            raise ValueError(
-                f"{layer.name}: the score function gave shape {tuple(scores.shape)} for a weight of shape {tuple(weight.shape)}; "
-                "it must return one score a weight"
+            raise _explained(error, gathered, matrix) from error
+        return {
+            place.layer.name: (
+                from_matrices(place.cut(mask), place.layer.layout, place.layer.weight.shape),
+                place.cut(matrix),
             )
-        return scores
+            for place in gathered.places
+        }
 
-    def _explained(self, error: ValueError, scores: Mapping[str, Tensor]) -> ValueError:
-        for name, own in scores.items():
-            if not bool(torch.isfinite(own).all()):
-                return ValueError(
-                    f"{name}: its scores (weight of shape {tuple(own.shape)}, {own.dtype}) hold NaN or infinite numbers, so no "
-                    "mask can be found. Training diverged: lower the learning rate, clip gradients, or resume from a checkpoint."
+    def _scores(self, gathered: _Gathered) -> Tensor:
+        """The scores of all layers, one below the other, zero where they are padded."""
+        matrix = None
+        for place in gathered.places:
+            layer, weight = place.layer, place.layer.full_weight()
+            scores = weight if self.score is magnitude else self.score(layer.name, weight)
+            if scores.shape != weight.shape:
+                raise ValueError(
+                    f"{layer.name}: the score function gave shape {tuple(scores.shape)} for a weight of shape "
+                    f"{tuple(weight.shape)}; it must return one score a weight"
                 )
-            if bool((own < 0).any()):
-                return ValueError(f"{name}: its scores hold negative numbers; the score function must return magnitudes")
-        return error
+            if matrix is None:
+                make = torch.zeros if gathered.padded else torch.empty
+                matrix = make(gathered.rows, gathered.columns, dtype=scores.dtype, device=scores.device)
+            own, place_of_own = to_matrices(scores, layer.layout), place.cut(matrix)
+            if self.score is not magnitude:
+                place_of_own.copy_(own)
+            elif own.dtype == matrix.dtype and own.device == matrix.device:
+                torch.abs(own, out=place_of_own)
+            else:  # layers that were moved or cast apart since they were gathered
+                place_of_own.copy_(own.abs())
+        assert matrix is not None
+        return matrix
 
     def _solve_here(self, gathered: _Gathered, matrix: Float[Tensor, "R C"]) -> Bool[Tensor, "R C"]:
         solver = self.solver or choose_solver(gathered.pattern)
@@ -172,7 +185,7 @@ class MaskSearch:
         solution = solve(matrix, gathered.pattern, solver, warm_start=self._start(gathered, matrix, solver))
         certificate = solution.certificate
         if certificate is not None:
-            self._keep(gathered, Prices(certificate.u, certificate.v, certificate.exponent))
+            self._keep(gathered, certificate)
         return solution.mask
 
     def _solve_shared(self, gathered: _Gathered, matrix: Float[Tensor, "R C"]) -> Bool[Tensor, "R C"]:
@@ -189,7 +202,7 @@ class MaskSearch:
         prices, warm = None, None
         if _priced(gathered, solver):
             warm = self._start(gathered, matrix, solver)
-            prices = warm.certificate if warm is not None else None
+            prices = _copy(warm.certificate) if warm is not None and warm.certificate is not None else None
             prices = prices or _no_prices(bands * gathered.tiles_in_band, gathered.side, solver.exactly, matrix.device)
         if bounds[rank + 1] > bounds[rank]:
             own = matrix[rows[rank]]
@@ -206,22 +219,39 @@ class MaskSearch:
                     for side in (prices.u, prices.v, prices.exponent):
                         torch.distributed.broadcast(side[tiles[source]], source)
         if prices is not None:
-            self._keep(gathered, Prices(prices.u, prices.v, prices.exponent))
+            self._keep(gathered, prices)
         return mask
 
     def _start(self, gathered: _Gathered, matrix: Tensor, solver: Solver) -> Solution | None:
-        own = [self.prices.get(place.layer.name) for place in gathered.places]
-        if any(prices is None for prices in own):
+        own = [prices for place in gathered.places if (prices := self.prices.get(place.layer.name)) is not None]
+        if len(own) < len(gathered.places):
             return None
-        known = [prices for prices in own if prices is not None]
-        u, v, exponent = (torch.cat([getattr(one, side) for one in known]).to(matrix.device) for side in ("u", "v", "exponent"))
-        return _warm(matrix, gathered.pattern, Certificate(u, v, exponent, exactly=solver.exactly))
+        parts, whole = self._whole.get(gathered.places[0].layer.name, ([], None))
+        if whole is None or len(parts) != len(own) or any(one is not part for one, part in zip(own, parts, strict=True)):
+            u, v, exponent = (torch.cat([getattr(one, side) for one in own]).to(matrix.device) for side in ("u", "v", "exponent"))
+            whole = Certificate(u, v, exponent, exactly=solver.exactly)
+        return _warm(matrix, gathered.pattern, whole)
 
-    def _keep(self, gathered: _Gathered, prices: Prices) -> None:
-        m = prices.u.shape[1]
+    def _keep(self, gathered: _Gathered, prices: Certificate) -> None:
+        m, parts = prices.u.shape[1], []
         for place in gathered.places:
             part = slice(place.start // m * (gathered.columns // m), place.end // m * (gathered.columns // m))
-            self.prices[place.layer.name] = Prices(prices.u[part], prices.v[part], prices.exponent[part])
+            parts.append(Prices(prices.u[part], prices.v[part], prices.exponent[part]))
+            self.prices[place.layer.name] = parts[-1]
+        self._whole[gathered.places[0].layer.name] = parts, prices
+
+
+def _explained(error: ValueError, gathered: _Gathered, matrix: Float[Tensor, "R C"]) -> ValueError:
+    for place in gathered.places:
+        name, shape, own = place.layer.name, tuple(place.layer.weight.shape), place.cut(matrix)
+        if not bool(torch.isfinite(own).all()):
+            return ValueError(
+                f"{name}: its scores (weight of shape {shape}, {own.dtype}) hold NaN or infinite numbers, so no mask can be "
+                "found. Training diverged: lower the learning rate, clip gradients, or resume from a checkpoint."
+            )
+        if bool((own < 0).any()):
+            return ValueError(f"{name}: its scores hold negative numbers; the score function must return magnitudes")
+    return error
 
 
 def _priced(gathered: _Gathered, solver: Solver) -> bool:
@@ -232,6 +262,10 @@ def _priced(gathered: _Gathered, solver: Solver) -> bool:
 def _warm(matrix: Tensor, pattern: Structure, certificate: Certificate) -> Solution:
     """Prices in the form in which `solve` takes a start."""
     return Solution(matrix.new_zeros(0, dtype=torch.bool), matrix, pattern, Layout(), certificate.exactly, lambda: certificate)
+
+
+def _copy(prices: Certificate) -> Certificate:
+    return Certificate(prices.u.clone(), prices.v.clone(), prices.exponent.clone(), prices.exactly)
 
 
 def _part(prices: Certificate, tiles: slice) -> Certificate:
@@ -249,7 +283,8 @@ def _gather(layers: Iterable[SparseLayer]) -> list[_Gathered]:
     sizes: dict[tuple[object, ...], int] = {}
     for layer in layers:
         weight = layer.weight
-        count, rows, columns = _matrices_shape(layer)
+        count, *inside = _matrices_shape(layer)
+        rows, columns = inside
         m = getattr(layer.pattern, "m", 1)
         columns += -columns % m
         rows += -rows % m if layer.transposable else 0
@@ -257,11 +292,11 @@ def _gather(layers: Iterable[SparseLayer]) -> list[_Gathered]:
         alone = isinstance(layer.pattern, Unstructured)
         batches = by_kind.setdefault(kind, [])
         size = count * rows * columns
-        if not batches or alone or sizes[kind] + size > GATHERED_WEIGHTS:
+        if not batches or alone or sizes[kind] + size > GATHERED_WEIGHTS.get(weight.device.type, GATHERED_ELSEWHERE):
             batches.append([])
             sizes[kind] = 0
         start = batches[-1][-1].end if batches[-1] else 0
-        batches[-1].append(_Place(layer, start, count, rows))
+        batches[-1].append(_Place(layer, start, count, rows, (inside[0], inside[1])))
         sizes[kind] += size
     return [_Gathered(kind[0], kind[1], tuple(batch)) for kind, batches in by_kind.items() for batch in batches]  # type: ignore[arg-type]
 

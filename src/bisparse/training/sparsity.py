@@ -22,8 +22,9 @@ from bisparse.results import LayerResult, PruneReport
 from bisparse.solution import verify
 from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
+from bisparse.tiles import from_matrices
 from bisparse.training.change import MaskChange, as_metrics, measure_change
-from bisparse.training.layer import SparseLayer, local
+from bisparse.training.layer import SparseLayer, keep_only_, local
 from bisparse.training.ranks import check_ranks_agree, ranks
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.search import MaskSearch, Prices, Score
@@ -76,7 +77,7 @@ class Sparsity:
         self.on_refresh: list[Callable[[Sparsity], None]] = []
         """Called after each measured refresh."""
         self.search = MaskSearch(layers, solver, score)
-        self._attached: list[tuple[Optimizer, list[SparseLayer]]] = []
+        self._attached: list[_Attached] = []
         self._handles: list[RemovableHandle] = []
 
     def __repr__(self) -> str:
@@ -137,22 +138,19 @@ class Sparsity:
         if self._attached:
             raise ValueError("this Sparsity is attached already; call detach() first to follow another optimizer")
         plain = [_unwrapped(optimizer) for optimizer in optimizers]
-        owner = {id(held): index for index, one in enumerate(plain) for group in one.param_groups for held in group["params"]}
-        missing = [one.name for one in self.layers if one.weight.requires_grad and id(one.weight) not in owner]
+        held = {id(held) for one in plain for group in one.param_groups for held in group["params"]}
+        missing = [one.name for one in self.layers if one.weight.requires_grad and id(one.weight) not in held]
         if missing:
             raise ValueError(
                 f"the optimizer does not hold the weights of {len(missing)} sparse layers, the first {missing[0]!r}: build it "
                 "from model.parameters() after sparsify_ (and after wrapping the model), or freeze these layers, or exclude them"
             )
         check_ranks_agree(self.layers)
-        self._attached = [(one, []) for one in plain]
-        for layer in self.layers:
-            if id(layer.weight) in owner:
-                self._attached[owner[id(layer.weight)]][1].append(layer)
-        for index, (one, layers) in enumerate(self._attached):
-            self._handles.append(one.register_step_pre_hook(lambda optimizer, *_, own=layers: self._before_step(optimizer, own)))
+        self._attached = [_Attached(one) for one in plain]
+        for index, own in enumerate(self._attached):
+            self._handles.append(own.optimizer.register_step_pre_hook(lambda *_, own=own: self._before_step(own)))
             self._handles.append(
-                one.register_step_post_hook(lambda optimizer, *_, own=layers, i=index: self._after_step(optimizer, own, i == 0))
+                own.optimizer.register_step_post_hook(lambda *_, own=own, first=index == 0: self._after_step(own, first))
             )
         if self.mode == "static":
             # Masked when it is accumulated, so that clipping measures the gradient that is used.
@@ -171,10 +169,11 @@ class Sparsity:
     # -- a step ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _before_step(self, optimizer: Optimizer, layers: list[SparseLayer]) -> None:
+    def _before_step(self, own: _Attached) -> None:
+        optimizer = own.optimizer
         if _skipped_by_scaler(optimizer):
             return
-        layers = [layer for layer in layers if layer.active and layer.weight.grad is not None]
+        layers = [layer for layer in own.held(self.layers) if layer.active and layer.weight.grad is not None]
         if self.check_gradients:
             self._check_gradients(layers)
         if self.mode == "static":
@@ -190,7 +189,7 @@ class Sparsity:
                 if decay == 0.0:
                     continue
                 weight = local(layer.weight.detach())
-                pruned = torch.where(layer.local_mask, 0, weight)
+                pruned = weight * ~layer.local_mask
                 if self.method == "sr-ste":
                     weight.sub_(pruned, alpha=float(rates[id(layer.weight)]) * decay)
                 else:
@@ -199,11 +198,11 @@ class Sparsity:
                     local(gradient).add_(pruned, alpha=decay * (float(scale) if scale is not None else 1.0))
 
     @torch.no_grad()
-    def _after_step(self, optimizer: Optimizer, layers: list[SparseLayer], counts: bool) -> None:
-        if _skipped_by_scaler(optimizer):
+    def _after_step(self, own: _Attached, counts: bool) -> None:
+        if _skipped_by_scaler(own.optimizer):
             return
         if self.mode == "static":
-            for layer in layers:
+            for layer in own.held(self.layers):
                 if layer.active:
                     layer.zero_pruned()
         if not counts:
@@ -243,8 +242,9 @@ class Sparsity:
         measured = bool(self.measure_every) and (self.refreshes - 1) % max(1, self.measure_every // self.refresh_every) == 0
         solver = self.search.solver
         for layer in layers:
-            mask, scores = found[layer.name]
+            mask, matrices = found[layer.name]
             if measured:
+                scores = from_matrices(matrices, layer.layout, mask.shape)
                 optimal = not layer.transposable or (solver or choose_solver(layer.pattern)).exact
                 old = layer.mask.to(mask.device)
                 self.changes[layer.name] = measure_change(layer, self.step, old, mask, scores, optimal=optimal)
@@ -329,6 +329,23 @@ class Sparsity:
             layer.mask_changed()
 
 
+class _Attached:
+    """An optimizer that is followed, and the sparse layers whose weights it holds."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._parameters = -1
+        self._layers: list[SparseLayer] = []
+
+    def held(self, layers: list[SparseLayer]) -> list[SparseLayer]:
+        """Those of `layers` that the optimizer holds now: layers that thaw join it while it trains."""
+        parameters = sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if parameters != self._parameters:
+            held = {id(one) for group in self.optimizer.param_groups for one in group["params"]}
+            self._parameters, self._layers = parameters, [layer for layer in layers if id(layer.weight) in held]
+        return self._layers
+
+
 def check_mask(name: str, mask: Tensor, pattern: Structure, layer: SparseLayer) -> None:
     """Raise ValueError unless a mask has the layer's shape and obeys its pattern."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -342,7 +359,7 @@ def check_mask(name: str, mask: Tensor, pattern: Structure, layer: SparseLayer) 
 def _mask_gradient(layer: SparseLayer) -> None:
     gradient = layer.weight.grad
     if gradient is not None and layer.active:
-        local(gradient.detach()).masked_fill_(~layer.local_mask, 0)
+        keep_only_(local(gradient.detach()), layer.local_mask)
 
 
 def _unwrapped(optimizer: Optimizer) -> Optimizer:

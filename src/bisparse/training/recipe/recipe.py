@@ -38,6 +38,7 @@ __all__ = ["DataRecipe", "ModelRecipe", "Recipe", "RecipeError", "SparsityRecipe
 MODELS = ("resnet20", "gpt", "mlp")
 DATA = ("fashion-mnist", "python-text", "blobs")
 OPTIMIZERS = ("sgd", "adamw")
+PRECISIONS = ("float32", "bfloat16")
 SOLVERS = ("exact", "greedy", "sinkhorn", "two-approximation", "flow")
 
 
@@ -100,6 +101,8 @@ class TrainingRecipe:
     checkpoint_every: int = 100
     """Optimizer steps between checkpoints, from which a killed run goes on."""
     threads: int = 1
+    precision: str = "float32"
+    """"bfloat16": forward and backward under autocast; weights, optimizer and masks stay float32."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +171,7 @@ class Recipe:
             ("data", "kind", self.data.kind, DATA),
         ]
         choices.append(("training", "optimizer", self.training.optimizer, OPTIMIZERS))
+        choices.append(("training", "precision", self.training.precision, PRECISIONS))
         positive = [
             ("training", "batch", self.training.batch), ("training", "accumulate", self.training.accumulate),
             ("training", "checkpoint_every", self.training.checkpoint_every), ("data", "train", self.data.train),

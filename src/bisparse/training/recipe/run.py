@@ -199,7 +199,7 @@ class _Run:
         self.model.train()
         total = 0.0
         for batch, right in zip(inputs, labels, strict=True):
-            loss = nn.functional.cross_entropy(self.model(batch), right) / len(inputs)
+            loss = nn.functional.cross_entropy(self._predict(batch), right) / len(inputs)
             loss.backward()
             total += float(loss.detach())
         if not math.isfinite(total):
@@ -223,13 +223,18 @@ class _Run:
                 }
         return row
 
+    def _predict(self, inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.recipe.training.precision == "bfloat16"):
+            scores: Tensor = self.model(inputs)
+        return scores.float()
+
     @torch.no_grad()
     def _evaluate(self) -> dict[str, float]:
         self.model.eval()
         loss, right, count = 0.0, 0, 0
         for start in range(0, len(self.data.test_inputs), TEST_BATCH):
             labels = self.data.test_labels[start : start + TEST_BATCH]
-            scores = self.model(self.data.test_inputs[start : start + TEST_BATCH])
+            scores = self._predict(self.data.test_inputs[start : start + TEST_BATCH])
             loss += float(nn.functional.cross_entropy(scores, labels, reduction="sum"))
             right += int((scores.argmax(1) == labels).sum())
             count += labels.numel()
