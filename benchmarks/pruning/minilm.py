@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from experiment import METHODS, Rows, load_text, measured
+from experiment import METHODS, Rows, load_text, measured, method_named
 from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
 
@@ -88,7 +88,7 @@ def main() -> None:
         batches = calibration(tokenizer, texts, args.count)
         for pattern in args.patterns:
             for name in args.methods:
-                method, order = METHODS[name]
+                method, how = method_named(name)
                 key = {"model": "all-MiniLM-L6-v2", "pattern": pattern, "method": name, "corpus": corpus, "count": args.count}
                 if not method.needs:
                     key |= {"corpus": None, "count": 0}
@@ -97,7 +97,7 @@ def main() -> None:
                         continue
                     model = fresh()
                     started = time.perf_counter()
-                    report = prune_(model, pattern, method, batches, order=order, exclude="pooler*", progress=True)
+                    report = prune_(model, pattern, method, batches, **how, exclude="pooler*", progress=True)
                     row |= measured(report, time.perf_counter() - started)
                     for layer in report:
                         bisparse.verify(model.get_parameter(layer.parameter), pattern, layout=layer.layout).check()
