@@ -45,7 +45,7 @@ at every iteration of ADMM instead of every third, and the refit's damping is 0.
 
 BLOCKS = ", then blocks"
 """What a method's name ends in where each block is reconstructed as a whole after its layers."""
-RECONSTRUCTION = BlockReconstruction(epochs=2, learning_rate=0.02)
+RECONSTRUCTION = BlockReconstruction(epochs=1, learning_rate=0.02)
 
 
 def method_named(name: str) -> tuple[Method, dict[str, Any]]:
