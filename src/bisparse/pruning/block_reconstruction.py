@@ -56,7 +56,7 @@ class BlockReconstruction:
     """
 
     epochs: int = 2
-    learning_rate: float = 0.01
+    learning_rate: float = 0.02
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
