@@ -43,15 +43,18 @@ METHODS: dict[str, tuple[Method, str]] = {
 held-out data, targets of the dense network; "own inputs" without the last, "dense inputs" as in the paper. "short": rho grows
 at every iteration of ADMM instead of every third, and the refit's damping is 0.01 instead of chosen by held-out data."""
 
-BLOCKS = ", then blocks"
+RECONSTRUCTIONS = {
+    ", then blocks": BlockReconstruction(epochs=1, learning_rate=0.02),
+    ", then blocks, 4 epochs": BlockReconstruction(epochs=4, learning_rate=0.02),
+}
 """What a method's name ends in where each block is reconstructed as a whole after its layers."""
-RECONSTRUCTION = BlockReconstruction(epochs=1, learning_rate=0.02)
 
 
 def method_named(name: str) -> tuple[Method, dict[str, Any]]:
     """A method, and the options that `prune_` takes with it."""
-    method, order = METHODS[name.removesuffix(BLOCKS)]
-    return method, {"order": order, "reconstruction": RECONSTRUCTION if name.endswith(BLOCKS) else None}
+    suffix = next((suffix for suffix in RECONSTRUCTIONS if name.endswith(suffix)), "")
+    method, order = METHODS[name.removesuffix(suffix)]
+    return method, {"order": order, "reconstruction": RECONSTRUCTIONS.get(suffix)}
 
 
 class Rows:

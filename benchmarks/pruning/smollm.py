@@ -60,7 +60,7 @@ def main() -> None:
     dense = source.model.float() if options.dtype == "float32" else source.model.bfloat16()
     test = source.tokenizer(options.wikitext.read_text(), return_tensors="pt", verbose=False)["input_ids"][0][: options.tokens]
     text = source.tokenizer(load_text(options.calibration, "text")[0], return_tensors="pt", verbose=False)["input_ids"][0]
-    batches = token_batches(text, sequences=options.sequences, length=options.length, batch_size=4)
+    batches = token_batches(text, sequences=options.sequences, length=options.length, batch_size=2)
     common = {"model": "SmolLM2-135M-Instruct, Q4_1 dequantised", "tokens": options.tokens, "dtype": options.dtype}
     with rows.new({**common, "pattern": "dense"}) as row:
         if row is not None:
