@@ -54,7 +54,7 @@ def sentences(rows: list[Row]) -> list[str]:
             best = max(seeds, key=lambda name: mean(seeds[name]))
             found = mean(seeds[best])
             parts += [
-                f"Best 4:8-T calibrated on {corpus}: {_spread(seeds[best], 4)} by {best}, draws of sentences: {len(seeds[best])}; "
+                f"Best 4:8-T calibrated on {corpus}: {_spread(seeds[best], 4)} by {best}, draws of them: {len(seeds[best])}; "
                 f"the aim, {aim:.4f}, is {verdict(found >= aim)}.\n"
             ]
     return [*parts, provenance(rows)]
