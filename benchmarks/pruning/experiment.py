@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bisparse.pruning import ALPS, AdaPrune, Magnitude, Method, SparseGPT, Wanda
+from bisparse.pruning import ALPS, AdaPrune, BlockReconstruction, Magnitude, Method, SparseGPT, Wanda
 from bisparse.results import PruneReport
 from record import commit, device, read_rows, versions
 
@@ -42,6 +42,19 @@ METHODS: dict[str, tuple[Method, str]] = {
 """Name -> the method and the order of calibration. AdaPrune here is the default: Wanda's mask, least squares, damping by
 held-out data, targets of the dense network; "own inputs" without the last, "dense inputs" as in the paper. "short": rho grows
 at every iteration of ADMM instead of every third, and the refit's damping is 0.01 instead of chosen by held-out data."""
+
+RECONSTRUCTIONS = {
+    ", then blocks": BlockReconstruction(epochs=1, learning_rate=0.02),
+    ", then blocks, 4 epochs": BlockReconstruction(epochs=4, learning_rate=0.02),
+}
+"""What a method's name ends in where each block is reconstructed as a whole after its layers."""
+
+
+def method_named(name: str) -> tuple[Method, dict[str, Any]]:
+    """A method, and the options that `prune_` takes with it."""
+    suffix = next((suffix for suffix in RECONSTRUCTIONS if name.endswith(suffix)), "")
+    method, order = METHODS[name.removesuffix(suffix)]
+    return method, {"order": order, "reconstruction": RECONSTRUCTIONS.get(suffix)}
 
 
 class Rows:

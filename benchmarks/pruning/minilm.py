@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from experiment import METHODS, Rows, load_text, measured
+from experiment import METHODS, Rows, load_text, measured, method_named
 from scipy.stats import spearmanr
 from transformers import AutoModel, AutoTokenizer
 
@@ -47,8 +47,8 @@ def spearman(model: torch.nn.Module, tokenizer, rows: list[tuple[float, str, str
     return float(spearmanr((a * b).sum(1), [row[0] for row in rows]).statistic)
 
 
-def calibration(tokenizer, texts: list[str], count: int, size: int = 32) -> list[dict[str, torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
+def calibration(tokenizer, texts: list[str], count: int, seed: int, size: int = 32) -> list[dict[str, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
     chosen = [texts[i] for i in torch.randperm(len(texts), generator=generator)[:count].tolist()]
     chosen.sort(key=len)
     batches = [
@@ -65,6 +65,8 @@ def main() -> None:
     parser.add_argument("--sts", type=Path, required=True)
     parser.add_argument("--foreign", type=Path)
     parser.add_argument("--count", type=int, default=2048, help="calibration sentences")
+    parser.add_argument("--seeds", type=int, default=1, help="draws of calibration sentences")
+    parser.add_argument("--corpora", nargs="+", default=["sts-train", "foreign"])
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/pruning_minilm.jsonl"))
@@ -76,6 +78,7 @@ def main() -> None:
     corpora = {"sts-train": [text for row in sentences(args.sts / "sts-train.csv") for text in row[1:]]}
     if args.foreign:
         corpora["foreign"] = load_text(args.foreign, unit="sentence")
+    draws = [(corpus, seed) for corpus in args.corpora if corpus in corpora for seed in range(args.seeds)]
     rows = Rows(args.out)
 
     def fresh() -> torch.nn.Module:
@@ -84,21 +87,23 @@ def main() -> None:
     with rows.new({"model": "all-MiniLM-L6-v2", "pattern": "dense"}) as row:
         if row is not None:
             row["spearman"] = spearman(fresh(), tokenizer, test)
-    for corpus, texts in corpora.items():
-        batches = calibration(tokenizer, texts, args.count)
+    for corpus, seed in draws:
+        batches = calibration(tokenizer, corpora[corpus], args.count, seed)
         for pattern in args.patterns:
             for name in args.methods:
-                method, order = METHODS[name]
-                key = {"model": "all-MiniLM-L6-v2", "pattern": pattern, "method": name, "corpus": corpus, "count": args.count}
-                if not method.needs:
+                method, how = method_named(name)
+                key = {"model": "all-MiniLM-L6-v2", "pattern": pattern, "method": name}
+                if method.needs:
+                    key |= {"corpus": corpus, "count": args.count, "seed": seed}
+                else:
                     key |= {"corpus": None, "count": 0}
                 with rows.new(key) as row:
                     if row is None:
                         continue
                     model = fresh()
                     started = time.perf_counter()
-                    report = prune_(model, pattern, method, batches, order=order, exclude="pooler*", progress=True)
-                    row |= measured(report, time.perf_counter() - started)
+                    report = prune_(model, pattern, method, batches, **how, exclude="pooler*", progress=True)
+                    row |= measured(report, time.perf_counter() - started) | {"notes": list(report.notes)}
                     for layer in report:
                         bisparse.verify(model.get_parameter(layer.parameter), pattern, layout=layer.layout).check()
                     row["spearman"] = spearman(model, tokenizer, test)

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from experiment import METHODS, Rows, load_text, measured
+from experiment import Rows, load_text, measured, method_named
 from torch import Tensor, nn
 
 from bisparse import verify
@@ -52,7 +52,9 @@ def main() -> None:
     parser.add_argument("--device", help="run blocks there")
     parser.add_argument("--journal", type=Path, help="a folder to resume single jobs from")
     parser.add_argument("--results", type=Path, default=RESULTS / "pruning_smollm.jsonl")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
     rows = Rows(options.results)
     source = open_source(options.model)
     dense = source.model.float() if options.dtype == "float32" else source.model.bfloat16()
@@ -65,7 +67,7 @@ def main() -> None:
             row["perplexity"] = perplexity(dense, test)
     for pattern in options.patterns:
         for name in options.methods:
-            method, order = METHODS[name]
+            method, how = method_named(name)
             data = {"sequences": options.sequences, "length": options.length, "corpus": options.calibration.name}
             with rows.new({**common, "pattern": pattern, "method": name, **(data if method.needs else {})}) as row:
                 if row is None:
@@ -73,8 +75,8 @@ def main() -> None:
                 model = copy.deepcopy(dense)
                 started = time.perf_counter()
                 resume = options.journal / f"{name}-{pattern}".replace(" ", "-").replace(":", "of") if options.journal else None
-                report = prune_(model, pattern, method, batches, order=order, device=options.device, resume=resume, progress=True)
-                row |= measured(report, time.perf_counter() - started)
+                report = prune_(model, pattern, method, batches, **how, device=options.device, resume=resume, progress=True)
+                row |= measured(report, time.perf_counter() - started) | {"notes": list(report.notes)}
                 for layer in report:
                     verify(model.get_parameter(layer.parameter), pattern, name=layer.name).check()
                 row["perplexity"] = perplexity(model, test)

@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from bisparse.pattern import Structure
-    from bisparse.pruning import Method
+    from bisparse.pruning import BlockReconstruction, Method
     from bisparse.pruning.source import Source
     from bisparse.results import LayerResult, PruneReport
 
 __all__ = [
     "METHODS",
+    "BlockEpochs",
     "Calibration",
     "Damping",
     "Device",
@@ -34,6 +35,7 @@ __all__ = [
     "group_of_ranks",
     "parse_method",
     "parse_order",
+    "parse_reconstruction",
     "prune_with_data",
 ]
 
@@ -46,6 +48,9 @@ Calibration = Annotated[
 Sequences = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
 Order = Annotated[str, typer.Option(help="sequential: layers see those pruned before them; parallel: the dense network.")]
+BlockEpochs = Annotated[
+    int, typer.Option(min=0, help="After its layers, fit each block as a whole, in so many passes over the samples. 0: do not.")
+]
 Damping = Annotated[float | None, typer.Option(help="Ridge of the least squares; by default chosen by held-out data.")]
 Device = Annotated[str | None, typer.Option(help="Run transformer blocks there, one at a time, such as cuda.")]
 Resume = Annotated[Path | None, typer.Option(help="A folder to go on from, should the job be interrupted.")]
@@ -74,6 +79,17 @@ def parse_order(order: str) -> Literal["sequential", "parallel"]:
     if order == "parallel":
         return "parallel"
     raise typer.BadParameter(f"{order!r} is not one of sequential, parallel", param_hint="--order")
+
+
+def parse_reconstruction(epochs: int, order: str) -> BlockReconstruction | None:
+    """How blocks are fitted as a whole; None where they are not."""
+    if epochs == 0:
+        return None
+    if order != "sequential":
+        raise typer.BadParameter("blocks are fitted in the order sequential only", param_hint="--block-epochs")
+    from bisparse.pruning import BlockReconstruction
+
+    return BlockReconstruction(epochs=epochs)
 
 
 @contextmanager

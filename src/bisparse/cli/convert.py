@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from bisparse.cli.calibrated import (
+    BlockEpochs,
     Calibration,
     Damping,
     Device,
@@ -21,6 +22,7 @@ from bisparse.cli.calibrated import (
     group_of_ranks,
     parse_method,
     parse_order,
+    parse_reconstruction,
 )
 from bisparse.cli.console import (
     AsJson,
@@ -47,6 +49,7 @@ def convert(
     length: Length = 512,
     regrow: Annotated[bool, typer.Option("--regrow", help="Fill places that are free in the new pattern.")] = False,
     order: Order = "sequential",
+    block_epochs: BlockEpochs = 0,
     damping: Damping = None,
     include: Included = None,
     exclude: Excluded = None,
@@ -80,6 +83,7 @@ def convert(
             exclude=exclude,
             solver=parse_solver(solver),
             order=parse_order(order),
+            reconstruction=parse_reconstruction(block_epochs, order),
             device=device,
             resume=resume,
             progress=False if as_json else None,

@@ -10,6 +10,7 @@ import typer
 
 from bisparse.cli.calibrated import (
     METHODS,
+    BlockEpochs,
     Calibration,
     Damping,
     Device,
@@ -19,6 +20,7 @@ from bisparse.cli.calibrated import (
     Sequences,
     parse_method,
     parse_order,
+    parse_reconstruction,
     prune_with_data,
 )
 from bisparse.cli.console import (
@@ -77,6 +79,7 @@ def prune(
     sequences: Sequences = 256,
     length: Length = 512,
     order: Order = "sequential",
+    block_epochs: BlockEpochs = 0,
     damping: Damping = None,
     device: Device = None,
     resume: Resume = None,
@@ -104,7 +107,7 @@ def prune(
     if target is None and not dry_run:
         raise typer.BadParameter("missing; name the folder to write, or pass --dry-run", param_hint="TARGET")
     set_threads(threads)
-    if method != "magnitude" or ":" in str(source):
+    if method != "magnitude" or block_epochs or ":" in str(source):
         if dry_run or target is None:
             raise typer.BadParameter("only checkpoints pruned by magnitude can be planned ahead", param_hint="--dry-run")
         options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder}
@@ -121,6 +124,7 @@ def prune(
             **options,
             solver=parse_solver(solver),
             order=parse_order(order),
+            reconstruction=parse_reconstruction(block_epochs, order),
             device=device,
             resume=resume,
         )

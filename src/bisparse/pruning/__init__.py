@@ -5,6 +5,7 @@ from bisparse.pruning.adaprune_gradient import GradientAdaPrune
 from bisparse.pruning.alps import ALPS
 from bisparse.pruning.batch_norm import fold_batch_norms_, reestimate_batch_norms_
 from bisparse.pruning.bias import BiasCorrection, MatchMoments
+from bisparse.pruning.block_reconstruction import BlockReconstruction
 from bisparse.pruning.convert import convert_, fitting_patterns
 from bisparse.pruning.magnitude import Magnitude
 from bisparse.pruning.mean_absorption import MeanAbsorption, absorb_mean
@@ -22,6 +23,7 @@ __all__ = [
     "ALPS",
     "AdaPrune",
     "BiasCorrection",
+    "BlockReconstruction",
     "CalibrationError",
     "GradientAdaPrune",
     "LayerProblem",

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from bisparse.layers import Layer
 from bisparse.pruning.chain import Chain, dense_copy, find_chains
-from bisparse.pruning.chain_run import ChainRun
+from bisparse.pruning.chain_run import ChainRun, FinishedBlock
 from bisparse.pruning.ranks import Ranks
 from bisparse.pruning.reduction import positions
 from bisparse.pruning.statistics import CalibrationError, Moments, Statistic, Statistics, reading_of
@@ -76,7 +76,8 @@ def calibrate(
     progress: bool | None = None,
     walk: Walk | None = None,
     ranks: Ranks | None = None,
-) -> Generator[Stage]:
+    blocks: bool = False,
+) -> Generator[Stage | FinishedBlock]:
     """Yield the layers stage by stage, each with the statistics of its inputs; the caller may change weights in between.
 
     The model runs in eval mode without gradients; its mode is restored at the end.
@@ -94,6 +95,7 @@ def calibrate(
         progress: a progress bar; None: if a terminal is there to see it.
         walk: filled with costs and with the layers never reached.
         ranks: share the data among these, all of whom call this alike; every one gets the statistics of all data.
+        blocks: in "sequential", yield each block of a chain too, once its layers have been; the caller may change them again.
 
     Raises:
         CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
@@ -117,18 +119,22 @@ def calibrate(
         walk.time_s += time.perf_counter() - started
         reached = {layer.name for stage in stages for layer in stage}
         walk.unreached += [layer.name for layer in layers if layer.name not in reached]
+        walker: Iterator[Stage | FinishedBlock]
         if order == "parallel" and _bytes_of_all(layers, needs) <= WHOLE_BYTES:
             walker = _walk_whole(model, stages, calls, shared, forward, walk, done)
         else:
-            walker = _walk_in_order(model, stages, calls, shared, forward, walk, device, done, dense)
+            walker = _walk_in_order(model, stages, calls, shared, forward, walk, device, done, dense, blocks)
         for stage in _timed(walker, walk):
+            if isinstance(stage, FinishedBlock):
+                yield stage
+                continue
             bar.set_postfix_str(stage.layers[-1].name)
             yield stage
             bar.update(len(stage.layers))
         bar.update(bar.total - bar.n)
 
 
-def _timed(stages: Iterator[Stage], walk: Walk) -> Iterator[Stage]:
+def _timed(stages: Iterator[Stage | FinishedBlock], walk: Walk) -> Iterator[Stage | FinishedBlock]:
     while True:
         started = time.perf_counter()
         with torch.no_grad():
@@ -345,7 +351,8 @@ def _walk_in_order(
     device: torch.device | str | None,
     done: frozenset[str],
     dense: Callable[[Tensor], Tensor | None] | None,
-) -> Iterator[Stage]:
+    blocks: bool,
+) -> Iterator[Stage | FinishedBlock]:
     chains = find_chains(model, [layer for stage in stages for layer in stage], calls, data.batches[0], forward)
     segments: list[Chain | list[Layer]] = []
     for stage in stages:
@@ -359,14 +366,29 @@ def _walk_in_order(
     # Blocks keep their own dense copies, one at a time. A dense copy of the whole model is needed only where something
     # else is pruned before a chain; layers after the only chain are fitted to the outputs they have by then.
     alone = len(segments) > 0 and isinstance(segments[0], Chain) and not any(isinstance(s, Chain) for s in segments[1:])
-    reference = dense_copy(model, dense) if cross and not alone else None
+    reference = dense_copy(model, dense) if (cross or blocks) and not alone else None
     for number, segment in enumerate(segments):
         if isinstance(segment, Chain):
             own = [stage for stage in stages if segment.holds(stage[0])]
-            run = ChainRun(segment, model, [batch for _, batch in data.own], forward, device, cross, dense)
-            yield from _walk_chain(run, own, data, walk, done, reference if number else None)
+            run = ChainRun(segment, model, [batch for _, batch in data.own], forward, device, cross or blocks, dense, cross)
+            yield from _walk_chain(run, own, data, walk, done, reference if number else None, blocks)
         elif todo := [layer for layer in segment if layer.name not in done]:
             yield _run(model, [todo], data, forward, walk, reference if number else None, calls).stage(todo)
+
+
+def _finished(run: ChainRun, layers: tuple[Layer, ...], data: _Data) -> FinishedBlock:
+    numbers = range(len(data.own))
+    judge = tuple(number for number in numbers if number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1) or tuple(numbers)
+    return FinishedBlock(
+        f"{run.chain.name}.{run.current}",
+        run.chain.blocks[run.current],
+        layers,
+        run.output,
+        run.dense_inputs.__getitem__,
+        lambda number: token_mask(data.own[number][1]),
+        tuple(number for number in numbers if number not in judge) or tuple(numbers),
+        judge,
+    )
 
 
 def _walk_chain(
@@ -376,9 +398,11 @@ def _walk_chain(
     walk: Walk,
     done: frozenset[str],
     reference: nn.Module | None,
-) -> Iterator[Stage]:
+    blocks: bool,
+) -> Iterator[Stage | FinishedBlock]:
     run.start(reference)
-    for number in range(len(run.chain.blocks)):
+    # What comes after the last block with layers needs no running.
+    for number in range(1 + max(run.chain.block_of(stage[0]) for stage in stages)):
         own = [stage for stage in stages if run.chain.block_of(stage[0]) == number]
         with run.block(number, own):
             for position, stage in enumerate(own):
@@ -399,5 +423,9 @@ def _walk_chain(
                 walk.activation_bytes = max(walk.activation_bytes, run.activation_bytes)
                 yield collector.stage(todo)
                 run.differs = True
+            if blocks and own:
+                run.advance_dense()
+                yield _finished(run, tuple(layer for stage in own for layer in stage), data)
+                run.restart()
             run.advance()
     walk.forwards += run.forwards

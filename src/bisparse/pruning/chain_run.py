@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from bisparse.pruning.chain import Call, Chain, argument_of, dense_copy, without
 from bisparse.pruning.paused import Paused
 from bisparse.pruning.taps import LAST_PART, EnoughSeen, call_model, observed
 
-__all__ = ["ChainRun"]
+__all__ = ["ChainRun", "FinishedBlock"]
 
 PAUSED_BYTES = 8 << 30
 """What stopped passes may hold together, by estimate."""
@@ -29,6 +29,25 @@ INNER = 8
 
 Inputs = list[tuple[Tensor, int | None]]
 """Inputs of a stage, with the part of a packed projection that each belongs to."""
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block whose layers are all pruned, before the activations go on to the next one. It may still be changed."""
+
+    name: str
+    module: nn.Module
+    layers: tuple[Layer, ...]
+    output: Callable[[int], Tensor]
+    """What the block, as it is when called, makes of the pruned network's activations, by number of the batch."""
+    target: Callable[[int], Tensor]
+    """What the dense block makes of the dense network's."""
+    keep: Callable[[int], Tensor | None]
+    """Which positions of a batch are real tokens; None: all."""
+    fit: tuple[int, ...]
+    """Batches to fit to."""
+    judge: tuple[int, ...]
+    """Batches held out."""
 
 
 class _Pass:
@@ -61,6 +80,7 @@ class ChainRun:
         device: torch.device | str | None,
         keep_dense: bool,
         dense: Callable[[Tensor], Tensor | None] | None,
+        compare: bool = True,
     ) -> None:
         self.chain = chain
         self.model = model
@@ -69,6 +89,8 @@ class ChainRun:
         self.device = None if device is None else torch.device(device)
         self.keep_dense = keep_dense
         self.dense = dense
+        self.compare = compare
+        """Whether stages are told what the dense network's inputs are; else only its blocks' outputs are kept."""
         self.calls: list[list[Call]] = []
         self.inputs: list[Tensor] = []
         self.dense_inputs: list[Tensor] = []
@@ -77,6 +99,7 @@ class ChainRun:
         """Whether the network up to here differs from the dense one: only then are there two streams."""
         self.forwards = 0
         self._dense_block: nn.Module | None = None
+        self._dense_advanced = False
         self._passes: dict[tuple[int, bool], _Pass] = {}
         self._running: _Pass | None = None
 
@@ -140,6 +163,7 @@ class ChainRun:
         block = self.chain.blocks[number]
         home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
         self.current = number
+        self._dense_advanced = False
         if self.device is not None:
             block.to(self.device)
         firsts = [stage[0] for stage in stages]
@@ -164,16 +188,14 @@ class ChainRun:
             with observed(block, firsts, seen), observed(self._dense_block or nn.Identity(), twins, seen):
                 yield
         finally:
-            for one in self._passes.values():
-                one.paused.stop()
-            self._passes.clear()
+            self._stop()
             self._dense_block = None
             if self.device is not None:
                 block.to(home)
 
     def inputs_of(self, index: int, stage: int) -> tuple[Inputs, Inputs | None]:
         """What a stage of the present block sees of one batch; and in the dense network, if that is another one by now."""
-        streams = (False, True) if self._dense_block is not None and self.differs else (False,)
+        streams = (False, True) if self._dense_block is not None and self.differs and self.compare else (False,)
         found = []
         for dense in streams:
             one = self._pass(index, dense)
@@ -183,22 +205,39 @@ class ChainRun:
     def release(self, index: int) -> None:
         """Forget the pass of a batch that there is no room to hold; it will start anew."""
         if not self._held(index):
-            for dense in (False, True):
-                if one := self._passes.pop((index, dense), None):
-                    one.paused.stop()
+            self._stop((index, False), (index, True))
 
     def advance(self) -> None:
         """Replace the activations by what the present block, as it now is, makes of them."""
-        last = self.current == len(self.chain.blocks) - 1
+        if self.current == len(self.chain.blocks) - 1:
+            self._stop()
+            return
+        self.advance_dense()
         for index in range(len(self.inputs)):
-            if not last:
-                outputs = self._finish(index, False)
-                if self._dense_block is not None:
-                    self.dense_inputs[index] = self._finish(index, True) if self.differs else outputs
-                self.inputs[index] = outputs
-            for dense in (False, True):
-                if one := self._passes.pop((index, dense), None):
-                    one.paused.stop()
+            self.inputs[index] = self._finish(index, False)
+            self._stop((index, False))
+
+    def advance_dense(self) -> None:
+        """Replace the dense network's activations alone, once a block."""
+        if self._dense_block is None or self._dense_advanced:
+            return
+        self._dense_advanced = True
+        for index in range(len(self.dense_inputs)):
+            self.dense_inputs[index] = self._finish(index, self.differs)
+            self._stop((index, True))
+
+    def output(self, index: int) -> Tensor:
+        """What the present block makes of a batch, from the start."""
+        return self.chain.slot.of_output(self._call(self.chain.blocks[self.current], index, self.inputs[index]))
+
+    def restart(self) -> None:
+        """Forget what passes have computed with weights that are others now."""
+        self._stop()
+
+    def _stop(self, *chosen: tuple[int, bool]) -> None:
+        for key in chosen or tuple(self._passes):
+            if one := self._passes.pop(key, None):
+                one.paused.stop()
 
     def _finish(self, index: int, dense: bool) -> Tensor:
         one = self._pass(index, dense)

@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from bisparse.layers import Filter, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.pruning.adaprune import AdaPrune
+from bisparse.pruning.block_reconstruction import BlockReconstruction
 from bisparse.pruning.calibrate import Order
 from bisparse.pruning.layerwise import plan
 from bisparse.pruning.magnitude import Magnitude
@@ -47,6 +48,7 @@ def convert_(
     remainder: str = "pad",
     solver: Solver | None = None,
     order: Order = "sequential",
+    reconstruction: BlockReconstruction | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = None,
     resume: str | Path | None = None,
@@ -65,7 +67,7 @@ def convert_(
         method: by default `AdaPrune` with data, else `Magnitude`.
         regrow: places that the old mask pruned may be kept where the new pattern has room; needs data, and `AdaPrune`.
         patterns: patterns of single layers, by name; `fitting_patterns` proposes some.
-        include, exclude, remainder, solver, order, forward, device, resume, progress, group: as for `prune_`.
+        include, exclude, remainder, solver, order, reconstruction, forward, device, resume, progress, group: as for `prune_`.
 
     >>> model = nn.Sequential(nn.Linear(16, 16))
     >>> _ = convert_(model, "4:8")
@@ -90,6 +92,7 @@ def convert_(
         batches,
         solver=solver,
         order=order,
+        reconstruction=reconstruction,
         forward=forward,
         device=device,
         resume=resume,

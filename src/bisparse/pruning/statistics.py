@@ -180,8 +180,8 @@ def _second_moment(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G K K"]:
     return torch.cat([top, torch.cat([mixed.transpose(1, 2), _second_moment(right)], dim=2)], dim=1)
 
 
-def _weights(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G T 1"] | None:
-    """What each column counts: 1, less for one of very much energy; None where all count 1.
+def token_weights(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G T 1"] | None:
+    """What each token, or column, counts: 1, less for one of very much energy; None where all count 1.
 
     In language models the first token can hold 99.8 % of the energy of an MLP's inputs: a mask and weights fitted to plain
     averages are made for that token alone. The usual energy is the mean without the largest hundredth.
@@ -243,7 +243,7 @@ class Moments:
     def _add_columns(self, x: Float[Tensor, "G T K"], z: Float[Tensor, "G T K"] | None, part: int) -> None:
         if not self.needs & AVERAGED:
             return
-        weights = _weights(x) if self.needs & {Statistic.GRAM, Statistic.NORM} else None
+        weights = token_weights(x) if self.needs & {Statistic.GRAM, Statistic.NORM} else None
         roots = None if weights is None else weights.sqrt()
         total = torch.full((x.shape[0], 1), float(x.shape[1]), device=x.device) if weights is None else weights.sum(1)
         self._sum("weight", part, total)

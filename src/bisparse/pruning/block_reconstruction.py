@@ -1,0 +1,158 @@
+"""Block reconstruction: the kept weights of a whole block, fitted together to the dense block's output.
+
+Once the layers of a block are pruned one by one, with x the block's inputs in the pruned network and z in the dense one::
+
+    min over W' of sum over tokens of weight * |dense block(z) - block(x; S * W')|^2       S the masks, fixed
+
+What a layer-by-layer fit cannot see, such as an attention's softmax, the gate of an MLP, and one layer making good for
+another, this one can. Adam, because a block is not linear; its steps are relative to the size of each parameter.
+Guarantee: masks stay; the error on every fifth batch, held out, never grows: else the block is left as it was. Deterministic.
+Cost: about three forward passes of the block an epoch, and float32 copies and moments of one block's parameters.
+Source: the objective is that of BRECQ (Li et al., ICLR 2021, arXiv 2102.05426), for pruned models EBFT (Guo et al., 2024, arXiv
+2402.12419). Departures: held-out data decide; tokens of very much energy count less, as in all statistics here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bisparse.pruning.chain_run import FinishedBlock
+from bisparse.pruning.statistics import token_weights
+
+__all__ = ["BlockFit", "BlockReconstruction"]
+
+WARM_UP = 0.05
+"""Share of the steps in which the step size rises; then it falls along a cosine."""
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """What a reconstruction did to a block, in relative errors of the block's output on held-out batches."""
+
+    block: str
+    error_before: float
+    error: float
+
+    @property
+    def changed(self) -> bool:
+        """Whether the fitted weights were kept."""
+        return self.error < self.error_before
+
+
+@dataclass(frozen=True)
+class BlockReconstruction:
+    """How to fit a block; for ``prune_(..., reconstruction=...)``.
+
+    Args:
+        epochs: passes over the calibration batches.
+        learning_rate: first step of Adam, as a share of the root mean square of a parameter's kept weights.
+    """
+
+    epochs: int = 2
+    learning_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs={self.epochs}: expected at least 1")
+        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
+            raise ValueError(f"learning_rate={self.learning_rate!r}: expected a finite number > 0")
+
+    def fit_(self, block: FinishedBlock) -> BlockFit:
+        """Fit the kept weights, and biases, of the block's pruned layers, in place."""
+        fitted = _parameters(block)
+        before = [parameter.detach().clone() for parameter in fitted]
+        # Steps are smaller than what bfloat16 can hold.
+        precise = [parameter.detach().float().clone() for parameter in fitted]
+        kept = [parameter != 0 for parameter in precise[: len(block.layers)]]
+        groups = [{"params": [one], "lr": self.learning_rate * _size(one)} for one in precise]
+        adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
+        steps = self.epochs * len(block.fit)
+        schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, steps))
+        start = _error(block)
+        generator = torch.Generator().manual_seed(0)
+        with _only_these_require_grad(block.module, fitted):
+            for _ in range(self.epochs):
+                for position in torch.randperm(len(block.fit), generator=generator).tolist():
+                    distance, energy = _distance(block, block.fit[position])
+                    (distance / energy).backward()
+                    for number, (parameter, one) in enumerate(zip(fitted, precise, strict=True)):
+                        assert parameter.grad is not None
+                        one.grad = parameter.grad.float()
+                        if number < len(kept):
+                            one.grad.mul_(kept[number])
+                        parameter.grad = None
+                    adam.step()
+                    schedule.step()
+                    _write_(fitted, precise)
+        end = _error(block)
+        # Not a number is no improvement.
+        if not end < start:
+            _write_(fitted, before)
+            end = start
+        return BlockFit(block.name, start, end)
+
+
+def _parameters(block: FinishedBlock) -> list[nn.Parameter]:
+    """Weights of the layers, then their biases."""
+    weights = [layer.weight for layer in block.layers]
+    biases = [layer.module._parameters.get("bias") for layer in block.layers]
+    found = {id(one): one for one in (*weights, *biases) if isinstance(one, nn.Parameter)}
+    return list(found.values())
+
+
+def _size(parameter: Tensor) -> float:
+    kept = parameter[parameter != 0]
+    return float(kept.square().mean().sqrt()) if kept.numel() else 0.0
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, round(WARM_UP * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _write_(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def _distance(block: FinishedBlock, index: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Squared distance of the block's output from its target over a batch, and the target's energy, both weighted by token."""
+    target = block.target(index)
+    target = target.reshape(-1, target.shape[-1]).float()
+    output = block.output(index).reshape(target.shape).float()
+    weights = token_weights(target[None])
+    each = torch.ones(len(target), device=target.device) if weights is None else weights[0, :, 0]
+    if (keep := block.keep(index)) is not None and keep.numel() == len(each):
+        each = each * keep.reshape(-1).to(each.device)
+    return (each * (output - target).square().sum(1)).sum(), (each * target.square().sum(1)).sum()
+
+
+def _error(block: FinishedBlock) -> float:
+    with torch.no_grad():
+        pairs = [_distance(block, index) for index in block.judge]
+        total, energy = (float(sum(one.double() for one in column)) for column in zip(*pairs, strict=True))
+    return (total / energy) ** 0.5 if energy > 0 else 0.0
+
+
+@contextmanager
+def _only_these_require_grad(module: nn.Module, chosen: list[nn.Parameter]) -> Iterator[None]:
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
+    ids = {id(parameter) for parameter in chosen}
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in ids)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
