@@ -290,6 +290,11 @@ def depthwise(rows: list[Row]) -> list[str]:
     chosen = [row for row in rows if "pattern" in row]
     if not chosen:
         return [*parts, unmeasured("efficientnet.py")]
+    parts += [
+        f"{chosen[0]['images']} enlarged Fashion-MNIST images of {chosen[0]['side']} x {chosen[0]['side']} pixels to calibrate "
+        "on, as many others to judge by: there are no ImageNet images here. Left dense: depthwise convolutions, "
+        "the first one, the head.\n"
+    ]
     heads = ["EfficientNet-lite0", "to", "layers", "left dense", "mean layer error masked", "now", "same class as dense", "s"]
     body = [
         [
