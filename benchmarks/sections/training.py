@@ -205,7 +205,13 @@ def training_gpt(rows: list[dict[str, Any]]) -> list[str]:
         head = ("", "runs", "test loss, nats a byte", "bytes right, %", "mean flip rate a refresh, %", "of the last, %")
         parts += [_budget(budget), table(head, body)]
     parts.append("Of the longest runs:\n\n![Training loss and flip rate](images/training-gpt.svg)\n")
-    return parts + _decays([row for row in rows if row["study"] == "decay"])
+    decays = [row for row in rows if row["study"] == "decay"]
+    # The seed that the sweep has is also in the grid, at the default.
+    return parts + (_decays([*decays, *(row for row in rows if _at_default(row))]) if decays else [])
+
+
+def _at_default(row: dict[str, Any]) -> bool:
+    return bool(row["study"] == "gpt" and row["recipe"]["name"] == "4:8-T" and row["recipe"]["seed"] == 0)
 
 
 def _mean_flip_rate(row: dict[str, Any]) -> float:
@@ -216,7 +222,12 @@ def _decays(rows: list[dict[str, Any]]) -> list[str]:
     """How much masked decay AdamW wants."""
     parts = []
     for budget in _by_budget(rows):
-        ordered = sorted(budget, key=lambda row: row["recipe"]["sparsity"]["decay"])
+        if len(budget) < 2:
+            continue
+        ordered = sorted(
+            {row["recipe"]["sparsity"]["decay"]: row for row in budget}.values(),
+            key=lambda row: row["recipe"]["sparsity"]["decay"],
+        )
         body = [
             [f"{row['recipe']['sparsity']['decay']:g}", f"{row['test_loss']:.4f}", f"{100 * _mean_flip_rate(row):.2f}"]
             for row in ordered
@@ -236,14 +247,15 @@ def training_finetune(rows: list[dict[str, Any]]) -> list[str]:
         return [*parts, "Not measured yet: `python benchmarks/training/finetune.py`.\n"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        groups[row["task"], row["model"], row["pattern"], row["steps"]].append(row)
+        how = row["pattern"] + (", from AdaPrune" if row.get("method") == "adaprune" else "")
+        groups[row["task"], row["model"], how, row["steps"], row["batch"], row.get("precision", "float32")].append(row)
     body = []
-    for (task, model, pattern, steps), own in groups.items():
+    for (task, model, pattern, steps, batch, precision), own in sorted(groups.items(), key=lambda one: (one[0][:2], one[0][3:])):
         digits = 4 if task == "sts" else 2
         verified = "" if pattern == "dense" else f"{sum(row['verified'] for row in own)} of {len(own)}"
         columns = [spread([row[one] for row in own if one in row], 1, digits) for one in ("before", "pruned", "after")]
-        body.append([f"{model}, {task}", pattern, str(steps), *columns, verified])
-    head = ("model", "pattern", "steps", "before", "pruned, not tuned", "tuned", "`bisparse verify` holds")
+        body.append([f"{model}, {task}", pattern, f"{steps} of {batch}, {precision}", str(len(own)), *columns, verified])
+    head = ("model", "pattern", "steps", "seeds", "before", "pruned, not tuned", "tuned", "`bisparse verify` holds")
     parts.append("sts: Spearman correlation on STS-B test, higher is better. text: perplexity, lower is better.\n")
     return [*parts, table(head, body)]
 
