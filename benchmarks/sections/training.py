@@ -183,6 +183,7 @@ def training_search(rows: list[dict[str, Any]]) -> list[str]:
         table(("model", "pattern", "solver", "threads", "step, ms", "search, ms", "every 40 steps, %", "every step, %"), body)
     )
     last = rows[-1]
+    parts.append("Seconds of the processor where one thread works; of the clock where there are more.\n")
     parts.append(f"{last['device']}, {last['vector']}, {last['cores']} cores, torch {last['versions']['torch']}. Medians.\n")
     return parts
 
