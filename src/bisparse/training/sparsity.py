@@ -38,7 +38,8 @@ DEFAULT_DECAY = 2e-4
 """Decay where none is given: Zhou et al.'s lambda."""
 DEFAULT_DECAY_ADAM = 2e-3
 """Masked decay where none is given and the optimizer divides gradients by their size, as Adam does: on a small GPT it nearly
-halved the flip rate and lowered the loss at each seed (docs/benchmarks.md). What is right grows with the gradients: watch the flip rate."""
+halved the flip rate and lowered the loss at each seed (docs/benchmarks.md). What is right grows with the gradients: watch the
+flip rate."""
 
 STATE_VERSION = 1
 
