@@ -78,6 +78,12 @@ def _resnet_budget(rows: list[dict[str, Any]]) -> list[str]:
     def accuracy(kind: tuple[Any, ...]) -> list[float]:
         return [row["test_accuracy"] for row in found.get(kind, [])]
 
+    def cell(kind: tuple[Any, ...]) -> str:
+        runs = len(accuracy(kind))
+        return spread(accuracy(kind)) + (f" ({runs} of {seeds} runs)" if 0 < runs < seeds else "")
+
+    seeds = len({row["recipe"]["seed"] for row in rows})
+
     def dynamic(pattern: str, method: str = "masked-decay", solver: str = "exact", refresh: int = 40) -> tuple[Any, ...]:
         return (pattern, "dynamic", method, solver, refresh)
 
@@ -87,11 +93,11 @@ def _resnet_budget(rows: list[dict[str, Any]]) -> list[str]:
         "dynamic runs start from scratch.\n",
     ]
     patterns = ("2:4", "2:4-T", "4:8-T", "16:32-T")
-    body = [[name, spread(accuracy((name,))), "", "", ""] for name in ("dense", "dense, trained on")]
-    body.append(["static, from dense", *(spread(accuracy((one, "static", "masked-decay", "exact", 40))) for one in patterns)])
+    body = [[name, cell((name,)), "", "", ""] for name in ("dense", "dense, trained on")]
+    body.append(["static, from dense", *(cell((one, "static", "masked-decay", "exact", 40)) for one in patterns)])
     for label, method in (("STE", "ste"), ("SR-STE", "sr-ste"), ("masked decay", "masked-decay")):
-        body.append([f"dynamic, {label}", *(spread(accuracy(dynamic(one, method))) for one in patterns)])
-    body.append(["dynamic, masked decay, greedy masks", *(spread(accuracy(dynamic(one, solver="greedy"))) for one in patterns)])
+        body.append([f"dynamic, {label}", *(cell(dynamic(one, method)) for one in patterns)])
+    body.append(["dynamic, masked decay, greedy masks", *(cell(dynamic(one, solver="greedy")) for one in patterns)])
     parts.append(table(("", *patterns), [line for line in body if set(line[1:]) - {"", "-"}]))
     density = {one: [row["density"] for row in found.get(dynamic(one), [])] for one in patterns}
     shown = ", ".join(f"{one} {statistics.mean(numbers):.3f}" for one, numbers in density.items() if numbers)
