@@ -78,6 +78,12 @@ def _resnet_budget(rows: list[dict[str, Any]]) -> list[str]:
     def accuracy(kind: tuple[Any, ...]) -> list[float]:
         return [row["test_accuracy"] for row in found.get(kind, [])]
 
+    def cell(kind: tuple[Any, ...]) -> str:
+        runs = len(accuracy(kind))
+        return spread(accuracy(kind)) + (f" ({runs} of {seeds} runs)" if 0 < runs < seeds else "")
+
+    seeds = len({row["recipe"]["seed"] for row in rows})
+
     def dynamic(pattern: str, method: str = "masked-decay", solver: str = "exact", refresh: int = 40) -> tuple[Any, ...]:
         return (pattern, "dynamic", method, solver, refresh)
 
@@ -87,11 +93,11 @@ def _resnet_budget(rows: list[dict[str, Any]]) -> list[str]:
         "dynamic runs start from scratch.\n",
     ]
     patterns = ("2:4", "2:4-T", "4:8-T", "16:32-T")
-    body = [[name, spread(accuracy((name,))), "", "", ""] for name in ("dense", "dense, trained on")]
-    body.append(["static, from dense", *(spread(accuracy((one, "static", "masked-decay", "exact", 40))) for one in patterns)])
+    body = [[name, cell((name,)), "", "", ""] for name in ("dense", "dense, trained on")]
+    body.append(["static, from dense", *(cell((one, "static", "masked-decay", "exact", 40)) for one in patterns)])
     for label, method in (("STE", "ste"), ("SR-STE", "sr-ste"), ("masked decay", "masked-decay")):
-        body.append([f"dynamic, {label}", *(spread(accuracy(dynamic(one, method))) for one in patterns)])
-    body.append(["dynamic, masked decay, greedy masks", *(spread(accuracy(dynamic(one, solver="greedy"))) for one in patterns)])
+        body.append([f"dynamic, {label}", *(cell(dynamic(one, method)) for one in patterns)])
+    body.append(["dynamic, masked decay, greedy masks", *(cell(dynamic(one, solver="greedy")) for one in patterns)])
     parts.append(table(("", *patterns), [line for line in body if set(line[1:]) - {"", "-"}]))
     density = {one: [row["density"] for row in found.get(dynamic(one), [])] for one in patterns}
     shown = ", ".join(f"{one} {statistics.mean(numbers):.3f}" for one, numbers in density.items() if numbers)
@@ -183,6 +189,7 @@ def training_search(rows: list[dict[str, Any]]) -> list[str]:
         table(("model", "pattern", "solver", "threads", "step, ms", "search, ms", "every 40 steps, %", "every step, %"), body)
     )
     last = rows[-1]
+    parts.append("Seconds of the processor where one thread works; of the clock where there are more.\n")
     parts.append(f"{last['device']}, {last['vector']}, {last['cores']} cores, torch {last['versions']['torch']}. Medians.\n")
     return parts
 
@@ -205,7 +212,13 @@ def training_gpt(rows: list[dict[str, Any]]) -> list[str]:
         head = ("", "runs", "test loss, nats a byte", "bytes right, %", "mean flip rate a refresh, %", "of the last, %")
         parts += [_budget(budget), table(head, body)]
     parts.append("Of the longest runs:\n\n![Training loss and flip rate](images/training-gpt.svg)\n")
-    return parts + _decays([row for row in rows if row["study"] == "decay"])
+    decays = [row for row in rows if row["study"] == "decay"]
+    # The grid has the runs at the recipes' default.
+    return parts + (_decays([*decays, *(row for row in rows if _at_default(row))]) if decays else [])
+
+
+def _at_default(row: dict[str, Any]) -> bool:
+    return bool(row["study"] == "gpt" and row["recipe"]["name"] == "4:8-T")
 
 
 def _mean_flip_rate(row: dict[str, Any]) -> float:
@@ -216,15 +229,20 @@ def _decays(rows: list[dict[str, Any]]) -> list[str]:
     """How much masked decay AdamW wants."""
     parts = []
     for budget in _by_budget(rows):
-        ordered = sorted(budget, key=lambda row: row["recipe"]["sparsity"]["decay"])
+        by_decay: dict[float, list[dict[str, Any]]] = defaultdict(list)
+        for row in budget:
+            by_decay[row["recipe"]["sparsity"]["decay"]].append(row)
+        if len(by_decay) < 2:
+            continue
         body = [
-            [f"{row['recipe']['sparsity']['decay']:g}", f"{row['test_loss']:.4f}", f"{100 * _mean_flip_rate(row):.2f}"]
-            for row in ordered
-        ]
+            [f"{decay:g}", str(len(own)), spread([row["test_loss"] for row in own], 1, 4),
+             spread([_mean_flip_rate(row) for row in own])]
+            for decay, own in sorted(by_decay.items())
+        ]  # fmt: skip
         parts += [
             f"### Masked decay with AdamW: lambda at 4:8-T, {budget[0]['steps']} steps\n",
             _budget(budget),
-            table(("lambda", "test loss, nats a byte", "mean flip rate a refresh, %"), body),
+            table(("lambda", "runs", "test loss, nats a byte", "mean flip rate a refresh, %"), body),
         ]
     return parts
 
@@ -236,14 +254,15 @@ def training_finetune(rows: list[dict[str, Any]]) -> list[str]:
         return [*parts, "Not measured yet: `python benchmarks/training/finetune.py`.\n"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        groups[row["task"], row["model"], row["pattern"], row["steps"]].append(row)
+        how = row["pattern"] + (", from AdaPrune" if row.get("method") == "adaprune" else "")
+        groups[row["task"], row["model"], how, row["steps"], row["batch"], row.get("precision", "float32")].append(row)
     body = []
-    for (task, model, pattern, steps), own in groups.items():
+    for (task, model, pattern, steps, batch, precision), own in sorted(groups.items(), key=lambda one: (one[0][:2], one[0][3:])):
         digits = 4 if task == "sts" else 2
         verified = "" if pattern == "dense" else f"{sum(row['verified'] for row in own)} of {len(own)}"
         columns = [spread([row[one] for row in own if one in row], 1, digits) for one in ("before", "pruned", "after")]
-        body.append([f"{model}, {task}", pattern, str(steps), *columns, verified])
-    head = ("model", "pattern", "steps", "before", "pruned, not tuned", "tuned", "`bisparse verify` holds")
+        body.append([f"{model}, {task}", pattern, f"{steps} of {batch}, {precision}", str(len(own)), *columns, verified])
+    head = ("model", "pattern", "steps", "seeds", "before", "pruned, not tuned", "tuned", "`bisparse verify` holds")
     parts.append("sts: Spearman correlation on STS-B test, higher is better. text: perplexity, lower is better.\n")
     return [*parts, table(head, body)]
 

@@ -2,7 +2,7 @@
 
     python benchmarks/training/gpt.py [--budget small|reduced|full] [--study gpt|decay]
 
-"decay": instead, masked decay from none to too much at 4:8-T, one seed: the flip rate says which is right
+"decay": instead, masked decay from none to too much at 4:8-T: loss and flip rate say which is right
 for AdamW. Rows, with curves and flip rates, go to results/training-gpt.jsonl; those there are skipped.
 """
 
@@ -54,12 +54,11 @@ def grid(base: Recipe, count: int, refresh: int) -> Iterator[tuple[str, Recipe]]
                 yield "gpt", recipe
 
 
-def decay_grid(base: Recipe, refresh: int, decays: Iterable[float]) -> Iterator[tuple[str, Recipe]]:
+def decay_grid(base: Recipe, count: int, refresh: int, decays: Iterable[float]) -> Iterator[tuple[str, Recipe]]:
     for decay in decays:
-        yield (
-            "decay",
-            replace(base, name=f"4:8-T, decay {decay:g}", sparsity=SparsityRecipe("4:8-T", refresh=refresh, decay=decay)),
-        )
+        how = SparsityRecipe("4:8-T", refresh=refresh, decay=decay)
+        for recipe in seeds(replace(base, name=f"4:8-T, decay {decay:g}", sparsity=how), count):
+            yield "decay", recipe
 
 
 def main() -> None:
@@ -74,7 +73,7 @@ def main() -> None:
         training = replace(training, steps=chosen.steps, evaluate_every=max(1, chosen.steps // 3))
     refresh = 40 if chosen.budget != "smoke" else 2
     if chosen.study == "decay":
-        wanted = list(decay_grid(Recipe("", model=model, data=data, training=training), refresh, chosen.decays))
+        wanted = list(decay_grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh, chosen.decays))
     else:
         wanted = list(grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh))
     if chosen.dry_run:

@@ -103,6 +103,27 @@ def test_adam_sees_the_decay_before_its_moments():
     assert torch.allclose(optimizer.state[original]["exp_avg_sq"], 0.001 * expected**2, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("optimizer_class", "method", "expected"),
+    [
+        (torch.optim.SGD, "masked-decay", 2e-4),
+        (torch.optim.AdamW, "masked-decay", 2e-3),
+        (torch.optim.NAdam, "masked-decay", 2e-3),
+        (torch.optim.RMSprop, "masked-decay", 2e-4),
+        (torch.optim.AdamW, "sr-ste", 2e-4),
+    ],
+)
+def test_the_default_decay_goes_by_the_optimizer(mlp, step, optimizer_class, method, expected):
+    given = copy.deepcopy(mlp)
+    for model, how in ((mlp, {}), (given, {"decay": expected})):
+        optimizer = optimizer_class(model.parameters(), lr=0.01)
+        sparsify_(model, "4:8-T", method=method, **how).attach(optimizer)
+        for number in range(3):
+            step(model, optimizer, number)
+    for one, other in zip(mlp.parameters(), given.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(("refresh", "moves_at"), [(1, [1, 2, 3, 4, 5, 6]), (3, [3, 6]), (40, [])])
 def test_masks_move_every_refresh_steps_and_are_optimal_then(model, step, refresh, moves_at):
     sparsity = sparsify_(model, "4:8-T", refresh=refresh, measure_every=1)

@@ -68,7 +68,8 @@ def sparsify_(
             formula as printed. "s-ste": a continuous soft threshold, for plain N:M.
         solver: for transposable patterns; by default the exact one.
         refresh: optimizer steps between mask searches.
-        decay: lambda; by default 2e-4. A mapping from layer names or globs: those layers alone decay.
+        decay: lambda; by default 2e-4, and 2e-3 for masked decay with Adam and its kin. A mapping from layer names or globs:
+            those layers alone decay.
         schedule: dense and frozen phases of a dynamic run, in optimizer steps.
         include, exclude: which layers, by name, glob, ``re:`` or function, as `bisparse.layers.find_layers` takes them.
         remainder: for layers that M does not divide: "pad" as if with zeros, leave "dense" with the reason, or "error".
