@@ -44,8 +44,8 @@ held-out data, targets of the dense network; "own inputs" without the last, "den
 at every iteration of ADMM instead of every third, and the refit's damping is 0.01 instead of chosen by held-out data."""
 
 RECONSTRUCTIONS = {
-    ", then blocks": BlockReconstruction(epochs=1, learning_rate=0.02),
-    ", then blocks, 4 epochs": BlockReconstruction(epochs=4, learning_rate=0.02),
+    ", then blocks": BlockReconstruction(epochs=1),
+    ", then blocks, up to 8 epochs": BlockReconstruction(epochs=8),
 }
 """What a method's name ends in where each block is reconstructed as a whole after its layers."""
 

@@ -91,6 +91,17 @@ def test_it_is_deterministic() -> None:
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+def test_epochs_go_on_while_they_are_worthwhile_and_the_best_is_kept() -> None:
+    dense, batches = case()
+    errors = []
+    for how in (BlockReconstruction(epochs=1), BlockReconstruction(epochs=6), BlockReconstruction(epochs=6, worthwhile=1.0)):
+        model = copy.deepcopy(dense)
+        prune_(model, "2:4", Wanda(), batches, include="blocks.0.*", reconstruction=how)
+        errors.append(output_error(model.blocks[0], dense.blocks[0], [dense.first(x) for x in batches]))
+    assert errors[1] < 0.9 * errors[0]
+    assert errors[2] == errors[0]
+
+
 def test_steps_that_lead_nowhere_are_taken_back() -> None:
     model, batches = case()
     plain = copy.deepcopy(model)

@@ -49,7 +49,7 @@ Sequences = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
 Order = Annotated[str, typer.Option(help="sequential: layers see those pruned before them; parallel: the dense network.")]
 BlockEpochs = Annotated[
-    int, typer.Option(min=0, help="After its layers, fit each block as a whole, in so many passes over the samples. 0: do not.")
+    int, typer.Option(min=0, help="After its layers, fit each block as a whole, in at most so many passes over the samples.")
 ]
 Damping = Annotated[float | None, typer.Option(help="Ridge of the least squares; by default chosen by held-out data.")]
 Device = Annotated[str | None, typer.Option(help="Run transformer blocks there, one at a time, such as cuda.")]

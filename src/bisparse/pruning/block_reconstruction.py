@@ -29,7 +29,7 @@ from bisparse.pruning.statistics import token_weights
 __all__ = ["BlockFit", "BlockReconstruction"]
 
 WARM_UP = 0.05
-"""Share of the steps in which the step size rises; then it falls along a cosine."""
+"""Share of an epoch's steps in which the step size rises; then it falls along a cosine."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,15 @@ class BlockReconstruction:
     """How to fit a block; for ``prune_(..., reconstruction=...)``.
 
     Args:
-        epochs: passes over the calibration batches.
+        epochs: passes over the calibration batches, at most.
         learning_rate: first step of Adam, as a share of the root mean square of a parameter's kept weights.
+        worthwhile: another epoch follows only while the last one took at least this share off the error on held-out batches.
+            First blocks gain for long, and what is lost there all later ones inherit; later blocks soon gain nothing more.
     """
 
-    epochs: int = 2
+    epochs: int = 8
     learning_rate: float = 0.02
+    worthwhile: float = 0.03
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -67,19 +70,19 @@ class BlockReconstruction:
     def fit_(self, block: FinishedBlock) -> BlockFit:
         """Fit the kept weights, and biases, of the block's pruned layers, in place."""
         fitted = _parameters(block)
-        before = [parameter.detach().clone() for parameter in fitted]
         # Steps are smaller than what bfloat16 can hold.
         precise = [parameter.detach().float().clone() for parameter in fitted]
         kept = [parameter != 0 for parameter in precise[: len(block.layers)]]
-        groups = [{"params": [one], "lr": self.learning_rate * _size(one)} for one in precise]
-        adam = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=True)
-        steps = self.epochs * len(block.fit)
-        schedule = torch.optim.lr_scheduler.LambdaLR(adam, lambda step: _rate(step, steps))
-        start = _error(block)
+        adam = torch.optim.Adam([{"params": [one]} for one in precise], betas=(0.9, 0.95), fused=True)
+        sizes = [_size(one) for one in precise]
         generator = torch.Generator().manual_seed(0)
+        start = _error(block)
+        best, best_values = start, [parameter.detach().clone() for parameter in fitted]
         with _only_these_require_grad(block.module, fitted):
             for _ in range(self.epochs):
-                for position in torch.randperm(len(block.fit), generator=generator).tolist():
+                for step, position in enumerate(torch.randperm(len(block.fit), generator=generator).tolist()):
+                    for group, size in zip(adam.param_groups, sizes, strict=True):
+                        group["lr"] = self.learning_rate * size * _rate(step, len(block.fit))
                     distance, energy = _distance(block, block.fit[position])
                     (distance / energy).backward()
                     for number, (parameter, one) in enumerate(zip(fitted, precise, strict=True)):
@@ -89,14 +92,15 @@ class BlockReconstruction:
                             one.grad.mul_(kept[number])
                         parameter.grad = None
                     adam.step()
-                    schedule.step()
                     _write_(fitted, precise)
-        end = _error(block)
-        # Not a number is no improvement.
-        if not end < start:
-            _write_(fitted, before)
-            end = start
-        return BlockFit(block.name, start, end)
+                before, end = best, _error(block)
+                # Not a number is no improvement.
+                if end < best:
+                    best, best_values = end, [parameter.detach().clone() for parameter in fitted]
+                if not end < (1 - self.worthwhile) * before:
+                    break
+        _write_(fitted, best_values)
+        return BlockFit(block.name, start, best)
 
 
 def _parameters(block: FinishedBlock) -> list[nn.Parameter]:
