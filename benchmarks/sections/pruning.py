@@ -215,7 +215,9 @@ def law(rows: list[Row]) -> list[str]:
             }
             for method in dict.fromkeys(row["method"] for row in chosen)
         }
-        parts += [curve(f"Top-1 lost, to {to}", "v_w", "points", curves)]
+        whole = max(len(losses) for losses in curves.values())
+        drawn = {method: losses for method, losses in curves.items() if len(losses) == whole}
+        parts += [curve(f"Top-1 lost, to {to}", "v_w", "points", drawn)]
         for method, losses in curves.items():
             breaking = next((at for at, loss in losses.items() if loss > BREAKS), None)
             held = [at for at in losses if breaking is None or list(losses).index(at) < list(losses).index(breaking)]
