@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import oracle
-from bisparse.kernels import ops, reference
+from bisparse.kernels import middle, ops, reference
 from bisparse.tiles import from_tiles, to_tiles
 
 SIDES = [(2, 1), (3, 2), (4, 1), (4, 2), (4, 3), (6, 3), (8, 1), (8, 3), (8, 4), (8, 7), (12, 5), (16, 4), (16, 8), (16, 15)]
@@ -34,18 +34,40 @@ def test_exactly_2to4_is_the_closed_form_on_a_million_weights(values: int) -> No
     q[::4, ::4] = values - 1  # every tile holds the largest score, so none is rounded differently
     mask, coarse = ops.exact_mask(q.float(), 2, 4, exactly=True)
     tiles, masks = to_tiles(q, 4), to_tiles(mask, 4)
-    assert not coarse.any()
+    assert coarse is None
     assert (masks.sum(1) == 2).all() and (masks.sum(2) == 2).all()
     assert torch.equal((tiles * masks).sum((1, 2)), oracle.closed_form_2to4(tiles))
 
 
-@pytest.fixture(params=["reference", "dispatched"])
+def test_tags_tell_the_candidates_of_every_combination_apart() -> None:
+    table = middle.mask_bits().reshape(len(middle.COMBINATIONS), -1)
+    seen = set()
+    for masks, (upper, lower) in zip(table, middle.COMBINATIONS, strict=True):
+        pairs = {1: 1, 4: 16, 3: 9}[len(middle._candidates(upper, exactly=False))]
+        assert len(middle._candidates(lower, exactly=False)) ** 2 == pairs
+        named = masks[masks != 0].tolist()  # two pairs of candidates with one code would leave one mask
+        assert len(named) == len(set(named)) == pairs
+        seen.update(named)
+    bits = torch.tensor(sorted(seen)).unsqueeze(1) >> torch.arange(16) & 1
+    sums = torch.cat([bits.view(-1, 4, 4).sum(1), bits.view(-1, 4, 4).sum(2)], dim=1)
+    assert (sums <= 2).all()
+    assert int((sums == 2).all(1).sum()) == 90  # every mask that keeps exactly two is among them
+
+
+@pytest.fixture(params=["reference", "direct"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Which kernel `ops` runs: the specification in plain torch, or the one registered for the device."""
+    """Which kernel `ops` runs: the specification in plain torch, or the CPU's."""
     if request.param == "reference":
         for name in ("exact_mask", "exact_solve", "exact_solve_integers", "keep_largest"):
             monkeypatch.setattr(torch.ops.bisparse, name, getattr(ops, f"reference_{name}"))
+        monkeypatch.setattr(ops, "_directly_on_cpu", lambda scores: False)
     return str(request.param)
+
+
+def mask_alone(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:
+    """`ops.exact_mask`, with a flag for every tile also where none is coarse."""
+    mask, coarse = ops.exact_mask(scores, n, m, exactly)
+    return mask, torch.zeros(scores.numel() // m**2, dtype=torch.bool) if coarse is None else coarse
 
 
 def numbers(kind: str, tiles: int, m: int, seed: int = 0) -> Tensor:
@@ -124,7 +146,7 @@ def test_half_a_unit_is_rounded_to_even() -> None:
 @ALL_SIDES
 def test_prices_prove_every_mask(implementation: str, m: int, n: int, exactly: bool) -> None:
     # The reference works tile by tile in Python steps: fewer kinds where that is slow.
-    check_proofs(m, n, exactly, KINDS if implementation == "dispatched" or m < 16 else ["gaussian", "int4", "mostly zeros"])
+    check_proofs(m, n, exactly, KINDS if implementation == "direct" or m < 16 else ["gaussian", "int4", "mostly zeros"])
 
 
 @PROGRAMS
@@ -144,7 +166,7 @@ def check_proofs(m: int, n: int, exactly: bool, kinds: list[str]) -> None:
         fine = exponent != ops.COARSE
         assert bool(oracle.proved(q[fine], to_tiles(mask, m)[fine], u[fine], v[fine], n, exactly).all()), kind
         # The mask alone may be another one where several are best, but the same prices prove it.
-        alone, coarse = ops.exact_mask(as_matrix(tiles), n, m, exactly)
+        alone, coarse = mask_alone(as_matrix(tiles), n, m, exactly)
         assert (alone.dtype, coarse.dtype, alone.shape, coarse.shape) == (torch.bool, torch.bool, (2 * m, m), (2,))
         assert torch.equal(coarse, ~fine)
         assert bool(oracle.proved(q[fine], to_tiles(alone, m)[fine], u[fine], v[fine], n, exactly).all()), kind
@@ -198,7 +220,7 @@ def test_same_mask_as_the_specification_where_the_optimum_is_unique(m: int, n: i
     tiles = numbers("gaussian", 12, m)
     q, _ = ops.quantise(tiles)
     expected, _, _ = reference.exact_tiles(q, n, exactly)
-    for mask in (ops.exact_solve(as_matrix(tiles, 3), n, m, exactly)[0], ops.exact_mask(as_matrix(tiles, 3), n, m, exactly)[0]):
+    for mask in (ops.exact_solve(as_matrix(tiles, 3), n, m, exactly)[0], mask_alone(as_matrix(tiles, 3), n, m, exactly)[0]):
         assert torch.equal(to_tiles(mask, m), expected)
 
 
@@ -217,16 +239,28 @@ def test_any_number_of_tiles(m: int, n: int, exactly: bool) -> None:
             solved, u, v, exponent = ops.exact_solve(matrix, n, m, exactly)
             assert torch.equal(to_tiles(solved, m), expected[:count])
             assert (u.shape, v.shape, exponent.shape) == ((count, m), (count, m), (count,))
-            alone, _ = ops.exact_mask(matrix, n, m, exactly)
+            alone, _ = mask_alone(matrix, n, m, exactly)
             q, _ = ops.quantise(tiles[:count])
             assert torch.equal((q * to_tiles(alone, m)).sum((1, 2)), (q * expected[:count]).sum((1, 2)))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "int4", "mostly zeros"])
+def test_torch_dispatches_to_the_same_kernels(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n, m in ((2, 4), (4, 8)):
+        tiles = numbers(kind, 40, m)
+        tiles[3, 0, 0] = 1e9
+        matrix = as_matrix(tiles, 10)
+        direct = (*ops.exact_solve(matrix, n, m, False), *mask_alone(matrix, n, m, False))
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "_directly_on_cpu", lambda scores: False)
+            same((*ops.exact_solve(matrix, n, m, False), *mask_alone(matrix, n, m, False)), direct)
 
 
 def test_no_tiles(implementation: str) -> None:
     for shape in ((0, 8), (8, 0), (0, 0)):
         mask, u, v, exponent = ops.exact_solve(torch.zeros(shape), 4, 8, False)
         assert (mask.shape, u.shape, v.shape, exponent.shape) == (shape, (0, 8), (0, 8), (0,))
-        assert [tuple(result.shape) for result in ops.exact_mask(torch.zeros(shape), 2, 4, False)] == [shape, (0,)]
+        assert [tuple(result.shape) for result in mask_alone(torch.zeros(shape), 2, 4, False)] == [shape, (0,)]
     mask, u, v = ops.exact_solve_integers(torch.zeros(0, 8, 8, dtype=torch.int64), 4, False)
     assert (mask.shape, u.shape, v.shape) == ((0, 8, 8), (0, 8), (0, 8))
 
@@ -268,7 +302,7 @@ def test_strided_scores(implementation: str) -> None:
         rows, columns = view.shape
         view = view[: rows // 8 * 8, : columns // 8 * 8]
         same(ops.exact_solve(view, 4, 8, False), ops.exact_solve(view.contiguous(), 4, 8, False))
-        same(ops.exact_mask(view, 2, 4, False), ops.exact_mask(view.contiguous(), 2, 4, False))
+        same(mask_alone(view, 2, 4, False), mask_alone(view.contiguous(), 2, 4, False))
     q = torch.randint(0, 99, (8, 8, 6)).permute(2, 1, 0)
     same(ops.exact_solve_integers(q, 4, False), ops.exact_solve_integers(q.contiguous(), 4, False))
 
@@ -283,10 +317,10 @@ def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
 @pytest.mark.parametrize(("m", "n"), [(4, 2), (4, 3), (8, 4), (16, 8), (12, 5)])
 def test_every_output_is_written(implementation: str, m: int, n: int, exactly: bool) -> None:
     matrix = as_matrix(torch.cat([numbers("gaussian", 20, m), numbers("zeros", 3, m)]))
-    expected = (*ops.exact_solve(matrix, n, m, exactly), *ops.exact_mask(matrix, n, m, exactly))
+    expected = (*ops.exact_solve(matrix, n, m, exactly), *mask_alone(matrix, n, m, exactly))
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN or the largest number
     try:
-        found = (*ops.exact_solve(matrix, n, m, exactly), *ops.exact_mask(matrix, n, m, exactly))
+        found = (*ops.exact_solve(matrix, n, m, exactly), *mask_alone(matrix, n, m, exactly))
     finally:
         torch.use_deterministic_algorithms(False)
     same(found, expected)
@@ -295,10 +329,10 @@ def test_every_output_is_written(implementation: str, m: int, n: int, exactly: b
 @pytest.mark.parametrize(("m", "n"), [(4, 2), (8, 4), (16, 8), (6, 2)])
 def test_same_answer_on_two_threads(m: int, n: int) -> None:
     matrix = as_matrix(numbers("int4", 400, m), 20)
-    alone = (*ops.exact_solve(matrix, n, m, False), *ops.exact_mask(matrix, n, m, False))
+    alone = (*ops.exact_solve(matrix, n, m, False), *mask_alone(matrix, n, m, False))
     torch.set_num_threads(2)
     try:
-        together = (*ops.exact_solve(matrix, n, m, False), *ops.exact_mask(matrix, n, m, False))
+        together = (*ops.exact_solve(matrix, n, m, False), *mask_alone(matrix, n, m, False))
     finally:
         torch.set_num_threads(1)
     same(together, alone)
@@ -310,7 +344,7 @@ def test_a_score_that_is_no_score(implementation: str, m: int, n: int, number: f
     for place in ((0, 0), (3, 5), (2 * m - 1, 3 * m - 1)):
         scores = torch.ones(2 * m, 3 * m)
         scores[place] = number
-        for operator in (ops.exact_solve, ops.exact_mask):
+        for operator in (ops.exact_solve, mask_alone):
             with pytest.raises(ops.BadScoreError):
                 operator(scores, n, m, False)
 
@@ -318,7 +352,7 @@ def test_a_score_that_is_no_score(implementation: str, m: int, n: int, number: f
 def test_scores_of_negative_zero_and_the_largest_number(implementation: str) -> None:
     tile = torch.full((4, 4), -0.0)
     tile[0, 0] = torch.finfo(torch.float32).max
-    for operator in (ops.exact_solve, ops.exact_mask):
+    for operator in (ops.exact_solve, mask_alone):
         mask = operator(tile, 2, 4, False)[0]
         assert bool(mask[0, 0])
 
@@ -326,7 +360,7 @@ def test_scores_of_negative_zero_and_the_largest_number(implementation: str) -> 
 def test_a_tile_of_outliers_and_dust_is_called_coarse(implementation: str) -> None:
     tiles = torch.rand(3, 8, 8)
     tiles[1, 3, 3] = 1e8
-    assert (ops.exact_mask(as_matrix(tiles), 4, 8, False)[1]).tolist() == [False, True, False]
+    assert (mask_alone(as_matrix(tiles), 4, 8, False)[1]).tolist() == [False, True, False]
     assert (ops.exact_solve(as_matrix(tiles), 4, 8, False)[3] == ops.COARSE).tolist() == [False, True, False]
 
 

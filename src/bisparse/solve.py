@@ -10,7 +10,7 @@ from bisparse.kernels.ops import BadScoreError, check_scores, keep_largest
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.solution import Certificate, Solution
 from bisparse.solvers import Exact, Solver
-from bisparse.tiles import Layout, default_layout, from_matrices, pad_to_multiple, to_matrices
+from bisparse.tiles import Layout, LayoutKind, default_layout, from_matrices, pad_to_multiple, to_matrices
 
 __all__ = ["choose_solver", "solve"]
 
@@ -68,12 +68,16 @@ def solve(
     if remainder not in ("pad", "dense", "error"):
         raise ValueError(f"remainder={remainder!r}: expected 'pad', 'dense' or 'error'")
     layout = layout or default_layout(scores.ndim)
-    scores = scores.detach()
-    matrices = to_matrices(scores, layout)
+    if type(scores) is not Tensor or scores.requires_grad:
+        scores = scores.detach()
+    # On cold caches each call of torch takes as long as the masks of thousands of weights, so a plain matrix takes few.
+    plain = scores.ndim == 2 and layout.kind is LayoutKind.LINEAR
+    matrices = scores if plain else to_matrices(scores, layout)
     rows, columns = matrices.shape[-2:]
     m = getattr(pattern, "m", 1)
     transposable = isinstance(pattern, Pattern) and pattern.transposable
-    if columns % m or (transposable and rows % m):
+    ragged = bool(columns % m or (transposable and rows % m))
+    if ragged:
         problem = f"{m} does not divide the sides of a {rows} x {columns} matrix at {pattern}"
         if remainder == "error":
             raise ValueError(f"{problem}; pass remainder='pad' or 'dense'")
@@ -82,25 +86,29 @@ def solve(
             return Solution(torch.ones_like(scores, dtype=torch.bool), scores, pattern, layout)
     if not transposable or scores.numel() == 0:
         check_scores(scores)
-        mask = from_matrices(select(matrices, pattern), layout, scores.shape)
+        mask = from_matrices(select(to_matrices(scores, layout), pattern), layout, scores.shape)
         return Solution(mask, scores, pattern, layout)
     assert isinstance(pattern, Pattern)
     solver = solver or choose_solver(pattern)
-    padded = pad_to_multiple(matrices, m)
+    padded = pad_to_multiple(matrices, m) if ragged else matrices
     if not solver.checks_scores:
         check_scores(scores)
-    start = _start_of(warm_start, padded.shape, pattern)
+    start = _start_of(warm_start, padded, pattern)
     try:
-        mask, certificate = solver.solve_matrix(padded.reshape(-1, padded.shape[-1]), pattern.n, m, start)
+        flat = padded if plain else padded.reshape(-1, padded.shape[-1])
+        mask, certificate = solver.solve_matrix(flat, pattern.n, m, start)
     except BadScoreError:
         check_scores(scores)  # says where in the caller's own tensor
         raise
-    mask = mask.view(padded.shape)
-    mask = from_matrices(mask if padded is matrices else mask[:, :rows, :columns], layout, scores.shape)
+    mask = mask if plain else mask.view(padded.shape)
+    if ragged:
+        mask = mask[..., :rows, :columns].contiguous()
+    if not plain:
+        mask = from_matrices(mask, layout, scores.shape)
     return Solution(mask, scores, pattern, layout, solver.exactly, certificate)
 
 
-def _start_of(solution: Solution | None, shape: torch.Size, pattern: Pattern) -> Certificate | None:
+def _start_of(solution: Solution | None, scores: Tensor, pattern: Pattern) -> Certificate | None:
     if solution is None:
         return None
     if solution.pattern != pattern:
@@ -108,7 +116,7 @@ def _start_of(solution: Solution | None, shape: torch.Size, pattern: Pattern) ->
     certificate = solution.certificate
     if certificate is None:
         return None
-    tiles = shape[0] * (shape[1] // pattern.m) * (shape[2] // pattern.m)
+    tiles = scores.numel() // pattern.m**2
     if certificate.u.shape != (tiles, pattern.m):
         raise ValueError(f"warm_start has prices of {certificate.u.shape[0]} tiles, these scores have {tiles}")
     return certificate

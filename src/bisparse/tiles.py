@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 
 import torch
 from jaxtyping import Shaped
@@ -60,6 +61,7 @@ class Layout:
     parts: int = 1
 
 
+@cache
 def default_layout(ndim: int) -> Layout:
     """The layout of a bare tensor: 2-D is a Linear weight, 3-D a batch of matrices, 4-D and 5-D a convolution's weight."""
     if ndim == 2:

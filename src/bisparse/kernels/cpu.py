@@ -41,6 +41,7 @@ WARM_ALTERNATIONS = 2
 VECTOR_SIDES = (4, 8, 16, 32, 64)
 UNBOUNDED = 0x7F800000  # the bit pattern of infinity: NaN and, read as unsigned, every negative number lie above
 MIDDLE_CHUNK = 128
+FOUND_COARSE = 1 << 32
 
 
 @njit(nogil=True, cache=True)
@@ -184,8 +185,8 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
 
 
 @njit(nogil=True, cache=True)
-def middle_tiles(scores, offset, ahead, stride, count, codes, flags, table, exactly, extremes):  # type: ignore[no-untyped-def]
-    """2:4-T of `count` tiles side by side, at least `WIDTH`: their masks as bits, to `codes`. Does `flags` name coarse ones?
+def middle_tiles(scores, offset, ahead, stride, count, bits, flags, table, exactly, extremes):  # type: ignore[no-untyped-def]
+    """2:4-T of `count` tiles side by side, at least `WIDTH`: their masks as bits. Does `flags` name coarse ones?
 
     What comes next is at `ahead`: four rows far apart are more streams than the processor follows by itself.
     """
@@ -195,14 +196,14 @@ def middle_tiles(scores, offset, ahead, stride, count, codes, flags, table, exac
         for t in range(0, count, WIDTH):
             k = min(t, count - WIDTH)  # the last call overlaps with the one before
             fetch_ahead(scores, ahead + 4 * k, stride)
-            best_exactly_2(scores, offset + 4 * k, stride, codes, k, extremes)
+            best_exactly_2(scores, offset + 4 * k, stride, bits, k, extremes)
     else:
         for t in range(0, count, WIDTH):
             k = min(t, count - WIDTH)
             fetch_ahead(scores, ahead + 4 * k, stride)
-            best_at_most_2(scores, offset + 4 * k, stride, codes, k, extremes)
+            best_at_most_2(scores, offset + 4 * k, stride, bits, k, extremes)
     for t in range(count):
-        codes[t] = table[codes[t]]
+        bits[t] = table[bits[t]]
     least = np.int32(FEW)
     for k in range(WIDTH):
         least = min(least, extremes[k])
@@ -215,31 +216,47 @@ def middle_tiles(scores, offset, ahead, stride, count, codes, flags, table, exac
 
 
 @njit(nogil=True, cache=True)
-def middle_band(scores, columns, mask, past_caches, coarse, table, exactly, first, last):  # type: ignore[no-untyped-def]
-    """2:4-T of bands first..last of four rows; `mask` is seen as one uint32 for four entries. Largest bit pattern seen."""
-    codes, flags = np.empty(MIDDLE_CHUNK, np.int32), np.empty(MIDDLE_CHUNK, np.int32)
+def middle_band(scores, columns, mask, past_caches, table, exactly, first, last):  # type: ignore[no-untyped-def]
+    """2:4-T of bands first..last of four rows; `mask` is seen as one uint32 for four entries.
+
+    Largest bit pattern seen, plus `FOUND_COARSE` if a tile is coarse.
+    """
+    bits, flags = np.empty(MIDDLE_CHUNK, np.int32), np.empty(MIDDLE_CHUNK, np.int32)
     extremes = np.zeros(2 * WIDTH, np.int32)
     across = columns // 4
+    found = np.int64(0)
     for band in range(first, last):
         for chunk in range(0, across, MIDDLE_CHUNK):
             start = min(chunk, across - WIDTH)
             count = min(MIDDLE_CHUNK, across - start)
             offset = 4 * (band * columns + start)
             ahead = offset + 4 * count if start + count < across else 4 * (band + 1) * columns
-            if middle_tiles(scores, offset, ahead, columns, count, codes, flags, table, exactly, extremes):
-                for t in range(count):
-                    coarse[band * across + start + t] = flags[t] != 0
+            if middle_tiles(scores, offset, ahead, columns, count, bits, flags, table, exactly, extremes) and flags[:count].any():
+                found = np.int64(FOUND_COARSE)
             for t in range(0, count, WIDTH):
                 k = min(t, count - WIDTH)
                 if past_caches:
-                    store_masks_past_caches(codes, k, mask, 4 * band * across + start + k, across)
+                    store_masks_past_caches(bits, k, mask, 4 * band * across + start + k, across)
                 else:
-                    store_masks(codes, k, mask, 4 * band * across + start + k, across)
+                    store_masks(bits, k, mask, 4 * band * across + start + k, across)
     fence()
     worst = np.int64(0)
     for k in range(WIDTH):
         worst = max(worst, np.int64(extremes[WIDTH + k]) & 0xFFFFFFFF)
-    return worst
+    return worst + found
+
+
+@njit(nogil=True, cache=True)
+def coarse_tiles(scores, columns, coarse):  # type: ignore[no-untyped-def]
+    """Which tiles of a matrix of at least `WIDTH` across are coarse."""
+    flags = np.empty(WIDTH, np.int32)
+    across = columns // 4
+    for band in range(len(coarse) // across):
+        for chunk in range(0, across, WIDTH):
+            start = min(chunk, across - WIDTH)
+            spans_too_far(scores, 4 * (band * columns + start), columns, flags, 0)
+            for t in range(WIDTH):
+                coarse[band * across + start + t] = flags[t] != 0
 
 
 @njit(nogil=True, cache=True)
@@ -258,7 +275,7 @@ def largest_band(groups, n, mask, first, last):  # type: ignore[no-untyped-def]
     return 0
 
 
-def _check(worst: list[int], scores: torch.Tensor) -> bool:
+def _usable(worst: list[int], scores: torch.Tensor) -> bool:
     """Whether the kernels could use the scores as they are; raises for scores that no solver takes."""
     if max(worst, default=0) < UNBOUNDED:
         return True
@@ -277,47 +294,51 @@ def keep_largest(groups: torch.Tensor, n: int) -> torch.Tensor:
     return torch.from_numpy(mask)
 
 
-def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`ops.exact_mask` on CPU."""
     if (n, m) != (2, 4):
         solved, _, exponent = exact_solve(scores, n, m, exactly, None, None)
         return solved, exponent == ops.COARSE
     rows, columns = scores.shape
-    wide = scores.contiguous().numpy()
+    wide = scores.numpy()
     # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
     beside = columns < 4 * MIDDLE_CHUNK
     if beside:
         wide = wide.reshape(rows // 4, 4, columns).swapaxes(0, 1).reshape(4, -1)
-    lacking = 4 * WIDTH - wide.shape[1]
+    lacking = max(0, 4 * WIDTH - wide.shape[1])
     if lacking > 0:
         wide = np.pad(wide, ((0, 0), (0, lacking)))
     height, width = wide.shape
-    mask, coarse = empty((height, width), np.bool_), np.zeros(height // 4 * width // 4, np.bool_)
+    mask = empty((height, width), np.bool_)
+    result = torch.from_numpy(mask)  # before the kernel, which leaves the caches cold
     numbers, packed, table = wide.reshape(-1), mask.view(np.uint32), mask_bits()
     # What is larger than the caches would be read only to be overwritten.
     past_caches = mask.nbytes >= LARGE and width % (4 * WIDTH) == 0 and mask.ctypes.data % (4 * WIDTH) == 0
 
     def bands_of_rows(first: int, last: int) -> int:
-        return int(middle_band(numbers, width, packed, past_caches, coarse, table, exactly, first, last))
+        return int(middle_band(numbers, width, packed, past_caches, table, exactly, first, last))
 
     def columns_of_one_band(first: int, last: int) -> int:
         part = wide[:, 4 * first : 4 * last].reshape(-1)
         rows_out = np.empty((4, last - first), np.uint32)
-        worst = middle_band(part, 4 * (last - first), rows_out, False, coarse[first:last], table, exactly, 0, 1)
+        seen = middle_band(part, 4 * (last - first), rows_out, False, table, exactly, 0, 1)
         packed[:, first:last] = rows_out
-        return int(worst)
+        return int(seen)
 
     if height == 4:
-        worst = over_bands(columns_of_one_band, width // 4, MIDDLE_CHUNK, 4096)
+        seen = over_bands(columns_of_one_band, width // 4, MIDDLE_CHUNK, 4096)
     else:
-        worst = over_bands(bands_of_rows, height // 4, 1, max(1, 16384 // width))
-    if not _check(worst, scores):
+        seen = over_bands(bands_of_rows, height // 4, 1, max(1, 16384 // width))
+    if not _usable([one % FOUND_COARSE for one in seen], scores):
         return exact_mask(scores.abs(), n, m, exactly)
-    if lacking > 0:
-        mask, coarse = mask[:, :-lacking], coarse[: -lacking // 4]
+    coarse = None
+    if max(seen, default=0) >= FOUND_COARSE:
+        flags = np.zeros(mask.size // 16, np.bool_)
+        coarse_tiles(numbers, width, flags)
+        coarse = torch.from_numpy(flags[: scores.numel() // 16])
     if beside:
-        mask = mask.reshape(4, rows // 4, columns).swapaxes(0, 1).reshape(rows, columns)
-    return torch.from_numpy(mask), torch.from_numpy(coarse)
+        result = torch.from_numpy(mask[:, : width - lacking].reshape(4, rows // 4, columns).swapaxes(0, 1).reshape(rows, columns))
+    return result, coarse
 
 
 def exact_solve(
@@ -341,7 +362,8 @@ def exact_solve(
     def band(first: int, last: int) -> int:
         return int(solve_band(flat, columns, bytes_, numbers, exponents, n, int(exactly), warm, network, side, first, last))
 
-    if not _check(over_bands(band, tiles, LANES, max(LANES, 16384 // (m * m))), scores):
+    worst = over_bands(band, tiles, LANES, max(LANES, 16384 // (m * m)))
+    if not _usable(worst, scores):
         return exact_solve(scores.abs(), n, m, exactly, start, start_exponent)
     return torch.from_numpy(mask), torch.from_numpy(prices), torch.from_numpy(exponents)
 

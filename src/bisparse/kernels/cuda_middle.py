@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from bisparse.kernels.cuda_prices import COARSE_BELOW, SMALLEST, UNBOUNDED, to_integers
-from bisparse.kernels.middle import COMBINATIONS, FIRST_HOLDS_0, PAIRS, Profile
+from bisparse.kernels.middle import COMBINATIONS, FIRST_HOLDS_0, PAIRS, TAG_BITS, TAGS, Profile
 
 __all__ = ["middle_masks", "packed_tiles"]
 
@@ -36,6 +36,9 @@ PROFILE = tl.constexpr(tuple(_profile(profile) for profile in _UPPER))
 PROFILES = tl.constexpr(len(_UPPER))
 COMBINATION = tl.constexpr(tuple((_UPPER.index(upper), _UPPER.index(lower)) for upper, lower in COMBINATIONS))
 MEETINGS = tl.constexpr(len(COMBINATIONS))
+TAG = tl.constexpr(TAGS)
+TAG_ROOM = tl.constexpr(1 << TAG_BITS)
+"""Scores are multiples of this, plus a tag below it."""
 
 LOW_INDEX = tl.constexpr(sum((0 if kept & 1 else 1 if kept & 2 else 2) << (2 * kept) for kept in range(16)))
 """For each of the 16 kept sets of a group, as bits, the index of its first value; two bits each."""
@@ -48,8 +51,8 @@ HIGH_INDEX = tl.constexpr(
 
 
 @triton.jit
-def half_values(first, second, CODE: tl.constexpr, EXACTLY: tl.constexpr):
-    """Best value of a pair of rows within each profile; the winning candidate times CODE is in the low bits."""
+def half_values(first, second, untagged, EXACTLY: tl.constexpr):
+    """Best value of a pair of rows within each profile; `untagged` are the scores of the second row without tags."""
     first_pairs = ()
     second_pairs = ()
     crossing = ()
@@ -59,25 +62,25 @@ def half_values(first, second, CODE: tl.constexpr, EXACTLY: tl.constexpr):
     for k in tl.static_range(6):
         first_pairs = first_pairs + (first[PAIR[k][0]] + first[PAIR[k][1]],)
         second_pairs = second_pairs + (second[PAIR[k][0]] + second[PAIR[k][1]],)
-        swapped = first[PAIR[k][1]] + (second[PAIR[k][0]] + CODE)
+        swapped = first[PAIR[k][1]] + second[PAIR[k][0]]
         crossing = crossing + (tl.maximum(first[PAIR[k][0]] + second[PAIR[k][1]], swapped),)
     values = ()
     for k in tl.static_range(PROFILES):
         if PROFILE[k][0] == 0:
             value = columns[PROFILE[k][1]] + crossing[PROFILE[k][2]]
             if not EXACTLY:  # a row may keep one only: then the doubled column is held once
-                value = tl.maximum(value, first_pairs[PROFILE[k][2]] + (second[PROFILE[k][1]] + 2 * CODE))
-                value = tl.maximum(value, second_pairs[PROFILE[k][2]] + (first[PROFILE[k][1]] + 3 * CODE))
+                value = tl.maximum(value, first_pairs[PROFILE[k][2]] + untagged[PROFILE[k][1]])
+                value = tl.maximum(value, second_pairs[PROFILE[k][2]] + first[PROFILE[k][1]])
         elif PROFILE[k][0] == 1:
             value = columns[PROFILE[k][1]] + columns[PROFILE[k][2]]
         elif PROFILE[k][0] == 2:
             value = first_pairs[0] + second_pairs[5]
-            value = tl.maximum(value, first_pairs[1] + (second_pairs[4] + CODE))
-            value = tl.maximum(value, first_pairs[2] + (second_pairs[3] + 2 * CODE))
+            value = tl.maximum(value, first_pairs[1] + second_pairs[4])
+            value = tl.maximum(value, first_pairs[2] + second_pairs[3])
         else:
             value = second_pairs[0] + first_pairs[5]
-            value = tl.maximum(value, second_pairs[1] + (first_pairs[4] + CODE))
-            value = tl.maximum(value, second_pairs[2] + (first_pairs[3] + 2 * CODE))
+            value = tl.maximum(value, second_pairs[1] + first_pairs[4])
+            value = tl.maximum(value, second_pairs[2] + first_pairs[3])
         values = values + (value,)
     return values
 
@@ -96,23 +99,26 @@ def best_words(scores, words, EXACTLY: tl.constexpr):
     least = tl.maximum(scores[0], scores[1])
     for k in tl.static_range(1, 8):
         least = tl.minimum(least, tl.maximum(scores[2 * k], scores[2 * k + 1]))
+    untagged = ()
     integers = ()
     for k in tl.static_range(16):
-        integers = integers + (to_integers(tl.where(bad, 0.0, scores[k]), scale) << 4,)
+        integer = to_integers(tl.where(bad, 0.0, scores[k]), scale).to(tl.uint32) * TAG_ROOM
+        untagged = untagged + (integer,)
+        integers = integers + (integer | TAG[k // 4][k % 4],)
     if tl.max((least * scale < COARSE_BELOW).to(tl.int32)) > 0:
         balance = tl.zeros_like(biased)
         for k in tl.static_range(16):
-            balance += tl.where(scores[k] > 0, tl.where(integers[k] < COARSE_BELOW * 16, 1, -1), 0)
+            balance += tl.where(scores[k] > 0, tl.where(untagged[k] < COARSE_BELOW * TAG_ROOM, 1, -1), 0)
         coarse = coarse | (balance > 0)
-    upper = half_values(integers[0:4], integers[4:8], 1, EXACTLY)
-    lower = half_values(integers[8:12], integers[12:16], 4, EXACTLY)
+    upper = half_values(integers[0:4], integers[4:8], untagged[4:8], EXACTLY)
+    lower = half_values(integers[8:12], integers[12:16], untagged[12:16], EXACTLY)
     best = upper[COMBINATION[0][0]] + lower[COMBINATION[0][1]]
-    met = tl.zeros_like(best)
+    met = tl.zeros_like(biased)
     for k in tl.static_range(1, MEETINGS):
         value = upper[COMBINATION[k][0]] + lower[COMBINATION[k][1]]
-        met = tl.where(value > best, 16 * k, met)
+        met = tl.where(value > best, k * TAG_ROOM, met)
         best = tl.maximum(value, best)
-    return tl.load(words + (met | (best & 15))), coarse
+    return tl.load(words + (met | (best % TAG_ROOM).to(tl.int32))), coarse
 
 
 @triton.jit

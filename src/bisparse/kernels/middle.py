@@ -4,9 +4,10 @@ A 4 x 4 tile splits into an upper and a lower pair of rows. A column profile c i
 each column's room of 2 the upper pair may take; the lower pair gets 2 - c. Any mask that keeps at most 2 everywhere fits
 one of the 19 profiles, so the optimum is the best over c of (best upper pair within c) + (best lower pair within 2 - c).
 
-Scores are 24-bit integers, shifted left by 4: sums of eight stay below 2**31, and the low bits record which of up to four
-candidates won in each half (of equal values the higher code wins). Profile (1, 1, 1, 1) has six candidates and is split in
-two: the half's first row holds column 0, or its second does.
+Scores are 24-bit integers, shifted left by 5: sums of eight stay below 2**32. The low bits name the candidate of each half at
+no cost: scores carry a `TAGS` there from the start, and within a combination of profiles no two pairs of candidates have tags
+of equal sum (of equal values the higher sum wins). Profile (1, 1, 1, 1) has six candidates, too many, and is split in two: the
+half's first row holds column 0, or its second does.
 
 Source: the enumeration of the 90 patterns in Hu et al. (ICML 2024, arXiv 2404.01847) is the peer; the split is ours.
 """
@@ -29,6 +30,8 @@ from bisparse.kernels.vectors import SMALL
 
 __all__ = [
     "FEW",
+    "TAGS",
+    "TAG_BITS",
     "WIDTH",
     "best_at_most_2",
     "best_exactly_2",
@@ -51,8 +54,13 @@ LANE_OF_TILE = [4 * (tile % QUARTERS) + tile // QUARTERS for tile in range(WIDTH
 LANES_I32 = ir.VectorType(I32, WIDTH)
 Profile = tuple[int, int, int, int] | str
 FIRST_HOLDS_0, SECOND_HOLDS_0 = "first", "second"
-FEW = 2 * SMALL << 4
+TAG_BITS = 5
+TAGS = ((0, 0, 0, 0), (0, 1, 4, 5), (0, 0, 0, 0), (0, 2, 10, 12))
+"""What the scores of each row and column carry in their low bits. Found by search; the least sums there are: 31 at most."""
+FEW = 2 * SMALL << TAG_BITS
 PAIRS = tuple(itertools.combinations(range(4), 2))
+FIRST_ONCE = 2
+"""From this candidate on the doubled column of a profile such as (2, 1, 1, 0) is held once."""
 
 
 def _combinations() -> tuple[tuple[Profile, Profile], ...]:
@@ -97,39 +105,52 @@ def _half_mask(profile: Profile, candidate: int) -> list[list[int]]:
     return rows
 
 
+def _candidates(profile: Profile, exactly: bool) -> range:
+    """A profile's candidates by number."""
+    if isinstance(profile, str):
+        return range(3)
+    if 1 not in profile:
+        return range(1)
+    return range(2) if exactly else range(4)
+
+
+def _tag_sum(half: int, profile: Profile, candidate: int) -> int:
+    """What the low bits of a candidate's value hold; a score of a doubled column that is held once has no tag."""
+    kept = _half_mask(profile, candidate)
+    if not isinstance(profile, str) and candidate >= FIRST_ONCE:
+        kept[1][profile.index(2)] = 0
+    return sum(tag for row in (0, 1) for tag, held in zip(TAGS[2 * half + row], kept[row], strict=True) if held)
+
+
 @cache
 def mask_bits() -> np.ndarray[Any, np.dtype[np.int32]]:
-    """The mask of each code 16 * combination + 4 * lower + upper candidate: bit 4 * row + column."""
-    table = np.zeros((len(COMBINATIONS) * 16, 16), np.int32)
+    """The mask of each code, 2**TAG_BITS * combination + sum of tags: bit 4 * row + column."""
+    table = np.zeros((len(COMBINATIONS) << TAG_BITS, 16), np.int32)
     for index, (upper, lower) in enumerate(COMBINATIONS):
-        for low, up in itertools.product(range(4), repeat=2):
-            if 3 in (low, up) and (isinstance(upper, str)):
-                continue  # six candidates make two profiles of three
-            table[16 * index + 4 * low + up] = np.ravel(_half_mask(upper, up) + _half_mask(lower, low))
+        for up, low in itertools.product(_candidates(upper, exactly=False), _candidates(lower, exactly=False)):
+            code = (index << TAG_BITS) + _tag_sum(0, upper, up) + _tag_sum(1, lower, low)
+            table[code] = np.ravel(_half_mask(upper, up) + _half_mask(lower, low))
     masks: np.ndarray[Any, np.dtype[np.int32]] = (table << np.arange(16)).sum(1, dtype=np.int32)
     return masks
 
 
-def _half_values(b: Any, first: list[Any], second: list[Any], code: int, exactly: bool) -> dict[Profile, Any]:
-    """Best value of a pair of rows within each profile; the winning candidate times `code` is in the low bits."""
+def _higher(b: Any, x: Any, y: Any) -> Any:
+    """Entry by entry, unsigned."""
+    return b.select(b.icmp_unsigned(">", x, y), x, y)
 
-    def tag(value: Any, candidate: int) -> Any:
-        return b.add(value, number(I32, WIDTH, candidate * code))
 
-    def best(*values: Any) -> Any:
-        return reduce(partial(larger, b), values)
-
+def _half_values(b: Any, first: list[Any], second: list[Any], untagged: list[Any], exactly: bool) -> dict[Profile, Any]:
+    """Best value of a pair of rows within each profile; `untagged` are the scores of the second row without tags."""
+    best = partial(reduce, partial(_higher, b))
     pair_sums = [{pair: b.add(row[pair[0]], row[pair[1]]) for pair in PAIRS} for row in (first, second)]
     columns = [b.add(first[column], second[column]) for column in range(4)]
-    swapped = [tag(second[column], 1) for column in range(4)]
-    lone_second, lone_first = [tag(x, 2) for x in second], [tag(x, 3) for x in first]
-    crossing = {(i, j): best(b.add(first[i], second[j]), b.add(first[j], swapped[i])) for i, j in PAIRS}
+    crossing = {(i, j): best([b.add(first[i], second[j]), b.add(first[j], second[i])]) for i, j in PAIRS}
     values: dict[Profile, Any] = {}
     for upper, _ in COMBINATIONS:
         if isinstance(upper, str):
             holder, other = pair_sums if upper == FIRST_HOLDS_0 else reversed(pair_sums)
             rest = {1: (2, 3), 2: (1, 3), 3: (1, 2)}
-            values[upper] = best(*(tag(b.add(holder[0, k], other[rest[k]]), k - 1) for k in (1, 2, 3)))
+            values[upper] = best([b.add(holder[0, k], other[rest[k]]) for k in (1, 2, 3)])
         elif 1 not in upper:
             i, j = (column for column in range(4) if upper[column] == 2)
             values[upper] = b.add(columns[i], columns[j])
@@ -137,9 +158,9 @@ def _half_values(b: Any, first: list[Any], second: list[Any], code: int, exactly
             double, i, j = _single_columns(upper)
             candidates = [b.add(columns[double], crossing[i, j])]
             if not exactly:  # a row may keep one only: then the doubled column is held once
-                candidates.append(b.add(pair_sums[0][i, j], lone_second[double]))
-                candidates.append(b.add(pair_sums[1][i, j], lone_first[double]))
-            values[upper] = best(*candidates)
+                candidates.append(b.add(pair_sums[0][i, j], untagged[double]))
+                candidates.append(b.add(pair_sums[1][i, j], first[double]))
+            values[upper] = best(candidates)
     return values
 
 
@@ -164,11 +185,33 @@ def _quantiser(b: Any, scores: Any, offset: Any, stride: Any) -> tuple[list[Any]
     """The 16 scores of `WIDTH` tiles as floats, the bit pattern of each tile's largest, and the scale that makes it 24 bits."""
     floats = [column for row in range(4) for column in _columns(b, scores, row_of(b, offset, stride, row))]
     bits = [b.bitcast(x, LANES_I32) for x in floats]
-    largest = reduce(lambda x, y: b.select(b.icmp_unsigned(">", x, y), x, y), bits)
+    largest = reduce(partial(_higher, b), bits)
     # Below 2**-104 the scale would overflow; such a tile counts as coarse.
     biased = larger(b, b.lshr(largest, number(I32, WIDTH, 23)), number(I32, WIDTH, 23))
     scale = b.bitcast(b.shl(b.sub(number(I32, WIDTH, 277), biased), number(I32, WIDTH, 23)), ir.VectorType(F32, WIDTH))
     return floats, largest, scale
+
+
+def _tagged(b: Any, scores: Any, tag: int) -> Any:
+    """Scores with room for tags, and their tag in it: one instruction where there is a shift that fills up."""
+    fill, places = number(I32, WIDTH, tag << (32 - TAG_BITS)), number(I32, WIDTH, TAG_BITS)
+    return call_llvm(b, f"llvm.fshl.v{WIDTH}i32", LANES_I32, [scores, fill, places]) if tag else b.shl(scores, places)
+
+
+def _best_of(b: Any, values: list[Any]) -> tuple[Any, Any]:
+    """The highest of an even number of values, and 2**TAG_BITS times the place of the first that reaches it."""
+    best, first, where = None, None, number(I32, WIDTH, 0)
+    for index in range(0, len(values), 2):
+        value = _higher(b, *values[index : index + 2])
+        if best is None:
+            best, first = value, values[index]
+            continue
+        better = b.icmp_unsigned(">", value, best)
+        best = _higher(b, value, best)
+        first = b.select(better, values[index], first)
+        where = b.select(better, number(I32, WIDTH, index << TAG_BITS), where)
+    second = b.select(b.icmp_unsigned("!=", first, best), number(I32, WIDTH, 1 << TAG_BITS), number(I32, WIDTH, 0))
+    return best, b.or_(where, second)
 
 
 def _best_mask(exactly: bool) -> Callable[..., Any]:
@@ -176,24 +219,17 @@ def _best_mask(exactly: bool) -> Callable[..., Any]:
         scores, codes, extremes = (data_of(context, b, signature, args, k) for k in (0, 3, 5))
         floats, largest, scale = _quantiser(b, scores, args[1], args[2])
         integers = [call_llvm(b, f"llvm.lrint.v{WIDTH}i32.v{WIDTH}f32", LANES_I32, [b.fmul(x, scale)]) for x in floats]
-        q = [b.shl(x, number(I32, WIDTH, 4)) for x in integers]
+        q = [_tagged(b, x, tag) for x, tag in zip(integers, itertools.chain(*TAGS), strict=True)]
+        untagged = [_tagged(b, x, 0) for x in integers]
         zero, width = ir.Constant(I64, 0), ir.Constant(I64, WIDTH)
         pairs = [b.add(q[row + column], q[row + 4 + column]) for row in (0, 8) for column in range(4)]
         store(b, reduce(partial(smaller, b), pairs, load(b, extremes, zero, I32, WIDTH)), extremes, zero)
-        seen = load(b, extremes, width, I32, WIDTH)
-        store(b, b.select(b.icmp_unsigned(">", largest, seen), largest, seen), extremes, width)
-        upper = _half_values(b, q[0:4], q[4:8], 1, exactly)
-        lower = _half_values(b, q[8:12], q[12:16], 4, exactly)
-        best, where = None, number(I32, WIDTH, 0)
-        for index, (up, low) in enumerate(COMBINATIONS):
-            value = b.add(upper[up], lower[low])
-            if best is None:
-                best = value
-                continue
-            better = b.icmp_signed(">", value, best)
-            best = b.select(better, value, best)
-            where = b.select(better, number(I32, WIDTH, 16 * index), where)
-        code = b.or_(where, b.and_(best, number(I32, WIDTH, 15)))
+        store(b, _higher(b, largest, load(b, extremes, width, I32, WIDTH)), extremes, width)
+        upper = _half_values(b, q[0:4], q[4:8], untagged[4:8], exactly)
+        lower = _half_values(b, q[8:12], q[12:16], untagged[12:16], exactly)
+        values = [b.add(upper[up], lower[low]) for up, low in COMBINATIONS]
+        best, where = _best_of(b, values)
+        code = b.or_(where, b.and_(best, number(I32, WIDTH, (1 << TAG_BITS) - 1)))
         store(b, _in_order(b, code), codes, args[4])
         return context.get_dummy_value()
 

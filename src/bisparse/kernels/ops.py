@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -77,8 +78,10 @@ def stack(x: Tensor, y: Tensor) -> Tensor:
     return torch.from_numpy(np.stack([x.numpy(), y.numpy()])) if x.device.type == "cpu" else torch.stack([x, y])
 
 
-def any_coarse(tiles: Tensor) -> bool:
+def any_coarse(tiles: Tensor | None) -> bool:
     """Whether any tile is coarse, by flags or by exponents; on CPU without torch's threads."""
+    if tiles is None:
+        return False
     if tiles.device.type != "cpu":
         return bool((tiles if tiles.dtype == torch.bool else tiles == COARSE).any())
     numbers = tiles.numpy()
@@ -95,21 +98,36 @@ _LIBRARY.define(
 _LIBRARY.define("exact_solve_integers(Tensor q, int n, bool exactly, Tensor? u, Tensor? v) -> (Tensor mask, Tensor u, Tensor v)")
 
 
+def _directly_on_cpu(scores: Tensor) -> bool:
+    """Without torch's dispatch, which on cold caches takes as long as the masks of a small layer."""
+    return type(scores) is Tensor and scores.is_cpu and not torch.compiler.is_compiling()
+
+
+def _cpu_kernels() -> ModuleType:
+    # numba takes a second to import, so it waits for the first solve.
+    from bisparse.kernels import cpu
+
+    return cpu
+
+
 def keep_largest(groups: Real[Tensor, "G M"], n: int) -> Bool[Tensor, "G M"]:
     """The n largest of every group; of equal scores the one with the lower index."""
     mask: Tensor = torch.ops.bisparse.keep_largest(groups, n)
     return mask
 
 
-def exact_mask(scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"]]:
-    """Optimal mask of the tiles of a float32 matrix whose sides m divides, and which tiles were too `COARSE` to trust.
+def exact_mask(
+    scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool
+) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"] | None]:
+    """Optimal mask of the tiles of a float32 matrix whose sides m divides, and which tiles were too `COARSE` to trust, if any.
 
     On a GPU float16 and bfloat16 are read as they are, and a tile with a bad score is coarse: nothing waits for the device.
 
     Raises:
         BadScoreError: a score is NaN, infinite or negative; not on a GPU.
     """
-    mask, coarse = torch.ops.bisparse.exact_mask(scores, n, m, exactly)
+    operator = _cpu_kernels().exact_mask if _directly_on_cpu(scores) else torch.ops.bisparse.exact_mask
+    mask, coarse = operator(scores, n, m, exactly)
     return mask, coarse
 
 
@@ -124,11 +142,9 @@ def exact_solve(
 
     `start` holds u, v and exponents of an earlier solve of nearly the same scores.
     """
-    if start is None:
-        mask, prices, exponent = torch.ops.bisparse.exact_solve(scores, n, m, exactly, None, None)
-    else:
-        before = stack(start[0], start[1])
-        mask, prices, exponent = torch.ops.bisparse.exact_solve(scores, n, m, exactly, before, start[2])
+    before = (None, None) if start is None else (stack(start[0], start[1]), start[2])
+    operator = _cpu_kernels().exact_solve if _directly_on_cpu(scores) else torch.ops.bisparse.exact_solve
+    mask, prices, exponent = operator(scores, n, m, exactly, *before)
     u, v = prices.unbind()
     return mask, u, v, exponent
 
@@ -212,11 +228,12 @@ for _name, _kernel in {
 
 
 def _numba_kernel(name: str) -> Callable[..., Any]:
-    # numba takes a second to import, so it waits for the first solve.
     def kernel(*args: Any) -> Any:
-        from bisparse.kernels import cpu
-
-        return getattr(cpu, name)(*args)
+        result = getattr(_cpu_kernels(), name)(*args)
+        if name == "exact_mask" and result[1] is None:
+            tiles = result[0].numel() // args[2] ** 2
+            return result[0], torch.zeros(tiles, dtype=torch.bool)
+        return result
 
     return kernel
 

@@ -59,7 +59,7 @@ class Exact(Solver):
             ops.check_scores(scores)
             masks, certificate = self._solve_as_given(to_tiles(scores, m), n)
             return from_tiles(masks, *scores.shape), lambda: certificate
-        numbers = (scores if scores.is_cuda else scores.float()).contiguous()
+        numbers = scores if scores.dtype == torch.float32 or scores.is_cuda else scores.float()
         if (n, m) == (2, 4):
             mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
             if ops.any_coarse(coarse):
