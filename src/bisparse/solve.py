@@ -20,10 +20,13 @@ DTYPES = (
 )  # fmt: skip
 
 
+EXACT = Exact()
+
+
 def choose_solver(pattern: Structure) -> Solver:
     """The solver `solve` uses when it is given none: `Exact`, for every pattern, size and device."""
     del pattern
-    return Exact()
+    return EXACT
 
 
 def solve(
@@ -67,13 +70,15 @@ def solve(
         raise ValueError(f"scores of dtype {scores.dtype} cannot be solved; convert them to float32")
     if remainder not in ("pad", "dense", "error"):
         raise ValueError(f"remainder={remainder!r}: expected 'pad', 'dense' or 'error'")
-    layout = layout or default_layout(scores.ndim)
+    # On cold caches each call of torch takes as long as the masks of thousands of weights, so a plain matrix takes few.
     if type(scores) is not Tensor or scores.requires_grad:
         scores = scores.detach()
-    # On cold caches each call of torch takes as long as the masks of thousands of weights, so a plain matrix takes few.
-    plain = scores.ndim == 2 and layout.kind is LayoutKind.LINEAR
-    matrices = scores if plain else to_matrices(scores, layout)
-    rows, columns = matrices.shape[-2:]
+    matrices, shape = scores, scores.shape
+    layout = layout or default_layout(len(shape))
+    plain = len(shape) == 2 and layout.kind is LayoutKind.LINEAR
+    if not plain:
+        matrices = to_matrices(scores, layout)
+    rows, columns = shape if plain else matrices.shape[-2:]
     m = getattr(pattern, "m", 1)
     transposable = isinstance(pattern, Pattern) and pattern.transposable
     ragged = bool(columns % m or (transposable and rows % m))
@@ -84,7 +89,7 @@ def solve(
         if remainder == "dense":
             check_scores(scores)
             return Solution(torch.ones_like(scores, dtype=torch.bool), scores, pattern, layout)
-    if not transposable or scores.numel() == 0:
+    if not transposable or 0 in shape:
         check_scores(scores)
         mask = from_matrices(select(to_matrices(scores, layout), pattern), layout, scores.shape)
         return Solution(mask, scores, pattern, layout)
@@ -104,7 +109,7 @@ def solve(
     if ragged:
         mask = mask[..., :rows, :columns].contiguous()
     if not plain:
-        mask = from_matrices(mask, layout, scores.shape)
+        mask = from_matrices(mask, layout, shape)
     return Solution(mask, scores, pattern, layout, solver.exactly, certificate)
 
 

@@ -42,6 +42,7 @@ VECTOR_SIDES = (4, 8, 16, 32, 64)
 UNBOUNDED = 0x7F800000  # the bit pattern of infinity: NaN and, read as unsigned, every negative number lie above
 MIDDLE_CHUNK = 128
 FOUND_COARSE = 1 << 32
+MASK_BITS = mask_bits()
 
 
 @njit(nogil=True, cache=True)
@@ -185,7 +186,7 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
 
 
 @njit(nogil=True, cache=True)
-def middle_tiles(scores, offset, ahead, stride, count, bits, flags, table, exactly, extremes):  # type: ignore[no-untyped-def]
+def middle_tiles(scores, offset, ahead, stride, count, bits, flags, exactly, extremes):  # type: ignore[no-untyped-def]
     """2:4-T of `count` tiles side by side, at least `WIDTH`: their masks as bits. Does `flags` name coarse ones?
 
     What comes next is at `ahead`: four rows far apart are more streams than the processor follows by itself.
@@ -203,7 +204,7 @@ def middle_tiles(scores, offset, ahead, stride, count, bits, flags, table, exact
             fetch_ahead(scores, ahead + 4 * k, stride)
             best_at_most_2(scores, offset + 4 * k, stride, bits, k, extremes)
     for t in range(count):
-        bits[t] = table[bits[t]]
+        bits[t] = MASK_BITS[bits[t]]
     least = np.int32(FEW)
     for k in range(WIDTH):
         least = min(least, extremes[k])
@@ -216,13 +217,11 @@ def middle_tiles(scores, offset, ahead, stride, count, bits, flags, table, exact
 
 
 @njit(nogil=True, cache=True)
-def middle_band(scores, columns, mask, past_caches, table, exactly, first, last):  # type: ignore[no-untyped-def]
-    """2:4-T of bands first..last of four rows; `mask` is seen as one uint32 for four entries.
-
-    Largest bit pattern seen, plus `FOUND_COARSE` if a tile is coarse.
-    """
+def middle_band(scores, mask, past_caches, exactly, first, last):  # type: ignore[no-untyped-def]
+    """2:4-T of bands first..last of four rows of a matrix. Largest bit pattern seen, plus `FOUND_COARSE` if a tile is coarse."""
     bits, flags = np.empty(MIDDLE_CHUNK, np.int32), np.empty(MIDDLE_CHUNK, np.int32)
     extremes = np.zeros(2 * WIDTH, np.int32)
+    columns = scores.shape[1]
     across = columns // 4
     found = np.int64(0)
     for band in range(first, last):
@@ -231,14 +230,14 @@ def middle_band(scores, columns, mask, past_caches, table, exactly, first, last)
             count = min(MIDDLE_CHUNK, across - start)
             offset = 4 * (band * columns + start)
             ahead = offset + 4 * count if start + count < across else 4 * (band + 1) * columns
-            if middle_tiles(scores, offset, ahead, columns, count, bits, flags, table, exactly, extremes) and flags[:count].any():
+            if middle_tiles(scores, offset, ahead, columns, count, bits, flags, exactly, extremes) and flags[:count].any():
                 found = np.int64(FOUND_COARSE)
             for t in range(0, count, WIDTH):
                 k = min(t, count - WIDTH)
                 if past_caches:
-                    store_masks_past_caches(bits, k, mask, 4 * band * across + start + k, across)
+                    store_masks_past_caches(bits, k, mask, offset + 4 * k, columns)
                 else:
-                    store_masks(bits, k, mask, 4 * band * across + start + k, across)
+                    store_masks(bits, k, mask, offset + 4 * k, columns)
     fence()
     worst = np.int64(0)
     for k in range(WIDTH):
@@ -247,9 +246,10 @@ def middle_band(scores, columns, mask, past_caches, table, exactly, first, last)
 
 
 @njit(nogil=True, cache=True)
-def coarse_tiles(scores, columns, coarse):  # type: ignore[no-untyped-def]
+def coarse_tiles(scores, coarse):  # type: ignore[no-untyped-def]
     """Which tiles of a matrix of at least `WIDTH` across are coarse."""
     flags = np.empty(WIDTH, np.int32)
+    columns = scores.shape[1]
     across = columns // 4
     for band in range(len(coarse) // across):
         for chunk in range(0, across, WIDTH):
@@ -308,21 +308,21 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     lacking = max(0, 4 * WIDTH - wide.shape[1])
     if lacking > 0:
         wide = np.pad(wide, ((0, 0), (0, lacking)))
+    wide = np.ascontiguousarray(wide)
     height, width = wide.shape
     mask = empty((height, width), np.bool_)
     result = torch.from_numpy(mask)  # before the kernel, which leaves the caches cold
-    numbers, packed, table = wide.reshape(-1), mask.view(np.uint32), mask_bits()
     # What is larger than the caches would be read only to be overwritten.
-    past_caches = mask.nbytes >= LARGE and width % (4 * WIDTH) == 0 and mask.ctypes.data % (4 * WIDTH) == 0
+    past_caches = height * width >= LARGE and width % (4 * WIDTH) == 0 and mask.ctypes.data % (4 * WIDTH) == 0
 
     def bands_of_rows(first: int, last: int) -> int:
-        return int(middle_band(numbers, width, packed, past_caches, table, exactly, first, last))
+        return int(middle_band(wide, mask, past_caches, exactly, first, last))
 
     def columns_of_one_band(first: int, last: int) -> int:
-        part = wide[:, 4 * first : 4 * last].reshape(-1)
-        rows_out = np.empty((4, last - first), np.uint32)
-        seen = middle_band(part, 4 * (last - first), rows_out, False, table, exactly, 0, 1)
-        packed[:, first:last] = rows_out
+        part = np.ascontiguousarray(wide[:, 4 * first : 4 * last])
+        rows_out = np.empty(part.shape, np.bool_)
+        seen = middle_band(part, rows_out, False, exactly, 0, 1)
+        mask[:, 4 * first : 4 * last] = rows_out
         return int(seen)
 
     if height == 4:
@@ -334,7 +334,7 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     coarse = None
     if max(seen, default=0) >= FOUND_COARSE:
         flags = np.zeros(mask.size // 16, np.bool_)
-        coarse_tiles(numbers, width, flags)
+        coarse_tiles(wide, flags)
         coarse = torch.from_numpy(flags[: scores.numel() // 16])
     if beside:
         result = torch.from_numpy(mask[:, : width - lacking].reshape(4, rows // 4, columns).swapaxes(0, 1).reshape(rows, columns))

@@ -321,7 +321,7 @@ def _store_masks(past_caches: bool) -> Callable[..., Any]:
 
 @intrinsic
 def store_masks(typing: Any, bits: Any, place: Any, mask: Any, offset: Any, stride: Any) -> Any:
-    """Write `WIDTH` masks held as 16 bits each, side by side, as a byte an entry; `mask` counts four bytes as one."""
+    """Write `WIDTH` masks held as 16 bits each, side by side, as a byte an entry."""
     return _store_masks(past_caches=False)(typing, bits, place, mask, offset, stride)
 
 

@@ -6,6 +6,7 @@ Faster kernels register themselves for "cpu" (numba) and "cuda" (Triton); torch 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -103,6 +104,7 @@ def _directly_on_cpu(scores: Tensor) -> bool:
     return type(scores) is Tensor and scores.is_cpu and not torch.compiler.is_compiling()
 
 
+@cache
 def _cpu_kernels() -> ModuleType:
     # numba takes a second to import, so it waits for the first solve.
     from bisparse.kernels import cpu

@@ -55,11 +55,12 @@ class Exact(Solver):
         if n == m:  # everything is kept, which zero prices prove
             ops.check_scores(scores)
             return torch.ones_like(scores, dtype=torch.bool), lambda: self._certificate_of_all(scores, m)
-        if self.strict or scores.dtype not in FAST_DTYPES:
+        dtype = scores.dtype
+        if self.strict or dtype not in FAST_DTYPES:
             ops.check_scores(scores)
             masks, certificate = self._solve_as_given(to_tiles(scores, m), n)
             return from_tiles(masks, *scores.shape), lambda: certificate
-        numbers = scores if scores.dtype == torch.float32 or scores.is_cuda else scores.float()
+        numbers = scores if dtype is torch.float32 or scores.is_cuda else scores.float()
         if (n, m) == (2, 4):
             mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
             if ops.any_coarse(coarse):
