@@ -53,6 +53,28 @@ def test_wrong_recipes_are_refused_by_entry(tmp_path, text, message):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("training", "sparsity", "decay"),
+    [
+        ("optimizer = 'sgd'", "", 2e-4),
+        ("optimizer = 'adamw'", "", 2e-3),
+        ("optimizer = 'adamw'", "method = 'sr-ste'", 2e-4),
+        ("optimizer = 'adamw'", "decay = 0", 0.0),
+    ],
+)
+def test_the_decay_of_a_recipe_is_that_of_sparsify_for_its_optimizer(tmp_path, training, sparsity, decay):
+    from bisparse.training.sparsity import default_decay
+
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"name = 'x'\n[training]\n{training}\n[sparsity]\n{sparsity}")
+    assert read_recipe(path).sparsity.decay == decay == read_recipe(path).as_dict()["sparsity"]["decay"]
+    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    for name, kind in kinds.items():
+        recipe = Recipe("x", training=TrainingRecipe(optimizer=name), sparsity=SparsityRecipe())
+        assert recipe.sparsity.decay == default_decay(kind(weights, lr=0.1))
+
+
 def test_a_run_learns_and_leaves_a_plain_sparse_model(tmp_path):
     outcome = run_recipe(BLOBS, tmp_path, progress=False)
     assert outcome.test_accuracy > 0.9 and outcome.density <= 0.5 and outcome.refreshes == outcome.steps // 10

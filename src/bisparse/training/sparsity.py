@@ -31,7 +31,7 @@ from bisparse.training.ranks import check_ranks_agree, is_sharded, raise_togethe
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.search import MaskSearch, Prices, Score
 
-__all__ = ["DEFAULT_DECAY", "Method", "Mode", "Sparsity"]
+__all__ = ["DEFAULT_DECAY", "DEFAULT_DECAY_ADAM", "Method", "Mode", "Sparsity"]
 
 Mode = Literal["dynamic", "static"]
 Method = Literal["ste", "sr-ste", "masked-decay", "s-ste"]

@@ -27,11 +27,12 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from bisparse.pattern import parse_pattern
+from bisparse.training.sparsity import DEFAULT_DECAY, DEFAULT_DECAY_ADAM
 
 __all__ = ["DataRecipe", "ModelRecipe", "Recipe", "RecipeError", "SparsityRecipe", "TrainingRecipe", "read_recipe"]
 
@@ -114,7 +115,8 @@ class SparsityRecipe:
     method: str = "masked-decay"
     solver: str = "exact"
     refresh: int = 40
-    decay: float = 2e-4
+    decay: float | None = None
+    """Left out: what `bisparse.sparsify_` takes for the recipe's optimizer, which is then written down here."""
     dense_first: float = 0.0
     """Share of the steps that are dense at the start."""
     frozen_from: float = 1.0
@@ -138,6 +140,12 @@ class Recipe:
     data: DataRecipe = DataRecipe()
     training: TrainingRecipe = TrainingRecipe()
     sparsity: SparsityRecipe | None = None
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None and self.sparsity.decay is None:
+            adam = self.training.optimizer == "adamw" and self.sparsity.method == "masked-decay"
+            decay = DEFAULT_DECAY_ADAM if adam else DEFAULT_DECAY
+            object.__setattr__(self, "sparsity", replace(self.sparsity, decay=decay))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, texts and dictionaries."""
@@ -205,7 +213,7 @@ def _typed(kind: type[Any], content: object, source: str, table: str) -> dict[st
     for key, value in content.items():
         if key not in known:
             raise RecipeError(f"{source}: {table} has no entry {key!r}; it has {', '.join(sorted(known))}")
-        expected = str(known[key].type)
+        expected = str(known[key].type).removesuffix(" | None")
         if expected == "float" and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         fits = {"int": int, "float": float, "str": str, "bool": bool}.get(expected, dict)
