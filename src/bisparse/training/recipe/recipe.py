@@ -26,7 +26,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -223,17 +223,40 @@ def _typed(kind: type[Any], content: object, source: str, table: str) -> dict[st
     return arguments
 
 
-def read_recipe(path: str | Path) -> Recipe:
+def _change(content: dict[str, Any], change: str) -> None:
+    where, found, text = change.partition("=")
+    *tables, key = (part.strip() for part in where.split("."))
+    if not found or not key or len(tables) > 1:
+        raise RecipeError(f"{change!r} changes no entry of a recipe: expected ENTRY=VALUE, such as training.steps=20")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = content
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"{change!r}: {name!r} is no table of the recipe")
+    table[key] = value
+
+
+def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """Read a recipe file.
 
+    Args:
+        changes: entries to set instead of the file's, such as ``training.steps=20`` or ``seed=1``, values as in TOML; a text may
+            lack its quotes.
+
     Raises:
-        RecipeError: the file is no TOML, or holds entries that no recipe has.
+        RecipeError: the file is no TOML, or it or the changes hold entries that no recipe has.
     """
     path = Path(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as TOML: {error}") from error
+    for change in changes:
+        _change(content, change)
     recipe = Recipe.from_dict(content, str(path))
     if recipe.model.start and not Path(recipe.model.start).is_absolute():
         model = ModelRecipe(**asdict(recipe.model) | {"start": str((path.parent / recipe.model.start).resolve())})
