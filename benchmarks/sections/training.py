@@ -213,7 +213,7 @@ def training_gpt(rows: list[dict[str, Any]]) -> list[str]:
         parts += [_budget(budget), table(head, body)]
     parts.append("Of the longest runs:\n\n![Training loss and flip rate](images/training-gpt.svg)\n")
     decays = [row for row in rows if row["study"] == "decay"]
-    # The grid has the runs at the recipes' default.
+    # The grid has the runs at 2e-4.
     return parts + (_decays([*decays, *(row for row in rows if _at_default(row))]) if decays else [])
 
 

@@ -53,13 +53,54 @@ def test_wrong_recipes_are_refused_by_entry(tmp_path, text, message):
     assert str(path) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("training", "sparsity", "decay"),
+    [
+        ("optimizer = 'sgd'", "", 2e-4),
+        ("optimizer = 'adamw'", "", 2e-3),
+        ("optimizer = 'adamw'", "method = 'sr-ste'", 2e-4),
+        ("optimizer = 'adamw'", "decay = 0", 0.0),
+    ],
+)
+def test_the_decay_of_a_recipe_is_that_of_sparsify_for_its_optimizer(tmp_path, training, sparsity, decay):
+    from bisparse.training.sparsity import default_decay
+
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"name = 'x'\n[training]\n{training}\n[sparsity]\n{sparsity}")
+    assert read_recipe(path).sparsity.decay == decay == read_recipe(path).as_dict()["sparsity"]["decay"]
+    kinds = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
+    weights = [torch.nn.Parameter(torch.zeros(1))]
+    for name, kind in kinds.items():
+        recipe = Recipe("x", training=TrainingRecipe(optimizer=name), sparsity=SparsityRecipe())
+        assert recipe.sparsity.decay == default_decay(kind(weights, lr=0.1))
+
+
+def test_entries_are_changed_from_outside(tmp_path):
+    changes = (
+        "training.steps=7",
+        "seed = 3",
+        "data.folder=/some/where",
+        "sparsity.pattern='2:4'",
+        "sparsity.patterns={'3' = '4:8'}",
+    )
+    recipe = read_recipe(RECIPES / "blobs.toml", changes)
+    assert (recipe.training.steps, recipe.seed, recipe.data.folder) == (7, 3, "/some/where")
+    assert recipe.sparsity.pattern == "2:4" and recipe.sparsity.patterns == {"3": "4:8"}
+    for change, message in (
+        ("training.epoch=1", "no entry 'epoch'"), ("steps", "expected ENTRY=VALUE"), ("a.b.c=1", "expected ENTRY=VALUE"),
+        ("training.steps=few", "'few': expected int"), ("name.x=1", "'name' is no table"),
+    ):  # fmt: skip
+        with pytest.raises(RecipeError, match=message):
+            read_recipe(RECIPES / "blobs.toml", [change])
+
+
 def test_a_run_learns_and_leaves_a_plain_sparse_model(tmp_path):
     outcome = run_recipe(BLOBS, tmp_path, progress=False)
     assert outcome.test_accuracy > 0.9 and outcome.density <= 0.5 and outcome.refreshes == outcome.steps // 10
     state = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert verify(state["3.weight"], "4:8-T")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == outcome.steps and "flip_rate" in rows[9] and "test_accuracy" in rows[59]
+    assert rows == outcome.curve and len(rows) == outcome.steps and "flip_rate" in rows[9] and "test_accuracy" in rows[59]
     assert (tmp_path / "curve.png").stat().st_size > 1000
     assert run_recipe(BLOBS, tmp_path, progress=False) == outcome  # read, not run again
     with pytest.raises(RecipeError, match="another recipe"):
@@ -168,6 +209,13 @@ def test_missing_data_say_what_to_install(tmp_path):
         load_data(DataRecipe("python-text", train=10**12))
 
 
+def test_a_recipe_that_could_not_run_leaves_its_folder_to_the_mended_one(tmp_path):
+    here = replace(SHORT, data=replace(SHORT.data, kind="fashion-mnist", folder=str(tmp_path / "nowhere")))
+    with pytest.raises(RecipeError, match="Fashion-MNIST is not in"):
+        run_recipe(here, tmp_path / "run", progress=False)
+    assert run_recipe(SHORT, tmp_path / "run", progress=False, stop_after=1) is None
+
+
 def test_the_command_runs_a_recipe(tmp_path, monkeypatch, capfd):
     from bisparse import cli
 
@@ -186,3 +234,7 @@ def test_the_command_runs_a_recipe(tmp_path, monkeypatch, capfd):
     short.write_text("name = 'x'\n[training]\nepoch = 1")
     code, _, message = call(str(short))
     assert code == 2 and "no entry 'epoch'" in message and "Traceback" not in message
+    code, shown, message = call(
+        str(RECIPES / "blobs.toml"), "--set", "training.lr=1e30", "--out", str(tmp_path / "high"), "--json"
+    )
+    assert code == 1 and "lower [training] lr" in json.loads(shown)["error"] and "Traceback" not in message

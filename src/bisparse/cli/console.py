@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from bisparse.solvers import Solver
 
 __all__ = [
-    "AsJson", "Excluded", "Included", "Threads", "command", "fail", "grouped", "parse_pattern_option", "parse_solver",
-    "print_json", "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stdout",
+    "INTERRUPTED", "AsJson", "Excluded", "Included", "Threads", "command", "fail", "grouped", "parse_pattern_option",
+    "parse_solver", "print_json", "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stdout",
 ]  # fmt: skip
 
 P = ParamSpec("P")

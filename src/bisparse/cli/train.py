@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bisparse.cli.console import AsJson, command, print_json, table, to_stdout
+from bisparse.cli.console import INTERRUPTED, AsJson, command, fail, print_json, table, to_stdout
 
 __all__ = ["train"]
 
@@ -19,18 +19,28 @@ def train(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Model, data, training, sparsity.")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; by default runs/ and the name.")] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Instead of the recipe's.")] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="ENTRY=VALUE", help="Instead of the recipe's: training.steps=20. May be repeated."),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Train as a recipe says: live loss and flip rate, curves, weights. A killed run goes on where it was, bit by bit."""
     from dataclasses import replace
 
-    from bisparse.training.recipe import read_recipe, run_recipe
+    from bisparse.training.recipe import DivergedError, read_recipe, run_recipe
 
-    chosen = read_recipe(recipe)
+    chosen = read_recipe(recipe, changes or ())
     if seed is not None:
         chosen = replace(chosen, seed=seed)
     folder = out or Path("runs") / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', chosen.name)}-seed{chosen.seed}"
-    outcome = run_recipe(chosen, folder, progress=not as_json)
+    try:
+        outcome = run_recipe(chosen, folder, progress=not as_json)
+    except DivergedError as error:
+        fail(str(error), 1, as_json=as_json)
+    except KeyboardInterrupt:
+        again = "the same command goes on from its last checkpoint, if it had come to one"
+        fail(f"interrupted; {again}: {folder}", INTERRUPTED, as_json=as_json)
     assert outcome is not None
     if as_json:
         print_json({"ok": True, "folder": str(folder), **asdict(outcome)})

@@ -42,6 +42,10 @@ class Ranks:
     def size(self) -> int:
         return 1 if self.group is None else torch.distributed.get_world_size(self.group)
 
+    def name(self, rank: int) -> int:
+        """What a rank of the group is called in messages: its number among all processes."""
+        return rank if self.group is None else torch.distributed.get_global_rank(self.group, rank)
+
     def share(self, items: Sequence[T]) -> Sequence[T]:
         """What this rank takes of the items: every `size`-th."""
         return items[self.rank :: self.size]

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed
@@ -16,11 +18,13 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from bisparse.pattern import Structure, Unstructured
+from bisparse.pruning.ranks import Ranks
 from bisparse.solution import Certificate, Solution
 from bisparse.solve import choose_solver, solve
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
-from bisparse.training.layer import SparseLayer
+from bisparse.training.layer import SparseLayer, local
+from bisparse.training.ranks import raise_together, ranks_of
 
 __all__ = ["MaskSearch", "Prices", "Score", "magnitude"]
 
@@ -109,10 +113,16 @@ class MaskSearch:
 
     def __init__(self, layers: Iterable[SparseLayer], solver: Solver | None, score: Score) -> None:
         self.solver, self.score = solver, score
+        self.ranks: Ranks | None = None
+        """Those that hold the layers; None until they are known, which may be after the model is wrapped."""
         self.prices: dict[str, Prices] = {}
         self._whole: dict[str, tuple[list[Prices], Certificate]] = {}
         """By a gathered matrix's first layer: the prices of its layers, and what they were cut from."""
         self._gathered = _gather(layers)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A process group cannot be copied.
+        return self.__dict__ | {"ranks": None}
 
     def masks(
         self, names: Iterable[str] | None = None, *, share: bool = False
@@ -120,28 +130,38 @@ class MaskSearch:
         """(mask, its GEMM matrices' scores) of each named layer; with `share` the ranks divide the work (a collective call).
 
         Raises:
-            ValueError: scores that are NaN, infinite or negative; the message names the layer.
+            ValueError: scores that are NaN, infinite or negative; the message names the layer, and the ranks that hold them.
+            OtherRankError: another rank failed in its share. Where one rank raises, all do.
         """
+        ranks = (self.ranks or ranks_of(place.layer for one in self._gathered for place in one.places)) if share else Ranks()
         wanted = None if names is None else set(names)
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for gathered in self._gathered:
             places = [place for place in gathered.places if wanted is None or place.layer.name in wanted]
             if len(places) == len(gathered.places):
-                found |= self._solve(gathered, share)
+                found |= self._solve(gathered, ranks)
             else:
                 found |= {
                     name: result
                     for alone in _gather(place.layer for place in places)
-                    for name, result in self._solve(alone, share).items()
+                    for name, result in self._solve(alone, ranks).items()
                 }
         return found
 
-    def _solve(self, gathered: _Gathered, share: bool) -> dict[str, tuple[Tensor, Tensor]]:
-        matrix = self._scores(gathered)
-        try:
-            mask = self._solve_shared(gathered, matrix) if share else self._solve_here(gathered, matrix)
-        except ValueError as error:
-            raise _explained(error, gathered, matrix) from error
+    def _solve(self, gathered: _Gathered, ranks: Ranks) -> dict[str, tuple[Tensor, Tensor]]:
+        weights = [place.layer.full_weight() for place in gathered.places]
+        # Of an unstructured pattern a matrix is one piece of work, and selection is cheap.
+        alone = ranks.size == 1 or isinstance(gathered.pattern, Unstructured)
+        matrix, failure = None, None
+        try:  # all up to the next exchange: a rank that left here alone would let the others wait for it
+            matrix = self._scores(gathered, weights)
+            mask, prices = (self._solve_here(gathered, matrix), None) if alone else self._solve_band(gathered, matrix, ranks)
+        except Exception as error:  # noqa: BLE001 - raised by the next line
+            failure = error
+        _raise_failures(gathered, matrix, ranks, failure)
+        assert matrix is not None
+        if not alone:
+            self._exchange_bands(gathered, mask, prices, ranks)
         return {
             place.layer.name: (
                 from_matrices(place.cut(mask), place.layer.layout, place.layer.weight.shape),
@@ -150,11 +170,11 @@ class MaskSearch:
             for place in gathered.places
         }
 
-    def _scores(self, gathered: _Gathered) -> Tensor:
+    def _scores(self, gathered: _Gathered, weights: list[Tensor]) -> Tensor:
         """The scores of all layers, one below the other, zero where they are padded."""
         matrix = None
-        for place in gathered.places:
-            layer, weight = place.layer, place.layer.full_weight()
+        for place, weight in zip(gathered.places, weights, strict=True):
+            layer = place.layer
             scores = weight if self.score is magnitude else self.score(layer.name, weight)
             if scores.shape != weight.shape:
                 raise ValueError(
@@ -188,39 +208,39 @@ class MaskSearch:
             self._keep(gathered, certificate)
         return solution.mask
 
-    def _solve_shared(self, gathered: _Gathered, matrix: Float[Tensor, "R C"]) -> Bool[Tensor, "R C"]:
-        if isinstance(gathered.pattern, Unstructured):  # a matrix is one piece of work, and selection is cheap
-            return self._solve_here(gathered, matrix)
+    def _solve_band(
+        self, gathered: _Gathered, matrix: Float[Tensor, "R C"], ranks: Ranks
+    ) -> tuple[Bool[Tensor, "R C"], Certificate | None]:
+        """Mask and prices of the whole matrix, found in this rank's band alone."""
         solver = self.solver or choose_solver(gathered.pattern)
-        rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-        height = gathered.side if gathered.transposable else 1
-        bands = gathered.rows // height
-        bounds = [bands * place // world for place in range(world + 1)]
-        rows = [slice(bounds[one] * height, bounds[one + 1] * height) for one in range(world)]
-        tiles = [slice(bounds[one] * gathered.tiles_in_band, bounds[one + 1] * gathered.tiles_in_band) for one in range(world)]
+        rows, tiles = _bands(gathered, ranks.size)[ranks.rank]
         mask = torch.zeros(matrix.shape, dtype=torch.bool, device=matrix.device)
         prices, warm = None, None
         if _priced(gathered, solver):
             warm = self._start(gathered, matrix, solver)
             prices = _copy(warm.certificate) if warm is not None and warm.certificate is not None else None
-            prices = prices or _no_prices(bands * gathered.tiles_in_band, gathered.side, solver.exactly, matrix.device)
-        if bounds[rank + 1] > bounds[rank]:
-            own = matrix[rows[rank]]
-            start = _warm(own, gathered.pattern, _part(prices, tiles[rank])) if warm is not None and prices is not None else None
+            count = gathered.rows // gathered.side * gathered.tiles_in_band
+            prices = prices or _no_prices(count, gathered.side, solver.exactly, matrix.device)
+        if rows.stop > rows.start:
+            own = matrix[rows]
+            start = _warm(own, gathered.pattern, _part(prices, tiles)) if warm is not None and prices is not None else None
             solution = solve(own, gathered.pattern, solver, warm_start=start)
-            mask[rows[rank]] = solution.mask
+            mask[rows] = solution.mask
             if prices is not None and solution.certificate is not None:
                 for side in ("u", "v", "exponent"):
-                    getattr(prices, side)[tiles[rank]] = getattr(solution.certificate, side)
-        for source in range(world):
-            if bounds[source + 1] > bounds[source]:
-                torch.distributed.broadcast(mask.view(torch.uint8)[rows[source]], source)
+                    getattr(prices, side)[tiles] = getattr(solution.certificate, side)
+        return mask, prices
+
+    def _exchange_bands(self, gathered: _Gathered, mask: Bool[Tensor, "R C"], prices: Certificate | None, ranks: Ranks) -> None:
+        """Fill in the other ranks' bands (a collective call)."""
+        for source, (rows, tiles) in enumerate(_bands(gathered, ranks.size)):
+            if rows.stop > rows.start:
+                torch.distributed.broadcast(mask.view(torch.uint8)[rows], group=ranks.group, group_src=source)
                 if prices is not None:
                     for side in (prices.u, prices.v, prices.exponent):
-                        torch.distributed.broadcast(side[tiles[source]], source)
+                        torch.distributed.broadcast(side[tiles], group=ranks.group, group_src=source)
         if prices is not None:
             self._keep(gathered, prices)
-        return mask
 
     def _start(self, gathered: _Gathered, matrix: Tensor, solver: Solver) -> Solution | None:
         own = [prices for place in gathered.places if (prices := self.prices.get(place.layer.name)) is not None]
@@ -241,17 +261,53 @@ class MaskSearch:
         self._whole[gathered.places[0].layer.name] = parts, prices
 
 
+def _bands(gathered: _Gathered, count: int) -> list[tuple[slice, slice]]:
+    """The rows, and the tiles, of the matrix that each of `count` ranks solves."""
+    height = gathered.side if gathered.transposable else 1
+    bands = gathered.rows // height
+    bounds = [bands * place // count for place in range(count + 1)]
+    return [
+        (slice(start * height, end * height), slice(start * gathered.tiles_in_band, end * gathered.tiles_in_band))
+        for start, end in pairwise(bounds)
+    ]
+
+
+def _raise_failures(gathered: _Gathered, matrix: Tensor | None, ranks: Ranks, failure: Exception | None) -> None:
+    """Raise what went wrong here, or on another rank, as an error that names the layer (a collective call)."""
+    if isinstance(failure, ValueError) and matrix is not None:
+        explained = _explained(failure, gathered, matrix)
+        if explained is not failure:
+            explained.__cause__ = failure
+        failure = explained
+    if ranks.size == 1:
+        if failure is not None:
+            raise failure
+    elif any(ranks.all(failure is not None)):
+        # Bands are not shards: who failed need not be who holds the numbers that are at fault.
+        layers = [place.layer for place in gathered.places]
+        held = ranks.all([bool(torch.isfinite(local(layer.weight.detach())).all()) for layer in layers])
+        for number, layer in enumerate(layers):
+            holders = [ranks.name(rank) for rank, finite in enumerate(held) if not finite[number]]
+            if holders:
+                raise _not_finite(layer, layer.weight.dtype, f" on rank {', '.join(map(str, holders))}") from failure
+        raise_together(ranks, failure, f"searching masks of {', '.join(layer.name for layer in layers)}")
+
+
 def _explained(error: ValueError, gathered: _Gathered, matrix: Float[Tensor, "R C"]) -> ValueError:
     for place in gathered.places:
-        name, shape, own = place.layer.name, tuple(place.layer.weight.shape), place.cut(matrix)
+        own = place.cut(matrix)
         if not bool(torch.isfinite(own).all()):
-            return ValueError(
-                f"{name}: its scores (weight of shape {shape}, {own.dtype}) hold NaN or infinite numbers, so no mask can be "
-                "found. Training diverged: lower the learning rate, clip gradients, or resume from a checkpoint."
-            )
+            return _not_finite(place.layer, own.dtype)
         if bool((own < 0).any()):
-            return ValueError(f"{name}: its scores hold negative numbers; the score function must return magnitudes")
+            return ValueError(f"{place.layer.name}: its scores hold negative numbers; the score function must return magnitudes")
     return error
+
+
+def _not_finite(layer: SparseLayer, dtype: torch.dtype, where: str = "") -> ValueError:
+    return ValueError(
+        f"{layer.name}: its scores (weight of shape {tuple(layer.weight.shape)}, {dtype}) hold NaN or infinite numbers{where}, "
+        "so no mask can be found. Training diverged: lower the learning rate, clip gradients, or resume from a checkpoint."
+    )
 
 
 def _priced(gathered: _Gathered, solver: Solver) -> bool:

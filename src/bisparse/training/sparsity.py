@@ -12,7 +12,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.distributed
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -25,11 +27,11 @@ from bisparse.solvers import Solver
 from bisparse.tiles import from_matrices
 from bisparse.training.change import MaskChange, as_metrics, measure_change
 from bisparse.training.layer import SparseLayer, keep_only_, local
-from bisparse.training.ranks import check_ranks_agree, ranks
+from bisparse.training.ranks import check_ranks_agree, is_sharded, raise_together, ranks_of
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.search import MaskSearch, Prices, Score
 
-__all__ = ["DEFAULT_DECAY", "Method", "Mode", "Sparsity"]
+__all__ = ["DEFAULT_DECAY", "DEFAULT_DECAY_ADAM", "Method", "Mode", "Sparsity"]
 
 Mode = Literal["dynamic", "static"]
 Method = Literal["ste", "sr-ste", "masked-decay", "s-ste"]
@@ -128,10 +130,14 @@ class Sparsity:
 
     # -- attaching ---------------------------------------------------------------------------------------------------
 
-    def attach(self, *optimizers: Optimizer) -> Sparsity:
+    def attach(self, *optimizers: Optimizer, group: ProcessGroup | None = None) -> Sparsity:
         """Follow the optimizers that train the model; steps are counted on the first. Returns itself.
 
         Call it once they are built and the model is wrapped (DDP, FSDP2), before the first step.
+
+        Args:
+            group: the ranks that hold the same model, as given to DistributedDataParallel as process_group; by default those of
+                the device mesh that the weights are sharded over, else all.
 
         Raises:
             ValueError: an optimizer is attached already, a sparse parameter that needs gradients is in none of them, or ranks
@@ -144,12 +150,16 @@ class Sparsity:
         plain = [_unwrapped(optimizer) for optimizer in optimizers]
         held = {id(held) for one in plain for group in one.param_groups for held in group["params"]}
         missing = [one.name for one in self.layers if one.weight.requires_grad and id(one.weight) not in held]
+        error = None
         if missing:
-            raise ValueError(
+            error = ValueError(
                 f"the optimizer does not hold the weights of {len(missing)} sparse layers, the first {missing[0]!r}: build it "
                 "from model.parameters() after sparsify_ (and after wrapping the model), or freeze these layers, or exclude them"
             )
-        check_ranks_agree(self.layers)
+        ranks = ranks_of(self.layers, group)
+        raise_together(ranks, error, "attaching the optimizer")
+        check_ranks_agree(self.layers, ranks)
+        self.search.ranks = ranks
         self._attached = [_Attached(one) for one in plain]
         for index, own in enumerate(self._attached):
             self._handles.append(own.optimizer.register_step_pre_hook(lambda *_, own=own: self._before_step(own)))
@@ -222,15 +232,26 @@ class Sparsity:
             self.refresh()
 
     def _check_gradients(self, layers: list[SparseLayer]) -> None:
-        sums = [local(layer.weight.grad).sum(dtype=torch.float32) for layer in layers if layer.weight.grad is not None]
-        if not sums or bool(torch.isfinite(torch.stack([one.to(sums[0].device) for one in sums])).all()):
+        gradients = {layer.name: local(layer.weight.grad) for layer in layers if layer.weight.grad is not None}
+        if not gradients:
             return
-        for layer in layers:
-            assert layer.weight.grad is not None
-            if not bool(torch.isfinite(local(layer.weight.grad)).all()):
+        sums = [gradient.sum(dtype=torch.float32) for gradient in gradients.values()]
+        wrong = (~torch.isfinite(torch.stack([one.to(sums[0].device) for one in sums]))).any().int()
+        # A replicated weight has the same gradient on every rank; that of a shard is known to its own rank alone.
+        ranks = self.search.ranks if any(is_sharded(layer) for layer in layers) else None
+        if ranks is not None and ranks.size > 1:
+            torch.distributed.all_reduce(wrong, group=ranks.group)
+        if not bool(wrong):
+            return
+        own = {name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())}
+        everyone = [own] if ranks is None else ranks.all(own)
+        for name in gradients:
+            holders = [rank for rank, found in enumerate(everyone) if name in found]
+            if holders:
+                where = "" if ranks is None else f" on rank {', '.join(str(ranks.name(rank)) for rank in holders)}"
                 raise ValueError(
-                    f"the gradient of {layer.name} holds NaN or infinite numbers at optimizer step {self.step + 1}; the step was "
-                    "not taken. Skip such steps (torch.amp.GradScaler does), lower the learning rate, or clip gradients."
+                    f"the gradient of {name} holds NaN or infinite numbers{where} at optimizer step {self.step + 1}; the step "
+                    "was not taken. Skip such steps (torch.amp.GradScaler does), lower the learning rate, or clip gradients."
                 )
 
     # -- masks -------------------------------------------------------------------------------------------------------
@@ -240,7 +261,7 @@ class Sparsity:
         """Find the masks of the present weights now. In a distributed run, all ranks must call it."""
         layers = [layer for layer in self.layers if layer.active and (layer.weight.requires_grad or self._is_dense(layer))]
         start = time.perf_counter()
-        found = self.search.masks([layer.name for layer in layers], share=ranks() > 1)
+        found = self.search.masks([layer.name for layer in layers], share=True)
         self.search_seconds += time.perf_counter() - start
         self.refreshes += 1
         measured = bool(self.measure_every) and (self.refreshes - 1) % max(1, self.measure_every // self.refresh_every) == 0

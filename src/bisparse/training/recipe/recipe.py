@@ -26,12 +26,13 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from bisparse.pattern import parse_pattern
+from bisparse.training.sparsity import DEFAULT_DECAY, DEFAULT_DECAY_ADAM
 
 __all__ = ["DataRecipe", "ModelRecipe", "Recipe", "RecipeError", "SparsityRecipe", "TrainingRecipe", "read_recipe"]
 
@@ -114,7 +115,8 @@ class SparsityRecipe:
     method: str = "masked-decay"
     solver: str = "exact"
     refresh: int = 40
-    decay: float = 2e-4
+    decay: float | None = None
+    """Left out: what `bisparse.sparsify_` takes for the recipe's optimizer, which is then written down here."""
     dense_first: float = 0.0
     """Share of the steps that are dense at the start."""
     frozen_from: float = 1.0
@@ -138,6 +140,12 @@ class Recipe:
     data: DataRecipe = DataRecipe()
     training: TrainingRecipe = TrainingRecipe()
     sparsity: SparsityRecipe | None = None
+
+    def __post_init__(self) -> None:
+        if self.sparsity is not None and self.sparsity.decay is None:
+            adam = self.training.optimizer == "adamw" and self.sparsity.method == "masked-decay"
+            decay = DEFAULT_DECAY_ADAM if adam else DEFAULT_DECAY
+            object.__setattr__(self, "sparsity", replace(self.sparsity, decay=decay))
 
     def as_dict(self) -> dict[str, Any]:
         """Plain numbers, texts and dictionaries."""
@@ -205,7 +213,7 @@ def _typed(kind: type[Any], content: object, source: str, table: str) -> dict[st
     for key, value in content.items():
         if key not in known:
             raise RecipeError(f"{source}: {table} has no entry {key!r}; it has {', '.join(sorted(known))}")
-        expected = str(known[key].type)
+        expected = str(known[key].type).removesuffix(" | None")
         if expected == "float" and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         fits = {"int": int, "float": float, "str": str, "bool": bool}.get(expected, dict)
@@ -215,17 +223,40 @@ def _typed(kind: type[Any], content: object, source: str, table: str) -> dict[st
     return arguments
 
 
-def read_recipe(path: str | Path) -> Recipe:
+def _change(content: dict[str, Any], change: str) -> None:
+    where, found, text = change.partition("=")
+    *tables, key = (part.strip() for part in where.split("."))
+    if not found or not key or len(tables) > 1:
+        raise RecipeError(f"{change!r} changes no entry of a recipe: expected ENTRY=VALUE, such as training.steps=20")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = content
+    for name in tables:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"{change!r}: {name!r} is no table of the recipe")
+    table[key] = value
+
+
+def read_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """Read a recipe file.
 
+    Args:
+        changes: entries to set instead of the file's, such as ``training.steps=20`` or ``seed=1``, values as in TOML; a text may
+            lack its quotes.
+
     Raises:
-        RecipeError: the file is no TOML, or holds entries that no recipe has.
+        RecipeError: the file is no TOML, or it or the changes hold entries that no recipe has.
     """
     path = Path(path)
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise RecipeError(f"{path}: cannot be read as TOML: {error}") from error
+    for change in changes:
+        _change(content, change)
     recipe = Recipe.from_dict(content, str(path))
     if recipe.model.start and not Path(recipe.model.start).is_absolute():
         model = ModelRecipe(**asdict(recipe.model) | {"start": str((path.parent / recipe.model.start).resolve())})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,13 +25,17 @@ from bisparse.training.sparsify import finalize_, plain_state_dict, sparsify_
 from bisparse.training.sparsity import Sparsity
 from bisparse.training.state import random_state, restore_random_state
 
-__all__ = ["Outcome", "run_recipe"]
+__all__ = ["DivergedError", "Outcome", "run_recipe"]
 
 CHECKPOINT, METRICS, OUTCOME, RECIPE, WEIGHTS = "checkpoint.pt", "metrics.jsonl", "outcome.json", "recipe.json", "weights.pt"
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "exact": Exact, "greedy": Greedy, "sinkhorn": Sinkhorn, "two-approximation": TwoApproximation, "flow": MinCostFlow,
 }  # fmt: skip
 TEST_BATCH = 500
+
+
+class DivergedError(RuntimeError):
+    """The loss, a gradient or a weight is no finite number any more."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +73,22 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
 
     Raises:
         RecipeError: the folder holds the run of another recipe, or the data are not there.
+        DivergedError: training came to numbers that are not finite; the message names the step.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     own = json.dumps(recipe.as_dict(), indent=2, sort_keys=True)
-    if (folder / RECIPE).exists():
-        if (folder / RECIPE).read_text(encoding="utf-8") != own:
-            raise RecipeError(f"{folder} holds the run of another recipe: choose another folder, or delete this one")
-    else:
-        _write(folder / RECIPE, own.encode())
+    if (folder / RECIPE).exists() and (folder / RECIPE).read_text(encoding="utf-8") != own:
+        raise RecipeError(f"{folder} holds the run of another recipe: choose another folder, or delete this one")
     if (folder / OUTCOME).exists():
         return Outcome(**json.loads((folder / OUTCOME).read_text(encoding="utf-8")))
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.training.threads)
     try:
-        return _Run(recipe, folder).go(progress, stop_after)
+        run = _Run(recipe, folder)
+        # Now that data and model are there: a recipe that cannot be run leaves nothing that would refuse the mended one.
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / RECIPE, own.encode())
+        return run.go(progress, stop_after)
     finally:
         torch.set_num_threads(threads)
 
@@ -120,7 +126,6 @@ class _Run:
             self.sparsity.attach(self.optimizer)
         self.step, self.seconds, self.searched = 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
-        self._load()
 
     def _sparsify(self) -> Sparsity | None:
         how = self.recipe.sparsity
@@ -156,8 +161,13 @@ class _Run:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def go(self, progress: bool, stop_after: int | None) -> Outcome | None:
+        self._load()
         how = self.recipe.training
-        bar = tqdm(total=self.total, initial=self.step, desc=self.recipe.name, disable=not progress, unit="step")
+        pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file takes a line each time
+        bar = tqdm(
+            total=self.total, initial=self.step, desc=self.recipe.name, disable=not progress, unit="step", mininterval=pause
+        )
+        shown: dict[str, str] = {}
         with bar, open(self.folder / METRICS, "a", encoding="utf-8") as metrics:
             started_at = self.step
             for inputs, labels in self._batches():
@@ -167,8 +177,9 @@ class _Run:
                 self.curve.append(row)
                 metrics.write(json.dumps(row) + "\n")
                 metrics.flush()
+                shown |= {name: f"{number:.4g}" for name, number in row.items() if name != "step"}
+                bar.set_postfix(shown, refresh=False)
                 bar.update()
-                bar.set_postfix({name: f"{number:.4g}" for name, number in row.items() if name != "step"})
                 if self.step % how.checkpoint_every == 0 and self.step < self.total:
                     self._save()
                 if stop_after is not None and self.step - started_at >= stop_after and self.step < self.total:
@@ -203,12 +214,15 @@ class _Run:
             loss.backward()
             total += float(loss.detach())
         if not math.isfinite(total):
-            raise RuntimeError(
+            raise DivergedError(
                 f"{self.recipe.name}: the loss is {total} at step {self.step + 1}: lower [training] lr, or set clip"
             )
         if self.recipe.training.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.training.clip)
-        self.optimizer.step()
+        try:
+            self.optimizer.step()
+        except ValueError as error:  # of the sparsity: gradients or weights that are not finite
+            raise DivergedError(f"{self.recipe.name}: {error}") from error
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -271,11 +285,15 @@ class _Run:
             self.step, self.seconds, self.searched = state["step"], state["seconds"], state["searched"]
             self.curve = state["curve"]
         # What a killed run logged after its checkpoint is trained, and logged, again.
+        self._write_metrics()
+
+    def _write_metrics(self) -> None:
         _write(self.folder / METRICS, "".join(json.dumps(row) + "\n" for row in self.curve).encode())
 
     def _finish(self) -> Outcome:
         last = self._evaluate()
         self.curve[-1] |= last
+        self._write_metrics()
         flips = [row["flip_rate"] for row in self.curve if "flip_rate" in row]
         density, refreshes = 1.0, 0
         if self.sparsity is not None:
