@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from bisparse.cli.console import AsJson, command, print_json, table, to_stdout
+from bisparse.cli.console import INTERRUPTED, AsJson, command, fail, print_json, table, to_stdout
 
 __all__ = ["train"]
 
@@ -24,13 +24,18 @@ def train(
     """Train as a recipe says: live loss and flip rate, curves, weights. A killed run goes on where it was, bit by bit."""
     from dataclasses import replace
 
-    from bisparse.training.recipe import read_recipe, run_recipe
+    from bisparse.training.recipe import RunError, read_recipe, run_recipe
 
     chosen = read_recipe(recipe)
     if seed is not None:
         chosen = replace(chosen, seed=seed)
     folder = out or Path("runs") / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', chosen.name)}-seed{chosen.seed}"
-    outcome = run_recipe(chosen, folder, progress=not as_json)
+    try:
+        outcome = run_recipe(chosen, folder, progress=not as_json)
+    except KeyboardInterrupt:
+        fail(f"interrupted; the same command goes on from the last checkpoint, if any, in {folder}", INTERRUPTED, as_json=as_json)
+    except RunError as error:
+        fail(str(error), 1, as_json=as_json)
     assert outcome is not None
     if as_json:
         print_json({"ok": True, "folder": str(folder), **asdict(outcome)})

@@ -24,13 +24,17 @@ from bisparse.training.sparsify import finalize_, plain_state_dict, sparsify_
 from bisparse.training.sparsity import Sparsity
 from bisparse.training.state import random_state, restore_random_state
 
-__all__ = ["Outcome", "run_recipe"]
+__all__ = ["Outcome", "RunError", "run_recipe"]
 
 CHECKPOINT, METRICS, OUTCOME, RECIPE, WEIGHTS = "checkpoint.pt", "metrics.jsonl", "outcome.json", "recipe.json", "weights.pt"
 SOLVERS: dict[str, Callable[[], Solver]] = {
     "exact": Exact, "greedy": Greedy, "sinkhorn": Sinkhorn, "two-approximation": TwoApproximation, "flow": MinCostFlow,
 }  # fmt: skip
 TEST_BATCH = 500
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -68,21 +72,23 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
 
     Raises:
         RecipeError: the folder holds the run of another recipe, or the data are not there.
+        RunError: the loss is no number any more, or the checkpoint is damaged.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     own = json.dumps(recipe.as_dict(), indent=2, sort_keys=True)
-    if (folder / RECIPE).exists():
-        if (folder / RECIPE).read_text(encoding="utf-8") != own:
-            raise RecipeError(f"{folder} holds the run of another recipe: choose another folder, or delete this one")
-    else:
-        _write(folder / RECIPE, own.encode())
+    if (folder / RECIPE).exists() and (folder / RECIPE).read_text(encoding="utf-8") != own:
+        raise RecipeError(f"{folder} holds the run of another recipe: choose another folder, or delete this one")
     if (folder / OUTCOME).exists():
         return Outcome(**json.loads((folder / OUTCOME).read_text(encoding="utf-8")))
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.training.threads)
     try:
-        return _Run(recipe, folder).go(progress, stop_after)
+        run = _Run(recipe, folder)
+        # Only now: a recipe that cannot be run leaves no folder that the corrected one would be refused for.
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder / RECIPE, own.encode())
+        run.load()
+        return run.go(progress, stop_after)
     finally:
         torch.set_num_threads(threads)
 
@@ -103,7 +109,7 @@ class _Run:
         with torch.no_grad():
             self.model(self.data.train_inputs[:2])  # lazy layers take their shape
         if recipe.model.start:
-            self.model.load_state_dict(torch.load(Path(recipe.model.start) / WEIGHTS, weights_only=True))
+            self._start_from(Path(recipe.model.start) / WEIGHTS)
         if recipe.model.kind == "resnet20":
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sparsity = self._sparsify()
@@ -120,7 +126,14 @@ class _Run:
             self.sparsity.attach(self.optimizer)
         self.step, self.seconds, self.searched = 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
-        self._load()
+
+    def _start_from(self, path: Path) -> None:
+        if not path.exists():
+            raise RecipeError(f"[model] start: {path} is not there; a run writes it at its end")
+        try:
+            self.model.load_state_dict(torch.load(path, weights_only=True))
+        except Exception as error:
+            raise RecipeError(f"[model] start: {path} does not hold the weights of this model: {error}") from error
 
     def _sparsify(self) -> Sparsity | None:
         how = self.recipe.sparsity
@@ -203,9 +216,7 @@ class _Run:
             loss.backward()
             total += float(loss.detach())
         if not math.isfinite(total):
-            raise RuntimeError(
-                f"{self.recipe.name}: the loss is {total} at step {self.step + 1}: lower [training] lr, or set clip"
-            )
+            raise RunError(f"{self.recipe.name}: the loss is {total} at step {self.step + 1}: lower [training] lr, or set clip")
         if self.recipe.training.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.training.clip)
         self.optimizer.step()
@@ -258,10 +269,14 @@ class _Run:
         torch.save(state, temporary)
         os.replace(temporary, self.folder / CHECKPOINT)
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Go on where a run of this folder was, if there was one."""
         path = self.folder / CHECKPOINT
         if path.exists():
-            state = torch.load(path, weights_only=True)
+            try:
+                state = torch.load(path, weights_only=True)
+            except Exception as error:
+                raise RunError(f"{path} is damaged ({error!r}): delete it to begin this run anew") from error
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
