@@ -364,6 +364,20 @@ def test_a_tile_of_outliers_and_dust_is_called_coarse(implementation: str) -> No
     assert (ops.exact_solve(as_matrix(tiles), 4, 8, False)[3] == ops.COARSE).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("columns", [64, 1024], ids=["narrow", "wide"])
+def test_tiles_too_small_for_the_scale_are_called_coarse_without_any_dust(implementation: str, columns: int) -> None:
+    for power in (-104, -110, -114, -120, -140):
+        tiles = (0.6 + 0.4 * torch.rand(columns, 4, 4)) * 2.0**power
+        assert bool(mask_alone(from_tiles(tiles, 16, columns), 2, 4, False)[1].all()), power
+
+
+@pytest.mark.parametrize("columns", [4, 60, 64])
+def test_a_mask_of_four_rows_holds_no_more_than_itself(implementation: str, columns: int) -> None:
+    mask, _ = mask_alone(torch.rand(4, columns), 2, 4, False)
+    assert mask.is_contiguous()
+    assert mask.untyped_storage().nbytes() == mask.numel()
+
+
 # ---- groups that stand alone -----------------------------------------------------------------------------------------
 
 

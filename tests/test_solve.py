@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 
 import oracle
 from bisparse import Exact, Greedy, Paired, Pattern, Sequential, Solution, Unstructured, choose_solver, solve, verify
@@ -195,6 +196,7 @@ def test_empty_tensors(shape: tuple[int, ...], pattern: str) -> None:
     solution = solve(torch.zeros(shape), pattern)
     assert solution.mask.shape == shape
     assert (solution.value, solution.retained) == (0, 1)
+    assert solution.check().gap == 0
 
 
 # ---- exactness in the numbers that were given ------------------------------------------------------------------------
@@ -385,12 +387,32 @@ def test_every_solver_is_shielded_from_bad_scores(solver: Exact | Greedy) -> Non
         (torch.ones(4, 4).bool(), r"scores of dtype torch\.bool cannot be solved; convert them to float32"),
         (torch.ones(4, 4, dtype=torch.complex64), r"scores of dtype torch\.complex64"),
         (torch.ones(4, 4).to(torch.float8_e4m3fn), r"scores of dtype torch\.float8_e4m3fn cannot be solved"),
+        (torch.ones(4, 4).to_sparse(), r"plain dense tensor .*, not a Tensor of layout torch\.sparse_coo .*to_dense"),
+        (torch.ones(4, 4, device="meta"), "plain dense tensor that holds numbers, not a Tensor of .* on meta"),
+        (TwoTensor(torch.ones(4, 4), torch.ones(4, 4)), "plain dense tensor .*, not a TwoTensor"),
     ],
 )
 def test_what_are_no_scores(scores: object, message: str) -> None:
     for pattern in ("2:4", "2:4-T"):
         with pytest.raises(ValueError, match=message):
             solve(scores, pattern)
+
+
+def test_a_view_that_negates_is_read_as_what_it_shows() -> None:
+    scores = torch.rand(8, 8)
+    negated = torch.complex(scores, -scores).conj().imag
+    assert negated.is_neg()
+    for pattern in ("2:4", "2:4-T", "4:8-T"):
+        assert torch.equal(solve(negated, pattern).mask, solve(scores, pattern).mask)
+
+
+def test_names_and_classes_are_no_solvers_layouts_or_solutions() -> None:
+    scores = torch.rand(8, 8)
+    for name, wrong, kind in (("solver", "exact", "Solver"), ("solver", Exact, "Solver"), ("layout", "conv", "Layout")):
+        with pytest.raises(ValueError, match=f"{name}=.*: expected an instance of {kind}"):
+            solve(scores, "2:4-T", **{name: wrong})
+    with pytest.raises(ValueError, match="warm_start=True: expected an instance of Solution"):
+        solve(scores, "4:8-T", warm_start=True)
 
 
 def test_unknown_remainder_mode_and_layout_that_does_not_fit() -> None:

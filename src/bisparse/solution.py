@@ -146,7 +146,7 @@ class Solution:
 
 def _tiles_of(matrices: Shaped[Tensor, "B O I"], m: int) -> Shaped[Tensor, "T M M"]:
     padded = pad_to_multiple(matrices, m)
-    return to_tiles(padded.reshape(-1, padded.shape[-1]), m)
+    return to_tiles(padded.flatten(0, -2), m)
 
 
 def _dequantise(certificate: Certificate) -> tuple[Tensor, Tensor]:

@@ -56,7 +56,7 @@ def solve(
             depend on it.
 
     Raises:
-        ValueError: scores that are NaN, infinite, negative, of another dtype or of no matrix shape.
+        ValueError: scores that are NaN, infinite, negative, of another dtype, of no matrix shape or in no plain tensor.
 
     >>> scores = torch.tensor([[4.0, 3.0], [3.0, 1.0]])  # the largest entry is not part of the optimum
     >>> solution = solve(scores, "1:2-T")
@@ -66,10 +66,18 @@ def solve(
     pattern = parse_pattern(pattern)
     if not isinstance(scores, Tensor):
         raise ValueError(f"scores must be a torch tensor, not {type(scores).__name__}")
+    if not _is_plain(scores):
+        raise ValueError(
+            f"scores must be a plain dense tensor that holds numbers, not a {type(scores).__name__} of layout {scores.layout} "
+            f"on {scores.device}; convert them first, as by .to_dense() or, if sharded, .full_tensor()"
+        )
     if scores.dtype not in DTYPES:
         raise ValueError(f"scores of dtype {scores.dtype} cannot be solved; convert them to float32")
     if remainder not in ("pad", "dense", "error"):
         raise ValueError(f"remainder={remainder!r}: expected 'pad', 'dense' or 'error'")
+    for name, given, kind in (("solver", solver, Solver), ("layout", layout, Layout), ("warm_start", warm_start, Solution)):
+        if given is not None and not isinstance(given, kind):
+            raise ValueError(f"{name}={given!r:.60}: expected an instance of {kind.__name__}")
     # On cold caches each call of torch takes as long as the masks of thousands of weights, so a plain matrix takes few.
     if type(scores) is not Tensor or scores.requires_grad:
         scores = scores.detach()
@@ -92,7 +100,7 @@ def solve(
     if not transposable or 0 in shape:
         check_scores(scores)
         mask = from_matrices(select(to_matrices(scores, layout), pattern), layout, scores.shape)
-        return Solution(mask, scores, pattern, layout)
+        return Solution(mask, scores, pattern, layout, certify=lambda: _certificate_of_nothing(m) if transposable else None)
     assert isinstance(pattern, Pattern)
     solver = solver or choose_solver(pattern)
     padded = pad_to_multiple(matrices, m) if ragged else matrices
@@ -111,6 +119,18 @@ def solve(
     if not plain:
         mask = from_matrices(mask, layout, shape)
     return Solution(mask, scores, pattern, layout, solver.exactly, certificate)
+
+
+def _is_plain(scores: Tensor) -> bool:
+    """Not sparse, nested, sharded, fake or on the meta device; a subclass without arithmetic of its own is plain."""
+    if type(scores) is not Tensor and type(scores).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False
+    return scores.layout is torch.strided and not (scores.is_nested or scores.is_meta)
+
+
+def _certificate_of_nothing(m: int) -> Certificate:
+    prices = torch.zeros(0, m, dtype=torch.int64)
+    return Certificate(prices, prices, torch.zeros(0, dtype=torch.int64))
 
 
 def _start_of(solution: Solution | None, scores: Tensor, pattern: Pattern) -> Certificate | None:

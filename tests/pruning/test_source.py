@@ -204,6 +204,17 @@ def test_wrong_use_of_the_commands_is_said_with_code_two(beside: Path) -> None:
         assert not (beside / "out").exists()
 
 
+def test_what_magnitude_would_not_use_is_refused_and_so_is_a_target_that_exists_before_any_work(beside: Path) -> None:
+    (beside / "text.txt").write_text("some text")
+    result = CliRunner().invoke(app, ["prune", "in", "out", "--calibration", "text.txt"])
+    assert result.exit_code == 2 and "magnitude" in result.output
+    (beside / "out").mkdir()
+    (beside / "out" / "kept").touch()
+    for command in (("prune", "no:model", "out", "--method", "wanda"), ("convert", "no:model", "out", "--to", "2:4")):
+        result = CliRunner().invoke(app, list(command))
+        assert result.exit_code == 1 and "exists already" in result.output  # before the model is looked for
+
+
 def test_a_language_model_from_folder_to_folder(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 

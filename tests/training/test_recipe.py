@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bisparse import verify
-from bisparse.training.recipe import Recipe, RecipeError, read_recipe, run_recipe
+from bisparse.training.recipe import Recipe, RecipeError, RunError, read_recipe, run_recipe
 from bisparse.training.recipe.data import load_data
 from bisparse.training.recipe.models import GPT, ResNet20, build_model
 from bisparse.training.recipe.recipe import DataRecipe, ModelRecipe, SparsityRecipe, TrainingRecipe
@@ -42,6 +42,13 @@ def test_every_recipe_of_the_examples_is_read_and_round_trips(path):
         ("name = ", "cannot be read as TOML"),
         ("name = 'x'\n[data]\nside = 10", "expected 28, 14 or 7"),
         ("name = 'x'\n[sparsity]\nsolver = 'oracle'", "expected one of exact"),
+        ("name = 'x'\n[training]\nthreads = 0", "threads = 0: must be above 0"),
+        ("name = 'x'\n[training]\nsteps = -3", "steps = -3: must be 0 or more"),
+        ("name = 'x'\n[training]\nepochs = inf", "epochs = inf: must be a finite number"),
+        ("name = 'x'\n[training]\nclip = nan", "clip = nan: must be 0 or more"),
+        ("name = 'x'\n[model]\nheads = 0", "heads = 0: must be above 0"),
+        ("name = 'x'\n[data]\nkind = 'blobs'\nside = -1", "side = -1: must be above 0"),
+        ("name = 'x'\nseed = 99999999999999999999", "seed = 99999999999999999999: must be below"),
         ("name = 'x'\n[training]\nprecision = 'float16'", "expected one of float32, bfloat16"),
     ],
 )
@@ -202,6 +209,25 @@ def test_models_are_those_that_the_experiments_name():
         build_model(ModelRecipe("gpt", width=30, heads=4), context=8)
 
 
+def test_a_recipe_that_cannot_be_run_leaves_no_folder(tmp_path):
+    (tmp_path / "weights.pt").write_bytes(b"no weights")
+    for start, message in ((tmp_path / "none", "is not there; a run writes it"), (tmp_path, "does not hold the weights")):
+        with pytest.raises(RecipeError, match=message):
+            run_recipe(replace(SHORT, model=replace(SHORT.model, start=str(start))), tmp_path / "run", progress=False)
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_checkpoint_and_a_loss_that_is_no_number_are_said(tmp_path):
+    assert run_recipe(SHORT, tmp_path, progress=False, stop_after=8) is None
+    whole = (tmp_path / "checkpoint.pt").read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"hello world"):
+        (tmp_path / "checkpoint.pt").write_bytes(damaged)
+        with pytest.raises(RunError, match=r"checkpoint\.pt is damaged .*delete it to begin this run anew"):
+            run_recipe(SHORT, tmp_path, progress=False)
+    with pytest.raises(RunError, match=r"lower .* lr"):
+        run_recipe(replace(SHORT, training=replace(SHORT.training, lr=1e30)), tmp_path / "wild", progress=False)
+
+
 def test_missing_data_say_what_to_install(tmp_path):
     with pytest.raises(RecipeError, match="dataset-fashion-mnist"):
         load_data(DataRecipe("fashion-mnist", folder=str(tmp_path)))
@@ -231,6 +257,10 @@ def test_the_command_runs_a_recipe(tmp_path, monkeypatch, capfd):
     assert code == 0 and "test accuracy" in shown and "flip_rate" in live
     code, shown, _ = call(str(short), "--json")
     assert code == 0 and json.loads(shown)["steps"] == 31
+    wild = tmp_path / "wild.toml"
+    wild.write_text((RECIPES / "blobs.toml").read_text().replace("lr = 0.05", "lr = 1e30"))
+    code, _, message = call(str(wild), "--out", str(tmp_path / "wild"))
+    assert code == 1 and "lower [training] lr" in message and "Traceback" not in message
     short.write_text("name = 'x'\n[training]\nepoch = 1")
     code, _, message = call(str(short))
     assert code == 2 and "no entry 'epoch'" in message and "Traceback" not in message

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bisparse.checkpoint.errors import CheckpointError
 
-__all__ = ["check_room", "output_folder", "written_here"]
+__all__ = ["check_room", "check_target", "output_folder", "written_here"]
 
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100
@@ -39,7 +39,7 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
     target = Path(os.path.realpath(target))
     try:
         _restore(target)
-        _check_target(target, overwrite, ours)
+        check_target(target, overwrite, ours)
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target)
         temporary = target.parent / f".{target.name}.bisparse-{secrets.token_hex(4)}"
@@ -50,7 +50,7 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
     try:
         yield temporary
         _flush(temporary)
-        _check_target(target, overwrite, ours)
+        check_target(target, overwrite, ours)
         _publish(temporary, target)
     except OSError as error:
         raise _explained(error, target) from error
@@ -79,7 +79,12 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
-def _check_target(target: Path, overwrite: bool, ours: str) -> None:
+def check_target(target: Path, overwrite: bool, ours: str) -> None:
+    """Refuse a target that may not be written, as `output_folder` does; a long job asks before it begins.
+
+    Raises:
+        CheckpointError: the target exists, and `overwrite` does not allow to replace it.
+    """
     if not os.path.lexists(target):
         return
     if not overwrite:

@@ -31,6 +31,7 @@ __all__ = [
     "Resume",
     "Sequences",
     "calibration_batches",
+    "check_writable",
     "finish",
     "group_of_ranks",
     "parse_method",
@@ -124,6 +125,7 @@ def prune_with_data(
     from bisparse.pruning import prune_
     from bisparse.pruning.source import open_source
 
+    check_writable(target, overwrite)
     source = open_source(name)
     batches = calibration_batches(source, calibration, sequences, length)
     if method.needs and batches is None:
@@ -132,6 +134,14 @@ def prune_with_data(
     with group_of_ranks() as group:
         report = prune_(source.model, pattern, method, batches, progress=False if as_json else None, group=group, **options)
         finish(source, target, report, overwrite, time.perf_counter() - started, as_json, group)
+
+
+def check_writable(target: Path, overwrite: bool) -> None:
+    """Refuse a target that exists before the model is pruned, which may take hours."""
+    from bisparse.checkpoint import SIDECAR
+    from bisparse.checkpoint.output import check_target
+
+    check_target(target, overwrite, SIDECAR)
 
 
 def calibration_batches(source: Source, path: Path | None, sequences: int, length: int) -> list[Any] | None:

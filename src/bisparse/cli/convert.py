@@ -18,6 +18,7 @@ from bisparse.cli.calibrated import (
     Resume,
     Sequences,
     calibration_batches,
+    check_writable,
     finish,
     group_of_ranks,
     parse_method,
@@ -69,6 +70,7 @@ def convert(
     from bisparse.pruning import convert_
     from bisparse.pruning.source import open_source
 
+    check_writable(target, overwrite)
     opened = open_source(source)
     batches = calibration_batches(opened, calibration, sequences, length)
     started = time.perf_counter()

@@ -28,7 +28,7 @@ def train(
     """Train as a recipe says: live loss and flip rate, curves, weights. A killed run goes on where it was, bit by bit."""
     from dataclasses import replace
 
-    from bisparse.training.recipe import DivergedError, read_recipe, run_recipe
+    from bisparse.training.recipe import RunError, read_recipe, run_recipe
 
     chosen = read_recipe(recipe, changes or ())
     if seed is not None:
@@ -36,7 +36,7 @@ def train(
     folder = out or Path("runs") / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', chosen.name)}-seed{chosen.seed}"
     try:
         outcome = run_recipe(chosen, folder, progress=not as_json)
-    except DivergedError as error:
+    except RunError as error:
         fail(str(error), 1, as_json=as_json)
     except KeyboardInterrupt:
         again = "the same command goes on from its last checkpoint, if it had come to one"

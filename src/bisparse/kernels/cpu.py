@@ -337,7 +337,8 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
         coarse_tiles(wide, flags)
         coarse = torch.from_numpy(flags[: scores.numel() // 16])
     if beside:
-        result = torch.from_numpy(mask[:, : width - lacking].reshape(4, rows // 4, columns).swapaxes(0, 1).reshape(rows, columns))
+        apart = mask[:, : width - lacking].reshape(4, rows // 4, columns).swapaxes(0, 1).reshape(rows, columns)
+        result = torch.from_numpy(np.ascontiguousarray(apart))
     return result, coarse
 
 

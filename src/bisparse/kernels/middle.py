@@ -25,7 +25,7 @@ from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.extending import intrinsic
 
-from bisparse.kernels.llvm import F32, I8, I32, I64, at, call_llvm, data_of, larger, load, number, row_of, smaller, store
+from bisparse.kernels.llvm import F32, I8, I32, I64, at, call_llvm, data_of, load, number, row_of, smaller, store
 from bisparse.kernels.vectors import SMALL
 
 __all__ = [
@@ -186,10 +186,11 @@ def _quantiser(b: Any, scores: Any, offset: Any, stride: Any) -> tuple[list[Any]
     floats = [column for row in range(4) for column in _columns(b, scores, row_of(b, offset, stride, row))]
     bits = [b.bitcast(x, LANES_I32) for x in floats]
     largest = reduce(partial(_higher, b), bits)
-    # Below 2**-104 the scale would overflow; such a tile counts as coarse.
-    biased = larger(b, b.lshr(largest, number(I32, WIDTH, 23)), number(I32, WIDTH, 23))
-    scale = b.bitcast(b.shl(b.sub(number(I32, WIDTH, 277), biased), number(I32, WIDTH, 23)), ir.VectorType(F32, WIDTH))
-    return floats, largest, scale
+    biased = b.lshr(largest, number(I32, WIDTH, 23))
+    scale = b.shl(b.sub(number(I32, WIDTH, 277), biased), number(I32, WIDTH, 23))
+    # Below 2**-103 a tile counts as coarse, and its scale might overflow: at scale 0 its scores are seen to be small.
+    scale = b.select(b.icmp_signed(">", biased, number(I32, WIDTH, 23)), scale, number(I32, WIDTH, 0))
+    return floats, largest, b.bitcast(scale, ir.VectorType(F32, WIDTH))
 
 
 def _tagged(b: Any, scores: Any, tag: int) -> Any:

@@ -101,7 +101,7 @@ _LIBRARY.define("exact_solve_integers(Tensor q, int n, bool exactly, Tensor? u, 
 
 def _directly_on_cpu(scores: Tensor) -> bool:
     """Without torch's dispatch, which on cold caches takes as long as the masks of a small layer."""
-    return type(scores) is Tensor and scores.is_cpu and not torch.compiler.is_compiling()
+    return type(scores) is Tensor and scores.is_cpu and not (scores.is_neg() or torch.compiler.is_compiling())
 
 
 @cache

@@ -25,6 +25,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -40,6 +41,7 @@ MODELS = ("resnet20", "gpt", "mlp")
 DATA = ("fashion-mnist", "python-text", "blobs")
 OPTIMIZERS = ("sgd", "adamw")
 PRECISIONS = ("float32", "bfloat16")
+LARGEST_SEED = 1 << 32
 SOLVERS = ("exact", "greedy", "sinkhorn", "two-approximation", "flow")
 
 
@@ -184,6 +186,13 @@ class Recipe:
             ("training", "batch", self.training.batch), ("training", "accumulate", self.training.accumulate),
             ("training", "checkpoint_every", self.training.checkpoint_every), ("data", "train", self.data.train),
             ("data", "test", self.data.test), ("model", "width", self.model.width), ("training", "lr", self.training.lr),
+            ("training", "threads", self.training.threads), ("model", "layers", self.model.layers),
+            ("model", "heads", self.model.heads), ("data", "side", self.data.side), ("data", "context", self.data.context),
+        ]  # fmt: skip
+        how = self.training
+        not_negative = [
+            ("steps", how.steps), ("evaluate_every", how.evaluate_every), ("warmup", how.warmup),
+            ("momentum", how.momentum), ("weight_decay", how.weight_decay), ("clip", how.clip),
         ]  # fmt: skip
         if not self.training.steps:
             positive.append(("training", "epochs", self.training.epochs))
@@ -199,6 +208,14 @@ class Recipe:
         for table, key, number in positive:
             if not number > 0:
                 raise RecipeError(f"{source}: [{table}] {key} = {number!r}: must be above 0")
+        for key, number in not_negative:
+            if not number >= 0:
+                raise RecipeError(f"{source}: [training] {key} = {number!r}: must be 0 or more")
+        for key, number in vars(how).items():
+            if isinstance(number, float) and not math.isfinite(number):
+                raise RecipeError(f"{source}: [training] {key} = {number!r}: must be a finite number")
+        if abs(self.seed) >= LARGEST_SEED:
+            raise RecipeError(f"{source}: seed = {self.seed}: must be below {LARGEST_SEED}")
         if (self.model.kind == "gpt") != (self.data.kind == "python-text"):
             raise RecipeError(f"{source}: the model 'gpt' and the data 'python-text' go together")
         if self.data.kind == "fashion-mnist" and self.data.side not in (28, 14, 7):

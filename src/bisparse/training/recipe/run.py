@@ -25,7 +25,7 @@ from bisparse.training.sparsify import finalize_, plain_state_dict, sparsify_
 from bisparse.training.sparsity import Sparsity
 from bisparse.training.state import random_state, restore_random_state
 
-__all__ = ["DivergedError", "Outcome", "run_recipe"]
+__all__ = ["Outcome", "RunError", "run_recipe"]
 
 CHECKPOINT, METRICS, OUTCOME, RECIPE, WEIGHTS = "checkpoint.pt", "metrics.jsonl", "outcome.json", "recipe.json", "weights.pt"
 SOLVERS: dict[str, Callable[[], Solver]] = {
@@ -34,8 +34,8 @@ SOLVERS: dict[str, Callable[[], Solver]] = {
 TEST_BATCH = 500
 
 
-class DivergedError(RuntimeError):
-    """The loss, a gradient or a weight is no finite number any more."""
+class RunError(RuntimeError):
+    """A run that cannot go on; the message says what to do."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
 
     Raises:
         RecipeError: the folder holds the run of another recipe, or the data are not there.
-        DivergedError: training came to numbers that are not finite; the message names the step.
+        RunError: the loss, a gradient or a weight is no finite number any more, or the checkpoint is damaged.
     """
     folder = Path(folder)
     own = json.dumps(recipe.as_dict(), indent=2, sort_keys=True)
@@ -85,9 +85,10 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
     torch.set_num_threads(recipe.training.threads)
     try:
         run = _Run(recipe, folder)
-        # Now that data and model are there: a recipe that cannot be run leaves nothing that would refuse the mended one.
+        # Only now: a recipe that cannot be run leaves no folder that the corrected one would be refused for.
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder / RECIPE, own.encode())
+        run.load()
         return run.go(progress, stop_after)
     finally:
         torch.set_num_threads(threads)
@@ -109,7 +110,7 @@ class _Run:
         with torch.no_grad():
             self.model(self.data.train_inputs[:2])  # lazy layers take their shape
         if recipe.model.start:
-            self.model.load_state_dict(torch.load(Path(recipe.model.start) / WEIGHTS, weights_only=True))
+            self._start_from(Path(recipe.model.start) / WEIGHTS)
         if recipe.model.kind == "resnet20":
             self.model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.sparsity = self._sparsify()
@@ -126,6 +127,14 @@ class _Run:
             self.sparsity.attach(self.optimizer)
         self.step, self.seconds, self.searched = 0, 0.0, 0.0
         self.curve: list[dict[str, float]] = []
+
+    def _start_from(self, path: Path) -> None:
+        if not path.exists():
+            raise RecipeError(f"[model] start: {path} is not there; a run writes it at its end")
+        try:
+            self.model.load_state_dict(torch.load(path, weights_only=True))
+        except Exception as error:
+            raise RecipeError(f"[model] start: {path} does not hold the weights of this model: {error}") from error
 
     def _sparsify(self) -> Sparsity | None:
         how = self.recipe.sparsity
@@ -161,7 +170,6 @@ class _Run:
     # -- the loop ------------------------------------------------------------------------------------------------------
 
     def go(self, progress: bool, stop_after: int | None) -> Outcome | None:
-        self._load()
         how = self.recipe.training
         pause = 0.1 if sys.stderr.isatty() else 10.0  # a log file takes a line each time
         bar = tqdm(
@@ -214,15 +222,13 @@ class _Run:
             loss.backward()
             total += float(loss.detach())
         if not math.isfinite(total):
-            raise DivergedError(
-                f"{self.recipe.name}: the loss is {total} at step {self.step + 1}: lower [training] lr, or set clip"
-            )
+            raise RunError(f"{self.recipe.name}: the loss is {total} at step {self.step + 1}: lower [training] lr, or set clip")
         if self.recipe.training.clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.training.clip)
         try:
             self.optimizer.step()
         except ValueError as error:  # of the sparsity: gradients or weights that are not finite
-            raise DivergedError(f"{self.recipe.name}: {error}") from error
+            raise RunError(f"{self.recipe.name}: {error}") from error
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -272,10 +278,14 @@ class _Run:
         torch.save(state, temporary)
         os.replace(temporary, self.folder / CHECKPOINT)
 
-    def _load(self) -> None:
+    def load(self) -> None:
+        """Go on where a run of this folder was, if there was one."""
         path = self.folder / CHECKPOINT
         if path.exists():
-            state = torch.load(path, weights_only=True)
+            try:
+                state = torch.load(path, weights_only=True)
+            except Exception as error:
+                raise RunError(f"{path} is damaged ({error!r}): delete it to begin this run anew") from error
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
