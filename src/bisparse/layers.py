@@ -60,7 +60,10 @@ def matches(chosen: Filter, name: str, module: nn.Module) -> bool:
     """Whether a layer is meant by a filter: exact name, glob, ``re:`` pattern (searched from the start), or function."""
     if isinstance(chosen, str):
         if chosen.startswith("re:"):
-            return re.match(chosen[3:], name) is not None
+            try:
+                return re.match(chosen[3:], name) is not None
+            except re.error as error:
+                raise ValueError(f"{chosen!r} is no regular expression: {error}") from error
         return name == chosen or fnmatch.fnmatchcase(name, chosen)
     if callable(chosen):
         return bool(chosen(name, module))

@@ -34,6 +34,7 @@ __all__ = [
     "check_writable",
     "finish",
     "group_of_ranks",
+    "parse_device",
     "parse_method",
     "parse_order",
     "parse_reconstruction",
@@ -71,6 +72,20 @@ def parse_method(name: str, damping: float | None = None) -> Method:
     if name not in made:
         raise typer.BadParameter(f"{name!r} is not one of {', '.join(made)}", param_hint="--method")
     return made[name]
+
+
+def parse_device(name: str | None) -> str | None:
+    """A device that is there."""
+    import torch
+
+    if name is None:
+        return None
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise typer.BadParameter(f"{name!r} cannot be used here: {reason}", param_hint="--device") from error
+    return name
 
 
 def parse_order(order: str) -> Literal["sequential", "parallel"]:

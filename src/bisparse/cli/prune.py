@@ -18,6 +18,7 @@ from bisparse.cli.calibrated import (
     Order,
     Resume,
     Sequences,
+    parse_device,
     parse_method,
     parse_order,
     parse_reconstruction,
@@ -106,6 +107,7 @@ def prune(
         raise typer.BadParameter(f"{remainder!r} is not one of pad, dense, error", param_hint="--remainder")
     if target is None and not dry_run:
         raise typer.BadParameter("missing; name the folder to write, or pass --dry-run", param_hint="TARGET")
+    chosen_order = parse_order(order)
     set_threads(threads)
     if method != "magnitude" or block_epochs or ":" in str(source):
         if dry_run or target is None:
@@ -123,9 +125,9 @@ def prune(
             as_json=as_json,
             **options,
             solver=parse_solver(solver),
-            order=parse_order(order),
+            order=chosen_order,
             reconstruction=parse_reconstruction(block_epochs, order),
-            device=device,
+            device=parse_device(device),
             resume=resume,
         )
         return
