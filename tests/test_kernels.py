@@ -224,6 +224,25 @@ def test_same_mask_as_the_specification_where_the_optimum_is_unique(m: int, n: i
         assert torch.equal(to_tiles(mask, m), expected)
 
 
+@PROGRAMS
+@pytest.mark.parametrize(("m", "n"), [(4, 2), (4, 1), (8, 4), (8, 3), (16, 8), (32, 16), (64, 20)])
+def test_tiles_of_one_number_have_one_mask(m: int, n: int, exactly: bool) -> None:
+    values = [1.0, 0.7, 0.1, 1 / 3, 1e-20, 3e38, 16777215.0]
+    constant = torch.tensor(values)[:, None, None].expand(-1, m, m)
+    others = numbers("gaussian", len(values), m)
+    others[0] = 2.0
+    others[0, m - 1, m - 1] = 3.0  # equal, but for its last entry
+    mixed = torch.stack([constant, others, torch.zeros_like(others)], 1).flatten(0, 1)
+    q, _ = ops.quantise(mixed)
+    mask, u, v, exponent = ops.exact_solve(as_matrix(mixed), n, m, exactly)
+    masks = to_tiles(mask, m)
+    assert not bool((exponent == ops.COARSE).any())
+    assert bool(oracle.proved(q, masks, u, v, n, exactly).all())
+    assert torch.equal(masks[0::3], masks[:1].expand(len(values), m, m)) and masks[0].sum() == n * m
+    assert torch.equal(masks[1::3], to_tiles(ops.exact_solve(as_matrix(others), n, m, exactly)[0], m))
+    assert int(masks[2::3].sum()) == (len(values) * n * m if exactly else 0)
+
+
 # ---- sizes, starts, strides, memory ----------------------------------------------------------------------------------
 
 

@@ -1,15 +1,20 @@
 """Bands of work on several threads: all of them, once each, whatever the threads do."""
 
+import _thread
 import os
 import threading
 import time
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
 from bisparse.kernels import threads
-from bisparse.kernels.threads import over_bands
+from bisparse.kernels.threads import _increase, _looks, _pause, _read, array_at, kernel, over_bands
+
+MEETING_S = 2.0
+LONG_S = 0.1
 
 
 @pytest.fixture(autouse=True)
@@ -20,92 +25,143 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def threads_of_a_call() -> set[int]:
-    names = set()
-
-    def kernel(first: int, last: int) -> int:
-        names.add(threading.get_ident())
-        busy(0.02)
-        return 0
-
-    over_bands(kernel, 16, 1, 1)
-    return names
+@kernel
+def count_visits(arguments, first, last):  # type: ignore[no-untyped-def]
+    """Arguments: visits, starts; their number. The result is the length of the band."""
+    visits, starts, count = array_at(arguments, (3,), np.int64)
+    for index in range(first, last):
+        array_at(visits, (count,), np.int64)[index] += 1
+    array_at(starts, (count,), np.int64)[first] = 1
+    return 1 + last - first
 
 
-def busy(seconds: float) -> None:
-    """Take time without the GIL, as a kernel does."""
-    time.sleep(seconds)
+@kernel
+def meet(arguments, first, last):  # type: ignore[no-untyped-def]
+    """Wait until another band has begun as well; then, in the band that starts at `long`, for longer. 1 if they met.
+
+    Arguments: met, done; looks to meet, long, looks to be long.
+    """
+    met, done, looks, long, more = array_at(arguments, (5,), np.int64)
+    _increase(met, 0)
+    for _ in range(looks):
+        if _read(met, 0) > 1:
+            break
+        _pause()
+    if first == long:
+        for _ in range(more):
+            _read(met, 0)
+            _pause()
+    _increase(done, 0)
+    return 1 + (_read(met, 0) > 1)
+
+
+@kernel
+def fail(arguments, first, last):  # type: ignore[no-untyped-def]
+    """Fail in the band that starts at the argument."""
+    if array_at(arguments, (1,), np.int64)[0] == first:
+        raise ValueError("of a kernel")
+    return 1
+
+
+def they_meet(long: int = -1, long_s: float = LONG_S) -> bool:
+    """Whether two threads take part, and both bands are done on return."""
+    met, done = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    results = over_bands(meet, (met, done, _looks(MEETING_S), long, _looks(long_s)), 2, 1, 1)
+    return results == [1, 1] and done[0] == 2
+
+
+def visit(count: int, granule: int = 1) -> tuple[np.ndarray, np.ndarray, int]:
+    visits, starts = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    return visits, starts, sum(over_bands(count_visits, (visits, starts, count), count, granule, 1))
 
 
 @pytest.mark.parametrize("count", [1, 7, 64, 1000])
 @pytest.mark.parametrize("granule", [1, 8])
-def test_bands_cover_everything_once(count: int, granule: int) -> None:
-    taken: list[tuple[int, int]] = []
-    over_bands(lambda first, last: taken.append((first, last)) or 0, count, granule, 1)
-    assert sorted(index for first, last in taken for index in range(first, last)) == list(range(count))
-    assert all(first % granule == 0 for first, _ in taken)
+@pytest.mark.parametrize("number", [1, 2, 3, 70])
+def test_bands_cover_everything_once(count: int, granule: int, number: int) -> None:
+    torch.set_num_threads(number)
+    visits, starts, total = visit(count, granule)
+    assert (visits == 1).all() and total == count
+    assert all(first % granule == 0 for first in starts.nonzero()[0])
 
 
-def test_both_threads_take_part_and_every_result_comes_back() -> None:
-    assert sum(over_bands(lambda first, last: last - first, 100, 1, 1)) == 100
-    assert len(threads_of_a_call()) == 2
+def test_nothing_to_do() -> None:
+    assert over_bands(count_visits, (np.zeros(0, np.int64), np.zeros(0, np.int64), 0), 0, 1, 1) == []
+
+
+def test_both_threads_take_part() -> None:
+    assert they_meet()
 
 
 def test_a_worker_that_has_gone_to_sleep_is_woken() -> None:
-    for pause in (0.0, 10 * threads.AWAKE_S, 0.05):
+    for pause in (0.0, threads.AWAKE_S, 10 * threads.AWAKE_S, 0.05):
         time.sleep(pause)
-        assert len(threads_of_a_call()) == 2, f"after a pause of {pause} s"
+        assert they_meet(), f"after a pause of {pause} s"
 
 
-def test_a_long_band_of_the_worker_is_waited_for() -> None:
-    caller = threading.get_ident()
-    done = []
-
-    def kernel(first: int, last: int) -> int:
-        busy(0.02 if threading.get_ident() == caller else 0.1)
-        done.append(first)
-        return 0
-
-    results = over_bands(kernel, 2, 1, 1)
-    assert sorted(done) == [0, 1] and len(results) == 2
+@pytest.mark.parametrize("long", [0, 1])
+def test_a_long_band_is_waited_for(long: int) -> None:
+    for _ in range(3):
+        start = time.perf_counter()
+        assert they_meet(long)
+        assert time.perf_counter() - start > LONG_S / 4
+        visits, _, total = visit(100)
+        assert (visits == 1).all() and total == 100
 
 
-@pytest.mark.parametrize("where", ["caller", "worker"])
-def test_an_error_in_either_thread_reaches_the_caller(where: str) -> None:
-    caller = threading.get_ident()
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("where", [0, 6, 14])
+def test_a_kernel_that_fails_is_an_error_of_the_caller(where: int) -> None:
+    with pytest.raises(MemoryError, match="a compiled kernel failed"):
+        over_bands(fail, (where,), 16, 2, 1)
+    assert over_bands(fail, (-1,), 16, 2, 1) == [0] * 8
 
-    def kernel(first: int, last: int) -> int:
-        busy(0.005)
-        if (threading.get_ident() == caller) == (where == "caller"):
-            raise RuntimeError("of a kernel")
-        return 0
 
-    with pytest.raises(RuntimeError, match="of a kernel"):
-        over_bands(kernel, 16, 1, 1)
-    assert sum(over_bands(lambda first, last: last - first, 16, 1, 1)) == 16
+@pytest.mark.parametrize("long", [0, 1])
+def test_what_an_interrupted_call_works_on_outlives_it(long: int) -> None:
+    """The worker may still write when the caller has gone on; neither its memory nor its team is used for anything else."""
+    for _ in range(2):  # once the long band is the worker's, perhaps
+        timer = threading.Timer(LONG_S, _thread.interrupt_main)
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            while True:  # the timer's thread may come late
+                they_meet(long, 4 * LONG_S)
+        assert all(team.held is None for team in threads._idle)
+        assert (visit(1000)[0] == 1).all()
+        timer.join()
 
 
 def test_calls_from_several_threads_at_once_do_not_mix() -> None:
-    sums: dict[int, list[int]] = {}
+    wrong: list[int] = []
 
-    def caller(size: int) -> None:
-        sums[size] = [sum(over_bands(lambda first, last: busy(0.0002) or last - first, size, 1, 1)) for _ in range(20)]
+    def caller(count: int) -> None:
+        for _ in range(200):
+            visits, _, total = visit(count)
+            if not (visits == 1).all() or total != count:
+                wrong.append(count)
 
-    callers = [threading.Thread(target=caller, args=(size,)) for size in (10, 100, 1000)]
+    callers = [threading.Thread(target=caller, args=(count,)) for count in (10, 100, 1000)]
     for thread in callers:
         thread.start()
     for thread in callers:
         thread.join()
-    assert sums == {size: [size] * 20 for size in (10, 100, 1000)}
+    assert not wrong
+
+
+def test_many_short_calls_with_pauses_around_the_moment_of_sleep() -> None:
+    """A worker that goes to sleep while it is called must neither be lost nor miss a band."""
+    for index in range(300):
+        time.sleep(threads.AWAKE_S * (0.5 + index / 300))
+        assert (visit(64)[0] == 1).all()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_makes_threads_of_its_own() -> None:
-    over_bands(lambda first, last: 0, 16, 1, 1)
+    visit(16)
     child = os.fork()
     if child == 0:
-        os._exit(0 if len(threads_of_a_call()) == 2 else 1)
+        os._exit(0 if they_meet() else 1)
     for _ in range(500):
         pid, status = os.waitpid(child, os.WNOHANG)
         if pid:

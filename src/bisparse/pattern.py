@@ -177,11 +177,11 @@ def parse_pattern(text: str | Structure) -> Structure:
     Raises:
         ValueError: the text is no structure, or one that cannot exist such as ``"5:4"``.
     """
-    if isinstance(text, Structure):
-        return text
-    if not isinstance(text, str):
+    if isinstance(text, str):
+        return _parse_text(text)
+    if not isinstance(text, Structure):
         raise ValueError(f"pattern {text!r}: expected a text such as {_FORMS}")
-    return _parse_text(text)
+    return text
 
 
 @lru_cache

@@ -75,9 +75,10 @@ def solve(
         raise ValueError(f"scores of dtype {scores.dtype} cannot be solved; convert them to float32")
     if remainder not in ("pad", "dense", "error"):
         raise ValueError(f"remainder={remainder!r}: expected 'pad', 'dense' or 'error'")
-    for name, given, kind in (("solver", solver, Solver), ("layout", layout, Layout), ("warm_start", warm_start, Solution)):
-        if given is not None and not isinstance(given, kind):
-            raise ValueError(f"{name}={given!r:.60}: expected an instance of {kind.__name__}")
+    if solver is not None or layout is not None or warm_start is not None:
+        for name, given, kind in (("solver", solver, Solver), ("layout", layout, Layout), ("warm_start", warm_start, Solution)):
+            if given is not None and not isinstance(given, kind):
+                raise ValueError(f"{name}={given!r:.60}: expected an instance of {kind.__name__}")
     # On cold caches each call of torch takes as long as the masks of thousands of weights, so a plain matrix takes few.
     if type(scores) is not Tensor or scores.requires_grad:
         scores = scores.detach()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
-from bisparse.kernels.threads import over_bands
+from bisparse.kernels.threads import Kernel, array_at, kernel, numpy_type, over_bands
 
 __all__ = ["estimate_2to4"]
 
@@ -18,18 +20,14 @@ WORTH = 1 << 14
 def estimate_2to4(gradient: Tensor, start: Tensor) -> Tensor:
     """`estimate.estimate_2to4` on a CPU."""
     (tokens, outputs), groups = gradient.shape, start.shape[0]
-    numbers = np.zeros((4 * groups, outputs), dtype=np.float64 if start.dtype == torch.float64 else np.float32)
-    torch.from_numpy(numbers)[:tokens] = gradient.detach()
-    uniform = start.detach().contiguous().numpy()
-    found = np.empty((outputs, 4 * groups), dtype=numbers.dtype)
-    zero, one, two, half = (numbers.dtype.type(constant) for constant in (0, 1, 2, 0.5))
-    over_bands(
-        lambda first, last: int(estimate_band(numbers, uniform, found, first, last, zero, one, two, half)),
-        outputs,
-        OUTPUTS,
-        max(1, WORTH // max(1, groups)),
-    )
-    return torch.from_numpy(found).to(gradient.dtype)
+    dtype = torch.float64 if start.dtype == torch.float64 else torch.float32
+    numbers = torch.zeros((4 * groups, outputs), dtype=dtype)
+    numbers[:tokens] = gradient.detach()
+    uniform = start.detach().to(dtype).contiguous()
+    found = torch.empty((outputs, 4 * groups), dtype=dtype)
+    arguments = numbers, uniform, found, groups, outputs
+    over_bands(estimate_kernel(dtype), arguments, outputs, OUTPUTS, max(1, WORTH // max(1, groups)))
+    return found.to(gradient.dtype)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -69,4 +67,27 @@ def estimate_band(numbers, uniform, found, first, last, zero, one, two, half):  
                 found[o, t + 1] = (g1 / (p1 if p1 > zero else one) if p1 == one or (q1 > q0 and p1 > zero) else zero) + broken
                 found[o, t + 2] = (g2 / (p2 if p2 > zero else one) if p2 == one or (q2 > q1 and p2 > zero) else zero) + broken
                 found[o, t + 3] = (g3 / (p3 if p3 > zero else one) if p3 == one or (q3 > q2 and p3 > zero) else zero) + broken
-    return 0
+
+
+@cache
+def estimate_kernel(dtype: torch.dtype) -> Kernel:
+    """`estimate_band` in a type. Arguments: numbers, uniform, found; groups, outputs."""
+    number = numpy_type(dtype)
+    zero, one, two, half = (number(constant) for constant in (0, 1, 2, 0.5))
+
+    def entry(arguments, first, last):  # type: ignore[no-untyped-def]
+        numbers, uniform, found, groups, outputs = array_at(arguments, (5,), np.int64)
+        estimate_band(
+            array_at(numbers, (4 * groups, outputs), number),
+            array_at(uniform, (groups, outputs), number),
+            array_at(found, (outputs, 4 * groups), number),
+            first,
+            last,
+            zero,
+            one,
+            two,
+            half,
+        )
+        return 1
+
+    return kernel(entry)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numba import njit
 
-__all__ = ["solve_integers"]
+from bisparse.kernels.threads import Kernel, array_at, kernel
+
+__all__ = ["integers_kernel"]
 
 ALTERNATIONS = 4
 UNREACHED = np.int64(1) << 62
@@ -137,4 +141,25 @@ def solve_integers(q, n, free, warm, x, u, v, first, last):  # type: ignore[no-u
         augment(q[t], m, 1, x[t], u[t], v[t], row_kept, column_kept, n, free, near, origin, final)
         if not free:
             augment(q[t], 1, m, x[t], v[t], u[t], column_kept, row_kept, n, free, near, origin, final)
-    return 0
+
+
+@cache
+def integers_kernel() -> Kernel:
+    """`solve_integers`. Arguments: q, x, u, v; tiles, M, n, exactly, warm."""
+
+    def entry(arguments, first, last):  # type: ignore[no-untyped-def]
+        q, x, u, v, tiles, m, n, exactly, warm = array_at(arguments, (9,), np.int64)
+        solve_integers(
+            array_at(q, (tiles, m * m), np.int64),
+            n,
+            exactly != 0,
+            warm != 0,
+            array_at(x, (tiles, m * m), np.bool_),
+            array_at(u, (tiles, m), np.int64),
+            array_at(v, (tiles, m), np.int64),
+            first,
+            last,
+        )
+        return 1
+
+    return kernel(entry)

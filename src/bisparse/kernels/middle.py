@@ -278,6 +278,21 @@ def fetch_ahead(typing: Any, scores: Any, offset: Any, stride: Any) -> Any:
 
 
 @intrinsic
+def fetch_to_write(typing: Any, mask: Any, offset: Any, stride: Any) -> Any:
+    """Make the lines of the masks of `WIDTH` tiles the core's own before they are written."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        target = b.bitcast(data_of(context, b, signature, args, 0), I8.as_pointer())
+        write, keep, data = (ir.Constant(I32, number) for number in (1, 3, 1))
+        for row in range(4):
+            place = b.gep(target, [row_of(b, args[1], args[2], row)])
+            call_llvm(b, "llvm.prefetch.p0i8", ir.VoidType(), [place, write, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(mask, types.intp, types.intp), codegen
+
+
+@intrinsic
 def spans_too_far(typing: Any, scores: Any, offset: Any, stride: Any, flags: Any, place: Any) -> Any:
     """Are over half of a tile's non-zero scores below SMALL once quantised, or all below 2**-103? Of `WIDTH` tiles, as int32."""
 

@@ -1,174 +1,287 @@
-"""Run a kernel that releases the GIL on several bands of tiles at once.
+"""Run a kernel on several bands of tiles at once, without Python between the bands.
 
-To wake a thread takes about as long as the masks of a small layer, and layers come one after the other: a worker that has
-finished waits awake for a moment, without the GIL, before it sleeps.
+To wake a thread, or to hand it Python's lock, takes about as long as the masks of a small layer, and layers come one after the
+other. So a call is a block of numbers that threads share: workers wait for calls, take bands and answer in compiled code, and
+see Python only to sleep, after a moment without work.
+
+A kernel is compiled by `kernel` and called as ``kernel(arguments, first, last)``, with the address of its arguments: an int64
+for each, an array's being the address of its first entry (see `array_at`). It returns 1 plus a result of at least 0, since
+compiled code that fails returns 0.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, cfunc, njit, types
 from numba.extending import intrinsic
 
-from bisparse.kernels.llvm import call_llvm, data_of
+from bisparse.kernels.llvm import I8, I64, call_llvm
 
-__all__ = ["over_bands"]
+__all__ = ["Kernel", "address_of", "array_at", "kernel", "numpy_type", "over_bands"]
 
-Band = tuple[int, int]
+Kernel = Any  # numba's CFunc
+Argument = int | torch.Tensor | np.ndarray[Any, Any]
 BANDS_A_THREAD = 4
 AWAKE_S = 3e-4
 """How long a thread waits awake: longer than what lies between two layers of a model."""
-LET_GO_S = 1e-5
-"""How long a worker stands by once it is called, while the caller enters its own kernel and lets go of the GIL."""
 CAN_PAUSE = platform.machine().lower() in ("x86_64", "amd64")
+MOST_WORKERS = 255
+
+# What threads change lies in a cache line of its own, 8 numbers wide. A call: the next band; what stays; a result of each band,
+# and after these the kernel's arguments.
+NEXT, CODE, SIZE, COUNT, BANDS, RESULTS = 0, 8, 9, 10, 11, 16
+# A worker: its state; the address of the call that it has to take part in; whether it slept when it was called.
+STATE, CALL, SLEPT, WORKER = 0, 1, 2, 8
+IDLE, CALLED, RUNNING, AWAITED, ASLEEP = range(5)
+DONE, RING, WAIT = range(3)
+
+
+def _place(b: Any, address: Any, index: Any) -> Any:
+    return b.inttoptr(b.add(address, b.mul(index, ir.Constant(I64, 8))), I64.as_pointer())
 
 
 @intrinsic
-def _look(typing: Any, numbers: Any) -> Any:
-    """The first number of an array, read from memory; takes a moment, in which others have the core to themselves."""
+def _read(typing: Any, address: Any, index: Any) -> Any:
+    """The number there."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        found = b.load_atomic(data_of(context, b, signature, args, 0), "acquire", 8)
+        return b.load_atomic(_place(b, *args), "acquire", 8)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _replace(typing: Any, address: Any, index: Any, value: Any) -> Any:
+    """Put a number there; the number before."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.atomic_rmw("xchg", _place(b, *args[:2]), args[2], "acq_rel")
+
+    return types.int64(*(types.int64,) * 3), codegen
+
+
+@intrinsic
+def _increase(typing: Any, address: Any, index: Any) -> Any:
+    """Add 1 there; the number before."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.atomic_rmw("add", _place(b, *args), ir.Constant(I64, 1), "acq_rel")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _replace_if(typing: Any, address: Any, index: Any, expected: Any, value: Any) -> Any:
+    """Put a number there if the expected one is there. Was it?"""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.extract_value(b.cmpxchg(_place(b, *args[:2]), args[2], args[3], "acq_rel", "acquire"), 1)
+
+    return types.boolean(*(types.int64,) * 4), codegen
+
+
+@intrinsic
+def _pause(typing: Any) -> Any:
+    """A moment in which others have the core to themselves."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if CAN_PAUSE:
             call_llvm(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
-        return found
+        return context.get_dummy_value()
 
-    return types.int64(numbers), codegen
+    return types.none(), codegen
+
+
+@intrinsic
+def _call(typing: Any, code: Any, arguments: Any, first: Any, last: Any) -> Any:
+    """Call the kernel at an address."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.call(b.inttoptr(args[0], ir.FunctionType(I64, [I64] * 3).as_pointer()), args[1:])
+
+    return types.int64(*(types.int64,) * 4), codegen
+
+
+@intrinsic
+def _pointer(typing: Any, address: Any) -> Any:
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.inttoptr(args[0], I8.as_pointer())
+
+    return types.voidptr(types.int64), codegen
+
+
+@njit(nogil=True, cache=True, inline="always")
+def array_at(address, shape, dtype):  # type: ignore[no-untyped-def]
+    """For kernels: the array at an address, of a shape (a tuple) and of numpy's type."""
+    return carray(_pointer(address), shape, dtype)
+
+
+def address_of(array: torch.Tensor | np.ndarray[Any, Any]) -> int:
+    """The address of an array's first entry."""
+    return array.data_ptr() if isinstance(array, torch.Tensor) else int(array.ctypes.data)
+
+
+def numpy_type(dtype: torch.dtype) -> Any:
+    """Numpy's type of a tensor's numbers, for `array_at`."""
+    return torch.empty(0, dtype=dtype).numpy().dtype.type
+
+
+def kernel(function: Callable[[int, int, int], int]) -> Kernel:
+    """Compile a kernel, or find it in the cache."""
+    return cfunc("int64(int64, int64, int64)", cache=True)(function)
 
 
 @njit(nogil=True, cache=True)
-def _changes(numbers, value, looks, after):  # type: ignore[no-untyped-def]
-    """Wait awake until the number is another one, for `looks` looks at most, and for `after` more once it is. Is it?"""
+def _take_bands(call):  # type: ignore[no-untyped-def]
+    """Whoever is free takes the next."""
+    code, size, count, bands = _read(call, CODE), _read(call, SIZE), _read(call, COUNT), _read(call, BANDS)
+    while True:
+        band = _increase(call, NEXT)
+        if band >= bands:
+            return
+        first, last = band * size, min((band + 1) * size, count)
+        _replace(call, RESULTS + band, _call(code, call + 8 * (RESULTS + bands), first, last))
+
+
+@njit(nogil=True, cache=True)
+def _wait_while(worker, state, looks):  # type: ignore[no-untyped-def]
     for _ in range(looks):
-        if _look(numbers) != value:
-            for _ in range(after):
-                _look(numbers)
+        if _read(worker, STATE) != state:
+            return
+        _pause()
+
+
+@njit(nogil=True, cache=True)
+def _serve(worker, looks):  # type: ignore[no-untyped-def]
+    """Take part in calls until there has been none for `looks` looks, or a caller sleeps until it is told. Is it the former?"""
+    _replace_if(worker, STATE, ASLEEP, IDLE)
+    while True:
+        _wait_while(worker, IDLE, looks)
+        if _replace_if(worker, STATE, IDLE, ASLEEP):
             return True
-    return False
+        if _replace_if(worker, STATE, CALLED, RUNNING):
+            _take_bands(_read(worker, CALL))
+            if _replace(worker, STATE, IDLE) == AWAITED:
+                return False
+
+
+@njit(nogil=True, cache=True)
+def _share(call, workers, count, looks, started):  # type: ignore[no-untyped-def]
+    """Call workers, if that has not been done, take bands beside them, and wait for those that have begun.
+
+    `DONE`; or `RING`, if workers that were called have to be woken first; or `WAIT`, if one is still busy and will tell.
+    """
+    if not started:
+        asleep = False
+        for k in range(count):
+            worker = workers + 8 * WORKER * k
+            _replace(worker, CALL, call)
+            slept = _replace(worker, STATE, CALLED) == ASLEEP
+            _replace(worker, SLEPT, np.int64(slept))
+            asleep |= slept
+        if asleep:
+            return RING
+    _take_bands(call)
+    for k in range(count):
+        worker = workers + 8 * WORKER * k
+        if _replace_if(worker, STATE, CALLED, IDLE):
+            continue  # it has not even begun, and nothing is left to do
+        _wait_while(worker, RUNNING, looks)
+        if _replace_if(worker, STATE, RUNNING, AWAITED):
+            return WAIT
+    return DONE
 
 
 @cache
 def _looks(seconds: float) -> int:
-    numbers = np.zeros(1, np.int64)
-    _changes(numbers, 0, 1, 0)
+    state = np.zeros(1, np.int64)
+    _wait_while(address_of(state), 0, 1)
     start = time.perf_counter()
-    _changes(numbers, 0, 10_000, 0)
+    _wait_while(address_of(state), 0, 10_000)
     return max(1, int(seconds * 10_000 / (time.perf_counter() - start)))
 
 
-class _Work:
-    """The bands of one call. Whoever is free takes the next."""
-
-    def __init__(self, kernel: Callable[[int, int], int], bands: Iterator[Band]) -> None:
-        self.kernel, self.bands = kernel, bands
-        self.results: list[int] = []
-
-    def run(self) -> None:
-        for first, last in self.bands:
-            self.results.append(self.kernel(first, last))
+@lru_cache
+def _layouts(bands: int, arguments: int) -> tuple[struct.Struct, struct.Struct]:
+    """Of a whole call, and of its results."""
+    return struct.Struct(f"=q56x4q32x{bands}q{arguments}q"), struct.Struct(f"={bands}q")
 
 
-class _Worker:
-    """A thread that takes part in one call at a time."""
+class _Team:
+    """A thread of the caller's and workers, which take part in one call at a time."""
 
     def __init__(self) -> None:
-        self.lock, self.bell, self.finished = threading.Lock(), threading.Semaphore(0), threading.Semaphore(0)
-        self.calls, self.answers = np.zeros(1, np.int64), np.zeros(1, np.int64)
-        self.work: _Work | None = None
-        self.error: BaseException | None = None
-        self.asleep = self.awaited = False
-        self.answered_before = 0
-        self.awake, self.let_go = _looks(AWAKE_S), _looks(LET_GO_S)
-        threading.Thread(target=self._serve, name="bisparse", daemon=True).start()
+        self.call, self.workers = np.zeros(1 << 12, np.int64), np.zeros(MOST_WORKERS * WORKER, np.int64)
+        self.call_address, self.workers_address = address_of(self.call), address_of(self.workers)
+        self.bells: list[threading.Semaphore] = []
+        self.told = threading.Semaphore(0)
+        self.looks = _looks(AWAKE_S)
+        self.held: object = None
 
-    def call(self, work: _Work) -> None:
-        with self.lock:
-            self.work, self.answered_before = work, int(self.answers[0])
-            self.calls[0] += 1
-            if self.asleep:
-                self.asleep = False
-                self.bell.release()
+    def run(self, code: int, size: int, count: int, arguments: Sequence[Argument], workers: int) -> tuple[int, ...]:
+        """Share the bands of a call out."""
+        while len(self.bells) < workers:
+            self.bells.append(threading.Semaphore(0))
+            threading.Thread(target=self._work, args=(len(self.bells) - 1,), name="bisparse", daemon=True).start()
+        self.held = arguments  # must outlive the call, even where the wait for it is interrupted
+        numbers = [one if isinstance(one, int) else address_of(one) for one in arguments]
+        bands = -(-count // size)
+        block, results = _layouts(bands, len(numbers))
+        block.pack_into(self.call.data, 0, 0, code, size, count, bands, *(0,) * bands, *numbers)
+        state = _share(self.call_address, self.workers_address, workers, self.looks, False)
+        while state != DONE:
+            if state == RING:
+                for worker in range(workers):
+                    if self.workers[WORKER * worker + SLEPT]:
+                        self.bells[worker].release()
+            else:
+                self.told.acquire()
+            state = _share(self.call_address, self.workers_address, workers, self.looks, True)
+        self.held = None
+        return results.unpack_from(self.call.data, 8 * RESULTS)
 
-    def wait(self) -> None:
-        """Until the worker has nothing more to do with the work; raises what the kernel raised there."""
-        with self.lock:
-            if self.work is not None:  # not even begun, and nothing is left to do
-                self.work = None
-                return
-        if not _changes(self.answers, self.answered_before, self.awake, 0):
-            with self.lock:
-                self.awaited = bool(self.answers[0] == self.answered_before)
-            if self.awaited:
-                self.finished.acquire()
-        error, self.error = self.error, None
-        if error is not None:
-            raise error
-
-    def _serve(self) -> None:
-        seen = 0
+    def _work(self, worker: int) -> None:
         while True:
-            while not _changes(self.calls, seen, self.awake, self.let_go):
-                with self.lock:
-                    self.asleep = bool(self.calls[0] == seen)
-                if self.asleep:
-                    self.bell.acquire()
-            with self.lock:
-                seen, work, self.work = int(self.calls[0]), self.work, None
-            if work is None:
-                continue
-            try:
-                work.run()
-            except BaseException as error:  # noqa: BLE001 - the caller raises it
-                self.error = error
-            with self.lock:
-                self.answers[0] += 1
-                if self.awaited:
-                    self.awaited = False
-                    self.finished.release()
+            if _serve(self.workers_address + 8 * WORKER * worker, self.looks):
+                self.bells[worker].acquire()
+            else:
+                self.told.release()
 
 
-_idle: list[_Worker] = []
+_idle: list[_Team] = []
 # Threads do not survive a fork; the child makes its own.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_idle.clear)
 
 
-def _idle_worker() -> _Worker:
-    try:
-        return _idle.pop()
-    except IndexError:
-        return _Worker()
-
-
-def over_bands(kernel: Callable[[int, int], int], count: int, granule: int, worth: int) -> list[int]:
-    """Call ``kernel(first, last)`` on bands that cover ``range(count)``, on up to `torch.get_num_threads` threads.
+def over_bands(code: Kernel, arguments: Sequence[Argument], count: int, granule: int, worth: int) -> list[int]:
+    """Call a kernel on bands that cover ``range(count)``, on up to `torch.get_num_threads` threads, for their results.
 
     Bands start at multiples of `granule` and hold at least `worth` items. Whoever is free takes the next, so a thread that
     wakes late or is interrupted delays nobody; what a band computes does not depend on the threads.
     """
-    threads = max(1, min(torch.get_num_threads(), count // max(worth, 1)))
-    if threads == 1:
-        return [kernel(0, count)] if count > 0 else []
-    bands = min(BANDS_A_THREAD * threads, count // max(worth, 1))
+    if count <= 0:
+        return []
+    threads = max(1, min(torch.get_num_threads(), count // max(worth, 1), MOST_WORKERS + 1))
+    bands = 1 if threads == 1 else min(BANDS_A_THREAD * threads, count // max(worth, 1))
     size = -(-count // (bands * granule)) * granule
-    work = _Work(kernel, iter([(first, min(first + size, count)) for first in range(0, count, size)]))
-    workers = [_idle_worker() for _ in range(threads - 1)]
-    for worker in workers:
-        worker.call(work)
     try:
-        work.run()
-    finally:
-        for worker in workers:
-            worker.wait()
-    _idle.extend(workers)  # those of a call that was interrupted are not used again
-    return work.results
+        team = _idle.pop()
+    except IndexError:
+        team = _Team()
+    results = team.run(code.address, size, count, arguments, threads - 1)
+    _idle.append(team)  # not that of a call that was interrupted
+    if 0 in results:
+        raise MemoryError("a compiled kernel failed, as where memory ends; its own error is on standard error")
+    return [one - 1 for one in results]

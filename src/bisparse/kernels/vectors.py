@@ -85,17 +85,25 @@ def count_bits(typing: Any, bits: Any) -> tuple[Any, Codegen]:
 @intrinsic
 def tile_largest_bits(typing: Any, scores: Any, base: Any, stride: Any, side: Any) -> tuple[Any, Codegen]:
     """Largest float32 bit pattern of a tile, read as unsigned: a negative, NaN or infinite score comes out on top."""
-    m = side.count
+    return types.int64(scores, types.intp, types.intp, side), _extreme_of_tile(side.count, ">", "umax")
 
+
+@intrinsic
+def tile_smallest_bits(typing: Any, scores: Any, base: Any, stride: Any, side: Any) -> tuple[Any, Codegen]:
+    """Smallest float32 bit pattern of a tile, read as unsigned."""
+    return types.int64(scores, types.intp, types.intp, side), _extreme_of_tile(side.count, "<", "umin")
+
+
+def _extreme_of_tile(m: int, comparison: str, reduction: str) -> Codegen:
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         pointer = b.bitcast(data_of(context, b, signature, args, 0), I32.as_pointer())
-        largest = load(b, pointer, args[1], I32, m)
+        extreme = load(b, pointer, args[1], I32, m)
         for row in range(1, m):
             other = load(b, pointer, row_of(b, args[1], args[2], row), I32, m)
-            largest = b.select(b.icmp_unsigned(">", largest, other), largest, other)
-        return b.zext(call_llvm(b, f"llvm.vector.reduce.umax.v{m}i32", I32, [largest]), I64)
+            extreme = b.select(b.icmp_unsigned(comparison, extreme, other), extreme, other)
+        return b.zext(call_llvm(b, f"llvm.vector.reduce.{reduction}.v{m}i32", I32, [extreme]), I64)
 
-    return types.int64(scores, types.intp, types.intp, side), codegen
+    return codegen
 
 
 @intrinsic
