@@ -223,6 +223,7 @@ class _Team:
 
     def __init__(self) -> None:
         self.call, self.workers = np.zeros(1 << 12, np.int64), np.zeros(MOST_WORKERS * WORKER, np.int64)
+        self.block = self.call.data
         self.call_address, self.workers_address = address_of(self.call), address_of(self.workers)
         self.bells: list[threading.Semaphore] = []
         self.told = threading.Semaphore(0)
@@ -237,8 +238,8 @@ class _Team:
         self.held = arguments  # must outlive the call, even where the wait for it is interrupted
         numbers = [one if isinstance(one, int) else address_of(one) for one in arguments]
         bands = -(-count // size)
-        block, results = _layouts(bands, len(numbers))
-        block.pack_into(self.call.data, 0, 0, code, size, count, bands, *(0,) * bands, *numbers)
+        whole, results = _layouts(bands, len(numbers))
+        whole.pack_into(self.block, 0, 0, code, size, count, bands, *(0,) * bands, *numbers)
         state = _share(self.call_address, self.workers_address, workers, self.looks, False)
         while state != DONE:
             if state == RING:
@@ -249,7 +250,7 @@ class _Team:
                 self.told.acquire()
             state = _share(self.call_address, self.workers_address, workers, self.looks, True)
         self.held = None
-        return results.unpack_from(self.call.data, 8 * RESULTS)
+        return results.unpack_from(self.block, 8 * RESULTS)
 
     def _work(self, worker: int) -> None:
         while True:
