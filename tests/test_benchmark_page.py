@@ -221,3 +221,16 @@ def test_a_layer_is_compared_with_the_same_method_of_others(ours: float, met: st
     assert f"l, SparseGPT: ours {ours:.4f}, other 0.2500; at most theirs: {met}" in page
     assert "ours 0.4000, another 0.4100; at most theirs: met" in page
     assert "absent" not in page
+
+
+@pytest.mark.parametrize(
+    ("ours", "met"), [(0.76, "1.200 of what stripe groups gain; at least as much: met"), (0.74, "**missed**")]
+)
+def test_permutation_is_compared_with_stripe_groups(ours: float, met: str) -> None:
+    from sections.pruning import permutation
+
+    common = {"tensor": "l.weight", "shape": [8, 16], "escapes": 100, "kept_before": 0.7, "seconds": 1.0}
+    page = "".join(
+        permutation([rows_of(**common, method="ours", kept=ours), rows_of(**common, method="stripe groups", kept=0.75)])
+    )
+    assert met in page and "| l | 8 x 16 | ours |" in page

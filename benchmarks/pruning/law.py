@@ -48,6 +48,7 @@ def main() -> None:
                         batches = calibration(data, seed)
                         model, figures = converted(trained(how, data, origin), to, name, batches, data.test_inputs)
                         row |= figures
+                        row["accuracy_norms_as_they_were"] = accuracy(model, data, how.dtype)
                         reestimate_batch_norms_(model, batches)
                         row["accuracy"] = accuracy(model, data, how.dtype)
 

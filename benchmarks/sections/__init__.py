@@ -4,7 +4,7 @@ from sections.diversity import diversity
 from sections.gpu import gpu
 from sections.gpu_solvers import gpu_kernels, gpu_solvers
 from sections.gpu_windows import gpu_windows
-from sections.pruning import depthwise, images, language, law, peers, sentences
+from sections.pruning import depthwise, images, language, law, peers, permutation, sentences
 from sections.quality import quality
 from sections.speed import speed
 from sections.training import training_finetune, training_gpt, training_resnet, training_search
@@ -27,4 +27,5 @@ SECTIONS = {
     "pruning_law.jsonl": law,
     "pruning_efficientnet.jsonl": depthwise,
     "pruning_peers.jsonl": peers,
+    "pruning_permutation.jsonl": permutation,
 }

@@ -311,3 +311,35 @@ def depthwise(rows: list[Row]) -> list[str]:
 
 def by_pattern(row: Row) -> str:
     return str(row["pattern"])
+
+
+def permutation(rows: list[Row]) -> list[str]:
+    """Channel orders beside ASP's search."""
+    parts = ["## Channel permutation at 2:4\n"]
+    if not rows:
+        return [*parts, unmeasured("permutation.py")]
+    parts += [
+        "Share of the magnitude that 2:4 keeps in layers of all-MiniLM-L6-v2, with the columns as they are and in the order "
+        f"found. Stripe groups are ASP's search, written out in plain torch, with {rows[0]['escapes']} random regressions; its "
+        "seconds are this writing's, on a CPU, and not ASP's.\n"
+    ]
+    heads = ["layer", "shape", "search", "kept before, %", "after, %", "seconds"]
+    body = [
+        [
+            row["tensor"].removesuffix(".weight"),
+            " x ".join(map(str, row["shape"])),
+            row["method"],
+            f"{100 * row['kept_before']:.3f}",
+            f"{100 * row['kept']:.3f}",
+            f"{row['seconds']:.1f}",
+        ]
+        for row in rows
+    ]
+    parts += [table(heads, body, 3)]
+    for tensor in dict.fromkeys(row["tensor"] for row in rows):
+        kept = {row["method"]: row["kept"] - row["kept_before"] for row in rows if row["tensor"] == tensor}
+        if len(kept) == 2:
+            ours, theirs = kept["ours"], kept["stripe groups"]
+            told = f"ours gains {ours / theirs:.3f} of what stripe groups gain; at least as much: {verdict(ours >= theirs)}"
+            parts += [f"{tensor.removesuffix('.weight')}: {told}.\n"]
+    return [*parts, provenance(rows)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from bisparse import Pattern, solve
+from bisparse.kernels.stripes import DIVISIONS, best_divisions
 from bisparse.pruning import permute_
 from bisparse.pruning.assignment import assign
 from bisparse.pruning.channel_graph import channel_spaces
@@ -58,33 +59,52 @@ def test_it_comes_close_to_the_best_of_all_orders() -> None:
     assert min(ratios) > 0.95 and sum(ratios) / len(ratios) > 0.985
 
 
-def test_it_is_as_good_as_swapping_channels_until_no_swap_helps() -> None:
-    """The local search of ASP's channel swaps, written out: the best swap between two stripes, again and again."""
-    scores = torch.randn(64, 32).abs() * torch.rand(1, 32)
-    start = kept(scores, Pattern(2, 4))
-    order = torch.arange(32)
+def stripe_groups(scores: Tensor, n: int) -> Tensor:
+    """ASP's search written out: of all ways to divide two stripes anew the best, again and again, until none is better."""
+    order = torch.arange(scores.shape[1]).view(-1, 4)
+    pairs = list(combinations(range(len(order)), 2))
 
-    def stripe(columns: Tensor) -> float:
-        return float(scores[:, columns].topk(2, dim=1).values.sum())
+    def best(one: int, other: int) -> tuple[float, Tensor]:
+        ways = order[[one, other]].reshape(8)[torch.tensor(DIVISIONS)]
+        values = scores[:, ways.view(-1, 2, 4)].topk(n, dim=3).values.sum((0, 2, 3))
+        return float(values.max() - values[0]), ways[int(values.argmax())]
 
-    improved = True
-    while improved:
-        improved, best = False, (1e-4, None)
-        for a in range(32):
-            for b in range(a + 1, 32):
-                if a // 4 == b // 4:
-                    continue
-                trial = order.clone()
-                trial[a], trial[b] = order[b], order[a]
-                own = [slice(x // 4 * 4, x // 4 * 4 + 4) for x in (a, b)]
-                gain = sum(stripe(trial[s]) - stripe(order[s]) for s in own)
-                if gain > best[0]:
-                    best = (gain, trial)
-        if best[1] is not None:
-            order, improved = best[1], True
-    swapped = kept(scores[:, order], Pattern(2, 4)) - start
-    ours = kept(scores[:, search_order(scores, Pattern(2, 4))], Pattern(2, 4)) - start
-    assert ours > 0.95 * swapped > 0
+    found = {pair: best(*pair) for pair in pairs}
+    while True:
+        pair = max(pairs, key=lambda one: found[one][0])
+        if found[pair][0] < 1e-3:
+            return order.flatten()
+        order[list(pair)] = found[pair][1].view(2, 4)
+        found.update({other: best(*other) for other in pairs if set(other) & set(pair)})
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_it_is_as_good_as_stripe_groups(n: int) -> None:
+    pattern, shares = Pattern(n, 4), []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        scores = torch.randn(64, 32).abs() * torch.rand(1, 32)
+        start = kept(scores, pattern)
+        theirs = kept(scores[:, stripe_groups(scores, n)], pattern) - start
+        shares.append((kept(scores[:, search_order(scores, pattern)], pattern) - start) / theirs)
+    assert min(shares) > 0.9 and sum(shares) / len(shares) > 1, shares
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("rows", [16, 80])
+def test_divisions_keep_what_they_are_said_to(n: int, rows: int) -> None:
+    columns = torch.randn(24, rows).abs()
+    columns[3] = columns[4]  # ties
+    columns[5] = 0
+    members = torch.randperm(24).view(6, 4)
+    pairs = torch.triu_indices(6, 6, 1).t()
+    gains, choices = best_divisions(columns, members, pairs, n, 1e-6)
+    for (one, other), gain, choice in zip(pairs.tolist(), gains, choices, strict=True):
+        ways = members[[one, other]].reshape(8)[torch.tensor(DIVISIONS)]
+        values = columns.double()[ways.view(-1, 2, 4)].topk(n, dim=2).values.sum((1, 2, 3))
+        assert float(gain) == pytest.approx(float(values.max() - values[0]), abs=1e-4)
+        assert float(values[choice]) == pytest.approx(float(values.max()), rel=1e-5)
+    assert sorted(map(sorted, {frozenset(d[:4]) for d in DIVISIONS})) == sorted(map(list, combinations(range(8), 4)))[:35]
 
 
 def test_a_transposable_search_leaves_the_rows_bands_alone_and_counts_columns() -> None:

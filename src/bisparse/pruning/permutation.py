@@ -3,6 +3,7 @@
 Columns are dealt into groups of M. One step takes a column out of every group and deals all of them out again at once, by the
 assignment of columns to groups that keeps the most; a step never loses. For a transposable pattern a column adds to a tile
 at most its N best entries, both directions of a weight count, and a new order is taken only if the exact masks keep more.
+Groups of four are then refined two at a time (`stripe_groups`).
 Guarantee: the score kept never falls, and the network's outputs stay equal, which is checked.
 Cost: R x (C/M)^2 a step for R rows and C columns, and one assignment of C/M.
 Sources: channel permutation, Pool and Yu, NeurIPS 2021; dealing out by assignment, Zhao et al., "Gyro-Permutation", AAAI 2025.
@@ -24,6 +25,7 @@ from bisparse.layers import Filter, Layer, find_layers
 from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.assignment import assign
 from bisparse.pruning.channel_graph import ChannelSpace, channel_spaces
+from bisparse.pruning.stripe_groups import refine_stripes
 from bisparse.pruning.taps import call_model
 from bisparse.scores import magnitude
 from bisparse.solve import solve
@@ -247,6 +249,9 @@ def search_order(scores: Float[Tensor, "R C"], pattern: Pattern, *, steps: int =
             break
     if pattern.transposable:
         members = best
+    elif m == 4:
+        unchanged = order[: groups * m].view(groups, m)
+        members = refine_stripes(scores, torch.stack([unchanged, members]), pattern.n, generator)
     return torch.cat([members.flatten(), order[groups * m :]])
 
 
