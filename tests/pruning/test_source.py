@@ -155,7 +155,15 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), [torch.randn(8, 16) for _ in range(6)]\n"
         "def model():\n    return both()[0]\n"
         "def wrong():\n    return 3\n"
+        "def raises():\n    raise RuntimeError('first\\nsecond')\n"
+        "def asks(x, *, y=1):\n    return model()\n"
+        "def breaks_off():\n    return model(), (1 // (2 - i) for i in range(3))\n"
+        "def one_tensor():\n    return model(), torch.zeros(3, 16)\n"
+        "def one_batch():\n    return model(), {'input': torch.zeros(3, 16)}\n"
+        "def three():\n    return model(), [], 1\n"
     )
+    (tmp_path / "unreadable_for_tests.py").write_text("def f(:\n")
+    (tmp_path / "raising_for_tests.py").write_text("\nraise KeyError('at import')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "mine_for_tests", raising=False)
@@ -170,9 +178,46 @@ def test_a_source_is_a_function_of_yours(beside: Path) -> None:
         "mine_for_tests:absent": "has no function 'absent'",
         "no_such_module_here:both": "no module 'no_such_module_here'",
         "no/such/folder": "no such folder",
+        "mine_for_tests:raises": r"raises\(\) failed: RuntimeError: first second \(.*mine_for_tests.py:11\)$",
+        "mine_for_tests:asks": r"asks is called without arguments, but its own are \(x, \*, y=1\)",
+        "mine_for_tests:breaks_off": r"reading its calibration batches failed: ZeroDivisionError: .*tests.py:15\)$",
+        "mine_for_tests:one_tensor": r"an iterable such as a list .* not Tensor of shape \(3, 16\); a single batch .* \[batch\]",
+        "mine_for_tests:one_batch": "an iterable such as a list .* not dict",
+        "mine_for_tests:three": "not a tuple of Sequential, list, int",
+        "unreadable_for_tests:f": r"SyntaxError: .*unreadable_for_tests.py:1\)$",
+        "raising_for_tests:f": r"importing raising_for_tests failed: KeyError: 'at import' \(.*raising_for_tests.py:2\)$",
     }.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as raised:
             open_source(name)
+        assert "\n" not in str(raised.value)
+        result = CliRunner().invoke(app, ["prune", name, "out", "--method", "wanda"], catch_exceptions=False)
+        assert result.exit_code == 2
+
+
+def test_a_transformers_folder_that_cannot_be_loaded_names_the_file(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    llama(num_hidden_layers=1).save_pretrained(folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    for name, message in ((weights, "is a file: name the folder"), (config, "is a file: name the folder")):
+        with pytest.raises(ValueError, match=f"{name.name} {message}"):
+            open_source(str(name))
+    with pytest.raises(ValueError, match="model: transformers cannot load the tokenizer: "):
+        open_source(str(folder))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+        open_source(str(folder))
+    weights.write_bytes(whole)
+    text = config.read_text()
+    config.write_text(text.replace('"llama"', '"nollama"').replace("LlamaForCausalLM", "NoLlama"))
+    with pytest.raises(ValueError, match=r"model: transformers cannot load the model: .*nollama"):
+        open_source(str(folder))
+    config.write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
+        open_source(str(folder))
+    config.unlink()
+    with pytest.raises(ValueError, match=r"model holds no config\.json"):
+        open_source(str(folder))
 
 
 def invoke(*arguments: str | Path) -> tuple[int, dict]:
