@@ -230,6 +230,10 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
         (["bench", "-m", "64x64", "--dtype", "float32"], "float16"),
         (["bench", "-m", "64x64", "--tokens", "0"], "--tokens"),
         (["bench", "-m", "64x64", "--grid", "MODEL/config.json"], "no grid of measured times"),
+        (["report", "nowhere"], "does not exist"),
+        (["report", "MODEL"], "holds no bisparse.json, so bisparse did not write it"),
+        (["report", "MODEL/config.json"], "is a file"),
+        (["report", "MODEL", "--against", "nowhere"], "does not exist"),
         (["fly"], "fly"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from bisparse.layers import find_layers
 from bisparse.pruning import ALPS, AdaPrune, CalibrationError, Wanda, prune_
 from bisparse.pruning.calibrate import Walk, calibrate
 from bisparse.pruning.chain import find_chains
-from bisparse.pruning.source import open_source, token_batches
+from bisparse.pruning.source import open_source, text_batches, token_batches
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.transformers
@@ -161,6 +162,14 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def one_tensor():\n    return model(), torch.zeros(3, 16)\n"
         "def one_batch():\n    return model(), {'input': torch.zeros(3, 16)}\n"
         "def three():\n    return model(), [], 1\n"
+        "def relu():\n    return nn.Sequential(nn.ReLU()), [torch.zeros(3, 16)]\n"
+        "def head():\n    return nn.ModuleDict({'lm_head': nn.Linear(16, 16)}), [torch.zeros(3, 16)]\n"
+        "def interrupted():\n    found, batches = both()\n    found.insert(2, Stops(found[0]))\n    return found, batches\n"
+        "class Stops(nn.Module):\n"
+        "    def __init__(self, first):\n        super().__init__()\n        self.first = [first]\n"
+        "    def forward(self, x):\n"
+        "        if bool((self.first[0].weight == 0).any()):\n            raise KeyboardInterrupt\n"
+        "        return x\n"
     )
     (tmp_path / "unreadable_for_tests.py").write_text("def f(:\n")
     (tmp_path / "raising_for_tests.py").write_text("\nraise KeyError('at import')\n")
@@ -251,6 +260,40 @@ def test_wrong_use_of_the_commands_is_said_with_code_two(beside: Path) -> None:
     ):
         assert CliRunner().invoke(app, list(arguments)).exit_code == 2
         assert not (beside / "out").exists()
+
+
+def test_an_interrupted_job_says_what_it_leaves_and_how_to_go_on(beside: Path) -> None:
+    command = ["prune", "mine_for_tests:interrupted", "out", "--method", "wanda", "--order", "sequential"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 130 and "interrupted; nothing was left behind" in result.output
+    result = CliRunner().invoke(app, [*command, "--resume", "journal"], catch_exceptions=False)
+    assert result.exit_code == 130 and "kept in journal, and the same command goes on from there" in result.output
+    assert list((beside / "journal").glob("done-*")) and not (beside / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["prune", "-p", "2:4"], ["convert", "--to", "2:4"]])
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [("relu", r"Sequential was pruned, .* \(it has none that"), ("head", r"ModuleDict was pruned, .* \(lm_head: output head")],
+)
+def test_nothing_to_prune_is_said_with_the_reason(command: list[str], function: str, reason: str, beside: Path) -> None:
+    name, *rest = command
+    result = CliRunner().invoke(app, [name, f"mine_for_tests:{function}", "out", *rest], catch_exceptions=False)
+    assert result.exit_code == 2 and re.search(f"no layer of the model {reason}", result.output)
+    assert not (beside / "out").exists()
+
+
+@pytest.mark.parametrize("calibration", ["absent.txt", "."])
+def test_a_text_that_is_not_there_is_said_before_the_model_is_loaded(calibration: str, beside: Path) -> None:
+    for command in (["prune", "no:model", "out", "--method", "wanda"], ["convert", "no:model", "out", "--to", "2:4"]):
+        result = CliRunner().invoke(app, [*command, "--calibration", calibration], catch_exceptions=False)
+        assert result.exit_code == 2 and "--calibration" in result.output and "no:model" not in result.output
+
+
+def test_a_text_that_is_none_is_named(beside: Path) -> None:
+    (beside / "picture.png").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(CalibrationError, match=r"picture\.png is no UTF-8 text"):
+        text_batches(None, beside / "picture.png", causal=True)
 
 
 def test_what_magnitude_would_not_use_is_refused_and_so_is_a_target_that_exists_before_any_work(beside: Path) -> None:

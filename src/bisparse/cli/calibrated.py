@@ -45,7 +45,10 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "adaprune")
 
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="Text to calibrate on: a running text for causal models, a sample a line for others."),
+    # Checked here, before a model is loaded.
+    typer.Option(
+        exists=True, dir_okay=False, help="Text to calibrate on: a running text for causal models, a sample a line for others."
+    ),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
