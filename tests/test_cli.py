@@ -200,6 +200,8 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
     assert code == 0
     page = (tmp_path / "page.html").read_text()
     assert content["bytes"] == (tmp_path / "page.html").stat().st_size and "layers.0.up" in page
+    assert content["holds"] is True and len(content["layers"]) == 6
+    assert all(layer["holds"] and layer["fits"].endswith(":8-T") and layer["shape"] == [16, 24] for layer in content["layers"])
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 

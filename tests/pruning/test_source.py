@@ -162,6 +162,7 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def one_tensor():\n    return model(), torch.zeros(3, 16)\n"
         "def one_batch():\n    return model(), {'input': torch.zeros(3, 16)}\n"
         "def three():\n    return model(), [], 1\n"
+        "def half():\n    from bisparse import prune_\n    found = both()[0]\n    prune_(found, '4:8')\n    return found\n"
         "def relu():\n    return nn.Sequential(nn.ReLU()), [torch.zeros(3, 16)]\n"
         "def head():\n    return nn.ModuleDict({'lm_head': nn.Linear(16, 16)}), [torch.zeros(3, 16)]\n"
         "def interrupted():\n    found, batches = both()\n    found.insert(2, Stops(found[0]))\n    return found, batches\n"
@@ -243,7 +244,12 @@ def test_prune_then_convert_by_commands(beside: Path) -> None:
     assert code == 0
     code, report = invoke("convert", "mine_for_tests:both", beside / "converted", "--to", "2:4-T", "--regrow")
     assert code == 0 and all(layer["violated_blocks"] == 1.0 for layer in report["layers"])
+    assert all(layer["unstructured_weights"] > 0.3 and layer["fitted"] == "" for layer in report["layers"])
     assert invoke("verify", beside / "converted", "-p", "2:4-T")[0] == 0
+    command = ["convert", "mine_for_tests:half", "shown", "--to", "2:4"]
+    lines = CliRunner().invoke(app, command).output.splitlines()
+    assert lines[0].split()[4:8] == ["fitted", "violation", "by", "chance"]
+    assert lines[1].split()[4] == "3:4" and lines[1].split()[6] == "0.1875"
 
 
 def test_wrong_use_of_the_commands_is_said_with_code_two(beside: Path) -> None:

@@ -26,7 +26,7 @@ def report(
     if missing := [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]:
         fail(f"reports need {' and '.join(missing)}: pip install 'bisparse[report]'", 2, as_json=as_json)
     from bisparse.checkpoint import SIDECAR
-    from bisparse.report import write_report
+    from bisparse.report import read_figures, write_report
 
     if not (pruned / SIDECAR).exists():
         fail(
@@ -35,8 +35,10 @@ def report(
             as_json=as_json,
         )
 
-    write_report(pruned, output, against=against)
+    figures = read_figures(pruned, against)
+    write_report(figures, output)
     if as_json:
-        print_json({"ok": True, "output": str(output), "bytes": output.stat().st_size})
+        layers = [layer.as_dict() for layer in figures.layers]
+        print_json({"ok": True, "output": str(output), "bytes": output.stat().st_size, "holds": figures.holds, "layers": layers})
     else:
         to_stdout().print(f"Written to {output} ({output.stat().st_size / 1e6:.1f} MB)", markup=False)
