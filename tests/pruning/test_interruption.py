@@ -6,16 +6,15 @@ import copy
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from failing import Failing
 from torch import Tensor, nn
 
-from bisparse.pruning import AdaPrune, Method, Pruned, SparseGPT, Wanda, prune_
+from bisparse.pruning import AdaPrune, SparseGPT, Wanda, prune_
 from bisparse.pruning.journal import Journal, JournalError
-from bisparse.pruning.method import LayerProblem
 
 
 class Network(nn.Module):
@@ -57,26 +56,6 @@ class Unchained(nn.Module):
 
 
 KINDS = ["chain", "chain with norms", "no chain"]
-
-
-class Failing(Method):
-    """AdaPrune that raises at the n-th layer."""
-
-    def __init__(self, at: int, error: Callable[[], BaseException]) -> None:
-        self.inner, self.at, self.error, self.count = AdaPrune(), at, error, 0
-
-    def __repr__(self) -> str:
-        return repr(self.inner)
-
-    @property
-    def needs(self):
-        return self.inner.needs
-
-    def prune(self, problem: LayerProblem) -> Pruned:
-        self.count += 1
-        if self.count == self.at:
-            raise self.error()
-        return self.inner.prune(problem)
 
 
 def case(kind: str) -> tuple[nn.Module, list[Tensor]]:
