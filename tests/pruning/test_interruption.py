@@ -174,7 +174,7 @@ def test_what_a_journal_keeps_comes_back(tmp_path: Path) -> None:
     assert not (tmp_path / "j").exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "gone", "about is garbage", "about is a list"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "of another layer", "gone", "about is garbage", "about is a list"])
 def test_a_damaged_journal_is_named_with_what_to_do(damage: str, tmp_path: Path) -> None:
     model, batches = case("chain")
     with pytest.raises(KeyboardInterrupt):
@@ -187,6 +187,8 @@ def test_a_damaged_journal_is_named_with_what_to_do(damage: str, tmp_path: Path)
     elif damage == "gone":
         damaged = damaged.with_name(damaged.name.replace("done-", "dense-"))
         damaged.unlink()
+    elif damage == "of another layer":
+        damaged.write_bytes(next(file for file in (tmp_path / "journal").glob("done-*") if file != damaged).read_bytes())
     else:
         damaged.write_bytes(damaged.read_bytes()[: 0 if damage == "empty" else 50])
     with pytest.raises(JournalError, match=re.escape(str(damaged)) + ".*delete .*journal and begin anew"):

@@ -82,10 +82,13 @@ class Journal:
         path = self._path(kind, name)
         try:
             with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])  # noqa: SIM118
+                metadata = file.metadata()
+                if metadata["name"] != name:
+                    raise ValueError(f"it holds {metadata['name']}")
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(metadata["about"])  # noqa: SIM118
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise JournalError(
-                f"{path}, which holds {name}, is damaged ({error}): delete {self.folder} and begin anew"
+                f"{path}, the file of {name}, is damaged ({error}): delete {self.folder} and begin anew"
             ) from error
 
     def close(self, *, remove: bool) -> None:
