@@ -200,6 +200,8 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
     assert code == 0
     page = (tmp_path / "page.html").read_text()
     assert content["bytes"] == (tmp_path / "page.html").stat().st_size and "layers.0.up" in page
+    assert content["holds"] is True and len(content["layers"]) == 6
+    assert all(layer["holds"] and layer["fits"].endswith(":8-T") and layer["shape"] == [16, 24] for layer in content["layers"])
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
@@ -230,6 +232,10 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
         (["bench", "-m", "64x64", "--dtype", "float32"], "float16"),
         (["bench", "-m", "64x64", "--tokens", "0"], "--tokens"),
         (["bench", "-m", "64x64", "--grid", "MODEL/config.json"], "no grid of measured times"),
+        (["report", "nowhere"], "does not exist"),
+        (["report", "MODEL"], "holds no bisparse.json, so bisparse did not write it"),
+        (["report", "MODEL/config.json"], "is a file"),
+        (["report", "MODEL", "--against", "nowhere"], "does not exist"),
         (["fly"], "fly"),
     ],
 )

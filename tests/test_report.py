@@ -434,14 +434,35 @@ def test_figures_of_a_job_with_data_stand_in_the_table(tmp_path: Path) -> None:
     head = [cell.strip() for cell in next(row for row in page.rows if "Damping" in row)]
     for layer in report:
         cells = dict(zip(head, page.row(layer.name), strict=True))
-        assert cells["Violation"] == f"{100 * layer.violated_weights:.1f} %"
-        assert cells["Groups violated"] == f"{100 * layer.violated_blocks:.1f} %"
+        chance = f"unstructured {100 * layer.unstructured_weights:.1f} %, 4:8 {100 * 9 / 70:.1f} %"
+        assert cells["Violation"] == f"{100 * layer.violated_weights:.1f} %{chance}"
+        chance = f"unstructured {100 * layer.unstructured_blocks:.1f} %, 4:8 {100 * 17 / 70:.1f} %"
+        assert cells["Groups violated"] == f"{100 * layer.violated_blocks:.1f} %{chance}"
+        assert (cells["Fits"], cells["Fitted before"]) == ("2:4", layer.fitted)
         assert cells["Error masked"] == f"{100 * layer.error_before:.1f} %"
         assert cells["Output error"] == f"{100 * layer.error:.1f} %"
         assert cells["Damping"] == f"{layer.damping:g}"
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "4:8-T", "16:32-T", "4:8-paired", "50%"])
+def test_the_sparsest_pattern_that_fits_is_found_in_the_file(pattern: str, pruned: dict[str, Path], tmp_path: Path) -> None:
+    from bisparse.pruning import sparsest_pattern
+
+    figures = read_figures(pruned[pattern])
+    page = Page(write_report(figures, tmp_path / "report.html"))
+    head = [cell.strip() for cell in next(row for row in page.rows if "Density" in row)]
+    weights = load_file(pruned[pattern] / "model.safetensors")
+    for layer in figures.layers:
+        m = int(re.search(r":(\d+)|$", pattern)[1] or 8)
+        weight = weights[layer.result.parameter]
+        expected = sparsest_pattern(weight, m, transposable=pattern.endswith("-T"), layout=layer.result.layout)
+        assert layer.fits == expected
+        assert dict(zip(head, page.row(layer.result.name), strict=True))["Fits"] == str(expected or "–")
+    if pattern == "2:4":
+        assert {str(layer.fits) for layer in figures.layers} == {"2:4"}
+
+
 def test_columns_that_no_layer_has_a_figure_for_are_left_out(page: Page) -> None:
-    assert not {"Violation", "Groups violated", "Error masked", "Output error", "Damping"} & {
+    assert not {"Violation", "Groups violated", "Fitted before", "Error masked", "Output error", "Damping"} & {
         cell.strip() for row in page.rows for cell in row
     }

@@ -47,9 +47,22 @@ class LayerResult:
     note: str = ""
     """What the user should know about this layer."""
     violated_weights: float | None = None
-    """Share of what was kept before that the pattern had to drop, for a conversion."""
+    """Share of what was kept before that the pattern had to drop, for a conversion; an unstructured one, what was beyond its
+    density."""
     violated_blocks: float | None = None
     """Share of the pattern's groups that kept too many before, for a conversion."""
+    unstructured_weights: float | None = None
+    """What `violated_weights` would have been of a random unstructured mask of the same density; None without such a chance."""
+    unstructured_blocks: float | None = None
+    """The same of `violated_blocks`."""
+    origin: str = ""
+    """The N:M that was obeyed, and filled, before a conversion; empty where there was none."""
+    origin_weights: float | None = None
+    """What `violated_weights` would have been of a random mask of `origin`."""
+    origin_blocks: float | None = None
+    """The same of `violated_blocks`."""
+    fitted: str = ""
+    """The sparsest N:M, of the pattern's M, that 95 % of the groups fitted before a conversion; empty where there was none."""
 
     @property
     def size(self) -> int:

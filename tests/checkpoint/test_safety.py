@@ -198,6 +198,9 @@ def test_a_folder_without_weights_and_a_path_without_anything(tmp_path: Path) ->
         prune_checkpoint(tmp_path / "empty", tmp_path / "out", "2:4")
     with pytest.raises(CheckpointError, match="does not exist"):
         prune_checkpoint(tmp_path / "nothing", tmp_path / "out", "2:4")
+    (tmp_path / "empty" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"config\.json is JSON, not weights; name the folder"):
+        prune_checkpoint(tmp_path / "empty" / "config.json", tmp_path / "out", "2:4")
     only(tmp_path, "empty")
 
 

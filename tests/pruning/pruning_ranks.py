@@ -1,4 +1,4 @@
-"""What each of two ranks does for test_ranks.py: `pruning_ranks.py RANK FOLDER` writes rank-N.pt there."""
+"""What each of two ranks does for test_ranks.py: `pruning_ranks.py RANK FOLDER` writes rankN.pt there."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def main(rank: int, folder: Path) -> None:
     except (CalibrationError, OtherRankError) as error:
         found["error"] = f"{type(error).__name__}: {error}"
     found["unchanged"] = all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    torch.save(found, folder / f"rank-{rank}.pt")
+    torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 

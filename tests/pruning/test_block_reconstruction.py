@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from failing import Failing
 from torch import Tensor, nn
 
 from bisparse import verify
-from bisparse.pruning import AdaPrune, BlockReconstruction, Magnitude, Method, Pruned, Wanda, convert_, prune_
+from bisparse.pruning import AdaPrune, BlockReconstruction, Magnitude, Method, Wanda, convert_, prune_
 from bisparse.pruning.chain_run import FinishedBlock
-from bisparse.pruning.method import LayerProblem
 
 
 class Gated(nn.Module):
@@ -153,24 +153,6 @@ def test_hidden_positions_do_not_count() -> None:
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-class Failing(Method):
-    def __init__(self, at: int) -> None:
-        self.inner, self.at = AdaPrune(), at
-
-    def __repr__(self) -> str:
-        return repr(self.inner)
-
-    @property
-    def needs(self):
-        return self.inner.needs
-
-    def prune(self, problem: LayerProblem) -> Pruned:
-        self.at -= 1
-        if self.at == 0:
-            raise KeyboardInterrupt
-        return self.inner.prune(problem)
-
-
 def test_an_interrupted_job_changes_nothing_and_ends_the_same_when_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,12 +160,12 @@ def test_an_interrupted_job_changes_nothing_and_ends_the_same_when_resumed(
     whole, model = copy.deepcopy(dense), copy.deepcopy(dense)
     expected = prune_(whole, "4:8-T", AdaPrune(), batches, reconstruction=HOW)
     with pytest.raises(KeyboardInterrupt):
-        prune_(model, "4:8-T", Failing(6), batches, reconstruction=HOW, resume=tmp_path / "journal")
+        prune_(model, "4:8-T", Failing(6, KeyboardInterrupt), batches, reconstruction=HOW, resume=tmp_path / "journal")
     assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), model.parameters(), strict=True))
     fitted = []
     original = BlockReconstruction.fit_
     monkeypatch.setattr(BlockReconstruction, "fit_", lambda self, block: (fitted.append(block.name), original(self, block))[1])
-    report = prune_(model, "4:8-T", Failing(-1), batches, reconstruction=HOW, resume=tmp_path / "journal")
+    report = prune_(model, "4:8-T", AdaPrune(), batches, reconstruction=HOW, resume=tmp_path / "journal")
     assert fitted == ["blocks.1", "blocks.2"]
     for a, b in zip(whole.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(a, b)

@@ -334,6 +334,44 @@ class TestBadData:
             prune_(model, "2:4", Wanda(), [torch.randn(4, 8), torch.randn(4, 9)])
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
+    @pytest.mark.parametrize("order", ["sequential", "parallel"])
+    def test_a_later_batch_of_another_width_names_itself_and_the_layer(self, order: str) -> None:
+        model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        before = copy.deepcopy(model.state_dict())
+        fits = r"batch 2 \(float32\[4, 7\]\) does not fit " + ("the layer 0" if order == "sequential" else "the model Sequential")
+        with pytest.raises(CalibrationError, match=fits):
+            prune_(model, "2:4", AdaPrune(), [torch.randn(4, 8)] * 2 + [torch.randn(4, 7)], order=order)
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+    @pytest.mark.parametrize(
+        "error", [AssertionError("4 rows, please"), ZeroDivisionError(), type("Own", (Exception,), {})("no")]
+    )
+    @pytest.mark.parametrize("place", ["before", "between", "after"])
+    def test_whatever_a_forward_raises_is_told_with_its_batch_and_place(self, place: str, error: Exception) -> None:
+        class Block(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+            def forward(self, x: Tensor) -> Tensor:
+                self.check("before", x)
+                x = self.first(x)
+                self.check("between", x)
+                x = self.second(x)
+                self.check("after", x)
+                return x
+
+            def check(self, where: str, x: Tensor) -> None:
+                if place == where and len(x) != 4:
+                    raise error
+
+        model = nn.Sequential(Block(), Block())
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(CalibrationError, match=rf"batch 1 .* {type(error).__name__}.*test_calibrate.py:\d+\)") as raised:
+            prune_(model, "2:4", Wanda(), [torch.randn(4, 8), torch.randn(3, 8)])
+        assert raised.value.__cause__ is error
+        assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
     def test_forward_takes_what_the_model_does_not(self) -> None:
         model = nn.Sequential(nn.Linear(8, 8))
         report = prune_(

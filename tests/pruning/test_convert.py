@@ -56,8 +56,26 @@ def test_the_report_holds_the_violation_of_the_mask_as_it_was() -> None:
     for layer in report:
         assert (layer.violated_weights, layer.violated_blocks) == (expected[layer.name].weights, expected[layer.name].blocks)
         assert layer.violated_weights > 0
+        found = expected[layer.name]
+        assert (layer.unstructured_weights, layer.unstructured_blocks) == (found.predicted_weights, found.predicted_blocks)
+        assert (layer.origin, layer.origin_weights) == (
+            "4:8",
+            pytest.approx(9 / 70),
+        ) and layer.origin_blocks == found.origin_blocks
+        assert layer.fitted == "3:4"
     again = convert_(model, "2:4")
     assert all(layer.violated_weights == 0 and layer.density == report[layer.name].density for layer in again)
+
+
+@pytest.mark.parametrize("to", ["4:8-paired", "2:4-seq", "30%"])
+def test_the_violation_is_told_at_every_structure(to: str) -> None:
+    model, _ = network()
+    prune_(model, "50%")
+    kept = {name: int((model.get_submodule(name).weight != 0).sum()) for name in ("0", "2")}
+    for layer in convert_(model, to):
+        dropped = 1 - layer.density * layer.size / kept[layer.name]
+        assert layer.violated_weights == pytest.approx(dropped, abs=0.02) and layer.violated_weights > 0.05
+        assert (layer.unstructured_weights is None) == (to == "30%") and layer.origin == ""
 
 
 def test_conversion_without_violation_and_without_data_changes_nothing() -> None:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from failing import Failing
 from torch import Tensor, nn
 
-from bisparse.pruning import AdaPrune, Method, Pruned, SparseGPT, Wanda, prune_
+from bisparse.pruning import AdaPrune, SparseGPT, Wanda, prune_
 from bisparse.pruning.journal import Journal, JournalError
-from bisparse.pruning.method import LayerProblem
 
 
 class Network(nn.Module):
@@ -56,26 +56,6 @@ class Unchained(nn.Module):
 
 
 KINDS = ["chain", "chain with norms", "no chain"]
-
-
-class Failing(Method):
-    """AdaPrune that raises at the n-th layer."""
-
-    def __init__(self, at: int, error: Callable[[], BaseException]) -> None:
-        self.inner, self.at, self.error, self.count = AdaPrune(), at, error, 0
-
-    def __repr__(self) -> str:
-        return repr(self.inner)
-
-    @property
-    def needs(self):
-        return self.inner.needs
-
-    def prune(self, problem: LayerProblem) -> Pruned:
-        self.count += 1
-        if self.count == self.at:
-            raise self.error()
-        return self.inner.prune(problem)
 
 
 def case(kind: str) -> tuple[nn.Module, list[Tensor]]:
@@ -192,6 +172,29 @@ def test_what_a_journal_keeps_comes_back(tmp_path: Path) -> None:
         tensors, about = journal.get("done", "a/b.c:d")
         assert torch.equal(tensors["x"], tensor) and about == {"error": 0.5}
     assert not (tmp_path / "j").exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "of another layer", "gone", "about is garbage", "about is a list"])
+def test_a_damaged_journal_is_named_with_what_to_do(damage: str, tmp_path: Path) -> None:
+    model, batches = case("chain")
+    with pytest.raises(KeyboardInterrupt):
+        prune_(model, "2:4", Failing(3, KeyboardInterrupt), batches, resume=tmp_path / "journal")
+    before = copy.deepcopy(model.state_dict())
+    damaged = next((tmp_path / "journal").glob("done-*"))
+    if damage.startswith("about"):
+        damaged = tmp_path / "journal" / "about.json"
+        damaged.write_text("[]" if damage.endswith("list") else "{")
+    elif damage == "gone":
+        damaged = damaged.with_name(damaged.name.replace("done-", "dense-"))
+        damaged.unlink()
+    elif damage == "of another layer":
+        damaged.write_bytes(next(file for file in (tmp_path / "journal").glob("done-*") if file != damaged).read_bytes())
+    else:
+        damaged.write_bytes(damaged.read_bytes()[: 0 if damage == "empty" else 50])
+    with pytest.raises(JournalError, match=re.escape(str(damaged)) + ".*delete .*journal and begin anew"):
+        # What was to be gone back to is missed when it is needed.
+        prune_(model, "2:4", Failing(2, KeyboardInterrupt), batches, resume=tmp_path / "journal")
+    assert damage == "gone" or same(before, model.state_dict())
 
 
 def test_no_temporary_files_remain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

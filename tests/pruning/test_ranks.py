@@ -12,6 +12,7 @@ import torch
 
 from bisparse.checkpoint import verify_checkpoint
 from bisparse.pruning.ranks import Ranks
+from rank_processes import results_of_ranks
 
 WORKER = Path(__file__).with_name("pruning_ranks.py")
 SPEC = importlib.util.spec_from_file_location("pruning_ranks", WORKER)
@@ -24,14 +25,7 @@ SPEC.loader.exec_module(worker)
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     if not torch.distributed.is_available():
         pytest.skip("this torch has no distributed package")
-    folder = tmp_path_factory.mktemp("ranks")
-    processes = [
-        subprocess.Popen([sys.executable, str(WORKER), str(rank), str(folder)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(error[-3000:] for error in errors)
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=True) for rank in range(2)]
+    return results_of_ranks(WORKER, 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", list(worker.JOBS))

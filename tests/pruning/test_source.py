@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from bisparse.layers import find_layers
 from bisparse.pruning import ALPS, AdaPrune, CalibrationError, Wanda, prune_
 from bisparse.pruning.calibrate import Walk, calibrate
 from bisparse.pruning.chain import find_chains
-from bisparse.pruning.source import open_source, token_batches
+from bisparse.pruning.source import open_source, text_batches, token_batches
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.transformers
@@ -155,7 +156,24 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)), [torch.randn(8, 16) for _ in range(6)]\n"
         "def model():\n    return both()[0]\n"
         "def wrong():\n    return 3\n"
+        "def raises():\n    raise RuntimeError('first\\nsecond')\n"
+        "def asks(x, *, y=1):\n    return model()\n"
+        "def breaks_off():\n    return model(), (1 // (2 - i) for i in range(3))\n"
+        "def one_tensor():\n    return model(), torch.zeros(3, 16)\n"
+        "def one_batch():\n    return model(), {'input': torch.zeros(3, 16)}\n"
+        "def three():\n    return model(), [], 1\n"
+        "def half():\n    from bisparse import prune_\n    found = both()[0]\n    prune_(found, '4:8')\n    return found\n"
+        "def relu():\n    return nn.Sequential(nn.ReLU()), [torch.zeros(3, 16)]\n"
+        "def head():\n    return nn.ModuleDict({'lm_head': nn.Linear(16, 16)}), [torch.zeros(3, 16)]\n"
+        "def interrupted():\n    found, batches = both()\n    found.insert(2, Stops(found[0]))\n    return found, batches\n"
+        "class Stops(nn.Module):\n"
+        "    def __init__(self, first):\n        super().__init__()\n        self.first = [first]\n"
+        "    def forward(self, x):\n"
+        "        if bool((self.first[0].weight == 0).any()):\n            raise KeyboardInterrupt\n"
+        "        return x\n"
     )
+    (tmp_path / "unreadable_for_tests.py").write_text("def f(:\n")
+    (tmp_path / "raising_for_tests.py").write_text("\nraise KeyError('at import')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "mine_for_tests", raising=False)
@@ -170,9 +188,46 @@ def test_a_source_is_a_function_of_yours(beside: Path) -> None:
         "mine_for_tests:absent": "has no function 'absent'",
         "no_such_module_here:both": "no module 'no_such_module_here'",
         "no/such/folder": "no such folder",
+        "mine_for_tests:raises": r"raises\(\) failed: RuntimeError: first second \(.*mine_for_tests.py:11\)$",
+        "mine_for_tests:asks": r"asks is called without arguments, but its own are \(x, \*, y=1\)",
+        "mine_for_tests:breaks_off": r"reading its calibration batches failed: ZeroDivisionError: .*tests.py:15\)$",
+        "mine_for_tests:one_tensor": r"an iterable such as a list .* not Tensor of shape \(3, 16\); a single batch .* \[batch\]",
+        "mine_for_tests:one_batch": "an iterable such as a list .* not dict",
+        "mine_for_tests:three": "not a tuple of Sequential, list, int",
+        "unreadable_for_tests:f": r"SyntaxError: .*unreadable_for_tests.py:1\)$",
+        "raising_for_tests:f": r"importing raising_for_tests failed: KeyError: 'at import' \(.*raising_for_tests.py:2\)$",
     }.items():
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as raised:
             open_source(name)
+        assert "\n" not in str(raised.value)
+        result = CliRunner().invoke(app, ["prune", name, "out", "--method", "wanda"], catch_exceptions=False)
+        assert result.exit_code == 2
+
+
+def test_a_transformers_folder_that_cannot_be_loaded_names_the_file(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    llama(num_hidden_layers=1).save_pretrained(folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    for name, message in ((weights, "is a file: name the folder"), (config, "is a file: name the folder")):
+        with pytest.raises(ValueError, match=f"{name.name} {message}"):
+            open_source(str(name))
+    with pytest.raises(ValueError, match="model: transformers cannot load the tokenizer: "):
+        open_source(str(folder))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated"):
+        open_source(str(folder))
+    weights.write_bytes(whole)
+    text = config.read_text()
+    config.write_text(text.replace('"llama"', '"nollama"').replace("LlamaForCausalLM", "NoLlama"))
+    with pytest.raises(ValueError, match=r"model: transformers cannot load the model: .*nollama"):
+        open_source(str(folder))
+    config.write_text("{")
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
+        open_source(str(folder))
+    config.unlink()
+    with pytest.raises(ValueError, match=r"model holds no config\.json"):
+        open_source(str(folder))
 
 
 def invoke(*arguments: str | Path) -> tuple[int, dict]:
@@ -189,7 +244,12 @@ def test_prune_then_convert_by_commands(beside: Path) -> None:
     assert code == 0
     code, report = invoke("convert", "mine_for_tests:both", beside / "converted", "--to", "2:4-T", "--regrow")
     assert code == 0 and all(layer["violated_blocks"] == 1.0 for layer in report["layers"])
+    assert all(layer["unstructured_weights"] > 0.3 and layer["fitted"] == "" for layer in report["layers"])
     assert invoke("verify", beside / "converted", "-p", "2:4-T")[0] == 0
+    command = ["convert", "mine_for_tests:half", "shown", "--to", "2:4"]
+    lines = CliRunner().invoke(app, command).output.splitlines()
+    assert lines[0].split()[4:8] == ["fitted", "violation", "by", "chance"]
+    assert lines[1].split()[4] == "3:4" and lines[1].split()[6] == "0.1875"
 
 
 def test_wrong_use_of_the_commands_is_said_with_code_two(beside: Path) -> None:
@@ -206,6 +266,40 @@ def test_wrong_use_of_the_commands_is_said_with_code_two(beside: Path) -> None:
     ):
         assert CliRunner().invoke(app, list(arguments)).exit_code == 2
         assert not (beside / "out").exists()
+
+
+def test_an_interrupted_job_says_what_it_leaves_and_how_to_go_on(beside: Path) -> None:
+    command = ["prune", "mine_for_tests:interrupted", "out", "--method", "wanda", "--order", "sequential"]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 130 and "interrupted; nothing was left behind" in result.output
+    result = CliRunner().invoke(app, [*command, "--resume", "journal"], catch_exceptions=False)
+    assert result.exit_code == 130 and "kept in journal, and the same command goes on from there" in result.output
+    assert list((beside / "journal").glob("done-*")) and not (beside / "out").exists()
+
+
+@pytest.mark.parametrize("command", [["prune", "-p", "2:4"], ["convert", "--to", "2:4"]])
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [("relu", r"Sequential was pruned, .* \(it has none that"), ("head", r"ModuleDict was pruned, .* \(lm_head: output head")],
+)
+def test_nothing_to_prune_is_said_with_the_reason(command: list[str], function: str, reason: str, beside: Path) -> None:
+    name, *rest = command
+    result = CliRunner().invoke(app, [name, f"mine_for_tests:{function}", "out", *rest], catch_exceptions=False)
+    assert result.exit_code == 2 and re.search(f"no layer of the model {reason}", result.output)
+    assert not (beside / "out").exists()
+
+
+@pytest.mark.parametrize("calibration", ["absent.txt", "."])
+def test_a_text_that_is_not_there_is_said_before_the_model_is_loaded(calibration: str, beside: Path) -> None:
+    for command in (["prune", "no:model", "out", "--method", "wanda"], ["convert", "no:model", "out", "--to", "2:4"]):
+        result = CliRunner().invoke(app, [*command, "--calibration", calibration], catch_exceptions=False)
+        assert result.exit_code == 2 and "--calibration" in result.output and "no:model" not in result.output
+
+
+def test_a_text_that_is_none_is_named(beside: Path) -> None:
+    (beside / "picture.png").write_bytes(b"\xff\xfe\x00\x81")
+    with pytest.raises(CalibrationError, match=r"picture\.png is no UTF-8 text"):
+        text_batches(None, beside / "picture.png", causal=True)
 
 
 def test_what_magnitude_would_not_use_is_refused_and_so_is_a_target_that_exists_before_any_work(beside: Path) -> None:

@@ -100,6 +100,42 @@ def test_patterns_are_proposed_layer_by_layer() -> None:
     assert {name: str(one) for name, one in proposed.items()} == {"0": "1:4" if proposed["0"].n == 1 else "2:4", "1": "2:4"}
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "2:4-T", "4:8-T", "4:8-paired", "2:4-seq"])
+@pytest.mark.parametrize("origin", ["4:8", "4:8-T", "2:4"])
+def test_random_n_m_masks_violate_as_predicted(origin: str, pattern: str) -> None:
+    mask = solve(torch.rand(512, 512), origin).mask
+    found = violation(mask, pattern)
+    assert str(found.origin) == origin
+    assert (found.origin_weights, found.origin_blocks) == predicted_violation(origin, pattern)
+    assert found.weights == pytest.approx(found.origin_weights, abs=0.015)
+    assert found.blocks == pytest.approx(found.origin_blocks, abs=0.02)
+
+
+def test_the_origin_is_the_n_m_that_a_mask_obeys_and_fills() -> None:
+    assert violation(torch.rand(64, 64) < 0.5, "2:4").origin is None
+    assert violation(torch.ones(8, 8, dtype=torch.bool), "2:4").origin is None
+    mask = solve(torch.rand(64, 64), "4:8").mask
+    assert str(violation(mask, "2:4").origin) == "4:8"
+    assert violation(mask & (torch.rand(64, 64) < 0.8), "2:4").origin is None, "one that is obeyed by chance"
+
+
+@pytest.mark.parametrize("to", ["4:8-paired", "4:8-seq", "2:4", "30%"])
+def test_what_has_to_go_is_known_at_every_structure(to: str) -> None:
+    kept = torch.rand(32, 64) < 0.5
+    best = solve(torch.rand(32, 64) * kept + 2.0 * kept, to).mask & kept
+    found = violation(kept, to)
+    # Every kept weight counts nearly the same in those scores, so that their best mask keeps as many as can be.
+    assert found.weights == pytest.approx(1 - float(best.sum() / kept.sum()), abs=0.01)
+    assert 0 < found.weights < 1 and found.blocks > 0
+    assert (found.predicted_weights is None) == (to == "30%")
+
+
+def test_an_unstructured_pattern_is_violated_by_what_is_beyond_its_density() -> None:
+    kept = torch.arange(64).view(8, 8) < 32
+    assert violation(kept, "25%").weights == pytest.approx(0.5)
+    assert violation(kept, "50%").weights == 0 and violation(kept, "50%").blocks == 0
+
+
 def test_only_patterns_have_a_prediction() -> None:
     with pytest.raises(ValueError, match="expected a pattern such as"):
         predicted_violation(0.5, "50%")

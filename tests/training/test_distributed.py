@@ -1,6 +1,5 @@
 """DDP and FSDP2 with two gloo processes. They run once (`ranks.py`); each test judges one part of what they wrote."""
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,20 +13,14 @@ from accelerated_ranks import build as accelerated_build
 from accelerated_ranks import train as accelerated_train
 from ranks import STEPS, build, train
 
+from rank_processes import results_of_ranks
+
 CASES = [("dynamic", "4:8-T"), ("static", "4:8-T"), ("dynamic", "2:4")]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, str(Path(__file__).with_name("ranks.py"))]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert all(process.returncode == 0 for process in processes), "\n".join(error[-3000:] for error in errors)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    return results_of_ranks(Path(__file__).with_name("ranks.py"), 2, tmp_path_factory.mktemp("ranks"))
 
 
 def alone(mode, pattern, optimizer_class, **settings):

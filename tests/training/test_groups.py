@@ -2,30 +2,18 @@
 which train together (`group_ranks.py`); each test judges one part of what they wrote."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import build
 
+from rank_processes import results_of_ranks
+
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("groups")
-    command = [sys.executable, str(Path(__file__).with_name("group_ranks.py"))]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for rank in range(3)
-    ]
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(error[-3000:] for error in errors)
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(3)]
+    return results_of_ranks(Path(__file__).with_name("group_ranks.py"), 3, tmp_path_factory.mktemp("groups"))
 
 
 def test_without_a_group_all_ranks_are_compared(results):

@@ -148,6 +148,16 @@ def test_a_killed_process_goes_on(tmp_path):
     )
 
 
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{"])
+def test_a_damaged_outcome_is_named_and_can_be_had_again(content, tmp_path):
+    whole = run_recipe(SHORT, tmp_path, progress=False)
+    (tmp_path / "outcome.json").write_text(content)
+    with pytest.raises(RunError, match=r"outcome\.json is damaged .*: delete it"):
+        run_recipe(SHORT, tmp_path, progress=False)
+    (tmp_path / "outcome.json").unlink()
+    assert run_recipe(SHORT, tmp_path, progress=False).test_loss == whole.test_loss
+
+
 def test_static_sparsity_starts_from_a_dense_run(tmp_path):
     dense = run_recipe(replace(SHORT, name="dense", sparsity=None), tmp_path / "dense", progress=False)
     assert dense.density == 1.0 and dense.refreshes == 0

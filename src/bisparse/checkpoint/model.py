@@ -108,8 +108,14 @@ def save(
     Raises:
         PatternError: a layer breaks its pattern; names it. Nothing is written.
         CheckpointError: the folder exists or cannot be written.
-        ValueError: nothing says which pattern the layers obey.
+        ValueError: nothing says which pattern the layers obey, or the report is of no layer.
     """
+    if report is not None and not report.layers:
+        reasons = "; ".join(f"{one.name}: {one.reason}" for one in report.left_dense[:4])
+        raise ValueError(
+            f"no layer of the model {type(model).__name__} was pruned, so that nothing is written "
+            f"({reasons or 'it has none that a pattern applies to'}); include layers by name"
+        )
     weights = dict(state) if state is not None else plain_weights(model)
     report = report or _report(model, weights, None if pattern is None else parse_pattern(pattern), include, exclude)
     if others := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:

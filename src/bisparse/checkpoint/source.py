@@ -85,6 +85,8 @@ def _open_file(path: Path) -> Source:
     if path.suffix in TORCH_SUFFIXES:
         tensors, notes = read_state_dict(path)
         return Source(path, (_converted(f"{path.stem}.safetensors", tensors),), config=config, notes=notes)
+    if path.suffix == ".json":
+        raise CheckpointError(path, "is JSON, not weights", "name the folder that it is in")
     header, tensors = read_header(path)
     return Source(path, (Shard(path.with_suffix(".safetensors").name, header, tuple(tensors.values())),), config=config)
 

@@ -45,7 +45,10 @@ METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "adaprune")
 
 Calibration = Annotated[
     Path | None,
-    typer.Option(help="Text to calibrate on: a running text for causal models, a sample a line for others."),
+    # Checked here, before a model is loaded.
+    typer.Option(
+        exists=True, dir_okay=False, help="Text to calibrate on: a running text for causal models, a sample a line for others."
+    ),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
 Length = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
@@ -195,8 +198,10 @@ def finish(
         return
     console = to_stdout()
     groups = grouped(report, lambda one: one.name, lambda one: (one.shape, one.pattern))
-    heads = ("layer", " n", "to", " density", " violation", " error masked", " error now", " damping", " s")
-    console.print(table(heads, [_row(*group) for group in groups]))
+    converted = any(one.violated_weights is not None for one in report)
+    before = ("fitted", " violation", " by chance") if converted else ()
+    heads = ("layer", " n", "to", " density", *before, " error masked", " error now", " damping", " s")
+    console.print(table(heads, [_row(*group, converted) for group in groups]))
     print_left_dense(console, report.left_dense)
     console.print()
     for note in report.notes:
@@ -205,19 +210,29 @@ def finish(
     console.print(f"Written to {target}. Check it: bisparse verify {target}", markup=False, soft_wrap=True)
 
 
-def _row(name: str, group: list[LayerResult]) -> tuple[str, ...]:
+def _row(name: str, group: list[LayerResult], converted: bool) -> tuple[str, ...]:
     def mean(values: list[float | None], digits: int = 4) -> str:
         known = [value for value in values if value is not None]
         return f"{sum(known) / len(known):.{digits}f}" if known else "-"
 
+    before: tuple[str, ...] = ()
+    if converted:
+        violated, chance = [one.violated_weights for one in group], [one.unstructured_weights for one in group]
+        before = (_fitted(group), mean(violated), mean(chance))
     return (
         name,
         str(len(group)),
         group[0].pattern,
         mean([one.density for one in group]),
-        mean([one.violated_weights for one in group]),
+        *before,
         mean([one.error_before for one in group]),
         mean([one.error for one in group]),
         mean([one.damping for one in group]),
         f"{sum(one.time_s for one in group):.1f}",
     )
+
+
+def _fitted(group: list[LayerResult]) -> str:
+    """The sparsest N:M that each layer fitted before a conversion, from the sparsest to the densest."""
+    found = sorted({one.fitted for one in group if one.fitted}, key=lambda text: int(text.partition(":")[0]))
+    return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}" if found else "-"

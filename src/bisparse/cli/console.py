@@ -65,7 +65,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         try:
             function(*args, **kwargs)
         except KeyboardInterrupt:
-            fail("interrupted; nothing was left behind", INTERRUPTED, as_json=as_json)
+            fail(f"interrupted; {_left_behind(kwargs.get('resume'))}", INTERRUPTED, as_json=as_json)
         except MemoryError:
             fail("out of memory; close other programs or use fewer --threads", 1, as_json=as_json)
         except ImportError as error:
@@ -80,6 +80,15 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             fail(str(error), 1 if isinstance(error, CheckpointError | PatternError) else 2, as_json=as_json)
 
     return guarded
+
+
+def _left_behind(journal: Any) -> str:
+    """What an interrupted job leaves: with --resume, its journal once there is one."""
+    if journal is None or not journal.exists():
+        return "nothing was left behind"
+    return (
+        f"the layers finished so far are kept in {journal}, and the same command goes on from there; nothing else was left behind"
+    )
 
 
 def fail(message: str, code: int, *, as_json: bool = False) -> NoReturn:

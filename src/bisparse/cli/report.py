@@ -15,18 +15,30 @@ __all__ = ["report"]
 
 @command
 def report(
-    pruned: Annotated[Path, typer.Argument(help="A folder that bisparse wrote.")],
-    against: Annotated[Path | None, typer.Option("--against", help="The dense checkpoint it was pruned from.")] = None,
+    pruned: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A folder that bisparse wrote.")],
+    against: Annotated[
+        Path | None, typer.Option("--against", exists=True, help="The dense checkpoint it was pruned from.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     as_json: AsJson = False,
 ) -> None:
     """Write a page to look at: retained score, gap and density of every layer, pictures of real tiles, mask diversity."""
     if missing := [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]:
         fail(f"reports need {' and '.join(missing)}: pip install 'bisparse[report]'", 2, as_json=as_json)
-    from bisparse.report import write_report
+    from bisparse.checkpoint import SIDECAR
+    from bisparse.report import read_figures, write_report
 
-    write_report(pruned, output, against=against)
+    if not (pruned / SIDECAR).exists():
+        fail(
+            f"{pruned} holds no {SIDECAR}, so bisparse did not write it: name a folder that it wrote, or use `bisparse verify`",
+            2,
+            as_json=as_json,
+        )
+
+    figures = read_figures(pruned, against)
+    write_report(figures, output)
     if as_json:
-        print_json({"ok": True, "output": str(output), "bytes": output.stat().st_size})
+        layers = [layer.as_dict() for layer in figures.layers]
+        print_json({"ok": True, "output": str(output), "bytes": output.stat().st_size, "holds": figures.holds, "layers": layers})
     else:
         to_stdout().print(f"Written to {output} ({output.stat().st_size / 1e6:.1f} MB)", markup=False)

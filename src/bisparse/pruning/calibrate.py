@@ -27,7 +27,7 @@ from bisparse.pruning.chain_run import ChainRun, FinishedBlock
 from bisparse.pruning.ranks import Ranks
 from bisparse.pruning.reduction import positions
 from bisparse.pruning.statistics import CalibrationError, Moments, Statistic, Statistics, reading_of
-from bisparse.pruning.taps import LAST_PART, EnoughSeen, Seen, call_model, observed, token_mask
+from bisparse.pruning.taps import LAST_PART, EnoughSeen, Seen, call_model, observed, taking_in, token_mask
 from bisparse.tiles import to_matrices
 
 __all__ = ["Order", "Stage", "Walk", "calibrate"]
@@ -414,10 +414,11 @@ def _walk_chain(
                 collector = _Collector([todo], {}, data)
                 for own_index, (index, batch) in enumerate(data.own):
                     keep = token_mask(batch)
-                    inputs, dense_inputs = run.inputs_of(own_index, position)
-                    for at, (x, part) in enumerate(inputs):
-                        for layer in todo:
-                            collector.add(index, layer, x, dense_inputs[at][0] if dense_inputs else None, keep, part)
+                    with taking_in(batch, index, f"the layer {todo[0].name}"):
+                        inputs, dense_inputs = run.inputs_of(own_index, position)
+                        for at, (x, part) in enumerate(inputs):
+                            for layer in todo:
+                                collector.add(index, layer, x, dense_inputs[at][0] if dense_inputs else None, keep, part)
                     run.release(own_index)
                 walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
                 walk.activation_bytes = max(walk.activation_bytes, run.activation_bytes)

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from bisparse.layers import Layer
 from bisparse.pruning.chain import Call, Chain, argument_of, dense_copy, without
 from bisparse.pruning.paused import Paused
-from bisparse.pruning.taps import LAST_PART, EnoughSeen, call_model, observed
+from bisparse.pruning.taps import LAST_PART, EnoughSeen, call_model, observed, taking_in
 
 __all__ = ["ChainRun", "FinishedBlock"]
 
@@ -241,8 +241,9 @@ class ChainRun:
 
     def _finish(self, index: int, dense: bool) -> Tensor:
         one = self._pass(index, dense)
-        while not one.paused.finished:
-            self._resumed(one, one.paused.resume)
+        with taking_in(self.data[index], index, f"the block {self.chain.name}.{self.current}"):
+            while not one.paused.finished:
+                self._resumed(one, one.paused.resume)
         home = (self.dense_inputs if dense else self.inputs)[index].device
         return self.chain.slot.of_output(one.paused.result).to(home)
 

@@ -27,10 +27,10 @@ from bisparse.pruning.method import Method
 from bisparse.pruning.prune import prune_layers_, report_of
 from bisparse.pruning.ranks import Ranks
 from bisparse.pruning.regrow import Regrow
-from bisparse.pruning.violation import sparsest_pattern, violation
-from bisparse.results import LayerResult, PruneReport
-from bisparse.solution import verify
+from bisparse.pruning.violation import CONFIDENCE, sparsest_pattern, violation
+from bisparse.results import PruneReport
 from bisparse.solvers import Solver
+from bisparse.tiles import Layout
 
 __all__ = ["convert_", "fitting_patterns"]
 
@@ -58,8 +58,8 @@ def convert_(
     """Convert the masks of a model, which are the non-zeros of its weights, to another pattern, in place.
 
     Dense to anything, unstructured to N:M, 4:8 to 2:4, 2:4 to 2:4-T, 4:8 to 4:8-T, N:M to 4:8-paired: all are this call. The
-    report holds a layer's pattern violation, its output error before and after, the method and the time. All layers are
-    changed or, on an error, none.
+    report holds a layer's pattern violation beside what chance would give, the sparsest N:M that it fitted, its output error
+    before and after, the method and the time. All layers are changed or, on an error, none.
 
     Args:
         to: the new pattern or its text.
@@ -100,27 +100,33 @@ def convert_(
         allowed=allowed,
         ranks=Ranks(group),
     )
-    with_violation = [_with_violation(result, *found[result.name]) for result in results]
+    with_violation = [replace(result, **found[result.name]) for result in results]
     return report_of(pattern, method, solver, with_violation, [*left_dense, *unreached], patterns, notes)
 
 
-def _violated(kept: Tensor, structure: Structure, layout: Any) -> tuple[float | None, float]:
-    if isinstance(structure, Pattern):
-        found = violation(kept, structure, layout=layout)
-        return found.weights, found.blocks
-    verified = verify(kept, structure, layout=layout)
-    return None, verified.violations / max(1, verified.groups)
-
-
-def _with_violation(result: LayerResult, weights: float | None, blocks: float) -> LayerResult:
-    return replace(result, violated_weights=weights, violated_blocks=blocks)
+def _violated(kept: Tensor, structure: Structure, layout: Layout) -> dict[str, Any]:
+    """What a layer's result says of its mask before the conversion."""
+    found = violation(kept, structure, layout=layout)
+    m = getattr(structure, "m", None)
+    transposable = isinstance(structure, Pattern) and structure.transposable
+    fitted = None if m is None else sparsest_pattern(kept, m, transposable=transposable, layout=layout)
+    return {
+        "violated_weights": found.weights,
+        "violated_blocks": found.blocks,
+        "unstructured_weights": found.predicted_weights,
+        "unstructured_blocks": found.predicted_blocks,
+        "origin": str(found.origin or ""),
+        "origin_weights": found.origin_weights,
+        "origin_blocks": found.origin_blocks,
+        "fitted": str(fitted or ""),
+    }
 
 
 def fitting_patterns(
     model: nn.Module,
     m: int,
     *,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     transposable: bool = False,
     include: Filter | None = None,
     exclude: Filter | None = None,

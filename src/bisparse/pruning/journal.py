@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +24,7 @@ ABOUT = "about.json"
 
 
 class JournalError(ValueError):
-    """The folder holds the journal of another job."""
+    """The folder holds the journal of another job, or a damaged one."""
 
 
 class Journal:
@@ -43,7 +43,7 @@ class Journal:
         path = self.folder / ABOUT
         if path.exists():
             if path.read_text() != text:
-                before, now = json.loads(path.read_text()), json.loads(text)
+                before, now = _record(path), json.loads(text)
                 differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
                 raise JournalError(
                     f"{self.folder} is the journal of another job (it differs in {', '.join(differing)}): resume with the same "
@@ -74,9 +74,22 @@ class Journal:
         return self._path(kind, name).exists()
 
     def get(self, kind: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A layer's tensors and record."""
-        with safe_open(self._path(kind, name), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])  # noqa: SIM118
+        """A layer's tensors and record.
+
+        Raises:
+            JournalError: its file is gone or damaged.
+        """
+        path = self._path(kind, name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+                if metadata["name"] != name:
+                    raise ValueError(f"it holds {metadata['name']}")
+                return {key: file.get_tensor(key) for key in file.keys()}, json.loads(metadata["about"])  # noqa: SIM118
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise JournalError(
+                f"{path}, the file of {name}, is damaged ({error}): delete {self.folder} and begin anew"
+            ) from error
 
     def close(self, *, remove: bool) -> None:
         """Forget everything (`remove`, and always for a temporary folder) or leave the folder to resume from."""
@@ -93,3 +106,14 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close(remove=kind is None)
+
+
+def _record(path: Path) -> dict[str, Any]:
+    """What a journal says of its job."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise JournalError(f"{path} is damaged ({error}): delete {path.parent} and begin anew") from error
+    if not isinstance(found, dict):
+        raise JournalError(f"{path} holds a {type(found).__name__}, not a job: delete {path.parent} and begin anew")
+    return found

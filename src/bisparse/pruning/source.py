@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from bisparse.checkpoint.source import open_source as read_headers
+from bisparse.pruning.foreign import told
 from bisparse.pruning.statistics import CalibrationError
 
 __all__ = ["Source", "open_source", "text_batches", "token_batches"]
@@ -37,24 +41,30 @@ def open_source(name: str) -> Source:
     """Load ``module:function``, which returns a model or (model, batches), or a folder or .gguf file of transformers.
 
     Raises:
-        ValueError: no such thing; or transformers is not installed.
+        CheckpointError: the folder's files are damaged.
+        ValueError: no such thing; it cannot be loaded; or transformers is not installed.
     """
     if FUNCTION.fullmatch(name) and not Path(name).exists():
         return _call(name)
     path = Path(name)
     if not path.exists():
         raise ValueError(f"{name}: no such folder or file; a function of yours is named module:function")
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(f"{name} is a file: name the folder of the transformers model, a .gguf file, or module:function")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(f"{name} holds no config.json, which says what model it is: name a transformers model's folder")
     try:
         import transformers
     except ImportError as error:
         raise ValueError(f"{name}: loading it needs transformers; pip install 'bisparse[transformers]'") from error
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
-    config = transformers.AutoConfig.from_pretrained(folder, **options)
-    architecture = (config.architectures or [""])[0]
-    kind = getattr(transformers, architecture, None)
-    if kind is None:
-        kind = transformers.AutoModelForCausalLM if options else transformers.AutoModel
-    model = kind.from_pretrained(folder, dtype="auto" if not options else torch.float32, **options)
+    with _loading(path, "the model"):
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        architecture = (config.architectures or [""])[0]
+        kind = getattr(transformers, architecture, None)
+        if kind is None:
+            kind = transformers.AutoModelForCausalLM if options else transformers.AutoModel
+        model = kind.from_pretrained(folder, dtype="auto" if not options else torch.float32, **options)
     if options:
         # Weights are plain numbers once they are loaded; the record of their packed form would confuse whoever saves them.
         for attribute in ("hf_quantizer", "quantization_method"):
@@ -63,7 +73,23 @@ def open_source(name: str) -> Source:
         model.is_quantized = False
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-    return Source(model.eval(), transformers.AutoTokenizer.from_pretrained(folder, **options))
+    with _loading(path, "the tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    return Source(model.eval(), tokenizer)
+
+
+@contextmanager
+def _loading(path: Path, what: str) -> Iterator[None]:
+    """While open, errors name the path: transformers raises many kinds, and few of them say which file they are about."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if path.is_dir():
+            # Our own reader tells which file is damaged, and how.
+            read_headers(path)
+        raise ValueError(f"{path}: transformers cannot load {what}: {told(error)}") from error
 
 
 def _call(name: str) -> Source:
@@ -72,18 +98,61 @@ def _call(name: str) -> Source:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        module = importlib.import_module(module_name)
+        with _yours(f"{name}: importing {module_name} failed"):
+            module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(f"{name}: there is no module {error.name!r} to import") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"{name}: {module_name} has no function {function_name!r}")
-    made = function()
+    _check_needs_nothing(name, function)
+    with _yours(f"{name}() failed"):
+        made = function()
     if isinstance(made, nn.Module):
         return Source(made)
-    if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module) and isinstance(made[1], Iterable):
-        return Source(made[0], batches=list(made[1]))
-    raise ValueError(f"{name}() must return a model, or a model and its calibration batches, not {type(made).__name__}")
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise ValueError(f"{name}() must return a model, or a model and its calibration batches, not {_described(made)}")
+    model, batches = made
+    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
+        # Most of these can be iterated over, but not into what was meant: rows, keys, letters.
+        raise ValueError(
+            f"{name}() must return a model and its calibration batches, an iterable such as a list or a DataLoader, not "
+            f"{_described(batches)}; a single batch is returned as [batch]"
+        )
+    with _yours(f"{name}(): reading its calibration batches failed"):
+        return Source(model, batches=list(batches))
+
+
+@contextmanager
+def _yours(doing: str) -> Iterator[None]:
+    """While open, errors of the user's own code are told in a line, whatever they are."""
+    try:
+        yield
+    except (MemoryError, ModuleNotFoundError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{doing}: {told(error)}") from error
+
+
+def _check_needs_nothing(name: str, function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        # Some of those written in C tell nothing.
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise ValueError(
+            f"{name} is called without arguments, but its own are {signature}: give them defaults, or name a function without any"
+        ) from error
+
+
+def _described(made: Any) -> str:
+    kind = type(made).__name__
+    if isinstance(made, tuple):
+        return f"a tuple of {', '.join(type(one).__name__ for one in made)}" if made else "an empty tuple"
+    return f"{kind} of shape {tuple(made.shape)}" if isinstance(made, Tensor) else kind
 
 
 def token_batches(
@@ -112,9 +181,12 @@ def text_batches(
     """Calibration batches from a text file: one running text for causal models, a sample a line for others.
 
     Raises:
-        CalibrationError: the file is empty or too short.
+        CalibrationError: the file is empty, too short, or no text.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is no UTF-8 text to calibrate on ({error})") from error
     if causal:
         ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
         return token_batches(ids, sequences=sequences, length=length, batch_size=batch_size)

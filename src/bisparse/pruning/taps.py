@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.layers import Layer
+from bisparse.pruning.foreign import told
 from bisparse.pruning.statistics import CalibrationError
 from bisparse.tiles import LayoutKind
 
-__all__ = ["LAST_PART", "EnoughSeen", "Seen", "call_model", "observed", "token_mask"]
+__all__ = ["LAST_PART", "EnoughSeen", "Seen", "call_model", "observed", "taking_in", "token_mask"]
 
 Seen = Callable[[Layer, Tensor, int | None], None]
 """Called with a layer, its input, and which part of a packed projection the input belongs to (None: all of it)."""
@@ -26,33 +27,42 @@ class EnoughSeen(Exception):
     """Stops a forward pass whose remaining layers nobody asked about."""
 
 
-NOT_A_BATCH = (TypeError, ValueError, RuntimeError, IndexError, KeyError, AttributeError)
-
-
 def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None, index: int = 0) -> Any:
     """Run the model on one batch: ``forward(model, batch)``, or a mapping by keyword, a tuple or list by position, else as one.
 
     Raises:
         CalibrationError: the model does not take the batch.
     """
+    ways = (
+        "Batches are passed as model(**batch), model(*batch) or model(batch); pass forward=lambda model, batch: ... for anything "
+        "else, such as (inputs, labels) pairs"
+    )
+    with taking_in(batch, index, f"the model {type(model).__name__}", ways), _without_cache(model):
+        if forward is not None:
+            return forward(model, batch)
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            return model(*batch)
+        return model(batch)
+
+
+@contextmanager
+def taking_in(batch: Any, index: int, taker: str, remedy: str = "") -> Iterator[None]:
+    """While open, whatever goes wrong is told as a batch that does not fit `taker`: a model may raise anything.
+
+    Raises:
+        CalibrationError: something went wrong.
+    """
     try:
-        with _without_cache(model):
-            if forward is not None:
-                return forward(model, batch)
-            if isinstance(batch, Mapping):
-                return model(**batch)
-            if isinstance(batch, tuple | list):
-                return model(*batch)
-            return model(batch)
-    except CalibrationError:
+        yield
+    except (CalibrationError, EnoughSeen, ImportError, MemoryError):
+        # These say what they are; none of them is the batch's fault.
         raise
-    except NOT_A_BATCH as error:
+    except Exception as error:
         described = {key: _describe(value) for key, value in batch.items()} if isinstance(batch, Mapping) else _describe(batch)
-        raise CalibrationError(
-            f"calibration batch {index} ({described}) does not fit the model {type(model).__name__}: {error}. Batches are passed "
-            "as model(**batch), model(*batch) or model(batch); pass forward=lambda model, batch: ... for anything else, "
-            "such as (inputs, labels) pairs"
-        ) from error
+        problem = f"calibration batch {index} ({described}) does not fit {taker}: {told(error)}"
+        raise CalibrationError(f"{problem}. {remedy}" if remedy else problem) from error
 
 
 @contextmanager

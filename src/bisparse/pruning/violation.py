@@ -3,6 +3,8 @@
     v_w = share of the kept weights (or of their score) that the best mask of the pattern must drop
     v_b = share of the pattern's groups that keep too many
 
+Both are compared with what random masks give: unstructured ones of the same density, and ones of the N:M that the mask obeys.
+
 Source: Hubara et al., NeurIPS 2021, arXiv 2102.08124, section 5: conversion without training works for small violation.
 """
 
@@ -13,17 +15,31 @@ from dataclasses import dataclass
 from math import comb
 
 import torch
-from jaxtyping import Bool, Real, Shaped
+from jaxtyping import Bool, Int, Real, Shaped
 from torch import Tensor
 
-from bisparse.pattern import Pattern, Structure, parse_pattern
+from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern, row_groups
 from bisparse.solution import verify
 from bisparse.solve import solve
 from bisparse.tiles import Layout, default_layout, to_matrices
 
-__all__ = ["PatternViolation", "predicted_violation", "sparsest_pattern", "violation"]
+__all__ = [
+    "CONFIDENCE",
+    "PatternViolation",
+    "kept_counts",
+    "predicted_violation",
+    "sparsest_for",
+    "sparsest_pattern",
+    "violation",
+]
 
 SIMULATED_TILES = 256
+CONFIDENCE = 0.95
+"""Share of groups that have to fit a pattern for it to be proposed."""
+ORIGINS = (2, 4, 8, 16, 32, 64)
+"""Group sizes M that a mask is looked at for."""
+FULL = 0.98
+"""A mask that keeps this share of what an N:M allows, and obeys it, is one of that N:M."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +51,16 @@ class PatternViolation:
     """v_w: share of what the mask keeps (of its score, where scores were given) that the pattern must drop."""
     blocks: float
     """v_b: share of the pattern's groups, of W and of W^T where it is transposable, that keep too many."""
-    predicted_weights: float
-    """v_w of a random unstructured mask of the same density."""
-    predicted_blocks: float
-    """v_b of a random unstructured mask of the same density."""
+    predicted_weights: float | None
+    """v_w of a random unstructured mask of the same density; None where the pattern is unstructured too."""
+    predicted_blocks: float | None
+    """v_b of a random unstructured mask of the same density; None where the pattern is unstructured too."""
+    origin: Pattern | None = None
+    """The N:M that the mask obeys and fills, of the smallest M; None where there is none."""
+    origin_weights: float | None = None
+    """v_w of a random mask of `origin`."""
+    origin_blocks: float | None = None
+    """v_b of a random mask of `origin`."""
 
 
 def violation(
@@ -52,7 +74,7 @@ def violation(
 
     Args:
         mask: bool, or a weight whose non-zeros are the mask.
-        pattern: where to go; a `Pattern`, plain or transposable.
+        pattern: where to go. At an unstructured one v_w is what is kept beyond its density, and no chance is involved.
         scores: what each weight is worth; by default every kept weight counts the same.
 
     >>> mask = torch.tensor([[True, True, True, False], [False, True, True, False]])
@@ -69,16 +91,35 @@ def violation(
     lost = 1 - solution.value / total if total > 0 else 0.0
     found = verify(kept, pattern, layout=layout)
     density = float(kept.double().mean()) if kept.numel() else 0.0
-    predicted = predicted_violation(density, pattern)
-    return PatternViolation(pattern, max(0.0, lost), found.violations / max(1, found.groups), *predicted)
+    blocks = found.violations / max(1, found.groups)
+    origin = _origin(kept, layout, density)
+    if isinstance(pattern, Unstructured):
+        return PatternViolation(pattern, max(0.0, lost), blocks, None, None, origin)
+    chance = predicted_violation(density, pattern)
+    if origin is None:
+        return PatternViolation(pattern, max(0.0, lost), blocks, *chance)
+    return PatternViolation(pattern, max(0.0, lost), blocks, *chance, origin, *predicted_violation(origin, pattern))
+
+
+def _origin(kept: Bool[Tensor, "..."], layout: Layout, density: float) -> Pattern | None:
+    if not 0 < density < 1:
+        return None
+    _, rows, columns = to_matrices(kept, layout).shape
+    for m in (size for size in ORIGINS if columns % size == 0):
+        most = int(kept_counts(kept, m, layout=layout).nonzero().max())
+        if most < m and density >= FULL * most / m:
+            both = int(kept_counts(kept, m, transposable=True, layout=layout).nonzero().max())
+            return Pattern(most, m, transposable=both == most and rows % m == 0)
+    return None
 
 
 def predicted_violation(origin: float | str | Structure, pattern: str | Structure) -> tuple[float, float]:
-    """(v_w, v_b) that chance gives: for random masks of a density, or random masks that obey a plain N:M.
+    """(v_w, v_b) that chance gives: for random masks of a density, or random masks that obey an N:M.
 
     With Z = M - N zeros needed and every weight pruned with probability p, a group fits with probability
     ``sum over i >= Z of C(M, i) p^i (1-p)^(M-i)``; from an N:M mask the counts are hypergeometric. For a transposable
-    pattern v_w has no closed form and is that of random tiles (seeded, solved exactly).
+    pattern v_w has no closed form and is that of random tiles (seeded, solved exactly), as both are for a paired or
+    sequential one.
 
     >>> [round(share, 4) for share in predicted_violation(0.5, "2:4")]  # density 0.5
     [0.1875, 0.3125]
@@ -86,19 +127,25 @@ def predicted_violation(origin: float | str | Structure, pattern: str | Structur
     [0.1286, 0.2429]
     """
     pattern = parse_pattern(pattern)
-    if not isinstance(pattern, Pattern):
+    if isinstance(pattern, Unstructured):
         raise ValueError(f"violation of {pattern} by chance is not defined: expected a pattern such as '2:4' or '4:8-T'")
     if not isinstance(origin, float | int):
         origin = parse_pattern(origin)
-        if not isinstance(origin, Pattern) or origin.transposable:
+        if not isinstance(origin, Pattern):
             origin = origin.density
+    if not isinstance(pattern, Pattern):
+        return _simulated(origin, pattern)
     chances = _count_chances(origin, pattern.m)
     over = {count: chance for count, chance in chances.items() if count > pattern.n}
     mean = sum(count * chance for count, chance in chances.items())
     blocks = sum(over.values())
     weights = sum((count - pattern.n) * chance for count, chance in over.items()) / mean if mean else 0.0
-    if pattern.transposable and blocks > 0:
-        weights = _simulated(mean / pattern.m, pattern)
+    if pattern.transposable:
+        # Along the columns, rows that obey a plain N:M are independent of each other.
+        plain = isinstance(origin, Pattern) and not origin.transposable
+        columns = _count_chances(origin.density, pattern.m) if plain and isinstance(origin, Pattern) else chances
+        blocks = (blocks + sum(chance for count, chance in columns.items() if count > pattern.n)) / 2
+        weights = _simulated(origin, pattern)[0] if blocks > 0 else 0.0
     return weights, blocks
 
 
@@ -116,19 +163,37 @@ def _count_chances(origin: float | Pattern, m: int) -> dict[int, float]:
     return {k: comb(m, k) * origin**k * (1 - origin) ** (m - k) for k in range(m + 1)}
 
 
-def _simulated(density: float, pattern: Pattern) -> float:
+def _simulated(origin: float | Pattern, pattern: Structure) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
-    side = pattern.m * math.isqrt(SIMULATED_TILES)
-    mask = torch.rand(side, side, generator=generator) < density
+    side = getattr(pattern, "m", 1) * math.isqrt(SIMULATED_TILES)
+    draws = torch.rand(side, side, generator=generator)
+    mask = solve(draws, origin).mask if isinstance(origin, Pattern) else draws < origin
     total = float(mask.sum())
-    return 1 - solve(mask.float(), pattern).value / total if total else 0.0
+    found = verify(mask, pattern)
+    return 1 - solve(mask.float(), pattern).value / total if total else 0.0, found.violations / found.groups
+
+
+def kept_counts(
+    kept: Bool[Tensor, "..."], m: int, *, transposable: bool = False, layout: Layout | None = None
+) -> Int[Tensor, " M+1"]:
+    """How many groups of `m` keep 0, 1, ..., m; of W and, if transposable, of W^T."""
+    matrices = to_matrices(kept, layout or default_layout(kept.ndim))
+    sides = [matrices, matrices.transpose(1, 2)] if transposable else [matrices]
+    return torch.stack([row_groups(side, m).sum(-1).flatten().bincount(minlength=m + 1) for side in sides]).sum(0)
+
+
+def sparsest_for(counts: Int[Tensor, " M+1"], confidence: float = CONFIDENCE, *, transposable: bool = False) -> Pattern | None:
+    """The sparsest N:M that at least a share `confidence` of the groups fit, of which `kept_counts` has told; None: no N < M."""
+    total, fitting = int(counts.sum()), counts.cumsum(0).tolist()
+    m = len(fitting) - 1
+    return next((Pattern(n, m, transposable) for n in range(1, m) if total and fitting[n] >= confidence * total), None)
 
 
 def sparsest_pattern(
     zeros: float | Shaped[Tensor, "..."],
     m: int,
     *,
-    confidence: float = 0.95,
+    confidence: float = CONFIDENCE,
     transposable: bool = False,
     layout: Layout | None = None,
 ) -> Pattern | None:
@@ -146,16 +211,11 @@ def sparsest_pattern(
     """
     if not 0 < confidence <= 1:
         raise ValueError(f"confidence={confidence!r}: expected a share above 0 and at most 1")
+    if isinstance(zeros, Tensor):
+        kept = zeros if zeros.dtype == torch.bool else zeros != 0
+        return sparsest_for(kept_counts(kept, m, transposable=transposable, layout=layout), confidence, transposable=transposable)
+    chances = _count_chances(1 - float(zeros), m)
     for n in range(1, m):
-        pattern = Pattern(n, m, transposable)
-        if isinstance(zeros, Tensor):
-            kept = zeros if zeros.dtype == torch.bool else zeros != 0
-            own = layout or default_layout(kept.ndim)
-            matrices = to_matrices(kept, own)
-            sides = [matrices, matrices.transpose(1, 2)] if transposable else [matrices]
-            fits = 1 - float(torch.cat([pattern.row_violations(side).flatten() for side in sides]).double().mean())
-        else:
-            fits = sum(chance for count, chance in _count_chances(1 - float(zeros), m).items() if count <= n)
-        if fits >= confidence:
-            return pattern
+        if sum(chance for count, chance in chances.items() if count <= n) >= confidence:
+            return Pattern(n, m, transposable)
     return None

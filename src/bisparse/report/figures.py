@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from bisparse.checkpoint import CheckpointError, SampleTile, Sidecar, read_sidecar
 from bisparse.checkpoint.naming import StoredLayer
 from bisparse.checkpoint.source import Source, open_source
+from bisparse.checkpoint.streaming import bands
 from bisparse.checkpoint.tensor import StoredTensor
 from bisparse.checkpoint.verify import verify_stored
 from bisparse.pattern import Pattern, Structure, parse_pattern
+from bisparse.pruning.violation import kept_counts, sparsest_for
 from bisparse.results import LayerResult, PruneReport
 from bisparse.solution import Verification
 
@@ -23,6 +28,8 @@ Progress = Callable[[str, int, int], None]
 
 PIECE = 1 << 21
 """Weights compared at a time."""
+FITTING_M = 8
+"""The M at which layers of an unstructured pattern are looked at."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +92,8 @@ class LayerFigures:
     columns: Side | None
     """W^T at the same N:M, whether or not the pattern asks for it; None where the structure has no transpose."""
     change: Change | None
+    fits: Pattern | None = None
+    """The sparsest N:M, of its pattern's M and transposable like it, that 95 % of the weight's groups fit."""
 
     @property
     def holds(self) -> bool:
@@ -92,6 +101,12 @@ class LayerFigures:
         structure = parse_pattern(self.result.pattern)
         asked = isinstance(structure, Pattern) and structure.transposable
         return not self.rows.violations and not (asked and self.columns is not None and self.columns.violations)
+
+    def as_dict(self) -> dict[str, Any]:
+        """What was written down about the layer and what was found, as JSON knows values."""
+        found = {"holds": self.holds, "fits": None if self.fits is None else str(self.fits)}
+        change = None if self.change is None else {"weight_error": self.change.error, "altered": self.change.altered}
+        return {**asdict(self.result), **found, **(change or {})}
 
 
 @dataclass(frozen=True)
@@ -174,7 +189,7 @@ def read_figures(folder: str | Path, against: str | Path | None = None, progress
             progress(layer.name, done, total)
         tensor = _stored(pruned, layer)
         change = None if dense is None else _change(tensor, _stored(dense, layer))
-        layers.append(LayerFigures(layer, *_verify(tensor, layer), change))
+        layers.append(LayerFigures(layer, *_verify(tensor, layer), change, _fits(tensor, layer)))
         done += tensor.nbytes
     if progress:
         progress("", total, total)
@@ -211,6 +226,16 @@ def _verify(tensor: StoredTensor, layer: LayerResult) -> tuple[Side, Side | None
     violations = all_groups.violations - rows.violations
     first = str(all_groups.first) if violations and not rows.violations else f"{layer.name}: W^T" if violations else ""
     return _side(rows), Side(all_groups.groups - rows.groups, violations, first)
+
+
+def _fits(tensor: StoredTensor, layer: LayerResult) -> Pattern | None:
+    structure = parse_pattern(layer.pattern)
+    m = getattr(structure, "m", FITTING_M)
+    transposable = isinstance(structure, Pattern) and structure.transposable
+    counts = torch.zeros(m + 1, dtype=torch.int64)
+    for band in bands(tensor, layer.layout, m):
+        counts += kept_counts(band.weight != 0, m, transposable=transposable, layout=band.layout)
+    return sparsest_for(counts, transposable=transposable)
 
 
 def _side(verification: Verification) -> Side:

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bisparse.diversity import Hardware, MaskDiversity, hardware, mask_diversity
-from bisparse.pattern import Paired, Pattern, Sequential, Structure
+from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
+from bisparse.pruning.violation import CONFIDENCE
 from bisparse.report.drawing import chart_of_layers, picture_of_tile
-from bisparse.report.figures import Progress, PrunedFigures, read_figures
+from bisparse.report.figures import FITTING_M, Progress, PrunedFigures, read_figures
 from bisparse.report.plot import STRUCTURES, diversity_svg, retained_on_gaussian
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ class _Row:
 
 
 def write_report(
-    pruned: str | Path, output: str | Path, against: str | Path | None = None, *, progress: Progress | None = None
+    pruned: str | Path | PrunedFigures, output: str | Path, against: str | Path | None = None, *, progress: Progress | None = None
 ) -> Path:
     """Write a page about a pruned checkpoint: one HTML file that needs no network.
 
@@ -72,7 +73,7 @@ def write_report(
     what was left dense and why, and what the structure means for masks and hardware.
 
     Args:
-        pruned: a folder with a `bisparse.json`.
+        pruned: a folder with a `bisparse.json`, or what `read_figures` has found in it.
         output: the HTML file; replaced if it is there.
         against: the dense checkpoint; adds the change of each layer's weights.
         progress: called with the layer's name, the bytes read so far and those there are.
@@ -83,7 +84,7 @@ def write_report(
         ValueError: the output is a folder.
     """
     environment = _environment()
-    figures = read_figures(pruned, against, progress)
+    figures = pruned if isinstance(pruned, PrunedFigures) else read_figures(pruned, against, progress)
     report, structure = figures.report, figures.structure
     gaussian = retained_on_gaussian(structure)
     pictures = [
@@ -101,6 +102,9 @@ def write_report(
         mixed=len({layer.pattern for layer in report}) > 1,
         has_output_error=any(layer.error is not None for layer in report),
         has_violation=any(layer.violated_blocks is not None for layer in report),
+        unstructured=any(isinstance(parse_pattern(layer.pattern), Unstructured) for layer in report),
+        fitting_m=FITTING_M,
+        confidence=CONFIDENCE,
         has_damping=any(layer.damping is not None for layer in report),
         hero=pictures[len(pictures) // 2] if pictures else None,
         pictures=pictures,

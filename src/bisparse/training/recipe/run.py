@@ -73,14 +73,14 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
 
     Raises:
         RecipeError: the folder holds the run of another recipe, or the data are not there.
-        RunError: the loss, a gradient or a weight is no finite number any more, or the checkpoint is damaged.
+        RunError: the loss, a gradient or a weight is no finite number any more, or the checkpoint or the outcome is damaged.
     """
     folder = Path(folder)
     own = json.dumps(recipe.as_dict(), indent=2, sort_keys=True)
     if (folder / RECIPE).exists() and (folder / RECIPE).read_text(encoding="utf-8") != own:
         raise RecipeError(f"{folder} holds the run of another recipe: choose another folder, or delete this one")
     if (folder / OUTCOME).exists():
-        return Outcome(**json.loads((folder / OUTCOME).read_text(encoding="utf-8")))
+        return _outcome(folder / OUTCOME)
     threads = torch.get_num_threads()
     torch.set_num_threads(recipe.training.threads)
     try:
@@ -92,6 +92,16 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
         return run.go(progress, stop_after)
     finally:
         torch.set_num_threads(threads)
+
+
+def _outcome(path: Path) -> Outcome:
+    """What a finished run has written."""
+    try:
+        return Outcome(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise RunError(
+            f"{path} is damaged ({error}): delete it, and the same command goes on from the last checkpoint"
+        ) from error
 
 
 class _Run:
