@@ -24,9 +24,10 @@ from tqdm.auto import tqdm
 from bisparse.layers import Layer
 from bisparse.pruning.chain import Chain, dense_copy, find_chains
 from bisparse.pruning.chain_run import ChainRun, FinishedBlock
+from bisparse.pruning.moments import Moments
 from bisparse.pruning.ranks import Ranks
 from bisparse.pruning.reduction import positions
-from bisparse.pruning.statistics import CalibrationError, Moments, Statistic, Statistics, reading_of
+from bisparse.pruning.statistics import CalibrationError, Statistic, Statistics, reading_of
 from bisparse.pruning.taps import LAST_PART, EnoughSeen, Seen, call_model, observed, token_mask
 from bisparse.tiles import to_matrices
 
