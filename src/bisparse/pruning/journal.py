@@ -1,6 +1,7 @@
 """A journal of what is being done to a model: originals to go back to, and finished layers to resume from.
 
-One safetensors file a layer, in a folder. A file appears whole or not at all: it is written under another name and renamed.
+One safetensors file a layer, in a folder. A file appears whole or not at all: it is written under another name and renamed. Each
+says whose it is and of which job: one that was damaged, or copied from elsewhere, is refused.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -24,7 +25,7 @@ ABOUT = "about.json"
 
 
 class JournalError(ValueError):
-    """The folder holds the journal of another job."""
+    """The folder holds the journal of another job, or a damaged one."""
 
 
 class Journal:
@@ -40,10 +41,12 @@ class Journal:
         self.folder = Path(self._temporary.name if self._temporary else str(folder))
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(about, sort_keys=True, indent=1)
+        self._job = hashlib.sha256(text.encode()).hexdigest()
+        self._held: dict[tuple[str, str], Any] = {}
         path = self.folder / ABOUT
         if path.exists():
             if path.read_text() != text:
-                before, now = json.loads(path.read_text()), json.loads(text)
+                before, now = self._about(path), json.loads(text)
                 differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
                 raise JournalError(
                     f"{self.folder} is the journal of another job (it differs in {', '.join(differing)}): resume with the same "
@@ -53,6 +56,15 @@ class Journal:
             if any(self.folder.iterdir()):
                 raise JournalError(f"{self.folder} is not empty and holds no journal: give a new or empty folder")
             self._write(path, lambda to: to.write_text(text))
+
+    def _about(self, path: Path) -> dict[str, Any]:
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise JournalError(f"{path} is damaged: give another folder, or delete {self.folder} to begin anew")
+        return found
 
     def _path(self, kind: str, name: str) -> Path:
         return self.folder / f"{kind}-{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
@@ -66,7 +78,7 @@ class Journal:
     def put(self, kind: str, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
         """Write a layer's tensors and a small record that fits JSON."""
         held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
-        metadata = {"name": name, "about": json.dumps(about or {})}
+        metadata = {"name": name, "job": self._job, "about": json.dumps(about or {})}
         self._write(self._path(kind, name), lambda to: save_file(held, to, metadata=metadata))
 
     def has(self, kind: str, name: str) -> bool:
@@ -74,12 +86,46 @@ class Journal:
         return self._path(kind, name).exists()
 
     def get(self, kind: str, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A layer's tensors and record."""
-        with safe_open(self._path(kind, name), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])  # noqa: SIM118
+        """A layer's tensors and record.
+
+        Raises:
+            JournalError: the file is missing or damaged, or was written for another layer or by another job.
+        """
+        return self._read(self._open(kind, name))
+
+    def hold(self, kind: str, name: str) -> None:
+        """Keep a layer's file mapped: `held` finds what it holds even when the file is gone. Costs no memory until it is read.
+
+        Raises:
+            JournalError: as for `get`.
+        """
+        self._held[kind, name] = self._open(kind, name)
+
+    def held(self, kind: str, name: str) -> dict[str, Tensor]:
+        """The tensors of a layer whose file is on hold."""
+        return self._read(self._held[kind, name])[0]
+
+    @staticmethod
+    def _read(file: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])  # noqa: SIM118
+
+    def _open(self, kind: str, name: str) -> Any:
+        path = self._path(kind, name)
+        advice = f"delete {path.name} to have {name} done again, or all of {self.folder} to begin anew"
+        try:
+            file: Any = safe_open(path, framework="pt")
+            metadata = file.metadata() or {}
+        except (OSError, SafetensorError) as error:
+            raise JournalError(f"{path}, which the journal has for {name}, is missing or damaged ({error}): {advice}") from error
+        if metadata.get("name") != name or metadata.get("job") != self._job:
+            whose = f"of {metadata.get('name')!r}" if metadata.get("name") != name else "of another job"
+            raise JournalError(f"{path} should hold what was done to {name}, but is {whose}: {advice}")
+        return file
 
     def close(self, *, remove: bool) -> None:
         """Forget everything (`remove`, and always for a temporary folder) or leave the folder to resume from."""
+        # Some systems do not delete a file that is mapped.
+        self._held.clear()
         if self._temporary is not None:
             self._temporary.cleanup()
         elif remove:

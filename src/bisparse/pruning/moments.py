@@ -190,7 +190,7 @@ class Moments:
                     (own[f"{mean}/{part}"] - self._means[f"{mean}/{part}"]) * weights[f"weight/{part}"].sqrt()
                     for mean in ABOUT[name]
                 )
-                one += left.to(one.dtype)[:, :, None] * right.to(one.dtype)[:, None, :]
+                one.addcmul_(left.to(one.dtype)[:, :, None], right.to(one.dtype)[:, None, :])
         ranks.sum_(self._sums)
 
     @property

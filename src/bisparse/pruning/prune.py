@@ -20,7 +20,7 @@ from bisparse.pruning.bias import bias_of, norms_after
 from bisparse.pruning.block_reconstruction import BlockFit, BlockReconstruction
 from bisparse.pruning.calibrate import Order, Walk, calibrate
 from bisparse.pruning.chain_run import FinishedBlock
-from bisparse.pruning.journal import Journal
+from bisparse.pruning.journal import Journal, JournalError
 from bisparse.pruning.layerwise import Change, apply_, plan, prune_layer
 from bisparse.pruning.magnitude import Magnitude
 from bisparse.pruning.method import Method
@@ -191,6 +191,8 @@ def prune_layers_(
             return journal.get("dense", name)[0][key]
 
         def touch(layer: Layer) -> None:
+            # Held before anything is changed: going back must not depend on what becomes of the folder.
+            journal.hold("dense", layer.name)
             touched.append(layer)
             changed.update({id(live): (layer.name, key) for key, live in _live(layer, norms).items()})
 
@@ -200,11 +202,14 @@ def prune_layers_(
 
         try:
             journals = ranks.all({layer.name for layer, _, _ in jobs if journal.has("done", layer.name)})
-            for layer, _, _ in jobs:
-                if all(layer.name in names for names in journals):
-                    results[layer.name] = _result_from(journal.get("done", layer.name)[1])
-                    if order == "sequential":
-                        commit(layer)
+            # All of the journal is looked at before any of the model is changed.
+            resumed = [layer for layer, _, _ in jobs if all(layer.name in names for names in journals)]
+            for layer in resumed:
+                results[layer.name] = _resumed(layer, journal, norms)
+            ranks.all(None)
+            if order == "sequential":
+                for layer in resumed:
+                    commit(layer)
             stages = calibrate(
                 model,
                 [layer for layer, _, _ in jobs],
@@ -256,7 +261,7 @@ def prune_layers_(
         except BaseException as error:
             # KeyboardInterrupt included: the model is handed back as it was.
             for layer in touched:
-                _write_(layer, journal.get("dense", layer.name)[0], norms)
+                _write_(layer, journal.held("dense", layer.name), norms)
             ranks.fail(error)
             raise
     unreached = [Skipped(name, _why_unreached(by_name[name][0])) for name in walk.unreached]
@@ -367,6 +372,24 @@ def _write_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.
     with torch.no_grad():
         for key, live in _live(layer, norms).items():
             live.copy_(tensors[key])
+
+
+def _resumed(layer: Layer, journal: Journal, norms: Mapping[str, nn.Module]) -> LayerResult:
+    """What an interrupted job has made of a layer that is still as it was.
+
+    Raises:
+        JournalError: it does not fit the layer, or its file is damaged.
+    """
+    live = _live(layer, norms)
+    tensors, result = journal.get("done", layer.name)
+    kinds, expected = ({key: (one.shape, one.dtype) for key, one in group.items()} for group in (tensors, live))
+    if kinds != expected:
+        raise JournalError(
+            f"{layer.name}: {journal.folder} holds {kinds} for it, and the layer is {expected}; begin a new journal"
+        )
+    # As the model has it: whatever became of the file that the interrupted job wrote.
+    journal.put("dense", layer.name, live)
+    return _result_from(result)
 
 
 def _result_from(saved: dict[str, Any]) -> LayerResult:
