@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-__all__ = ["Journal", "JournalError"]
+__all__ = ["Journal", "JournalError", "remove_journal"]
 
 ABOUT = "about.json"
 
@@ -34,14 +34,16 @@ class Journal:
     Args:
         folder: kept after an interruption, so that the same job resumes from it; None: a temporary folder.
         about: what the job is; a journal that was begun with something else is refused.
+        keep: leave the folder at the end of a job that succeeds, too.
     """
 
-    def __init__(self, folder: str | Path | None, about: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path | None, about: Mapping[str, Any], *, keep: bool = False) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="bisparse-") if folder is None else None
         self.folder = Path(self._temporary.name if self._temporary else str(folder))
         self.folder.mkdir(parents=True, exist_ok=True)
         text = json.dumps(about, sort_keys=True, indent=1)
         self._job = hashlib.sha256(text.encode()).hexdigest()
+        self._keep = keep
         self._held: dict[tuple[str, str], Any] = {}
         path = self.folder / ABOUT
         if path.exists():
@@ -129,13 +131,24 @@ class Journal:
         if self._temporary is not None:
             self._temporary.cleanup()
         elif remove:
-            for path in [*self.folder.glob("*.safetensors"), *self.folder.glob("*.part"), self.folder / ABOUT]:
-                path.unlink(missing_ok=True)
-            if not any(self.folder.iterdir()):
-                self.folder.rmdir()
+            _remove(self.folder)
 
     def __enter__(self) -> Journal:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close(remove=kind is None)
+        self.close(remove=kind is None and not self._keep)
+
+
+def remove_journal(folder: str | Path) -> None:
+    """Remove the journal of a job that was to keep it, those of its ranks included; what else is in the folder stays."""
+    for one in [*Path(folder).glob("rank-*-of-*"), Path(folder)]:
+        if (one / ABOUT).exists() or (one.is_dir() and not any(one.iterdir())):
+            _remove(one)
+
+
+def _remove(folder: Path) -> None:
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.part"), folder / ABOUT]:
+        path.unlink(missing_ok=True)
+    if not any(folder.iterdir()):
+        folder.rmdir()
