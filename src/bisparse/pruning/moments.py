@@ -29,6 +29,7 @@ ABOUT = {
     "dense_covariance": ("dense_mean", "dense_mean"),
 }
 """The means that the factors of each second moment are about."""
+DENSE = frozenset({"cross_covariance", "dense_covariance", "dense_mean"})
 HEAVY = 32.0
 """Columns of more than this many times the usual energy count as if they had that much."""
 SPLIT_COLUMNS = 512
@@ -80,6 +81,8 @@ class Moments:
         # Total weights (G, 1) and means (G, K).
         self._means: dict[str, Tensor] = {}
         self._inputs: list[Tensor] = []
+        self._paired: bool | None = None
+        """Whether all inputs so far came with the dense network's; None: there were no inputs yet."""
 
     def add(
         self,
@@ -90,6 +93,9 @@ class Moments:
     ) -> None:
         """Take in one batch of inputs, and the dense network's inputs of the same batch where "cross" is needed.
 
+        Where tokens are routed, the two networks may send a layer different ones, which cannot be compared: a layer that was
+        ever handed as many as the dense one was not, is measured without "cross".
+
         Raises:
             CalibrationError: the inputs are not finite.
         """
@@ -99,10 +105,14 @@ class Moments:
                 f"{self.layer.name}: an input of shape {tuple(inputs.shape)} and dtype {inputs.dtype} holds NaN or infinite "
                 "numbers; check the calibration data and the weights before this layer, or run the model in bfloat16 or float32"
             )
+        paired = dense_inputs is not None and dense_inputs.shape == inputs.shape and self._paired is not False
+        if self._paired and not paired:
+            self._forget_dense()
+        self._paired = paired
         if Statistic.INPUTS in self.needs:
             self._inputs.append(inputs.cpu())
         with full_precision(inputs.device):
-            dense = None if dense_inputs is None else input_columns(self.layer, dense_inputs.detach(), keep)
+            dense = None if dense_inputs is None or not paired else input_columns(self.layer, dense_inputs.detach(), keep)
             for x in input_columns(self.layer, inputs, keep):
                 z = None if dense is None else next(dense)
                 if part is None or part == 0:
@@ -170,11 +180,19 @@ class Moments:
         else:
             self._sums[key] = value
 
+    def _forget_dense(self) -> None:
+        for held in (self._sums, self._means):
+            for key in [key for key in held if key.split("/")[0] in DENSE]:
+                del held[key]
+
     def share(self, ranks: Ranks) -> None:
         """Take in what the other ranks have accumulated; raw inputs are not exchanged."""
-        self.columns = sum(ranks.all(self.columns))
         if ranks.size == 1:
             return
+        columns, paired = zip(*ranks.all((self.columns, self._paired)), strict=True)
+        self.columns = sum(columns)
+        if False in paired:
+            self._forget_dense()
         weights = {key: one for key, one in self._means.items() if key.startswith("weight/")}
         own = dict(self._means)
         self._means = {key: one.clone() if key in weights else one * weights[_weight_of(key)] for key, one in own.items()}
