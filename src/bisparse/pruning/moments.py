@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bisparse.layers import Layer
 from bisparse.pruning.ranks import Ranks
-from bisparse.pruning.statistics import CalibrationError, Statistic, Statistics, full_precision, input_columns
+from bisparse.pruning.statistics import CalibrationError, Statistic, Statistics, full_precision, input_columns, precise
 
 __all__ = ["Moments", "token_weights"]
 
@@ -126,7 +126,7 @@ class Moments:
         if Statistic.NORM in self.needs:
             self._sum("square", part, x.square().sum(1) if weights is None else (x.square() * weights).sum(1))
         before = self._means.get(f"weight/{part}")
-        self._means[f"weight/{part}"] = total.double() if before is None else before + total.double()
+        self._means[f"weight/{part}"] = precise(total) if before is None else before + precise(total)
         if not self.needs & {Statistic.MEAN, Statistic.GRAM, Statistic.CROSS}:
             return
         roots = None if weights is None else weights.sqrt()
@@ -159,7 +159,7 @@ class Moments:
         x = x - first
         second = average(x)
         x = x - second
-        mean = (first.double() + second.double())[:, 0]
+        mean = (precise(first) + precise(second))[:, 0]
         if roots is not None:
             # Both factors of each product carry the root.
             x = x * roots
@@ -167,7 +167,7 @@ class Moments:
         if before is None:
             self._means[key] = mean
             return x
-        weight = total.double()
+        weight = precise(total)
         apart = mean - self._means[key]
         self._means[key] = self._means[key] + apart * (weight / (before + weight))
         root = (before * weight / (before + weight)).sqrt()
@@ -199,7 +199,7 @@ class Moments:
         ranks.sum_(self._means)
         for key, one in self._means.items():
             if not key.startswith("weight/"):
-                one /= self._means[_weight_of(key)].clamp(min=torch.finfo(torch.float64).tiny)
+                one /= self._means[_weight_of(key)].clamp(min=torch.finfo(one.dtype).tiny)
         for key, one in self._sums.items():
             name, part = key.split("/")
             if name in ABOUT:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bisparse.pruning.statistics import CalibrationError, Statistics
+from bisparse.pruning.statistics import CalibrationError, Statistics, precise
 
 __all__ = ["Problem", "make_problem"]
 
@@ -155,8 +155,8 @@ def refitted_bias(
     """``b + W E[z] - W' E[x]``: the bias that keeps every output's mean where the dense layer has it."""
     dense_mean = mean if dense_mean is None else dense_mean
     # In float64: the difference of two large numbers where inputs have large means.
-    shift = (weight.double() @ dense_mean.double()[:, :, None] - new_weight.double() @ mean.double()[:, :, None]).flatten()
-    return (shift if bias is None else bias.double() + shift).float()
+    shift = (precise(weight) @ precise(dense_mean)[:, :, None] - precise(new_weight) @ precise(mean)[:, :, None]).flatten()
+    return (shift if bias is None else precise(bias) + shift).float()
 
 
 def support_error(problem: Problem, mask: Bool[Tensor, "G O K"]) -> float:

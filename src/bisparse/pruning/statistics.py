@@ -25,7 +25,7 @@ from torch.nn import functional
 from bisparse.layers import Layer
 from bisparse.tiles import LayoutKind
 
-__all__ = ["CalibrationError", "Statistic", "Statistics", "full_precision", "input_columns", "reading_of"]
+__all__ = ["CalibrationError", "Statistic", "Statistics", "full_precision", "input_columns", "precise", "reading_of"]
 
 
 class Statistic(StrEnum):
@@ -142,6 +142,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """In float64, where the device has it: Apple's GPUs do not."""
+    return tensor if tensor.device.type == "mps" else tensor.double()
 
 
 def input_columns(layer: Layer, inputs: Float[Tensor, "..."], keep: Bool[Tensor, "..."] | None = None) -> Iterator[Tensor]:
