@@ -63,7 +63,7 @@ def inputs_of(model: nn.Module, names: list[str], batches: list[dict[str, Tensor
 
 def by_us(method: Method, weight: Tensor, inputs: Tensor) -> tuple[Callable[[], Tensor], str]:
     measured = Statistics(
-        len(inputs), inputs.square().mean(0).sqrt()[None], inputs.mean(0)[None], (inputs.T @ inputs / len(inputs))[None]
+        len(inputs), inputs.square().mean(0).sqrt()[None], inputs.mean(0)[None], torch.cov(inputs.T, correction=0)[None]
     )
     problem = LayerProblem("layer", weight[None], Pattern(2, 4), statistics=measured)
 

@@ -12,6 +12,8 @@ from bisparse.layers import find_layers
 from bisparse.pruning import AdaPrune, CalibrationError, Statistic, Wanda, prune_
 from bisparse.pruning.calibrate import Walk, calibrate
 from bisparse.pruning.chain import find_chains
+from bisparse.pruning.discover import discover
+from bisparse.pruning.moments import Moments
 from bisparse.pruning.reduction import positions, to_rows
 from bisparse.tiles import to_matrices
 
@@ -441,3 +443,125 @@ def test_one_token_of_all_the_energy_does_not_decide_for_the_others() -> None:
     torch.testing.assert_close(found.norm[0].square(), found.gram[0].diagonal(), rtol=1e-4, atol=1e-5)
     plain = walked(nn.Sequential(nn.Linear(8, 8, bias=False)), [x], needs={Statistic.MEAN}, include="*")["0"]
     torch.testing.assert_close(plain.mean[0], flat.mean(0), rtol=1e-4, atol=1e-3)
+
+
+class Mixture(nn.Module):
+    """Tokens are sent to one of the experts, or batches are, by what their first number says."""
+
+    def __init__(self, width: int = 16, experts: int = 4, by_token: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.Identity()
+        self.experts = nn.ModuleList(
+            nn.ModuleDict({"up": nn.Linear(width, width), "gate": nn.Linear(width, width), "down": nn.Linear(width, width)})
+            for _ in range(experts)
+        )
+        self.by_token = by_token
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        key = x[:, 0] if self.by_token else x[:1, 0].expand(len(x))
+        chosen = (key.abs() * 1000).long() % len(self.experts)
+        for number in chosen.unique().tolist():
+            expert, tokens = self.experts[number], chosen == number
+            inner = x[tokens]
+            out[tokens] = expert["down"](expert["up"](inner).relu() * expert["gate"](inner))
+        return x + out
+
+
+class Routed(nn.Module):
+    def __init__(self, chained: bool, by_token: bool) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16)
+        self.blocks = nn.ModuleList(Mixture(by_token=by_token) for _ in range(3 if chained else 1))
+        self.last = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+@pytest.mark.parametrize("chained", [False, True], ids=["one block", "chain"])
+@pytest.mark.parametrize("by_token", [False, True], ids=["batches routed", "tokens routed"])
+def test_experts_that_only_later_batches_reach_are_pruned_on_what_they_see(chained: bool, by_token: bool, order: str) -> None:
+    torch.manual_seed(3)
+    model = Routed(chained, by_token).eval()
+    batches = [torch.randn(6 if by_token else 24, 16) for _ in range(40)]
+    layers, _ = find_layers(model)
+    first: set[str] = set()
+    handles = [layer.module.register_forward_pre_hook(lambda *_, name=layer.name: first.add(name)) for layer in layers]
+    with torch.no_grad():
+        model(batches[0])
+    for handle in handles:
+        handle.remove()
+    assert len(first) < len(layers)
+    report = prune_(model, "2:4", AdaPrune(), batches, order=order)
+    assert sorted(layer.name for layer in report) == sorted(layer.name for layer in layers)
+    assert not report.left_dense
+    assert all(layer.error <= layer.error_before * (1 + 1e-3) for layer in report)
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["one block", "chain"])
+@pytest.mark.parametrize("by_token", [False, True], ids=["batches routed", "tokens routed"])
+def test_statistics_of_routed_experts_are_those_of_their_own_tokens(chained: bool, by_token: bool) -> None:
+    torch.manual_seed(4)
+    model = Routed(chained, by_token).eval()
+    batches = [torch.randn(6 if by_token else 24, 16) for _ in range(40)]
+    layers, _ = find_layers(model)
+    assert bool(find_chains(model, layers, discover(model, layers, batches, None)[1], batches[0], None)) is chained
+    order = []
+    for stage in calibrate(model, layers, batches, ALL | {Statistic.CROSS}, progress=False):
+        for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
+            order.append(layer.name)
+            torch.testing.assert_close(statistics.gram[0], sequential_oracle(model, batches, layer.name), rtol=1e-4, atol=1e-4)
+        for layer in stage.layers:
+            with torch.no_grad():
+                layer.weight.mul_((torch.rand_like(layer.weight) < 0.7).float())
+    assert order[0] == "first" and order[-1] == "last" and len(order) == len(layers)
+    for number in range(4):
+        names = [f"blocks.0.experts.{number}.{name}" for name in ("up", "gate", "down")]
+        assert sorted(map(order.index, names)) == list(map(order.index, names))
+
+
+def test_every_batch_is_looked_at_only_while_layers_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batches = Chained(), [torch.randn(4, 8) for _ in range(5)]
+    layers, _ = find_layers(model)
+    assert discover(model, layers, batches, None)[2] == 1
+    model.unused = nn.Linear(8, 8)
+    layers, _ = find_layers(model)
+    stages, calls, forwards = discover(model, layers, batches, None)
+    assert forwards == 5 and "unused" not in calls and len(calls) == len(layers) - 1
+    assert stages[0][0].name == "first"
+
+
+def test_a_layer_that_only_held_out_batches_reach_is_pruned() -> None:
+    class Rare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.usual, self.rare = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, rare: bool) -> Tensor:
+            return self.rare(x) if rare else self.usual(x)
+
+    model = Rare()
+    report = prune_(model, "2:4", AdaPrune(), [(torch.randn(9, 8), number == 4) for number in range(5)])
+    assert [layer.name for layer in report] == ["usual", "rare"] and not report.left_dense
+    assert "too little data to hold any out" in report["rare"].note
+
+
+def test_inputs_of_other_tokens_than_the_dense_networks_are_not_compared_with_them() -> None:
+    layer = find_layers(nn.Sequential(nn.Linear(8, 8)))[0][0]
+    pairs = [
+        (torch.randn(5, 8), torch.randn(5, 8)),
+        (torch.randn(4, 8), torch.randn(6, 8)),
+        (torch.randn(3, 8), torch.randn(3, 8)),
+    ]
+    moments = Moments(layer, ALL | {Statistic.CROSS})
+    for x, z in pairs:
+        moments.add(x, z)
+    found = moments.statistics()
+    x = torch.cat([x for x, _ in pairs])
+    assert found.cross is None and found.dense_mean is None and found.columns == 12
+    torch.testing.assert_close(found.gram[0], x.T @ x / 12)

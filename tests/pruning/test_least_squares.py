@@ -21,9 +21,16 @@ def correlated(tokens: int, inputs: int, mean: float = 0.0) -> Tensor:
 
 
 def moments(x: Tensor, z: Tensor | None = None) -> Statistics:
-    n = len(x)
-    more = {} if z is None else {"cross": (z.T @ x / n)[None], "dense_gram": (z.T @ z / n)[None], "dense_mean": z.mean(0)[None]}
-    return Statistics(n, gram=(x.T @ x / n)[None], mean=x.mean(0)[None], norm=x.square().mean(0).sqrt()[None], **more)
+    n, mean = len(x), x.mean(0)
+    more = {}
+    if z is not None:
+        about, dense = x - mean, z - z.mean(0)
+        more = {
+            "cross_covariance": (dense.T @ about / n)[None],
+            "dense_covariance": (dense.T @ dense / n)[None],
+            "dense_mean": z.mean(0)[None],
+        }
+    return Statistics(n, x.square().mean(0).sqrt()[None], mean[None], ((x - mean).T @ (x - mean) / n)[None], **more)
 
 
 def oracle(weight: Tensor, mask: Tensor, x: Tensor, z: Tensor, ridge: float, bias: bool = False) -> Tensor:
@@ -85,7 +92,7 @@ def test_it_is_never_worse_than_the_mask_alone_on_its_own_data(seed: int, dampin
 def test_the_solvers_agree_on_groups_of_a_convolution() -> None:
     grams = torch.stack([(a := correlated(80, 12)).T @ a / 80 for _ in range(3)])
     weight, mask = torch.randn(3, 6, 12), torch.rand(3, 6, 12) < 0.5
-    problem = make_problem(weight, Statistics(80, gram=grams))
+    problem = make_problem(weight, Statistics(80, mean=torch.zeros(3, 12), covariance=grams))
     one, other = (reconstruct(problem, mask, damping=0.05, method=m, tolerance=1e-6).weight for m in METHODS)
     torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 

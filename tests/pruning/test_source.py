@@ -21,6 +21,7 @@ from bisparse.layers import find_layers
 from bisparse.pruning import ALPS, AdaPrune, CalibrationError, Wanda, prune_
 from bisparse.pruning.calibrate import Walk, calibrate
 from bisparse.pruning.chain import find_chains
+from bisparse.pruning.journal import Journal, remove_journal
 from bisparse.pruning.source import open_source, text_batches, token_batches
 
 transformers = pytest.importorskip("transformers")
@@ -357,3 +358,53 @@ def test_what_stands_beside_a_model_is_written_with_it_or_not_at_all(tmp_path: P
     assert not any(tmp_path.iterdir())
     save(model, tmp_path / "out", report=report, beside=lambda folder: (folder / "tokenizer.json").write_text("{}"))
     assert (tmp_path / "out" / "tokenizer.json").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [("prune", "-p", "2:4", "--method", "adaprune"), ("convert", "--to", "2:4")], ids=lambda one: one[0]
+)
+def test_a_job_that_cannot_be_saved_goes_on_from_its_journal(
+    command: tuple[str, ...], beside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, *options = command
+    job = (name, "mine_for_tests:both", beside / "out", *options, "--resume", beside / "journal")
+
+    def fails(*_: object, **__: object) -> None:
+        raise CheckpointError(beside / "out", "could not be written: the disk is full", "free space")
+
+    with monkeypatch.context() as context:
+        context.setattr("bisparse.checkpoint.save", fails)
+        assert invoke(*job)[0] == 1
+    done = len(list((beside / "journal").glob("done-*")))
+    assert done == 2
+
+    def again(*_: object) -> None:
+        raise AssertionError("nothing is left to be pruned")
+
+    with monkeypatch.context() as context:
+        context.setattr("bisparse.pruning.prune.prune_layer", again)
+        code, report = invoke(*job)
+    assert code == 0 and len(report["layers"]) == done
+    assert (beside / "out" / "bisparse.json").exists() and not (beside / "journal").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [("prune", "-p", "2:4", "--method", "adaprune"), ("convert", "--to", "2:4")], ids=lambda one: one[0]
+)
+def test_a_target_that_cannot_be_written_is_refused_before_the_model_is_built(command: tuple[str, ...], beside: Path) -> None:
+    (beside / "file").write_text("")
+    name, *options = command
+    code, report = invoke(name, "no_such_module:both", beside / "file" / "out", *options)
+    assert code == 1 and "is a file, where a folder is needed" in report["error"]
+
+
+def test_the_journals_of_ranks_are_removed_and_nothing_else(tmp_path: Path) -> None:
+    for rank in range(2):
+        Journal(tmp_path / "j" / f"rank-{rank}-of-2", {"what": 1}, keep=True).close(remove=False)
+    (tmp_path / "j" / "thesis.tex").write_text("years of work")
+    remove_journal(tmp_path / "j")
+    assert [path.name for path in (tmp_path / "j").iterdir()] == ["thesis.tex"]
+    (tmp_path / "j" / "thesis.tex").unlink()
+    remove_journal(tmp_path / "j")
+    remove_journal(tmp_path / "j")
+    assert not (tmp_path / "j").exists()

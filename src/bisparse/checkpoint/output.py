@@ -19,7 +19,7 @@ from pathlib import Path
 
 from bisparse.checkpoint.errors import CheckpointError
 
-__all__ = ["check_room", "check_target", "output_folder", "written_here"]
+__all__ = ["check_room", "check_target", "check_writable", "output_folder", "written_here"]
 
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100
@@ -95,6 +95,24 @@ def check_target(target: Path, overwrite: bool, ours: str) -> None:
             f"was not written by bisparse (it holds no {ours})",
             "remove it yourself or choose another name; it is not replaced",
         )
+
+
+def check_writable(target: Path) -> None:
+    """Refuse a target in a place where nothing can be written, by trying it; a long job asks before it begins.
+
+    Raises:
+        CheckpointError: there is a file where a folder is needed, no permission, or no room.
+    """
+    target = Path(os.path.realpath(target))
+    existing = next(parent for parent in target.parents if os.path.lexists(parent))
+    if not existing.is_dir():
+        raise CheckpointError(existing, "is a file, where a folder is needed", f"choose another place than {target}")
+    try:
+        probe = existing / f".{target.name}.bisparse-{secrets.token_hex(4)}"
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise _explained(error, target) from error
 
 
 def _lock(folder: Path) -> int | None:

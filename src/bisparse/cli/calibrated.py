@@ -137,6 +137,7 @@ def prune_with_data(
     length: int,
     overwrite: bool,
     as_json: bool,
+    resume: Path | None,
     **options: Any,
 ) -> None:
     """Build the model, prune it and save it."""
@@ -150,16 +151,26 @@ def prune_with_data(
         raise typer.BadParameter(f"missing; {method.name} needs calibration data", param_hint="--calibration")
     started = time.perf_counter()
     with group_of_ranks() as group:
-        report = prune_(source.model, pattern, method, batches, progress=False if as_json else None, group=group, **options)
-        finish(source, target, report, overwrite, time.perf_counter() - started, as_json, group)
+        report = prune_(
+            source.model,
+            pattern,
+            method,
+            batches,
+            progress=False if as_json else None,
+            group=group,
+            resume=resume,
+            keep_journal=True,
+            **options,
+        )
+        finish(source, target, report, overwrite, time.perf_counter() - started, as_json, resume, group)
 
 
 def check_writable(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists before the model is pruned, which may take hours."""
-    from bisparse.checkpoint import SIDECAR
-    from bisparse.checkpoint.output import check_target
+    """Refuse a target that exists, or that cannot be written, before the model is pruned, which may take hours."""
+    from bisparse.checkpoint import SIDECAR, output
 
-    check_target(target, overwrite, SIDECAR)
+    output.check_target(target, overwrite, SIDECAR)
+    output.check_writable(target)
 
 
 def calibration_batches(source: Source, path: Path | None, sequences: int, length: int) -> list[Any] | None:
@@ -183,16 +194,21 @@ def finish(
     overwrite: bool,
     seconds: float,
     as_json: bool,
+    journal: Path | None,
     group: ProcessGroup | None = None,
 ) -> None:
     """Save the model, the sidecar, the masks and the tokenizer, and show what was done; of several ranks the first does."""
     from torch import distributed
 
     from bisparse.checkpoint import save
+    from bisparse.pruning import remove_journal
 
     if group is not None and distributed.get_rank(group) != 0:
         return
     save(source.model, target, report=report, overwrite=overwrite, beside=getattr(source.tokenizer, "save_pretrained", None))
+    # Only now: if saving fails, the job goes on from there.
+    if journal is not None:
+        remove_journal(journal)
     if as_json:
         print_json({"ok": True, "target": str(target), "density": report.density, "time_s": seconds, **report.as_dict()})
         return

@@ -89,7 +89,8 @@ def convert(
             reconstruction=parse_reconstruction(block_epochs, order),
             device=parse_device(device),
             resume=resume,
+            keep_journal=True,
             progress=False if as_json else None,
             group=group,
         )
-        finish(opened, target, report, overwrite, time.perf_counter() - started, as_json, group)
+        finish(opened, target, report, overwrite, time.perf_counter() - started, as_json, resume, group)

@@ -7,6 +7,7 @@ from bisparse.pruning.batch_norm import fold_batch_norms_, reestimate_batch_norm
 from bisparse.pruning.bias import BiasCorrection, MatchMoments
 from bisparse.pruning.block_reconstruction import BlockReconstruction
 from bisparse.pruning.convert import convert_, fitting_patterns
+from bisparse.pruning.journal import remove_journal
 from bisparse.pruning.magnitude import Magnitude
 from bisparse.pruning.mean_absorption import MeanAbsorption, absorb_mean
 from bisparse.pruning.method import LayerProblem, Method, Pruned
@@ -48,6 +49,7 @@ __all__ = [
     "predicted_violation",
     "prune_",
     "reestimate_batch_norms_",
+    "remove_journal",
     "sparsest_pattern",
     "violation",
 ]

@@ -183,7 +183,9 @@ class MatchMoments(Method):
         statistics = problem.measured.merged()
         centred = problem.least_squares(centred=True, statistics=statistics)
         variance = ((rows @ centred.gram) * rows).sum(2)
-        scale = torch.where(variance > 0, (centred.energy / variance.clamp(min=1e-30)).sqrt(), 1.0)
+        # Outputs that vary by no more than rounding have no deviation to match.
+        noise = (rows.square() @ centred.floor[:, :, None])[:, :, 0].clamp(min=1e-30)
+        scale = torch.where(variance > noise, (centred.energy / variance.clamp(min=1e-30)).sqrt(), 1.0)
         matched = rows * scale[:, :, None]
         assert statistics.mean is not None
         plain = problem.least_squares(centred=False, statistics=statistics)

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bisparse.pruning.chain_run import FinishedBlock
-from bisparse.pruning.statistics import token_weights
+from bisparse.pruning.moments import token_weights
 
 __all__ = ["BlockFit", "BlockReconstruction"]
 

@@ -24,26 +24,19 @@ from tqdm.auto import tqdm
 from bisparse.layers import Layer
 from bisparse.pruning.chain import Chain, dense_copy, find_chains
 from bisparse.pruning.chain_run import ChainRun, FinishedBlock
+from bisparse.pruning.collect import HOLD_OUT_EVERY, Collector, Data, Stage
+from bisparse.pruning.discover import discover
 from bisparse.pruning.ranks import Ranks
 from bisparse.pruning.reduction import positions
-from bisparse.pruning.statistics import CalibrationError, Moments, Statistic, Statistics, reading_of
+from bisparse.pruning.statistics import CalibrationError, Statistic
 from bisparse.pruning.taps import LAST_PART, EnoughSeen, Seen, call_model, observed, taking_in, token_mask
 from bisparse.tiles import to_matrices
 
 __all__ = ["Order", "Stage", "Walk", "calibrate"]
 
 Order = Literal["sequential", "parallel"]
-HOLD_OUT_EVERY = 5
 WHOLE_BYTES = 1 << 30
 """Statistics of all layers are collected in one pass if they fit into this; else stage by stage, as in "sequential"."""
-
-
-@dataclass(frozen=True)
-class Stage:
-    """Layers that may be changed now, with their statistics."""
-
-    layers: tuple[Layer, ...]
-    statistics: tuple[Statistics, ...]
 
 
 @dataclass
@@ -109,13 +102,14 @@ def calibrate(
     if order == "parallel":
         needs = needs - {Statistic.CROSS}
     # Raw inputs are not worth sending: each rank runs all of the data then.
-    shared = _Data(data, needs, ranks if ranks is not None and Statistic.INPUTS not in needs else Ranks())
+    shared = Data(data, needs, ranks if ranks is not None and Statistic.INPUTS not in needs else Ranks())
     bar = tqdm(
         total=len(layers), desc="calibrating", unit="layer", disable=None if progress is None else not progress, smoothing=0.1
     )
     with _evaluating(model), bar:
         started = time.perf_counter()
-        stages, calls = discover(model, layers, data, forward, walk)
+        stages, calls, forwards = discover(model, layers, data, forward)
+        walk.forwards += forwards
         walk.time_s += time.perf_counter() - started
         reached = {layer.name for stage in stages for layer in stage}
         walk.unreached += [layer.name for layer in layers if layer.name not in reached]
@@ -156,109 +150,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def discover(
-    model: nn.Module, layers: Sequence[Layer], data: Sequence[Any], forward: Callable[..., Any] | None, walk: Walk
-) -> tuple[list[list[Layer]], dict[str, int]]:
-    """The layers in order of execution, grouped by shared input, and how often each one is called for the first batch."""
-    stages: list[list[Layer]] = []
-    calls: dict[str, int] = {}
-    # Holding the input keeps its id from being given to another tensor.
-    current: tuple[Tensor, int] | None = None
-
-    def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
-        nonlocal current
-        calls[layer.name] = calls.get(layer.name, 0) + (1 if part in (None, 0) else 0)
-        if calls[layer.name] > 1 or part not in (None, 0):
-            return
-        version = 0 if inputs.is_inference() else inputs._version
-        # A tensor that was worked on in place in between is another input.
-        same = part is None and current is not None and current[0] is inputs and current[1] == version
-        if same:
-            stages[-1].append(layer)
-        else:
-            stages.append([layer])
-        current = (inputs, version) if part is None else None
-
-    with torch.no_grad(), observed(model, layers, seen):
-        call_model(model, data[0], forward)
-    walk.forwards += 1
-    return stages, calls
-
-
-@dataclass(frozen=True)
-class _Data:
-    """The calibration data of a walk, and what is collected of it."""
-
-    batches: list[Any]
-    needs: frozenset[Statistic]
-    ranks: Ranks
-
-    @property
-    def own(self) -> list[tuple[int, Any]]:
-        """The batches that this rank runs, with their numbers among all."""
-        return list(self.ranks.share(list(enumerate(self.batches))))
-
-
-class _Collector:
-    """Moments of stages over all batches, with every fifth batch, or part of each, held out where asked for.
-
-    Layers of a stage see the same input: those that also read it alike share one set of moments.
-    """
-
-    def __init__(self, stages: Sequence[Sequence[Layer]], calls: dict[str, int], data: _Data) -> None:
-        needs = data.needs
-        self.ranks = data.ranks
-        self.by_batch = len(data.batches) >= HOLD_OUT_EVERY
-        self._shared: dict[str, str] = {}
-        leaders: list[Layer] = []
-        for stage in stages:
-            reading: dict[Any, str] = {}
-            for layer in stage:
-                # One that is called more than once sees more than the input that they share.
-                shared = calls.get(layer.name, 1) == 1
-                leader = reading.setdefault(reading_of(layer), layer.name) if shared else layer.name
-                self._shared[layer.name] = leader
-                if leader == layer.name:
-                    leaders.append(layer)
-        plain = needs - {Statistic.HELD_OUT}
-        self.fit = {layer.name: Moments(layer, plain) for layer in leaders}
-        self.held = {layer.name: Moments(layer, plain) for layer in leaders} if Statistic.HELD_OUT in needs else {}
-
-    def add(self, index: int, layer: Layer, x: Tensor, z: Tensor | None, keep: Tensor | None, part: int | None) -> None:
-        """Take in a batch of a layer's inputs; the same input handed in for a layer that shares its moments is not counted."""
-        if layer.name not in self.fit:
-            return
-        if not self.held:
-            self.fit[layer.name].add(x, z, keep, part)
-        elif self.by_batch:
-            chosen = self.held if index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 else self.fit
-            chosen[layer.name].add(x, z, keep, part)
-        else:
-            cut = x.shape[0] - x.shape[0] // HOLD_OUT_EVERY
-            for chosen, span in ((self.fit, slice(0, cut)), (self.held, slice(cut, None))):
-                if x[span].shape[0]:
-                    whole = keep is None or keep.shape[0] != x.shape[0]
-                    chosen[layer.name].add(
-                        x[span], None if z is None else z[span], keep if whole else keep[span] if keep is not None else None, part
-                    )
-
-    def stage(self, layers: Sequence[Layer]) -> Stage:
-        found: dict[str, Statistics] = {}
-        for layer in layers:
-            leader = self._shared[layer.name]
-            if leader not in found:
-                for moments in (self.fit, self.held):
-                    if leader in moments:
-                        moments[leader].share(self.ranks)
-                own = self.fit[leader].statistics()
-                found[leader] = replace(own, held_out=self.held[leader].statistics()) if self.held else own
-        return Stage(tuple(layers), tuple(found[self._shared[layer.name]] for layer in layers))
-
-    @property
-    def bytes(self) -> int:
-        return sum(moments.bytes for moments in (*self.fit.values(), *self.held.values()))
-
-
 def _bytes_of_all(layers: Sequence[Layer], needs: frozenset[Statistic]) -> float:
     """What the statistics of all layers take together; raw inputs are never held for more than one stage."""
     if Statistic.INPUTS in needs:
@@ -277,7 +168,7 @@ def _walk_whole(
     model: nn.Module,
     stages: list[list[Layer]],
     calls: dict[str, int],
-    data: _Data,
+    data: Data,
     forward: Callable[..., Any] | None,
     walk: Walk,
     done: frozenset[str],
@@ -291,14 +182,14 @@ def _walk_whole(
 def _run(
     model: nn.Module,
     stages: Sequence[Sequence[Layer]],
-    data: _Data,
+    data: Data,
     forward: Callable[..., Any] | None,
     walk: Walk,
     reference: nn.Module | None,
     calls: dict[str, int],
-) -> _Collector:
+) -> Collector:
     """Run every batch, only as far as needed, and collect; from `reference`, where given, the dense inputs."""
-    collector = _Collector(stages, calls, data)
+    collector = Collector(stages, calls, data)
     layers = [layer for stage in stages for layer in stage]
     # A layer called more than once may be called a different number of times by another batch: run to the end.
     once = all(calls.get(layer.name) == 1 for layer in layers)
@@ -320,7 +211,7 @@ def _noting(dense: dict[str, list[Tensor]]) -> Seen:
     return lambda layer, inputs, part: dense.setdefault(layer.name, []).append(inputs.clone())
 
 
-def _collecting(collector: _Collector, index: int, batch: Any, dense: dict[str, list[Tensor]], wanted: Sequence[Layer]) -> Seen:
+def _collecting(collector: Collector, index: int, batch: Any, dense: dict[str, list[Tensor]], wanted: Sequence[Layer]) -> Seen:
     """Adds to the collector, and stops the forward pass once every layer of `wanted`, if any, was seen."""
     keep = token_mask(batch)
     remaining = {layer.name for layer in wanted}
@@ -345,7 +236,7 @@ def _walk_in_order(
     model: nn.Module,
     stages: list[list[Layer]],
     calls: dict[str, int],
-    data: _Data,
+    data: Data,
     forward: Callable[..., Any] | None,
     walk: Walk,
     device: torch.device | str | None,
@@ -376,7 +267,7 @@ def _walk_in_order(
             yield _run(model, [todo], data, forward, walk, reference if number else None, calls).stage(todo)
 
 
-def _finished(run: ChainRun, layers: tuple[Layer, ...], data: _Data) -> FinishedBlock:
+def _finished(run: ChainRun, layers: tuple[Layer, ...], data: Data) -> FinishedBlock:
     numbers = range(len(data.own))
     judge = tuple(number for number in numbers if number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1) or tuple(numbers)
     return FinishedBlock(
@@ -394,7 +285,7 @@ def _finished(run: ChainRun, layers: tuple[Layer, ...], data: _Data) -> Finished
 def _walk_chain(
     run: ChainRun,
     stages: list[list[Layer]],
-    data: _Data,
+    data: Data,
     walk: Walk,
     done: frozenset[str],
     reference: nn.Module | None,
@@ -411,14 +302,15 @@ def _walk_chain(
                 todo = [layer for layer in stage if layer.name not in done]
                 if not todo:
                     continue
-                collector = _Collector([todo], {}, data)
+                collector = Collector([todo], {}, data)
                 for own_index, (index, batch) in enumerate(data.own):
                     keep = token_mask(batch)
                     with taking_in(batch, index, f"the layer {todo[0].name}"):
                         inputs, dense_inputs = run.inputs_of(own_index, position)
                         for at, (x, part) in enumerate(inputs):
                             for layer in todo:
-                                collector.add(index, layer, x, dense_inputs[at][0] if dense_inputs else None, keep, part)
+                                z = dense_inputs[at][0] if dense_inputs and at < len(dense_inputs) else None
+                                collector.add(index, layer, x, z, keep, part)
                     run.release(own_index)
                 walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
                 walk.activation_bytes = max(walk.activation_bytes, run.activation_bytes)

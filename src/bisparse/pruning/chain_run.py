@@ -59,13 +59,13 @@ class _Pass:
         self.inputs: Inputs = []
 
     def reach(self, stage: int) -> Inputs:
-        """The inputs of a stage, where the pass stops before the first layer of it."""
-        while self.stage < stage:
+        """The inputs of a stage, where the pass stops before the first layer of it; none where it passes the stage by."""
+        while self.stage < stage and not self.paused.finished:
             handed = self.paused.resume()
-            if handed is None:
-                return []
-            self.stage, self.inputs = handed
-        return self.inputs
+            if handed is not None:
+                self.stage, self.inputs = handed
+        # A batch need not go through every stage: the one it has stopped before may be a later one.
+        return self.inputs if self.stage == stage else []
 
 
 class ChainRun:

@@ -52,6 +52,7 @@ def convert_(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = None,
     resume: str | Path | None = None,
+    keep_journal: bool = False,
     progress: bool | None = None,
     group: ProcessGroup | None = None,
 ) -> PruneReport:
@@ -67,7 +68,8 @@ def convert_(
         method: by default `AdaPrune` with data, else `Magnitude`.
         regrow: places that the old mask pruned may be kept where the new pattern has room; needs data, and `AdaPrune`.
         patterns: patterns of single layers, by name; `fitting_patterns` proposes some.
-        include, exclude, remainder, solver, order, reconstruction, forward, device, resume, progress, group: as for `prune_`.
+        include, exclude, remainder, solver, order, reconstruction, forward, device, resume, keep_journal, progress, group: as for
+            `prune_`.
 
     >>> model = nn.Sequential(nn.Linear(16, 16))
     >>> _ = convert_(model, "4:8")
@@ -96,6 +98,7 @@ def convert_(
         forward=forward,
         device=device,
         resume=resume,
+        keep_journal=keep_journal,
         progress=progress,
         allowed=allowed,
         ranks=Ranks(group),

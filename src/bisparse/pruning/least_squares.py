@@ -13,6 +13,7 @@ arXiv 2406.07831, section 3.3). Departure: damping pulls to the dense weight ins
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,7 +42,7 @@ class Reconstruction:
     damping: float
     """Ridge in units of the mean diagonal of G."""
     method: str
-    """"factorisation" or "conjugate gradient"."""
+    """"factorisation", "conjugate gradient" or, with infinite damping, "none"."""
     iterations: int
     """Conjugate-gradient steps; 0 for a factorisation."""
     residual: float
@@ -62,7 +63,8 @@ def reconstruct(
 
     Args:
         damping: ridge pulling to the dense weight, in units of the mean diagonal of G. At 0 a singular problem has many
-            solutions: conjugate gradient then returns the one closest to its start, factorisation refuses.
+            solutions: conjugate gradient then returns the one closest to its start, factorisation refuses. At infinity the
+            masked dense weight is the solution.
         tolerance: conjugate gradient stops when every row's residual is below this share of its start.
         start: weights on the support to start conjugate gradient from; the masked dense weight by default.
 
@@ -71,6 +73,8 @@ def reconstruct(
     """
     if not damping >= 0:
         raise ValueError(f"damping={damping!r}: expected a number >= 0, in units of the mean diagonal of G")
+    if damping == math.inf:
+        return Reconstruction(problem.weight * mask, damping, "none", 0, 0.0)
     damped = problem.damped(damping)
     largest = int(mask.sum(2).max()) if mask.numel() else 0
     if method == "auto":
@@ -163,7 +167,7 @@ def choose_damping(
     """The damping whose weights, fitted on one part of the data, do best on the part held out.
 
     Least squares on few tokens overfits: the choice is made by data that the fit has not seen, on at most `max_rows` evenly
-    spaced output rows of each problem.
+    spaced output rows of each problem. Infinite damping, the masked dense weight as it is, wins where no fit does better.
 
     Returns:
         The damping, and the relative error on the held-out part for every candidate tried: from the strongest down
@@ -171,7 +175,7 @@ def choose_damping(
     """
     index = some_rows(mask, max_rows)
     part, judge, support = problem.rows(index), held_out.rows(index), mask[:, index]
-    errors: dict[float, float] = {}
+    errors = {math.inf: judge.error(judge.weight * support)}
     start: Tensor | None = None
     # From the strongest damping down: each solution is a good start for the next.
     for damping in sorted(candidates, reverse=True):
@@ -179,8 +183,9 @@ def choose_damping(
         start = solved.weight
         errors[damping] = judge.error(solved.weight)
         # Weak damping is where conjugate gradient is slow; past the minimum there is nothing to find.
-        tried = list(errors.values())
+        tried = list(errors.values())[1:]
         if len(tried) > 2 and tried[-1] > tried[-2] > tried[-3]:
             break
-    best = min(errors, key=lambda damping: (errors[damping], -damping))
+    # Not a number is no improvement.
+    best = min(errors, key=lambda damping: (errors[damping] if math.isfinite(errors[damping]) else math.inf, -damping))
     return best, errors

@@ -17,9 +17,15 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bisparse.pruning.statistics import CalibrationError, Statistics
+from bisparse.pruning.statistics import CalibrationError, Statistics, precise
 
 __all__ = ["Problem", "make_problem"]
+
+EPSILON = torch.finfo(torch.float32).eps
+RESOLUTION = 4.0
+"""Roundings by which a moment may be wrong, or the outputs of weights that are fitted to it."""
+SILENT = 1e-30
+"""Mean squares below this leave float32 no room for a ridge: they count as zero."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Problem:
     """B above; ``weight @ gram`` where dense and present inputs are the same."""
     energy: Float[Tensor, "G O"]
     """Mean square of each dense output (variance if centred)."""
+    floor: Float[Tensor, "G K"]
+    """The mean square of an input below which the moments cannot tell it from rounding."""
 
     @property
     def scale(self) -> Float[Tensor, " G"]:
@@ -56,19 +64,36 @@ class Problem:
         total = float(self.row_error(weight).double().sum())
         return (total / energy) ** 0.5 if energy > 0 else (0.0 if total == 0 else float("inf"))
 
+    @property
+    def silent(self) -> Bool[Tensor, " G"]:
+        """Problems with no input that varies by more than rounding (none that is not zero, if not centred)."""
+        varies = self.gram.diagonal(dim1=1, dim2=2) > self.floor.clamp(min=SILENT)
+        return ~varies.any(1)
+
+    @property
+    def note(self) -> str:
+        """What the user should know of inputs that give nothing to fit; empty where there is nothing to say."""
+        silent = int(self.silent.sum())
+        if silent == 0:
+            return ""
+        which = "no input" if silent == len(self.gram) else f"no input of {silent} of {len(self.gram)} groups"
+        return f"{which} varies in the calibration data: nothing to fit, the kept weights stay"
+
     def damped(self, damping: float) -> Problem:
         """The problem with ``damping * scale * |W' - W|^2`` added: weights are pulled to the dense ones, not to zero."""
         if damping == 0:
             return self
-        ridge = damping * self.scale
+        # Without a scale, where no input of a problem ever varies, any ridge gives the same: the weights as they were.
+        scale = torch.where(self.scale > SILENT, self.scale, 1.0)
+        ridge = damping * scale[:, None] + self.floor
+        gram = self.gram.clone(memory_format=torch.contiguous_format)
         # An input that is never used has no scale of its own; the mean keeps its row of G invertible.
-        eye = torch.eye(self.gram.shape[1], device=self.gram.device, dtype=self.gram.dtype)
-        energy = self.energy + ridge[:, None] * self.weight.square().sum(2)
-        return Problem(
-            self.weight,
-            self.gram + ridge[:, None, None] * eye,
-            self.target + ridge[:, None, None] * self.weight,
-            energy,
+        gram.diagonal(dim1=1, dim2=2).add_(ridge)
+        return replace(
+            self,
+            gram=gram,
+            target=self.target + ridge[:, None, :] * self.weight,
+            energy=self.energy + (ridge[:, None, :] * self.weight.square()).sum(2),
         )
 
     def rows(self, index: Tensor) -> Problem:
@@ -87,9 +112,12 @@ def make_problem(
     Raises:
         CalibrationError: no column was seen, or moments that do not fit the weight or are not finite.
     """
-    gram, cross = statistics.gram, statistics.cross
-    if gram is None or statistics.columns == 0:
+    covariance = statistics.covariance
+    if covariance is None or statistics.columns == 0:
         raise CalibrationError(f"{name}: calibration collected no input moments of this layer")
+    assert not centred or statistics.mean is not None, "a centred problem needs the mean"
+    gram = covariance if centred else statistics.gram
+    assert gram is not None
     if gram.shape[-1] != weight.shape[-1] or gram.shape[0] not in (1, weight.shape[0]):
         raise CalibrationError(
             f"{name}: moments of shape {tuple(gram.shape)} do not fit a weight of {weight.shape[0]} problems with "
@@ -97,19 +125,21 @@ def make_problem(
         )
     weight = weight.float()
     problems = weight.shape[0]
-    dense_gram = statistics.dense_gram if cross is not None and statistics.dense_gram is not None else gram
-    cross = cross if cross is not None else gram
-    if centred:
-        mean = statistics.mean
-        assert mean is not None, "a centred problem needs the mean"
-        dense_mean = statistics.dense_mean if statistics.dense_mean is not None else mean
-        gram = gram - mean[:, :, None] * mean[:, None, :]
-        cross = cross - dense_mean[:, :, None] * mean[:, None, :]
-        dense_gram = dense_gram - dense_mean[:, :, None] * dense_mean[:, None, :]
+    cross, dense_gram = gram, gram
+    if statistics.cross_covariance is not None:
+        between = statistics.cross_covariance if centred else statistics.cross
+        dense = statistics.dense_covariance if centred else statistics.dense_gram
+        assert between is not None and dense is not None
+        cross, dense_gram = between, dense
+    floor = RESOLUTION * EPSILON * gram.diagonal(dim1=1, dim2=2)
+    if centred and statistics.mean is not None:
+        # What float32 inputs of this size, and the sums they go into, can vary by without meaning anything.
+        floor = floor + (RESOLUTION * EPSILON * statistics.mean).square()
+    floor = floor.expand(problems, -1).to(weight.device)
     gram, cross, dense_gram = (moment.expand(problems, -1, -1).to(weight.device) for moment in (gram, cross, dense_gram))
     target = weight @ cross
     energy = ((weight @ dense_gram) * weight).sum(2).clamp(min=0)
-    problem = Problem(weight, gram, target, energy)
+    problem = Problem(weight, gram, target, energy, floor)
     if not bool(torch.isfinite(problem.energy).all() & torch.isfinite(gram).all()):
         raise CalibrationError(f"{name}: input moments are not finite; the inputs overflow float32")
     return problem
@@ -124,8 +154,9 @@ def refitted_bias(
 ) -> Float[Tensor, "GO"]:
     """``b + W E[z] - W' E[x]``: the bias that keeps every output's mean where the dense layer has it."""
     dense_mean = mean if dense_mean is None else dense_mean
-    shift = (weight.float() @ dense_mean[:, :, None] - new_weight.float() @ mean[:, :, None]).flatten()
-    return shift if bias is None else bias.float() + shift
+    # In float64: the difference of two large numbers where inputs have large means.
+    shift = (precise(weight) @ precise(dense_mean)[:, :, None] - precise(new_weight) @ precise(mean)[:, :, None]).flatten()
+    return (shift if bias is None else precise(bias) + shift).float()
 
 
 def support_error(problem: Problem, mask: Bool[Tensor, "G O K"]) -> float:

@@ -21,6 +21,7 @@ from bisparse.pruning.block_reconstruction import BlockFit, BlockReconstruction
 from bisparse.pruning.calibrate import Order, Walk, calibrate
 from bisparse.pruning.chain_run import FinishedBlock
 from bisparse.pruning.journal import Journal
+from bisparse.pruning.layer_tensors import live_tensors, resumed_result, tensors_after, write_
 from bisparse.pruning.layerwise import Change, apply_, plan, prune_layer
 from bisparse.pruning.magnitude import Magnitude
 from bisparse.pruning.method import Method
@@ -29,7 +30,7 @@ from bisparse.pruning.statistics import CalibrationError
 from bisparse.results import LayerResult, PruneReport
 from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
-from bisparse.tiles import Layout, LayoutKind
+from bisparse.tiles import LayoutKind
 
 __all__ = ["prune_", "prune_layers_", "report_of"]
 
@@ -50,6 +51,7 @@ def prune_(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = None,
     resume: str | Path | None = None,
+    keep_journal: bool = False,
     progress: bool | None = None,
     group: ProcessGroup | None = None,
 ) -> PruneReport:
@@ -75,6 +77,7 @@ def prune_(
         device: run transformer blocks there, one at a time; by default where the model is.
         resume: a folder for the journal of this job. An interrupted job called again with the same arguments goes on at the
             layer where it stopped; the folder is removed at the end.
+        keep_journal: leave that folder, for a caller who has yet to save the model; `remove_journal` removes it.
         progress: a progress bar; None: if a terminal is there to see it.
         group: ranks that share the job, such as ``torch.distributed.group.WORLD`` under torchrun: each calls this with the same
             model and the same batches, runs a part of the batches, prunes a part of the layers, and ends with the whole result.
@@ -102,6 +105,7 @@ def prune_(
         forward=forward,
         device=device,
         resume=resume,
+        keep_journal=keep_journal,
         progress=progress,
         ranks=Ranks(group),
     )
@@ -140,6 +144,7 @@ def prune_layers_(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = None,
     resume: str | Path | None = None,
+    keep_journal: bool = False,
     progress: bool | None = None,
     allowed: Mapping[str, Tensor] | None = None,
     ranks: Ranks | None = None,
@@ -179,7 +184,7 @@ def prune_layers_(
     norms = norms_after(model, [layer for layer, _, _ in jobs], data[0], forward) if data else {}
     # Each rank has all of the result, and a journal of its own.
     folder = resume if resume is None or ranks.size == 1 else Path(resume) / f"rank-{ranks.rank}-of-{ranks.size}"
-    with Journal(folder, about) as journal:
+    with Journal(folder, about, keep=keep_journal) as journal:
         touched: list[Layer] = []
         changed: dict[int, tuple[str, str]] = {}
 
@@ -191,20 +196,25 @@ def prune_layers_(
             return journal.get("dense", name)[0][key]
 
         def touch(layer: Layer) -> None:
+            # Held before anything is changed: going back must not depend on what becomes of the folder.
+            journal.hold("dense", layer.name)
             touched.append(layer)
-            changed.update({id(live): (layer.name, key) for key, live in _live(layer, norms).items()})
+            changed.update({id(live): (layer.name, key) for key, live in live_tensors(layer, norms).items()})
 
         def commit(layer: Layer) -> None:
             touch(layer)
-            _write_(layer, journal.get("done", layer.name)[0], norms)
+            write_(layer, journal.get("done", layer.name)[0], norms)
 
         try:
             journals = ranks.all({layer.name for layer, _, _ in jobs if journal.has("done", layer.name)})
-            for layer, _, _ in jobs:
-                if all(layer.name in names for names in journals):
-                    results[layer.name] = _result_from(journal.get("done", layer.name)[1])
-                    if order == "sequential":
-                        commit(layer)
+            # All of the journal is looked at before any of the model is changed.
+            resumed = [layer for layer, _, _ in jobs if all(layer.name in names for names in journals)]
+            for layer in resumed:
+                results[layer.name] = resumed_result(layer, journal, norms)
+            ranks.all(None)
+            if order == "sequential":
+                for layer in resumed:
+                    commit(layer)
             stages = calibrate(
                 model,
                 [layer for layer, _, _ in jobs],
@@ -235,14 +245,14 @@ def prune_layers_(
                             _, structure, method = by_name[layer.name]
                             where = None if allowed is None else allowed[layer.name]
                             change, result = prune_layer(layer, structure, method, solver, statistics, where, norms)
-                            found[layer.name] = _after(change, norms), result
+                            found[layer.name] = tensors_after(change, norms), result
                     found = {name: one for part in ranks.all(found) for name, one in part.items()}
                     for layer in stage.layers:
                         if layer.name not in found:
                             walk.unreached.append(layer.name)
                             continue
                         after, result = found[layer.name]
-                        journal.put("dense", layer.name, _live(layer, norms))
+                        journal.put("dense", layer.name, live_tensors(layer, norms))
                         journal.put("done", layer.name, after, asdict(result))
                         results[layer.name] = result
                         if order == "sequential":
@@ -256,7 +266,7 @@ def prune_layers_(
         except BaseException as error:
             # KeyboardInterrupt included: the model is handed back as it was.
             for layer in touched:
-                _write_(layer, journal.get("dense", layer.name)[0], norms)
+                write_(layer, journal.held("dense", layer.name), norms)
             ranks.fail(error)
             raise
     unreached = [Skipped(name, _why_unreached(by_name[name][0])) for name in walk.unreached]
@@ -305,10 +315,10 @@ def _reconstruct_(block: FinishedBlock, how: BlockReconstruction, journal: Journ
     if journal.has("block", block.name):
         tensors, fit = journal.get("block", block.name)
         for layer in block.layers:
-            _write_(layer, {key: tensors[f"{layer.name}/{key}"] for key in _live(layer, {})}, {})
+            write_(layer, {key: tensors[f"{layer.name}/{key}"] for key in live_tensors(layer, {})}, {})
         return BlockFit(**fit)
     found = how.fit_(block)
-    held = {f"{layer.name}/{key}": live for layer in block.layers for key, live in _live(layer, {}).items()}
+    held = {f"{layer.name}/{key}": live for layer in block.layers for key, live in live_tensors(layer, {}).items()}
     journal.put("block", block.name, held, asdict(found))
     return found
 
@@ -344,35 +354,6 @@ def _notes(walk: Walk, batches: int, order: Order) -> tuple[str, ...]:
         f"calibrated on {batches} batches, {order}: {walk.time_s:.1f} s running the model in {walk.forwards} forward passes; "
         f"at most {walk.statistics_bytes / 1e6:.1f} MB of statistics, {walk.activation_bytes / 1e6:.1f} MB of activations held",
     )
-
-
-def _live(layer: Layer, norms: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The tensors that pruning a layer may change."""
-    bias = bias_of(layer, norms)
-    return {"weight": layer.weight} | ({} if bias is None else {"bias": bias.tensor})
-
-
-def _after(change: Change, norms: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The same as they will be."""
-    after = _live(change.layer, norms)
-    weight = after["weight"] if change.weight is None else change.weight
-    after["weight"] = weight.masked_fill(~change.mask.to(weight.device), 0)
-    if change.bias is not None:
-        assert change.bias_at is not None
-        after["bias"] = (change.bias * change.bias_at.sign).to(after["bias"].dtype)
-    return after
-
-
-def _write_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module]) -> None:
-    with torch.no_grad():
-        for key, live in _live(layer, norms).items():
-            live.copy_(tensors[key])
-
-
-def _result_from(saved: dict[str, Any]) -> LayerResult:
-    layout = saved.pop("layout")
-    shape = tuple(saved.pop("shape"))
-    return LayerResult(layout=Layout(LayoutKind(layout["kind"]), layout["groups"], layout["parts"]), shape=shape, **saved)
 
 
 def _fingerprint(leaves: Sequence[Any]) -> str:

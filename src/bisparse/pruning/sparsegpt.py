@@ -71,6 +71,7 @@ class SparseGPT(Method):
             error=whole.error(weight),
             error_before=whole.error(whole.weight * mask),
             damping=self.damping,
+            note=whole.note,
         )
 
     def _sweep(self, whole: Problem, problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""What a layer's inputs look like on calibration data: streamed moments, in float32, whatever the model's precision.
+"""What a layer's inputs look like on calibration data: moments in float32, whatever the model's precision.
 
 With x a column of layer inputs (for a convolution, one unfolded patch of one group) the moments are averages over all
 columns seen::
@@ -6,8 +6,8 @@ columns seen::
     gram  = E[x x^T]      mean = E[x]      norm = sqrt(E[x_j^2])      cross = E[z x^T]
 
 where z is the same input in the dense network, while x is what the already pruned layers before it deliver.
-Second moments of bfloat16 inputs accumulated under autocast come out indefinite; autocast and reduced matmul precision
-are therefore switched off while accumulating.
+Second moments are held about the mean, never about zero: what inputs of 1000 +- 0.3 vary by is no longer there in a float32
+mean of their squares, and weights fitted to the difference of two such figures explode.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bisparse.layers import Layer
-from bisparse.pruning.ranks import Ranks
 from bisparse.tiles import LayoutKind
 
-__all__ = ["CalibrationError", "Moments", "Statistic", "Statistics", "full_precision", "input_columns", "reading_of"]
+__all__ = ["CalibrationError", "Statistic", "Statistics", "full_precision", "input_columns", "precise", "reading_of"]
 
 
 class Statistic(StrEnum):
@@ -43,11 +42,6 @@ class Statistic(StrEnum):
     """The moments of every fifth batch kept apart."""
 
 
-AVERAGED = frozenset({Statistic.NORM, Statistic.MEAN, Statistic.GRAM, Statistic.CROSS})
-HEAVY = 32.0
-"""Columns of more than this many times the usual energy count as if they had that much."""
-SPLIT_COLUMNS = 512
-"""From this many columns on, second moments are computed by halves."""
 COLUMN_BYTES = 64 << 20
 """Unfolded columns are made and consumed in pieces of about this size."""
 
@@ -69,15 +63,31 @@ class Statistics:
     norm: Float[Tensor, "G K"] | None = None
     """Root mean square of each input."""
     mean: Float[Tensor, "G K"] | None = None
-    gram: Float[Tensor, "G K K"] | None = None
-    cross: Float[Tensor, "G K K"] | None = None
-    """E[z x^T]: dense inputs against the pruned network's; None where both are the same."""
+    covariance: Float[Tensor, "G K K"] | None = None
+    """E[(x - mean) (x - mean)^T]; measured wherever the gram is asked for."""
+    cross_covariance: Float[Tensor, "G K K"] | None = None
+    """E[(z - dense_mean) (x - mean)^T]: dense inputs against the pruned network's; None where both are the same."""
     dense_mean: Float[Tensor, "G K"] | None = None
-    dense_gram: Float[Tensor, "G K K"] | None = None
+    dense_covariance: Float[Tensor, "G K K"] | None = None
     inputs: tuple[Float[Tensor, "..."], ...] | None = None
     """The layer's raw inputs, one tensor a calibration batch, for methods that iterate over samples."""
     held_out: Statistics | None = None
     """The same of the batches held out for choosing the damping; not contained in the figures above."""
+
+    @property
+    def gram(self) -> Float[Tensor, "G K K"] | None:
+        """E[x x^T]."""
+        return _about_zero(self.covariance, self.mean, self.mean)
+
+    @property
+    def cross(self) -> Float[Tensor, "G K K"] | None:
+        """E[z x^T]."""
+        return _about_zero(self.cross_covariance, self.dense_mean, self.mean)
+
+    @property
+    def dense_gram(self) -> Float[Tensor, "G K K"] | None:
+        """E[z z^T]."""
+        return _about_zero(self.dense_covariance, self.dense_mean, self.dense_mean)
 
     def merged(self) -> Statistics:
         """With the held-out batches taken in."""
@@ -90,6 +100,16 @@ class Statistics:
         def mix(a: Tensor | None, b: Tensor | None) -> Tensor | None:
             return None if a is None or b is None else torch.lerp(a, b, share)
 
+        apart = None if self.mean is None or other.mean is None else other.mean - self.mean
+        dense_apart = None if self.dense_mean is None or other.dense_mean is None else other.dense_mean - self.dense_mean
+
+        def mix_about(a: Tensor | None, b: Tensor | None, left: Tensor | None, right: Tensor | None) -> Tensor | None:
+            mixed = mix(a, b)
+            if mixed is not None and left is not None and right is not None:
+                # Each part is about its own mean.
+                mixed.addcmul_(left[:, :, None], right[:, None, :], value=share * (1 - share))
+            return mixed
+
         norm = None
         if self.norm is not None and other.norm is not None:
             norm = torch.lerp(self.norm.square(), other.norm.square(), share).sqrt()
@@ -98,12 +118,18 @@ class Statistics:
             total,
             norm,
             mix(self.mean, other.mean),
-            mix(self.gram, other.gram),
-            mix(self.cross, other.cross),
+            mix_about(self.covariance, other.covariance, apart, apart),
+            mix_about(self.cross_covariance, other.cross_covariance, dense_apart, apart),
             mix(self.dense_mean, other.dense_mean),
-            mix(self.dense_gram, other.dense_gram),
+            mix_about(self.dense_covariance, other.dense_covariance, dense_apart, dense_apart),
             inputs,
         )
+
+
+def _about_zero(covariance: Tensor | None, left: Tensor | None, right: Tensor | None) -> Float[Tensor, "G K K"] | None:
+    if covariance is None or left is None or right is None:
+        return covariance
+    return torch.addcmul(covariance, left[:, :, None], right[:, None, :])
 
 
 @contextmanager
@@ -116,6 +142,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """In float64, where the device has it: Apple's GPUs do not."""
+    return tensor if tensor.device.type == "mps" else tensor.double()
 
 
 def input_columns(layer: Layer, inputs: Float[Tensor, "..."], keep: Bool[Tensor, "..."] | None = None) -> Iterator[Tensor]:
@@ -167,136 +198,3 @@ def _patches(module: nn.Module, inputs: Float[Tensor, "N C *spatial"]) -> Iterat
             taps.append(tap.flatten(3))
         columns = torch.stack(taps, 2)  # (N, G, P, I, positions)
         yield columns.permute(1, 0, 4, 2, 3).flatten(3).flatten(1, 2)
-
-
-def _second_moment(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G K K"]:
-    """``x^T x`` by halves of the columns, of which one of the two mixed quarters is the other transposed."""
-    width = x.shape[2]
-    if width < SPLIT_COLUMNS:
-        return x.transpose(1, 2) @ x
-    left, right = x.split([width // 2, width - width // 2], dim=2)
-    mixed = left.transpose(1, 2) @ right
-    top = torch.cat([_second_moment(left), mixed], dim=2)
-    return torch.cat([top, torch.cat([mixed.transpose(1, 2), _second_moment(right)], dim=2)], dim=1)
-
-
-def token_weights(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G T 1"] | None:
-    """What each token, or column, counts: 1, less for one of very much energy; None where all count 1.
-
-    In language models the first token can hold 99.8 % of the energy of an MLP's inputs: a mask and weights fitted to plain
-    averages are made for that token alone. The usual energy is the mean without the largest hundredth.
-    """
-    columns = x.shape[1]
-    largest = columns // 100
-    if largest == 0:
-        # Too few to tell what is usual.
-        return None
-    energy = x.square().sum(2, keepdim=True)
-    usual = (energy.sum(1, keepdim=True) - energy.topk(largest, dim=1).values.sum(1, keepdim=True)) / (columns - largest)
-    limit = HEAVY * usual.clamp(min=0)
-    heavy = (energy > limit) & (limit > 0)
-    return torch.where(heavy, limit / energy, torch.ones_like(energy)) if bool(heavy.any()) else None
-
-
-class Moments:
-    """Accumulates a layer's statistics, batch by batch; sums in float32, count exact.
-
-    Second moments and norms are what masks and weights are fitted to: with them, columns of very much energy count less (see
-    `HEAVY`). Means alone are plain.
-    """
-
-    def __init__(self, layer: Layer, needs: frozenset[Statistic]) -> None:
-        self.layer = layer
-        self.needs = needs
-        self.columns = 0
-        self._sums: dict[str, Tensor] = {}
-        self._inputs: list[Tensor] = []
-
-    def add(
-        self,
-        inputs: Float[Tensor, "..."],
-        dense_inputs: Float[Tensor, "..."] | None = None,
-        keep: Bool[Tensor, "..."] | None = None,
-        part: int | None = None,
-    ) -> None:
-        """Take in one batch of inputs, and the dense network's inputs of the same batch where "cross" is needed.
-
-        Raises:
-            CalibrationError: the inputs are not finite.
-        """
-        inputs = inputs.detach()
-        if not bool(torch.isfinite(inputs).all()):
-            raise CalibrationError(
-                f"{self.layer.name}: an input of shape {tuple(inputs.shape)} and dtype {inputs.dtype} holds NaN or infinite "
-                "numbers; check the calibration data and the weights before this layer, or run the model in bfloat16 or float32"
-            )
-        if Statistic.INPUTS in self.needs:
-            self._inputs.append(inputs.cpu())
-        with full_precision(inputs.device):
-            dense = None if dense_inputs is None else input_columns(self.layer, dense_inputs.detach(), keep)
-            for x in input_columns(self.layer, inputs, keep):
-                z = None if dense is None else next(dense)
-                if part is None or part == 0:
-                    self.columns += x.shape[1]
-                self._add_columns(x, z, part or 0)
-
-    def _add_columns(self, x: Float[Tensor, "G T K"], z: Float[Tensor, "G T K"] | None, part: int) -> None:
-        if not self.needs & AVERAGED:
-            return
-        weights = token_weights(x) if self.needs & {Statistic.GRAM, Statistic.NORM} else None
-        roots = None if weights is None else weights.sqrt()
-        total = torch.full((x.shape[0], 1), float(x.shape[1]), device=x.device) if weights is None else weights.sum(1)
-        self._sum("weight", part, total)
-        if roots is not None:
-            # Both factors of each product carry the root.
-            x, z = x * roots, None if z is None else z * roots
-        if Statistic.NORM in self.needs:
-            self._sum("square", part, x.square().sum(1))
-        if Statistic.MEAN in self.needs:
-            self._sum("mean", part, x.sum(1) if roots is None else (x * roots).sum(1))
-        if Statistic.GRAM in self.needs:
-            self._sum("gram", part, _second_moment(x))
-        if Statistic.CROSS in self.needs and z is not None:
-            self._sum("cross", part, z.transpose(1, 2) @ x)
-            self._sum("dense_gram", part, _second_moment(z))
-            self._sum("dense_mean", part, z.sum(1) if roots is None else (z * roots).sum(1))
-
-    def _sum(self, name: str, part: int, value: Tensor) -> None:
-        key = f"{name}/{part}"
-        if key in self._sums:
-            self._sums[key] += value
-        else:
-            self._sums[key] = value
-
-    def share(self, ranks: Ranks) -> None:
-        """Take in what the other ranks have accumulated; raw inputs are not exchanged."""
-        self.columns = sum(ranks.all(self.columns))
-        ranks.sum_(self._sums)
-
-    @property
-    def bytes(self) -> int:
-        """Memory held."""
-        return sum(4 * one.numel() for one in self._sums.values()) + sum(one.nbytes for one in self._inputs)
-
-    def statistics(self) -> Statistics:
-        """The averages so far."""
-
-        def average(name: str) -> Tensor | None:
-            parts = sorted(int(key.split("/")[1]) for key in self._sums if key.startswith(f"{name}/"))
-            if not parts or self.columns == 0:
-                return None
-            sums = [self._sums[f"{name}/{part}"] for part in parts]
-            weights = [self._sums[f"weight/{part}"].clamp(min=torch.finfo(torch.float32).tiny) for part in parts]
-            return torch.cat([one / total.view(-1, *[1] * (one.ndim - 1)) for one, total in zip(sums, weights, strict=True)])
-
-        square = average("square")
-        return Statistics(
-            self.columns,
-            None if square is None else square.sqrt(),
-            average("mean"),
-            average("gram"),
-            average("cross"),
-            average("dense_mean"),
-            average("dense_gram"),
-            tuple(self._inputs) if Statistic.INPUTS in self.needs else None,
-        )

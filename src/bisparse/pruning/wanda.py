@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from bisparse.pruning.method import LayerProblem, Method, Pruned
 from bisparse.pruning.statistics import CalibrationError, Statistic
 from bisparse.scores import wanda
@@ -39,5 +41,7 @@ class Wanda(Method):
             raise CalibrationError(f"{problem.name}: calibration collected no input norms")
         if norm.shape[0] not in (1, rows.shape[0]) or norm.shape[1] != rows.shape[2]:
             raise CalibrationError(f"{problem.name}: norms of shape {tuple(norm.shape)} do not fit weights {tuple(rows.shape)}")
+        # Where no input of a problem is ever used, magnitude is all there is to go by.
+        norm = torch.where(norm.amax(1, keepdim=True) > 0, norm, torch.ones_like(norm))
         scores = wanda(rows, norm.to(rows.device).expand(rows.shape[0], -1))
         return Pruned(problem.solve(problem.matrices(scores**self.power)))

@@ -1,0 +1,66 @@
+"""What of a layer a pruning job changes: as it is, as it will be, and as a journal has it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bisparse.layers import Layer
+from bisparse.pruning.bias import bias_of
+from bisparse.pruning.journal import Journal, JournalError
+from bisparse.pruning.layerwise import Change
+from bisparse.results import LayerResult
+from bisparse.tiles import Layout, LayoutKind
+
+__all__ = ["live_tensors", "resumed_result", "tensors_after", "write_"]
+
+
+def live_tensors(layer: Layer, norms: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The tensors that pruning a layer may change."""
+    bias = bias_of(layer, norms)
+    return {"weight": layer.weight} | ({} if bias is None else {"bias": bias.tensor})
+
+
+def tensors_after(change: Change, norms: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """The same as they will be."""
+    after = live_tensors(change.layer, norms)
+    weight = after["weight"] if change.weight is None else change.weight
+    after["weight"] = weight.masked_fill(~change.mask.to(weight.device), 0)
+    if change.bias is not None:
+        assert change.bias_at is not None
+        after["bias"] = (change.bias * change.bias_at.sign).to(after["bias"].dtype)
+    return after
+
+
+def write_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module]) -> None:
+    """Give the layer other tensors, of the names that `live_tensors` has, in place."""
+    with torch.no_grad():
+        for key, live in live_tensors(layer, norms).items():
+            live.copy_(tensors[key])
+
+
+def resumed_result(layer: Layer, journal: Journal, norms: Mapping[str, nn.Module]) -> LayerResult:
+    """What an interrupted job has made of a layer that is still as it was.
+
+    Raises:
+        JournalError: it does not fit the layer, or its file is damaged.
+    """
+    live = live_tensors(layer, norms)
+    tensors, result = journal.get("done", layer.name)
+    kinds, expected = ({key: (one.shape, one.dtype) for key, one in group.items()} for group in (tensors, live))
+    if kinds != expected:
+        raise JournalError(
+            f"{layer.name}: {journal.folder} holds {kinds} for it, and the layer is {expected}; begin a new journal"
+        )
+    # As the model has it: whatever became of the file that the interrupted job wrote.
+    journal.put("dense", layer.name, live)
+    return _result_from(result)
+
+
+def _result_from(saved: dict[str, Any]) -> LayerResult:
+    layout = saved.pop("layout")
+    shape = tuple(saved.pop("shape"))
+    return LayerResult(layout=Layout(LayoutKind(layout["kind"]), layout["groups"], layout["parts"]), shape=shape, **saved)
