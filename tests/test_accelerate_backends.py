@@ -274,6 +274,42 @@ def test_moving_packs_anew_with_what_runs_there(library: Library, monkeypatch: p
     assert model[0].backend == "cusparselt" and torch.equal(model[0].dense_weight(), weight)
 
 
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+def test_layers_in_training_leave_the_device_and_come_back(library: Library, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64, bias=False))
+    model = copy.deepcopy(dense)
+    for one in (model, dense):
+        sparsify_(one, "2:4-T")
+    accelerate_(model, name)
+    resting = copy.deepcopy(model)
+    resting[0].parametrizations["weight"][0].dense = True
+    resting[0].mask_changed()
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise NotImplementedError("Could not run 'aten::_cslt_compress' with arguments from the 'CPU' backend")
+
+    with monkeypatch.context() as away:
+        for one in ("cusparselt", "cutlass"):
+            away.setattr(type(BACKENDS[one]), "device_reason", lambda self, device: f"{self.name} needs a CUDA device")
+        for operator in ("_cslt_compress", "_cslt_sparse_mm", "_sparse_semi_structured_mm", "_sparse_semi_structured_addmm"):
+            away.setattr(torch, operator, refuse)
+        average = copy.deepcopy(model).cpu()
+        assert [average[0].backend, average[2].backend] == ["reference", "reference"]
+        for ours, theirs in zip(run(average, dtype=torch.float32), run(dense, dtype=torch.float32), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+        resting.cpu()
+        resting[0].parametrizations["weight"][0].dense = False
+        resting[0].mask_changed()
+        assert close(run(resting, dtype=torch.float32)[0], run(dense, dtype=torch.float32)[0])
+    average.cpu()
+    assert average[0].backend == name
+    with torch.autocast("cpu", torch.bfloat16):
+        for ours, theirs in zip(run(average, dtype=torch.float32), run(model, dtype=torch.float32), strict=True):
+            assert torch.equal(ours, theirs)
+    finalize_(average)
+    assert type(average[0]) is nn.Linear and not hasattr(average[0], "wanted_backend")
+
+
 def test_cutlass_layout_is_that_of_torch() -> None:
     weight = model_of()[0].weight.detach()
     own = BACKENDS["cutlass"]

@@ -115,9 +115,7 @@ class PackedLinear(nn.Linear):
         both_ways, weight = self.packed_t is not None, fn(self.dense_weight())
         self._hold((None, None, None, None))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        wanted = BACKENDS[self.wanted_backend]
-        usable = wanted.device_reason(weight.device) is None and wanted.dtype_reason(weight.dtype) is None
-        self.backend = wanted.name if usable else "reference"
+        self.backend = _usable(self.wanted_backend, weight.device, weight.dtype)
         self._hold(_pack(weight, self.backend, both_ways))
         return self
 
@@ -160,6 +158,7 @@ class SparseLinear(nn.Linear):
     """
 
     backend: str
+    wanted_backend: str
     input_dtype: torch.dtype
     search: bool
     layer_name: str
@@ -194,7 +193,8 @@ class SparseLinear(nn.Linear):
         mvue = isinstance(module, MVUELinear)
         _set_class(module, cls)
         assert isinstance(module, cls)
-        module.backend, module.input_dtype, module.search, module.layer_name = backend, dtype, search, name
+        module.backend, module.wanted_backend, module.search, module.layer_name = backend, backend, search, name
+        module.input_dtype = dtype
         module.mvue, module.both_ways, module.warned = mvue, transposed, False
         # A mask that nobody else holds does not move: then gradients of pruned weights would be lost work, or worse.
         module.fixed = own is None and not isinstance(_static_mask(module), Tensor)
@@ -252,7 +252,9 @@ class SparseLinear(nn.Linear):
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
         kind = MVUELinear if self.mvue else nn.Linear
-        for name in ("backend", "input_dtype", "search", "layer_name", "mvue", "both_ways", "warned", "fixed", "_loaded"):
+        for name in ("backend", "wanted_backend", "input_dtype", "search", "layer_name"):
+            delattr(self, name)
+        for name in ("mvue", "both_ways", "warned", "fixed", "_loaded"):
             delattr(self, name)
         _set_class(self, kind)
 
@@ -284,15 +286,19 @@ class SparseLinear(nn.Linear):
     def _hold(self, tensors: tuple[Tensor | None, ...]) -> None:
         for name, tensor in zip(("positions", "metadata", "positions_t", "metadata_t"), tensors, strict=True):
             held = self._buffers.get(name)
-            if held is not None and tensor is not None and held.shape == tensor.shape and held.device == tensor.device:
+            if held is not None and tensor is not None and _alike(held, tensor):
                 held.copy_(tensor)  # where a compiled graph, or a captured one, reads it
             else:
                 self.register_buffer(name, tensor, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self.positions
+        before, backend = self.positions, self.backend
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before is not None and self.positions is not None and before.device != self.positions.device:
+        # Also while there is no mask to follow: the next one is found where the layer is then.
+        self.backend = _usable(self.wanted_backend, trained_parameter(self, "weight").device, self.input_dtype)
+        if before is None or self.positions is None:
+            return self
+        if before.device != self.positions.device or backend != self.backend:
             mask = kept_mask(self.positions, self.in_features)
             self._hold(_find(mask, self.backend, self.input_dtype, self.both_ways))
         return self
@@ -309,6 +315,16 @@ def _checked(input: Tensor, columns: int) -> Tensor:
     if input.shape[-1:] != (columns,):
         raise ValueError(f"an input of shape {tuple(input.shape)} does not fit a layer of {columns} inputs")
     return input
+
+
+def _usable(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that was wanted where it runs, else the reference, as for a copy on the CPU: it comes back with the GPU."""
+    own = BACKENDS[wanted]
+    return wanted if own.device_reason(device) is None and own.dtype_reason(dtype) is None else "reference"
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
 def _static_mask(module: nn.Module) -> Tensor | None:
