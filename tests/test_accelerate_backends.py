@@ -6,6 +6,7 @@ tell, whether the real libraries agree, is in the tests marked `gpu` at the end.
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -310,6 +311,23 @@ def test_layers_in_training_leave_the_device_and_come_back(library: Library, nam
     assert type(average[0]) is nn.Linear and not hasattr(average[0], "wanted_backend")
 
 
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+def test_every_buffer_can_be_broadcast_as_ddp_does(library: Library, name: str, tmp_path: Path) -> None:
+    training = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+    sparsify_(training, "2:4-T")
+    accelerate_(training, name)
+    packed = nn.Sequential(model_of().requires_grad_(False), nn.Linear(64, 8))
+    assert accelerate_(packed, name)["0.0"].backward
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for model in (training, packed):
+            before = [one.clone() for one in model.buffers()]
+            nn.parallel.DistributedDataParallel(model)
+            assert all(torch.equal(one, other) for one, other in zip(model.buffers(), before, strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_cutlass_layout_is_that_of_torch() -> None:
     weight = model_of()[0].weight.detach()
     own = BACKENDS["cutlass"]
@@ -322,7 +340,7 @@ def test_cutlass_layout_is_that_of_torch() -> None:
         (own.fill(weight, positions, metadata, torch.bfloat16), expected),
         (own.fill(weight.t(), positions_t, metadata_t, torch.bfloat16), expected_t),
     ):
-        assert torch.equal(found[0], values) and torch.equal(found[1], meta)
+        assert torch.equal(found[0], values) and torch.equal(found[1].view(torch.int16), meta)
     assert torch.equal(own.layout(mask, positions, torch.bfloat16), metadata)
     assert torch.equal(own.unpack(*own.pack(weight), *weight.shape), weight)
 

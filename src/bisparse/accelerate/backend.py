@@ -188,39 +188,41 @@ class Cutlass(_OnTensorCores):
             return f"torch's CUTLASS kernels for 2:4 run on compute capability 8.x, and this device has {major}.{minor}"
         return None
 
-    def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "R M"]]:
+    # The kernels want int16, which DDP cannot broadcast by gloo or NCCL: buffers are bytes, and seen as int16.
+
+    def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Float[Tensor, "R C2"], UInt8[Tensor, "R B"]]:
         values, metadata = sparse_semi_structured_from_dense_cutlass(matrix.contiguous())
-        return values, metadata
+        return values, metadata.view(torch.uint8)
 
     def unpack(
-        self, packed: Float[Tensor, "R C2"], metadata: Shaped[Tensor, "R M"], rows: int, columns: int
+        self, packed: Float[Tensor, "R C2"], metadata: UInt8[Tensor, "R B"], rows: int, columns: int
     ) -> Float[Tensor, "R C"]:
-        matrix: Tensor = sparse_semi_structured_to_dense_cutlass(packed, metadata)
+        matrix: Tensor = sparse_semi_structured_to_dense_cutlass(packed, metadata.view(torch.int16))
         return matrix
 
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Shaped[Tensor, "R M"]:
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> UInt8[Tensor, "R B"]:
         metadata: Tensor = sparse_semi_structured_from_dense_cutlass(mask.to(dtype).contiguous())[1]
-        return metadata
+        return metadata.view(torch.uint8)
 
     def layouts(
         self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], positions_t: UInt8[Tensor, "C H"], dtype: torch.dtype
-    ) -> tuple[Shaped[Tensor, "R M"], Shaped[Tensor, "C N"]]:
+    ) -> tuple[UInt8[Tensor, "R B"], UInt8[Tensor, "C D"]]:
         _, metadata, _, metadata_t = pack_2to4(mask.to(dtype), mask)
-        return metadata, metadata_t
+        return metadata.view(torch.uint8), metadata_t.view(torch.uint8)
 
     def fill(
         self,
         weight: Float[Tensor, "R C"],
         positions: UInt8[Tensor, "R G"],
-        metadata: Shaped[Tensor, "R M"],
+        metadata: UInt8[Tensor, "R B"],
         dtype: torch.dtype,
-    ) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "R M"]]:
+    ) -> tuple[Float[Tensor, "R C2"], UInt8[Tensor, "R B"]]:
         return take_values(weight, positions, dtype), metadata
 
     def multiply(
         self,
         packed: Float[Tensor, "R C2"],
-        metadata: Shaped[Tensor, "R M"],
+        metadata: UInt8[Tensor, "R B"],
         dense: Float[Tensor, "C N"],
         rows: int,
         bias: Float[Tensor, " R"] | None = None,
@@ -230,9 +232,9 @@ class Cutlass(_OnTensorCores):
     ) -> Float[Tensor, "..."]:
         padded = _padded(dense)
         if bias is None:
-            product = torch._sparse_semi_structured_mm(packed, metadata, padded)
+            product = torch._sparse_semi_structured_mm(packed, metadata.view(torch.int16), padded)
         else:
-            product = torch._sparse_semi_structured_addmm(bias, packed, metadata, padded)
+            product = torch._sparse_semi_structured_addmm(bias, packed, metadata.view(torch.int16), padded)
         product = product[:, : dense.shape[1]]
         return product.t().contiguous() if transposed else product.contiguous()
 
