@@ -19,6 +19,7 @@ from torch.sparse._semi_structured_conversions import (
 from bisparse import accelerate_, finalize_, prune_, sparsify_
 from bisparse.accelerate import BackendError, backend, usable_backends
 from bisparse.accelerate.backend import BACKENDS
+from bisparse.accelerate.measure import random_mask
 from bisparse.kernels.positions import find_positions
 
 CUDA = torch.device("cuda", 0)
@@ -148,6 +149,18 @@ def test_packed_bytes_are_nine_sixteenths(library: Library) -> None:
         model = model_of().eval()
         report = accelerate_(model, name)
         assert report.bytes_before - report.bytes_after == 2 * 2 * 64 * 128 * 7 // 16
+
+
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+def test_layers_in_training_hold_positions_and_metadata_and_nothing_else(library: Library, name: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 128, bias=False)).train()
+    with torch.no_grad():
+        model[0].weight.mul_(random_mask(128, 64, torch.device("cpu")))
+    report = accelerate_(model, name)
+    weights = 64 * 128
+    metadata = 0 if name == "cusparselt" and not library.values_first else weights // 8
+    assert report.bytes_after - report.bytes_before == 2 * (weights // 4 + metadata)
+    assert all(one.untyped_storage().nbytes() == one.nbytes for one in model.buffers())
 
 
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])

@@ -269,7 +269,7 @@ class CuSparseLt(_OnTensorCores):
         packed = self.pack(image)[0].flatten()
         values = take_values(image, positions).flatten()
         if torch.equal(packed[: values.numel()], values):
-            return packed[values.numel() :].view(torch.uint8)
+            return packed[values.numel() :].view(torch.uint8).clone()  # a view would keep the image's values alive
         return positions.new_empty(0)
 
     def fill(
