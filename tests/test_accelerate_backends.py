@@ -5,11 +5,14 @@ tell, whether the real libraries agree, is in the tests marked `gpu` at the end.
 """
 
 import copy
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -20,7 +23,7 @@ from bisparse import accelerate_, finalize_, prune_, sparsify_
 from bisparse.accelerate import BackendError, backend, usable_backends
 from bisparse.accelerate.backend import BACKENDS
 from bisparse.accelerate.measure import random_mask
-from bisparse.kernels.positions import find_positions
+from bisparse.kernels.positions import find_positions, kept_mask
 
 CUDA = torch.device("cuda", 0)
 needs_gpu = pytest.mark.skipif(
@@ -31,8 +34,8 @@ needs_gpu = pytest.mark.skipif(
 class Library:
     """What torch's operators do, on the CPU."""
 
-    def __init__(self, values_first: bool) -> None:
-        self.values_first = values_first
+    def __init__(self, order: str) -> None:
+        self.order, self.values_first = order, order != "values last"
         self.compressed, self.searched, self.algorithms = 0, 0, []
 
     def compress(self, matrix: Tensor) -> Tensor:
@@ -47,12 +50,14 @@ class Library:
             for free in range(4):
                 if len(places) < 2 and free not in places:
                     places.append(free)
-            first, second = sorted(places)
+            first, second = sorted(places, reverse=self.order == "slots reversed")
             values += [group[first], group[second]]
             metadata.append(first | second << 2)
         low = torch.tensor(metadata, dtype=torch.uint8).view(-1, 2)
         tail = (low[:, 0] | low[:, 1] << 4).view(matrix.dtype)
         kept = torch.tensor(values, dtype=matrix.dtype)
+        if self.order == "groups reversed":
+            kept = kept.view(-1, 2).flip(0).flatten()
         return torch.cat((kept, tail) if self.values_first else (tail, kept))
 
     def dense(self, packed: Tensor, columns: int) -> Tensor:
@@ -62,7 +67,8 @@ class Library:
         codes = tail.contiguous().view(torch.uint8)
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten().long()
         groups = torch.zeros(size // 4, 4, dtype=packed.dtype)
-        groups.scatter_(1, torch.stack((codes & 3, codes >> 2), -1), values.view(-1, 2))
+        pairs = values.view(-1, 2).flip(0) if self.order == "groups reversed" else values.view(-1, 2)
+        groups.scatter_(1, torch.stack((codes & 3, codes >> 2), -1), pairs)
         return groups.view(-1, columns)
 
     def multiply(
@@ -94,7 +100,7 @@ class Library:
         return cls.cutlass(values, metadata, dense) + bias[:, None]
 
 
-@pytest.fixture(params=[True, False], ids=["values first", "values last"])
+@pytest.fixture(params=["values first", "values last", "slots reversed"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     stand_in = Library(request.param)
     monkeypatch.setattr(torch, "_cslt_compress", stand_in.compress)
@@ -208,16 +214,29 @@ def test_new_values_reach_the_product_without_packing_where_the_layout_allows_it
                 weight.mul_(2)
     assert not torch.equal(outputs[0], outputs[1])
     per_step = 4  # W and W^T of two layers
-    # The stand-in fills unused slots from the left and the packer from the right: without any, their orders agree.
-    assert library.compressed - packed_so_far in (0, 3 * per_step)
-    full = find_positions(torch.tensor([[True, False, True, False]]).repeat(16, 4))
-    metadata = BACKENDS["cusparselt"].layout(torch.tensor([[True, False, True, False]]).repeat(16, 4), full, torch.bfloat16)
-    assert (metadata.numel() > 0) == library.values_first
-    before = library.compressed
-    weight = torch.randn(16, 16)
-    packed, _ = BACKENDS["cusparselt"].fill(weight, full, metadata, torch.bfloat16)
-    assert (library.compressed == before) == library.values_first
-    assert torch.equal(library.dense(packed, 16), (weight * torch.tensor([1.0, 0, 1, 0] * 4)).to(torch.bfloat16))
+    # Of groups that keep one or none the stand-in fills free slots from the left and CUTLASS's packer from the right.
+    assert any(int((one != 0).unflatten(-1, (-1, 4)).sum(-1).min()) < 2 for one in layer.parameters() if one.ndim == 2)
+    assert library.compressed - packed_so_far == (0 if library.values_first else 3 * per_step)
+
+
+@given(st.data())
+def test_values_fill_the_slots_of_any_library(data: st.DataObject) -> None:
+    stand_in = Library(data.draw(st.sampled_from(["values first", "values last", "slots reversed", "groups reversed"])))
+    choices = st.sampled_from([group for group in itertools.product([False, True], repeat=4) if sum(group) <= 2])
+    alike = st.builds(lambda one: [one] * 64, choices)  # every order of such groups looks like ours, but for their tags
+    mask = torch.tensor(data.draw(st.lists(choices, min_size=64, max_size=64) | alike)).view(16, 16)
+    own, weight = BACKENDS["cusparselt"], torch.arange(1.0, 257.0).view(16, 16)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "_cslt_compress", stand_in.compress)
+        positions, metadata = own.layout(mask, find_positions(mask), torch.bfloat16)
+        assert torch.equal(kept_mask(positions, 16), mask)
+        by_value = stand_in.order in ("values first", "slots reversed")
+        assert (metadata.numel() > 0) == by_value or not mask.any()
+        before = stand_in.compressed
+        for values in (weight, weight * (torch.arange(16) % 3 > 0)):  # a kept weight may be zero, in its place
+            packed, _ = own.fill(values, positions, metadata, torch.bfloat16)
+            assert torch.equal(stand_in.dense(packed, 16), torch.where(mask, values, 0).to(torch.bfloat16))
+        assert stand_in.compressed == before or not metadata.numel()
 
 
 def test_the_best_algorithm_is_searched_once_a_shape(library: Library) -> None:
@@ -348,13 +367,14 @@ def test_cutlass_layout_is_that_of_torch() -> None:
     positions, positions_t = find_positions(mask), find_positions(mask.t())
     expected = sparse_semi_structured_from_dense_cutlass(weight)
     expected_t = sparse_semi_structured_from_dense_cutlass(weight.t().contiguous())
-    metadata, metadata_t = own.layouts(mask, positions, positions_t, torch.bfloat16)
+    layout, layout_t = own.layouts(mask, positions, positions_t, torch.bfloat16)
     for found, (values, meta) in (
-        (own.fill(weight, positions, metadata, torch.bfloat16), expected),
-        (own.fill(weight.t(), positions_t, metadata_t, torch.bfloat16), expected_t),
+        (own.fill(weight, *layout, torch.bfloat16), expected),
+        (own.fill(weight.t(), *layout_t, torch.bfloat16), expected_t),
     ):
         assert torch.equal(found[0], values) and torch.equal(found[1].view(torch.int16), meta)
-    assert torch.equal(own.layout(mask, positions, torch.bfloat16), metadata)
+    assert torch.equal(layout[0], positions) and torch.equal(layout_t[0], positions_t)
+    assert all(torch.equal(one, other) for one, other in zip(own.layout(mask, positions, torch.bfloat16), layout, strict=True))
     assert torch.equal(own.unpack(*own.pack(weight), *weight.shape), weight)
 
 

@@ -23,7 +23,9 @@ from bisparse.kernels.pack import pack_2to4
 from bisparse.kernels.positions import (
     find_positions,
     from_metadata,
+    kept_mask,
     put_values,
+    read_positions,
     take_values,
     to_metadata,
 )
@@ -31,8 +33,14 @@ from bisparse.kernels.positions import (
 __all__ = ["BACKENDS", "Backend", "BackendError", "choose_backend", "usable_backends"]
 
 HALF = (torch.float16, torch.bfloat16)
+TAGS = 63
+"""So many tags of groups, times four places, are whole numbers that bfloat16 tells apart."""
 DENSE_MULTIPLE = 8
 """Both libraries take activations whose number of tokens is a multiple of this; others are completed with zeros."""
+
+
+Slots = tuple[Tensor, Tensor]
+"""Positions and metadata of a mask."""
 
 
 class BackendError(ValueError):
@@ -78,12 +86,15 @@ class Backend(ABC):
         """The matrix that was packed, dense, with zeros."""
 
     @abstractmethod
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Shaped[Tensor, "..."]:
-        """The metadata of a mask, whose positions are given: found once for a mask, used with every set of values."""
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
+        """(positions, metadata) of a mask whose positions are given, in the backend's own order of slots.
+
+        Found once for a mask, used with every set of values.
+        """
 
     def layouts(
         self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], positions_t: UInt8[Tensor, "C H"], dtype: torch.dtype
-    ) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
+    ) -> tuple[Slots, Slots]:
         """`layout` of a mask that is 2:4 both ways, and of its transpose."""
         return self.layout(mask, positions, dtype), self.layout(mask.t(), positions_t, dtype)
 
@@ -95,7 +106,7 @@ class Backend(ABC):
         metadata: Shaped[Tensor, "..."],
         dtype: torch.dtype,
     ) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
-        """(packed, metadata) of a weight as it is now, masked, in another dtype; `metadata` is what `layout` gave."""
+        """(packed, metadata) of a weight as it is now, masked, in another dtype; the arguments are what `layout` gave."""
 
     @abstractmethod
     def multiply(
@@ -130,8 +141,8 @@ class Reference(Backend):
     ) -> Float[Tensor, "R C"]:
         return put_values(packed, from_metadata(metadata, packed.shape[1] // 2), columns)
 
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> UInt8[Tensor, "R B"]:
-        return to_metadata(positions)
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
+        return positions, to_metadata(positions)
 
     def fill(
         self,
@@ -200,15 +211,15 @@ class Cutlass(_OnTensorCores):
         matrix: Tensor = sparse_semi_structured_to_dense_cutlass(packed, metadata.view(torch.int16))
         return matrix
 
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> UInt8[Tensor, "R B"]:
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
         metadata: Tensor = sparse_semi_structured_from_dense_cutlass(mask.to(dtype).contiguous())[1]
-        return metadata.view(torch.uint8)
+        return positions, metadata.view(torch.uint8)
 
     def layouts(
         self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], positions_t: UInt8[Tensor, "C H"], dtype: torch.dtype
-    ) -> tuple[UInt8[Tensor, "R B"], UInt8[Tensor, "C D"]]:
+    ) -> tuple[Slots, Slots]:
         _, metadata, _, metadata_t = pack_2to4(mask.to(dtype), mask)
-        return metadata.view(torch.uint8), metadata_t.view(torch.uint8)
+        return (positions, metadata.view(torch.uint8)), (positions_t, metadata_t.view(torch.uint8))
 
     def fill(
         self,
@@ -259,18 +270,21 @@ class CuSparseLt(_OnTensorCores):
         # Exact for finite numbers: every sum has one term that is not zero.
         return self.multiply(packed, metadata, torch.eye(columns, dtype=packed.dtype, device=packed.device), rows)
 
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Shaped[Tensor, "..."]:
-        """The bytes behind the values, where the values come first in our order; nothing where they do not.
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
+        """Slots as the library fills them, and the bytes behind the values; no bytes where the values do not come first.
 
-        An image of the mask tells: each kept entry holds its number in the group, so that equal values mean equal slots.
+        An image of the mask tells: each kept entry holds its place in the group, and a random tag of the group, so that no
+        other order of groups passes for ours. Which slot an only kept entry takes is the library's choice, and not ours.
         """
-        numbers = torch.arange(1, 5, device=mask.device, dtype=dtype).repeat(-(-mask.shape[1] // 4))[: mask.shape[1]]
-        image = torch.where(mask, numbers, 0)
-        packed = self.pack(image)[0].flatten()
-        values = take_values(image, positions).flatten()
-        if torch.equal(packed[: values.numel()], values):
-            return packed[values.numel() :].view(torch.uint8).clone()  # a view would keep the image's values alive
-        return positions.new_empty(0)
+        own = torch.Generator(mask.device).manual_seed(0)
+        tags = torch.randint(TAGS, (*positions.shape, 1), dtype=torch.int16, device=mask.device, generator=own)
+        image = (4 * tags + torch.arange(1, 5, dtype=torch.int16, device=mask.device)).to(dtype)
+        packed = self.pack(torch.where(mask, image.flatten(-2), 0))[0].flatten()
+        slots = packed[: 2 * positions.numel()].view(*positions.shape, 2)
+        found = read_positions(slots - image[..., :1], slots != 0)
+        if not torch.equal(kept_mask(found, mask.shape[1]), mask):
+            return positions, positions.new_empty(0)
+        return found, packed[slots.numel() :].view(torch.uint8).clone()  # a view would keep the image's values alive
 
     def fill(
         self,
@@ -279,9 +293,9 @@ class CuSparseLt(_OnTensorCores):
         metadata: Shaped[Tensor, "..."],
         dtype: torch.dtype,
     ) -> tuple[Shaped[Tensor, "R P"], Shaped[Tensor, "0"]]:
-        values = take_values(weight, positions, dtype)
         if metadata.numel() == 0:
-            return self.pack(put_values(values, positions, weight.shape[1]))
+            return self.pack(torch.where(kept_mask(positions, weight.shape[1]), weight, 0).to(dtype))
+        values = take_values(weight, positions, dtype)
         packed = torch.cat((values.flatten(), metadata.view(dtype))).view(weight.shape[0], -1)
         return packed, values.new_empty(0)
 

@@ -352,9 +352,9 @@ def _find(
         verify(mask, "2:4-T" if transposed else "2:4").check()  # says where
         raise
     if positions_t is None:
-        return positions, own.layout(mask, positions, dtype), None, None
-    metadata, metadata_t = own.layouts(mask, positions, positions_t, dtype)
-    return positions, metadata, positions_t, metadata_t
+        return *own.layout(mask, positions, dtype), None, None
+    layout, layout_t = own.layouts(mask, positions, positions_t, dtype)
+    return *layout, *layout_t
 
 
 @torch.no_grad()
