@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import re
 import sys
@@ -78,6 +79,10 @@ def _call(name: str) -> Source:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise ValueError(f"{name}: {module_name} has no function {function_name!r}")
+    try:
+        inspect.signature(function).bind()
+    except (TypeError, ValueError) as error:  # ValueError: built in, without a signature
+        raise ValueError(f"{name}: it must be a function to call without arguments that returns a model ({error})") from error
     made = function()
     if isinstance(made, nn.Module):
         return Source(made)
