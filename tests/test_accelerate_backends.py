@@ -8,6 +8,7 @@ import copy
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from torch.sparse._semi_structured_conversions import (
 
 from bisparse import accelerate_, finalize_, prune_, sparsify_
 from bisparse.accelerate import BackendError, backend, usable_backends
+from bisparse.accelerate.algorithm import search_algorithm
 from bisparse.accelerate.backend import BACKENDS
 from bisparse.accelerate.measure import random_mask
 from bisparse.kernels.positions import find_positions, kept_mask
@@ -72,12 +74,19 @@ class Library:
         return groups.view(-1, columns)
 
     def multiply(
-        self, packed: Tensor, dense: Tensor, bias: Tensor | None = None, transpose_result: bool = False, alg_id: int = 0
+        self,
+        packed: Tensor,
+        dense: Tensor,
+        bias: Tensor | None = None,
+        transpose_result: bool = False,
+        alg_id: int = 0,
+        split_k: int = 1,
+        split_k_mode: int = -1,
     ) -> Tensor:
         assert packed.dtype == dense.dtype and (bias is None or bias.dtype == dense.dtype)
         assert dense.is_contiguous() or dense.t().is_contiguous(), "torch takes the strides of anything else for a transpose"
         assert dense.shape[1] % 8 == 0 and dense.shape[0] % 16 == 0
-        self.algorithms.append(alg_id)
+        self.algorithms.append((alg_id, split_k, split_k_mode))
         product = self.dense(packed, dense.shape[0]) @ dense
         product = product if bias is None else product + bias[:, None]
         return product.t().contiguous() if transpose_result else product
@@ -87,6 +96,11 @@ class Library:
         self.algorithms.pop()
         self.searched += 1
         return 3
+
+    def search_all(
+        self, packed: Tensor, dense: Tensor, bias: Tensor | None, alpha: None, out_dtype: None, transpose_result: bool
+    ) -> tuple[int, int, int, int]:
+        return self.search(packed, dense, bias, transpose_result), 4, 2, 9
 
     @staticmethod
     def cutlass(values: Tensor, metadata: Tensor, dense: Tensor) -> Tensor:
@@ -110,9 +124,9 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", stand_in.cutlass_add)
     for name in ("cusparselt", "cutlass"):
         monkeypatch.setattr(type(BACKENDS[name]), "device_reason", lambda self, device: None)
-    backend._search_algorithm.cache_clear()
+    search_algorithm.cache_clear()
     yield stand_in
-    backend._search_algorithm.cache_clear()
+    search_algorithm.cache_clear()
 
 
 def model_of(pattern: str = "2:4-T", dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
@@ -239,14 +253,21 @@ def test_values_fill_the_slots_of_any_library(data: st.DataObject) -> None:
         assert stand_in.compressed == before or not metadata.numel()
 
 
-def test_the_best_algorithm_is_searched_once_a_shape(library: Library) -> None:
+@pytest.mark.parametrize("torch_tells_the_split", [True, False])
+def test_the_best_algorithm_is_searched_once_a_shape(
+    library: Library, torch_tells_the_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch_tells_the_split:
+        monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=library.search_all), raising=False)
+        monkeypatch.setattr(torch, "_cslt_sparse_mm_search", None)
+    best = (3, 4, 2) if torch_tells_the_split else (3, 1, -1)
     model = model_of().eval().requires_grad_(False)
     accelerate_(model, "cusparselt")
     inputs = torch.randn(16, 64).to(torch.bfloat16)
     library.algorithms.clear()
     for _ in range(3):
         model(inputs)
-    assert library.searched == 2 and library.algorithms == [3] * 6
+    assert library.searched == 2 and library.algorithms == [best] * 6
     model(inputs[:8])
     assert library.searched == 4
     model(inputs[:5])  # completed to 8 tokens: the same shape
@@ -258,7 +279,7 @@ def test_the_best_algorithm_is_searched_once_a_shape(library: Library) -> None:
     accelerate_(other, "cusparselt", search=False)
     library.algorithms.clear()
     other(inputs)
-    assert library.searched == 6 and library.algorithms == [0, 0]
+    assert library.searched == 6 and library.algorithms == [(0, 1, -1)] * 2
 
 
 def test_backends_refuse_shapes_and_dtypes_with_reasons(library: Library) -> None:

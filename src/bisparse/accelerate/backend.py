@@ -1,7 +1,7 @@
 """The libraries that multiply by a 2:4 matrix: cuSPARSELt, CUTLASS, and a reference that runs anywhere.
 
 Each one keeps a packed matrix in two tensors: `packed`, of the weight's dtype, and `metadata`. The operators of torch that are
-used are prototypes there; this file alone calls them. None of them checks that what it packs is 2:4: callers must.
+used are prototypes there; this file and `algorithm` alone call them. None of them checks that what it packs is 2:4: callers must.
 
 Source of shapes and dtypes: `torch.sparse.SparseSemiStructuredTensorCUTLASS` and `...CUSPARSELT`, torch 2.11 to 2.13.
 """
@@ -19,6 +19,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
+from bisparse.accelerate.algorithm import Algorithm, search_algorithm
 from bisparse.kernels.pack import pack_2to4
 from bisparse.kernels.positions import (
     find_positions,
@@ -311,12 +312,12 @@ class CuSparseLt(_OnTensorCores):
         search: bool = False,
     ) -> Float[Tensor, "..."]:
         padded = _padded(dense)
-        algorithm = 0
+        algorithm = Algorithm()
         if search:
             by_rows = padded.is_contiguous()
             shape = (rows, *padded.shape)
-            algorithm = _search_algorithm(shape, by_rows, bias is not None, transposed, packed.dtype, packed.device)
-        product = torch._cslt_sparse_mm(packed, padded, bias=bias, transpose_result=transposed, alg_id=algorithm)
+            algorithm = search_algorithm(shape, by_rows, bias is not None, transposed, packed.dtype, packed.device)
+        product = torch._cslt_sparse_mm(packed, padded, bias=bias, transpose_result=transposed, **algorithm._asdict())
         tokens = dense.shape[1]
         return (product[:tokens] if transposed else product[:, :tokens]).contiguous()
 
@@ -366,21 +367,6 @@ def _padded(dense: Float[Tensor, "C N"]) -> Float[Tensor, "C N8"]:
     if missing:
         dense = torch.nn.functional.pad(dense.t(), (0, 0, 0, missing)).t()
     return dense if dense.is_contiguous() or dense.t().is_contiguous() else dense.contiguous()
-
-
-@functools.lru_cache(maxsize=1024)
-def _search_algorithm(
-    shape: tuple[int, int, int], by_rows: bool, bias: bool, transposed: bool, dtype: torch.dtype, device: torch.device
-) -> int:
-    """cuSPARSELt's fastest algorithm for (rows, columns, tokens), by trying all of them once on random numbers."""
-    rows, columns, tokens = shape
-    own = torch.Generator(device).manual_seed(0)  # a search in the middle of a run must not move its random numbers
-    matrix = torch.randn(rows, columns // 4, 4, dtype=dtype, device=device, generator=own)
-    matrix[..., 2:] = 0
-    packed = torch._cslt_compress(matrix.view(rows, columns)).view(rows, -1)
-    dense = torch.randn((columns, tokens) if by_rows else (tokens, columns), dtype=dtype, device=device, generator=own)
-    numbers = torch.randn(rows, dtype=dtype, device=device, generator=own) if bias else None
-    return int(torch._cslt_sparse_mm_search(packed, dense if by_rows else dense.t(), numbers, transpose_result=transposed))
 
 
 @functools.cache
