@@ -21,7 +21,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from bisparse import accelerate_, finalize_, prune_, sparsify_
-from bisparse.accelerate import BackendError, backend, usable_backends
+from bisparse.accelerate import BackendError, backend, trial, usable_backends
 from bisparse.accelerate.algorithm import search_algorithm
 from bisparse.accelerate.backend import BACKENDS
 from bisparse.accelerate.measure import random_mask
@@ -318,6 +318,53 @@ def test_other_input_dtypes_run_masked_dense_and_say_so_once(library: Library) -
     assert library.algorithms == []
 
 
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_either_half_precision_of_autocast_runs_sparse(
+    library: Library, name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    model, dense = (nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)) for _ in range(2))
+    dense.load_state_dict(model.state_dict())
+    for one in (model, dense):
+        sparsify_(one, "2:4-T")
+    accelerate_(model, name)
+    torch._dynamo.reset()
+    runner = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    for half in (torch.float16, torch.bfloat16):
+        library.algorithms.clear()
+        with torch.autocast("cpu", half):
+            for ours, theirs in zip(run(runner, dtype=torch.float32), run(dense, dtype=torch.float32), strict=True):
+                assert close(ours, theirs)
+        assert name == "cutlass" or len(library.algorithms) == 4, "two layers, forward and backward"
+    assert not [one for one in recwarn if "masked-dense" in str(one.message)]
+    torch._dynamo.reset()
+
+
+def test_a_library_whose_half_precisions_differ_takes_one_and_warns(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = torch._cslt_sparse_mm
+
+    def particular(packed: Tensor, dense: Tensor, **how: object) -> Tensor:
+        return honest(packed, dense, **how) * (2 if packed.dtype == torch.float16 else 1)
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", particular)
+    monkeypatch.setattr(backend, "halves_share_metadata", trial.halves_share_metadata.__wrapped__)
+    for compiled in (False, True):
+        model = nn.Sequential(nn.Linear(64, 64))
+        sparsify_(model, "2:4-T")
+        accelerate_(model, "cusparselt")
+        assert model[0].served == (torch.bfloat16,)
+        torch._dynamo.reset()
+        runner = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        with (
+            pytest.warns(
+                UserWarning, match=r"^0 runs masked-dense: it was accelerated for torch\.bfloat16, the input is torch\.float16"
+            ),
+            torch.autocast("cpu", torch.float16),
+        ):
+            runner(torch.randn(8, 64))
+    torch._dynamo.reset()
+
+
 def test_moving_packs_anew_with_what_runs_there(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of().eval()
     weight = model[0].weight.detach().clone()
@@ -409,7 +456,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
-    monkeypatch.setattr(backend, "_try_out", lambda name, device: None)
+    monkeypatch.setattr(backend, "try_out", lambda backend, device: None)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     return monkeypatch
 
@@ -443,20 +490,22 @@ def test_old_devices_and_other_makers(gpu: pytest.MonkeyPatch) -> None:
 
 def test_a_library_that_fails_or_lies_is_found_out(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
-    try_out = backend._try_out.__wrapped__
-    cpu = torch.device("cpu")
-    assert try_out("cusparselt", cpu) is None and try_out("cutlass", cpu) is None
+
+    def tried(name: str) -> str | None:
+        return trial.try_out.__wrapped__(BACKENDS[name], torch.device("cpu"))
+
+    assert tried("cusparselt") is None and tried("cutlass") is None
 
     def mismatch(*_: object, **__: object) -> Tensor:
         raise RuntimeError("CUDA error: architecture mismatch when calling `cusparseLtInit(&handle)`\nmore")
 
     honest = torch._cslt_sparse_mm
     monkeypatch.setattr(torch, "_cslt_sparse_mm", mismatch)
-    assert try_out("cusparselt", cpu) == (
+    assert tried("cusparselt") == (
         "cusparselt does not run on NVIDIA Test: CUDA error: architecture mismatch when calling `cusparseLtInit(&handle)`"
     )
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *one, **other: honest(*one, **other) * 1.02)
-    assert try_out("cusparselt", cpu) == "cusparselt gives wrong products on NVIDIA Test"
+    assert tried("cusparselt") == "cusparselt gives wrong products on NVIDIA Test"
 
 
 # ---- on a GPU

@@ -8,7 +8,6 @@ Source of shapes and dtypes: `torch.sparse.SparseSemiStructuredTensorCUTLASS` an
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 
 import torch
@@ -20,6 +19,7 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from bisparse.accelerate.algorithm import Algorithm, search_algorithm
+from bisparse.accelerate.trial import halves_share_metadata, try_out
 from bisparse.kernels.pack import pack_2to4
 from bisparse.kernels.positions import (
     find_positions,
@@ -98,6 +98,11 @@ class Backend(ABC):
     ) -> tuple[Slots, Slots]:
         """`layout` of a mask that is 2:4 both ways, and of its transpose."""
         return self.layout(mask, positions, dtype), self.layout(mask.t(), positions_t, dtype)
+
+    def served(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
+        """The dtypes of values for which what `layout` gave for this one can be used; by default all it takes."""
+        del dtype, device
+        return self.dtypes
 
     @abstractmethod
     def fill(
@@ -183,7 +188,7 @@ class _OnTensorCores(Backend):
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"{self.name} needs sparse tensor cores (compute capability 8.0, Ampere), and this device has {major}.{minor}"
-        return self._library_reason(major, minor) or _try_out(self.name, torch.device(device.type, device.index or 0))
+        return self._library_reason(major, minor) or try_out(self, torch.device(device.type, device.index or 0))
 
     @abstractmethod
     def _library_reason(self, major: int, minor: int) -> str | None: ...
@@ -287,6 +292,9 @@ class CuSparseLt(_OnTensorCores):
             return positions, positions.new_empty(0)
         return found, packed[slots.numel() :].view(torch.uint8).clone()  # a view would keep the image's values alive
 
+    def served(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
+        return HALF if halves_share_metadata(self, torch.device(device.type, device.index or 0)) else (dtype,)
+
     def fill(
         self,
         weight: Float[Tensor, "R C"],
@@ -367,19 +375,3 @@ def _padded(dense: Float[Tensor, "C N"]) -> Float[Tensor, "C N8"]:
     if missing:
         dense = torch.nn.functional.pad(dense.t(), (0, 0, 0, missing)).t()
     return dense if dense.is_contiguous() or dense.t().is_contiguous() else dense.contiguous()
-
-
-@functools.cache
-def _try_out(name: str, device: torch.device) -> str | None:
-    """Why a small product fails on this device, or gives wrong numbers; None where it is right."""
-    backend = BACKENDS[name]
-    numbers = torch.Generator(device="cpu").manual_seed(0)
-    matrix = torch.randint(1, 8, (64, 128), generator=numbers).to(device, torch.bfloat16)
-    matrix.view(64, 32, 4)[..., ::2] = 0
-    dense = torch.randint(-8, 8, (128, 16), generator=numbers).to(device, torch.bfloat16)
-    try:
-        product = backend.multiply(*backend.pack(matrix), dense, 64)
-        right = torch.equal(product.float(), (matrix.float() @ dense.float()).to(torch.bfloat16).float())
-    except RuntimeError as error:
-        return f"{name} does not run on {torch.cuda.get_device_name(device)}: {str(error).splitlines()[0]}"
-    return None if right else f"{name} gives wrong products on {torch.cuda.get_device_name(device)}"

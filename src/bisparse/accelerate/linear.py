@@ -154,7 +154,7 @@ class SparseLinear(nn.Linear):
     """A Linear that trains: its dense weight is the optimizer's, its products are sparse at the mask's positions.
 
     Positions are found where the mask changes; the values are taken from the weight in every pass, so nothing can go stale.
-    While there is no mask to follow (a dense phase), and for inputs of another dtype than `input_dtype`, it runs masked-dense.
+    While there is no mask to follow (a dense phase), and for inputs of a dtype that is not `served`, it runs masked-dense.
     """
 
     backend: str
@@ -167,6 +167,8 @@ class SparseLinear(nn.Linear):
     fixed: bool
     """The mask is the weight's own zeros, and stays."""
     warned: bool
+    served: tuple[torch.dtype, ...]
+    """Dtypes of inputs that run sparse."""
     _loaded: RemovableHandle
     positions: UInt8[Tensor, "O G"] | None
     metadata: Shaped[Tensor, "..."] | None
@@ -194,7 +196,7 @@ class SparseLinear(nn.Linear):
         _set_class(module, cls)
         assert isinstance(module, cls)
         module.backend, module.wanted_backend, module.search, module.layer_name = backend, backend, search, name
-        module.input_dtype = dtype
+        module.input_dtype, module.served = dtype, BACKENDS[backend].served(dtype, trained_parameter(module, "weight").device)
         module.mvue, module.both_ways, module.warned = mvue, transposed, False
         # A mask that nobody else holds does not move: then gradients of pruned weights would be lost work, or worse.
         module.fixed = own is None and not isinstance(_static_mask(module), Tensor)
@@ -252,7 +254,7 @@ class SparseLinear(nn.Linear):
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
         kind = MVUELinear if self.mvue else nn.Linear
-        for name in ("backend", "wanted_backend", "input_dtype", "search", "layer_name"):
+        for name in ("backend", "wanted_backend", "input_dtype", "served", "search", "layer_name"):
             delattr(self, name)
         for name in ("mvue", "both_ways", "warned", "fixed", "_loaded"):
             delattr(self, name)
@@ -263,15 +265,13 @@ class SparseLinear(nn.Linear):
         return f"{super().extra_repr()}, 2:4 by {self.backend}, {ways}{', mvue' if self.mvue else ''}"
 
     def _takes(self, dtype: torch.dtype) -> bool:
-        if self.backend == "reference" or dtype == self.input_dtype:
+        if dtype in self.served:
             return True
-        if not (self.warned or torch.compiler.is_compiling()):
+        if torch.compiler.is_compiling():
+            _warn_of_dense(self.layer_name, self.backend, self.input_dtype, dtype)
+        elif not self.warned:
             self.warned = True
-            warnings.warn(
-                f"{self.layer_name or 'a sparse Linear'} runs masked-dense: it was accelerated for {self.input_dtype}, the input "
-                f"is {dtype}. Run under autocast, or pass dtype={dtype} to accelerate_ if {self.backend} takes it.",
-                stacklevel=3,
-            )
+            _warn_of_dense(self.layer_name, self.backend, self.input_dtype, dtype)
         return False
 
     def _dense(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
@@ -295,13 +295,26 @@ class SparseLinear(nn.Linear):
         before, backend = self.positions, self.backend
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Also while there is no mask to follow: the next one is found where the layer is then.
-        self.backend = _usable(self.wanted_backend, trained_parameter(self, "weight").device, self.input_dtype)
+        device = trained_parameter(self, "weight").device
+        self.backend = _usable(self.wanted_backend, device, self.input_dtype)
+        self.served = BACKENDS[self.backend].served(self.input_dtype, device)
         if before is None or self.positions is None:
             return self
         if before.device != self.positions.device or backend != self.backend:
             mask = kept_mask(self.positions, self.in_features)
             self._hold(_find(mask, self.backend, self.input_dtype, self.both_ways))
         return self
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_dense(name: str, backend: str, wanted: torch.dtype, given: torch.dtype) -> bool:
+    """Compiled code warns when it is compiled, which is when it is decided how it will run."""
+    warnings.warn(
+        f"{name or 'a sparse Linear'} runs masked-dense: it was accelerated for {wanted}, the input is {given}. Run under "
+        f"autocast, or pass dtype={given} to accelerate_ if {backend} takes it.",
+        stacklevel=4,
+    )
+    return True
 
 
 def _cast(input: Tensor) -> Tensor:
