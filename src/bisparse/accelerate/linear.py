@@ -66,7 +66,7 @@ class PackedLinear(nn.Linear):
 
     @torch.no_grad()
     def dense_weight(self) -> Float[Tensor, "O I"]:
-        """The weight that was packed, with zeros."""
+        """The weight that was packed; its zeros, of either sign, are 0.0: the packed form has none to keep a sign of."""
         return BACKENDS[self.backend].unpack(self.packed, self.metadata, self.out_features, self.in_features)
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
