@@ -21,7 +21,8 @@ from bisparse.accelerate.operators import linear_2to4, packed_linear_2to4
 from bisparse.kernels.positions import find_positions, kept_mask
 from bisparse.solution import PatternError, verify
 from bisparse.training import MVUELinear
-from bisparse.training.masked import Masked, own_parametrization, separate_class, trained_parameter
+from bisparse.training.masked import Masked, own_parametrization, trained_parameter
+from bisparse.training.parametrized import separate_class, share_class
 
 __all__ = ["PackedLinear", "SparseLinear"]
 
@@ -390,6 +391,7 @@ def _set_class(module: nn.Module, kind: type[nn.Linear]) -> None:
     """Change a module's class beneath its parametrizations."""
     if parametrize.is_parametrized(module):
         separate_class(module, kind)
+        share_class(module)
     else:
         module.__class__ = kind
 
