@@ -134,6 +134,21 @@ def test_packed_model_equals_the_masked_dense_one(pattern: str) -> None:
     assert torch.allclose(gradient, expected_gradient, atol=1e-6)
 
 
+def test_zeros_of_either_sign_come_back_as_plain_zeros() -> None:
+    dense = block().eval()
+    model = copy.deepcopy(dense)
+    with torch.no_grad():
+        for layer in (model.up, model.down):  # what `weight * mask` leaves behind
+            layer.weight.copy_(torch.where(layer.weight == 0, -0.0, layer.weight))
+    assert bool((model.up.weight == 0).any()) and not torch.equal(model.up.weight.signbit(), dense.up.weight.signbit())
+    accelerate_(model, "reference")
+    finalize_(model)
+    for one, other in zip(model.parameters(), dense.parameters(), strict=True):
+        zero = one == 0
+        assert torch.equal(one, other) and torch.equal(one[~zero].signbit(), other[~zero].signbit())
+        assert not bool(one[zero].signbit().any())
+
+
 def test_packed_weights_are_stored_in_half_the_space_and_a_bit() -> None:
     model = block().to(torch.bfloat16).eval()
     before = held_bytes(model)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,36 @@ def test_measuring_runs_what_it_says(training: bool, monkeypatch: pytest.MonkeyP
     assert timing.dense.peak_bytes is None
     dense, sparse = ([times[0] for times, _ in runs[6 + side : 16 : 2]] for side in (0, 1))
     assert timing.dense.forward_ms == sorted(dense)[2] and timing.sparse.forward_ms == sorted(sparse)[2], "medians, taking turns"
+
+
+def test_clocks_and_memory_are_those_of_the_device_that_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bisparse.accelerate import measure
+
+    current, recorded = [0], []
+
+    @contextmanager
+    def chosen(device):  # type: ignore[no-untyped-def]
+        current.append(device.index)
+        yield
+        current.pop()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            recorded.append(current[-1])
+
+        def elapsed_time(self, other: object) -> float:
+            return 1.0
+
+    monkeypatch.setattr(torch.cuda, "device", chosen)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    for name in ("synchronize", "reset_peak_memory_stats", "memory_allocated", "max_memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda device: device.index)
+    monkeypatch.setattr(measure, "_contender", lambda *how: lambda: measure._timed(lambda: torch.ones(1), None, how[3]))
+    timing = measure_linear((64, 64), 8, torch.bfloat16, torch.device("cuda", 1), "cusparselt", training=False)
+    assert timing.dense.forward_ms == 1.0 and set(recorded) == {1} and current == [0]
 
 
 def test_the_mask_that_is_measured_with_is_full() -> None:

@@ -5,10 +5,15 @@ tell, whether the real libraries agree, is in the tests marked `gpu` at the end.
 """
 
 import copy
+import itertools
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -16,9 +21,11 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from bisparse import accelerate_, finalize_, prune_, sparsify_
-from bisparse.accelerate import BackendError, backend, usable_backends
+from bisparse.accelerate import BackendError, backend, trial, usable_backends
+from bisparse.accelerate.algorithm import search_algorithm
 from bisparse.accelerate.backend import BACKENDS
-from bisparse.kernels.positions import find_positions
+from bisparse.accelerate.measure import random_mask
+from bisparse.kernels.positions import find_positions, kept_mask
 
 CUDA = torch.device("cuda", 0)
 needs_gpu = pytest.mark.skipif(
@@ -29,8 +36,8 @@ needs_gpu = pytest.mark.skipif(
 class Library:
     """What torch's operators do, on the CPU."""
 
-    def __init__(self, values_first: bool) -> None:
-        self.values_first = values_first
+    def __init__(self, order: str) -> None:
+        self.order, self.values_first = order, order != "values last"
         self.compressed, self.searched, self.algorithms = 0, 0, []
 
     def compress(self, matrix: Tensor) -> Tensor:
@@ -45,12 +52,14 @@ class Library:
             for free in range(4):
                 if len(places) < 2 and free not in places:
                     places.append(free)
-            first, second = sorted(places)
+            first, second = sorted(places, reverse=self.order == "slots reversed")
             values += [group[first], group[second]]
             metadata.append(first | second << 2)
         low = torch.tensor(metadata, dtype=torch.uint8).view(-1, 2)
         tail = (low[:, 0] | low[:, 1] << 4).view(matrix.dtype)
         kept = torch.tensor(values, dtype=matrix.dtype)
+        if self.order == "groups reversed":
+            kept = kept.view(-1, 2).flip(0).flatten()
         return torch.cat((kept, tail) if self.values_first else (tail, kept))
 
     def dense(self, packed: Tensor, columns: int) -> Tensor:
@@ -60,16 +69,24 @@ class Library:
         codes = tail.contiguous().view(torch.uint8)
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten().long()
         groups = torch.zeros(size // 4, 4, dtype=packed.dtype)
-        groups.scatter_(1, torch.stack((codes & 3, codes >> 2), -1), values.view(-1, 2))
+        pairs = values.view(-1, 2).flip(0) if self.order == "groups reversed" else values.view(-1, 2)
+        groups.scatter_(1, torch.stack((codes & 3, codes >> 2), -1), pairs)
         return groups.view(-1, columns)
 
     def multiply(
-        self, packed: Tensor, dense: Tensor, bias: Tensor | None = None, transpose_result: bool = False, alg_id: int = 0
+        self,
+        packed: Tensor,
+        dense: Tensor,
+        bias: Tensor | None = None,
+        transpose_result: bool = False,
+        alg_id: int = 0,
+        split_k: int = 1,
+        split_k_mode: int = -1,
     ) -> Tensor:
         assert packed.dtype == dense.dtype and (bias is None or bias.dtype == dense.dtype)
         assert dense.is_contiguous() or dense.t().is_contiguous(), "torch takes the strides of anything else for a transpose"
         assert dense.shape[1] % 8 == 0 and dense.shape[0] % 16 == 0
-        self.algorithms.append(alg_id)
+        self.algorithms.append((alg_id, split_k, split_k_mode))
         product = self.dense(packed, dense.shape[0]) @ dense
         product = product if bias is None else product + bias[:, None]
         return product.t().contiguous() if transpose_result else product
@@ -79,6 +96,11 @@ class Library:
         self.algorithms.pop()
         self.searched += 1
         return 3
+
+    def search_all(
+        self, packed: Tensor, dense: Tensor, bias: Tensor | None, alpha: None, out_dtype: None, transpose_result: bool
+    ) -> tuple[int, int, int, int]:
+        return self.search(packed, dense, bias, transpose_result), 4, 2, 9
 
     @staticmethod
     def cutlass(values: Tensor, metadata: Tensor, dense: Tensor) -> Tensor:
@@ -92,7 +114,7 @@ class Library:
         return cls.cutlass(values, metadata, dense) + bias[:, None]
 
 
-@pytest.fixture(params=[True, False], ids=["values first", "values last"])
+@pytest.fixture(params=["values first", "values last", "slots reversed"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     stand_in = Library(request.param)
     monkeypatch.setattr(torch, "_cslt_compress", stand_in.compress)
@@ -102,9 +124,9 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", stand_in.cutlass_add)
     for name in ("cusparselt", "cutlass"):
         monkeypatch.setattr(type(BACKENDS[name]), "device_reason", lambda self, device: None)
-    backend._search_algorithm.cache_clear()
+    search_algorithm.cache_clear()
     yield stand_in
-    backend._search_algorithm.cache_clear()
+    search_algorithm.cache_clear()
 
 
 def model_of(pattern: str = "2:4-T", dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
@@ -147,6 +169,18 @@ def test_packed_bytes_are_nine_sixteenths(library: Library) -> None:
         model = model_of().eval()
         report = accelerate_(model, name)
         assert report.bytes_before - report.bytes_after == 2 * 2 * 64 * 128 * 7 // 16
+
+
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+def test_layers_in_training_hold_positions_and_metadata_and_nothing_else(library: Library, name: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 128, bias=False)).train()
+    with torch.no_grad():
+        model[0].weight.mul_(random_mask(128, 64, torch.device("cpu")))
+    report = accelerate_(model, name)
+    weights = 64 * 128
+    metadata = 0 if name == "cusparselt" and not library.values_first else weights // 8
+    assert report.bytes_after - report.bytes_before == 2 * (weights // 4 + metadata)
+    assert all(one.untyped_storage().nbytes() == one.nbytes for one in model.buffers())
 
 
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
@@ -194,26 +228,46 @@ def test_new_values_reach_the_product_without_packing_where_the_layout_allows_it
                 weight.mul_(2)
     assert not torch.equal(outputs[0], outputs[1])
     per_step = 4  # W and W^T of two layers
-    # The stand-in fills unused slots from the left and the packer from the right: without any, their orders agree.
-    assert library.compressed - packed_so_far in (0, 3 * per_step)
-    full = find_positions(torch.tensor([[True, False, True, False]]).repeat(16, 4))
-    metadata = BACKENDS["cusparselt"].layout(torch.tensor([[True, False, True, False]]).repeat(16, 4), full, torch.bfloat16)
-    assert (metadata.numel() > 0) == library.values_first
-    before = library.compressed
-    weight = torch.randn(16, 16)
-    packed, _ = BACKENDS["cusparselt"].fill(weight, full, metadata, torch.bfloat16)
-    assert (library.compressed == before) == library.values_first
-    assert torch.equal(library.dense(packed, 16), (weight * torch.tensor([1.0, 0, 1, 0] * 4)).to(torch.bfloat16))
+    # Of groups that keep one or none the stand-in fills free slots from the left and CUTLASS's packer from the right.
+    assert any(int((one != 0).unflatten(-1, (-1, 4)).sum(-1).min()) < 2 for one in layer.parameters() if one.ndim == 2)
+    assert library.compressed - packed_so_far == (0 if library.values_first else 3 * per_step)
 
 
-def test_the_best_algorithm_is_searched_once_a_shape(library: Library) -> None:
+@given(st.data())
+def test_values_fill_the_slots_of_any_library(data: st.DataObject) -> None:
+    stand_in = Library(data.draw(st.sampled_from(["values first", "values last", "slots reversed", "groups reversed"])))
+    choices = st.sampled_from([group for group in itertools.product([False, True], repeat=4) if sum(group) <= 2])
+    alike = st.builds(lambda one: [one] * 64, choices)  # every order of such groups looks like ours, but for their tags
+    mask = torch.tensor(data.draw(st.lists(choices, min_size=64, max_size=64) | alike)).view(16, 16)
+    own, weight = BACKENDS["cusparselt"], torch.arange(1.0, 257.0).view(16, 16)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(torch, "_cslt_compress", stand_in.compress)
+        positions, metadata = own.layout(mask, find_positions(mask), torch.bfloat16)
+        assert torch.equal(kept_mask(positions, 16), mask)
+        by_value = stand_in.order in ("values first", "slots reversed")
+        assert (metadata.numel() > 0) == by_value or not mask.any()
+        before = stand_in.compressed
+        for values in (weight, weight * (torch.arange(16) % 3 > 0)):  # a kept weight may be zero, in its place
+            packed, _ = own.fill(values, positions, metadata, torch.bfloat16)
+            assert torch.equal(stand_in.dense(packed, 16), torch.where(mask, values, 0).to(torch.bfloat16))
+        assert stand_in.compressed == before or not metadata.numel()
+
+
+@pytest.mark.parametrize("torch_tells_the_split", [True, False])
+def test_the_best_algorithm_is_searched_once_a_shape(
+    library: Library, torch_tells_the_split: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch_tells_the_split:
+        monkeypatch.setattr(torch._C, "_cusparselt", SimpleNamespace(mm_search=library.search_all), raising=False)
+        monkeypatch.setattr(torch, "_cslt_sparse_mm_search", None)
+    best = (3, 4, 2) if torch_tells_the_split else (3, 1, -1)
     model = model_of().eval().requires_grad_(False)
     accelerate_(model, "cusparselt")
     inputs = torch.randn(16, 64).to(torch.bfloat16)
     library.algorithms.clear()
     for _ in range(3):
         model(inputs)
-    assert library.searched == 2 and library.algorithms == [3] * 6
+    assert library.searched == 2 and library.algorithms == [best] * 6
     model(inputs[:8])
     assert library.searched == 4
     model(inputs[:5])  # completed to 8 tokens: the same shape
@@ -225,7 +279,7 @@ def test_the_best_algorithm_is_searched_once_a_shape(library: Library) -> None:
     accelerate_(other, "cusparselt", search=False)
     library.algorithms.clear()
     other(inputs)
-    assert library.searched == 6 and library.algorithms == [0, 0]
+    assert library.searched == 6 and library.algorithms == [(0, 1, -1)] * 2
 
 
 def test_backends_refuse_shapes_and_dtypes_with_reasons(library: Library) -> None:
@@ -264,6 +318,53 @@ def test_other_input_dtypes_run_masked_dense_and_say_so_once(library: Library) -
     assert library.algorithms == []
 
 
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_either_half_precision_of_autocast_runs_sparse(
+    library: Library, name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    model, dense = (nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)) for _ in range(2))
+    dense.load_state_dict(model.state_dict())
+    for one in (model, dense):
+        sparsify_(one, "2:4-T")
+    accelerate_(model, name)
+    torch._dynamo.reset()
+    runner = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+    for half in (torch.float16, torch.bfloat16):
+        library.algorithms.clear()
+        with torch.autocast("cpu", half):
+            for ours, theirs in zip(run(runner, dtype=torch.float32), run(dense, dtype=torch.float32), strict=True):
+                assert close(ours, theirs)
+        assert name == "cutlass" or len(library.algorithms) == 4, "two layers, forward and backward"
+    assert not [one for one in recwarn if "masked-dense" in str(one.message)]
+    torch._dynamo.reset()
+
+
+def test_a_library_whose_half_precisions_differ_takes_one_and_warns(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = torch._cslt_sparse_mm
+
+    def particular(packed: Tensor, dense: Tensor, **how: object) -> Tensor:
+        return honest(packed, dense, **how) * (2 if packed.dtype == torch.float16 else 1)
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", particular)
+    monkeypatch.setattr(backend, "halves_share_metadata", trial.halves_share_metadata.__wrapped__)
+    for compiled in (False, True):
+        model = nn.Sequential(nn.Linear(64, 64))
+        sparsify_(model, "2:4-T")
+        accelerate_(model, "cusparselt")
+        assert model[0].served == (torch.bfloat16,)
+        torch._dynamo.reset()
+        runner = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        with (
+            pytest.warns(
+                UserWarning, match=r"^0 runs masked-dense: it was accelerated for torch\.bfloat16, the input is torch\.float16"
+            ),
+            torch.autocast("cpu", torch.float16),
+        ):
+            runner(torch.randn(8, 64))
+    torch._dynamo.reset()
+
+
 def test_moving_packs_anew_with_what_runs_there(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of().eval()
     weight = model[0].weight.detach().clone()
@@ -274,6 +375,59 @@ def test_moving_packs_anew_with_what_runs_there(library: Library, monkeypatch: p
     assert model[0].backend == "cusparselt" and torch.equal(model[0].dense_weight(), weight)
 
 
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+def test_layers_in_training_leave_the_device_and_come_back(library: Library, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64, bias=False))
+    model = copy.deepcopy(dense)
+    for one in (model, dense):
+        sparsify_(one, "2:4-T")
+    accelerate_(model, name)
+    resting = copy.deepcopy(model)
+    resting[0].parametrizations["weight"][0].dense = True
+    resting[0].mask_changed()
+
+    def refuse(*_: object, **__: object) -> Tensor:
+        raise NotImplementedError("Could not run 'aten::_cslt_compress' with arguments from the 'CPU' backend")
+
+    with monkeypatch.context() as away:
+        for one in ("cusparselt", "cutlass"):
+            away.setattr(type(BACKENDS[one]), "device_reason", lambda self, device: f"{self.name} needs a CUDA device")
+        for operator in ("_cslt_compress", "_cslt_sparse_mm", "_sparse_semi_structured_mm", "_sparse_semi_structured_addmm"):
+            away.setattr(torch, operator, refuse)
+        average = copy.deepcopy(model).cpu()
+        assert [average[0].backend, average[2].backend] == ["reference", "reference"]
+        for ours, theirs in zip(run(average, dtype=torch.float32), run(dense, dtype=torch.float32), strict=True):
+            assert torch.allclose(ours, theirs, atol=1e-5)
+        resting.cpu()
+        resting[0].parametrizations["weight"][0].dense = False
+        resting[0].mask_changed()
+        assert close(run(resting, dtype=torch.float32)[0], run(dense, dtype=torch.float32)[0])
+    average.cpu()
+    assert average[0].backend == name
+    with torch.autocast("cpu", torch.bfloat16):
+        for ours, theirs in zip(run(average, dtype=torch.float32), run(model, dtype=torch.float32), strict=True):
+            assert torch.equal(ours, theirs)
+    finalize_(average)
+    assert type(average[0]) is nn.Linear and not hasattr(average[0], "wanted_backend")
+
+
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+def test_every_buffer_can_be_broadcast_as_ddp_does(library: Library, name: str, tmp_path: Path) -> None:
+    training = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+    sparsify_(training, "2:4-T")
+    accelerate_(training, name)
+    packed = nn.Sequential(model_of().requires_grad_(False), nn.Linear(64, 8))
+    assert accelerate_(packed, name)["0.0"].backward
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        for model in (training, packed):
+            before = [one.clone() for one in model.buffers()]
+            nn.parallel.DistributedDataParallel(model)
+            assert all(torch.equal(one, other) for one, other in zip(model.buffers(), before, strict=True))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_cutlass_layout_is_that_of_torch() -> None:
     weight = model_of()[0].weight.detach()
     own = BACKENDS["cutlass"]
@@ -281,13 +435,14 @@ def test_cutlass_layout_is_that_of_torch() -> None:
     positions, positions_t = find_positions(mask), find_positions(mask.t())
     expected = sparse_semi_structured_from_dense_cutlass(weight)
     expected_t = sparse_semi_structured_from_dense_cutlass(weight.t().contiguous())
-    metadata, metadata_t = own.layouts(mask, positions, positions_t, torch.bfloat16)
+    layout, layout_t = own.layouts(mask, positions, positions_t, torch.bfloat16)
     for found, (values, meta) in (
-        (own.fill(weight, positions, metadata, torch.bfloat16), expected),
-        (own.fill(weight.t(), positions_t, metadata_t, torch.bfloat16), expected_t),
+        (own.fill(weight, *layout, torch.bfloat16), expected),
+        (own.fill(weight.t(), *layout_t, torch.bfloat16), expected_t),
     ):
-        assert torch.equal(found[0], values) and torch.equal(found[1], meta)
-    assert torch.equal(own.layout(mask, positions, torch.bfloat16), metadata)
+        assert torch.equal(found[0], values) and torch.equal(found[1].view(torch.int16), meta)
+    assert torch.equal(layout[0], positions) and torch.equal(layout_t[0], positions_t)
+    assert all(torch.equal(one, other) for one, other in zip(own.layout(mask, positions, torch.bfloat16), layout, strict=True))
     assert torch.equal(own.unpack(*own.pack(weight), *weight.shape), weight)
 
 
@@ -301,7 +456,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
-    monkeypatch.setattr(backend, "_try_out", lambda name, device: None)
+    monkeypatch.setattr(backend, "try_out", lambda backend, device: None)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     return monkeypatch
 
@@ -335,20 +490,22 @@ def test_old_devices_and_other_makers(gpu: pytest.MonkeyPatch) -> None:
 
 def test_a_library_that_fails_or_lies_is_found_out(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
-    try_out = backend._try_out.__wrapped__
-    cpu = torch.device("cpu")
-    assert try_out("cusparselt", cpu) is None and try_out("cutlass", cpu) is None
+
+    def tried(name: str) -> str | None:
+        return trial.try_out.__wrapped__(BACKENDS[name], torch.device("cpu"))
+
+    assert tried("cusparselt") is None and tried("cutlass") is None
 
     def mismatch(*_: object, **__: object) -> Tensor:
         raise RuntimeError("CUDA error: architecture mismatch when calling `cusparseLtInit(&handle)`\nmore")
 
     honest = torch._cslt_sparse_mm
     monkeypatch.setattr(torch, "_cslt_sparse_mm", mismatch)
-    assert try_out("cusparselt", cpu) == (
+    assert tried("cusparselt") == (
         "cusparselt does not run on NVIDIA Test: CUDA error: architecture mismatch when calling `cusparseLtInit(&handle)`"
     )
     monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda *one, **other: honest(*one, **other) * 1.02)
-    assert try_out("cusparselt", cpu) == "cusparselt gives wrong products on NVIDIA Test"
+    assert tried("cusparselt") == "cusparselt gives wrong products on NVIDIA Test"
 
 
 # ---- on a GPU

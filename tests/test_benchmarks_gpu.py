@@ -1,5 +1,6 @@
 """The GPU benchmarks of accelerated layers: they run, they verify before they time, and without a GPU they say so."""
 
+import argparse
 import json
 import runpy
 import subprocess
@@ -79,6 +80,49 @@ def test_verification_sees_wrong_outputs_wrong_gradients_and_bias(linear, monkey
         patched.setattr(operators, "estimate_2to4", lambda *arguments: estimate(*arguments) * 1.5)
         assert linear.verify(layers["sparse, MVUE by reference"], inputs, upstream) > linear.TOLERANCE
         assert linear.verify(layers["sparse by reference"], inputs, upstream) < linear.TOLERANCE
+
+
+def test_a_grid_is_on_disk_as_it_is_measured_and_goes_on(linear, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    measured = []
+
+    def measure(shape, tokens, dtype, device, backend, **how):  # type: ignore[no-untyped-def]
+        measured.append((*shape, tokens, how["training"], how["both_ways"]))
+        if len(measured) == 8:
+            raise KeyboardInterrupt
+        if shape == (64, 128):
+            raise RuntimeError("CUDA error: CUSPARSE_STATUS_NOT_SUPPORTED when calling `cusparseLtMatmul`\nmore")
+        return linear.Timing(linear.Pass(1.0, 2.0, 3), linear.Pass(0.5, 1.5, 2))
+
+    for name, value in {
+        "measure_linear": measure, "GRID_SIZES": (64, 128), "GRID_TOKENS": (8,), "ROOT": tmp_path,
+        "record_on": lambda device, path, fresh: sys.modules["record"].Record(path, fresh),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(linear, name, value)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Test")
+    options = argparse.Namespace(rehearse=False, fresh=False, results=tmp_path / "gpu.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        linear.write_grid(torch.device("cpu"), ["cusparselt"], options)
+    kept = len((tmp_path / "gpu_grid.jsonl").read_text().splitlines())
+    assert kept == 4, "three of 64 x 64 and one of 128 x 64; the library refuses 64 x 128"
+    linear.write_grid(torch.device("cpu"), ["cusparselt"], options)
+    assert len(set(measured)) == 12 and len(measured) == 8 + 12 - kept, "what is on disk is not measured again"
+    grid = linear.Grid.read(tmp_path / "src/bisparse/accelerate/grids/nvidia-test.json")
+    assert len(grid.points) == 9 and grid.points[0].timing.dense.peak_bytes == 3
+
+
+def test_windows_without_cusparselt_do_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    import windows
+
+    monkeypatch.setattr(windows, "need_gpu", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(sys, "argv", ["windows.py"])
+    windows.main()
+    assert "windows.py is left out: cusparselt needs a CUDA device" in capsys.readouterr().out
+    for name in ("windows", "environment", "record"):
+        sys.modules.pop(name, None)
 
 
 def test_turns_are_taken_and_medians_counted(linear) -> None:  # type: ignore[no-untyped-def]

@@ -99,6 +99,39 @@ def test_every_kernel_compiles(only: str, arch: int, tmp_path: Path) -> None:
     check_resources(only, arch, tmp_path)
 
 
+OFFSETS = """
+import re, sys
+import torch
+sys.argv = ["kernels.py"]
+import kernels
+kernels.driver.set_active(kernels.NoDevice(90))
+start = torch.zeros(2, 32, 8, dtype=torch.int32), torch.zeros(32, dtype=torch.int32)
+calls = [
+    lambda: kernels.cuda.exact_solve(torch.rand(16, 128), 4, 8, False, *start),
+    lambda: kernels.cuda.exact_solve_integers(*[torch.zeros(4, 8, 8, dtype=torch.int64), 4, True], *start[0][:, :4].long()),
+]
+for call in calls:
+    for name, _, code in kernels.compiled(call):
+        text = code.asm["ttir"]
+        for pointer in ("%prices", "%start"):
+            splats = re.findall(rf"(%\\w+) = tt.splat {pointer} ", text)
+            for one in (pointer, *splats):
+                for offset in re.findall(rf"tt.addptr {one}, .*, (?:tensor<[\\dx]*)?(i\\d+)", text):
+                    print(name, pointer, offset)
+"""
+
+
+@pytest.mark.slow
+def test_prices_are_found_beyond_two_to_the_31() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run([sys.executable, "-c", OFFSETS], capture_output=True, text=True, env=environment, cwd=BENCHMARKS)
+    assert done.returncode == 0, done.stderr[-4000:]
+    seen = {tuple(line.split()) for line in done.stdout.splitlines()}
+    kernels = {("swept_prices", "%prices"), ("swept_prices", "%start"), ("bisected_prices", "%prices")}
+    kernels |= {("bisected_prices", "%start"), ("balanced_masks", "%prices")}
+    assert seen == {(*one, "i64") for one in kernels}
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 PATTERNS = ["2:4-T", "4:8-T", "8:16-T", "16:32-T", "32:64-T"]

@@ -12,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import oracle
 from bisparse import Exact, Greedy, Paired, Pattern, Sequential, Solution, Unstructured, choose_solver, solve, verify
+from bisparse.solve import _start_of
 from bisparse.tiles import Layout, LayoutKind, from_matrices, pad_to_multiple, to_matrices, to_tiles
 
 DTYPES = [
@@ -333,6 +334,14 @@ def test_a_start_that_does_not_fit() -> None:
         solve(scores, "4:8-T", warm_start=solve(scores, "2:4-T"))
     with pytest.raises(ValueError, match="warm_start has prices of 2 tiles, these scores have 4"):
         solve(scores, "4:8-T", warm_start=solve(scores[:8], "4:8-T"))
+
+
+def test_a_start_from_another_device_is_moved() -> None:
+    scores = torch.rand(16, 16)
+    earlier = solve(scores, "4:8-T")
+    moved = _start_of(earlier, scores.to("meta"), Pattern(4, 8, True))
+    assert moved is not None and {one.device.type for one in (moved.u, moved.v, moved.exponent)} == {"meta"}
+    assert _start_of(earlier, scores, Pattern(4, 8, True)) is earlier.certificate, "nothing is copied in place"
 
 
 # ---- bad input -------------------------------------------------------------------------------------------------------

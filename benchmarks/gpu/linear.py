@@ -4,15 +4,18 @@
 
 Weights are float32 under bfloat16 autocast, as in training; the sparse ones follow a 2:4-T mask of `sparsify_`. Outputs and
 gradients are compared with the masked-dense layer's in float32 before anything is timed: what fails is not timed, and the exit
-code is 1. Rows go to benchmarks/results/gpu.jsonl. With --grid, times over many sizes go into the package, for the advisor.
+code is 1. Rows go to benchmarks/results/gpu.jsonl. With --grid, times over many sizes go into the package, for the advisor; a run
+that is cut off goes on from benchmarks/results/gpu_grid.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ from environment import RESULTS, clocked, need_gpu, record_on, relative_error, t
 from torch import nn
 
 from bisparse import accelerate_, sparsify_
-from bisparse.accelerate import BackendError, Grid, GridPoint, measure_linear, usable_backends
+from bisparse.accelerate import BackendError, Grid, GridPoint, Pass, Timing, measure_linear, usable_backends
 from record import ROOT, commit, versions
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
@@ -169,29 +172,40 @@ def program(
 
 
 def write_grid(device: torch.device, backends: list[str], options: argparse.Namespace) -> None:
-    """Times over sizes and tokens, for `bisparse bench` on machines without this GPU."""
+    """Times over sizes and tokens, for `bisparse bench` on machines without this GPU.
+
+    A row is on disk as soon as it is measured, and is not measured again: a run that was cut off goes on where it was.
+    """
     sizes, many = ((64, 128), (8, 32)) if options.rehearse else (GRID_SIZES, GRID_TOKENS)
+    record = None
+    if not options.rehearse:
+        record = record_on(device, options.results.with_name(f"{options.results.stem}_grid.jsonl"), options.fresh)
     points, left_out = [], 0
-    for rows in sizes:
-        for columns in sizes:
-            for tokens in many:
-                for backend in backends:
-                    for training, both_ways in ((True, True), (True, False), (False, False)):
-                        try:
-                            timing = measure_linear(
-                                (rows, columns), tokens, torch.bfloat16, device, backend,
-                                training=training, both_ways=both_ways, rounds=3 if options.rehearse else 9,
-                            )  # fmt: skip
-                        except (torch.OutOfMemoryError, BackendError) as error:
-                            print(f"{rows} x {columns}, {tokens} tokens, {backend}: {error}", file=sys.stderr)
-                            left_out += 1
-                            continue
-                        points.append(GridPoint(rows, columns, tokens, backend, training, both_ways, timing))
+    kinds = ((True, True), (True, False), (False, False))
+    for rows, columns, tokens, backend, (training, both_ways) in itertools.product(sizes, sizes, many, backends, kinds):
+        key = {"benchmark": "grid", "rows": rows, "columns": columns, "tokens": tokens, "backend": backend}
+        key |= {"training": training, "both_ways": both_ways, "dtype": "bfloat16"}
+        row = record.find(key) if record is not None else None
+        if row is None:
+            try:
+                timing = measure_linear(
+                    (rows, columns), tokens, torch.bfloat16, device, backend,
+                    training=training, both_ways=both_ways, rounds=3 if options.rehearse else 9,
+                )  # fmt: skip
+            except (BackendError, RuntimeError) as error:  # also out of memory; a shape that the library refuses
+                print(f"{rows} x {columns}, {tokens} tokens, {backend}: {str(error).splitlines()[0]}", file=sys.stderr)
+                left_out += 1
+                continue
+            if record is not None:
+                record.add(key, asdict(timing))
+        else:
+            timing = Timing(Pass(**row["dense"]), Pass(**row["sparse"]))
+        points.append(GridPoint(rows, columns, tokens, backend, training, both_ways, timing))
     name = "rehearsal" if options.rehearse else torch.cuda.get_device_name(device)
     about: dict[str, Any] = {"versions": versions(), "commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     grid = Grid(name, "bfloat16", tuple(points), about)
     print(f"{len(points)} points, {left_out} left out")
-    if not options.rehearse:
+    if points and not options.rehearse:
         path = ROOT / "src" / "bisparse" / "accelerate" / "grids" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
         grid.write(path)
         print(f"written to {path.relative_to(ROOT)}")

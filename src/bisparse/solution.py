@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 
@@ -61,6 +61,12 @@ class Certificate:
     """Prices of the "= N" program, which may be negative."""
     wide: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     """Prices, as Python integers, of the tiles whose scores do not fit 64 bits at their exponent."""
+
+    def to(self, device: torch.device) -> Certificate:
+        """The same prices on another device; itself where they are there."""
+        if self.u.device == self.v.device == self.exponent.device == device:
+            return self
+        return replace(self, u=self.u.to(device), v=self.v.to(device), exponent=self.exponent.to(device))
 
 
 @dataclass(frozen=True)

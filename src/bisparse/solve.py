@@ -145,7 +145,7 @@ def _start_of(solution: Solution | None, scores: Tensor, pattern: Pattern) -> Ce
     tiles = scores.numel() // pattern.m**2
     if certificate.u.shape != (tiles, pattern.m):
         raise ValueError(f"warm_start has prices of {certificate.u.shape[0]} tiles, these scores have {tiles}")
-    return certificate
+    return certificate.to(scores.device)
 
 
 def select(matrices: Real[Tensor, "B R C"], pattern: Structure) -> Bool[Tensor, "B R C"]:

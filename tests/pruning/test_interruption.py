@@ -281,11 +281,3 @@ def test_results_that_are_not_the_layers_own_are_refused_before_anything_changes
     prune_(model, "2:4", AdaPrune(), batches, order=order, resume=journal)
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("text", ["{", "[]"])
-def test_a_damaged_description_of_the_job_is_named(text: str, tmp_path: Path) -> None:
-    model, batches = interrupted(tmp_path / "journal", "sequential")
-    (tmp_path / "journal" / "about.json").write_text(text)
-    with pytest.raises(JournalError, match=r"about\.json is damaged"):
-        prune_(model, "2:4", AdaPrune(), batches, resume=tmp_path / "journal")

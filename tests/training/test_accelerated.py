@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 
 from bisparse import Schedule, accelerate_, finalize_, save, solve, sparsify_, verify, verify_checkpoint
 from bisparse.accelerate import SparseLinear
@@ -170,6 +171,36 @@ def test_compiled_training_follows_the_masks_without_graph_breaks() -> None:
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
     counters = torch._dynamo.utils.counters["stats"]
     assert counters["unique_graphs"] == 1, "a refresh must not compile anew"
+    torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs + self.down(nn.functional.gelu(self.up(self.norm(inputs))))
+
+
+@pytest.mark.parametrize("how", ["dense", "sparse", "mvue", "accelerated", "s-ste"])
+def test_blocks_that_are_compiled_one_by_one_share_their_code(how: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Block() for _ in range(10)])  # torch recompiles 8 times at most
+    if how == "s-ste":
+        sparsify_(model, "2:4", method="s-ste")
+    elif how != "dense":
+        sparsify_(model, "2:4-T", mvue=how == "mvue")
+    if how == "accelerated":
+        assert len(accelerate_(model, "reference")) == 20
+    expected = model(torch.ones(4, 32)).detach()
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for block in model:
+        block.compile(backend=counter, fullgraph=True)
+    inputs = torch.ones(4, 32, requires_grad=True)
+    assert torch.allclose(model(inputs), expected, atol=1e-6)
+    assert counter.frame_count == 1
     torch._dynamo.reset()
 
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import bisparse
 from bisparse import Schedule, finalize_, solve, sparsify_, verify
@@ -332,3 +333,35 @@ def test_finalizing_a_model_leaves_its_copies_alone(mlp):
     assert torch.equal(average(inputs), mlp(inputs)), "an average of the weights, say, that goes on"
     finalize_(average)
     assert torch.equal(average(inputs), mlp(inputs))
+
+
+def test_layers_share_a_class_and_yet_are_parametrized_and_freed_apart() -> None:
+    class Twice(nn.Module):
+        def forward(self, value: torch.Tensor) -> torch.Tensor:
+            return 2 * value
+
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16))
+    sparsify_(model, "2:4-T")
+    first, second, third = model
+    assert type(first) is type(second) is type(third) and type(first).__bases__ == (nn.Linear,)
+    bias = first.bias.detach().clone()
+    parametrize.register_parametrization(first, "bias", Twice())
+    assert torch.equal(first.bias, 2 * bias) and isinstance(second.bias, nn.Parameter)
+    inputs = torch.ones(2, 16)
+    assert torch.compile(model, backend="eager", fullgraph=True)(inputs).allclose(model(inputs))
+    other = nn.Linear(16, 16)
+    sparsify_(other, "2:4-T", include="*")
+    assert type(other) is not type(first) and "bias" not in vars(type(other))
+    parametrize.register_parametrization(second, "bias", Twice())
+    parametrize.remove_parametrizations(first, "bias")
+    assert isinstance(first.bias, nn.Parameter) and torch.equal(first.bias, 2 * bias) and not second.bias.is_leaf
+    masked = second.weight.detach().clone()
+    parametrize.remove_parametrizations(second, "weight")
+    assert torch.equal(second.weight, masked) and isinstance(second.weight, nn.Parameter) and verify(second.weight, "2:4-T")
+    parametrize.remove_parametrizations(second, "bias")
+    assert type(second) is nn.Linear and type(first) is type(third)
+    copied = copy.deepcopy(model)
+    finalize_(model)
+    assert {type(layer) for layer in model} == {nn.Linear}
+    assert copied(torch.ones(2, 16)).allclose(model(torch.ones(2, 16)))
+    finalize_(copied)

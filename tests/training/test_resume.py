@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from bisparse import Schedule, sparsify_
+from bisparse import Exact, Schedule, sparsify_
 from bisparse.training import random_state, restore_random_state
 
 STEPS = 9
@@ -101,6 +101,16 @@ def test_warm_prices_are_really_part_of_the_state():
     prices = parts[3].state_dict()["layers"]["0"]
     assert prices["u"].shape == (4 // 2 * 1, 32) and bool(prices["u"].any()) and prices["exponent"].shape == (2,)
     assert "u" not in build(CASES["2:4-T"])[3].state_dict()["layers"]["0"]  # tiles of 4 need none
+
+
+def test_warm_prices_follow_the_model_to_another_device():
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    search = sparsify_(model, "4:8-T").search
+    (gathered,) = search._gathered
+    for _ in range(2):  # the prices as the last search left them, then as a checkpoint would bring them
+        start = search._start(gathered, torch.empty(gathered.rows, gathered.columns, device="meta"), Exact())
+        assert {getattr(start.certificate, side).device.type for side in ("u", "v", "exponent")} == {"meta"}
+        search._whole.clear()
 
 
 def test_a_state_that_was_taken_stays_as_it_was():

@@ -143,9 +143,18 @@ def advise_shapes(
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = torch.device(device)
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={str(device)!r}: torch sees no CUDA device here; leave it out to predict from a stored grid")
+    try:
+        chosen = torch.device(device)
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                f"device={str(device)!r}: torch sees no CUDA device here; leave it out to predict from a stored grid"
+            )
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such kind, or number, of device
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device={str(device)!r} cannot be used here: {reason}") from error
+    if chosen.type == "meta":
+        raise ValueError(f"device={str(device)!r} holds no numbers: nothing can be measured there")
     return chosen
 
 

@@ -1,14 +1,13 @@
 """The libraries that multiply by a 2:4 matrix: cuSPARSELt, CUTLASS, and a reference that runs anywhere.
 
 Each one keeps a packed matrix in two tensors: `packed`, of the weight's dtype, and `metadata`. The operators of torch that are
-used are prototypes there; this file alone calls them. None of them checks that what it packs is 2:4: callers must.
+used are prototypes there; this file and `algorithm` alone call them. None of them checks that what it packs is 2:4: callers must.
 
 Source of shapes and dtypes: `torch.sparse.SparseSemiStructuredTensorCUTLASS` and `...CUSPARSELT`, torch 2.11 to 2.13.
 """
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 
 import torch
@@ -19,11 +18,15 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
+from bisparse.accelerate.algorithm import Algorithm, search_algorithm
+from bisparse.accelerate.trial import halves_share_metadata, try_out
 from bisparse.kernels.pack import pack_2to4
 from bisparse.kernels.positions import (
     find_positions,
     from_metadata,
+    kept_mask,
     put_values,
+    read_positions,
     take_values,
     to_metadata,
 )
@@ -31,8 +34,14 @@ from bisparse.kernels.positions import (
 __all__ = ["BACKENDS", "Backend", "BackendError", "choose_backend", "usable_backends"]
 
 HALF = (torch.float16, torch.bfloat16)
+TAGS = 63
+"""So many tags of groups, times four places, are whole numbers that bfloat16 tells apart."""
 DENSE_MULTIPLE = 8
 """Both libraries take activations whose number of tokens is a multiple of this; others are completed with zeros."""
+
+
+Slots = tuple[Tensor, Tensor]
+"""Positions and metadata of a mask."""
 
 
 class BackendError(ValueError):
@@ -78,14 +87,22 @@ class Backend(ABC):
         """The matrix that was packed, dense, with zeros."""
 
     @abstractmethod
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Shaped[Tensor, "..."]:
-        """The metadata of a mask, whose positions are given: found once for a mask, used with every set of values."""
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
+        """(positions, metadata) of a mask whose positions are given, in the backend's own order of slots.
+
+        Found once for a mask, used with every set of values.
+        """
 
     def layouts(
         self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], positions_t: UInt8[Tensor, "C H"], dtype: torch.dtype
-    ) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
+    ) -> tuple[Slots, Slots]:
         """`layout` of a mask that is 2:4 both ways, and of its transpose."""
         return self.layout(mask, positions, dtype), self.layout(mask.t(), positions_t, dtype)
+
+    def served(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
+        """The dtypes of values for which what `layout` gave for this one can be used; by default all it takes."""
+        del dtype, device
+        return self.dtypes
 
     @abstractmethod
     def fill(
@@ -95,7 +112,7 @@ class Backend(ABC):
         metadata: Shaped[Tensor, "..."],
         dtype: torch.dtype,
     ) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
-        """(packed, metadata) of a weight as it is now, masked, in another dtype; `metadata` is what `layout` gave."""
+        """(packed, metadata) of a weight as it is now, masked, in another dtype; the arguments are what `layout` gave."""
 
     @abstractmethod
     def multiply(
@@ -130,8 +147,8 @@ class Reference(Backend):
     ) -> Float[Tensor, "R C"]:
         return put_values(packed, from_metadata(metadata, packed.shape[1] // 2), columns)
 
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> UInt8[Tensor, "R B"]:
-        return to_metadata(positions)
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
+        return positions, to_metadata(positions)
 
     def fill(
         self,
@@ -171,7 +188,7 @@ class _OnTensorCores(Backend):
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"{self.name} needs sparse tensor cores (compute capability 8.0, Ampere), and this device has {major}.{minor}"
-        return self._library_reason(major, minor) or _try_out(self.name, torch.device(device.type, device.index or 0))
+        return self._library_reason(major, minor) or try_out(self, torch.device(device.type, device.index or 0))
 
     @abstractmethod
     def _library_reason(self, major: int, minor: int) -> str | None: ...
@@ -188,39 +205,41 @@ class Cutlass(_OnTensorCores):
             return f"torch's CUTLASS kernels for 2:4 run on compute capability 8.x, and this device has {major}.{minor}"
         return None
 
-    def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "R M"]]:
+    # The kernels want int16, which DDP cannot broadcast by gloo or NCCL: buffers are bytes, and seen as int16.
+
+    def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Float[Tensor, "R C2"], UInt8[Tensor, "R B"]]:
         values, metadata = sparse_semi_structured_from_dense_cutlass(matrix.contiguous())
-        return values, metadata
+        return values, metadata.view(torch.uint8)
 
     def unpack(
-        self, packed: Float[Tensor, "R C2"], metadata: Shaped[Tensor, "R M"], rows: int, columns: int
+        self, packed: Float[Tensor, "R C2"], metadata: UInt8[Tensor, "R B"], rows: int, columns: int
     ) -> Float[Tensor, "R C"]:
-        matrix: Tensor = sparse_semi_structured_to_dense_cutlass(packed, metadata)
+        matrix: Tensor = sparse_semi_structured_to_dense_cutlass(packed, metadata.view(torch.int16))
         return matrix
 
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Shaped[Tensor, "R M"]:
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
         metadata: Tensor = sparse_semi_structured_from_dense_cutlass(mask.to(dtype).contiguous())[1]
-        return metadata
+        return positions, metadata.view(torch.uint8)
 
     def layouts(
         self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], positions_t: UInt8[Tensor, "C H"], dtype: torch.dtype
-    ) -> tuple[Shaped[Tensor, "R M"], Shaped[Tensor, "C N"]]:
+    ) -> tuple[Slots, Slots]:
         _, metadata, _, metadata_t = pack_2to4(mask.to(dtype), mask)
-        return metadata, metadata_t
+        return (positions, metadata.view(torch.uint8)), (positions_t, metadata_t.view(torch.uint8))
 
     def fill(
         self,
         weight: Float[Tensor, "R C"],
         positions: UInt8[Tensor, "R G"],
-        metadata: Shaped[Tensor, "R M"],
+        metadata: UInt8[Tensor, "R B"],
         dtype: torch.dtype,
-    ) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "R M"]]:
+    ) -> tuple[Float[Tensor, "R C2"], UInt8[Tensor, "R B"]]:
         return take_values(weight, positions, dtype), metadata
 
     def multiply(
         self,
         packed: Float[Tensor, "R C2"],
-        metadata: Shaped[Tensor, "R M"],
+        metadata: UInt8[Tensor, "R B"],
         dense: Float[Tensor, "C N"],
         rows: int,
         bias: Float[Tensor, " R"] | None = None,
@@ -230,9 +249,9 @@ class Cutlass(_OnTensorCores):
     ) -> Float[Tensor, "..."]:
         padded = _padded(dense)
         if bias is None:
-            product = torch._sparse_semi_structured_mm(packed, metadata, padded)
+            product = torch._sparse_semi_structured_mm(packed, metadata.view(torch.int16), padded)
         else:
-            product = torch._sparse_semi_structured_addmm(bias, packed, metadata, padded)
+            product = torch._sparse_semi_structured_addmm(bias, packed, metadata.view(torch.int16), padded)
         product = product[:, : dense.shape[1]]
         return product.t().contiguous() if transposed else product.contiguous()
 
@@ -257,18 +276,24 @@ class CuSparseLt(_OnTensorCores):
         # Exact for finite numbers: every sum has one term that is not zero.
         return self.multiply(packed, metadata, torch.eye(columns, dtype=packed.dtype, device=packed.device), rows)
 
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Shaped[Tensor, "..."]:
-        """The bytes behind the values, where the values come first in our order; nothing where they do not.
+    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
+        """Slots as the library fills them, and the bytes behind the values; no bytes where the values do not come first.
 
-        An image of the mask tells: each kept entry holds its number in the group, so that equal values mean equal slots.
+        An image of the mask tells: each kept entry holds its place in the group, and a random tag of the group, so that no
+        other order of groups passes for ours. Which slot an only kept entry takes is the library's choice, and not ours.
         """
-        numbers = torch.arange(1, 5, device=mask.device, dtype=dtype).repeat(-(-mask.shape[1] // 4))[: mask.shape[1]]
-        image = torch.where(mask, numbers, 0)
-        packed = self.pack(image)[0].flatten()
-        values = take_values(image, positions).flatten()
-        if torch.equal(packed[: values.numel()], values):
-            return packed[values.numel() :].view(torch.uint8)
-        return positions.new_empty(0)
+        own = torch.Generator(mask.device).manual_seed(0)
+        tags = torch.randint(TAGS, (*positions.shape, 1), dtype=torch.int16, device=mask.device, generator=own)
+        image = (4 * tags + torch.arange(1, 5, dtype=torch.int16, device=mask.device)).to(dtype)
+        packed = self.pack(torch.where(mask, image.flatten(-2), 0))[0].flatten()
+        slots = packed[: 2 * positions.numel()].view(*positions.shape, 2)
+        found = read_positions(slots - image[..., :1], slots != 0)
+        if not torch.equal(kept_mask(found, mask.shape[1]), mask):
+            return positions, positions.new_empty(0)
+        return found, packed[slots.numel() :].view(torch.uint8).clone()  # a view would keep the image's values alive
+
+    def served(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
+        return HALF if halves_share_metadata(self, torch.device(device.type, device.index or 0)) else (dtype,)
 
     def fill(
         self,
@@ -277,9 +302,9 @@ class CuSparseLt(_OnTensorCores):
         metadata: Shaped[Tensor, "..."],
         dtype: torch.dtype,
     ) -> tuple[Shaped[Tensor, "R P"], Shaped[Tensor, "0"]]:
-        values = take_values(weight, positions, dtype)
         if metadata.numel() == 0:
-            return self.pack(put_values(values, positions, weight.shape[1]))
+            return self.pack(torch.where(kept_mask(positions, weight.shape[1]), weight, 0).to(dtype))
+        values = take_values(weight, positions, dtype)
         packed = torch.cat((values.flatten(), metadata.view(dtype))).view(weight.shape[0], -1)
         return packed, values.new_empty(0)
 
@@ -295,12 +320,12 @@ class CuSparseLt(_OnTensorCores):
         search: bool = False,
     ) -> Float[Tensor, "..."]:
         padded = _padded(dense)
-        algorithm = 0
+        algorithm = Algorithm()
         if search:
             by_rows = padded.is_contiguous()
             shape = (rows, *padded.shape)
-            algorithm = _search_algorithm(shape, by_rows, bias is not None, transposed, packed.dtype, packed.device)
-        product = torch._cslt_sparse_mm(packed, padded, bias=bias, transpose_result=transposed, alg_id=algorithm)
+            algorithm = search_algorithm(shape, by_rows, bias is not None, transposed, packed.dtype, packed.device)
+        product = torch._cslt_sparse_mm(packed, padded, bias=bias, transpose_result=transposed, **algorithm._asdict())
         tokens = dense.shape[1]
         return (product[:tokens] if transposed else product[:, :tokens]).contiguous()
 
@@ -350,34 +375,3 @@ def _padded(dense: Float[Tensor, "C N"]) -> Float[Tensor, "C N8"]:
     if missing:
         dense = torch.nn.functional.pad(dense.t(), (0, 0, 0, missing)).t()
     return dense if dense.is_contiguous() or dense.t().is_contiguous() else dense.contiguous()
-
-
-@functools.lru_cache(maxsize=1024)
-def _search_algorithm(
-    shape: tuple[int, int, int], by_rows: bool, bias: bool, transposed: bool, dtype: torch.dtype, device: torch.device
-) -> int:
-    """cuSPARSELt's fastest algorithm for (rows, columns, tokens), by trying all of them once on random numbers."""
-    rows, columns, tokens = shape
-    own = torch.Generator(device).manual_seed(0)  # a search in the middle of a run must not move its random numbers
-    matrix = torch.randn(rows, columns // 4, 4, dtype=dtype, device=device, generator=own)
-    matrix[..., 2:] = 0
-    packed = torch._cslt_compress(matrix.view(rows, columns)).view(rows, -1)
-    dense = torch.randn((columns, tokens) if by_rows else (tokens, columns), dtype=dtype, device=device, generator=own)
-    numbers = torch.randn(rows, dtype=dtype, device=device, generator=own) if bias else None
-    return int(torch._cslt_sparse_mm_search(packed, dense if by_rows else dense.t(), numbers, transpose_result=transposed))
-
-
-@functools.cache
-def _try_out(name: str, device: torch.device) -> str | None:
-    """Why a small product fails on this device, or gives wrong numbers; None where it is right."""
-    backend = BACKENDS[name]
-    numbers = torch.Generator(device="cpu").manual_seed(0)
-    matrix = torch.randint(1, 8, (64, 128), generator=numbers).to(device, torch.bfloat16)
-    matrix.view(64, 32, 4)[..., ::2] = 0
-    dense = torch.randint(-8, 8, (128, 16), generator=numbers).to(device, torch.bfloat16)
-    try:
-        product = backend.multiply(*backend.pack(matrix), dense, 64)
-        right = torch.equal(product.float(), (matrix.float() @ dense.float()).to(torch.bfloat16).float())
-    except RuntimeError as error:
-        return f"{name} does not run on {torch.cuda.get_device_name(device)}: {str(error).splitlines()[0]}"
-    return None if right else f"{name} gives wrong products on {torch.cuda.get_device_name(device)}"

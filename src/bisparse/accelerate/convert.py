@@ -108,7 +108,8 @@ def accelerate_(
         advice: what `advise` said of this model: layers that do not win stay as they are, the others take the backend that was
             fastest. Layers it knows nothing of are converted as without it.
         include, exclude: which layers, by name, glob, ``re:`` or function.
-        dtype: of the inputs of layers in training: by default the weight's where it is half precision, else bfloat16.
+        dtype: of the inputs of layers in training: by default the weight's where it is half precision, else bfloat16. Either half
+            precision serves the other as well.
         search: let cuSPARSELt try its algorithms once for each new shape. Turn it off where the number of tokens keeps varying.
 
     Raises:

@@ -21,7 +21,8 @@ from bisparse.accelerate.operators import linear_2to4, packed_linear_2to4
 from bisparse.kernels.positions import find_positions, kept_mask
 from bisparse.solution import PatternError, verify
 from bisparse.training import MVUELinear
-from bisparse.training.masked import Masked, own_parametrization, separate_class, trained_parameter
+from bisparse.training.masked import Masked, own_parametrization, trained_parameter
+from bisparse.training.parametrized import separate_class, share_class
 
 __all__ = ["PackedLinear", "SparseLinear"]
 
@@ -66,7 +67,7 @@ class PackedLinear(nn.Linear):
 
     @torch.no_grad()
     def dense_weight(self) -> Float[Tensor, "O I"]:
-        """The weight that was packed, with zeros."""
+        """The weight that was packed; its zeros, of either sign, are 0.0: the packed form has none to keep a sign of."""
         return BACKENDS[self.backend].unpack(self.packed, self.metadata, self.out_features, self.in_features)
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
@@ -115,9 +116,7 @@ class PackedLinear(nn.Linear):
         both_ways, weight = self.packed_t is not None, fn(self.dense_weight())
         self._hold((None, None, None, None))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        wanted = BACKENDS[self.wanted_backend]
-        usable = wanted.device_reason(weight.device) is None and wanted.dtype_reason(weight.dtype) is None
-        self.backend = wanted.name if usable else "reference"
+        self.backend = _usable(self.wanted_backend, weight.device, weight.dtype)
         self._hold(_pack(weight, self.backend, both_ways))
         return self
 
@@ -156,10 +155,11 @@ class SparseLinear(nn.Linear):
     """A Linear that trains: its dense weight is the optimizer's, its products are sparse at the mask's positions.
 
     Positions are found where the mask changes; the values are taken from the weight in every pass, so nothing can go stale.
-    While there is no mask to follow (a dense phase), and for inputs of another dtype than `input_dtype`, it runs masked-dense.
+    While there is no mask to follow (a dense phase), and for inputs of a dtype that is not `served`, it runs masked-dense.
     """
 
     backend: str
+    wanted_backend: str
     input_dtype: torch.dtype
     search: bool
     layer_name: str
@@ -168,6 +168,8 @@ class SparseLinear(nn.Linear):
     fixed: bool
     """The mask is the weight's own zeros, and stays."""
     warned: bool
+    served: tuple[torch.dtype, ...]
+    """Dtypes of inputs that run sparse."""
     _loaded: RemovableHandle
     positions: UInt8[Tensor, "O G"] | None
     metadata: Shaped[Tensor, "..."] | None
@@ -194,7 +196,8 @@ class SparseLinear(nn.Linear):
         mvue = isinstance(module, MVUELinear)
         _set_class(module, cls)
         assert isinstance(module, cls)
-        module.backend, module.input_dtype, module.search, module.layer_name = backend, dtype, search, name
+        module.backend, module.wanted_backend, module.search, module.layer_name = backend, backend, search, name
+        module.input_dtype, module.served = dtype, BACKENDS[backend].served(dtype, trained_parameter(module, "weight").device)
         module.mvue, module.both_ways, module.warned = mvue, transposed, False
         # A mask that nobody else holds does not move: then gradients of pruned weights would be lost work, or worse.
         module.fixed = own is None and not isinstance(_static_mask(module), Tensor)
@@ -252,7 +255,9 @@ class SparseLinear(nn.Linear):
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
         kind = MVUELinear if self.mvue else nn.Linear
-        for name in ("backend", "input_dtype", "search", "layer_name", "mvue", "both_ways", "warned", "fixed", "_loaded"):
+        for name in ("backend", "wanted_backend", "input_dtype", "served", "search", "layer_name"):
+            delattr(self, name)
+        for name in ("mvue", "both_ways", "warned", "fixed", "_loaded"):
             delattr(self, name)
         _set_class(self, kind)
 
@@ -261,15 +266,13 @@ class SparseLinear(nn.Linear):
         return f"{super().extra_repr()}, 2:4 by {self.backend}, {ways}{', mvue' if self.mvue else ''}"
 
     def _takes(self, dtype: torch.dtype) -> bool:
-        if self.backend == "reference" or dtype == self.input_dtype:
+        if dtype in self.served:
             return True
-        if not (self.warned or torch.compiler.is_compiling()):
+        if torch.compiler.is_compiling():
+            _warn_of_dense(self.layer_name, self.backend, self.input_dtype, dtype)
+        elif not self.warned:
             self.warned = True
-            warnings.warn(
-                f"{self.layer_name or 'a sparse Linear'} runs masked-dense: it was accelerated for {self.input_dtype}, the input "
-                f"is {dtype}. Run under autocast, or pass dtype={dtype} to accelerate_ if {self.backend} takes it.",
-                stacklevel=3,
-            )
+            _warn_of_dense(self.layer_name, self.backend, self.input_dtype, dtype)
         return False
 
     def _dense(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
@@ -284,18 +287,35 @@ class SparseLinear(nn.Linear):
     def _hold(self, tensors: tuple[Tensor | None, ...]) -> None:
         for name, tensor in zip(("positions", "metadata", "positions_t", "metadata_t"), tensors, strict=True):
             held = self._buffers.get(name)
-            if held is not None and tensor is not None and held.shape == tensor.shape and held.device == tensor.device:
+            if held is not None and tensor is not None and _alike(held, tensor):
                 held.copy_(tensor)  # where a compiled graph, or a captured one, reads it
             else:
                 self.register_buffer(name, tensor, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self.positions
+        before, backend = self.positions, self.backend
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if before is not None and self.positions is not None and before.device != self.positions.device:
+        # Also while there is no mask to follow: the next one is found where the layer is then.
+        device = trained_parameter(self, "weight").device
+        self.backend = _usable(self.wanted_backend, device, self.input_dtype)
+        self.served = BACKENDS[self.backend].served(self.input_dtype, device)
+        if before is None or self.positions is None:
+            return self
+        if before.device != self.positions.device or backend != self.backend:
             mask = kept_mask(self.positions, self.in_features)
             self._hold(_find(mask, self.backend, self.input_dtype, self.both_ways))
         return self
+
+
+@torch.compiler.assume_constant_result
+def _warn_of_dense(name: str, backend: str, wanted: torch.dtype, given: torch.dtype) -> bool:
+    """Compiled code warns when it is compiled, which is when it is decided how it will run."""
+    warnings.warn(
+        f"{name or 'a sparse Linear'} runs masked-dense: it was accelerated for {wanted}, the input is {given}. Run under "
+        f"autocast, or pass dtype={given} to accelerate_ if {backend} takes it.",
+        stacklevel=4,
+    )
+    return True
 
 
 def _cast(input: Tensor) -> Tensor:
@@ -309,6 +329,16 @@ def _checked(input: Tensor, columns: int) -> Tensor:
     if input.shape[-1:] != (columns,):
         raise ValueError(f"an input of shape {tuple(input.shape)} does not fit a layer of {columns} inputs")
     return input
+
+
+def _usable(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that was wanted where it runs, else the reference, as for a copy on the CPU: it comes back with the GPU."""
+    own = BACKENDS[wanted]
+    return wanted if own.device_reason(device) is None and own.dtype_reason(dtype) is None else "reference"
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
 def _static_mask(module: nn.Module) -> Tensor | None:
@@ -336,9 +366,9 @@ def _find(
         verify(mask, "2:4-T" if transposed else "2:4").check()  # says where
         raise
     if positions_t is None:
-        return positions, own.layout(mask, positions, dtype), None, None
-    metadata, metadata_t = own.layouts(mask, positions, positions_t, dtype)
-    return positions, metadata, positions_t, metadata_t
+        return *own.layout(mask, positions, dtype), None, None
+    layout, layout_t = own.layouts(mask, positions, positions_t, dtype)
+    return *layout, *layout_t
 
 
 @torch.no_grad()
@@ -361,6 +391,7 @@ def _set_class(module: nn.Module, kind: type[nn.Linear]) -> None:
     """Change a module's class beneath its parametrizations."""
     if parametrize.is_parametrized(module):
         separate_class(module, kind)
+        share_class(module)
     else:
         module.__class__ = kind
 

@@ -69,15 +69,17 @@ def measure_linear(
     Raises:
         BackendError, RuntimeError: the backend does not take this, or memory is out (`torch.OutOfMemoryError`).
     """
-    contenders = [_contender(shape, tokens, dtype, device, one, training, both_ways, mvue) for one in (None, backend)]
-    for _ in range(3):
-        for run in contenders:
-            run()
-    times: list[list[tuple[float, float]]] = [[], []]
-    for _ in range(rounds):
-        for own, run in zip(times, contenders, strict=True):
-            own.append(run())
-    peaks = [_peak(run, device) for run in contenders]
+    # Events are recorded on a stream of the current device, which need not be the one that is measured.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        contenders = [_contender(shape, tokens, dtype, device, one, training, both_ways, mvue) for one in (None, backend)]
+        for _ in range(3):
+            for run in contenders:
+                run()
+        times: list[list[tuple[float, float]]] = [[], []]
+        for _ in range(rounds):
+            for own, run in zip(times, contenders, strict=True):
+                own.append(run())
+        peaks = [_peak(run, device) for run in contenders]
     dense, sparse = (
         Pass(statistics.median(one for one, _ in own), statistics.median(other for _, other in own), peak)
         for own, peak in zip(times, peaks, strict=True)

@@ -82,6 +82,7 @@ def swept_prices(
 ):
     """Prices (2, tiles, M) and exponents of T tiles a program. FREE: prices may be negative ("exactly N")."""
     tile = tl.program_id(0) * T + tl.arange(0, T)[:, None]
+    tile64 = tile.to(tl.int64)  # a large model has 2**31 prices
     lane = tl.arange(0, M)[None, :]
     inside = (tile < tiles) & (lane >= 0)
     corner = (tile // across).to(tl.int64) * (M * row_stride) + (tile % across) * M
@@ -125,8 +126,8 @@ def swept_prices(
         before = tl.load(start_exponents + tile, mask=tile < tiles, other=COARSE) + zero
         usable = (before != COARSE) & (exponent != COARSE)
         change = exponent - before
-        u = tl.load(start + tile * M + lane, mask=inside, other=0)
-        v = tl.load(start + (tiles + tile) * M + lane, mask=inside, other=0)
+        u = tl.load(start + tile64 * M + lane, mask=inside, other=0)
+        v = tl.load(start + (tiles + tile64) * M + lane, mask=inside, other=0)
         u = rescaled_price(u, change, usable, FREE)
         v = rescaled_price(v, change, usable, FREE)
         kept_row = zero
@@ -165,8 +166,8 @@ def swept_prices(
                 floor = zero
                 if tl.max(astray.to(tl.int32)) > 0:
                     steps = ALTERNATIONS + CLAMPED_ALTERNATIONS
-    tl.store(prices + tile * M + lane, u, mask=inside)
-    tl.store(prices + (tiles + tile) * M + lane, v, mask=inside)
+    tl.store(prices + tile64 * M + lane, u, mask=inside)
+    tl.store(prices + (tiles + tile64) * M + lane, v, mask=inside)
     tl.store(exponents + tile + zero, exponent, mask=inside & (lane == 0))
 
 
@@ -208,6 +209,7 @@ def bisected_prices(
 ):
     """Prices (2, tiles, M) of one tile a program, by bisection. WIDE: scores are int64 and used as they are."""
     tile = tl.program_id(0)
+    tile64 = tile.to(tl.int64)  # a large model has 2**31 prices
     row = tl.arange(0, M)[:, None]
     column = tl.arange(0, M)[None, :]
     lane = tl.arange(0, M)
@@ -230,8 +232,8 @@ def bisected_prices(
     u = tl.zeros([M], q.dtype)
     v = tl.zeros([M], q.dtype)
     if WARM:
-        u = tl.load(start + tile * M + lane)
-        v = tl.load(start + (tiles + tile) * M + lane)
+        u = tl.load(start + tile64 * M + lane)
+        v = tl.load(start + (tiles + tile64) * M + lane)
         if not WIDE:
             before = tl.load(start_exponents + tile)
             usable = (before != COARSE) & (exponent != COARSE)
@@ -244,8 +246,8 @@ def bisected_prices(
         shift = (tl.min(u) - tl.min(v)) >> 1
         u = tl.maximum(u - shift, 0)
         v = tl.maximum(v + shift, 0)
-    tl.store(prices + tile * M + lane, u)
-    tl.store(prices + (tiles + tile) * M + lane, v)
+    tl.store(prices + tile64 * M + lane, u)
+    tl.store(prices + (tiles + tile64) * M + lane, v)
 
 
 @triton.jit

@@ -203,12 +203,13 @@ def balanced_masks(
 ):
     """The mask of T tiles a program; prices (2, tiles, M) are made optimal in place. WIDE: int64 scores, no exponents."""
     tile = tl.program_id(0) * T + tl.arange(0, T)[:, None]
+    tile64 = tile.to(tl.int64)  # a large model has 2**31 prices
     lane = tl.arange(0, M)[None, :] + tl.zeros([T, M], tl.int32)
     zero = tl.zeros([T, M], tl.int32)
     inside = tile + zero < tiles
     corner = (tile // across).to(tl.int64) * (M * row_stride) + (tile % across) * M
-    u = tl.load(prices + tile * M + lane, mask=inside, other=0)
-    v = tl.load(prices + (tiles + tile) * M + lane, mask=inside, other=0)
+    u = tl.load(prices + tile64 * M + lane, mask=inside, other=0)
+    v = tl.load(prices + (tiles + tile64) * M + lane, mask=inside, other=0)
     scale = zero.to(tl.float32)
     if not WIDE:
         exponent = tl.load(exponents + tile, mask=tile < tiles, other=COARSE) + zero
@@ -242,7 +243,7 @@ def balanced_masks(
 
     for k in tl.range(0, M, loop_unroll_factor=UNROLLED):
         tl.store(mask + corner + k * row_stride + lane, ((columns >> k) & 1).to(tl.int8), mask=inside)
-    tl.store(prices + tile * M + lane, u, mask=inside)
-    tl.store(prices + (tiles + tile) * M + lane, v, mask=inside)
+    tl.store(prices + tile64 * M + lane, u, mask=inside)
+    tl.store(prices + (tiles + tile64) * M + lane, v, mask=inside)
     if not WIDE:
         tl.store(exponents + tile + zero, zero + COARSE, mask=inside & (lane == 0) & (failed > 0))

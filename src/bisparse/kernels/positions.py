@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Shaped, UInt8
 from torch import Tensor
 
-__all__ = ["find_positions", "kept_mask", "put_values", "take_values", "to_metadata"]
+__all__ = ["find_positions", "kept_mask", "put_values", "read_positions", "take_values", "to_metadata"]
 
 FIRST_USED, SECOND_USED = 1 << 4, 1 << 5
 
@@ -83,7 +83,26 @@ def put_values(values: Shaped[Tensor, "R C2"], positions: UInt8[Tensor, "R G"], 
 
 def kept_mask(positions: UInt8[Tensor, "R G"], columns: int) -> Bool[Tensor, "R C"]:
     """The mask that the positions were found from."""
-    return put_values(_used(positions).flatten(-2), positions, columns)
+    # Without an index: this may run in every pass, and an index takes eight bytes a value.
+    code, place = positions.unsqueeze(-1), torch.arange(4, dtype=torch.uint8, device=positions.device)
+    first = (code & 3 == place) & (code & FIRST_USED != 0)
+    second = (code >> 2 & 3 == place) & (code & SECOND_USED != 0)
+    return (first | second).flatten(-2)[:, :columns].contiguous()
+
+
+def read_positions(places: Shaped[Tensor, "R G 2"], used: Bool[Tensor, "R G 2"]) -> UInt8[Tensor, "R G"]:
+    """Positions by the place in its group that each slot holds, in any order; what is no place from 0 to 3 is not in use.
+
+    >>> [bin(p) for p in read_positions(torch.tensor([[[2, 0], [7, 3]]]), torch.tensor([[[True, True], [False, True]]]))[0]]
+    ['0b110010', '0b101100']
+    """
+    used = used & (places >= 0) & (places < 4)
+    first, second = torch.where(used, places, 0).to(torch.uint8).unbind(-1)
+    first_used, second_used = used.unbind(-1)
+    # A free slot points beside the other one, which it must not hide.
+    first = torch.where(first_used, first, torch.where(second_used, second + 1 & 3, 0))
+    second = torch.where(second_used, second, first + 1 & 3)
+    return first | second << 2 | first_used.to(torch.uint8) << 4 | second_used.to(torch.uint8) << 5
 
 
 def to_metadata(positions: UInt8[Tensor, "R G"]) -> UInt8[Tensor, "R B"]:

@@ -17,7 +17,6 @@ __all__ = [
     "SoftThreshold",
     "masked_parameters",
     "own_parametrization",
-    "separate_class",
     "soft_threshold",
     "trained_parameter",
 ]
@@ -154,18 +153,6 @@ def trained_parameter(module: nn.Module, parameter: str) -> Float[Tensor, "..."]
     weight = getattr(module, parameter) if chain is None else chain.original
     assert isinstance(weight, Tensor)
     return weight
-
-
-def separate_class(module: nn.Module, base: type[nn.Module] | None = None) -> None:
-    """Give a parametrized module a class that it shares with no copy of it, derived from `base` or from what it was before.
-
-    torch makes one class a parametrized module, copies share it, and removing a parametrization from one module takes the
-    parameter away from that class.
-    """
-    old = type(module)
-    own = {name: value for name, value in vars(old).items() if name not in ("__dict__", "__weakref__", "__doc__", "__module__")}
-    kind = base or old.__bases__[0]
-    module.__class__ = type(f"Parametrized{kind.__name__}", (kind,), own)
 
 
 def masked_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, Masked | SoftThreshold]]:

@@ -248,9 +248,9 @@ class MaskSearch:
             return None
         parts, whole = self._whole.get(gathered.places[0].layer.name, ([], None))
         if whole is None or len(parts) != len(own) or any(one is not part for one, part in zip(own, parts, strict=True)):
-            u, v, exponent = (torch.cat([getattr(one, side) for one in own]).to(matrix.device) for side in ("u", "v", "exponent"))
+            u, v, exponent = (torch.cat([getattr(one, side).to(matrix.device) for one in own]) for side in ("u", "v", "exponent"))
             whole = Certificate(u, v, exponent, exactly=solver.exactly)
-        return _warm(matrix, gathered.pattern, whole)
+        return _warm(matrix, gathered.pattern, whole.to(matrix.device))  # the model may have moved since
 
     def _keep(self, gathered: _Gathered, prices: Certificate) -> None:
         m, parts = prices.u.shape[1], []

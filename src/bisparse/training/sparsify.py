@@ -17,8 +17,9 @@ from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
 from bisparse.training.layer import Accelerated, SparseLayer
-from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, separate_class, trained_parameter
+from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, trained_parameter
 from bisparse.training.mvue import MVUELinear
+from bisparse.training.parametrized import separate_class, share_class
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.search import Score, magnitude
 from bisparse.training.sparsity import Method, Mode, Sparsity, check_mask
@@ -295,6 +296,7 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
     ]
     for module, name in owners:  # all that share the weight see it masked
         parametrize.register_parametrization(module, name, own)
+        share_class(module)
 
 
 @torch.no_grad()

@@ -1,0 +1,48 @@
+"""Which of cuSPARSELt's algorithms is the fastest for a shape: found by trying all of them, once.
+
+Source of signatures: torch/csrc/cuda/shared/cusparselt.cpp and ATen/native/sparse/cuda/cuSPARSELtOps.cpp, torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+__all__ = ["Algorithm", "search_algorithm"]
+
+
+class Algorithm(NamedTuple):
+    """What `torch._cslt_sparse_mm` is told, by its own names."""
+
+    alg_id: int = 0
+    split_k: int = 1
+    """In how many parts the sum over columns is taken."""
+    split_k_mode: int = -1
+    """How the parts are added up; read where there are several."""
+
+
+@functools.lru_cache(maxsize=1024)
+def search_algorithm(
+    shape: tuple[int, int, int], by_rows: bool, bias: bool, transposed: bool, dtype: torch.dtype, device: torch.device
+) -> Algorithm:
+    """The fastest for (rows, columns, tokens), by trying all of them once on random numbers.
+
+    Args:
+        by_rows: the dense operand, (columns, tokens), lies row by row; otherwise column by column.
+        bias, transposed: what else the product does.
+    """
+    rows, columns, tokens = shape
+    own = torch.Generator(device).manual_seed(0)  # a search in the middle of a run must not move its random numbers
+    matrix = torch.randn(rows, columns // 4, 4, dtype=dtype, device=device, generator=own)
+    matrix[..., 2:] = 0
+    packed = torch._cslt_compress(matrix.view(rows, columns)).view(rows, -1)
+    dense = torch.randn((columns, tokens) if by_rows else (tokens, columns), dtype=dtype, device=device, generator=own)
+    dense = dense if by_rows else dense.t()
+    numbers = torch.randn(rows, dtype=dtype, device=device, generator=own) if bias else None
+    search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
+    if search is None:  # the operator is deprecated, and keeps to itself how it split the sum
+        return Algorithm(int(torch._cslt_sparse_mm_search(packed, dense, numbers, transpose_result=transposed)))
+    alg_id, split_k, split_k_mode, _ = search(packed, dense, numbers, None, None, transposed)
+    return Algorithm(int(alg_id), int(split_k), int(split_k_mode))

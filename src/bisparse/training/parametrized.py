@@ -1,0 +1,77 @@
+"""Classes of parametrized modules: one for all that are alike, so that compiled code is shared, or one for a module alone.
+
+torch makes a new class for each module that it parametrizes. Compiled code is guarded by its modules' classes, so that of two
+equal blocks each would be compiled anew, until torch's limit of recompilations ends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+from weakref import WeakValueDictionary
+
+from torch import Tensor, nn
+
+__all__ = ["separate_class", "share_class"]
+
+_SHARED: WeakValueDictionary[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = WeakValueDictionary()
+"""By the class before and the parametrized names."""
+TORCHS_OWN = {"__getstate__", "__deepcopy__", "__module__", "__doc__", "__dict__", "__weakref__"}
+
+
+class _Shared(type):
+    """A class of many modules: torch may parametrize one of them once more, or free one, and the others stay as they are."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if isinstance(value, property):
+            value = _of_parametrized(name, value)
+            for key in [key for key, kind in _SHARED.items() if kind is cls]:
+                del _SHARED[key]  # it is no longer what its key says; modules to come get another
+        super().__setattr__(name, value)
+
+    def __delattr__(cls, name: str) -> None:
+        if not isinstance(vars(cls).get(name), property):  # which others still need
+            super().__delattr__(name)
+
+
+def share_class(module: nn.Module) -> None:
+    """Give a parametrized module the class of all that derive from the same one, with the same names parametrized.
+
+    A module of which another library changed the class as well keeps its own.
+    """
+    old, base = type(module), type(module).__bases__[0]
+    own = {name: value for name, value in vars(old).items() if isinstance(value, property)}
+    if own.keys() != set(module.parametrizations) or vars(old).keys() - own.keys() - TORCHS_OWN:  # type: ignore[arg-type]
+        return
+    key = base, frozenset(own)
+    shared = _SHARED.get(key)
+    if shared is None:
+        guarded = {name: _of_parametrized(name, one) for name, one in own.items()}
+        shared = cast(type[nn.Module], _Shared(old.__name__, (base,), _contents(old) | guarded))
+        _SHARED[key] = shared
+    module.__class__ = shared
+
+
+def separate_class(module: nn.Module, base: type[nn.Module] | None = None) -> None:
+    """Give a parametrized module a class that it shares with no other, derived from `base` or from what it was before.
+
+    Copies share the class of what they were copied from, and removing a parametrization from one module takes the parameter
+    away from its class.
+    """
+    old = type(module)
+    kind = base or old.__bases__[0]
+    module.__class__ = type(f"Parametrized{kind.__name__}", (kind,), _contents(old))
+
+
+def _contents(kind: type[nn.Module]) -> dict[str, Any]:
+    return {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__", "__doc__", "__module__")}
+
+
+def _of_parametrized(name: str, own: property) -> property:
+    """The property for modules where that name is parametrized; of others, the parameter that they have."""
+    get: Callable[[Any], Tensor] = own.fget  # type: ignore[assignment]
+
+    def guarded(self: Any) -> Any:
+        return get(self) if name in self.parametrizations else nn.Module.__getattr__(self, name)
+
+    return property(guarded, own.fset)
