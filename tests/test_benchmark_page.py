@@ -186,6 +186,11 @@ def test_the_law_says_where_each_method_breaks() -> None:
     )
     assert "two: loses at most 1 point up to v_w = 40.0 %, does not break" in page
     assert "line [0.50, 1.50, 0.50]" in page and 'x-axis "v_w" ["10.0 %", "30.0 %", "40.0 %"]' in page
+    assert "batch norms as they were" not in page
+    worse = [dict(row, accuracy_norms_as_they_were=row["accuracy"] - 2) if row["to"] else row for row in rows]
+    page = "".join(law(worse))
+    assert page.index("**To 2:4, batch norms as they were**") < page.index("**To 2:4, batch norms re-estimated**")
+    assert "two: loses at most 1 point up to v_w = 0 %, breaks at 10.0 %; up to the paper's 10 % it loses at most 2.00." in page
 
 
 def test_least_squares_is_judged_against_adam_by_conversion() -> None:

@@ -199,33 +199,39 @@ def law(rows: list[Row]) -> list[str]:
     if not rows:
         return [*parts, unmeasured("law.py")]
     start = {row["origin_density"]: row["accuracy"] for row in rows if row["to"] is None}
-    converted = [dict(row, loss=start[row["origin_density"]] - row["accuracy"]) for row in rows if row["to"] is not None]
+    converted = [row for row in rows if row["to"] is not None]
     parts += [
         f"{budget(rows[0])} Top-1 lost, in points, by a network that violates the new pattern by v_w (the share of its weights "
-        "that have to go) and is converted without training, batch norms re-estimated.\n"
+        "that have to go) and is converted without training.\n"
     ]
-    for to in dict.fromkeys(row["to"] for row in converted):
-        chosen = sorted((row for row in converted if row["to"] == to), key=lambda row: row["violated_weights"])
-        parts += [f"**To {to}**\n"]
-        parts += [grid(chosen, violated, lambda row: row["method"], "loss", 2)]
-        curves = {
-            method: {
-                at: mean(row["loss"] for row in chosen if row["method"] == method and violated(row) == at)
-                for at in dict.fromkeys(violated(row) for row in chosen if row["method"] == method)
-            }
-            for method in dict.fromkeys(row["method"] for row in chosen)
-        }
-        whole = max(len(losses) for losses in curves.values())
-        drawn = {method: losses for method, losses in curves.items() if len(losses) == whole}
-        parts += [curve(f"Top-1 lost, to {to}", "v_w", "points", drawn)]
-        for method, losses in curves.items():
-            breaking = next((at for at, loss in losses.items() if loss > BREAKS), None)
-            held = [at for at in losses if breaking is None or list(losses).index(at) < list(losses).index(breaking)]
-            where = f"breaks at {breaking}" if breaking else "does not break"
-            within = [loss for at, loss in losses.items() if float(at.removesuffix(" %")) <= PAPERS_LIMIT]
-            limit = f"; up to the paper's {PAPERS_LIMIT} % it loses at most {max(within):.2f}" if within else ""
-            parts += [f"{method}: loses at most {BREAKS:g} point up to v_w = {held[-1] if held else '0 %'}, {where}{limit}.\n"]
+    for norms, field in (("as they were", "accuracy_norms_as_they_were"), ("re-estimated", "accuracy")):
+        measured = [dict(row, loss=start[row["origin_density"]] - row[field]) for row in converted if field in row]
+        for to in dict.fromkeys(row["to"] for row in measured):
+            chosen = sorted((row for row in measured if row["to"] == to), key=lambda row: row["violated_weights"])
+            parts += [f"**To {to}, batch norms {norms}**\n", *_law_of(chosen, f"Top-1 lost, to {to}, batch norms {norms}")]
     return [*parts, provenance(rows)]
+
+
+def _law_of(rows: list[Row], title: str) -> list[str]:
+    """One pattern: the table, the curves, and where each method breaks."""
+    parts = [grid(rows, violated, lambda row: row["method"], "loss", 2)]
+    curves = {
+        method: {
+            at: mean(row["loss"] for row in rows if row["method"] == method and violated(row) == at)
+            for at in dict.fromkeys(violated(row) for row in rows if row["method"] == method)
+        }
+        for method in dict.fromkeys(row["method"] for row in rows)
+    }
+    whole = max(len(losses) for losses in curves.values())
+    parts += [curve(title, "v_w", "points", {method: losses for method, losses in curves.items() if len(losses) == whole})]
+    for method, losses in curves.items():
+        breaking = next((at for at, loss in losses.items() if loss > BREAKS), None)
+        held = [at for at in losses if breaking is None or list(losses).index(at) < list(losses).index(breaking)]
+        where = f"breaks at {breaking}" if breaking else "does not break"
+        within = [loss for at, loss in losses.items() if float(at.removesuffix(" %")) <= PAPERS_LIMIT]
+        limit = f"; up to the paper's {PAPERS_LIMIT} % it loses at most {max(within):.2f}" if within else ""
+        parts += [f"{method}: loses at most {BREAKS:g} point up to v_w = {held[-1] if held else '0 %'}, {where}{limit}.\n"]
+    return parts
 
 
 def violated(row: Row) -> str:
