@@ -150,3 +150,22 @@ def test_an_input_changed_in_place_is_another_input() -> None:
     means = {layer.name: one.mean[0] for stage in stages for layer, one in zip(stage.layers, stage.statistics, strict=True)}
     torch.testing.assert_close(means["one"], x.mean(0))
     torch.testing.assert_close(means["two"], x.relu().mean(0))
+
+
+def test_what_a_stopped_call_holds_is_counted_through_all_its_frames() -> None:
+    def inner(x: Tensor) -> Tensor:
+        scores, view = x[:, None] * x, x[1:]
+        del view
+        paused.pause(scores)
+        return scores
+
+    def work() -> Tensor:
+        x = torch.zeros(256)
+        pair = (x, torch.zeros(128))
+        return inner(pair[0])
+
+    paused = Paused(work)
+    paused.resume()
+    assert paused.held_bytes == 4 * (256 * 256 + 256 + 128)
+    paused.resume()
+    assert paused.held_bytes == 0

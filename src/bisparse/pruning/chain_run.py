@@ -23,9 +23,11 @@ from bisparse.pruning.taps import LAST_PART, EnoughSeen, call_model, observed, t
 __all__ = ["ChainRun", "FinishedBlock"]
 
 PAUSED_BYTES = 8 << 30
-"""What stopped passes may hold together, by estimate."""
+"""What stopped passes may hold together."""
 INNER = 8
-"""Bytes that a pass stopped inside a block holds, as a multiple of its activations: by estimate, of a gated MLP."""
+"""Bytes that a pass stopped inside a block holds at least, as a multiple of its activations: those of a gated MLP.
+
+Attention that writes its scores out can hold more, which is seen once a pass has stopped there."""
 
 Inputs = list[tuple[Tensor, int | None]]
 """Inputs of a stage, with the part of a packed projection that each belongs to."""
@@ -98,6 +100,8 @@ class ChainRun:
         self.differs = False
         """Whether the network up to here differs from the dense one: only then are there two streams."""
         self.forwards = 0
+        self._held_bytes = 0
+        """The most that one batch's stopped passes were seen to hold."""
         self._dense_block: nn.Module | None = None
         self._dense_advanced = False
         self._passes: dict[tuple[int, bool], _Pass] = {}
@@ -204,6 +208,8 @@ class ChainRun:
 
     def release(self, index: int) -> None:
         """Forget the pass of a batch that there is no room to hold; it will start anew."""
+        stopped = [self._passes[key].paused.held_bytes for key in ((index, False), (index, True)) if key in self._passes]
+        self._held_bytes = max(self._held_bytes, sum(stopped))
         if not self._held(index):
             self._stop((index, False), (index, True))
 
@@ -264,7 +270,7 @@ class ChainRun:
         return self._passes[index, dense]
 
     def _held(self, index: int) -> bool:
-        one = INNER * self.inputs[index].nbytes * (2 if self.keep_dense else 1)
+        one = max(INNER * self.inputs[index].nbytes * (2 if self.keep_dense else 1), self._held_bytes)
         return (index + 1) * one <= PAUSED_BYTES
 
     def _call(self, block: nn.Module, index: int, inputs: Tensor) -> Any:

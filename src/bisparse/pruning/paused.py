@@ -84,6 +84,19 @@ class Paused:
     def finished(self) -> bool:
         return bool(self._inner.dead)
 
+    @property
+    def held_bytes(self) -> int:
+        """What the tensors in variables of the stopped call take, each storage once."""
+        storages: dict[int, int] = {}
+        frame = None if self.finished else self._inner.gr_frame
+        while frame is not None:
+            for value in list(frame.f_locals.values()):
+                for one in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(one, torch.Tensor) and one.layout is torch.strided:
+                        storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
+            frame = frame.f_back
+        return sum(storages.values())
+
     def stop(self) -> None:
         """Unwind a call that is not to go on, its ``finally`` clauses included."""
         if self._inner and not self.finished:
