@@ -1,6 +1,7 @@
 """Bands of work on several threads: all of them, once each, whatever the threads do."""
 
 import _thread
+import contextlib
 import os
 import threading
 import time
@@ -119,16 +120,48 @@ def test_a_kernel_that_fails_is_an_error_of_the_caller(where: int) -> None:
 
 @pytest.mark.parametrize("long", [0, 1])
 def test_what_an_interrupted_call_works_on_outlives_it(long: int) -> None:
-    """The worker may still write when the caller has gone on; neither its memory nor its team is used for anything else."""
-    for _ in range(2):  # once the long band is the worker's, perhaps
+    """The worker may still write when the caller is interrupted: it is waited for, and its thread is used again."""
+    they_meet()
+    before = threading.active_count()
+    for _ in range(3):  # once the long band is the worker's, perhaps
         timer = threading.Timer(LONG_S, _thread.interrupt_main)
         timer.start()
         with pytest.raises(KeyboardInterrupt):
             while True:  # the timer's thread may come late
                 they_meet(long, 4 * LONG_S)
-        assert all(team.held is None for team in threads._idle)
-        assert (visit(1000)[0] == 1).all()
         timer.join()
+        assert all(team.held is None for team in threads._idle)
+        assert (visit(1000)[0] == 1).all() and they_meet()
+    assert threading.active_count() == before
+
+
+def test_interruptions_at_any_moment_lose_no_band_and_no_thread() -> None:
+    they_meet()
+    before = threading.active_count()
+    visits, starts = np.zeros(64, np.int64), np.zeros(64, np.int64)
+    calls = 0
+    for index in range(150):
+        timer = threading.Timer(1e-5 * (index % 50), _thread.interrupt_main)
+        with contextlib.suppress(KeyboardInterrupt):
+            timer.start()
+            while True:
+                over_bands(count_visits, (visits, starts, 64), 64, 1, 1)
+                calls += 1
+        timer.join()
+    assert calls > 0 and (visits >= calls).all()
+    assert they_meet() and threading.active_count() == before
+
+
+def test_fewer_threads_where_the_system_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_idle", [])
+
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        assert (visit(100)[0] == 1).all()
+    assert (visit(100)[0] == 1).all() and they_meet()
 
 
 def test_calls_from_several_threads_at_once_do_not_mix() -> None:

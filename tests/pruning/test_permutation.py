@@ -49,6 +49,16 @@ def test_an_order_is_a_permutation_that_keeps_more(text: str) -> None:
         assert torch.equal(order, search_order(scores, pattern))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("text", ["2:4", "2:4-T", "4:8"])
+def test_the_size_of_scores_does_not_matter(text: str, dtype: torch.dtype) -> None:
+    scores = torch.rand(16, 32, dtype=torch.float64).to(dtype)
+    huge = (scores.double() * 2.0 ** {torch.float64: 1000, torch.float16: 15}.get(dtype, 127)).to(dtype)
+    orders = [search_order(one, Pattern.parse(text)) for one in (scores, huge, torch.zeros_like(scores))]
+    assert torch.equal(orders[0], orders[1])
+    assert torch.equal(orders[2].sort().values, torch.arange(32))
+
+
 def test_it_comes_close_to_the_best_of_all_orders() -> None:
     pattern, ratios = Pattern(1, 2), []
     for seed in range(8):

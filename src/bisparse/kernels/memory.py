@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import os
 import threading
 import weakref
 from contextlib import suppress
@@ -30,6 +31,16 @@ _free: list[mmap.mmap] = []
 _unmarked: list[mmap.mmap] = []
 """Those of `_free` that the system cannot take yet."""
 _lock = threading.RLock()  # again by the same thread, where the collector ends an array while the lock is held
+
+
+def _new_lock() -> None:
+    """In a child of a fork, where another thread of the parent's may have held the lock."""
+    global _lock
+    _lock = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

@@ -198,7 +198,7 @@ def _share(call, workers, count, looks, started):  # type: ignore[no-untyped-def
         if _replace_if(worker, STATE, CALLED, IDLE):
             continue  # it has not even begun, and nothing is left to do
         _wait_while(worker, RUNNING, looks)
-        if _replace_if(worker, STATE, RUNNING, AWAITED):
+        if _replace_if(worker, STATE, RUNNING, AWAITED) or _read(worker, STATE) == AWAITED:  # the latter after an interruption
             return WAIT
     return DONE
 
@@ -232,15 +232,35 @@ class _Team:
 
     def run(self, code: int, size: int, count: int, arguments: Sequence[Argument], workers: int) -> tuple[int, ...]:
         """Share the bands of a call out."""
-        while len(self.bells) < workers:
-            self.bells.append(threading.Semaphore(0))
-            threading.Thread(target=self._work, args=(len(self.bells) - 1,), name="bisparse", daemon=True).start()
+        workers = self._hire(workers)
         self.held = arguments  # must outlive the call, even where the wait for it is interrupted
         numbers = [one if isinstance(one, int) else address_of(one) for one in arguments]
         bands = -(-count // size)
         whole, results = _layouts(bands, len(numbers))
         whole.pack_into(self.block, 0, 0, code, size, count, bands, *(0,) * bands, *numbers)
-        state = _share(self.call_address, self.workers_address, workers, self.looks, False)
+        try:
+            state = _share(self.call_address, self.workers_address, workers, self.looks, False)
+            if state != DONE:
+                self._go_on(state, workers)
+        except BaseException:  # Ctrl-C: workers may still be at it, and asleep or awake; to ring once too often does no harm
+            self._go_on(RING, workers)
+            self.held = None
+            raise
+        self.held = None
+        return results.unpack_from(self.block, 8 * RESULTS)
+
+    def _hire(self, workers: int) -> int:
+        """Start threads that are not there yet, as far as the system gives any; how many there are, up to the number wanted."""
+        while len(self.bells) < workers:
+            bell, number = threading.Semaphore(0), len(self.bells)
+            try:
+                threading.Thread(target=self._work, args=(number, bell), name="bisparse", daemon=True).start()
+            except RuntimeError:
+                return number
+            self.bells.append(bell)
+        return workers
+
+    def _go_on(self, state: int, workers: int) -> None:
         while state != DONE:
             if state == RING:
                 for worker in range(workers):
@@ -249,13 +269,11 @@ class _Team:
             else:
                 self.told.acquire()
             state = _share(self.call_address, self.workers_address, workers, self.looks, True)
-        self.held = None
-        return results.unpack_from(self.block, 8 * RESULTS)
 
-    def _work(self, worker: int) -> None:
+    def _work(self, worker: int, bell: threading.Semaphore) -> None:
         while True:
             if _serve(self.workers_address + 8 * WORKER * worker, self.looks):
-                self.bells[worker].acquire()
+                bell.acquire()
             else:
                 self.told.release()
 
@@ -281,8 +299,11 @@ def over_bands(code: Kernel, arguments: Sequence[Argument], count: int, granule:
         team = _idle.pop()
     except IndexError:
         team = _Team()
-    results = team.run(code.address, size, count, arguments, threads - 1)
-    _idle.append(team)  # not that of a call that was interrupted
+    try:
+        results = team.run(code.address, size, count, arguments, threads - 1)
+    finally:
+        if team.held is None:  # else the wait for the end of an interrupted call was interrupted too
+            _idle.append(team)
     if 0 in results:
         raise MemoryError("a compiled kernel failed, as where memory ends; its own error is on standard error")
     return [one - 1 for one in results]

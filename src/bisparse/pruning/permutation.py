@@ -224,6 +224,8 @@ def search_order(scores: Float[Tensor, "R C"], pattern: Pattern, *, steps: int =
     if groups < 2 or pattern.n >= m:
         return order
     generator = torch.Generator().manual_seed(seed)
+    # Sums of large scores must fit float32.
+    scores = (scores.double() / scores.max().double().clamp(min=torch.finfo(torch.float64).tiny)).float()
     # A short last group stays together: its place at the edge is worth something that no other has.
     members = order[: groups * m].view(groups, m).clone()
     idle = 0
