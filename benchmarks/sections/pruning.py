@@ -204,28 +204,49 @@ def law(rows: list[Row]) -> list[str]:
         f"{budget(rows[0])} Top-1 lost, in points, by a network that violates the new pattern by v_w (the share of its weights "
         "that have to go) and is converted without training.\n"
     ]
+    tables: list[str] = []
+    told: list[str] = []
     for norms, field in (("as they were", "accuracy_norms_as_they_were"), ("re-estimated", "accuracy")):
         measured = [dict(row, loss=start[row["origin_density"]] - row[field]) for row in converted if field in row]
         for to in dict.fromkeys(row["to"] for row in measured):
             chosen = sorted((row for row in measured if row["to"] == to), key=lambda row: row["violated_weights"])
-            parts += [f"**To {to}, batch norms {norms}**\n", *_law_of(chosen, f"Top-1 lost, to {to}, batch norms {norms}")]
+            losses = _losses(chosen)
+            tables += [
+                f"**To {to}, batch norms {norms}**\n",
+                *_law_of(chosen, losses, f"Top-1 lost, to {to}, batch norms {norms}"),
+            ]
+            breaks = "; ".join(f"{method} {_breaking(curve_of) or 'nowhere'}" for method, curve_of in losses.items())
+            told.append(f"- to {to}, batch norms {norms}: {breaks}\n")
+    parts += [
+        f'Where more than {BREAKS:g} point is lost, against the paper\'s "about {PAPERS_LIMIT} %":\n',
+        "".join(told),
+        *tables,
+    ]
     return [*parts, provenance(rows)]
 
 
-def _law_of(rows: list[Row], title: str) -> list[str]:
-    """One pattern: the table, the curves, and where each method breaks."""
-    parts = [grid(rows, violated, lambda row: row["method"], "loss", 2)]
-    curves = {
+def _losses(rows: list[Row]) -> dict[str, dict[str, float]]:
+    """Mean loss by method and violation."""
+    return {
         method: {
             at: mean(row["loss"] for row in rows if row["method"] == method and violated(row) == at)
             for at in dict.fromkeys(violated(row) for row in rows if row["method"] == method)
         }
         for method in dict.fromkeys(row["method"] for row in rows)
     }
+
+
+def _breaking(losses: dict[str, float]) -> str | None:
+    return next((at for at, loss in losses.items() if loss > BREAKS), None)
+
+
+def _law_of(rows: list[Row], curves: dict[str, dict[str, float]], title: str) -> list[str]:
+    """One pattern: the table, the curves, and where each method breaks."""
+    parts = [grid(rows, violated, lambda row: row["method"], "loss", 2)]
     whole = max(len(losses) for losses in curves.values())
     parts += [curve(title, "v_w", "points", {method: losses for method, losses in curves.items() if len(losses) == whole})]
     for method, losses in curves.items():
-        breaking = next((at for at, loss in losses.items() if loss > BREAKS), None)
+        breaking = _breaking(losses)
         held = [at for at in losses if breaking is None or list(losses).index(at) < list(losses).index(breaking)]
         where = f"breaks at {breaking}" if breaking else "does not break"
         within = [loss for at, loss in losses.items() if float(at.removesuffix(" %")) <= PAPERS_LIMIT]
