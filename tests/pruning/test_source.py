@@ -259,6 +259,7 @@ def test_wrong_use_of_the_commands_is_said_with_code_two(beside: Path) -> None:
         ("prune", "mine_for_tests:both", "out", "--method", "sparsegtp"),
         ("prune", "mine_for_tests:both", "out", "--method", "wanda", "--order", "sideways"),
         ("prune", "mine_for_tests:both", "out", "--method", "wanda", "--device", "abacus"),
+        ("prune", "mine_for_tests:both", "out", "--method", "wanda", "--device", "meta"),
         ("prune", "no_such_folder", "out", "--order", "sideways"),
         ("convert", "mine_for_tests:both", "out", "--to", "2:4", "--device", "cuda:99"),
         ("convert", "mine_for_tests:both", "out", "--to", "2:4", "--include", "re:("),

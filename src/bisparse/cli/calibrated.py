@@ -88,6 +88,8 @@ def parse_device(name: str | None) -> str | None:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise typer.BadParameter(f"{name!r} cannot be used here: {reason}", param_hint="--device") from error
+    if torch.device(name).type == "meta":
+        raise typer.BadParameter(f"{name!r} holds no numbers: nothing can be computed there", param_hint="--device")
     return name
 
 

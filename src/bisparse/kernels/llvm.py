@@ -43,14 +43,19 @@ def data_of(context: Any, builder: Any, signature: Any, args: Any, position: int
 def load(b: Any, pointer: Any, offset: Any, element: ir.Type, count: int) -> Any:
     """`count` entries as a vector, from `offset` entries on."""
     instruction = b.load(b.bitcast(b.gep(pointer, [offset]), ir.VectorType(element, count).as_pointer()))
-    instruction.align = element.width // 8 if isinstance(element, ir.IntType) else 4
+    instruction.align = _bytes_of(element)
     return instruction
+
+
+def _bytes_of(element: ir.Type) -> int:
+    """Of an entry; a number that is no integer is a float32."""
+    return element.width // 8 if isinstance(element, ir.IntType) else 4
 
 
 def store(b: Any, vector: Any, pointer: Any, offset: Any) -> Any:
     """Write a vector, from `offset` entries on; the instruction."""
     instruction = b.store(vector, b.bitcast(b.gep(pointer, [offset]), vector.type.as_pointer()))
-    instruction.align = vector.type.element.width // 8
+    instruction.align = _bytes_of(vector.type.element)
     return instruction
 
 

@@ -18,7 +18,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
-from bisparse.kernels.llvm import F32, at, data_of, load
+from bisparse.kernels.llvm import F32, I64, at, data_of, load, store
 from bisparse.kernels.threads import Kernel, array_at, kernel, over_bands
 
 __all__ = ["DIVISIONS", "LANES", "best_divisions"]
@@ -37,9 +37,7 @@ def _add_kept(typing: Any, columns: Any, places: Any, row: Any, kept: Any, n: An
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         source, place, target = (data_of(context, b, signature, args, k) for k in (0, 1, 3))
-        vectors = [
-            load(b, source, b.add(b.load(b.gep(place, [ir.Constant(ir.IntType(64), k)])), args[2]), F32, LANES) for k in range(8)
-        ]
+        vectors = [load(b, source, b.add(b.load(b.gep(place, [ir.Constant(I64, k)])), args[2]), F32, LANES) for k in range(8)]
 
         def most(x: Any, y: Any) -> Any:
             return b.select(b.fcmp_ordered(">", x, y), x, y)
@@ -58,18 +56,14 @@ def _add_kept(typing: Any, columns: Any, places: Any, row: Any, kept: Any, n: An
                 return most(most(both[one], both[other]), b.fadd(high[one], high[other]))
             return b.fsub(b.fadd(both[one], both[other]), least(low[one], low[other]))
 
-        zero = ir.Constant(ir.IntType(64), 0)
+        zero = ir.Constant(I64, 0)
         for index, d in enumerate(DIVISIONS):
             value = b.fadd(of_four((d[0], d[1]), (d[2], d[3])), of_four((d[4], d[5]), (d[6], d[7])))
             offset = at(b, zero, index * LANES)
-            b.store(b.fadd(load(b, target, offset, F32, LANES), value), _vector_at(b, target, offset)).align = 4
+            store(b, b.fadd(load(b, target, offset, F32, LANES), value), target, offset)
         return context.get_dummy_value()
 
     return types.void(columns, places, types.intp, kept, n), codegen
-
-
-def _vector_at(b: Any, pointer: Any, offset: Any) -> Any:
-    return b.bitcast(b.gep(pointer, [offset]), ir.VectorType(F32, LANES).as_pointer())
 
 
 @njit(nogil=True, cache=True)

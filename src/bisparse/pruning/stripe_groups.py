@@ -18,8 +18,6 @@ __all__ = ["refine_stripes"]
 ESCAPES = 100
 BUDGET = 1 << 36
 """R x C^2 of a first sweep of some seconds."""
-ROWS_AT_ONCE = 16
-"""The kernel takes whole sixteens of rows."""
 LEAST = 1e-6
 """Share of the score of two stripes by which a division must be better, above what float32 sums differ by."""
 
@@ -28,9 +26,9 @@ class _Stripes:
     """Stripes, and for each pair of them what its best division gains."""
 
     def __init__(self, columns: Float[Tensor, "C R"], members: Int[Tensor, "S 4"], n: int) -> None:
-        from bisparse.kernels import stripes  # numba takes a second to import
+        from bisparse.kernels.stripes import DIVISIONS, best_divisions  # numba takes a second to import
 
-        self.divisions, self.search = torch.tensor(stripes.DIVISIONS), stripes.best_divisions
+        self.divisions, self.search = torch.tensor(DIVISIONS), best_divisions
         self.columns, self.members, self.n = columns, members.clone(), n
         self.pairs = torch.triu_indices(len(members), len(members), 1).t().contiguous()
         self.gains, self.choices = (
@@ -74,9 +72,11 @@ def refine_stripes(
         scores: non-negative.
         starts: divisions of the same columns into stripes.
     """
+    from bisparse.kernels.stripes import LANES
+
     step = max(1, -(-scores.shape[0] * scores.shape[1] ** 2 // BUDGET))
     rows = scores[::step].detach().cpu().float()
-    columns = torch.nn.functional.pad(rows.t(), (0, -len(rows) % ROWS_AT_ONCE)).contiguous()
+    columns = torch.nn.functional.pad(rows.t(), (0, -len(rows) % LANES)).contiguous()
     settled = [_Stripes(columns, members.cpu(), n) for members in starts]
     count = starts.shape[1]
     for stripes in settled:
