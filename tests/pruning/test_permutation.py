@@ -69,6 +69,35 @@ def test_it_comes_close_to_the_best_of_all_orders() -> None:
     assert min(ratios) > 0.95 and sum(ratios) / len(ratios) > 0.985
 
 
+def test_it_is_as_good_as_swapping_channels_until_no_swap_helps() -> None:
+    """The local search of ASP's channel swaps, written out: the best swap between two stripes, again and again."""
+    scores = torch.randn(64, 32).abs() * torch.rand(1, 32)
+    start = kept(scores, Pattern(2, 4))
+    order = torch.arange(32)
+
+    def stripe(columns: Tensor) -> float:
+        return float(scores[:, columns].topk(2, dim=1).values.sum())
+
+    improved = True
+    while improved:
+        improved, best = False, (1e-4, None)
+        for a in range(32):
+            for b in range(a + 1, 32):
+                if a // 4 == b // 4:
+                    continue
+                trial = order.clone()
+                trial[a], trial[b] = order[b], order[a]
+                own = [slice(x // 4 * 4, x // 4 * 4 + 4) for x in (a, b)]
+                gain = sum(stripe(trial[s]) - stripe(order[s]) for s in own)
+                if gain > best[0]:
+                    best = (gain, trial)
+        if best[1] is not None:
+            order, improved = best[1], True
+    swapped = kept(scores[:, order], Pattern(2, 4)) - start
+    ours = kept(scores[:, search_order(scores, Pattern(2, 4))], Pattern(2, 4)) - start
+    assert ours > 0.95 * swapped > 0
+
+
 def stripe_groups(scores: Tensor, n: int) -> Tensor:
     """ASP's search written out: of all ways to divide two stripes anew the best, again and again, until none is better."""
     order = torch.arange(scores.shape[1]).view(-1, 4)
@@ -97,7 +126,7 @@ def test_it_is_as_good_as_stripe_groups(n: int) -> None:
         start = kept(scores, pattern)
         theirs = kept(scores[:, stripe_groups(scores, n)], pattern) - start
         shares.append((kept(scores[:, search_order(scores, pattern)], pattern) - start) / theirs)
-    assert min(shares) > 0.9 and sum(shares) / len(shares) > 1, shares
+    assert min(shares) > 0.93 and sum(shares) / len(shares) > 1.02, shares
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
