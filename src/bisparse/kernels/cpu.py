@@ -5,14 +5,16 @@ Nothing is left to torch's own threads: they spin for a while after their work a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
 from bisparse.kernels import ops
 from bisparse.kernels.cpu_bands import (
+    BAD,
     FOUND_COARSE,
     MIDDLE_CHUNK,
-    UNBOUNDED,
     coarse_tiles,
     largest_kernel,
     middle_kernel,
@@ -28,15 +30,14 @@ from bisparse.kernels.vectors import LANES
 VECTOR_SIDES = (4, 8, 16, 32, 64)
 PAST_CACHES = 1 << 24
 """Bytes of a mask that is larger than the caches, where it would be read only to be overwritten."""
-NOTHING = np.zeros((0, 2), np.int64)
 
 
-def _usable(worst: list[int], scores: torch.Tensor) -> bool:
+def _usable(flags: int, scores: torch.Tensor) -> bool:
     """Whether the kernels could use the scores as they are; raises for scores that no solver takes."""
-    if max(worst, default=0) < UNBOUNDED:
-        return True
-    ops.check_scores(scores)
-    return False  # only -0.0
+    if flags & BAD:
+        ops.check_scores(scores)
+        return False  # only -0.0
+    return True
 
 
 def keep_largest(groups: torch.Tensor, n: int) -> torch.Tensor:
@@ -53,8 +54,8 @@ def keep_largest(groups: torch.Tensor, n: int) -> torch.Tensor:
 def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`ops.exact_mask` on CPU."""
     if (n, m) != (2, 4):
-        solved, _, exponent = exact_solve(scores, n, m, exactly, None, None)
-        return solved, exponent == ops.COARSE
+        solved, prices, any_coarse = exact_solve(scores, n, m, exactly, None, None)
+        return solved, prices()[2] == ops.COARSE if any_coarse else None
     rows, columns = scores.shape
     # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
     beside = columns < 4 * MIDDLE_CHUNK
@@ -63,18 +64,15 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     mask = empty((height, width), torch.bool)
     past_caches = height * width >= PAST_CACHES and width % (4 * WIDTH) == 0 and mask.data_ptr() % (4 * WIDTH) == 0
     arguments = wide, mask, height, width, past_caches, exactly
-    if height == 4:
-        seen = over_bands(middle_kernel(), arguments, width // 4, MIDDLE_CHUNK, 4096)
-    else:
-        seen = over_bands(middle_kernel(), arguments, height // 4, 1, max(1, 16384 // width))
-    worst = max(seen, default=0)
+    count, granule, worth = (width // 4, MIDDLE_CHUNK, 4096) if height == 4 else (height // 4, 1, max(1, 16384 // width))
+    flags = over_bands(middle_kernel(), arguments, count, granule, worth)
     coarse = None
-    if worst >= UNBOUNDED:
-        if not _usable([one % FOUND_COARSE for one in seen], scores):
+    if flags:
+        if not _usable(flags, scores):
             return exact_mask(scores.abs(), n, m, exactly)
-        flags = np.zeros(height * width // 16, np.bool_)
-        coarse_tiles(wide.numpy(), flags)
-        coarse = torch.from_numpy(flags[: scores.numel() // 16])
+        found = np.zeros(height * width // 16, np.bool_)
+        coarse_tiles(wide.numpy(), found)
+        coarse = torch.from_numpy(found[: scores.numel() // 16])
     if beside:
         apart = mask.numpy()[:, : rows // 4 * columns].reshape(4, rows // 4, columns).swapaxes(0, 1).reshape(rows, columns)
         mask = torch.from_numpy(np.ascontiguousarray(apart))
@@ -90,26 +88,31 @@ def _side_by_side(scores: torch.Tensor) -> torch.Tensor:
 
 def exact_solve(
     scores: torch.Tensor, n: int, m: int, exactly: bool, start: torch.Tensor | None, start_exponent: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`ops.exact_solve` on CPU."""
+) -> tuple[torch.Tensor, Callable[[], ops.Prices], bool]:
+    """`ops.exact_solve` on CPU. The last result says whether any tile is coarse."""
     if m not in VECTOR_SIDES:
-        return ops.reference_exact_solve(scores, n, m, exactly, start, start_exponent)
+        solved, (u, v), exponent = ops.reference_exact_solve(scores, n, m, exactly, start, start_exponent)
+        return solved, lambda: (u, v, exponent), bool((exponent == ops.COARSE).any())
     rows, columns = scores.shape
     scores = scores.contiguous()
     tiles = (rows // m) * (columns // m)
-    mask, prices = empty((rows, columns), torch.bool), empty((2, tiles, m), torch.int32)
-    exponents = empty((tiles,), torch.int32)
+    entries = tiles * m
+    mask, numbers = empty((rows, columns), torch.bool), empty((2 * entries + tiles,), torch.int32)
     warm = start is not None and start_exponent is not None
     if start is not None and start_exponent is not None:
-        np.copyto(prices.numpy(), start.numpy())
-        np.copyto(exponents.numpy(), start_exponent.numpy())
+        np.concatenate([start.numpy().reshape(-1), start_exponent.numpy()], out=numbers.numpy())
     median = 2 * n == m and m in (4, 8, 16, 32)
-    network = NOTHING if median else np.array(sorting_network(m), dtype=np.int64).reshape(-1, 2)
-    arguments = scores, mask, prices, exponents, network, tiles, columns, len(network), n, exactly, warm
-    worst = over_bands(solve_kernel(m), arguments, tiles, LANES, max(LANES, 16384 // (m * m)))
-    if not _usable(worst, scores):
+    network = () if median else sorting_network(m)
+    where = np.array(network, dtype=np.int64) if network else 0
+    arguments = scores, mask, numbers, where, tiles, columns, len(network), n, exactly, warm
+    flags = over_bands(solve_kernel(m), arguments, tiles, LANES, max(LANES, 16384 // (m * m)))
+    if not _usable(flags, scores):
         return exact_solve(scores.abs(), n, m, exactly, start, start_exponent)
-    return mask, prices, exponents
+
+    def prices() -> ops.Prices:
+        return numbers[:entries].view(tiles, m), numbers[entries : 2 * entries].view(tiles, m), numbers[2 * entries :]
+
+    return mask, prices, bool(flags & FOUND_COARSE)
 
 
 def exact_solve_integers(

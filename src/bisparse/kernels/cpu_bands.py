@@ -38,7 +38,8 @@ BALANCED_ALTERNATIONS = 3
 WARM_ALTERNATIONS = 2
 UNBOUNDED = 0x7F800000  # the bit pattern of infinity: NaN and, read as unsigned, every negative number lie above
 MIDDLE_CHUNK = 128
-FOUND_COARSE = 1 << 32
+BAD, FOUND_COARSE = 1, 2
+"""Flags: a score may be NaN, infinite or negative; a tile is coarse."""
 MASK_BITS = mask_bits()
 
 
@@ -93,18 +94,21 @@ def start_prices(prices16, settled, prices, u, v, chosen, side):  # type: ignore
 
 @njit(nogil=True, cache=True)
 def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network, side, first, last):  # type: ignore[no-untyped-def]
-    """Solve tiles first..last; with `warm`, prices and exponents hold an earlier solution. Largest bit pattern seen."""
+    """Solve tiles first..last; with `warm`, prices and exponents hold an earlier solution. Flags."""
     m = len(side)
     across, tiles = columns // m, exponents.shape[0]
-    source, lanes = np.zeros(LANES * m * m, np.int16), np.zeros(LANES * m * m, np.int16)
+    source, lanes = np.empty(LANES * m * m, np.int16), np.empty(LANES * m * m, np.int16)
     prices16, settled, spare = np.zeros(2 * m * LANES, np.int16), np.zeros(2 * m * LANES, np.int16), np.zeros(m * LANES, np.int16)
     scales, bases = np.zeros(LANES, np.float32), np.zeros(LANES, np.int64)
     work, bits = np.zeros(2 * m * m + 8 * m, np.int32), np.zeros(4 * m + 1, np.int64)
     kept_row = 2 * m * m + 6 * m
     chosen = np.zeros(LANES, np.bool_)
-    equal = np.zeros(2 * m, np.int64)  # rows of the mask of a tile of zeros, and of a tile of another number
+    equal = np.zeros(2 * m, np.int64)  # rows of the mask of a tile of zeros, and of a tile of another number: n a row and column
+    for i in range(m):
+        for k in range(n):
+            equal[m + i] |= np.int64(1) << ((i + k) % m)
     floor = -32768 if free else 0
-    worst = np.int64(0)
+    worst, flags = np.int64(0), np.int64(0)
     for start in range(first, last, LANES):
         count = min(LANES, last - start)
         u, v = start * m, (tiles + start) * m
@@ -133,6 +137,7 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                 if few > 0:
                     exponent = np.int32(ops.COARSE)
             if exponent == ops.COARSE:
+                flags |= FOUND_COARSE
                 scales[t] = np.float32(0)
                 source[t * m * m : (t + 1) * m * m] = 0
             if warm:
@@ -154,13 +159,6 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                 price = np.int32(scores[base] * scales[t])
                 prices[u + t * m : u + t * m + m] = price >> 1
                 prices[v + t * m : v + t * m + m] = price - (price >> 1)
-                if (price > 0 or free) and equal[m] == 0:
-                    row, column = u + t * m, v + t * m
-                    vec.tile_mask(
-                        scores, base, columns, scales[t], prices, row, column, free, n, mask, bits, work, kept_row, side
-                    )
-                    repair(scores, base, columns, scales[t], prices, row, column, n, free, mask, bits, work, side)
-                    equal[m:] = bits[:m]
                 kept = m if price > 0 or free else 0
                 for i in range(m):
                     vec.store_row(mask, base + i * columns, equal[kept + i], side)
@@ -198,7 +196,8 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                 continue
             if not repair(scores, base, columns, scales[t], prices, row, column, n, free, mask, bits, work, side):
                 exponents[start + t] = ops.COARSE
-    return worst
+                flags |= FOUND_COARSE
+    return flags | BAD if worst >= UNBOUNDED else flags
 
 
 @njit(nogil=True, cache=True)
@@ -236,7 +235,7 @@ def middle_tiles(scores, offset, ahead, stride, count, bits, flags, exactly, ext
 def middle_band(scores, mask, past_caches, exactly, first, last):  # type: ignore[no-untyped-def]
     """2:4-T of bands first..last of four rows of a matrix or, where it has but one, of the tiles first..last of that.
 
-    The largest bit pattern seen, plus `FOUND_COARSE` if a tile is coarse.
+    Flags.
     """
     bits, flags = np.empty(MIDDLE_CHUNK, np.int32), np.empty(MIDDLE_CHUNK, np.int32)
     extremes = np.zeros(2 * WIDTH, np.int32)
@@ -245,7 +244,7 @@ def middle_band(scores, mask, past_caches, exactly, first, last):  # type: ignor
     left, right = 0, across
     if scores.shape[0] == 4:
         left, right, first, last = first, last, 0, 1
-    found = np.int64(0)
+    seen = np.int64(0)
     for band in range(first, last):
         for chunk in range(left, right, MIDDLE_CHUNK):
             start = max(0, min(chunk, right - WIDTH))
@@ -256,7 +255,7 @@ def middle_band(scores, mask, past_caches, exactly, first, last):  # type: ignor
                 for t in range(0, count, WIDTH):
                     fetch_to_write(mask, offset + 4 * min(t, count - WIDTH), columns)
             if middle_tiles(scores, offset, ahead, columns, count, bits, flags, exactly, extremes) and flags[:count].any():
-                found = np.int64(FOUND_COARSE)
+                seen |= FOUND_COARSE
             for t in range(0, count, WIDTH):
                 k = min(t, count - WIDTH)
                 if past_caches:
@@ -267,7 +266,7 @@ def middle_band(scores, mask, past_caches, exactly, first, last):  # type: ignor
     worst = np.int64(0)
     for k in range(WIDTH):
         worst = max(worst, np.int64(extremes[WIDTH + k]) & 0xFFFFFFFF)
-    return worst + found
+    return seen | BAD if worst >= UNBOUNDED else seen
 
 
 @njit(nogil=True, cache=True)
@@ -304,18 +303,19 @@ def largest_band(groups, n, mask, first, last):  # type: ignore[no-untyped-def]
 def solve_kernel(m: int) -> Kernel:
     """`solve_band` for tiles of a side.
 
-    Arguments: scores, mask, prices, exponents, network; tiles, columns, entries of the network, n, exactly, warm.
+    Arguments: scores, mask, prices with the exponents behind them, network; tiles, columns, entries of the network, n, exactly,
+    warm.
     """
     side = (0,) * m
 
     def entry(arguments, first, last):  # type: ignore[no-untyped-def]
-        scores, mask, prices, exponents, network, tiles, columns, entries, n, exactly, warm = array_at(arguments, (11,), np.int64)
+        scores, mask, prices, network, tiles, columns, entries, n, exactly, warm = array_at(arguments, (10,), np.int64)
         return 1 + solve_band(
             array_at(scores, (tiles * m * m,), np.float32),
             columns,
             array_at(mask, (tiles * m * m,), np.uint8),
             array_at(prices, (2 * tiles * m,), np.int32),
-            array_at(exponents, (tiles,), np.int32),
+            array_at(prices + 4 * 2 * tiles * m, (tiles,), np.int32),
             n,
             exactly,
             warm != 0,

@@ -27,6 +27,7 @@ __all__ = [
     "exact_mask",
     "exact_solve",
     "exact_solve_integers",
+    "exact_with_prices",
     "keep_largest",
     "quantise",
 ]
@@ -79,14 +80,9 @@ def stack(x: Tensor, y: Tensor) -> Tensor:
     return torch.from_numpy(np.stack([x.numpy(), y.numpy()])) if x.device.type == "cpu" else torch.stack([x, y])
 
 
-def any_coarse(tiles: Tensor | None) -> bool:
-    """Whether any tile is coarse, by flags or by exponents; on CPU without torch's threads."""
-    if tiles is None:
-        return False
-    if tiles.device.type != "cpu":
-        return bool((tiles if tiles.dtype == torch.bool else tiles == COARSE).any())
-    numbers = tiles.numpy()
-    return bool(np.count_nonzero(numbers if tiles.dtype == torch.bool else numbers == COARSE))
+def any_coarse(coarse: Bool[Tensor, " B"]) -> bool:
+    """Whether any tile is; on CPU without torch's threads."""
+    return bool(coarse.any() if coarse.device.type != "cpu" else np.count_nonzero(coarse.numpy()))
 
 
 _LIBRARY = torch.library.Library("bisparse", "DEF")
@@ -133,22 +129,31 @@ def exact_mask(
     return mask, coarse
 
 
-def exact_solve(
-    scores: Float[Tensor, "R C"],
-    n: int,
-    m: int,
-    exactly: bool,
-    start: tuple[Int[Tensor, "B M"], Int[Tensor, "B M"], Int[Tensor, " B"]] | None = None,
-) -> tuple[Bool[Tensor, "R C"], Int[Tensor, "B M"], Int[Tensor, "B M"], Int[Tensor, " B"]]:
-    """Like `exact_mask`, with integer prices u, v (int32) and the exponent of each tile (int32, `COARSE` for such tiles).
+Prices = tuple[Int[Tensor, "B M"], Int[Tensor, "B M"], Int[Tensor, " B"]]
+"""Of rows and of columns, u and v, and the exponent of each tile; all int32."""
 
-    `start` holds u, v and exponents of an earlier solve of nearly the same scores.
+
+def exact_with_prices(
+    scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool, start: Prices | None = None
+) -> tuple[Bool[Tensor, "R C"], Callable[[], Prices], Bool[Tensor, " B"] | None]:
+    """Like `exact_mask`; between its results, what gives the prices, whose tensors are not made for nothing.
+
+    `start` holds the prices of an earlier solve of nearly the same scores.
     """
     before = (None, None) if start is None else (stack(start[0], start[1]), start[2])
-    operator = _cpu_kernels().exact_solve if _directly_on_cpu(scores) else torch.ops.bisparse.exact_solve
-    mask, prices, exponent = operator(scores, n, m, exactly, *before)
-    u, v = prices.unbind()
-    return mask, u, v, exponent
+    if _directly_on_cpu(scores):
+        mask, make_prices, any_coarse = _cpu_kernels().exact_solve(scores, n, m, exactly, *before)
+        return mask, make_prices, make_prices()[2] == COARSE if any_coarse else None
+    mask, prices, exponent = torch.ops.bisparse.exact_solve(scores, n, m, exactly, *before)
+    return mask, lambda: (*prices.unbind(), exponent), exponent == COARSE
+
+
+def exact_solve(
+    scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool, start: Prices | None = None
+) -> tuple[Bool[Tensor, "R C"], Int[Tensor, "B M"], Int[Tensor, "B M"], Int[Tensor, " B"]]:
+    """Mask, u, v and exponent; where the latter is `COARSE`, the others are not to be trusted."""
+    mask, prices, _ = exact_with_prices(scores, n, m, exactly, start)
+    return mask, *prices()
 
 
 def exact_solve_integers(
@@ -235,6 +240,9 @@ def _numba_kernel(name: str) -> Callable[..., Any]:
         if name == "exact_mask" and result[1] is None:
             tiles = result[0].numel() // args[2] ** 2
             return result[0], torch.zeros(tiles, dtype=torch.bool)
+        if name == "exact_solve":
+            u, v, exponent = result[1]()
+            return result[0], stack(u, v), exponent.clone()  # an operator's results may not share memory
         return result
 
     return kernel

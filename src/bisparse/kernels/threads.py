@@ -5,7 +5,7 @@ other. So a call is a block of numbers that threads share: workers wait for call
 see Python only to sleep, after a moment without work.
 
 A kernel is compiled by `kernel` and called as ``kernel(arguments, first, last)``, with the address of its arguments: an int64
-for each, an array's being the address of its first entry (see `array_at`). It returns 1 plus a result of at least 0, since
+for each, an array's being the address of its first entry (see `array_at`). It returns 1 plus the flags it raises, since
 compiled code that fails returns 0.
 """
 
@@ -17,7 +17,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -38,9 +38,11 @@ AWAKE_S = 3e-4
 CAN_PAUSE = platform.machine().lower() in ("x86_64", "amd64")
 MOST_WORKERS = 255
 
-# What threads change lies in a cache line of its own, 8 numbers wide. A call: the next band; what stays; a result of each band,
-# and after these the kernel's arguments.
-NEXT, CODE, SIZE, COUNT, BANDS, RESULTS = 0, 8, 9, 10, 11, 16
+# What threads change lies in a cache line of its own, 8 numbers wide. A call: the next band, and the flags that any band has
+# raised; what stays; the kernel's arguments.
+NEXT, FLAGS, CODE, SIZE, COUNT, BANDS, ARGUMENTS = 0, 1, 8, 9, 10, 11, 12
+FAILED = 1 << 62
+"""The flag of a kernel that failed."""
 # A worker: its state; the address of the call that it has to take part in; whether it slept when it was called.
 STATE, CALL, SLEPT, WORKER = 0, 1, 2, 8
 IDLE, CALLED, RUNNING, AWAITED, ASLEEP = range(5)
@@ -79,6 +81,16 @@ def _increase(typing: Any, address: Any, index: Any) -> Any:
         return b.atomic_rmw("add", _place(b, *args), ir.Constant(I64, 1), "acq_rel")
 
     return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _raise_flags(typing: Any, address: Any, index: Any, flags: Any) -> Any:
+    """Add flags to those there."""
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        return b.atomic_rmw("or", _place(b, *args[:2]), args[2], "acq_rel")
+
+    return types.int64(*(types.int64,) * 3), codegen
 
 
 @intrinsic
@@ -150,8 +162,9 @@ def _take_bands(call):  # type: ignore[no-untyped-def]
         band = _increase(call, NEXT)
         if band >= bands:
             return
-        first, last = band * size, min((band + 1) * size, count)
-        _replace(call, RESULTS + band, _call(code, call + 8 * (RESULTS + bands), first, last))
+        returned = _call(code, call + 8 * ARGUMENTS, band * size, min((band + 1) * size, count))
+        if returned != 1:
+            _raise_flags(call, FLAGS, returned - 1 if returned else FAILED)
 
 
 @njit(nogil=True, cache=True)
@@ -212,10 +225,10 @@ def _looks(seconds: float) -> int:
     return max(1, int(seconds * 10_000 / (time.perf_counter() - start)))
 
 
-@lru_cache
-def _layouts(bands: int, arguments: int) -> tuple[struct.Struct, struct.Struct]:
-    """Of a whole call, and of its results."""
-    return struct.Struct(f"=q56x4q32x{bands}q{arguments}q"), struct.Struct(f"={bands}q")
+@cache
+def _layout(arguments: int) -> struct.Struct:
+    """Of a call's numbers."""
+    return struct.Struct(f"=qq48x4q{arguments}q")
 
 
 class _Team:
@@ -230,14 +243,12 @@ class _Team:
         self.looks = _looks(AWAKE_S)
         self.held: object = None
 
-    def run(self, code: int, size: int, count: int, arguments: Sequence[Argument], workers: int) -> tuple[int, ...]:
-        """Share the bands of a call out."""
+    def run(self, code: int, size: int, count: int, arguments: Sequence[Argument], workers: int) -> int:
+        """Share the bands of a call out. The flags that any has raised."""
         workers = self._hire(workers)
         self.held = arguments  # must outlive the call, even where the wait for it is interrupted
         numbers = [one if isinstance(one, int) else address_of(one) for one in arguments]
-        bands = -(-count // size)
-        whole, results = _layouts(bands, len(numbers))
-        whole.pack_into(self.block, 0, 0, code, size, count, bands, *(0,) * bands, *numbers)
+        _layout(len(numbers)).pack_into(self.block, 0, 0, 0, code, size, count, -(-count // size), *numbers)
         try:
             state = _share(self.call_address, self.workers_address, workers, self.looks, False)
             if state != DONE:
@@ -247,7 +258,7 @@ class _Team:
             self.held = None
             raise
         self.held = None
-        return results.unpack_from(self.block, 8 * RESULTS)
+        return int(self.call[FLAGS])
 
     def _hire(self, workers: int) -> int:
         """Start threads that are not there yet, as far as the system gives any; how many there are, up to the number wanted."""
@@ -284,14 +295,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_idle.clear)
 
 
-def over_bands(code: Kernel, arguments: Sequence[Argument], count: int, granule: int, worth: int) -> list[int]:
-    """Call a kernel on bands that cover ``range(count)``, on up to `torch.get_num_threads` threads, for their results.
+def over_bands(code: Kernel, arguments: Sequence[Argument], count: int, granule: int, worth: int) -> int:
+    """Call a kernel on bands that cover ``range(count)``, on up to `torch.get_num_threads` threads; the flags raised.
 
     Bands start at multiples of `granule` and hold at least `worth` items. Whoever is free takes the next, so a thread that
     wakes late or is interrupted delays nobody; what a band computes does not depend on the threads.
     """
     if count <= 0:
-        return []
+        return 0
     threads = max(1, min(torch.get_num_threads(), count // max(worth, 1), MOST_WORKERS + 1))
     bands = 1 if threads == 1 else min(BANDS_A_THREAD * threads, count // max(worth, 1))
     size = -(-count // (bands * granule)) * granule
@@ -300,10 +311,10 @@ def over_bands(code: Kernel, arguments: Sequence[Argument], count: int, granule:
     except IndexError:
         team = _Team()
     try:
-        results = team.run(code.address, size, count, arguments, threads - 1)
+        flags = team.run(code.address, size, count, arguments, threads - 1)
     finally:
         if team.held is None:  # else the wait for the end of an interrupted call was interrupted too
             _idle.append(team)
-    if 0 in results:
+    if flags & FAILED:
         raise MemoryError("a compiled kernel failed, as where memory ends; its own error is on standard error")
-    return [one - 1 for one in results]
+    return flags

@@ -63,28 +63,26 @@ class Exact(Solver):
         numbers = scores if dtype is torch.float32 or scores.is_cuda else scores.float()
         if (n, m) == (2, 4):
             mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
-            if ops.any_coarse(coarse):
+            if coarse is not None and ops.any_coarse(coarse):
                 mask = self._solve_coarse(scores, mask, coarse, n, m)[0]
-            return mask, lambda: self._solve_with_prices(scores, numbers, n, m, None)[1]
-        mask, certificate = self._solve_with_prices(scores, numbers, n, m, warm_start)
-        return mask, lambda: certificate
+            return mask, lambda: self._solve_with_prices(scores, numbers, n, m, None)[1]()
+        return self._solve_with_prices(scores, numbers, n, m, warm_start)
 
     def _solve_with_prices(
         self, scores: Real[Tensor, "R C"], numbers: Float[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None
-    ) -> tuple[Bool[Tensor, "R C"], Certificate]:
+    ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate]]:
         start = None
         if warm_start is not None and warm_start.u.dtype == torch.int32 and warm_start.exactly == self.exactly:
             start = warm_start.u, warm_start.v, warm_start.exponent
-        mask, u, v, exponent = ops.exact_solve(numbers, n, m, self.exactly, start)
-        if not ops.any_coarse(exponent):
-            return mask, Certificate(u, v, exponent, self.exactly)
-        coarse = exponent == ops.COARSE
+        mask, prices, coarse = ops.exact_with_prices(numbers, n, m, self.exactly, start)
+        if coarse is None or not ops.any_coarse(coarse):
+            return mask, lambda: Certificate(*prices(), self.exactly)
         mask, certificate = self._solve_coarse(scores, mask, coarse, n, m)
         where = coarse.nonzero()[:, 0]
-        u, v, exponent = u.long(), v.long(), exponent.long()
+        u, v, exponent = (part.long() for part in prices())
         u[where], v[where], exponent[where] = certificate.u, certificate.v, certificate.exponent
-        wide = {int(where[tile]): prices for tile, prices in certificate.wide.items()}
-        return mask, Certificate(u, v, exponent, self.exactly, wide)
+        wide = {int(where[tile]): exact for tile, exact in certificate.wide.items()}
+        return mask, lambda: Certificate(u, v, exponent, self.exactly, wide)
 
     def _solve_coarse(
         self, scores: Real[Tensor, "R C"], mask: Bool[Tensor, "R C"], coarse: Bool[Tensor, " B"], n: int, m: int
