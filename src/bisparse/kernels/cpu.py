@@ -60,7 +60,7 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
     beside = columns < 4 * MIDDLE_CHUNK
     wide = _side_by_side(scores) if beside else scores.contiguous()
-    height, width = wide.shape
+    height, width = wide.shape if beside else (rows, columns)
     mask = empty((height, width), torch.bool)
     past_caches = height * width >= PAST_CACHES and width % (4 * WIDTH) == 0 and mask.data_ptr() % (4 * WIDTH) == 0
     arguments = wide, mask, height, width, past_caches, exactly

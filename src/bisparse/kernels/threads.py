@@ -258,7 +258,7 @@ class _Team:
             self.held = None
             raise
         self.held = None
-        return int(self.call[FLAGS])
+        return self.block[FLAGS]
 
     def _hire(self, workers: int) -> int:
         """Start threads that are not there yet, as far as the system gives any; how many there are, up to the number wanted."""
