@@ -19,7 +19,8 @@ def test_the_operator_obeys_torch() -> None:
     weight = torch.randn(8, 12)
     positions = find_positions(torch.tensor([[True, False, False, True]]).repeat(8, 3))
     for one, where in ((weight, positions), (weight.t(), find_positions(torch.zeros(12, 8, dtype=torch.bool)))):
-        torch.library.opcheck(torch.ops.bisparse.take_values, (one, where, torch.bfloat16))
+        for behind in (None, torch.arange(3, dtype=torch.bfloat16)):
+            torch.library.opcheck(torch.ops.bisparse.take_values, (one, where, torch.bfloat16, behind))
 
 
 @pytest.mark.parametrize("arch", [80, 90])
@@ -147,3 +148,6 @@ def test_on_a_gpu_values_are_those_of_the_specification() -> None:
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
             found = take_values(matrix.cuda(), positions.cuda(), dtype)
             assert torch.equal(found.cpu(), reference_take_values(matrix, positions, dtype))
+            behind = torch.arange(7, dtype=dtype)
+            found = take_values(matrix.cuda(), positions.cuda(), dtype, behind.cuda())
+            assert torch.equal(found.cpu(), reference_take_values(matrix, positions, dtype, behind))

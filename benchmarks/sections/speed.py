@@ -140,13 +140,14 @@ def start_up(rows: list[dict[str, Any]]) -> list[str]:
     latest = newest(rows, "what", "pattern")
     body = []
     for (what, pattern), row in latest.items():
-        flavour = what.split(": ", 1)[-1]
+        flavour, more = what.split(": ", 1)[-1], ""
         if what == "import":
             time_s, target, label = row["time_s"], IMPORT_S, "import of bisparse, without torch's own"
         elif what.startswith("cold"):
             time_s, target, label = row["time_s"], COLD_S, f"{flavour}: first call, empty cache"
         else:
-            time_s, target, label = row["process_s"], SECOND_S, f"{flavour}: whole second process, torch's import too"
-        body.append([label, pattern, f"{time_s:.2f} s", f"under {target:g} s", verdict(time_s < target)])
+            label = f"{flavour}: a second process until then, torch's import too (and until it has ended)"
+            time_s, target, more = row["until_mask_s"], SECOND_S, f" ({row['process_s']:.2f} s)"
+        body.append([label, pattern, f"{time_s:.2f} s{more}", f"under {target:g} s", verdict(time_s < target)])
     body.sort(key=lambda cells: (cells[0], PATTERNS.index(cells[1]) if cells[1] in PATTERNS else -1))
     return ["**Start-up**\n", provenance(rows), table(["what", "pattern", "time", "target", ""], body, text_columns=2)]

@@ -23,15 +23,19 @@ def test_values_are_those_of_the_specification(shape: tuple[int, int], given: st
     weight = torch.randn(rows, columns).to(getattr(torch, wanted)).to(getattr(torch, given))
     weight[0, 0] = float("inf")
     for matrix, mask in ((weight, random_mask(rows, columns)), (weight.t(), random_mask(columns, rows))):
-        positions = find_positions(mask)
-        expected = reference_take_values(matrix, positions, getattr(torch, wanted))
+        positions, dtype = find_positions(mask), getattr(torch, wanted)
+        behind = torch.arange(5, dtype=dtype)
+        expected = reference_take_values(matrix, positions, dtype)
         # Fresh memory is poisoned, so that what is not written shows.
         torch.empty = poisoned(torch.empty)  # type: ignore[assignment]
         try:
-            found = cuda_values.take_values(matrix, positions, getattr(torch, wanted))
+            found = cuda_values.take_values(matrix, positions, dtype)
+            followed = cuda_values.take_values(matrix, positions, dtype, behind)
         finally:
             torch.empty = torch.empty.honest  # type: ignore[attr-defined]
         assert torch.equal(found, expected) and found.is_contiguous()
+        assert torch.equal(followed, torch.cat((expected.flatten(), behind)))
+        assert torch.equal(followed, reference_take_values(matrix, positions, dtype, behind))
 
 
 @pytest.mark.parametrize("shape", [(1, 4), (5, 36), (9, 30), (3, 33)])

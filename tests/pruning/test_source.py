@@ -174,6 +174,7 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "        return x\n"
     )
     (tmp_path / "unreadable_for_tests.py").write_text("def f(:\n")
+    (tmp_path / "leaving_for_tests.py").write_text("import sys\nsys.exit(3)\n")
     (tmp_path / "raising_for_tests.py").write_text("\nraise KeyError('at import')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -196,6 +197,7 @@ def test_a_source_is_a_function_of_yours(beside: Path) -> None:
         "mine_for_tests:one_batch": "an iterable such as a list .* not dict",
         "mine_for_tests:three": "not a tuple of Sequential, list, int",
         "unreadable_for_tests:f": r"SyntaxError: .*unreadable_for_tests.py:1\)$",
+        "leaving_for_tests:f": r"importing leaving_for_tests failed: SystemExit: 3 \(.*leaving_for_tests.py:2\)$",
         "raising_for_tests:f": r"importing raising_for_tests failed: KeyError: 'at import' \(.*raising_for_tests.py:2\)$",
     }.items():
         with pytest.raises(ValueError, match=message) as raised:

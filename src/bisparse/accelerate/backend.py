@@ -304,9 +304,8 @@ class CuSparseLt(_OnTensorCores):
     ) -> tuple[Shaped[Tensor, "R P"], Shaped[Tensor, "0"]]:
         if metadata.numel() == 0:
             return self.pack(torch.where(kept_mask(positions, weight.shape[1]), weight, 0).to(dtype))
-        values = take_values(weight, positions, dtype)
-        packed = torch.cat((values.flatten(), metadata.view(dtype))).view(weight.shape[0], -1)
-        return packed, values.new_empty(0)
+        packed = take_values(weight, positions, dtype, metadata.view(dtype)).view(weight.shape[0], -1)
+        return packed, packed.new_empty(0)
 
     def multiply(
         self,

@@ -32,16 +32,19 @@ def find_positions(mask: Tensor) -> tuple[Tensor, Tensor]:
     return positions, broken != 0
 
 
-def take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+def take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype, behind: Tensor | None = None) -> Tensor:
     """`positions.take_values` on a GPU; the weight with any strides."""
     rows, groups = positions.shape
-    values = torch.empty((rows, 2 * groups), dtype=dtype, device=weight.device)
-    if values.numel():
+    count = 2 * rows * groups
+    values = torch.empty(count + (0 if behind is None else behind.numel()), dtype=dtype, device=weight.device)
+    if behind is not None:
+        values[count:] = behind
+    if count:
         take_kernel[(triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(groups, BLOCK_GROUPS))](
             weight, positions.contiguous(), values, rows, groups, weight.stride(0), weight.stride(1),
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return values
+    return values.view(rows, 2 * groups) if behind is None else values
 
 
 def estimate_2to4(gradient: Tensor, start: Tensor) -> Tensor:

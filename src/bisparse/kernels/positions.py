@@ -24,7 +24,7 @@ FIRST_USED, SECOND_USED = 1 << 4, 1 << 5
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
 _LIBRARY.define("find_positions(Tensor mask) -> (Tensor positions, Tensor broken)")
-_LIBRARY.define("take_values(Tensor weight, Tensor positions, ScalarType dtype) -> Tensor")
+_LIBRARY.define("take_values(Tensor weight, Tensor positions, ScalarType dtype, Tensor? behind=None) -> Tensor")
 
 
 def find_positions(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:
@@ -59,20 +59,27 @@ def reference_find_positions(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def take_values(
-    weight: Shaped[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype | None = None
-) -> Shaped[Tensor, "R C2"]:
-    """The values of the kept entries, two a group, zero in a slot that is not in use; contiguous, in `dtype` if given.
+    weight: Shaped[Tensor, "R C"],
+    positions: UInt8[Tensor, "R G"],
+    dtype: torch.dtype | None = None,
+    behind: Shaped[Tensor, " B"] | None = None,
+) -> Shaped[Tensor, "..."]:
+    """The values of the kept entries, two a group, zero in a slot that is not in use; (R, C / 2), contiguous, in `dtype`.
 
     The weight may be a transposed view: on a GPU one kernel reads it as it lies.
+
+    Args:
+        behind: numbers of that dtype that shall lie behind the values in the same memory. Then the result is flat.
     """
-    values: Tensor = torch.ops.bisparse.take_values(weight, positions, dtype or weight.dtype)
+    values: Tensor = torch.ops.bisparse.take_values(weight, positions, dtype or weight.dtype, behind)
     return values
 
 
-def reference_take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
+def reference_take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype, behind: Tensor | None = None) -> Tensor:
     """The specification of `take_values`."""
     values: Tensor = _groups(weight).gather(-1, _slots(positions))
-    return values.masked_fill_(~_used(positions), 0).flatten(-2).to(dtype)
+    values = values.masked_fill_(~_used(positions), 0).flatten(-2).to(dtype)
+    return values if behind is None else torch.cat((values.flatten(), behind))
 
 
 def put_values(values: Shaped[Tensor, "R C2"], positions: UInt8[Tensor, "R G"], columns: int) -> Shaped[Tensor, "R C"]:
@@ -139,8 +146,9 @@ def _(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("bisparse::take_values")
-def _(weight: Tensor, positions: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight.new_empty((positions.shape[0], 2 * positions.shape[1]), dtype=dtype)
+def _(weight: Tensor, positions: Tensor, dtype: torch.dtype, behind: Tensor | None = None) -> Tensor:
+    rows, columns = positions.shape[0], 2 * positions.shape[1]
+    return weight.new_empty((rows, columns) if behind is None else rows * columns + behind.shape[0], dtype=dtype)
 
 
 def _on_a_gpu(name: str) -> Callable[..., Any]:

@@ -130,7 +130,9 @@ def _yours(doing: str) -> Iterator[None]:
         yield
     except (MemoryError, ModuleNotFoundError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and type(error) is not SystemExit:
+            raise  # ours, from a signal; a plain one is the user's sys.exit, which would end the job without a word
         raise ValueError(f"{doing}: {told(error)}") from error
 
 
