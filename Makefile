@@ -78,10 +78,10 @@ fix: $(READY)
 bench: $(READY)
 	$(RUN) benchmarks/solvers.py
 
-# One program after the other; the first that finds no GPU ends the run, with its reason.
+# One program after the other, what users ask for first. One that fails does not keep the others from running; without a GPU
+# (exit code 2) the first says so and ends the run.
 bench-gpu: $(READY)
-	$(RUN) benchmarks/gpu/solvers.py
-	$(RUN) benchmarks/gpu/linear.py
-	$(RUN) benchmarks/gpu/block.py
-	$(RUN) benchmarks/gpu/windows.py
-	$(RUN) benchmarks/gpu/linear.py --grid
+	@failed=0; for program in linear.py solvers.py block.py windows.py "linear.py --grid"; do \
+		echo "benchmarks/gpu/$$program"; $(RUN) benchmarks/gpu/$$program; code=$$?; \
+		if [ $$code = 2 ]; then exit 2; fi; if [ $$code != 0 ]; then failed=1; fi; \
+	done; exit $$failed

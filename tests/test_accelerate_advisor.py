@@ -155,8 +155,10 @@ def test_a_stored_grid_is_taken_where_there_is_no_device(monkeypatch: pytest.Mon
     monkeypatch.setattr(advisor, "stored_grids", lambda: {"NVIDIA Test": synthetic()})
     assert advise(mlp(), 1024).source == "predicted"
     assert advise(mlp(), 16, backend="reference", dtype=torch.float32).source == "measured"
+    half = advise(mlp(), 1024, dtype=torch.float16)
+    assert half.source == "exact" and "the stored times are not of float16" in half.note
     with pytest.raises(ValueError, match="measured in bfloat16, and float16 is asked for"):
-        advise(mlp(), 1024, dtype=torch.float16)
+        advise(mlp(), 1024, dtype=torch.float16, grid=synthetic())
 
 
 def test_layers_outside_of_the_grid_are_not_known() -> None:

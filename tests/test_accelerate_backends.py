@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_to_dense_cutlass,
 )
 
-from bisparse import accelerate_, finalize_, prune_, sparsify_
+from bisparse import PatternError, accelerate_, finalize_, prune_, sparsify_
 from bisparse.accelerate import BackendError, backend, trial, usable_backends
 from bisparse.accelerate.algorithm import search_algorithm
 from bisparse.accelerate.backend import BACKENDS
@@ -267,7 +268,8 @@ def test_the_best_algorithm_is_searched_once_a_shape(
     library.algorithms.clear()
     for _ in range(3):
         model(inputs)
-    assert library.searched == 2 and library.algorithms == [best] * 6
+    tried = [(0, 1, -1), best]  # the found one's product is compared with the usual one's
+    assert library.searched == 2 and library.algorithms == [*tried, best] * 2 + [best] * 4
     model(inputs[:8])
     assert library.searched == 4
     model(inputs[:5])  # completed to 8 tokens: the same shape
@@ -280,6 +282,36 @@ def test_the_best_algorithm_is_searched_once_a_shape(
     library.algorithms.clear()
     other(inputs)
     assert library.searched == 6 and library.algorithms == [(0, 1, -1)] * 2
+
+
+@pytest.mark.parametrize("fault", ["wrong", "refused", "search fails"])
+def test_an_algorithm_that_is_wrong_or_refused_is_not_used(library: Library, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def multiply(*arguments: Tensor, alg_id: int = 0, **how: Any) -> Tensor:
+        if fault == "refused" and alg_id:
+            raise RuntimeError("CUDA error: internal error when calling cusparseLtMatmul")
+        product = library.multiply(*arguments, alg_id=alg_id, **how)
+        return product * 1.5 if alg_id else product
+
+    def search(*_: object, **__: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
+    if fault == "search fails":
+        monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search)
+    model = model_of().eval().requires_grad_(False)
+    inputs = torch.randn(16, 64).to(torch.bfloat16)
+    expected = model(inputs)
+    accelerate_(model, "cusparselt")
+    assert torch.allclose(model(inputs), expected, rtol=0.05, atol=0.05)
+
+
+def test_an_explicit_request_that_fails_leaves_the_model_as_it_was(library: Library) -> None:
+    model = model_of().eval()
+    with torch.no_grad():
+        model[2].weight[0, :3] = 1.0
+    with pytest.raises(PatternError, match="2"):
+        accelerate_(model, "cusparselt", include=["0", "2"])
+    assert [type(one) for one in model] == [nn.Linear, nn.GELU, nn.Linear]
 
 
 def test_backends_refuse_shapes_and_dtypes_with_reasons(library: Library) -> None:
@@ -332,10 +364,12 @@ def test_either_half_precision_of_autocast_runs_sparse(
     runner = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
     for half in (torch.float16, torch.bfloat16):
         library.algorithms.clear()
+        library.searched = 0
         with torch.autocast("cpu", half):
             for ours, theirs in zip(run(runner, dtype=torch.float32), run(dense, dtype=torch.float32), strict=True):
                 assert close(ours, theirs)
-        assert name == "cutlass" or len(library.algorithms) == 4, "two layers, forward and backward"
+        products = len(library.algorithms) - 2 * library.searched  # a search compares two
+        assert name == "cutlass" or products == 4, "two layers, forward and backward"
     assert not [one for one in recwarn if "masked-dense" in str(one.message)]
     torch._dynamo.reset()
 

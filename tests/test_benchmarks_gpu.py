@@ -103,7 +103,7 @@ def test_a_grid_is_on_disk_as_it_is_measured_and_goes_on(linear, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         linear.write_grid(torch.device("cpu"), ["cusparselt"], options)
     kept = len((tmp_path / "gpu_grid.jsonl").read_text().splitlines())
-    assert kept == 4, "three of 64 x 64 and one of 128 x 64; the library refuses 64 x 128"
+    assert kept == 6, "three of 128 x 128 and of 128 x 64, the largest first; the library refuses 64 x 128"
     linear.write_grid(torch.device("cpu"), ["cusparselt"], options)
     assert len(set(measured)) == 12 and len(measured) == 8 + 12 - kept, "what is on disk is not measured again"
     grid = linear.Grid.read(tmp_path / "src/bisparse/accelerate/grids/nvidia-test.json")

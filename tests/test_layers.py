@@ -127,6 +127,16 @@ def test_exclude_always_wins() -> None:
 def test_a_filter_that_matches_nothing_is_a_mistake_to_be_told() -> None:
     with pytest.raises(ValueError, match=r"include='\*\.down' matches no layer of the model; its layers are \['embed_tokens'"):
         find_layers(Transformer(), include="*.down")
+    for typed in ("fc9", ["fc9", "re:nothing"]):
+        with pytest.raises(ValueError, match=r"exclude=.* matches nothing in the model"):
+            find_layers(Transformer(), exclude=typed)
+    for nothing in (None, [], lambda name, module: False):
+        find_layers(Transformer(), exclude=nothing)
+
+
+def test_what_is_no_model_is_told() -> None:
+    with pytest.raises(ValueError, match="model must be a torch module, not dict"):
+        find_layers({})  # type: ignore[arg-type]
 
 
 def test_a_broken_expression_is_an_error() -> None:

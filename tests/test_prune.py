@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from bisparse import Greedy, Pattern, PruneReport, prune_, solve, verify
+from bisparse import Greedy, Pattern, PruneReport, Wanda, prune_, solve, verify
 from bisparse.layers import find_layers
 from bisparse.tiles import Layout, LayoutKind
 
@@ -186,3 +186,9 @@ def test_the_report_adds_up() -> None:
 def test_a_pattern_that_does_not_exist() -> None:
     with pytest.raises(ValueError, match="5:4"):
         prune_(nn.Linear(8, 8), "5:4")
+
+
+@pytest.mark.parametrize("method", ["wanda", Wanda])
+def test_a_method_is_an_instance(method: object) -> None:
+    with pytest.raises(ValueError, match=r"expected an instance of a method, such as Wanda\(\)"):
+        prune_(nn.Sequential(nn.Linear(16, 16)), "4:8-T", method, [])  # type: ignore[arg-type]

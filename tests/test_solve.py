@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import oracle
 from bisparse import Exact, Greedy, Paired, Pattern, Sequential, Solution, Unstructured, choose_solver, solve, verify
+from bisparse.kernels import ops
 from bisparse.solve import _start_of
 from bisparse.tiles import Layout, LayoutKind, from_matrices, pad_to_multiple, to_matrices, to_tiles
 
@@ -326,6 +328,32 @@ def test_a_start_from_a_solution_of_the_other_program_or_without_prices() -> Non
     best = solve(scores, "4:8-T").value
     for earlier in (solve(scores, "4:8-T", Exact(exactly=True)), solve(scores, "4:8-T", Greedy())):
         assert solve(scores, "4:8-T", warm_start=earlier).check().value == pytest.approx(best, rel=1e-6)
+
+
+@pytest.mark.parametrize("largest", [1e9, 1e30])  # its tile needs more than 24 bits, or more than 64
+@pytest.mark.parametrize("pattern", ["4:8-T", "8:16-T", "16:32-T"])
+def test_a_start_that_holds_a_tile_solved_as_given_is_a_start_for_the_others(
+    pattern: str, largest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = torch.randn(64, 128).abs()
+    scores[0, 0] = largest
+    earlier = solve(scores, pattern)
+    certificate = earlier.certificate
+    assert certificate is not None and certificate.u.dtype == torch.int64
+    started = []
+    given = ops.exact_with_prices
+
+    def noticed(*arguments: Any) -> Any:
+        started.append(arguments[4])
+        return given(*arguments)
+
+    monkeypatch.setattr(ops, "exact_with_prices", noticed)
+    for other in (scores, scores * 1.001, scores.flip(0)):
+        assert solve(other, pattern, warm_start=earlier).check().value == pytest.approx(solve(other, pattern).value, rel=1e-6)
+    u, v, exponent = started[0]
+    assert u.dtype == v.dtype == exponent.dtype == torch.int32
+    assert (exponent == ops.COARSE).tolist() == [True] + [False] * (len(exponent) - 1)
+    assert torch.equal(u[1:].long(), certificate.u[1:])
 
 
 def test_a_start_that_does_not_fit() -> None:

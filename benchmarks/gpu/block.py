@@ -67,6 +67,7 @@ def main() -> None:
         options.batch, options.length, options.width, device=device, generator=torch.Generator(device).manual_seed(1)
     )
     compiler = "aot_eager" if options.rehearse else "inductor"
+    torch._dynamo.config.recompile_limit = 64  # two libraries make nine graphs of one class
     dense = build(options.width, device)
     programs = {"dense": step(torch.compile(dense, backend=compiler, fullgraph=True), dense, hidden, device)}
     sparsities: dict[str, Sparsity] = {}

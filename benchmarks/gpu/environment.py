@@ -19,6 +19,9 @@ from record import ROOT, Record
 
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.jsonl"
 
+FILLER_CYCLES = 1_000_000
+"""About half a millisecond."""
+
 
 def need_gpu(name: str) -> torch.device:
     """The CUDA device; without one, a plain message and exit code 2."""
@@ -82,6 +85,8 @@ def clocked(*parts: Callable[[], Any], device: torch.device) -> tuple[float, ...
             part()
             marks.append(time.perf_counter())
         return tuple(1e3 * (end - start) for start, end in itertools.pairwise(marks))
+    # While the GPU is busy with this, the first calls are queued: else the time of short ones is that of their launch.
+    torch.cuda._sleep(FILLER_CYCLES)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(len(parts) + 1)]
     events[0].record()
     for part, event in zip(parts, events[1:], strict=True):

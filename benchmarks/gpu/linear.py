@@ -34,6 +34,7 @@ TARGETS = {"sparse": 1.25, "sparse, MVUE": 1.4}
 """Dense time over sparse time, both passes, at least."""
 GRID_SIZES = (512, 1024, 2048, 4096, 8192, 16384)
 GRID_TOKENS = (64, 512, 2048, 8192, 32768)
+POINTS_A_WRITE = 15
 TOLERANCE = 1e-2
 """Relative error that bfloat16 may make."""
 
@@ -182,7 +183,9 @@ def write_grid(device: torch.device, backends: list[str], options: argparse.Name
         record = record_on(device, options.results.with_name(f"{options.results.stem}_grid.jsonl"), options.fresh)
     points, left_out = [], 0
     kinds = ((True, True), (True, False), (False, False))
-    for rows, columns, tokens, backend, (training, both_ways) in itertools.product(sizes, sizes, many, backends, kinds):
+    # The largest first: they matter most, should the time end before the list does.
+    cells = itertools.product(sizes[::-1], sizes[::-1], many[::-1], backends, kinds)
+    for rows, columns, tokens, backend, (training, both_ways) in cells:
         key = {"benchmark": "grid", "rows": rows, "columns": columns, "tokens": tokens, "backend": backend}
         key |= {"training": training, "both_ways": both_ways, "dtype": "bfloat16"}
         row = record.find(key) if record is not None else None
@@ -201,14 +204,20 @@ def write_grid(device: torch.device, backends: list[str], options: argparse.Name
         else:
             timing = Timing(Pass(**row["dense"]), Pass(**row["sparse"]))
         points.append(GridPoint(rows, columns, tokens, backend, training, both_ways, timing))
-    name = "rehearsal" if options.rehearse else torch.cuda.get_device_name(device)
-    about: dict[str, Any] = {"versions": versions(), "commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    grid = Grid(name, "bfloat16", tuple(points), about)
+        if not options.rehearse and len(points) % POINTS_A_WRITE == 0:
+            store(points, device)
     print(f"{len(points)} points, {left_out} left out")
     if points and not options.rehearse:
-        path = ROOT / "src" / "bisparse" / "accelerate" / "grids" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
-        grid.write(path)
-        print(f"written to {path.relative_to(ROOT)}")
+        print(f"written to {store(points, device).relative_to(ROOT)}")
+
+
+def store(points: list[GridPoint], device: torch.device) -> Path:
+    """Write the grid that the advisor reads; also of a run that may yet be cut off."""
+    name = torch.cuda.get_device_name(device)
+    about: dict[str, Any] = {"versions": versions(), "commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    path = ROOT / "src" / "bisparse" / "accelerate" / "grids" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.json"
+    Grid(name, "bfloat16", tuple(points), about).write(path)
+    return path
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ by bit. Contenders take turns; times are medians between CUDA events. Rows go to
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -109,9 +110,13 @@ def masks_and_packing(bench: Bench, weight: Tensor) -> None:
         def torch_own() -> Any:
             return torch._sparse_semi_structured_tile(weight, algorithm=GREEDY_BY_MAGNITUDE, use_cutlass=True)
 
-        own = float(torch_own()[0].double().abs().sum() / total)
-        assert own <= figures["share"] + 1e-6, "torch's tiles keep more than the optimum: the comparison is wrong"
-        contenders["torch's tile pruning, packed"] = (torch_own, {"share": own})
+        try:
+            own = float(torch_own()[0].double().abs().sum() / total)
+        except RuntimeError as error:
+            print(f"torch's tile pruning is left out: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            assert own <= figures["share"] + 1e-6, "torch's tiles keep more than the optimum: the comparison is wrong"
+            contenders["torch's tile pruning, packed"] = (torch_own, {"share": own})
     bench.take("2:4-T", "bfloat16", contenders)
 
 

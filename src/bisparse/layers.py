@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -135,8 +135,13 @@ def find_layers(
     Raises:
         ValueError: a filter that matches nothing, or ``remainder="error"`` and a layer that M does not divide.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, not {type(model).__name__}")
     if remainder not in ("pad", "dense", "error"):
         raise ValueError(f"remainder={remainder!r}: expected 'pad', 'dense' or 'error'")
+    everything = [*model.named_modules(), *((name, module) for name, module, *_ in _parameters(model))]
+    if exclude and isinstance(exclude, str | Sequence) and not any(matches(exclude, *one) for one in everything):
+        raise ValueError(f"exclude={exclude!r} matches nothing in the model: a layer that should stay dense would be pruned")
     layers: list[Layer] = []
     skipped: list[Skipped] = []
     owners: dict[int, tuple[str, Tensor]] = {}  # the tensor is held so that its id stays its own

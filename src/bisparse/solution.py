@@ -146,7 +146,7 @@ class Solution:
 
     def _certificate_or_error(self) -> Certificate:
         if self.certificate is None:
-            raise CertificateError(f"this solution at {self.pattern} carries no certificate")
+            raise CertificateError(f"this solution at {self.pattern} carries no certificate: of the solvers only Exact gives one")
         return self.certificate
 
 

@@ -188,6 +188,7 @@ def test_a_source_is_a_function_of_yours(beside: Path) -> None:
     for name, message in {
         "mine_for_tests:wrong": "must return a model",
         "mine_for_tests:absent": "has no function 'absent'",
+        "mine_for_tests:zzz": "^mine_for_tests:zzz: mine_for_tests has no function 'zzz'",
         "no_such_module_here:both": "no module 'no_such_module_here'",
         "no/such/folder": "no such folder",
         "mine_for_tests:raises": r"raises\(\) failed: RuntimeError: first second \(.*mine_for_tests.py:11\)$",
@@ -204,7 +205,7 @@ def test_a_source_is_a_function_of_yours(beside: Path) -> None:
             open_source(name)
         assert "\n" not in str(raised.value)
         result = CliRunner().invoke(app, ["prune", name, "out", "--method", "wanda"], catch_exceptions=False)
-        assert result.exit_code == 2
+        assert result.exit_code == 2 and name in result.output, "no :name: becomes a picture"
 
 
 def test_a_transformers_folder_that_cannot_be_loaded_names_the_file(tmp_path: Path) -> None:

@@ -191,3 +191,14 @@ def test_hooks_do_nothing_after_finalize(mlp, step):
     finalize_(mlp)
     step(mlp, optimizer, 1)  # dense training goes on
     assert float((mlp[0].weight != 0).double().mean()) > 0.9
+
+
+def test_weights_that_moved_without_attach_are_zero_again_after_finalize_with_a_warning() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    sparsify_(model, "4:8-T", mode="static")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1.0)
+    with pytest.warns(UserWarning, match=r"Sparsity\.attach"):
+        finalize_(model)
+    assert verify(model, "4:8-T")

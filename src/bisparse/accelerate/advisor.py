@@ -118,8 +118,10 @@ def advise_shapes(
         stored = grid if isinstance(grid, Grid) else Grid.read(grid)
     elif chosen.type != "cuda" and backend == "auto":
         grids = stored_grids()
-        stored = next(iter(grids.values()), None)
-        if stored is None:
+        stored = next((one for one in grids.values() if one.dtype == str(dtype).removeprefix("torch.")), None)
+        if stored is None and grids:
+            note = f"torch sees no CUDA device here, and the stored times are not of {str(dtype).removeprefix('torch.')}"
+        elif stored is None:
             note = "torch sees no CUDA device here, and no grid of measured times is stored; `make bench-gpu` measures one"
     if stored is not None and stored.dtype != str(dtype).removeprefix("torch."):
         raise ValueError(f"the grid was measured in {stored.dtype}, and {str(dtype).removeprefix('torch.')} is asked for")

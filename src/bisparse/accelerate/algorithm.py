@@ -9,8 +9,13 @@ import functools
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 __all__ = ["Algorithm", "search_algorithm"]
+
+
+TOLERANCE = 1e-2
+"""Relative error that half precision and another order of sums may make."""
 
 
 class Algorithm(NamedTuple):
@@ -27,7 +32,7 @@ class Algorithm(NamedTuple):
 def search_algorithm(
     shape: tuple[int, int, int], by_rows: bool, bias: bool, transposed: bool, dtype: torch.dtype, device: torch.device
 ) -> Algorithm:
-    """The fastest for (rows, columns, tokens), by trying all of them once on random numbers.
+    """The fastest for (rows, columns, tokens), by trying all of them once on random numbers, if it is right; else the usual one.
 
     Args:
         by_rows: the dense operand, (columns, tokens), lies row by row; otherwise column by column.
@@ -41,8 +46,24 @@ def search_algorithm(
     dense = torch.randn((columns, tokens) if by_rows else (tokens, columns), dtype=dtype, device=device, generator=own)
     dense = dense if by_rows else dense.t()
     numbers = torch.randn(rows, dtype=dtype, device=device, generator=own) if bias else None
+    usual = Algorithm()
+    try:
+        with torch.cuda.device_of(packed):
+            found = _search(packed, dense, numbers, transposed)
+            products = [
+                torch._cslt_sparse_mm(packed, dense, bias=numbers, transpose_result=transposed, **one._asdict())
+                for one in (usual, found)
+            ]
+    except RuntimeError:  # also out of memory
+        return usual
+    # Some algorithms have given wrong products (pytorch/pytorch issue 155333), or refused what they were found for.
+    right, other = (product.float() for product in products)
+    return found if bool((right - other).norm() <= TOLERANCE * right.norm()) else usual
+
+
+def _search(packed: Tensor, dense: Tensor, bias: Tensor | None, transposed: bool) -> Algorithm:
     search = getattr(getattr(torch._C, "_cusparselt", None), "mm_search", None)
     if search is None:  # the operator is deprecated, and keeps to itself how it split the sum
-        return Algorithm(int(torch._cslt_sparse_mm_search(packed, dense, numbers, transpose_result=transposed)))
-    alg_id, split_k, split_k_mode, _ = search(packed, dense, numbers, None, None, transposed)
+        return Algorithm(int(torch._cslt_sparse_mm_search(packed, dense, bias, transpose_result=transposed)))
+    alg_id, split_k, split_k_mode, _ = search(packed, dense, bias, None, None, transposed)
     return Algorithm(int(alg_id), int(split_k), int(split_k_mode))

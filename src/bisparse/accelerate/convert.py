@@ -127,6 +127,7 @@ def accelerate_(
         for device in {trained_parameter(layer.module, layer.parameter).device for layer in layers}:
             choose_backend(backend, device)
     done: list[AcceleratedLayer] = []
+    changed: list[PackedLinear | SparseLinear] = []
     advised = {} if advice is None else {one.name: one for one in advice.layers}
     for layer in layers:
         known = advised.get(layer.name)
@@ -137,7 +138,10 @@ def accelerate_(
         outcome = _accelerate(layer, own_backend, dtype, search)
         if isinstance(outcome, AcceleratedLayer):
             done.append(outcome)
+            changed.append(layer.module)  # type: ignore[arg-type]
         elif backend != "auto" and include is not None:
+            for module in changed:
+                module.restore_()
             raise (PatternError if outcome.broken else BackendError)(f"{layer.name}: {outcome.reason}")
         else:
             left.append(Skipped(layer.name, outcome.reason))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,6 +129,8 @@ def choose_layers(
         raise ValueError(
             f"include={include!r} matches no tensor; those of two or more dimensions begin with {_examples(tensors)}"
         )
+    if exclude and isinstance(exclude, str | Sequence) and not any(_meant(exclude, layer_name(name), name) for name in tensors):
+        raise ValueError(f"exclude={exclude!r} matches no tensor: a layer that should stay dense would be pruned")
     if unused:
         raise ValueError(f"{sorted(unused)} match no tensor; those of two or more dimensions begin with {_examples(tensors)}")
     return chosen, left

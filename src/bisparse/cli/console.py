@@ -48,12 +48,12 @@ PIPED_WIDTH = 160
 
 def to_stdout() -> Console:
     """Where results go. Not a terminal: wide enough that no table is cut."""
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False)
+    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False)
 
 
 def to_stderr() -> Console:
     """Where messages and progress go."""
-    return Console(stderr=True, highlight=False)
+    return Console(stderr=True, highlight=False, emoji=False)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:

@@ -95,7 +95,9 @@ def prune_(
     [('0', '4:8-T', True), ('2', '4:8-T', True)]
     """
     pattern = parse_pattern(pattern)
-    method = method or Magnitude()
+    method = Magnitude() if method is None else method
+    if not isinstance(method, Method):
+        raise ValueError(f"method={method!r:.60}: expected an instance of a method, such as Wanda()")
     planned, left_dense = plan(model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
     results, unreached, notes = prune_layers_(
         model,

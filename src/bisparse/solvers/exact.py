@@ -27,6 +27,8 @@ from bisparse.tiles import from_tiles, to_tiles
 __all__ = ["Exact"]
 
 FAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LARGEST_PRICE = 1 << 26
+"""No optimal price of 24-bit scores reaches it."""
 
 
 @dataclass(frozen=True)
@@ -71,9 +73,7 @@ class Exact(Solver):
     def _solve_with_prices(
         self, scores: Real[Tensor, "R C"], numbers: Float[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None
     ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate]]:
-        start = None
-        if warm_start is not None and warm_start.u.dtype == torch.int32 and warm_start.exactly == self.exactly:
-            start = warm_start.u, warm_start.v, warm_start.exponent
+        start = None if warm_start is None or warm_start.exactly != self.exactly else _fast_prices(warm_start)
         mask, prices, coarse = ops.exact_with_prices(numbers, n, m, self.exactly, start)
         if coarse is None or not ops.any_coarse(coarse):
             return mask, lambda: Certificate(*prices(), self.exactly)
@@ -106,3 +106,14 @@ class Exact(Solver):
             exponent = self._solve_as_given(tiles, 1)[1].exponent
         zeros = torch.zeros(len(tiles), m, dtype=torch.int64, device=scores.device)
         return Certificate(zeros, zeros, exponent, self.exactly)
+
+
+def _fast_prices(certificate: Certificate) -> ops.Prices:
+    """Prices as the fast mode reads them. Of tiles that were solved as given they may not fit: those start anew."""
+    u, v, exponent = certificate.u, certificate.v, certificate.exponent
+    if u.dtype == torch.int32:
+        return u, v, exponent
+    fit = (torch.maximum(u.abs(), v.abs()).amax(1) < LARGEST_PRICE) & (exponent.abs() < -ops.COARSE)
+    fit[list(certificate.wide)] = False
+    u, v = (torch.where(fit[:, None], side, 0).int() for side in (u, v))
+    return u, v, torch.where(fit, exponent, ops.COARSE).int()

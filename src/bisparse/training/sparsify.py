@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
@@ -16,7 +17,7 @@ from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
-from bisparse.training.layer import Accelerated, SparseLayer
+from bisparse.training.layer import Accelerated, SparseLayer, local
 from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, trained_parameter
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrized import separate_class, share_class
@@ -332,8 +333,22 @@ def finalize_(model: nn.Module) -> nn.Module:
         trained_parameter(module, parameter).copy_(masked[id(own)])
         separate_class(module)
         parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+    moved = False
     for module, buffer in static:
+        weight, mask = getattr(module, buffer.removesuffix(MASK_SUFFIX)), getattr(module, buffer)
+        if isinstance(weight, DTensor):
+            mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+        weight = local(weight)
+        if bool((weight.masked_fill(mask, 0) != 0).any()):
+            moved = True
+            weight.masked_fill_(~mask, 0)
         delattr(module, buffer)
+    if moved:
+        warnings.warn(
+            "pruned weights had moved from zero, as without Sparsity.attach(optimizer): they are zero again, but what they had "
+            "learned is lost",
+            stacklevel=2,
+        )
     for module in model.modules():
         MVUELinear.remove_(module)
     return model
