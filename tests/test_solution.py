@@ -8,10 +8,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 import oracle
-from bisparse import Certificate, CertificateError, Exact, Greedy, Pattern, PatternError, Solution, solve, verify
+from bisparse import Certificate, CertificateError, Exact, Greedy, Pattern, PatternError, Solution, prune_, solve, verify
 from bisparse.tiles import Layout, LayoutKind, to_tiles
 
 # ---- verify ----------------------------------------------------------------------------------------------------------
@@ -360,3 +360,16 @@ def test_a_poor_selection(pattern: str) -> None:
     worse[tuple(worse.nonzero()[0].tolist())] = False
     with pytest.raises(CertificateError, match=rf"the mask keeps .* can be kept at {pattern}"):
         dataclasses.replace(solution, mask=worse).check()
+
+
+def test_layers_of_a_model_are_chosen_as_in_pruning() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(16, 16), "head": nn.Linear(16, 16)})
+    prune_(model, "2:4-T", include=["*"])
+    with torch.no_grad():
+        model["head"].weight.fill_(1.0)
+    assert verify(model, "2:4-T")  # heads stay dense by default
+    broken = verify(model, "2:4-T", include=["*"])
+    assert not broken and broken.first is not None and broken.first.layer == "head"
+    assert verify(model, "2:4-T", include=["*"], exclude=["head"])
+    with pytest.raises(ValueError, match="this is a tensor"):
+        verify(model["head"].weight, "2:4-T", include=["*"])

@@ -26,7 +26,7 @@ import torch
 from jaxtyping import Bool, Int, Real, Shaped
 from torch import Tensor, nn
 
-from bisparse.layers import find_layers
+from bisparse.layers import Filter, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.tiles import Layout, default_layout, pad_to_multiple, to_matrices, to_tiles
 
@@ -336,7 +336,13 @@ class Verification:
 
 
 def verify(
-    target: Shaped[Tensor, "..."] | nn.Module, pattern: str | Structure, *, layout: Layout | None = None, name: str = ""
+    target: Shaped[Tensor, "..."] | nn.Module,
+    pattern: str | Structure,
+    *,
+    layout: Layout | None = None,
+    name: str = "",
+    include: Filter | None = None,
+    exclude: Filter | None = None,
 ) -> Verification:
     """Check that a mask, a weight or every prunable layer of a model obeys a structure as the GEMMs see it.
 
@@ -347,13 +353,18 @@ def verify(
         pattern: the structure or its text.
         layout: how a bare tensor stores its matrices, where the default above does not fit.
         name: the layer's name for messages.
+        include, exclude: of a module, its layers as `prune_` was told them; by default those that `find_layers` chooses,
+            without output heads and the first convolution.
     """
     pattern = parse_pattern(pattern)
     if isinstance(target, nn.Module):
-        found, _ = find_layers(target)
+        found, _ = find_layers(target, include, exclude)
         results = tuple(verify(layer.weight, pattern, layout=layer.layout, name=layer.name) for layer in found)
         if not results:
-            raise ValueError("the model has no layer that a pattern applies to: nothing was verified")
+            raise ValueError(
+                "the model has no layer that a pattern applies to by default: nothing was verified; name output heads and first "
+                "convolutions by include=, as in pruning"
+            )
         weights = sum(layer.weight.numel() for layer in found)
         return Verification(
             pattern,
@@ -365,6 +376,8 @@ def verify(
         )
     if not isinstance(target, Tensor):
         raise ValueError(f"verify needs a tensor or a module, not {type(target).__name__}")
+    if include is not None or exclude is not None:
+        raise ValueError("include and exclude choose layers of a module, and this is a tensor")
     target = target.detach()
     mask = target if target.dtype == torch.bool else target != 0
     matrices = to_matrices(mask, layout or default_layout(mask.ndim))

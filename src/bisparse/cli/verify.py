@@ -88,12 +88,15 @@ def _print(result: Verification) -> None:
     console = to_stdout()
     broken = [one for one in result.layers if not one]
     patterns = ", ".join(dict.fromkeys(str(one.pattern) for one in result.layers))
-    sides = "W and W^T" if any(getattr(one.pattern, "transposable", False) for one in result.layers) else "W"
+    held = []
+    for side, both in (("W and W^T", True), ("W", False)):
+        own = [one for one in result.layers if getattr(one.pattern, "transposable", False) == both]
+        if own:
+            names = ", ".join(dict.fromkeys(str(one.pattern) for one in own))
+            many = f"all {len(own)} layers" if len(own) == len(result.layers) else f"{len(own)} of {len(result.layers)} layers"
+            held.append(f"[bold green]{names} holds[/] on {side} of {many}")
     if not broken:
-        console.print(
-            f"[bold green]{patterns} holds[/] on {sides} of all {len(result.layers)} layers: "
-            f"{result.groups:,} groups, density {result.density:.4f}."
-        )
+        console.print(f"{'; '.join(held)}: {result.groups:,} groups, density {result.density:.4f}.")
         return
     rows = []
     for one in broken[:SHOWN]:
