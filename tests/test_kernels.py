@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 import oracle
+from bisparse import solve
 from bisparse.kernels import middle, ops, reference
 from bisparse.tiles import from_tiles, to_tiles
 
@@ -446,3 +448,19 @@ def test_the_device_agrees_with_the_specification(m: int, n: int, exactly: bool)
         assert torch.equal(found.long(), exponent)
         assert torch.equal((q * to_tiles(mask, m)).sum((1, 2))[fine], (q * expected).sum((1, 2))[fine])
         assert bool(oracle.proved(q[fine], to_tiles(mask, m)[fine], u[fine], v[fine], n, exactly).all())
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (4, 8)])
+@pytest.mark.parametrize("columns", [16, 2048])
+def test_under_a_fake_mode_of_torch_there_is_an_error_and_no_crash(n: int, m: int, columns: int) -> None:
+    scores = torch.rand(16, columns)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(DataDependentOutputException):
+        solve(scores, f"{n}:{m}-T")
+    solve(scores, f"{n}:{m}-T").check()
+
+
+@pytest.mark.parametrize("shapes", [((2, 11, 8), (7,)), ((90,), (12,)), ((1, 6, 16), (6,)), ((2, 6, 8), (5,))])
+def test_a_start_of_other_shapes_is_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
+    start = (torch.zeros(shape, dtype=torch.int32) for shape in shapes)
+    with pytest.raises(ValueError, match="a start of shapes"):
+        torch.ops.bisparse.exact_solve(torch.rand(16, 24), 4, 8, False, *start)

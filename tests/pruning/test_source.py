@@ -162,6 +162,8 @@ def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "def breaks_off():\n    return model(), (1 // (2 - i) for i in range(3))\n"
         "def one_tensor():\n    return model(), torch.zeros(3, 16)\n"
         "def one_batch():\n    return model(), {'input': torch.zeros(3, 16)}\n"
+        "class Leaves(nn.Linear):\n    def forward(self, x):\n        import sys\n        sys.exit(5)\n"
+        "def leaving():\n    return nn.Sequential(Leaves(16, 16)), [torch.zeros(3, 16)]\n"
         "def three():\n    return model(), [], 1\n"
         "def half():\n    from bisparse import prune_\n    found = both()[0]\n    prune_(found, '4:8')\n    return found\n"
         "def relu():\n    return nn.Sequential(nn.ReLU()), [torch.zeros(3, 16)]\n"
@@ -206,6 +208,11 @@ def test_a_source_is_a_function_of_yours(beside: Path) -> None:
         assert "\n" not in str(raised.value)
         result = CliRunner().invoke(app, ["prune", name, "out", "--method", "wanda"], catch_exceptions=False)
         assert result.exit_code == 2 and name in result.output, "no :name: becomes a picture"
+
+
+def test_a_model_that_calls_sys_exit_is_an_error_with_a_message(beside: Path) -> None:
+    result = CliRunner().invoke(app, ["prune", "mine_for_tests:leaving", "out", "--method", "wanda", "--pattern", "4:8-T"])
+    assert result.exit_code == 2 and "SystemExit: 5" in result.output
 
 
 def test_a_transformers_folder_that_cannot_be_loaded_names_the_file(tmp_path: Path) -> None:

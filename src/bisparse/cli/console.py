@@ -99,15 +99,11 @@ def fail(message: str, code: int, *, as_json: bool = False) -> NoReturn:
     raise typer.Exit(code)
 
 
-class Terminated(SystemExit):
-    """Of SIGTERM; not to be taken for a `sys.exit` in a user's code."""
-
-
 def run_app(app: typer.Typer) -> None:
     """Run an app as a process: SIGTERM unwinds the stack as Ctrl-C does, so that nothing half written stays behind."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        raise Terminated(TERMINATED)
+        raise SystemExit(TERMINATED)
 
     signal.signal(signal.SIGTERM, stop)
     try:

@@ -100,6 +100,9 @@ def exact_solve(
     mask, numbers = empty((rows, columns), torch.bool), empty((2 * entries + tiles,), torch.int32)
     warm = start is not None and start_exponent is not None
     if start is not None and start_exponent is not None:
+        if start.shape != (2, tiles, m) or start_exponent.shape != (tiles,):
+            given = tuple(start.shape), tuple(start_exponent.shape)
+            raise ValueError(f"a start of shapes {given[0]} and {given[1]}: expected {(2, tiles, m)} and {(tiles,)}")
         np.concatenate([start.numpy().reshape(-1), start_exponent.numpy()], out=numbers.numpy())
     median = 2 * n == m and m in (4, 8, 16, 32)
     network = () if median else sorting_network(m)

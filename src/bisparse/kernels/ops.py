@@ -82,7 +82,7 @@ def stack(x: Tensor, y: Tensor) -> Tensor:
 
 def any_coarse(coarse: Bool[Tensor, " B"]) -> bool:
     """Whether any tile is; on CPU without torch's threads."""
-    return bool(coarse.any() if coarse.device.type != "cpu" else np.count_nonzero(coarse.numpy()))
+    return bool(np.count_nonzero(coarse.numpy()) if type(coarse) is Tensor and coarse.is_cpu else coarse.any())
 
 
 _LIBRARY = torch.library.Library("bisparse", "DEF")
@@ -97,6 +97,8 @@ _LIBRARY.define("exact_solve_integers(Tensor q, int n, bool exactly, Tensor? u, 
 
 def _directly_on_cpu(scores: Tensor) -> bool:
     """Without torch's dispatch, which on cold caches takes as long as the masks of a small layer."""
+    if torch._C._len_torch_dispatch_stack():  # somebody watches or fakes what torch does
+        return False
     return type(scores) is Tensor and scores.is_cpu and not (scores.is_neg() or torch.compiler.is_compiling())
 
 

@@ -6,10 +6,17 @@ import sysconfig
 import traceback
 from pathlib import Path
 
-__all__ = ["told"]
+__all__ = ["ends_the_process", "told"]
 
 LONGEST = 300
 """Characters of an error that are shown; libraries answer with whole pages."""
+TERMINATED = 128 + 15
+"""The exit code of a process that SIGTERM ended."""
+
+
+def ends_the_process(error: BaseException) -> bool:
+    """Whether it is a signal that ends the process, and no error: a `sys.exit` of the user's would end the job without a word."""
+    return isinstance(error, SystemExit) and error.code == TERMINATED
 
 
 def told(error: BaseException) -> str:

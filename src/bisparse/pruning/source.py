@@ -18,7 +18,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from bisparse.checkpoint.source import open_source as read_headers
-from bisparse.pruning.foreign import told
+from bisparse.pruning.foreign import ends_the_process, told
 from bisparse.pruning.statistics import CalibrationError
 
 __all__ = ["Source", "open_source", "text_batches", "token_batches"]
@@ -131,8 +131,8 @@ def _yours(doing: str) -> Iterator[None]:
     except (MemoryError, ModuleNotFoundError):
         raise
     except (Exception, SystemExit) as error:
-        if isinstance(error, SystemExit) and type(error) is not SystemExit:
-            raise  # ours, from a signal; a plain one is the user's sys.exit, which would end the job without a word
+        if ends_the_process(error):
+            raise
         raise ValueError(f"{doing}: {told(error)}") from error
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.layers import Layer
-from bisparse.pruning.foreign import told
+from bisparse.pruning.foreign import ends_the_process, told
 from bisparse.pruning.statistics import CalibrationError
 from bisparse.tiles import LayoutKind
 
@@ -59,7 +59,9 @@ def taking_in(batch: Any, index: int, taker: str, remedy: str = "") -> Iterator[
     except (CalibrationError, EnoughSeen, ImportError, MemoryError):
         # These say what they are; none of them is the batch's fault.
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
+        if ends_the_process(error):
+            raise
         described = {key: _describe(value) for key, value in batch.items()} if isinstance(batch, Mapping) else _describe(batch)
         problem = f"calibration batch {index} ({described}) does not fit {taker}: {told(error)}"
         raise CalibrationError(f"{problem}. {remedy}" if remedy else problem) from error
