@@ -3,6 +3,7 @@
 import _thread
 import contextlib
 import os
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -22,7 +23,10 @@ LONG_S = 0.1
 def two_threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(2)
+    # A job in the background of a shell starts with interruptions ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
+    signal.signal(signal.SIGINT, handler)
     torch.set_num_threads(before)
 
 
