@@ -39,15 +39,15 @@ def search_algorithm(
         bias, transposed: what else the product does.
     """
     rows, columns, tokens = shape
-    own = torch.Generator(device).manual_seed(0)  # a search in the middle of a run must not move its random numbers
-    matrix = torch.randn(rows, columns // 4, 4, dtype=dtype, device=device, generator=own)
-    matrix[..., 2:] = 0
-    packed = torch._cslt_compress(matrix.view(rows, columns)).view(rows, -1)
-    dense = torch.randn((columns, tokens) if by_rows else (tokens, columns), dtype=dtype, device=device, generator=own)
-    dense = dense if by_rows else dense.t()
-    numbers = torch.randn(rows, dtype=dtype, device=device, generator=own) if bias else None
     usual = Algorithm()
     try:
+        own = torch.Generator(device).manual_seed(0)  # a search in the middle of a run must not move its random numbers
+        matrix = torch.randn(rows, columns // 4, 4, dtype=dtype, device=device, generator=own)
+        matrix[..., 2:] = 0
+        packed = torch._cslt_compress(matrix.view(rows, columns)).view(rows, -1)
+        dense = torch.randn((columns, tokens) if by_rows else (tokens, columns), dtype=dtype, device=device, generator=own)
+        dense = dense if by_rows else dense.t()
+        numbers = torch.randn(rows, dtype=dtype, device=device, generator=own) if bias else None
         with torch.cuda.device_of(packed):
             found = _search(packed, dense, numbers, transposed)
             products = [

@@ -144,8 +144,8 @@ def exact_with_prices(
     """
     before = (None, None) if start is None else (stack(start[0], start[1]), start[2])
     if _directly_on_cpu(scores):
-        mask, make_prices, any_coarse = _cpu_kernels().exact_solve(scores, n, m, exactly, *before)
-        return mask, make_prices, make_prices()[2] == COARSE if any_coarse else None
+        mask, make_prices, some = _cpu_kernels().exact_solve(scores, n, m, exactly, *before)
+        return mask, make_prices, make_prices()[2] == COARSE if some else None
     mask, prices, exponent = torch.ops.bisparse.exact_solve(scores, n, m, exactly, *before)
     return mask, lambda: (*prices.unbind(), exponent), exponent == COARSE
 
