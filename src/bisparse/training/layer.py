@@ -14,7 +14,7 @@ from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
 from bisparse.training.masked import Masked, SoftThreshold, own_parametrization, trained_parameter
 
-__all__ = ["Accelerated", "SparseLayer", "keep_only_", "local"]
+__all__ = ["Accelerated", "SparseLayer", "keep_only_", "local", "part_of"]
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the same size as a number of so many bytes."""
@@ -37,6 +37,13 @@ class Accelerated(Protocol):
 def local(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor; the tensor itself where it is whole."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(mask: Tensor, weight: Tensor) -> Tensor:
+    """The part of a whole mask that lies on this rank's shard of its weight; all of it where the weight is whole."""
+    if isinstance(weight, DTensor):
+        mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
+    return mask
 
 
 def keep_only_(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> None:
@@ -98,10 +105,7 @@ class SparseLayer:
     @property
     def local_mask(self) -> Bool[Tensor, "..."]:
         """The part of the mask that lies on this rank's shard of the weight."""
-        weight, mask = self.weight, self.mask
-        if isinstance(weight, DTensor):
-            mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
-        return mask
+        return part_of(self.mask, self.weight)
 
     @torch.no_grad()
     def full_weight(self) -> Float[Tensor, "..."]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
@@ -17,7 +17,7 @@ from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
-from bisparse.training.layer import Accelerated, SparseLayer, local
+from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
 from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, trained_parameter
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrized import separate_class, share_class
@@ -336,9 +336,7 @@ def finalize_(model: nn.Module) -> nn.Module:
     moved = False
     for module, buffer in static:
         weight, mask = getattr(module, buffer.removesuffix(MASK_SUFFIX)), getattr(module, buffer)
-        if isinstance(weight, DTensor):
-            mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
-        weight = local(weight)
+        mask, weight = part_of(mask, weight), local(weight)
         if bool((weight.masked_fill(mask, 0) != 0).any()):
             moved = True
             weight.masked_fill_(~mask, 0)
