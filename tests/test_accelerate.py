@@ -582,3 +582,14 @@ def test_the_example_trains_finalizes_and_packs(monkeypatch: pytest.MonkeyPatch,
     assert "2:4-T holds on" in printed and "inference: 4 layers run sparse, 0 of them both ways" in printed
     if not torch.cuda.is_available():
         assert "relative difference from masked dense: 0.0e+00" in printed
+
+
+def test_tied_weights_are_not_parted_by_packing() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 64))
+    model[2].weight = model[0].weight
+    prune_(model, "2:4-T")
+    report = accelerate_(model.eval(), "reference")
+    assert [layer.name for layer in report.layers] == ["3"]
+    assert "another module holds the same weight" in report["0"].reason and model[0].weight is model[2].weight
+    trained = accelerate_(model.train(), "reference", include="0")
+    assert trained["0"].weight == "trained" and model[0].weight is model[2].weight

@@ -5,7 +5,6 @@ tell, whether the real libraries agree, is in the tests marked `gpu` at the end.
 """
 
 import copy
-import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -22,10 +19,11 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from bisparse import PatternError, accelerate_, finalize_, prune_, sparsify_
-from bisparse.accelerate import BackendError, backend, trial, usable_backends
+from bisparse.accelerate import BackendError, backend, form, trial, usable_backends
 from bisparse.accelerate.algorithm import search_algorithm
 from bisparse.accelerate.backend import BACKENDS
 from bisparse.accelerate.measure import random_mask
+from bisparse.kernels.metadata import empty_slots, lay_out
 from bisparse.kernels.positions import find_positions, kept_mask
 
 CUDA = torch.device("cuda", 0)
@@ -57,17 +55,30 @@ class Library:
             values += [group[first], group[second]]
             metadata.append(first | second << 2)
         low = torch.tensor(metadata, dtype=torch.uint8).view(-1, 2)
-        tail = (low[:, 0] | low[:, 1] << 4).view(matrix.dtype)
+        tail = self.stored((low[:, 0] | low[:, 1] << 4), rows).view(matrix.dtype)
         kept = torch.tensor(values, dtype=matrix.dtype)
         if self.order == "groups reversed":
             kept = kept.view(-1, 2).flip(0).flatten()
         return torch.cat((kept, tail) if self.values_first else (tail, kept))
 
+    def stored(self, metadata: Tensor, rows: int, back: bool = False) -> Tensor:
+        """The bytes of metadata in this library's order, or back."""
+        if self.order == "nibbles swapped":
+            return metadata << 4 | metadata >> 4
+        words = metadata.view(torch.int16)
+        if self.order == "words swizzled":
+            place = torch.arange(len(words)).view(rows // 16, 16, -1).transpose(1, 2).flatten()
+        elif self.order == "words shuffled":
+            place = torch.randperm(len(words), generator=torch.Generator().manual_seed(0))
+        else:
+            return metadata
+        return words[place.argsort() if back else place].view(torch.uint8)
+
     def dense(self, packed: Tensor, columns: int) -> Tensor:
         flat = packed.flatten()
         size = flat.numel() * 16 // 9
         values, tail = flat.split([size // 2, size // 16]) if self.values_first else flat.split([size // 16, size // 2])[::-1]
-        codes = tail.contiguous().view(torch.uint8)
+        codes = self.stored(tail.contiguous().view(torch.uint8), flat.numel() * 16 // 9 // columns, back=True)
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten().long()
         groups = torch.zeros(size // 4, 4, dtype=packed.dtype)
         pairs = values.view(-1, 2).flip(0) if self.order == "groups reversed" else values.view(-1, 2)
@@ -88,7 +99,8 @@ class Library:
         assert dense.is_contiguous() or dense.t().is_contiguous(), "torch takes the strides of anything else for a transpose"
         assert dense.shape[1] % 8 == 0 and dense.shape[0] % 16 == 0
         self.algorithms.append((alg_id, split_k, split_k_mode))
-        product = self.dense(packed, dense.shape[0]) @ dense
+        with torch.autocast("cpu", enabled=False):
+            product = self.dense(packed, dense.shape[0]) @ dense
         product = product if bias is None else product + bias[:, None]
         return product.t().contiguous() if transpose_result else product
 
@@ -115,7 +127,7 @@ class Library:
         return cls.cutlass(values, metadata, dense) + bias[:, None]
 
 
-@pytest.fixture(params=["values first", "values last", "slots reversed"])
+@pytest.fixture(params=["values first", "values last", "slots reversed", "words swizzled"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     stand_in = Library(request.param)
     monkeypatch.setattr(torch, "_cslt_compress", stand_in.compress)
@@ -125,9 +137,12 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", stand_in.cutlass_add)
     for name in ("cusparselt", "cutlass"):
         monkeypatch.setattr(type(BACKENDS[name]), "device_reason", lambda self, device: None)
-    search_algorithm.cache_clear()
+    caches = (search_algorithm, form._learnt, trial._shaped_product, trial._other_half)
+    for cache in caches:
+        cache.cache_clear()
     yield stand_in
-    search_algorithm.cache_clear()
+    for cache in caches:
+        cache.cache_clear()
 
 
 def model_of(pattern: str = "2:4-T", dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
@@ -234,24 +249,64 @@ def test_new_values_reach_the_product_without_packing_where_the_layout_allows_it
     assert library.compressed - packed_so_far == (0 if library.values_first else 3 * per_step)
 
 
-@given(st.data())
-def test_values_fill_the_slots_of_any_library(data: st.DataObject) -> None:
-    stand_in = Library(data.draw(st.sampled_from(["values first", "values last", "slots reversed", "groups reversed"])))
-    choices = st.sampled_from([group for group in itertools.product([False, True], repeat=4) if sum(group) <= 2])
-    alike = st.builds(lambda one: [one] * 64, choices)  # every order of such groups looks like ours, but for their tags
-    mask = torch.tensor(data.draw(st.lists(choices, min_size=64, max_size=64) | alike)).view(16, 16)
-    own, weight = BACKENDS["cusparselt"], torch.arange(1.0, 257.0).view(16, 16)
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(torch, "_cslt_compress", stand_in.compress)
-        positions, metadata = own.layout(mask, find_positions(mask), torch.bfloat16)
-        assert torch.equal(kept_mask(positions, 16), mask)
-        by_value = stand_in.order in ("values first", "slots reversed")
-        assert (metadata.numel() > 0) == by_value or not mask.any()
-        before = stand_in.compressed
-        for values in (weight, weight * (torch.arange(16) % 3 > 0)):  # a kept weight may be zero, in its place
-            packed, _ = own.fill(values, positions, metadata, torch.bfloat16)
-            assert torch.equal(stand_in.dense(packed, 16), torch.where(mask, values, 0).to(torch.bfloat16))
-        assert stand_in.compressed == before or not metadata.numel()
+LEARNT = {"values first": (1, 1), "slots reversed": (1, 1), "words swizzled": (16, 1), "words shuffled": (32, 2)}
+"""Orders that can be told of, and the block of words that repeats."""
+
+
+@pytest.mark.parametrize("order", [*LEARNT, "values last", "groups reversed", "nibbles swapped"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_form_of_a_library_is_learnt_from_what_it_packs(order: str, dtype: torch.dtype, library: Library) -> None:
+    library.order, library.values_first = order, order != "values last"
+    own = BACKENDS["cusparselt"]
+    found = own.form(32, 32, dtype, torch.device("cpu"))
+    if order not in LEARNT:
+        assert found is None
+        return
+    assert found is not None and tuple(found.inner.shape) == LEARNT[order]
+    many = random_mask(32, 32, torch.device("cpu"))
+    for mask in (many, torch.zeros_like(many), many & (torch.rand(32, 32) < 0.5)):
+        positions, metadata = empty_slots(32, 32, mask.device)
+        lay_out(mask, found, positions, metadata)
+        assert torch.equal(kept_mask(positions, 32), mask)
+        before = library.compressed
+        weight = torch.randn(32, 32)
+        for values in (weight, weight * (torch.arange(32) % 3 > 0)):  # a kept weight may be zero, in its place
+            packed, _ = own.fill(values, positions, metadata, dtype)
+            assert torch.equal(library.dense(packed, 32), torch.where(mask, values, 0).to(dtype))
+        assert library.compressed == before
+        assert torch.equal(own.fill(mask.float(), positions, metadata, dtype)[0], own.pack(mask.to(dtype))[0])
+
+
+def test_a_library_that_packs_now_so_and_now_so_has_no_form(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, calls = torch._cslt_compress, []
+
+    def fickle(matrix: Tensor) -> Tensor:
+        calls.append(matrix.shape)
+        packed = honest(matrix)
+        if len(calls) == len(calls_of_one):  # the last one, by which the form is judged
+            packed[-1] = packed[-2]
+        return packed
+
+    own, calls_of_one = BACKENDS["cusparselt"], []
+    monkeypatch.setattr(torch, "_cslt_compress", lambda matrix: calls_of_one.append(1) or honest(matrix))
+    known = own.form(32, 32, torch.bfloat16, torch.device("cpu"))
+    assert (known is not None) == library.values_first
+    form._learnt.cache_clear()
+    monkeypatch.setattr(torch, "_cslt_compress", fickle)
+    assert own.form(32, 32, torch.bfloat16, torch.device("cpu")) is None
+
+
+def test_short_memory_is_not_remembered(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    own, honest, device = BACKENDS["cusparselt"], torch._cslt_compress, torch.device("cpu")
+    monkeypatch.setattr(torch, "_cslt_compress", full)
+    assert own.form(32, 32, torch.bfloat16, device) is None
+    assert "out of memory while cusparselt was tried" in str(trial.try_shape(own, 32, 32, torch.bfloat16, device))
+    monkeypatch.setattr(torch, "_cslt_compress", honest)
+    assert (own.form(32, 32, torch.bfloat16, device) is not None) == library.values_first
+    assert trial.try_shape(own, 32, 32, torch.bfloat16, device) is None
 
 
 @pytest.mark.parametrize("torch_tells_the_split", [True, False])
@@ -342,12 +397,44 @@ def test_other_input_dtypes_run_masked_dense_and_say_so_once(library: Library) -
     model = model_of(dtype=torch.float32).train()
     dense = copy.deepcopy(model)
     accelerate_(model, "cusparselt")
+    library.algorithms.clear()
     with pytest.warns(
         UserWarning, match=r"^0 runs masked-dense: it was accelerated for torch\.bfloat16, the input is torch\.float32"
     ):
         ours = run(model, dtype=torch.float32)
     assert all(torch.allclose(one, other, atol=1e-5) for one, other in zip(ours, run(dense, dtype=torch.float32), strict=True))
     assert library.algorithms == []
+
+
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass", "reference"])
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
+def test_packed_layers_run_under_autocast_of_any_kind(library: Library, name: str, half: torch.dtype) -> None:
+    packed, dense = model_of().requires_grad_(False), model_of()
+    accelerate_(packed, name)
+    with torch.autocast("cpu", half):
+        ours, theirs = run(packed, dtype=torch.float32), run(dense, dtype=torch.float32)
+        assert packed(torch.randn(8, 64)).dtype == half
+    assert all(close(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+def test_a_shape_that_the_library_refuses_only_when_it_multiplies(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = torch._cslt_sparse_mm
+
+    def picky(packed: Tensor, dense: Tensor, **how: object) -> Tensor:
+        if dense.shape[0] == 64:
+            raise RuntimeError("CUDA error: operation not supported when calling `cusparseLtMatmulPlanInit`\nmore")
+        return honest(packed, dense, **how)
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", picky)
+    for trained in (False, True):
+        model = model_of().requires_grad_(trained)
+        report = accelerate_(model, "cusparselt")
+        reason = "cusparselt refuses matrices of 128 x 64: CUDA error: operation not supported when calling"
+        assert reason in report["0"].reason and "stays masked-dense" in report["0"].reason
+        assert not report["2"].backward and "for W^T, cusparselt refuses matrices of 128 x 64" in report["2"].note
+        assert all(close(one, other) for one, other in zip(run(model), run(model_of()), strict=True))
+    with pytest.raises(BackendError, match="0: cusparselt refuses matrices of 128 x 64"):
+        accelerate_(model_of().eval().requires_grad_(False), "cusparselt", include="0")
 
 
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
@@ -381,11 +468,13 @@ def test_a_library_whose_half_precisions_differ_takes_one_and_warns(library: Lib
         return honest(packed, dense, **how) * (2 if packed.dtype == torch.float16 else 1)
 
     monkeypatch.setattr(torch, "_cslt_sparse_mm", particular)
-    monkeypatch.setattr(backend, "halves_share_metadata", trial.halves_share_metadata.__wrapped__)
     for compiled in (False, True):
         model = nn.Sequential(nn.Linear(64, 64))
         sparsify_(model, "2:4-T")
         accelerate_(model, "cusparselt")
+        if not library.values_first:  # it packs anew in every pass, in any dtype
+            assert model[0].served == (torch.float16, torch.bfloat16)
+            return
         assert model[0].served == (torch.bfloat16,)
         torch._dynamo.reset()
         runner = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
@@ -462,21 +551,18 @@ def test_every_buffer_can_be_broadcast_as_ddp_does(library: Library, name: str, 
         torch.distributed.destroy_process_group()
 
 
-def test_cutlass_layout_is_that_of_torch() -> None:
-    weight = model_of()[0].weight.detach()
-    own = BACKENDS["cutlass"]
-    mask = weight != 0
-    positions, positions_t = find_positions(mask), find_positions(mask.t())
-    expected = sparse_semi_structured_from_dense_cutlass(weight)
-    expected_t = sparse_semi_structured_from_dense_cutlass(weight.t().contiguous())
-    layout, layout_t = own.layouts(mask, positions, positions_t, torch.bfloat16)
-    for found, (values, meta) in (
-        (own.fill(weight, *layout, torch.bfloat16), expected),
-        (own.fill(weight.t(), *layout_t, torch.bfloat16), expected_t),
-    ):
-        assert torch.equal(found[0], values) and torch.equal(found[1].view(torch.int16), meta)
-    assert torch.equal(layout[0], positions) and torch.equal(layout_t[0], positions_t)
-    assert all(torch.equal(one, other) for one, other in zip(own.layout(mask, positions, torch.bfloat16), layout, strict=True))
+@pytest.mark.parametrize("shape", [(64, 128), (128, 64), (96, 192)])
+def test_cutlass_metadata_are_those_of_torch(shape: tuple[int, int]) -> None:
+    own, weight = BACKENDS["cutlass"], torch.randn(shape).to(torch.bfloat16)
+    weight *= random_mask(*shape, weight.device) & (torch.rand(shape) < 0.7)
+    found = own.form(*shape, torch.bfloat16, weight.device)
+    assert found is not None
+    positions, metadata = empty_slots(*shape, weight.device)
+    lay_out(weight != 0, found, positions, metadata)
+    assert torch.equal(positions, find_positions(weight != 0))
+    values, expected = sparse_semi_structured_from_dense_cutlass(weight)
+    packed, filled = own.fill(weight, positions, metadata, torch.bfloat16)
+    assert torch.equal(packed, values) and torch.equal(filled.view(torch.int16), expected)
     assert torch.equal(own.unpack(*own.pack(weight), *weight.shape), weight)
 
 
@@ -526,7 +612,8 @@ def test_a_library_that_fails_or_lies_is_found_out(library: Library, monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
 
     def tried(name: str) -> str | None:
-        return trial.try_out.__wrapped__(BACKENDS[name], torch.device("cpu"))
+        trial._small_product.cache_clear()
+        return trial.try_out(BACKENDS[name], torch.device("cpu"))
 
     assert tried("cusparselt") is None and tried("cutlass") is None
 

@@ -255,6 +255,18 @@ def test_same_masks_at_2to4_as_on_the_cpu_ties_included(monkeypatch: pytest.Monk
     same(cuda.exact_mask(half, 2, 4, exactly), mask_alone(half.float(), 2, 4, exactly))
 
 
+@PROGRAMS
+def test_masks_of_magnitudes_are_masks_of_the_weights_without_signs(exactly: bool) -> None:
+    weight = as_matrix(all_kinds(4, 8))
+    weight = weight * torch.where(torch.rand(weight.shape) < 0.5, -1, 1)
+    weight[0, 0] = float("-inf")
+    weight[21, 2] = float("nan")
+    for one in (weight, weight.bfloat16(), weight.t()):
+        expected = cuda.exact_mask(one.abs().contiguous(), 2, 4, exactly)
+        same(cuda.exact_mask_of_magnitudes(one, exactly), expected)
+        assert expected[1].any() and not expected[1].all()
+
+
 @pytest.mark.slow
 def test_2to4_of_widths_that_no_program_divides(monkeypatch: pytest.MonkeyPatch) -> None:
     for across in (1, 5, 33):

@@ -5,8 +5,9 @@ from bisparse.accelerate.advisor import advise, advise_shapes, layer_shapes
 from bisparse.accelerate.backend import BackendError, usable_backends
 from bisparse.accelerate.convert import AcceleratedLayer, AccelerationReport, accelerate_
 from bisparse.accelerate.grid import Grid, GridPoint, stored_grids
-from bisparse.accelerate.linear import PackedLinear, SparseLinear
 from bisparse.accelerate.measure import Pass, Timing, measure_linear
+from bisparse.accelerate.packed_linear import PackedLinear
+from bisparse.accelerate.sparse_linear import SparseLinear
 
 __all__ = [
     "AcceleratedLayer",

@@ -8,10 +8,11 @@ Source of shapes and dtypes: `torch.sparse.SparseSemiStructuredTensorCUTLASS` an
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 
 import torch
-from jaxtyping import Bool, Float, Shaped, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -19,29 +20,17 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from bisparse.accelerate.algorithm import Algorithm, search_algorithm
-from bisparse.accelerate.trial import halves_share_metadata, try_out
-from bisparse.kernels.pack import pack_2to4
-from bisparse.kernels.positions import (
-    find_positions,
-    from_metadata,
-    kept_mask,
-    put_values,
-    read_positions,
-    take_values,
-    to_metadata,
-)
+from bisparse.accelerate.form import known_form, learn_form
+from bisparse.accelerate.trial import halves_share_metadata, try_out, try_shape
+from bisparse.kernels.metadata import WORD, MetadataForm
+from bisparse.kernels.pack import GROUP_ROWS, metadata_place
+from bisparse.kernels.positions import find_positions, from_metadata, kept_mask, put_values, take_values, to_metadata
 
-__all__ = ["BACKENDS", "Backend", "BackendError", "choose_backend", "usable_backends"]
+__all__ = ["BACKENDS", "Backend", "BackendError", "backend_or_reference", "choose_backend", "usable_backends"]
 
 HALF = (torch.float16, torch.bfloat16)
-TAGS = 63
-"""So many tags of groups, times four places, are whole numbers that bfloat16 tells apart."""
 DENSE_MULTIPLE = 8
 """Both libraries take activations whose number of tokens is a multiple of this; others are completed with zeros."""
-
-
-Slots = tuple[Tensor, Tensor]
-"""Positions and metadata of a mask."""
 
 
 class BackendError(ValueError):
@@ -65,6 +54,11 @@ class Backend(ABC):
             f"not {rows} x {columns}"
         )
 
+    def refusal(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Why the library itself refuses a shape that its documentation allows, once tried; None where it takes it."""
+        del rows, columns, dtype, device
+        return None
+
     def dtype_reason(self, dtype: torch.dtype) -> str | None:
         """Why numbers of this dtype cannot be packed; None where they can."""
         if dtype in self.dtypes:
@@ -87,20 +81,11 @@ class Backend(ABC):
         """The matrix that was packed, dense, with zeros."""
 
     @abstractmethod
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
-        """(positions, metadata) of a mask whose positions are given, in the backend's own order of slots.
-
-        Found once for a mask, used with every set of values.
-        """
-
-    def layouts(
-        self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], positions_t: UInt8[Tensor, "C H"], dtype: torch.dtype
-    ) -> tuple[Slots, Slots]:
-        """`layout` of a mask that is 2:4 both ways, and of its transpose."""
-        return self.layout(mask, positions, dtype), self.layout(mask.t(), positions_t, dtype)
+    def form(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:
+        """How it stores the metadata of (rows, columns) matrices; None where that is not known: then it must pack them itself."""
 
     def served(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
-        """The dtypes of values for which what `layout` gave for this one can be used; by default all it takes."""
+        """The dtypes of values for which metadata of this one's form can be used; by default all it takes."""
         del dtype, device
         return self.dtypes
 
@@ -112,7 +97,16 @@ class Backend(ABC):
         metadata: Shaped[Tensor, "..."],
         dtype: torch.dtype,
     ) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
-        """(packed, metadata) of a weight as it is now, masked, in another dtype; the arguments are what `layout` gave."""
+        """(packed, metadata) of a weight as it is now, masked, in another dtype.
+
+        Args:
+            metadata: of the backend's `form`, bytes; none where it has no form.
+        """
+
+    def split(self, flat: Shaped[Tensor, " P"], rows: int, columns: int) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
+        """(packed, metadata) from the values of a matrix and, behind them, its metadata."""
+        count = rows * columns // 2
+        return flat[:count].view(rows, -1), flat[count:].view(torch.uint8).view(rows, -1)
 
     @abstractmethod
     def multiply(
@@ -147,8 +141,8 @@ class Reference(Backend):
     ) -> Float[Tensor, "R C"]:
         return put_values(packed, from_metadata(metadata, packed.shape[1] // 2), columns)
 
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
-        return positions, to_metadata(positions)
+    def form(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:
+        return _plain_form(columns, device) if columns % WORD == 0 else None
 
     def fill(
         self,
@@ -157,7 +151,7 @@ class Reference(Backend):
         metadata: Shaped[Tensor, "..."],
         dtype: torch.dtype,
     ) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "..."]]:
-        return take_values(weight, positions, dtype), metadata
+        return take_values(weight, positions, dtype), metadata if metadata.numel() else to_metadata(positions)
 
     def multiply(
         self,
@@ -171,7 +165,8 @@ class Reference(Backend):
         search: bool = False,
     ) -> Float[Tensor, "..."]:
         matrix = self.unpack(packed, metadata, rows, dense.shape[0])
-        product = torch.nn.functional.linear(dense.t(), matrix, bias)
+        with torch.autocast(dense.device.type, enabled=False):  # as the libraries, which autocast does not know
+            product = torch.nn.functional.linear(dense.t(), matrix, bias)
         return product if transposed else product.t().contiguous()
 
 
@@ -189,6 +184,9 @@ class _OnTensorCores(Backend):
         if major < 8:
             return f"{self.name} needs sparse tensor cores (compute capability 8.0, Ampere), and this device has {major}.{minor}"
         return self._library_reason(major, minor) or try_out(self, torch.device(device.type, device.index or 0))
+
+    def refusal(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        return try_shape(self, rows, columns, dtype, torch.device(device.type, device.index or 0))
 
     @abstractmethod
     def _library_reason(self, major: int, minor: int) -> str | None: ...
@@ -217,15 +215,8 @@ class Cutlass(_OnTensorCores):
         matrix: Tensor = sparse_semi_structured_to_dense_cutlass(packed, metadata.view(torch.int16))
         return matrix
 
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
-        metadata: Tensor = sparse_semi_structured_from_dense_cutlass(mask.to(dtype).contiguous())[1]
-        return positions, metadata.view(torch.uint8)
-
-    def layouts(
-        self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], positions_t: UInt8[Tensor, "C H"], dtype: torch.dtype
-    ) -> tuple[Slots, Slots]:
-        _, metadata, _, metadata_t = pack_2to4(mask.to(dtype), mask)
-        return (positions, metadata.view(torch.uint8)), (positions_t, metadata_t.view(torch.uint8))
+    def form(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:
+        return _cutlass_form(rows, device)
 
     def fill(
         self,
@@ -267,7 +258,7 @@ class CuSparseLt(_OnTensorCores):
 
     def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Shaped[Tensor, "R P"], Shaped[Tensor, "0"]]:
         # Adding zero turns -0.0 into 0.0: whether the library takes -0.0 for a zero is not documented.
-        packed = torch._cslt_compress(matrix.contiguous() + 0.0)
+        packed = self._compress(matrix.contiguous() + 0.0)
         return packed.view(matrix.shape[0], -1), matrix.new_empty(0)
 
     def unpack(
@@ -276,21 +267,13 @@ class CuSparseLt(_OnTensorCores):
         # Exact for finite numbers: every sum has one term that is not zero.
         return self.multiply(packed, metadata, torch.eye(columns, dtype=packed.dtype, device=packed.device), rows)
 
-    def layout(self, mask: Bool[Tensor, "R C"], positions: UInt8[Tensor, "R G"], dtype: torch.dtype) -> Slots:
-        """Slots as the library fills them, and the bytes behind the values; no bytes where the values do not come first.
+    def form(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:
+        return learn_form(self._compress, rows, columns, dtype, torch.device(device.type, device.index or 0))
 
-        An image of the mask tells: each kept entry holds its place in the group, and a random tag of the group, so that no
-        other order of groups passes for ours. Which slot an only kept entry takes is the library's choice, and not ours.
-        """
-        own = torch.Generator(mask.device).manual_seed(0)
-        tags = torch.randint(TAGS, (*positions.shape, 1), dtype=torch.int16, device=mask.device, generator=own)
-        image = (4 * tags + torch.arange(1, 5, dtype=torch.int16, device=mask.device)).to(dtype)
-        packed = self.pack(torch.where(mask, image.flatten(-2), 0))[0].flatten()
-        slots = packed[: 2 * positions.numel()].view(*positions.shape, 2)
-        found = read_positions(slots - image[..., :1], slots != 0)
-        if not torch.equal(kept_mask(found, mask.shape[1]), mask):
-            return positions, positions.new_empty(0)
-        return found, packed[slots.numel() :].view(torch.uint8).clone()  # a view would keep the image's values alive
+    @staticmethod
+    def _compress(matrix: Float[Tensor, "R C"]) -> Shaped[Tensor, "..."]:
+        packed: Tensor = torch._cslt_compress(matrix)
+        return packed
 
     def served(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
         return HALF if halves_share_metadata(self, torch.device(device.type, device.index or 0)) else (dtype,)
@@ -304,8 +287,11 @@ class CuSparseLt(_OnTensorCores):
     ) -> tuple[Shaped[Tensor, "R P"], Shaped[Tensor, "0"]]:
         if metadata.numel() == 0:
             return self.pack(torch.where(kept_mask(positions, weight.shape[1]), weight, 0).to(dtype))
-        packed = take_values(weight, positions, dtype, metadata.view(dtype)).view(weight.shape[0], -1)
+        packed = take_values(weight, positions, dtype, metadata.view(-1).view(dtype)).view(weight.shape[0], -1)
         return packed, packed.new_empty(0)
+
+    def split(self, flat: Shaped[Tensor, " P"], rows: int, columns: int) -> tuple[Shaped[Tensor, "R P"], Shaped[Tensor, "0"]]:
+        return flat.view(rows, -1), flat.new_empty(0)
 
     def multiply(
         self,
@@ -366,6 +352,31 @@ def choose_backend(name: str, device: torch.device) -> Backend | str:
             f"backend={name!r}: {reason}. Pass backend='auto' to stay masked-dense there, or 'reference' for the same numbers"
         )
     return BACKENDS[name]
+
+
+@functools.lru_cache(maxsize=256)
+def _plain_form(columns: int, device: torch.device) -> MetadataForm:
+    """Of `to_metadata`: row by row."""
+    return known_form(_positions_of_sets(), torch.zeros(1, 1), columns // WORD, 1, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _cutlass_form(rows: int, device: torch.device) -> MetadataForm:
+    return known_form(_positions_of_sets(), metadata_place(GROUP_ROWS, 2), 2 * GROUP_ROWS, 2 * rows, device)
+
+
+@functools.cache
+def _positions_of_sets() -> UInt8[Tensor, "16"]:
+    """The positions of a group for each kept set; 0 for sets of more than two."""
+    sets = torch.arange(16)[:, None] >> torch.arange(4) & 1 == 1
+    few = sets.sum(-1, keepdim=True) <= 2
+    return torch.where(few, find_positions(sets & few), 0).flatten()
+
+
+def backend_or_reference(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that was wanted where it runs, else the reference, as for a copy on the CPU: it comes back with the GPU."""
+    own = BACKENDS[wanted]
+    return wanted if own.device_reason(device) is None and own.dtype_reason(dtype) is None else "reference"
 
 
 def _padded(dense: Float[Tensor, "C N"]) -> Float[Tensor, "C N8"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from bisparse.accelerate.advice import Advice
-from bisparse.accelerate.backend import HALF, BackendError, choose_backend
-from bisparse.accelerate.linear import PackedLinear, SparseLinear
+from bisparse.accelerate.backend import HALF, Backend, BackendError, choose_backend
+from bisparse.accelerate.packed_linear import PackedLinear
+from bisparse.accelerate.sparse_linear import SparseLinear
 from bisparse.diversity import hardware
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
@@ -123,6 +125,8 @@ def accelerate_(
             raise ValueError(f"{name} is sharded over ranks already: call accelerate_ before fully_shard")
     before = held_bytes(model)
     layers, left = find_layers(model, include, exclude)
+    holders = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
+    tied = {parameter for parameter, count in holders.items() if count > 1}
     if backend != "auto":
         for device in {trained_parameter(layer.module, layer.parameter).device for layer in layers}:
             choose_backend(backend, device)
@@ -135,7 +139,7 @@ def accelerate_(
             left.append(Skipped(layer.name, known.reason))
             continue
         own_backend = backend if backend != "auto" or known is None or known.backend is None else known.backend
-        outcome = _accelerate(layer, own_backend, dtype, search)
+        outcome = _accelerate(layer, own_backend, dtype, search, tied)
         if isinstance(outcome, AcceleratedLayer):
             done.append(outcome)
             changed.append(layer.module)  # type: ignore[arg-type]
@@ -232,7 +236,11 @@ def weight_refusal(weight: Shaped[Tensor, "O I"]) -> Refusal | None:
     return Refusal(reason, broken=True)
 
 
-def _accelerate(layer: Layer, name: str, dtype: torch.dtype | None, search: bool) -> AcceleratedLayer | Refusal:
+def _refused(backend: Backend, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    return backend.shape_reason(rows, columns) or backend.refusal(rows, columns, dtype, device)
+
+
+def _accelerate(layer: Layer, name: str, dtype: torch.dtype | None, search: bool, tied: set[int]) -> AcceleratedLayer | Refusal:
     if (reason := layer_reason(layer)) is not None:
         return Refusal(reason)
     module = layer.module
@@ -247,6 +255,8 @@ def _accelerate(layer: Layer, name: str, dtype: torch.dtype | None, search: bool
         return refusal
     trained = own is not None or mask is static or (parameter.requires_grad and module.training)
     if not trained:
+        if id(parameter) in tied:
+            return Refusal("another module holds the same weight, and packing would part them; it stays as it is")
         used = parameter.dtype
     else:
         used = dtype or (parameter.dtype if parameter.dtype in HALF or name == "reference" else torch.bfloat16)
@@ -254,12 +264,12 @@ def _accelerate(layer: Layer, name: str, dtype: torch.dtype | None, search: bool
         hint = "pass dtype=torch.bfloat16" if trained else "convert the model first, as with model.to(torch.bfloat16)"
         return Refusal(f"{reason}; {hint}")
     rows, columns = parameter.shape
-    if (reason := backend.shape_reason(rows, columns)) is not None:
+    if (reason := _refused(backend, rows, columns, used, parameter.device)) is not None:
         return Refusal(f"{reason}; it stays masked-dense")
     note = ""
     if not (is_2to4(own.pattern)[1] if own is not None else bool(verify(mask, "2:4-T"))):
         note = "gradient of the input stays dense: the mask is not 2:4 on W^T"
-    elif (reason := backend.shape_reason(columns, rows)) is not None:
+    elif (reason := _refused(backend, columns, rows, used, parameter.device)) is not None:
         note = f"gradient of the input stays dense: for W^T, {reason}"
     elif not trained and not module.training:
         note = "evaluation mode: W^T is not packed"

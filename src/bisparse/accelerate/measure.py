@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from bisparse.accelerate.linear import PackedLinear, SparseLinear
+from bisparse.accelerate.packed_linear import PackedLinear
+from bisparse.accelerate.sparse_linear import SparseLinear
 
 __all__ = ["Pass", "Timing", "measure_linear", "random_mask"]
 

@@ -20,7 +20,7 @@ from bisparse.accelerate.backend import BACKENDS
 from bisparse.kernels.estimate import estimate_2to4
 from bisparse.kernels.positions import put_values, take_values
 
-__all__ = ["linear_2to4", "packed_linear_2to4"]
+__all__ = ["checked_input", "linear_2to4", "packed_linear_2to4"]
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
 _LIBRARY.define(
@@ -94,6 +94,13 @@ def packed_linear_2to4(
         input, packed, metadata, packed_t, metadata_t, bias, rows, backend, search
     )
     return output
+
+
+def checked_input(input: Tensor, columns: int) -> Tensor:
+    """The input, if a layer of so many inputs takes it."""
+    if input.shape[-1:] != (columns,):
+        raise ValueError(f"an input of shape {tuple(input.shape)} does not fit a layer of {columns} inputs")
+    return input
 
 
 def _linear(

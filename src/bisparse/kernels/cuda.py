@@ -22,7 +22,15 @@ from bisparse.kernels.middle import mask_bits
 from bisparse.kernels.networks import sorting_network
 from bisparse.kernels.pack import packed_like
 
-__all__ = ["exact_mask", "exact_solve", "exact_solve_integers", "keep_largest", "pack_2to4", "pack_2to4_transposable"]
+__all__ = [
+    "exact_mask",
+    "exact_mask_of_magnitudes",
+    "exact_solve",
+    "exact_solve_integers",
+    "keep_largest",
+    "pack_2to4",
+    "pack_2to4_transposable",
+]
 
 SIDES = (4, 8, 16, 32, 64)
 NETWORK_SIDES = (4, 8, 16, 32)
@@ -62,6 +70,15 @@ def exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, T
     if (n, m) != (2, 4) or scores.dtype not in DTYPES:
         mask, _, exponent = exact_solve(scores, n, m, exactly, None, None)
         return mask, exponent == ops.COARSE
+    return _middle(scores, exactly, magnitudes=False)
+
+
+def exact_mask_of_magnitudes(weight: Tensor, exactly: bool) -> tuple[Tensor, Tensor]:
+    """`ops.exact_mask_of_magnitudes` on a GPU; float16 and bfloat16 are read as they are."""
+    return _middle(weight if weight.dtype in DTYPES else weight.float(), exactly, magnitudes=True)
+
+
+def _middle(scores: Tensor, exactly: bool, magnitudes: bool) -> tuple[Tensor, Tensor]:
     scores = scores.contiguous()
     rows, columns = scores.shape
     across = columns // 4
@@ -71,7 +88,7 @@ def exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, T
     if coarse.numel():
         middle_masks[(rows // 4, triton.cdiv(across, block))](
             scores, _words(scores.device), mask.view(torch.int32), coarse.view(torch.int8), columns, across,
-            BLOCK=block, EXACTLY=exactly, num_warps=4, enable_fp_fusion=False,
+            BLOCK=block, EXACTLY=exactly, MAGNITUDES=magnitudes, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return mask, coarse
 

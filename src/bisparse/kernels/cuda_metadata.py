@@ -32,7 +32,7 @@ def lay_out(
     lay_out_kernel[(triton.cdiv(rows, 4 * BANDS), triton.cdiv(columns, 4 * GROUPS))](
         mask.view(torch.int32), codes, inner, row_stride, word_stride, *inner.shape, inner_t, row_stride_t, word_stride_t,
         *inner_t.shape, positions, metadata, positions_t, metadata_t, metadata if broken is None else broken, rows, columns,
-        BANDS=BANDS, GROUPS=GROUPS, BOTH_WAYS=both_ways, CHECK=broken is not None, num_warps=4,
+        BANDS=BANDS, GROUPS=GROUPS, BOTH_WAYS=both_ways, CHECK=broken is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 

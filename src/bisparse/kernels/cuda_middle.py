@@ -128,7 +128,9 @@ def spread_bits(bits):
 
 
 @triton.jit
-def middle_masks(scores, words, mask, coarse, columns, across, BLOCK: tl.constexpr, EXACTLY: tl.constexpr):
+def middle_masks(
+    scores, words, mask, coarse, columns, across, BLOCK: tl.constexpr, EXACTLY: tl.constexpr, MAGNITUDES: tl.constexpr
+):
     """2:4-T masks of BLOCK tiles of a band of four rows; `mask` is seen as one int32 for four entries."""
     band = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK
@@ -137,6 +139,8 @@ def middle_masks(scores, words, mask, coarse, columns, across, BLOCK: tl.constex
     entries = ()
     for k in tl.static_range(4):
         row = tl.load(scores + (band * 4 + k) * columns + place, mask=place < columns, other=0)
+        if MAGNITUDES:
+            row = tl.abs(row)
         even, odd = tl.split(tl.reshape(row, [BLOCK, 2, 2]))
         first, third = tl.split(even)
         second, fourth = tl.split(odd)

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int, Int16, Int32, UInt8
 from torch import Tensor
 
-__all__ = ["WORD", "MetadataForm", "kept_sets", "lay_out"]
+__all__ = ["WORD", "MetadataForm", "empty_slots", "kept_sets", "lay_out"]
 
 WORD = 16
 """Entries of a row that one word of metadata tells of."""
@@ -54,8 +54,8 @@ def lay_out(
     mask: Bool[Tensor, "R C"],
     form: MetadataForm,
     positions: UInt8[Tensor, "R G"],
-    metadata: Int16[Tensor, " K"],
-    transposed: tuple[MetadataForm, UInt8[Tensor, "C H"], Int16[Tensor, " K"]] | None = None,
+    metadata: UInt8[Tensor, "R B"],
+    transposed: tuple[MetadataForm, UInt8[Tensor, "C H"], UInt8[Tensor, "C D"]] | None = None,
     broken: Int32[Tensor, ""] | None = None,
 ) -> None:
     """Write positions and metadata of a mask, and with `transposed` of its transpose, into memory that is given.
@@ -71,12 +71,19 @@ def lay_out(
     rows, columns = mask.shape
     if columns % WORD or (transposed is not None and rows % WORD):
         raise ValueError(f"a {rows} x {columns} mask cannot be laid out: {WORD} must divide the length of its lines")
-    form_t, positions_t, metadata_t = transposed if transposed is not None else (None, None, None)
-    torch.ops.bisparse.lay_out_2to4(
-        mask, form.codes, form.inner, form.row_stride, form.word_stride,
-        None if form_t is None else form_t.inner, 0 if form_t is None else form_t.row_stride, 0 if form_t is None else form_t.word_stride,
-        positions, metadata, positions_t, metadata_t, broken,
-    )  # fmt: skip
+    words = metadata.view(torch.int16)
+    if transposed is None:
+        torch.ops.bisparse.lay_out_2to4(mask, *form, None, 0, 0, positions, words, None, None, broken)
+    else:
+        form_t, positions_t, metadata_t = transposed
+        words_t = metadata_t.view(torch.int16)
+        torch.ops.bisparse.lay_out_2to4(mask, *form, *form_t[1:], positions, words, positions_t, words_t, broken)
+
+
+def empty_slots(rows: int, columns: int, device: torch.device) -> tuple[UInt8[Tensor, "R G"], UInt8[Tensor, "R B"]]:
+    """Memory for the positions and, as bytes, the metadata of a (rows, columns) mask; 16 divides the columns."""
+    positions = torch.empty((rows, columns // 4), dtype=torch.uint8, device=device)
+    return positions, torch.empty((rows, columns // 8), dtype=torch.uint8, device=device)
 
 
 def kept_sets(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:

@@ -25,6 +25,7 @@ __all__ = [
     "any_coarse",
     "check_scores",
     "exact_mask",
+    "exact_mask_of_magnitudes",
     "exact_solve",
     "exact_solve_integers",
     "exact_with_prices",
@@ -88,6 +89,7 @@ def any_coarse(coarse: Bool[Tensor, " B"]) -> bool:
 _LIBRARY = torch.library.Library("bisparse", "DEF")
 _LIBRARY.define("keep_largest(Tensor groups, int n) -> Tensor")
 _LIBRARY.define("exact_mask(Tensor scores, int n, int m, bool exactly) -> (Tensor mask, Tensor coarse)")
+_LIBRARY.define("exact_mask_of_magnitudes(Tensor weight, bool exactly) -> (Tensor mask, Tensor coarse)")
 _LIBRARY.define(
     "exact_solve(Tensor scores, int n, int m, bool exactly, Tensor? prices, Tensor? exponent)"
     " -> (Tensor mask, Tensor prices, Tensor exponent)"
@@ -128,6 +130,12 @@ def exact_mask(
     """
     operator = _cpu_kernels().exact_mask if _directly_on_cpu(scores) else torch.ops.bisparse.exact_mask
     mask, coarse = operator(scores, n, m, exactly)
+    return mask, coarse
+
+
+def exact_mask_of_magnitudes(weight: Float[Tensor, "R C"], exactly: bool) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"]]:
+    """`exact_mask` at 2:4 of a weight's magnitudes; on a GPU the weight is read as it lies, and nothing waits for the device."""
+    mask, coarse = torch.ops.bisparse.exact_mask_of_magnitudes(weight, exactly)
     return mask, coarse
 
 
@@ -189,6 +197,12 @@ def reference_exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple
     return mask, exponent == COARSE
 
 
+def reference_exact_mask_of_magnitudes(weight: Tensor, exactly: bool) -> tuple[Tensor, Tensor]:
+    """The specification of `exact_mask_of_magnitudes`."""
+    mask, coarse = torch.ops.bisparse.exact_mask(weight.abs().float(), 2, 4, exactly)
+    return mask, coarse
+
+
 def reference_exact_solve_integers(
     q: Tensor, n: int, exactly: bool, u: Tensor | None, v: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -213,6 +227,11 @@ def _(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:
     return scores.new_empty(scores.shape, dtype=torch.bool), scores.new_empty(tiles, dtype=torch.bool)
 
 
+@torch.library.register_fake("bisparse::exact_mask_of_magnitudes")
+def _(weight: Tensor, exactly: bool) -> tuple[Tensor, Tensor]:
+    return weight.new_empty(weight.shape, dtype=torch.bool), weight.new_empty(weight.numel() // 16, dtype=torch.bool)
+
+
 @torch.library.register_fake("bisparse::exact_solve")
 def _(
     scores: Tensor, n: int, m: int, exactly: bool, prices: Tensor | None, exponent: Tensor | None
@@ -230,6 +249,7 @@ def _(q: Tensor, n: int, exactly: bool, u: Tensor | None, v: Tensor | None) -> t
 for _name, _kernel in {
     "keep_largest": reference_keep_largest,
     "exact_mask": reference_exact_mask,
+    "exact_mask_of_magnitudes": reference_exact_mask_of_magnitudes,
     "exact_solve": reference_exact_solve,
     "exact_solve_integers": reference_exact_solve_integers,
 }.items():
@@ -265,5 +285,5 @@ def triton_kernel(name: str) -> Callable[..., Any]:
 for _name in ("keep_largest", "exact_mask", "exact_solve", "exact_solve_integers"):
     _LIBRARY.impl(_name, _numba_kernel(_name), "CPU")
 if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
-    for _name in ("keep_largest", "exact_mask", "exact_solve", "exact_solve_integers"):
+    for _name in ("keep_largest", "exact_mask", "exact_mask_of_magnitudes", "exact_solve", "exact_solve_integers"):
         _LIBRARY.impl(_name, triton_kernel(_name), "CUDA")

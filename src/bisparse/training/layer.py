@@ -27,8 +27,8 @@ class Accelerated(Protocol):
     def dense_weight(self) -> Tensor:
         """The weight, dense, with zeros."""
 
-    def mask_changed(self) -> None:
-        """Take up the mask of the weight as it is now."""
+    def mask_changed(self, *, proved: bool = False) -> None:
+        """Take up the mask of the weight as it is now; with `proved` it is known to obey the layer's pattern."""
 
     def restore_(self) -> None:
         """Become the layer again that it was."""
@@ -118,11 +118,11 @@ class SparseLayer:
         """Set the weight to exactly zero off the mask."""
         keep_only_(local(self.weight.detach()), self.local_mask)
 
-    def mask_changed(self) -> None:
+    def mask_changed(self, *, proved: bool = False) -> None:
         """Tell the module, where it keeps something that it made from the mask."""
         # The name first: isinstance with a protocol looks every method up each time, which counts where layers are small.
         if hasattr(self.module, "mask_changed") and isinstance(self.module, Accelerated):
-            self.module.mask_changed()
+            self.module.mask_changed(proved=proved)
 
     @property
     def transposable(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -20,11 +21,12 @@ from torch import Tensor
 from bisparse.pattern import Structure, Unstructured
 from bisparse.pruning.ranks import Ranks
 from bisparse.solution import Certificate, Solution
-from bisparse.solve import choose_solver, solve
-from bisparse.solvers import Solver
+from bisparse.solve import EXACT, choose_solver, solve
+from bisparse.solvers import Exact, Solver
 from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
 from bisparse.training.layer import SparseLayer, local
 from bisparse.training.ranks import raise_together, ranks_of
+from bisparse.training.together import masks_together
 
 __all__ = ["MaskSearch", "Prices", "Score", "magnitude"]
 
@@ -126,18 +128,27 @@ class MaskSearch:
 
     def masks(
         self, names: Iterable[str] | None = None, *, share: bool = False
-    ) -> dict[str, tuple[Bool[Tensor, "..."], Float[Tensor, "B O I"]]]:
-        """(mask, its GEMM matrices' scores) of each named layer; with `share` the ranks divide the work (a collective call).
+    ) -> dict[str, tuple[Bool[Tensor, "..."], Callable[[], Float[Tensor, "B O I"]]]]:
+        """(mask, what gives its GEMM matrices' scores) of each named layer.
+
+        With `share` the ranks divide the work (a collective call).
 
         Raises:
             ValueError: scores that are NaN, infinite or negative; the message names the layer, and the ranks that hold them.
             OtherRankError: another rank failed in its share. Where one rank raises, all do.
         """
         ranks = (self.ranks or ranks_of(place.layer for one in self._gathered for place in one.places)) if share else Ranks()
-        wanted = None if names is None else set(names)
-        found: dict[str, tuple[Tensor, Tensor]] = {}
+        layers = {place.layer.name: place.layer for gathered in self._gathered for place in gathered.places}
+        wanted = set(layers) if names is None else set(names)
+        found: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
+        solver = self.solver or EXACT
+        if ranks.size == 1 and self.score is magnitude and type(solver) is Exact and not solver.strict:
+            own = [layer for name, layer in layers.items() if name in wanted]
+            for name, mask in masks_together(own, solver.exactly).items():
+                found[name] = mask, partial(_magnitudes, layers[name])
+            wanted -= set(found)
         for gathered in self._gathered:
-            places = [place for place in gathered.places if wanted is None or place.layer.name in wanted]
+            places = [place for place in gathered.places if place.layer.name in wanted]
             if len(places) == len(gathered.places):
                 found |= self._solve(gathered, ranks)
             else:
@@ -148,7 +159,7 @@ class MaskSearch:
                 }
         return found
 
-    def _solve(self, gathered: _Gathered, ranks: Ranks) -> dict[str, tuple[Tensor, Tensor]]:
+    def _solve(self, gathered: _Gathered, ranks: Ranks) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
         weights = [place.layer.full_weight() for place in gathered.places]
         # Of an unstructured pattern a matrix is one piece of work, and selection is cheap.
         alone = ranks.size == 1 or isinstance(gathered.pattern, Unstructured)
@@ -165,7 +176,7 @@ class MaskSearch:
         return {
             place.layer.name: (
                 from_matrices(place.cut(mask), place.layer.layout, place.layer.weight.shape),
-                place.cut(matrix),
+                partial(place.cut, matrix),
             )
             for place in gathered.places
         }
@@ -259,6 +270,10 @@ class MaskSearch:
             parts.append(Prices(prices.u[part], prices.v[part], prices.exponent[part]))
             self.prices[place.layer.name] = parts[-1]
         self._whole[gathered.places[0].layer.name] = parts, prices
+
+
+def _magnitudes(layer: SparseLayer) -> Float[Tensor, "B O I"]:
+    return to_matrices(layer.full_weight().abs(), layer.layout)
 
 
 def _bands(gathered: _Gathered, count: int) -> list[tuple[slice, slice]]:

@@ -267,9 +267,9 @@ class Sparsity:
         measured = bool(self.measure_every) and (self.refreshes - 1) % max(1, self.measure_every // self.refresh_every) == 0
         solver = self.search.solver
         for layer in layers:
-            mask, matrices = found[layer.name]
+            mask, make_scores = found[layer.name]
             if measured:
-                scores = from_matrices(matrices, layer.layout, mask.shape)
+                scores = from_matrices(make_scores(), layer.layout, mask.shape)
                 optimal = not layer.transposable or (solver or choose_solver(layer.pattern)).exact
                 old = layer.mask.to(mask.device)
                 self.changes[layer.name] = measure_change(layer, self.step, old, mask, scores, optimal=optimal)
@@ -277,7 +277,7 @@ class Sparsity:
             own = layer.parametrization
             if own is not None:
                 own.dense = False
-            layer.mask_changed()
+            layer.mask_changed(proved=solver is None)  # the library's own: a check would wait for the device
         if measured:
             for tell in self.on_refresh:
                 tell(self)

@@ -1,13 +1,13 @@
-"""Linear layers that run sparse: `PackedLinear` holds its weight packed for good, `SparseLinear` trains a dense one.
+"""A Linear layer in training whose products are sparse: the dense weight stays the optimizer's.
 
-Both are installed in place, by changing a Linear's class: hooks, names and whoever holds the module stay as they are. Both give
-plain dense weights to `state_dict`, and `restore_` makes them the Linear again that they were.
+Installed in place, by changing a Linear's class: hooks, names and whoever holds the module stay as they are. It gives a plain
+dense weight to `state_dict`, and `restore_` makes it again what it was.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,139 +16,18 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from bisparse.accelerate.backend import BACKENDS, BackendError
-from bisparse.accelerate.operators import linear_2to4, packed_linear_2to4
+from bisparse.accelerate.backend import BACKENDS, backend_or_reference
+from bisparse.accelerate.operators import checked_input, linear_2to4
+from bisparse.kernels.metadata import empty_slots, lay_out
 from bisparse.kernels.positions import find_positions, kept_mask
-from bisparse.solution import PatternError, verify
+from bisparse.solution import verify
 from bisparse.training import MVUELinear
 from bisparse.training.masked import Masked, own_parametrization, trained_parameter
 from bisparse.training.parametrized import separate_class, share_class
 
-__all__ = ["PackedLinear", "SparseLinear"]
+__all__ = ["SparseLinear"]
 
-
-class PackedLinear(nn.Linear):
-    """A Linear whose weight is a constant, stored as its kept values and where they stand.
-
-    `weight` is the dense weight, made anew at each reading; so is the entry of `state_dict`, which loads into a plain Linear and,
-    the other way round, takes a plain Linear's entry if it is 2:4.
-    """
-
-    backend: str
-    wanted_backend: str
-    search: bool
-    was_trained: bool
-    packed: Shaped[Tensor, "..."]
-    metadata: Shaped[Tensor, "..."]
-    packed_t: Shaped[Tensor, "..."] | None
-    metadata_t: Shaped[Tensor, "..."] | None
-
-    @classmethod
-    def install_(cls, module: nn.Linear, backend: str, *, transposed: bool, search: bool = True) -> None:
-        """Turn a Linear into this class. With `transposed` W^T is packed too, for sparse gradients of the input.
-
-        Raises:
-            PatternError: the weight, or with `transposed` its transpose, is not 2:4.
-            BackendError: what was packed does not give the weight back. The module is unchanged then.
-        """
-        weight = module.weight.detach()
-        tensors = _pack(weight, backend, transposed)
-        trained = module.weight.requires_grad
-        del module._parameters["weight"]
-        module.__class__ = cls
-        assert isinstance(module, cls)
-        module.backend, module.wanted_backend, module.search, module.was_trained = backend, backend, search, trained
-        module._hold(tensors)
-
-    @property
-    def weight(self) -> Float[Tensor, "O I"]:  # type: ignore[override]
-        """The dense weight, made anew at each reading."""
-        return self.dense_weight()
-
-    @torch.no_grad()
-    def dense_weight(self) -> Float[Tensor, "O I"]:
-        """The weight that was packed; its zeros, of either sign, are 0.0: the packed form has none to keep a sign of."""
-        return BACKENDS[self.backend].unpack(self.packed, self.metadata, self.out_features, self.in_features)
-
-    def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
-        input = _checked(_cast(input), self.in_features)
-        if input.dtype != self.packed.dtype:
-            raise ValueError(
-                f"the weight is packed in {self.packed.dtype} and the input of shape {tuple(input.shape)} is {input.dtype}: "
-                "convert the input, run under autocast, or convert the module with .to(dtype)"
-            )
-        transposed = None if self.packed_t is None or self.metadata_t is None else (self.packed_t, self.metadata_t)
-        return packed_linear_2to4(
-            input, self.packed, self.metadata, transposed, self.bias, self.out_features, self.backend, search=self.search
-        )
-
-    def mask_changed(self) -> None:
-        """Nothing to do: the weight is a constant."""
-
-    @torch.no_grad()
-    def restore_(self) -> None:
-        """Become a plain Linear again, with the dense weight."""
-        weight = self.dense_weight()
-        self._hold((None, None, None, None))
-        for name in ("packed", "metadata", "packed_t", "metadata_t"):
-            del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
-        trained = self.was_trained
-        for name in ("backend", "wanted_backend", "search", "was_trained"):
-            delattr(self, name)
-        self.__class__ = nn.Linear  # type: ignore[assignment]
-        self.register_parameter("weight", nn.Parameter(weight, requires_grad=trained))
-        self._parameters["bias"] = self._parameters.pop("bias")  # in Linear's own order
-
-    def extra_repr(self) -> str:
-        backward = "" if self.packed_t is None else ", both ways"
-        return f"{super().extra_repr()}, packed 2:4 by {self.backend}{backward}"
-
-    def _hold(self, tensors: tuple[Tensor | None, ...]) -> None:
-        for name, tensor in zip(("packed", "metadata", "packed_t", "metadata_t"), tensors, strict=True):
-            self.register_buffer(name, tensor, persistent=False)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        found = fn(self.packed.new_empty(1))
-        if found.dtype == self.packed.dtype and found.device == self.packed.device:
-            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # The packed form belongs to a device and a dtype.
-        both_ways, weight = self.packed_t is not None, fn(self.dense_weight())
-        self._hold((None, None, None, None))
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.backend = _usable(self.wanted_backend, weight.device, weight.dtype)
-        self._hold(_pack(weight, self.backend, both_ways))
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.dense_weight()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(
-        self,
-        state_dict: Mapping[str, Any],
-        prefix: str,
-        local_metadata: Any,
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = f"{prefix}weight"
-        rest = {name: value for name, value in state_dict.items() if name != key}
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
-        weight = state_dict.get(key)
-        if weight is None:
-            if strict:
-                missing_keys.append(key)
-        elif tuple(weight.shape) != (self.out_features, self.in_features):
-            error_msgs.append(f"{key}: shape {tuple(weight.shape)}, expected {(self.out_features, self.in_features)}")
-        else:
-            try:
-                weight = weight.detach().to(self.packed.device, self.packed.dtype)
-                self._hold(_pack(weight, self.backend, self.packed_t is not None, key))
-            except PatternError as error:
-                error_msgs.append(str(error))
+SLOTS = ("positions", "metadata", "positions_t", "metadata_t")
 
 
 class SparseLinear(nn.Linear):
@@ -219,7 +98,7 @@ class SparseLinear(nn.Linear):
             return self._dense(input)
         transposed = None if self.positions_t is None or self.metadata_t is None else (self.positions_t, self.metadata_t)
         return linear_2to4(
-            _checked(input, self.in_features),
+            checked_input(input, self.in_features),
             trained_parameter(self, "weight"),
             self.bias,
             self.positions,
@@ -232,13 +111,21 @@ class SparseLinear(nn.Linear):
         )
 
     @torch.no_grad()
-    def mask_changed(self) -> None:
-        """Find the positions of the mask as it is now; sparse training calls it after each refresh."""
+    def mask_changed(self, *, proved: bool = False) -> None:
+        """Find the positions of the mask as it is now; sparse training calls it after each refresh.
+
+        Args:
+            proved: the mask is known to obey the layer's pattern. Then nothing waits for the device.
+
+        Raises:
+            PatternError: the mask is not 2:4. What was found before stays.
+        """
         own = own_parametrization(self, "weight")
         if own is not None and own.dense:
             self._hold((None, None, None, None))
         elif not self.fixed:
-            self._hold(_find(_mask_of(self), self.backend, self.input_dtype, self.both_ways))
+            held = tuple(self._buffers[name] for name in SLOTS) if proved else None
+            self._hold(_find(_mask_of(self), self.backend, self.input_dtype, self.both_ways, held))
         elif self.positions is not None:
             there = trained_parameter(self, "weight").detach() != 0
             # Other zeros than before: the weight was loaded. A kept weight may well be zero for now.
@@ -251,7 +138,7 @@ class SparseLinear(nn.Linear):
         if self.fixed:
             trained_parameter(self, "weight").copy_(self.dense_weight())
         self._loaded.remove()
-        for name in ("positions", "metadata", "positions_t", "metadata_t"):
+        for name in SLOTS:
             del self._buffers[name]
             self._non_persistent_buffers_set.discard(name)
         kind = MVUELinear if self.mvue else nn.Linear
@@ -285,19 +172,19 @@ class SparseLinear(nn.Linear):
         return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
     def _hold(self, tensors: tuple[Tensor | None, ...]) -> None:
-        for name, tensor in zip(("positions", "metadata", "positions_t", "metadata_t"), tensors, strict=True):
+        for name, tensor in zip(SLOTS, tensors, strict=True):
             held = self._buffers.get(name)
-            if held is not None and tensor is not None and _alike(held, tensor):
-                held.copy_(tensor)  # where a compiled graph, or a captured one, reads it
-            else:
+            if held is None or tensor is None or not _alike(held, tensor):
                 self.register_buffer(name, tensor, persistent=False)
+            elif held is not tensor:
+                held.copy_(tensor)  # where a compiled graph, or a captured one, reads it
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before, backend = self.positions, self.backend
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Also while there is no mask to follow: the next one is found where the layer is then.
         device = trained_parameter(self, "weight").device
-        self.backend = _usable(self.wanted_backend, device, self.input_dtype)
+        self.backend = backend_or_reference(self.wanted_backend, device, self.input_dtype)
         self.served = BACKENDS[self.backend].served(self.input_dtype, device)
         if before is None or self.positions is None:
             return self
@@ -325,18 +212,6 @@ def _cast(input: Tensor) -> Tensor:
     return input.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else input
 
 
-def _checked(input: Tensor, columns: int) -> Tensor:
-    if input.shape[-1:] != (columns,):
-        raise ValueError(f"an input of shape {tuple(input.shape)} does not fit a layer of {columns} inputs")
-    return input
-
-
-def _usable(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The backend that was wanted where it runs, else the reference, as for a copy on the CPU: it comes back with the GPU."""
-    own = BACKENDS[wanted]
-    return wanted if own.device_reason(device) is None and own.dtype_reason(dtype) is None else "reference"
-
-
 def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
@@ -356,35 +231,49 @@ def _mask_of(module: nn.Module) -> Bool[Tensor, "O I"]:
 
 @torch.no_grad()
 def _find(
-    mask: Bool[Tensor, "O I"], backend: str, dtype: torch.dtype, transposed: bool
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    own = BACKENDS[backend]
-    try:
-        positions = find_positions(mask)
-        positions_t = find_positions(mask.t()) if transposed else None
-    except ValueError:
-        verify(mask, "2:4-T" if transposed else "2:4").check()  # says where
-        raise
-    if positions_t is None:
-        return *own.layout(mask, positions, dtype), None, None
-    layout, layout_t = own.layouts(mask, positions, positions_t, dtype)
-    return *layout, *layout_t
+    mask: Bool[Tensor, "O I"],
+    backend: str,
+    dtype: torch.dtype,
+    transposed: bool,
+    held: tuple[Tensor | None, ...] | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Positions and metadata of a mask and, with `transposed`, of its transpose.
+
+    Args:
+        held: those of an earlier mask, to be overwritten where they fit; the mask is not checked then.
+    """
+    own, device, (rows, columns) = BACKENDS[backend], mask.device, mask.shape
+    form = own.form(rows, columns, dtype, device)
+    form_t = own.form(columns, rows, dtype, device) if transposed else form
+    if form is None or form_t is None:  # then metadata are packed anew in every pass
+        found: list[Tensor | None] = []
+        for side in (mask, mask.t()) if transposed else (mask,):
+            try:
+                found += [find_positions(side), mask.new_empty(0, dtype=torch.uint8)]
+            except ValueError:
+                _say_where(mask, transposed)
+                raise
+        return (*found, *(None,) * (4 - len(found)))
+    slots, slots_t = _memory(held, 0, rows, columns, device), _memory(held, 2, columns, rows, device) if transposed else None
+    broken = torch.zeros((), dtype=torch.int32, device=device) if held is None else None
+    lay_out(mask, form, *slots, None if slots_t is None else (form_t, *slots_t), broken)
+    if broken is not None and bool(broken):
+        _say_where(mask, transposed)
+    return (*slots, *(slots_t or (None, None)))
 
 
-@torch.no_grad()
-def _pack(weight: Float[Tensor, "O I"], backend: str, transposed: bool, name: str = "") -> tuple[Tensor | None, ...]:
-    verify(weight, "2:4-T" if transposed else "2:4", name=name).check()
-    own, sides, tensors = BACKENDS[backend], [weight, weight.t()] if transposed else [weight], []
-    for matrix in sides:
-        matrix = matrix.contiguous()
-        packed, metadata = own.pack(matrix)
-        if not torch.equal(own.unpack(packed, metadata, *matrix.shape), matrix):
-            raise BackendError(
-                f"{name or 'a weight'} of shape {tuple(matrix.shape)} and {matrix.dtype}: what {backend} packed does not give it "
-                "back (NaN among the weights, or a fault of the library); it stays dense"
-            )
-        tensors += [packed, metadata]
-    return (*tensors, *(None,) * (4 - len(tensors)))
+def _memory(
+    held: tuple[Tensor | None, ...] | None, start: int, rows: int, columns: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Where the slots of one side go: into those held, if they are of this form and here."""
+    positions, metadata = (None, None) if held is None else held[start : start + 2]
+    if positions is None or metadata is None or positions.device != device or not metadata.numel():
+        return empty_slots(rows, columns, device)
+    return positions, metadata
+
+
+def _say_where(mask: Bool[Tensor, "O I"], transposed: bool) -> None:
+    verify(mask, "2:4-T" if transposed else "2:4").check()
 
 
 def _set_class(module: nn.Module, kind: type[nn.Linear]) -> None:

@@ -1,0 +1,149 @@
+"""Positions and metadata in one pass: against torch's own packer, whatever the library's form, and the Triton kernel compiled."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from bisparse import solve
+from bisparse.accelerate.backend import BACKENDS
+from bisparse.kernels import pack
+from bisparse.kernels.metadata import POSITION_BITS, MetadataForm, empty_slots, kept_sets, lay_out
+from bisparse.kernels.positions import find_positions, to_metadata
+
+CPU = torch.device("cpu")
+
+
+def mask_both_ways(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """2:4-T, with groups that keep one or none."""
+    own = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=own)
+    return solve(weight.abs(), "2:4-T").mask & (torch.rand(rows, columns, generator=own) < 0.8)
+
+
+def any_form(rows: int, columns: int, seed: int, height: int = 16, width: int = 1) -> MetadataForm:
+    """A form with random codes, and words shuffled within blocks that follow each other."""
+    own = torch.Generator().manual_seed(seed)
+    positions = torch.randint(64, (16,), generator=own)
+    codes = (positions | torch.randint(16, (16,), generator=own) << POSITION_BITS).to(torch.int16)
+    inner = torch.randperm(height * width, generator=own).view(height, width).int()
+    across = columns // 16 // width
+    return MetadataForm(codes, inner, across * height * width, height * width)
+
+
+def laid_out(
+    mask: Tensor, form: MetadataForm, form_t: MetadataForm | None, broken: Tensor | None = None
+) -> tuple[Tensor | None, ...]:
+    rows, columns = mask.shape
+    slots = [one.fill_(77) for one in empty_slots(rows, columns, mask.device)]
+    slots_t = [one.fill_(77) for one in empty_slots(columns, rows, mask.device)]
+    lay_out(mask, form, *slots, None if form_t is None else (form_t, *slots_t), broken)
+    return (*slots, *slots_t)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (128, 64), (64, 192)])
+def test_cutlass_form_gives_the_metadata_of_the_packer(shape: tuple[int, int]) -> None:
+    mask, own = mask_both_ways(*shape), BACKENDS["cutlass"]
+    form, form_t = own.form(*shape, torch.bfloat16, CPU), own.form(*shape[::-1], torch.bfloat16, CPU)
+    assert form is not None and form_t is not None
+    found = laid_out(mask, form, form_t)
+    _, metadata, _, metadata_t = pack.pack_2to4(mask.bfloat16(), mask)
+    assert torch.equal(found[0], find_positions(mask)) and torch.equal(found[2], find_positions(mask.t()))
+    assert torch.equal(found[1].view(torch.int16), metadata) and torch.equal(found[3].view(torch.int16), metadata_t)
+
+
+def test_plain_form_gives_the_metadata_of_the_reference() -> None:
+    mask = mask_both_ways(48, 80)
+    form, form_t = (BACKENDS["reference"].form(*shape, torch.float32, CPU) for shape in ((48, 80), (80, 48)))
+    assert form is not None and form_t is not None
+    found = laid_out(mask, form, form_t)
+    assert torch.equal(found[1], to_metadata(find_positions(mask)))
+    assert torch.equal(found[3], to_metadata(find_positions(mask.t())))
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (16, 1), (32, 2), (8, 4)])
+def test_codes_and_places_are_the_forms_own(height: int, width: int) -> None:
+    """Word by word, by Python's integers."""
+    rows, columns = 32, 64
+    mask, form = mask_both_ways(rows, columns), any_form(rows, columns, 3, height, width)
+    positions, metadata, _, untouched = laid_out(mask, form, None)
+    words = metadata.view(torch.int16).flatten().tolist()
+    for row in range(rows):
+        for word in range(columns // 16):
+            entries = []
+            for group in range(4 * word, 4 * word + 4):
+                kept = sum(1 << j for j in range(4) if mask[row, 4 * group + j])
+                assert int(kept_sets(mask)[row, group]) == kept
+                entries.append(int(form.codes[kept]))
+                assert int(positions[row, group]) == entries[-1] % 64
+            place = int(form.inner[row % height, word % width])
+            place += row // height * form.row_stride + word // width * form.word_stride
+            expected = sum((entry // 64) << 4 * k for k, entry in enumerate(entries))
+            assert words[place] % (1 << 16) == expected
+    assert bool((untouched == 77).all())
+
+
+def test_a_mask_that_is_not_2to4_is_marked_on_either_side() -> None:
+    form, form_t = any_form(32, 32, 0), any_form(32, 32, 1)
+    fine = mask_both_ways(32, 32)
+    row, column = fine.clone(), fine.clone()
+    row[7, 4:8] = torch.tensor([True, True, False, True])
+    row[4:7, 4:8] = False
+    column[8:12, 9] = torch.tensor([True, False, True, True])
+    column[8:12, [8, 10, 11]] = False
+    for mask, both, one_way in ((fine, 0, 0), (row, 1, 1), (column, 1, 0)):
+        for other, expected in ((form_t, both), (None, one_way)):
+            broken = torch.zeros((), dtype=torch.int32)
+            laid_out(mask, form, other, broken)
+            assert int(broken) == expected
+    laid_out(fine, form, form_t, broken := torch.ones((), dtype=torch.int32))
+    assert int(broken) == 1, "what was found before stays"
+
+
+def test_lines_that_are_no_whole_words_are_refused() -> None:
+    form = any_form(16, 16, 0)
+    for mask, other in ((torch.zeros(16, 24), None), (torch.zeros(24, 16), form)):
+        with pytest.raises(ValueError, match=r"a \d+ x \d+ mask cannot be laid out: 16 must divide"):
+            laid_out(mask.bool(), form, other)
+
+
+def test_the_operator_obeys_torch() -> None:
+    mask, form, form_t = mask_both_ways(32, 64), any_form(32, 64, 0), any_form(64, 32, 1)
+    slots, slots_t = empty_slots(32, 64, CPU), empty_slots(64, 32, CPU)
+    where = (*form, *form_t[1:], slots[0], slots[1].view(torch.int16), slots_t[0], slots_t[1].view(torch.int16))
+    torch.library.opcheck(torch.ops.bisparse.lay_out_2to4, (mask, *where, torch.zeros((), dtype=torch.int32)))
+    one_way = (*form, None, 0, 0, slots[0], slots[1].view(torch.int16), None, None, None)
+    torch.library.opcheck(torch.ops.bisparse.lay_out_2to4, (mask, *one_way))
+
+
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("check", [False, True])
+def test_the_kernel_compiles_without_a_gpu_and_without_spills(arch: int, check: bool) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from bisparse.kernels import cuda_metadata
+
+    names = cuda_metadata.lay_out_kernel.arg_names
+    constants = {"BANDS": cuda_metadata.BANDS, "GROUPS": cuda_metadata.GROUPS, "BOTH_WAYS": True, "CHECK": check}
+    pointers = {"mask": "*i32", "codes": "*i16", "positions": "*u8", "metadata": "*i16", "positions_t": "*u8", "broken": "*i32"}
+    pointers |= {"inner": "*i32", "inner_t": "*i32", "metadata_t": "*i16"}
+    types = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
+    source = ASTSource(cuda_metadata.lay_out_kernel, types, {(names.index(name),): value for name, value in constants.items()})
+    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "enable_fp_fusion": False}).asm
+    assert f"sm_{arch}" in code["ptx"] and ".local" not in code["ptx"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1024, 1024), (992, 4112), (16, 48)])
+def test_on_a_gpu_all_is_as_specified(shape: tuple[int, int]) -> None:
+    mask = mask_both_ways(*shape)
+    form, form_t = any_form(*shape, 5), any_form(*shape[::-1], 6)
+    device = [MetadataForm(one.codes.cuda(), one.inner.cuda(), *one[2:]) for one in (form, form_t)]
+    broken = torch.zeros((), dtype=torch.int32, device="cuda")
+    for found, expected in zip(laid_out(mask.cuda(), *device, broken), laid_out(mask, form, form_t), strict=True):
+        assert torch.equal(found.cpu(), expected)
+    assert int(broken) == 0
+    laid_out(torch.ones_like(mask).cuda(), *device, broken)
+    assert int(broken) == 1
