@@ -21,10 +21,16 @@ def mask_both_ways(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def any_form(rows: int, columns: int, seed: int, height: int = 16, width: int = 1) -> MetadataForm:
-    """A form with random codes, and words shuffled within blocks that follow each other."""
+    """A form with slots and codes by chance, and words shuffled within blocks that follow each other."""
     own = torch.Generator().manual_seed(seed)
-    positions = torch.randint(64, (16,), generator=own)
-    codes = (positions | torch.randint(16, (16,), generator=own) << POSITION_BITS).to(torch.int16)
+    codes = torch.randint(16, (16,), generator=own).to(torch.int16) << POSITION_BITS
+    for kept in range(16):
+        entries = [entry for entry in range(4) if kept >> entry & 1]
+        if len(entries) <= 2:
+            free = [-1 - int(torch.randint(4, (), generator=own)) for _ in range(2 - len(entries))]
+            slots = [(entries + free)[place] for place in torch.randperm(2, generator=own).tolist()]
+            first, second = (max(slot, -1 - slot) for slot in slots)
+            codes[kept] |= first | second << 2 | (slots[0] >= 0) << 4 | (slots[1] >= 0) << 5
     inner = torch.randperm(height * width, generator=own).view(height, width).int()
     across = columns // 16 // width
     return MetadataForm(codes, inner, across * height * width, height * width)
@@ -46,7 +52,8 @@ def test_cutlass_form_gives_the_metadata_of_the_packer(shape: tuple[int, int]) -
     form, form_t = own.form(*shape, torch.bfloat16, CPU), own.form(*shape[::-1], torch.bfloat16, CPU)
     assert form is not None and form_t is not None
     found = laid_out(mask, form, form_t)
-    _, metadata, _, metadata_t = pack.pack_2to4(mask.bfloat16(), mask)
+    packed, packed_t = pack.pack_2to4(mask.bfloat16(), mask)
+    metadata, metadata_t = pack.split_packed(packed, *shape)[1], pack.split_packed(packed_t, *shape[::-1])[1]
     assert torch.equal(found[0], find_positions(mask)) and torch.equal(found[2], find_positions(mask.t()))
     assert torch.equal(found[1].view(torch.int16), metadata) and torch.equal(found[3].view(torch.int16), metadata_t)
 
@@ -127,6 +134,7 @@ def test_the_kernel_compiles_without_a_gpu_and_without_spills(arch: int, check: 
 
     names = cuda_metadata.lay_out_kernel.arg_names
     constants = {"BANDS": cuda_metadata.BANDS, "GROUPS": cuda_metadata.GROUPS, "BOTH_WAYS": True, "CHECK": check}
+    constants |= {"HEIGHT": 32, "WIDTH": 2, "HEIGHT_T": 96, "WIDTH_T": 5}
     pointers = {"mask": "*i32", "codes": "*i16", "positions": "*u8", "metadata": "*i16", "positions_t": "*u8", "broken": "*i32"}
     pointers |= {"inner": "*i32", "inner_t": "*i32", "metadata_t": "*i16"}
     types = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}

@@ -9,7 +9,11 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from bisparse import solve, verify
-from bisparse.kernels.pack import metadata_place, pack_2to4, pack_2to4_transposable
+from bisparse.kernels import pack
+from bisparse.kernels.metadata import empty_slots, lay_out
+from bisparse.kernels.pack import metadata_place, pack_2to4, pack_2to4_transposable, split_packed
+from bisparse.kernels.positions import take_values
+from test_kernels_metadata import any_form
 
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 SHAPES = pytest.mark.parametrize("shape", [(32, 32), (64, 32), (32, 96), (128, 160)], ids=str)
@@ -19,7 +23,8 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.int16)
 
 
-def assert_packed_as_torch_does(dense: Tensor, values: Tensor, metadata: Tensor) -> None:
+def assert_packed_as_torch_does(dense: Tensor, packed: Tensor) -> None:
+    values, metadata = split_packed(packed, *dense.shape)
     expected_values, expected_metadata = sparse_semi_structured_from_dense_cutlass(dense.contiguous())
     assert (values.dtype, metadata.dtype) == (dense.dtype, torch.int16)
     assert torch.equal(bits(values), bits(expected_values))
@@ -31,11 +36,11 @@ def assert_packed_as_torch_does(dense: Tensor, values: Tensor, metadata: Tensor)
 @SHAPES
 def test_mask_is_the_optimum_and_both_sides_are_packed_as_torch_does(shape: tuple[int, int], dtype: torch.dtype) -> None:
     weight = torch.randn(shape).to(dtype)
-    mask, values, metadata, values_t, metadata_t = pack_2to4_transposable(weight)
+    mask, *packed = pack_2to4_transposable(weight)
     assert torch.equal(mask, solve(weight.abs(), "2:4-T").mask)
     dense = torch.where(mask, weight, torch.zeros_like(weight))
-    assert_packed_as_torch_does(dense, values, metadata)
-    assert_packed_as_torch_does(dense.t(), values_t, metadata_t)
+    assert_packed_as_torch_does(dense, packed[0])
+    assert_packed_as_torch_does(dense.t(), packed[1])
 
 
 @HALF
@@ -54,27 +59,27 @@ def test_every_group_there_is(dtype: torch.dtype) -> None:
     weight = torch.randn(64, 64).to(dtype)
     weight[weight == 0] = 1
     dense = torch.where(mask, weight, torch.zeros_like(weight))
-    values, metadata, values_t, metadata_t = pack_2to4(weight, mask)
-    assert_packed_as_torch_does(dense, values, metadata)
-    assert_packed_as_torch_does(dense.t(), values_t, metadata_t)
+    packed = pack_2to4(weight, mask)
+    assert_packed_as_torch_does(dense, packed[0])
+    assert_packed_as_torch_does(dense.t(), packed[1])
 
 
 def test_weights_that_are_zero_or_full_of_ties() -> None:
     for weight in (torch.zeros(32, 64), torch.ones(32, 64), torch.randint(-2, 3, (32, 64))):
         weight = weight.to(torch.bfloat16)
-        mask, values, metadata, values_t, metadata_t = pack_2to4_transposable(weight)
+        mask, *packed = pack_2to4_transposable(weight)
         verify(mask, "2:4-T").check()
         dense = torch.where(mask, weight, torch.zeros_like(weight))
-        assert_packed_as_torch_does(dense, values, metadata)
-        assert_packed_as_torch_does(dense.t(), values_t, metadata_t)
+        assert_packed_as_torch_does(dense, packed[0])
+        assert_packed_as_torch_does(dense.t(), packed[1])
 
 
 def test_what_the_mask_drops_is_zero_even_if_it_is_not_finite() -> None:
     weight, mask = torch.ones(32, 32, dtype=torch.float16), torch.zeros(32, 32, dtype=torch.bool)
     mask[0, 1] = True
     weight[0, 0], weight[1, 0] = torch.inf, torch.nan
-    values, _, values_t, _ = pack_2to4(weight, mask)
-    assert values.sum() == 1 and values_t.sum() == 1
+    for packed in pack_2to4(weight, mask):
+        assert split_packed(packed, 32, 32)[0].sum() == 1
 
 
 def test_metadata_places_are_a_permutation() -> None:
@@ -109,8 +114,23 @@ def test_a_mask_of_another_shape_or_dtype_is_refused() -> None:
             pack_2to4(weight, mask)
 
 
+@HALF
+def test_packed_in_another_librarys_form(dtype: torch.dtype) -> None:
+    """Values and metadata each as that form has them, by the operators that a refresh and every pass use."""
+    weight = torch.randn(64, 96).to(dtype)
+    form = any_form(64, 96, 1)
+    form_t = any_form(96, 64, 2, 8, 2)._replace(codes=form.codes)
+    mask, *packed = pack_2to4_transposable(weight, (form, form_t))
+    slots, slots_t = empty_slots(64, 96, mask.device), empty_slots(96, 64, mask.device)
+    lay_out(mask, form, *slots, (form_t, *slots_t))
+    for found, matrix, (positions, metadata) in zip(packed, (weight, weight.t()), (slots, slots_t), strict=True):
+        values, words = split_packed(found, *matrix.shape)
+        assert torch.equal(values, take_values(matrix, positions)) and torch.equal(words.view(torch.uint8), metadata)
+
+
 def test_operators_keep_the_rules_of_torch() -> None:
     weight = torch.randn(32, 64).half()
     mask = pack_2to4_transposable(weight)[0]
-    torch.library.opcheck(torch.ops.bisparse.pack_2to4.default, (weight, mask))
-    torch.library.opcheck(torch.ops.bisparse.pack_2to4_transposable.default, (weight,))
+    forms = pack._flat(pack._cutlass_forms(weight))
+    torch.library.opcheck(torch.ops.bisparse.pack_2to4.default, (weight, mask, *forms))
+    torch.library.opcheck(torch.ops.bisparse.pack_2to4_transposable.default, (weight, *forms))

@@ -27,7 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bisparse.kernels import cuda
+from bisparse.kernels import cuda, cuda_metadata, pack
+from bisparse.kernels.metadata import empty_slots
 from bisparse.pattern import parse_pattern
 from record import RESULTS, Record
 
@@ -58,10 +59,15 @@ def calls(only: str | None) -> dict[str, Callable[[], Any]]:
     found["2:4-T, float32"] = lambda: cuda.exact_mask(torch.rand(32, 64), 2, 4, False)
     found["2:4, bfloat16"] = lambda: cuda.keep_largest(torch.rand(4096, 4).bfloat16(), 2)
     found["2:4-T prices"] = lambda: cuda.exact_solve(torch.rand(8, 64), 2, 4, False, None, None)
-    found["2:4-T packed, bfloat16"] = lambda: cuda.pack_2to4_transposable(torch.rand(32, 64).bfloat16())
-    found["2:4 packed under a mask, bfloat16"] = lambda: cuda.pack_2to4(
-        torch.rand(32, 64).bfloat16(), torch.zeros(32, 64, dtype=torch.bool)
-    )
+    found["2:4-T of magnitudes, float32"] = lambda: cuda.exact_mask_of_magnitudes(torch.rand(32, 64), False)
+    weight, mask = torch.rand(32, 64).bfloat16(), torch.zeros(32, 64, dtype=torch.bool)
+    forms = pack.cutlass_form(32, weight.device), pack.cutlass_form(64, weight.device)
+    flat = *forms[0], *forms[1][1:]
+    found["2:4-T packed, bfloat16"] = lambda: cuda.pack_2to4_transposable(weight, *flat)
+    found["2:4 packed under a mask, bfloat16"] = lambda: cuda.pack_2to4(weight, mask, *flat)
+    slots, slots_t = empty_slots(32, 64, mask.device), empty_slots(64, 32, mask.device)
+    words, words_t = slots[1].view(torch.int16), slots_t[1].view(torch.int16)
+    found["2:4-T laid out"] = lambda: cuda_metadata.lay_out(mask, *flat, slots[0], words, slots_t[0], words_t, None)
     found["integers, one tile"] = lambda: cuda.exact_solve_integers(torch.zeros(1, 8, 8, dtype=torch.int64), 4, True, None, None)
     found["integers, 8"] = lambda: cuda.exact_solve_integers(torch.zeros(4, 8, 8, dtype=torch.int64), 4, False, None, None)
     return {name: call for name, call in found.items() if only is None or name.split(",")[0] == only}

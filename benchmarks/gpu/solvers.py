@@ -93,7 +93,7 @@ def masks_and_packing(bench: Bench, weight: Tensor) -> None:
     on_cpu = ops.exact_mask(scores.cpu().float(), 2, 4, False)[0]
     assert torch.equal(ops.exact_mask(scores, 2, 4, False)[0].cpu(), on_cpu), "2:4 masks differ from the CPU's"
     packed = pack.pack_2to4_transposable(weight)
-    for one, other in zip(packed, pack.reference_pack_2to4_transposable(weight.cpu()), strict=True):
+    for one, other in zip(packed, pack.pack_2to4_transposable(weight.cpu()), strict=True):
         assert torch.equal(one.cpu(), other), "packed operands differ from the specification's"
     mask, total = packed[0], scores.double().sum()
     figures = {"share": float(scores.double()[mask].sum() / total)}

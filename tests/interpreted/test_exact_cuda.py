@@ -13,6 +13,7 @@ from bisparse.kernels import cuda, ops, pack
 from bisparse.kernels.ops import BadScoreError
 from bisparse.tiles import from_tiles, to_tiles
 from test_kernels import KINDS, as_matrix, mask_alone, numbers
+from test_kernels_metadata import any_form
 
 PROGRAMS = pytest.mark.parametrize("exactly", [False, True], ids=["at most", "exactly"])
 
@@ -230,7 +231,7 @@ def test_every_output_is_written() -> None:
     calls = [
         lambda: cuda.exact_solve(matrix, 4, 8, False, None, None),
         lambda: cuda.exact_mask(matrix, 2, 4, False),
-        lambda: cuda.pack_2to4_transposable(weight),
+        lambda: cuda.pack_2to4_transposable(weight, *pack._flat(pack._cutlass_forms(weight))),
     ]
     expected = [call() for call in calls]
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN or the largest number
@@ -280,14 +281,19 @@ def test_packed_operands_are_those_of_the_specification_bit_by_bit(dtype: torch.
     weight = torch.randn(32, 96).to(dtype)
     weight[:, :64] = torch.randint(-2, 3, (32, 64)).to(dtype)  # ties, zeros, and groups with fewer than two
     weight[8, 64:68], weight[9, 65] = 0, -0.0
-    found = cuda.pack_2to4_transposable(weight)
-    for one, other in zip(found, pack.reference_pack_2to4_transposable(weight), strict=True):
-        assert (one.dtype, one.shape) == (other.dtype, other.shape)
-        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
-    changed = weight + torch.randn(32, 96).to(dtype)
-    changed[~found[0]] = torch.nan  # what the mask drops is never looked at
-    for one, other in zip(cuda.pack_2to4(changed, found[0]), pack.reference_pack_2to4(changed, found[0]), strict=True):
-        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    codes = any_form(32, 96, 5).codes
+    other = any_form(32, 96, 5), any_form(96, 32, 6, 8, 2)._replace(codes=codes)
+    for forms in (pack._cutlass_forms(weight), other):
+        flat = pack._flat(forms)
+        found = cuda.pack_2to4_transposable(weight, *flat)
+        for one, expected in zip(found, pack.reference_pack_2to4_transposable(weight, *flat), strict=True):
+            assert (one.dtype, one.shape) == (expected.dtype, expected.shape)
+            assert torch.equal(one.view(torch.uint8), expected.view(torch.uint8))
+        changed = weight + torch.randn(32, 96).to(dtype)
+        changed[~found[0]] = torch.nan  # what the mask drops is never looked at
+        again = cuda.pack_2to4(changed, found[0], *flat)
+        for one, expected in zip(again, pack.reference_pack_2to4(changed, found[0], *flat), strict=True):
+            assert torch.equal(one.view(torch.uint8), expected.view(torch.uint8))
 
 
 @pytest.mark.parametrize("m", [4, 6, pytest.param(16, marks=pytest.mark.slow)])

@@ -20,10 +20,10 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 from bisparse.accelerate.algorithm import Algorithm, search_algorithm
-from bisparse.accelerate.form import known_form, learn_form
+from bisparse.accelerate.form import learn_form
 from bisparse.accelerate.trial import halves_share_metadata, try_out, try_shape
-from bisparse.kernels.metadata import WORD, MetadataForm
-from bisparse.kernels.pack import GROUP_ROWS, metadata_place
+from bisparse.kernels.metadata import WORD, MetadataForm, form_of_positions
+from bisparse.kernels.pack import cutlass_form, split_packed
 from bisparse.kernels.positions import find_positions, from_metadata, kept_mask, put_values, take_values, to_metadata
 
 __all__ = ["BACKENDS", "Backend", "BackendError", "backend_or_reference", "choose_backend", "usable_backends"]
@@ -105,8 +105,8 @@ class Backend(ABC):
 
     def split(self, flat: Shaped[Tensor, " P"], rows: int, columns: int) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
         """(packed, metadata) from the values of a matrix and, behind them, its metadata."""
-        count = rows * columns // 2
-        return flat[:count].view(rows, -1), flat[count:].view(torch.uint8).view(rows, -1)
+        values, metadata = split_packed(flat, rows, columns)
+        return values, metadata.view(torch.uint8)
 
     @abstractmethod
     def multiply(
@@ -216,7 +216,7 @@ class Cutlass(_OnTensorCores):
         return matrix
 
     def form(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:
-        return _cutlass_form(rows, device)
+        return cutlass_form(rows, device)
 
     def fill(
         self,
@@ -357,20 +357,7 @@ def choose_backend(name: str, device: torch.device) -> Backend | str:
 @functools.lru_cache(maxsize=256)
 def _plain_form(columns: int, device: torch.device) -> MetadataForm:
     """Of `to_metadata`: row by row."""
-    return known_form(_positions_of_sets(), torch.zeros(1, 1), columns // WORD, 1, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _cutlass_form(rows: int, device: torch.device) -> MetadataForm:
-    return known_form(_positions_of_sets(), metadata_place(GROUP_ROWS, 2), 2 * GROUP_ROWS, 2 * rows, device)
-
-
-@functools.cache
-def _positions_of_sets() -> UInt8[Tensor, "16"]:
-    """The positions of a group for each kept set; 0 for sets of more than two."""
-    sets = torch.arange(16)[:, None] >> torch.arange(4) & 1 == 1
-    few = sets.sum(-1, keepdim=True) <= 2
-    return torch.where(few, find_positions(sets & few), 0).flatten()
+    return form_of_positions(torch.zeros(1, 1, dtype=torch.int32), columns // WORD, 1, device)
 
 
 def backend_or_reference(wanted: str, device: torch.device, dtype: torch.dtype) -> str:

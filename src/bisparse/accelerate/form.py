@@ -18,7 +18,7 @@ from torch import Tensor
 from bisparse.kernels.metadata import POSITION_BITS, WORD, MetadataForm
 from bisparse.kernels.positions import read_positions, take_values
 
-__all__ = ["known_form", "learn_form"]
+__all__ = ["learn_form"]
 
 SETS = tuple(kept for kept in range(16) if kept.bit_count() <= 2)
 DIGITS = (0b0011, 0b0101, 0b1010, 0b1100)
@@ -30,14 +30,6 @@ HEIGHTS, WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 4, 8, 16)
 
 Pack = Callable[[Float[Tensor, "R C"]], Tensor]
 """All that the library keeps of a matrix, as one tensor."""
-
-
-def known_form(
-    positions: UInt8[Tensor, "16"], inner: Int[Tensor, "A B"], row_stride: int, word_stride: int, device: torch.device
-) -> MetadataForm:
-    """The form of a library whose metadata are the places that `positions` tell of, for each kept set."""
-    codes = positions.to(torch.int16) | (positions & 15).to(torch.int16) << POSITION_BITS
-    return MetadataForm(codes.to(device), inner.to(device, torch.int32), row_stride, word_stride)
 
 
 def learn_form(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:

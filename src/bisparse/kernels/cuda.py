@@ -8,6 +8,7 @@ is NaN, infinite or negative comes back as `COARSE`, and `Exact`, which solves c
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -20,7 +21,7 @@ from bisparse.kernels.cuda_prices import bisected_prices, swept_prices
 from bisparse.kernels.cuda_repair import balanced_masks
 from bisparse.kernels.middle import mask_bits
 from bisparse.kernels.networks import sorting_network
-from bisparse.kernels.pack import packed_like
+from bisparse.kernels.pack import packed_like, split_packed
 
 __all__ = [
     "exact_mask",
@@ -98,28 +99,34 @@ def _words(device: torch.device) -> Tensor:
     return torch.from_numpy(mask_bits()).to(device)
 
 
-def pack_2to4(weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def pack_2to4(weight: Tensor, mask: Tensor, *forms: Any) -> tuple[Tensor, Tensor]:
     """`pack.pack_2to4` on a GPU."""
-    return _pack(weight, mask.contiguous())[1:]
+    return _pack(weight, mask.contiguous(), *forms)[1:]
 
 
-def pack_2to4_transposable(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def pack_2to4_transposable(weight: Tensor, *forms: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`pack.pack_2to4_transposable` on a GPU."""
-    return _pack(weight, None)
+    return _pack(weight, None, *forms)
 
 
-def _pack(weight: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _pack(
+    weight: Tensor, given: Tensor | None, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int, inner_t: Tensor,
+    row_stride_t: int, word_stride_t: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     weight = weight.contiguous()
     rows, columns = weight.shape
     mask = torch.empty_like(weight, dtype=torch.bool) if given is None else given
-    values, metadata, values_t, metadata_t = packed_like(weight)
+    packed, packed_t = packed_like(weight)
     if weight.numel():
+        (values, metadata), (values_t, metadata_t) = split_packed(packed, rows, columns), split_packed(packed_t, columns, rows)
         packed_tiles[(rows // 32, triton.cdiv(columns // 4, PACKED_TILES))](
-            weight, _words(weight.device), mask.view(torch.int32), mask.view(torch.int32), values.view(torch.int32), metadata,
-            values_t.view(torch.int32), metadata_t, rows, columns,
+            weight, _words(weight.device), mask.view(torch.int32), mask.view(torch.int32), codes,
+            values.view(torch.int32), metadata, inner, row_stride, word_stride,
+            values_t.view(torch.int32), metadata_t, inner_t, row_stride_t, word_stride_t, rows, columns,
+            HEIGHT=inner.shape[0], WIDTH=inner.shape[1], HEIGHT_T=inner_t.shape[0], WIDTH_T=inner_t.shape[1],
             BLOCK=PACKED_TILES, GIVEN=given is not None, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    return mask, values, metadata, values_t, metadata_t
+    return mask, packed, packed_t
 
 
 def exact_solve(

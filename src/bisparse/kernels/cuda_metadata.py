@@ -30,17 +30,20 @@ def lay_out(
     if inner_t is None or positions_t is None or metadata_t is None:
         inner_t, positions_t, metadata_t = inner, positions, metadata
     lay_out_kernel[(triton.cdiv(rows, 4 * BANDS), triton.cdiv(columns, 4 * GROUPS))](
-        mask.view(torch.int32), codes, inner, row_stride, word_stride, *inner.shape, inner_t, row_stride_t, word_stride_t,
-        *inner_t.shape, positions, metadata, positions_t, metadata_t, metadata if broken is None else broken, rows, columns,
+        mask.view(torch.int32), codes, inner, row_stride, word_stride, inner_t, row_stride_t, word_stride_t,
+        positions, metadata, positions_t, metadata_t, metadata if broken is None else broken, rows, columns,
+        HEIGHT=inner.shape[0], WIDTH=inner.shape[1], HEIGHT_T=inner_t.shape[0], WIDTH_T=inner_t.shape[1],
         BANDS=BANDS, GROUPS=GROUPS, BOTH_WAYS=both_ways, CHECK=broken is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
 @triton.jit
-def word_place(row, word, inner, height, width, row_stride, word_stride, there):  # type: ignore[no-untyped-def]
-    """`MetadataForm.places`."""
-    within = tl.load(inner + (row % height) * width + word % width, mask=there, other=0)
-    return within + (row // height).to(tl.int64) * row_stride + (word // width).to(tl.int64) * word_stride
+def word_place(  # type: ignore[no-untyped-def]
+    row, word, inner, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, row_stride, word_stride, there
+):
+    """`MetadataForm.places`. The block's sides are constants: nearly always powers of two, by which nothing is divided."""
+    within = tl.load(inner + (row % HEIGHT) * WIDTH + word % WIDTH, mask=there, other=0)
+    return within + (row // HEIGHT).to(tl.int64) * row_stride + (word // WIDTH).to(tl.int64) * word_stride
 
 
 @triton.jit
@@ -50,13 +53,9 @@ def lay_out_kernel(  # type: ignore[no-untyped-def]
     inner,
     row_stride,
     word_stride,
-    height,
-    width,
     inner_t,
     row_stride_t,
     word_stride_t,
-    height_t,
-    width_t,
     positions,
     metadata,
     positions_t,
@@ -64,6 +63,10 @@ def lay_out_kernel(  # type: ignore[no-untyped-def]
     broken,
     rows,
     columns,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEIGHT_T: tl.constexpr,
+    WIDTH_T: tl.constexpr,
     BANDS: tl.constexpr,
     GROUPS: tl.constexpr,
     BOTH_WAYS: tl.constexpr,
@@ -88,7 +91,7 @@ def lay_out_kernel(  # type: ignore[no-untyped-def]
         tl.store(positions + row.to(tl.int64) * across + group, (entry & 63).to(tl.uint8), mask=there)
         nibbles = tl.reshape(entry >> 6 & 15, [BANDS, GROUPS // 4, 4]) << (4 * quarter[None, None, :])
         there = (row < rows) & (word * 4 < across)
-        place = word_place(row, word, inner, height, width, row_stride, word_stride, there)
+        place = word_place(row, word, inner, HEIGHT, WIDTH, row_stride, word_stride, there)
         tl.store(metadata + place, tl.sum(nibbles, axis=2).to(tl.int16), mask=there)
     if BOTH_WAYS:
         down = rows // 4
@@ -103,7 +106,7 @@ def lay_out_kernel(  # type: ignore[no-untyped-def]
             tl.store(positions_t + column.to(tl.int64) * down + band, (entry & 63).to(tl.uint8), mask=there)
             nibbles = tl.reshape(entry >> 6 & 15, [BANDS // 4, 4, GROUPS]) << (4 * quarter[None, :, None])
             there = (column < columns) & (word_t * 4 < down)
-            place = word_place(column, word_t, inner_t, height_t, width_t, row_stride_t, word_stride_t, there)
+            place = word_place(column, word_t, inner_t, HEIGHT_T, WIDTH_T, row_stride_t, word_stride_t, there)
             tl.store(metadata_t + place, tl.sum(nibbles, axis=1).to(tl.int16), mask=there)
     if CHECK:
         tl.atomic_max(broken, 1, mask=tl.max(tl.max(most, axis=1), axis=0) > 2)

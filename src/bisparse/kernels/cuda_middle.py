@@ -11,6 +11,7 @@ happens in registers; a table gives the mask of the winning code. See `pack` for
 import triton
 import triton.language as tl
 
+from bisparse.kernels.cuda_metadata import word_place
 from bisparse.kernels.cuda_prices import COARSE_BELOW, SMALLEST, UNBOUNDED, to_integers
 from bisparse.kernels.middle import COMBINATIONS, FIRST_HOLDS_0, PAIRS, TAG_BITS, TAGS, Profile
 
@@ -39,15 +40,6 @@ MEETINGS = tl.constexpr(len(COMBINATIONS))
 TAG = tl.constexpr(TAGS)
 TAG_ROOM = tl.constexpr(1 << TAG_BITS)
 """Scores are multiples of this, plus a tag below it."""
-
-LOW_INDEX = tl.constexpr(sum((0 if kept & 1 else 1 if kept & 2 else 2) << (2 * kept) for kept in range(16)))
-"""For each of the 16 kept sets of a group, as bits, the index of its first value; two bits each."""
-HIGH_INDEX = tl.constexpr(
-    sum(
-        ((1 if kept & 1 else 3 if kept & 8 else 2) if kept & 2 else 2 if kept & 9 == 1 else 3) << (2 * kept) for kept in range(16)
-    )
-)
-"""Likewise of the second."""
 
 
 @triton.jit
@@ -154,25 +146,15 @@ def middle_masks(
 
 
 @triton.jit
-def packed_group(kept, a, b, c, d):
-    """The two values of a group as one int32, and its four bits of metadata; what is not kept reads as zero."""
-    low = (LOW_INDEX >> (2 * kept)) & 3
-    high = (HIGH_INDEX >> (2 * kept)) & 3
-    a = tl.where((kept & 1) != 0, a, 0)
-    b = tl.where((kept & 2) != 0, b, 0)
-    c = tl.where((kept & 4) != 0, c, 0)
-    d = tl.where((kept & 8) != 0, d, 0)
-    first = tl.where(low == 0, a, tl.where(low == 1, b, c))
-    second = tl.where(high == 1, b, tl.where(high == 2, c, d))
-    return first | (second << 16), low | (high << 2)
-
-
-@triton.jit
-def metadata_at(row, column, rows):
-    """`pack.metadata_place` of a (rows, ...) matrix of metadata."""
-    row = row // 32 * 32 + row % 8 * 4 + row % 32 // 8
-    turn = column % 2 - row % 2
-    return (column - turn) // 2 * (2 * rows).to(tl.int64) + (row + turn) * 2 + (column - turn) % 2
+def packed_group(entry, a, b, c, d):
+    """The two values of a group as one int32, in the slots that its code says; a slot that is not in use holds zero."""
+    low = entry & 3
+    high = entry >> 2 & 3
+    first = tl.where(low < 2, tl.where(low == 0, a, b), tl.where(low == 2, c, d))
+    second = tl.where(high < 2, tl.where(high == 0, a, b), tl.where(high == 2, c, d))
+    first = tl.where((entry & 16) != 0, first, 0)
+    second = tl.where((entry & 32) != 0, second, 0)
+    return first | (second << 16)
 
 
 @triton.jit
@@ -181,12 +163,23 @@ def packed_tiles(
     words,
     given,
     mask,
+    codes,
     values,
     metadata,
+    inner,
+    row_stride,
+    word_stride,
     values_t,
     metadata_t,
+    inner_t,
+    row_stride_t,
+    word_stride_t,
     rows,
     columns,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEIGHT_T: tl.constexpr,
+    WIDTH_T: tl.constexpr,
     BLOCK: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
@@ -229,17 +222,19 @@ def packed_tiles(
     column = start // 4 + tl.arange(0, BLOCK // 4)[None, :]
     band_quarter = tl.program_id(0) * 2 + tl.arange(0, 2)[:, None]
     for k in tl.static_range(4):
-        pair, index = packed_group(
-            (kept >> (4 * k)) & 15, bits[4 * k], bits[4 * k + 1], bits[4 * k + 2], bits[4 * k + 3]
-        )  # fmt: skip
+        entry = tl.load(codes + (kept >> (4 * k) & 15)).to(tl.int32)
+        pair = packed_group(entry, bits[4 * k], bits[4 * k + 1], bits[4 * k + 2], bits[4 * k + 3])
         tl.store(values + (band * 4 + k).to(tl.int64) * across + tile, pair, mask=inside)
-        four = tl.reshape(index, [8, BLOCK // 4, 4]) << (4 * quarter[None, None, :])
-        here = metadata_at(band * 4 + k, column, rows)
-        tl.store(metadata + here, tl.sum(four, axis=2).to(tl.int16), mask=(column * 4 < across) & (band >= 0))
+        four = tl.reshape(entry >> 6 & 15, [8, BLOCK // 4, 4]) << (4 * quarter[None, None, :])
+        there = (column * 4 < across) & (band >= 0)
+        here = word_place(band * 4 + k, column, inner, HEIGHT, WIDTH, row_stride, word_stride, there)
+        tl.store(metadata + here, tl.sum(four, axis=2).to(tl.int16), mask=there)
     for j in tl.static_range(4):
         group = (kept >> j) & 1 | ((kept >> (j + 4)) & 1) << 1 | ((kept >> (j + 8)) & 1) << 2 | ((kept >> (j + 12)) & 1) << 3
-        pair, index = packed_group(group, bits[j], bits[j + 4], bits[j + 8], bits[j + 12])
+        entry = tl.load(codes + group).to(tl.int32)
+        pair = packed_group(entry, bits[j], bits[j + 4], bits[j + 8], bits[j + 12])
         tl.store(values_t + (tile * 4 + j).to(tl.int64) * (rows // 4) + band, pair, mask=inside)
-        four = tl.reshape(index, [2, 4, BLOCK]) << (4 * quarter[None, :, None])
-        here = metadata_at(tile * 4 + j, band_quarter, columns)
-        tl.store(metadata_t + here, tl.sum(four, axis=1).to(tl.int16), mask=(tile < across) & (band_quarter >= 0))
+        four = tl.reshape(entry >> 6 & 15, [2, 4, BLOCK]) << (4 * quarter[None, :, None])
+        there = (tile < across) & (band_quarter >= 0)
+        here = word_place(tile * 4 + j, band_quarter, inner_t, HEIGHT_T, WIDTH_T, row_stride_t, word_stride_t, there)
+        tl.store(metadata_t + here, tl.sum(four, axis=1).to(tl.int16), mask=there)

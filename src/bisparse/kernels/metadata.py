@@ -17,7 +17,9 @@ import torch
 from jaxtyping import Bool, Int, Int16, Int32, UInt8
 from torch import Tensor
 
-__all__ = ["WORD", "MetadataForm", "empty_slots", "kept_sets", "lay_out"]
+from bisparse.kernels.positions import find_positions
+
+__all__ = ["WORD", "MetadataForm", "empty_slots", "form_of_positions", "kept_sets", "lay_out", "words_of"]
 
 WORD = 16
 """Entries of a row that one word of metadata tells of."""
@@ -48,6 +50,15 @@ class MetadataForm(NamedTuple):
         word = torch.arange(words, device=self.inner.device)
         outer = row // height * self.row_stride + word // width * self.word_stride
         return self.inner[row % height, word % width].long() + outer
+
+
+def form_of_positions(inner: Int[Tensor, "A B"], row_stride: int, word_stride: int, device: torch.device) -> MetadataForm:
+    """The form of a library whose four bits are those of `find_positions`, as CUTLASS has them, in an order that is given."""
+    sets = torch.arange(16)[:, None] >> torch.arange(4) & 1 == 1
+    few = sets.sum(-1, keepdim=True) <= 2
+    positions = torch.where(few, find_positions(sets & few), 0).flatten().to(torch.int16)
+    codes = positions | (positions & 15) << POSITION_BITS
+    return MetadataForm(codes.to(device), inner.to(device, torch.int32), row_stride, word_stride)
 
 
 def lay_out(
@@ -96,6 +107,15 @@ def kept_sets(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:
     return m0 | m1 << 1 | m2 << 2 | m3 << 3
 
 
+def words_of(entries: Int[Tensor, "R G"], form: MetadataForm) -> Int16[Tensor, " W"]:
+    """The metadata of groups whose codes are given, each word at its place."""
+    nibbles = (entries.long() >> POSITION_BITS).unflatten(-1, (-1, 4))
+    words = (nibbles << torch.arange(0, WORD, 4, device=entries.device)).sum(-1).to(torch.int16)
+    placed = torch.empty_like(words).flatten()
+    placed[form.places(*words.shape).flatten()] = words.flatten()
+    return placed
+
+
 def reference_lay_out(
     mask: Tensor, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int, inner_t: Tensor | None, row_stride_t: int,
     word_stride_t: int, positions: Tensor, metadata: Tensor, positions_t: Tensor | None, metadata_t: Tensor | None,
@@ -109,9 +129,7 @@ def reference_lay_out(
         kept = kept_sets(matrix).long()
         entry = codes[kept].long()
         place_of_positions.copy_(entry & (1 << POSITION_BITS) - 1)
-        nibbles = (entry >> POSITION_BITS).unflatten(-1, (-1, 4))
-        words = (nibbles << torch.arange(0, WORD, 4, device=mask.device)).sum(-1).to(torch.int16)
-        place_of_metadata.view(-1)[form.places(*words.shape).flatten()] = words.flatten()
+        place_of_metadata.view(-1).copy_(words_of(entry, form))
         if broken is not None:
             more = matrix.unflatten(-1, (-1, 4)).sum(-1) > 2
             broken.copy_(torch.maximum(broken, more.any().to(broken.dtype)))

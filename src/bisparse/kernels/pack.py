@@ -1,42 +1,43 @@
 """A 2:4 matrix as sparse tensor cores read it, of W and of W^T: schema, shapes, and the plain-torch specification.
 
 Sparse GEMMs take half of the values and, for each group of four, where its two values stood. Both operands of a transposable
-weight are packed at once: W for the forward pass, W^T for the backward pass.
-
-Layout, that of CUTLASS and of torch's semi-structured operators: `values` (O, I / 2) holds the two values of each group in
-order. A group's metadata are 4 bits, the index of its first value and, shifted by two, that of its second; four groups make an
-int16, lowest bits first. The (O, I / 16) integers are then reordered (see `metadata_place`). A group with fewer than two
-non-zero weights is completed with zeros the way torch does it, so that the packed tensors are bit-equal to torch's.
+weight are packed at once: W for the forward pass, W^T for the backward pass. A packed matrix is one tensor: the values, two a
+group, row by row; then the metadata, in the form of the library that shall read them (`metadata`). `cutlass_form` is that of
+CUTLASS and of torch's semi-structured operators, to which the result is bit-equal; `accelerate` learns that of cuSPARSELt.
 """
 
 from __future__ import annotations
 
+import functools
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Int16
+from jaxtyping import Bool, Float, Int, Int16, Shaped
 from torch import Tensor
 
 from bisparse.kernels import ops
+from bisparse.kernels.metadata import POSITION_BITS, MetadataForm, form_of_positions, kept_sets, words_of
+from bisparse.kernels.positions import reference_take_values
 
-__all__ = ["metadata_place", "pack_2to4", "pack_2to4_transposable", "packed_like"]
+__all__ = ["cutlass_form", "metadata_place", "pack_2to4", "pack_2to4_transposable", "packed_like", "split_packed"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP_ROWS = 32
-"""Metadata are reordered within bands of this many rows; W^T has the columns of W for rows."""
+"""CUTLASS reorders metadata within bands of this many rows; W^T has the columns of W for rows."""
 
-Packed = tuple[Tensor, Tensor, Tensor, Tensor]
+Forms = tuple[MetadataForm, MetadataForm]
+"""Of W and of W^T, with the same codes."""
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
-_LIBRARY.define("pack_2to4(Tensor weight, Tensor mask) -> (Tensor values, Tensor metadata, Tensor values_t, Tensor metadata_t)")
-_LIBRARY.define(
-    "pack_2to4_transposable(Tensor weight) -> (Tensor mask, Tensor values, Tensor metadata, Tensor values_t, Tensor metadata_t)"
-)
+_FORMS = "Tensor codes, Tensor inner, int row_stride, int word_stride, Tensor inner_t, int row_stride_t, int word_stride_t"
+_LIBRARY.define(f"pack_2to4(Tensor weight, Tensor mask, {_FORMS}) -> (Tensor packed, Tensor packed_t)")
+_LIBRARY.define(f"pack_2to4_transposable(Tensor weight, {_FORMS}) -> (Tensor mask, Tensor packed, Tensor packed_t)")
 
 
 def pack_2to4(
-    weight: Float[Tensor, "O I"], mask: Bool[Tensor, "O I"]
-) -> tuple[Float[Tensor, "O I2"], Int16[Tensor, "O I16"], Float[Tensor, "I O2"], Int16[Tensor, "I O16"]]:
+    weight: Float[Tensor, "O I"], mask: Bool[Tensor, "O I"], forms: Forms | None = None
+) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
     """Pack W and W^T under a mask that is 2:4 both ways; what the mask drops is read as zero.
 
     The mask is not checked: of a group that keeps more than two, values are lost. `bisparse.verify` checks it.
@@ -44,22 +45,23 @@ def pack_2to4(
     Args:
         weight: float16 or bfloat16, both sides divisible by 32.
         mask: 2:4-T.
+        forms: how the library stores the metadata of W and of W^T; by default CUTLASS's.
 
     Returns:
-        values (O, I / 2), metadata (O, I / 16) of W; values (I, O / 2), metadata (I, O / 16) of W^T.
+        W packed and W^T packed, each 9/16 of the weight's size; `split_packed` tells values from metadata.
     """
     _check(weight)
     if mask.dtype != torch.bool or mask.shape != weight.shape:
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} needs a bool mask of that shape, not {mask.dtype} {tuple(mask.shape)}"
         )
-    packed = torch.ops.bisparse.pack_2to4(weight, mask)
-    return packed[0], packed[1], packed[2], packed[3]
+    packed, packed_t = torch.ops.bisparse.pack_2to4(weight, mask, *_flat(forms or _cutlass_forms(weight)))
+    return packed, packed_t
 
 
 def pack_2to4_transposable(
-    weight: Float[Tensor, "O I"],
-) -> tuple[Bool[Tensor, "O I"], Float[Tensor, "O I2"], Int16[Tensor, "O I16"], Float[Tensor, "I O2"], Int16[Tensor, "I O16"]]:
+    weight: Float[Tensor, "O I"], forms: Forms | None = None
+) -> tuple[Bool[Tensor, "O I"], Float[Tensor, " P"], Float[Tensor, " P"]]:
     """The best 2:4-T mask of ``weight.abs()`` and W and W^T packed under it, in one pass over a dense weight on a GPU.
 
     The mask is that of `ops.exact_mask`: optimal for magnitudes rounded to 24 bits of each tile's largest, which for float16 and
@@ -68,13 +70,20 @@ def pack_2to4_transposable(
 
     Args:
         weight: float16 or bfloat16, both sides divisible by 32.
+        forms: how the library stores the metadata of W and of W^T; by default CUTLASS's.
 
     Returns:
-        mask; values (O, I / 2), metadata (O, I / 16) of W; values (I, O / 2), metadata (I, O / 16) of W^T.
+        mask; W packed; W^T packed.
     """
     _check(weight)
-    packed = torch.ops.bisparse.pack_2to4_transposable(weight)
-    return packed[0], packed[1], packed[2], packed[3], packed[4]
+    mask, packed, packed_t = torch.ops.bisparse.pack_2to4_transposable(weight, *_flat(forms or _cutlass_forms(weight)))
+    return mask, packed, packed_t
+
+
+def split_packed(packed: Shaped[Tensor, " P"], rows: int, columns: int) -> tuple[Shaped[Tensor, "R C2"], Int16[Tensor, "R C16"]]:
+    """Values and metadata of a packed (rows, columns) matrix, two views."""
+    count = rows * columns // 2
+    return packed[:count].view(rows, columns // 2), packed[count:].view(torch.int16).view(rows, columns // 16)
 
 
 def _check(weight: Tensor) -> None:
@@ -90,7 +99,7 @@ def _check(weight: Tensor) -> None:
 
 
 def metadata_place(rows: int, columns: int, device: torch.device | None = None) -> Int[Tensor, "R C"]:
-    """Where each of the (rows, columns) metadata integers lies in memory once reordered.
+    """Where each of the (rows, columns) words of metadata lies in memory once CUTLASS reordered them.
 
     Rows of a band of 32 are dealt out by eights, each 2 x 2 square is transposed, and pairs of columns lie together, column pair
     by column pair (CUTLASS, `reorder_meta` and `ColumnMajorInterleaved<2>`).
@@ -103,52 +112,55 @@ def metadata_place(rows: int, columns: int, device: torch.device | None = None) 
     return column // 2 * (2 * rows) + row * 2 + column % 2
 
 
-def reference_pack_2to4(weight: Tensor, mask: Tensor) -> Packed:
+@functools.lru_cache(maxsize=256)
+def cutlass_form(rows: int, device: torch.device) -> MetadataForm:
+    """CUTLASS's form of matrices of so many rows, which 32 divides; and 32 their columns."""
+    return form_of_positions(metadata_place(GROUP_ROWS, 2), 2 * GROUP_ROWS, 2 * rows, device)
+
+
+def _cutlass_forms(weight: Tensor) -> Forms:
+    return cutlass_form(weight.shape[0], weight.device), cutlass_form(weight.shape[1], weight.device)
+
+
+def _flat(forms: Forms) -> tuple[Tensor, Tensor, int, int, Tensor, int, int]:
+    return *forms[0], *forms[1][1:]
+
+
+def reference_pack_2to4(
+    weight: Tensor, mask: Tensor, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int, inner_t: Tensor,
+    row_stride_t: int, word_stride_t: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The specification of `pack_2to4`."""
     kept = torch.where(mask, weight, torch.zeros_like(weight))
-    return *_pack(kept), *_pack(kept.t())
+    form, form_t = MetadataForm(codes, inner, row_stride, word_stride), MetadataForm(codes, inner_t, row_stride_t, word_stride_t)
+    return _pack(kept, form), _pack(kept.t(), form_t)
 
 
-def reference_pack_2to4_transposable(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def reference_pack_2to4_transposable(weight: Tensor, *forms: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of `pack_2to4_transposable`."""
     mask, _ = ops.exact_mask(weight.abs().float(), 2, 4, False)
-    return mask, *reference_pack_2to4(weight, mask)
+    return mask, *reference_pack_2to4(weight, mask, *forms)
 
 
-def _pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    rows, columns = weight.shape
-    groups = weight.reshape(rows, columns // 4, 4)
-    first, second, _, fourth = (groups != 0).unbind(-1)
-    # Where fewer than two are non-zero, any other index completes the pair; torch's choice is kept.
-    low = torch.where(first, 0, torch.where(second, 1, 2))
-    high = torch.where(second, torch.where(first, 1, torch.where(fourth, 3, 2)), torch.where(first & ~fourth, 2, 3))
-    index = torch.stack([low, high], -1)
-    values = groups.gather(-1, index).reshape(rows, columns // 2)
-    bits = (low | high << 2).view(rows, columns // 16, 4) << torch.arange(0, 16, 4, device=weight.device)
-    metadata = torch.empty(rows * columns // 16, dtype=torch.int16, device=weight.device)
-    place = metadata_place(rows, columns // 16, weight.device)
-    metadata[place.flatten()] = bits.sum(-1).flatten().to(torch.int16)
-    return values, metadata.view(rows, columns // 16)
+def _pack(matrix: Tensor, form: MetadataForm) -> Tensor:
+    entries = form.codes[kept_sets(matrix != 0).long()]
+    values = reference_take_values(matrix, entries & (1 << POSITION_BITS) - 1, matrix.dtype)
+    return torch.cat((values.flatten(), words_of(entries, form).view(matrix.dtype)))
 
 
-def packed_like(weight: Tensor) -> Packed:
-    """New, unwritten tensors for the packed operands of a weight."""
-    rows, columns = weight.shape
-    return (
-        weight.new_empty(rows, columns // 2),
-        weight.new_empty((rows, columns // 16), dtype=torch.int16),
-        weight.new_empty(columns, rows // 2),
-        weight.new_empty((columns, rows // 16), dtype=torch.int16),
-    )
+def packed_like(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """New, unwritten tensors for W and W^T packed."""
+    count = weight.numel() // 16 * 9
+    return weight.new_empty(count), weight.new_empty(count)
 
 
 @torch.library.register_fake("bisparse::pack_2to4")
-def _(weight: Tensor, mask: Tensor) -> Packed:
+def _(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return packed_like(weight)
 
 
 @torch.library.register_fake("bisparse::pack_2to4_transposable")
-def _(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return weight.new_empty(weight.shape, dtype=torch.bool), *packed_like(weight)
 
 
