@@ -33,15 +33,22 @@ def test_the_kernel_compiles_without_a_gpu_and_without_spills(arch: int) -> None
 
     constants = {"BLOCK_ROWS": cuda_values.BLOCK_ROWS, "BLOCK_GROUPS": cuda_values.BLOCK_GROUPS}
     types = {"weight": "*fp32", "positions": "*u8", "values": "*bf16", "rows": "i32", "groups": "i32", "row_stride": "i64"}
-    for column_stride in ("i64", "constexpr"):
-        signature = {**types, "column_stride": column_stride, **dict.fromkeys(constants, "constexpr")}
-        own = {**constants, "column_stride": 1} if column_stride == "constexpr" else constants
-        source = ASTSource(
-            cuda_values.take_kernel, signature, {(cuda_values.take_kernel.arg_names.index(k),): v for k, v in own.items()}
-        )
+    names = cuda_values.take_kernel.arg_names
+    # Pointers and sizes as they are in practice: multiples of 16.
+    even = {
+        (names.index(name),): [["tt.divisibility", 16]] for name in ("weight", "positions", "values", "rows", "columns", "groups")
+    }
+    for beside, far in (("column_stride", "row_stride"), ("row_stride", "column_stride")):
+        own = {**constants, beside: 1, "LINES": beside == "column_stride"}
+        signature = {
+            name: "constexpr" if name in own else {**types, "columns": "i32", "column_stride": "i64"}[name] for name in names
+        }
+        here = {**even, (names.index(far),): [["tt.divisibility", 16]]}
+        source = ASTSource(cuda_values.take_kernel, signature, {(names.index(k),): v for k, v in own.items()}, here)
         code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "enable_fp_fusion": False}).asm
         assert f"sm_{arch}" in code["ptx"] and ".local" not in code["ptx"]
         assert "cvt.rn.bf16" in code["ptx"], "rounded to nearest, as torch does"
+        assert "ld.global.v4.b32" in code["ptx"] and "st.global.v4.b32" in code["ptx"], "16 bytes a thread"
 
 
 @pytest.mark.parametrize("arch", [80, 90])

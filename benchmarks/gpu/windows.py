@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from environment import clocked, need_gpu, record_on, take_turns
 from torch import Tensor
-from torch.sparse import to_sparse_semi_structured
 
 from bisparse import verify
 from bisparse.accelerate import usable_backends
+from bisparse.accelerate.backend import BACKENDS
 from record import RESULTS
 
 WINDOWS = (0, 2, 4)
@@ -95,16 +95,22 @@ def main() -> None:
     half = weight.view(size, -1, 4).clone()
     half[..., 2:] = 0
     inputs = torch.randn(tokens, size, device=device).bfloat16()
-    wide, sparse = to_sparse_semi_structured(expanded_weight(weight)), to_sparse_semi_structured(half.view(size, size))
+    library = BACKENDS["cusparselt"]
+    wide, sparse = library.pack(expanded_weight(weight)), library.pack(half.view(size, size))
+
+    def product(packed: tuple[Tensor, Tensor], dense: Tensor) -> Tensor:
+        """By the fastest algorithm that the library has for the shape."""
+        return library.multiply(*packed, dense.t(), size, transposed=True, search=True)
+
     ready = expanded_inputs(inputs)
     expected = inputs.float() @ weight.float().t()
-    found = torch.nn.functional.linear(ready, wide).float()
+    found = product(wide, ready).float()
     assert float((found - expected).norm() / expected.norm()) < 1e-2, "the expanded product is wrong on this device"
     products = {
         "dense": lambda: torch.nn.functional.linear(inputs, weight),
-        "2:4, same shape": lambda: torch.nn.functional.linear(inputs, sparse),
-        "4:8 expanded, inputs ready": lambda: torch.nn.functional.linear(ready, wide),
-        "4:8 expanded, inputs expanded each time": lambda: torch.nn.functional.linear(expanded_inputs(inputs), wide),
+        "2:4, same shape": lambda: product(sparse, inputs),
+        "4:8 expanded, inputs ready": lambda: product(wide, ready),
+        "4:8 expanded, inputs expanded each time": lambda: product(wide, expanded_inputs(inputs)),
     }
     programs = {name: lambda call=call: clocked(call, device=device) for name, call in products.items()}
     for name, (medians, spreads) in take_turns(programs, 50).items():

@@ -41,8 +41,8 @@ def take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype, behind: T
         values[count:] = behind
     if count:
         take_kernel[(triton.cdiv(rows, BLOCK_ROWS), triton.cdiv(groups, BLOCK_GROUPS))](
-            weight, positions.contiguous(), values, rows, groups, weight.stride(0), weight.stride(1),
-            BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS, num_warps=4, enable_fp_fusion=False,
+            weight, positions.contiguous(), values, rows, weight.shape[1], groups, weight.stride(0), weight.stride(1),
+            BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS, LINES=weight.stride(1) == 1, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return values.view(rows, 2 * groups) if behind is None else values
 
@@ -97,25 +97,49 @@ def take_kernel(  # type: ignore[no-untyped-def]
     positions,
     values,
     rows,
+    columns,
     groups,
     row_stride,
     column_stride,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
+    LINES: tl.constexpr,
 ):
-    """Two values of each group of a block of rows and groups."""
-    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
-    group = (tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)).to(tl.int64)[None, :]
-    there = (row < rows) & (group < groups)
-    code = tl.load(positions + row * groups + group, mask=there, other=0).to(tl.int32)
-    start = weight + row * row_stride + 4 * group * column_stride
-    # A slot that is not in use may point beyond the last column.
-    first = tl.load(start + (code & 3) * column_stride, mask=there & ((code & 16) != 0), other=0.0)
-    second = tl.load(start + (code >> 2 & 3) * column_stride, mask=there & ((code & 32) != 0), other=0.0)
+    """Two values of each group of a block of rows and groups.
+
+    All four entries are read, in the order of memory, since a gather would touch their sectors anyway, lane by lane. LINES: a
+    row's entries are neighbours. Otherwise rows are, as in W^T: then the groups of a block lie along its first axis.
+    """
+    row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    group = (tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)).to(tl.int64)
+    if LINES:
+        column = (tl.program_id(1) * 4 * BLOCK_GROUPS + tl.arange(0, 4 * BLOCK_GROUPS)).to(tl.int64)[None, :]
+        there = (row[:, None] < rows) & (column < columns)
+        line = tl.load(weight + row[:, None] * row_stride + column, mask=there, other=0.0)
+        even, odd = tl.split(tl.reshape(line, [BLOCK_ROWS, BLOCK_GROUPS, 2, 2]))
+        e0, e2 = tl.split(even)
+        e1, e3 = tl.split(odd)
+        there = (row[:, None] < rows) & (group[None, :] < groups)
+        code = tl.load(positions + row[:, None] * groups + group[None, :], mask=there, other=0).to(tl.int32)
+    else:
+        there = (row[None, :] < rows) & (group[:, None] < groups)
+        start = weight + row[None, :] * row_stride + 4 * group[:, None] * column_stride
+        e0 = tl.load(start, mask=there & (4 * group[:, None] < columns), other=0.0)
+        e1 = tl.load(start + column_stride, mask=there & (4 * group[:, None] + 1 < columns), other=0.0)
+        e2 = tl.load(start + 2 * column_stride, mask=there & (4 * group[:, None] + 2 < columns), other=0.0)
+        e3 = tl.load(start + 3 * column_stride, mask=there & (4 * group[:, None] + 3 < columns), other=0.0)
+        code = tl.load(positions + row[None, :] * groups + group[:, None], mask=there, other=0).to(tl.int32)
+    low, high = code & 3, code >> 2 & 3
+    first = tl.where(low < 2, tl.where(low == 0, e0, e1), tl.where(low == 2, e2, e3))
+    second = tl.where(high < 2, tl.where(high == 0, e0, e1), tl.where(high == 2, e2, e3))
+    first = tl.where((code & 16) != 0, first, 0.0).to(values.dtype.element_ty)
+    second = tl.where((code & 32) != 0, second, 0.0).to(values.dtype.element_ty)
     pair = tl.join(first, second)
-    slot = tl.arange(0, 2)[None, None, :]
-    place = values + ((row * groups + group) * 2)[:, :, None] + slot
-    tl.store(place, pair.to(values.dtype.element_ty), mask=there[:, :, None] & (slot < 2))
+    if not LINES:
+        pair = tl.permute(pair, (1, 0, 2))
+    slot = (tl.program_id(1) * 2 * BLOCK_GROUPS + tl.arange(0, 2 * BLOCK_GROUPS)).to(tl.int64)[None, :]
+    place = values + row[:, None] * (2 * groups) + slot
+    tl.store(place, tl.reshape(pair, [BLOCK_ROWS, 2 * BLOCK_GROUPS]), mask=(row[:, None] < rows) & (slot < 2 * groups))
 
 
 @triton.jit
