@@ -33,6 +33,7 @@ def test_the_kernel_compiles_without_a_gpu_and_without_spills(arch: int) -> None
 
     constants = {"BLOCK_ROWS": cuda_values.BLOCK_ROWS, "BLOCK_GROUPS": cuda_values.BLOCK_GROUPS}
     types = {"weight": "*fp32", "positions": "*u8", "values": "*bf16", "rows": "i32", "groups": "i32", "row_stride": "i64"}
+    types |= {"columns": "i32", "column_stride": "i64"}
     names = cuda_values.take_kernel.arg_names
     # Pointers and sizes as they are in practice: multiples of 16.
     even = {

@@ -46,21 +46,21 @@ def learn_form(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: 
 @functools.lru_cache(maxsize=256)
 def _learnt(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:
     count = rows * columns // 4
-    number = torch.arange(count, device=device)
+    number = torch.arange(count, dtype=torch.int32, device=device)
 
     def packed(sets: Int[Tensor, " G"], tags: Int[Tensor, " G"] | int = 0) -> tuple[Tensor, Tensor] | None:
         flat = pack(_image(sets, tags, dtype).view(rows, columns)).flatten()
         tail = flat[2 * count :].view(torch.uint8)
         return (flat[: 2 * count].view(count, 2), _nibbles(tail)) if 2 * tail.numel() == count else None
 
-    alphabet = torch.full((16,), -1, device=device)
+    alphabet = torch.full((16,), -1, dtype=torch.int32, device=device)
     for digit, kept in enumerate(DIGITS):
         found = packed(torch.full_like(number, kept))
         if found is None or bool((found[1] != found[1][:1]).any()):
             return None
         alphabet[found[1][0]] = digit
     spelt = torch.zeros_like(number)
-    digits = torch.tensor(DIGITS, device=device)
+    digits = torch.tensor(DIGITS, dtype=torch.int32, device=device)
     for power in range(0, max(1, (count - 1).bit_length()), 2):
         found = packed(digits[number >> power & 3])
         if found is None or bool((read := alphabet[found[1]]).lt(0).any()):
@@ -87,19 +87,19 @@ def _learnt(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: tor
 
 def _image(sets: Int[Tensor, " G"], tags: Int[Tensor, " G"] | int, dtype: torch.dtype) -> Float[Tensor, "G 4"]:
     """Groups whose kept entries hold their places, 1 to 4, above four times a tag."""
-    place = torch.arange(4, device=sets.device)
-    numbers = place + 1 + (4 * tags[:, None] if isinstance(tags, Tensor) else 4 * tags)
-    return torch.where((sets[:, None] >> place & 1).bool(), numbers, 0).to(dtype)
+    place = torch.arange(4, dtype=torch.int16, device=sets.device)
+    numbers = place + 1 + 4 * (tags.to(torch.int16)[:, None] if isinstance(tags, Tensor) else tags)
+    return torch.where((sets.to(torch.int16)[:, None] >> place & 1).bool(), numbers, 0).to(dtype)
 
 
 def _nibbles(metadata: UInt8[Tensor, " B"]) -> Int[Tensor, " G"]:
-    return torch.stack((metadata & 15, metadata >> 4), -1).flatten().long()
+    return torch.stack((metadata & 15, metadata >> 4), -1).flatten().int()
 
 
 def _places_of_words(spelt: Int[Tensor, " G"]) -> Int[Tensor, " W"] | None:
     """Where each word of four groups went, from the group whose bits stand at each place; None unless they went as words."""
     place = torch.full_like(spelt, -1)
-    place[spelt] = torch.arange(len(spelt), device=spelt.device)
+    place[spelt] = torch.arange(len(spelt), dtype=place.dtype, device=spelt.device)
     words = place.view(-1, 4)
     whole = words == words[:, :1] + torch.arange(4, device=spelt.device)
     return words[:, 0] // 4 if bool((whole & (words[:, :1] >= 0) & (words[:, :1] % 4 == 0)).all()) else None
@@ -122,6 +122,6 @@ def _foretold(form: MetadataForm, matrix: Float[Tensor, "R C"], entries: Int[Ten
     """Values and nibbles that the library should make of a matrix."""
     positions = (entries & (1 << POSITION_BITS) - 1).to(torch.uint8)
     groups = form.places(matrix.shape[0], matrix.shape[1] // WORD).flatten()[:, None] * 4 + torch.arange(4, device=matrix.device)
-    nibbles = torch.empty(entries.numel(), dtype=torch.long, device=matrix.device)
-    nibbles[groups.flatten()] = (entries.flatten() >> POSITION_BITS).long()
+    nibbles = torch.empty(entries.numel(), dtype=torch.int32, device=matrix.device)
+    nibbles[groups.flatten()] = (entries.flatten() >> POSITION_BITS).int()
     return take_values(matrix, positions).view(-1, 2), nibbles
