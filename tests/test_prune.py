@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from bisparse import Greedy, Pattern, PruneReport, Wanda, prune_, solve, verify
+from bisparse import AdaPrune, Greedy, Pattern, PruneReport, Wanda, prune_, solve, verify
 from bisparse.layers import find_layers
+from bisparse.pruning import Method
 from bisparse.tiles import Layout, LayoutKind
 
 
@@ -181,6 +182,16 @@ def test_the_report_adds_up() -> None:
     assert report["1"].layout == Layout(LayoutKind.LINEAR)
     with pytest.raises(KeyError):
         report["2"]
+
+
+@pytest.mark.parametrize("method", [None, AdaPrune()])
+def test_the_density_is_that_of_the_weights_where_a_mask_keeps_zeros(method: Method | None) -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    with torch.no_grad():
+        model[0].weight.masked_fill_(torch.rand(32, 32) < 0.9, 0)
+    report = prune_(model, "2:4", method, [torch.randn(64, 32) for _ in range(5)])
+    found = float((model[0].weight != 0).double().mean())
+    assert report.density == found and (method is not None or found < 0.2)
 
 
 def test_a_pattern_that_does_not_exist() -> None:

@@ -99,8 +99,11 @@ def layer_problem(
     )
 
 
-def record(layer: Layer, pattern: Structure, pruned: Pruned, mask: Tensor, seconds: float) -> LayerResult:
+def record(layer: Layer, pattern: Structure, pruned: Pruned, change: Change, seconds: float) -> LayerResult:
     """The line of the report."""
+    weight = layer.weight if change.weight is None else change.weight
+    # A mask may keep weights that were zero already.
+    kept = change.mask.to(weight.device) & (weight != 0)
     return LayerResult(
         layer.name,
         layer.parameter_name,
@@ -108,7 +111,7 @@ def record(layer: Layer, pattern: Structure, pruned: Pruned, mask: Tensor, secon
         str(layer.weight.dtype).removeprefix("torch."),
         layer.layout,
         str(pattern),
-        float(mask.sum()) / mask.numel(),
+        float(kept.double().mean()),
         pruned.solution.retained,
         gap_of(pruned.solution),
         pruned.solution.value,
@@ -148,7 +151,8 @@ def prune_layer(
         weight = layer.weight
         mask = from_matrices(pruned.solution.mask, layer.layout, weight.shape)
         new = None if pruned.weight is None else from_matrices(pruned.weight, layer.layout, weight.shape).to(weight.dtype)
-    return Change(layer, mask, new, pruned.bias, bias_at), record(layer, pattern, pruned, mask, time.perf_counter() - start)
+        change = Change(layer, mask, new, pruned.bias, bias_at)
+        return change, record(layer, pattern, pruned, change, time.perf_counter() - start)
 
 
 def apply_(changes: Iterable[Change]) -> None:
