@@ -205,6 +205,18 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
+def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_path: Path) -> None:
+    run("prune", model, tmp_path / "out", "-p", "4:8-T")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    state["layers.1.up.weight"][9, 16:24] = 1.0
+    save_file(state, tmp_path / "out" / "model.safetensors")
+    shown = run("report", tmp_path / "out", "-o", tmp_path / "page.html")
+    assert shown.exit_code == 1 and "layers.1.up: W, row 9, group 2 keeps 8" in (tmp_path / "page.html").read_text()
+    assert "1 of 6 layers break their pattern, the first layers.1.up its 4:8-T" in shown.stderr
+    code, content = run_json("report", tmp_path / "out", "-o", tmp_path / "page.html")
+    assert code == 1 and content["ok"] is False and content["holds"] is False
+
+
 # ---- wrong use and failed jobs
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INTERRUPTED", "AsJson", "Excluded", "Included", "Threads", "command", "fail", "grouped", "parse_pattern_option",
-    "parse_solver", "print_json", "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stdout",
+    "parse_solver", "print_json", "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stderr", "to_stdout",
 ]  # fmt: skip
 
 P = ParamSpec("P")
