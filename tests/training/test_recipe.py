@@ -227,6 +227,16 @@ def test_a_recipe_that_cannot_be_run_leaves_no_folder(tmp_path):
         assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for folder in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(RecipeError, match=r"exists already and holds no run \(no recipe\.json\)"):
+            run_recipe(SHORT, folder, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "empty").mkdir()
+    assert run_recipe(SHORT, tmp_path / "empty", progress=False, stop_after=1) is None
+
+
 def test_a_damaged_checkpoint_and_a_loss_that_is_no_number_are_said(tmp_path):
     assert run_recipe(SHORT, tmp_path, progress=False, stop_after=8) is None
     whole = (tmp_path / "checkpoint.pt").read_bytes()

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bisparse.checkpoint.output import written_here
 from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
 from bisparse.training.recipe.data import Data, load_data
 from bisparse.training.recipe.models import build_model
@@ -72,11 +73,15 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
         stop_after: stop after this many optimizer steps in this call, as a kill would, and return None.
 
     Raises:
-        RecipeError: the folder holds the run of another recipe, or the data are not there.
+        RecipeError: the folder holds the run of another recipe, or other things and no run, or the data are not there.
         RunError: the loss, a gradient or a weight is no finite number any more, or the checkpoint or the outcome is damaged.
     """
     folder = Path(folder)
     own = json.dumps(recipe.as_dict(), indent=2, sort_keys=True)
+    if folder.exists() and not written_here(folder, RECIPE):
+        raise RecipeError(
+            f"{folder} exists already and holds no run (no {RECIPE}): choose a folder that is new, empty, or a run's"
+        )
     if (folder / RECIPE).exists() and (folder / RECIPE).read_text(encoding="utf-8") != own:
         raise RecipeError(f"{folder} holds the run of another recipe: choose another folder, or delete this one")
     if (folder / OUTCOME).exists():
