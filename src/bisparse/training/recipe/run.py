@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bisparse.checkpoint import SIDECAR
+from bisparse.checkpoint.model import sidecar_of
 from bisparse.checkpoint.output import written_here
 from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
 from bisparse.training.recipe.data import Data, load_data
@@ -66,7 +68,7 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
     """Train as the recipe says. A folder that holds a checkpoint of the same recipe is gone on with; a finished one is read.
 
     Writes to the folder: recipe.json, metrics.jsonl while it runs, checkpoint.pt, and at the end outcome.json, weights.pt (the
-    plain state_dict) and curve.png where matplotlib is installed.
+    plain state_dict), bisparse.json if they are sparse, and curve.png where matplotlib is installed.
 
     Args:
         progress: show a bar with the live loss and flip rate.
@@ -320,7 +322,7 @@ class _Run:
         self.curve[-1] |= last
         self._write_metrics()
         flips = [row["flip_rate"] for row in self.curve if "flip_rate" in row]
-        density, refreshes = 1.0, 0
+        density, refreshes, dense_end = 1.0, 0, False
         if self.sparsity is not None:
             refreshes = self.sparsity.refreshes
             dense_end = self.sparsity.phase is Phase.DENSE
@@ -329,8 +331,11 @@ class _Run:
             density = sum(int((one != 0).sum()) for one in weights) / sum(one.numel() for one in weights)
             if not dense_end:
                 assert density < 1 or all(layer.pattern.density == 1 for layer in self.sparsity.layers)
-        torch.save(plain_state_dict(self.model), self.folder / f"{WEIGHTS}.tmp")
+        state = plain_state_dict(self.model)
+        torch.save(state, self.folder / f"{WEIGHTS}.tmp")
         os.replace(self.folder / f"{WEIGHTS}.tmp", self.folder / WEIGHTS)
+        if self.sparsity is not None and not dense_end:
+            _write(self.folder / SIDECAR, sidecar_of(self.sparsity.report(), state, self.recipe.name).to_json().encode())
         outcome = Outcome(
             name=self.recipe.name,
             steps=self.step,
