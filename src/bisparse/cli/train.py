@@ -16,7 +16,9 @@ __all__ = ["train"]
 
 @command
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Model, data, training, sparsity.")],
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.toml", exists=True, dir_okay=False, help="Model, data, training, sparsity.")
+    ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Folder of the run, new or to go on with; by default runs/ and the name.")
     ] = None,
