@@ -389,6 +389,18 @@ def test_the_plot_is_written_in_the_format_of_its_name(suffix: str, head: bytes,
     assert path.read_bytes().startswith(head)
 
 
+def test_a_page_that_cannot_be_written_goes_by_the_name_that_its_user_gave(
+    pruned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    with pytest.raises(PermissionError) as raised:
+        write_report(pruned["2:4"], tmp_path / "page.html")
+    assert raised.value.filename == str(tmp_path / "page.html")
+
+
 def test_the_plot_refuses_formats_it_does_not_write(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\.png, \.svg, \.pdf"):
         plot_diversity(tmp_path / "plot.jpg")
