@@ -46,7 +46,11 @@ def plan(
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
 ) -> tuple[list[tuple[Layer, Structure]], list[Skipped]]:
-    """The layers to prune, each with its pattern, and a reason for each one left dense. Changes nothing."""
+    """The layers to prune, each with its pattern, and a reason for each one left dense. Changes nothing.
+
+    Raises:
+        ValueError: filters or patterns that match nothing, no layer to prune, or weights that cannot be changed in place.
+    """
     singles = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
     found, left_dense = find_layers(model, include, exclude, remainder=remainder)
     planned = []
@@ -63,6 +67,12 @@ def plan(
             left_dense.append(Skipped(layer.name, reason))
     if unused:
         raise ValueError(f"patterns={sorted(unused)} match none of the layers to prune: {[layer.name for layer in found][:20]}")
+    if not planned:
+        reasons = "; ".join(f"{one.name}: {one.reason}" for one in left_dense[:4])
+        raise ValueError(
+            f"the model {type(model).__name__} has no layer to prune ({reasons or 'none that a pattern applies to'}); include "
+            "layers by name"
+        )
     return planned, left_dense
 
 
