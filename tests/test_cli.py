@@ -205,6 +205,18 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
+def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_path: Path) -> None:
+    run("prune", model, tmp_path / "out", "-p", "4:8-T")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    state["layers.1.up.weight"][9, 16:24] = 1.0
+    save_file(state, tmp_path / "out" / "model.safetensors")
+    shown = run("report", tmp_path / "out", "-o", tmp_path / "page.html")
+    assert shown.exit_code == 1 and "layers.1.up: W, row 9, group 2 keeps 8" in (tmp_path / "page.html").read_text()
+    assert "1 of 6 layers break their pattern, the first layers.1.up its 4:8-T" in shown.stderr
+    code, content = run_json("report", tmp_path / "out", "-o", tmp_path / "page.html")
+    assert code == 1 and content["ok"] is False and content["holds"] is False
+
+
 # ---- wrong use and failed jobs
 
 
@@ -237,6 +249,13 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
         (["bench", "-m", "64x64", "--dtype", "float32"], "float16"),
         (["bench", "-m", "64x64", "--tokens", "0"], "--tokens"),
         (["bench", "-m", "64x64", "--grid", "MODEL/config.json"], "no grid of measured times"),
+        (["prune", "nowhere", "OUT"], "nowhere does not exist"),
+        (["prune", "nowhere", "--dry-run"], "nowhere does not exist"),
+        (["prune", "nowhere", "OUT", "--method", "wanda"], "nowhere: no such folder or file"),
+        (["convert", "nowhere", "OUT", "--to", "2:4"], "nowhere: no such folder or file"),
+        (["verify", "nowhere", "-p", "2:4"], "'nowhere' does not exist"),
+        (["train", "nowhere.toml"], "'nowhere.toml' does not exist"),
+        (["bench", "-m", "64x64", "--grid", "nowhere"], "'nowhere' does not exist"),
         (["report", "nowhere"], "does not exist"),
         (["report", "MODEL"], "holds no bisparse.json, so bisparse did not write it"),
         (["report", "MODEL/config.json"], "is a file"),
@@ -246,7 +265,10 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
 )
 def test_wrong_use_is_exit_code_2(model: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
     places = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
-    result = run(*(places.get(one, one).replace("MODEL/", f"{model}/") for one in arguments))
+    given = [places.get(one, one).replace("MODEL/", f"{model}/") for one in arguments]
+    code, content = run_json(*given)
+    assert code == content["exit_code"] == 2 and content["ok"] is False and words in str(content["error"])
+    result = run(*given)
     assert result.exit_code == 2
     assert words in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
     assert not (tmp_path / "out").exists() and result.stdout == ""
@@ -261,7 +283,6 @@ def test_failed_jobs_are_exit_code_1(model: Path, tmp_path: Path) -> None:
         assert code == 1 and content["ok"] is False and words in str(content["error"])
 
     out = tmp_path / "out"
-    failed("does not exist", "prune", tmp_path / "nothing", out)
     run("prune", model, out)
     failed("exists already", "prune", model, out)
     failed("lies in, around or on the source", "prune", model, model / "inside")

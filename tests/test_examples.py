@@ -136,6 +136,9 @@ def test_verify_a_checkpoint(
     assert code == 1 and printed.count("BROKEN") == 7
     code, printed = outcome(small_world[0])
     assert code == 0 and "no pattern" in printed
+    for arguments in ((), (small_world[0], "2:4", "4:8")):
+        with pytest.raises(SystemExit, match=r"verify_a_checkpoint\.py FOLDER \[PATTERN\]"):
+            run("verify_a_checkpoint.py", *arguments, monkeypatch=monkeypatch)
 
 
 @pytest.mark.slow

@@ -53,11 +53,11 @@ def test_transformer_by_default() -> None:
 
 def test_every_layer_with_a_weight_is_found_or_has_a_reason() -> None:
     model = nn.Sequential(
-        Transformer(), nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Bilinear(2, 3, 4)
-    )
-    weights = {
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd)
-    }
+        Transformer(), nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Bilinear(2, 3, 4),
+        nn.LSTM(4, 4, 2), nn.GRU(4, 4), nn.RNNCell(4, 4),
+    )  # fmt: skip
+    matrices = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)
+    weights = {name for name, module in model.named_modules() if isinstance(module, matrices)}
     assert weights <= found(model).keys() | reasons(model).keys()
     assert not found(model).keys() & reasons(model).keys()
 

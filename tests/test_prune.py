@@ -1,13 +1,15 @@
 """prune_ by magnitude: the best mask of each layer, in place, for all layers or for none."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
 
-from bisparse import Greedy, Pattern, PruneReport, Wanda, prune_, solve, verify
+from bisparse import AdaPrune, Greedy, Pattern, PruneReport, Wanda, convert_, prune_, solve, verify
 from bisparse.layers import find_layers
+from bisparse.pruning import Method
 from bisparse.tiles import Layout, LayoutKind
 
 
@@ -181,6 +183,32 @@ def test_the_report_adds_up() -> None:
     assert report["1"].layout == Layout(LayoutKind.LINEAR)
     with pytest.raises(KeyError):
         report["2"]
+
+
+@pytest.mark.parametrize("method", [None, AdaPrune()])
+def test_the_density_is_that_of_the_weights_where_a_mask_keeps_zeros(method: Method | None) -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    with torch.no_grad():
+        model[0].weight.masked_fill_(torch.rand(32, 32) < 0.9, 0)
+    report = prune_(model, "2:4", method, [torch.randn(64, 32) for _ in range(5)])
+    found = float((model[0].weight != 0).double().mean())
+    assert report.density == found and (method is not None or found < 0.2)
+
+
+@pytest.mark.parametrize("job", [prune_, convert_])
+@pytest.mark.parametrize(
+    ("model", "choice", "reason"),
+    [
+        (nn.Sequential(nn.ReLU()), {}, "none that a pattern applies to"),
+        (nn.ModuleDict({"lm_head": nn.Linear(16, 16)}), {}, "lm_head: output head"),
+        (nn.Linear(15, 15), {"remainder": "dense"}, "4 does not divide"),
+    ],
+)
+def test_nothing_to_prune_is_an_error_with_the_reason(
+    job: Callable[..., PruneReport], model: nn.Module, choice: dict[str, str], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"has no layer to prune \(.*{reason}"):
+        job(model, "2:4", **choice)
 
 
 def test_a_pattern_that_does_not_exist() -> None:

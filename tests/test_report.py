@@ -17,8 +17,8 @@ import scipy
 import torch
 from safetensors.torch import load_file, save_file
 
-from bisparse import Greedy, mask_diversity, solve
-from bisparse.checkpoint import SIDECAR, CheckpointError, load_masks, prune_checkpoint, read_sidecar
+from bisparse import Greedy, mask_diversity, prune_, solve
+from bisparse.checkpoint import SIDECAR, CheckpointError, load_masks, prune_checkpoint, read_sidecar, save
 from bisparse.report import Task, plot_diversity, read_figures, write_comparison, write_report
 from bisparse.report.drawing import chart_of_layers, picture_of_tile
 from bisparse.report.plot import GAUSSIAN_RETAINED, LIGHT, STRUCTURES, _draw, _overlap, diversity_points, diversity_svg
@@ -144,6 +144,17 @@ def test_layers_left_dense_stand_with_their_reasons(page: Page, pruned: dict[str
     assert sidecar is not None and {one.name for one in sidecar.report.left_dense} == {"embed_tokens", "lm_head"}
     for skipped in sidecar.report.left_dense:
         assert skipped.name in page.text and skipped.reason in page.text
+
+
+def test_a_model_with_layers_that_are_never_pruned_is_not_said_to_be_wholly_pruned(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"up": torch.nn.Linear(16, 16), "recurrent": torch.nn.LSTM(16, 16)})
+    model.register_parameter("own", torch.nn.Parameter(torch.randn(16, 16)))
+    save(model, tmp_path / "all", report=prune_(model, "2:4"))
+    text = Page(write_report(tmp_path / "all", tmp_path / "all.html")).text
+    assert "recurrent layer (LSTM): not supported" in text
+    del model["recurrent"]
+    save(model, tmp_path / "some", report=prune_(model, "2:4"))
+    assert "None: every layer of a kind that is pruned was." in Page(write_report(tmp_path / "some", tmp_path / "some.html")).text
 
 
 def test_a_damaged_weight_is_found_and_named(pruned: dict[str, Path], dense: Path, tmp_path: Path) -> None:
@@ -376,6 +387,18 @@ def test_labels_of_the_plot_do_not_overlap(highlight: tuple[str, ...]) -> None:
 def test_the_plot_is_written_in_the_format_of_its_name(suffix: str, head: bytes, tmp_path: Path) -> None:
     path = plot_diversity(tmp_path / "new" / f"plot{suffix}", ("2:4", "2:4-T"), dark=suffix == ".png")
     assert path.read_bytes().startswith(head)
+
+
+def test_a_page_that_cannot_be_written_goes_by_the_name_that_its_user_gave(
+    pruned: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    with pytest.raises(PermissionError) as raised:
+        write_report(pruned["2:4"], tmp_path / "page.html")
+    assert raised.value.filename == str(tmp_path / "page.html")
 
 
 def test_the_plot_refuses_formats_it_does_not_write(tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Layout 
                     yield f"{prefix}{projection}", module, projection, Layout(LayoutKind.LINEAR)
         elif isinstance(module, nn.Linear):
             yield name, module, "weight", Layout(LayoutKind.LINEAR)
+        elif isinstance(module, nn.RNNBase):
+            yield name, module, "weight_ih_l0", f"recurrent layer ({type(module).__name__}): not supported"
+        elif isinstance(module, nn.RNNCellBase):
+            yield name, module, "weight_ih", f"recurrent layer ({type(module).__name__}): not supported"
+        elif isinstance(module, nn.Bilinear):
+            yield name, module, "weight", "bilinear layer: not supported"
         elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             yield name, module, "weight", "transposed convolution: not supported"
         elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

@@ -29,7 +29,7 @@ class LayerResult:
     layout: Layout
     pattern: str
     density: float
-    """Share of weights kept."""
+    """Share of weights that are not zero. A mask may keep more: weights that were zero already."""
     retained: float | None
     """Share of the total score kept; None where the scores are not known, as for a model pruned elsewhere."""
     gap: float | None
@@ -107,7 +107,7 @@ class PruneReport:
 
     @property
     def density(self) -> float:
-        """Share of weights kept in the pruned layers."""
+        """Share of weights that are not zero in the pruned layers."""
         return sum(layer.density * layer.size for layer in self.layers) / max(self.weights, 1)
 
     @property

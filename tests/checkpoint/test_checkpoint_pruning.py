@@ -80,6 +80,15 @@ def test_dtypes_survive_to_the_bit(tmp_path: Path, dtype: torch.dtype, pattern: 
     assert not written[~mask].any()
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "50%"])
+def test_the_density_is_that_of_the_weights_where_a_mask_keeps_zeros(tmp_path: Path, pattern: str) -> None:
+    source = write_folder(tmp_path / "model", {"a.weight": torch.randn(32, 32) * (torch.rand(32, 32) < 0.1)})
+    report = prune_checkpoint(source, tmp_path / "out", pattern)
+    found = float((load_file(tmp_path / "out" / "model.safetensors")["a.weight"] != 0).double().mean())
+    assert report.density == found < 0.2
+    assert read_sidecar(tmp_path / "out").report.density == bisparse.verify_checkpoint(tmp_path / "out").density == found
+
+
 @pytest.mark.parametrize("numbers", ["ties", "zeros", "few", "subnormal"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("density", ["50%", "1%", "0.001%", "100%"])

@@ -272,6 +272,30 @@ def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
     only(tmp_path, "file", "model")
 
 
+def test_an_output_that_cannot_be_written_goes_by_the_name_that_its_user_gave(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def refused(path: Path, **_: object) -> None:
+        if path != tmp_path:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", refused)
+        for job in (output.check_writable, lambda target: prune_checkpoint(folder, target, "2:4")):
+            with pytest.raises(CheckpointError, match=r"^out could not be written: permission denied"):
+                job(Path("out"))
+    with monkeypatch.context() as patched:
+        patched.setattr(output, "_fsync", refused)
+        with pytest.raises(CheckpointError, match=r"^out/\S+ could not be written: permission denied"):
+            prune_checkpoint(folder, Path("out"), "2:4")
+    with monkeypatch.context() as patched:
+        patched.setattr("zlib.crc32", lambda *_: random.random())
+        with pytest.raises(CheckpointError, match=r"^out/model\.safetensors: tensor \S+ was not read back"):
+            prune_checkpoint(folder, Path("out"), "2:4")
+
+
 # ---- a full disk
 
 
@@ -279,7 +303,7 @@ def test_too_little_room_is_said_before_anything_is_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000})())
-    with pytest.raises(CheckpointError, match=r"needs .* MB, the disk has 0\.0 MB free"):
+    with pytest.raises(CheckpointError, match=r"/out needs .* MB, the disk has 0\.0 MB free"):
         prune_checkpoint(folder, tmp_path / "out", "2:4")
     only(tmp_path, "model")
 

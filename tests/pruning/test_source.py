@@ -237,7 +237,7 @@ def test_a_transformers_folder_that_cannot_be_loaded_names_the_file(tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
         open_source(str(folder))
     config.unlink()
-    with pytest.raises(ValueError, match=r"model holds no config\.json"):
+    with pytest.raises(ValueError, match=r"model holds no config\.json, .*: add the config\.json .* or name a function of yours"):
         open_source(str(folder))
 
 
@@ -292,12 +292,15 @@ def test_an_interrupted_job_says_what_it_leaves_and_how_to_go_on(beside: Path) -
 @pytest.mark.parametrize("command", [["prune", "-p", "2:4"], ["convert", "--to", "2:4"]])
 @pytest.mark.parametrize(
     ("function", "reason"),
-    [("relu", r"Sequential was pruned, .* \(it has none that"), ("head", r"ModuleDict was pruned, .* \(lm_head: output head")],
+    [
+        ("relu", r"Sequential has no layer to prune \(none that a pattern applies to\)"),
+        ("head", r"ModuleDict has no layer to prune \(lm_head: output head"),
+    ],
 )
 def test_nothing_to_prune_is_said_with_the_reason(command: list[str], function: str, reason: str, beside: Path) -> None:
     name, *rest = command
     result = CliRunner().invoke(app, [name, f"mine_for_tests:{function}", "out", *rest], catch_exceptions=False)
-    assert result.exit_code == 2 and re.search(f"no layer of the model {reason}", result.output)
+    assert result.exit_code == 2 and re.search(f"the model {reason}", result.output)
     assert not (beside / "out").exists()
 
 
@@ -306,6 +309,22 @@ def test_a_text_that_is_not_there_is_said_before_the_model_is_loaded(calibration
     for command in (["prune", "no:model", "out", "--method", "wanda"], ["convert", "no:model", "out", "--to", "2:4"]):
         result = CliRunner().invoke(app, [*command, "--calibration", calibration], catch_exceptions=False)
         assert result.exit_code == 2 and "--calibration" in result.output and "no:model" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "needing"),
+    [
+        (["prune", "--method", "wanda"], "wanda"),
+        (["prune", "--block-epochs", "2"], "--block-epochs"),
+        (["convert", "--to", "2:4", "--method", "sparsegpt"], "sparsegpt"),
+        (["convert", "--to", "2:4", "--regrow"], "--regrow"),
+    ],
+)
+def test_a_function_without_batches_is_told_to_return_them(command: list[str], needing: str, beside: Path) -> None:
+    name, *options = command
+    code, said = invoke(name, "mine_for_tests:model", "out", *options)
+    assert code == 2
+    assert f"{needing} needs calibration data: return (model, batches)" in said["error"]
 
 
 def test_a_text_that_is_none_is_named(beside: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 import torch
 
 from bisparse import Pattern, solve
 from bisparse.pruning import fitting_patterns, predicted_violation, sparsest_pattern, violation
+from bisparse.pruning.violation import CONFIDENCE
 
 TABLE = {  # zero rate: (v_b, v_w) at 2:4 and at 4:8, as in the paper's section 5
     0.5: ((0.313, 0.188), (0.363, 0.137)),
@@ -128,6 +130,11 @@ def test_what_has_to_go_is_known_at_every_structure(to: str) -> None:
     assert found.weights == pytest.approx(1 - float(best.sum() / kept.sum()), abs=0.01)
     assert 0 < found.weights < 1 and found.blocks > 0
     assert (found.predicted_weights is None) == (to == "30%")
+
+
+def test_the_guide_says_what_share_of_the_groups_has_to_fit():
+    page = Path(__file__).parents[2] / "docs" / "pruning.md"
+    assert f"in at least {100 * CONFIDENCE:.0f} % of its groups" in page.read_text()
 
 
 def test_an_unstructured_pattern_is_violated_by_what_is_beyond_its_density() -> None:

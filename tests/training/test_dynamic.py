@@ -335,6 +335,44 @@ def test_finalizing_a_model_leaves_its_copies_alone(mlp):
     assert torch.equal(average(inputs), mlp(inputs))
 
 
+@pytest.mark.parametrize("method", ["masked-decay", "s-ste"])
+def test_training_that_no_mask_followed_is_told_at_the_end(method, mlp, step):
+    sparsify_(mlp, "2:4", method=method)
+    step(mlp, torch.optim.SGD(mlp.parameters(), lr=0.1), 0)
+    with pytest.warns(UserWarning, match=r"Sparsity\.attach\(optimizer\)") as told:
+        finalize_(mlp)
+    assert len(told) == 1 and told[0].filename == __file__
+
+
+@pytest.mark.parametrize("case", ["untrained", "attached", "refreshed", "model resumed", "sparsity resumed", "average"])
+def test_masks_that_are_as_they_should_be_are_not_warned_about(case, mlp, step, recwarn):
+    state = copy.deepcopy(mlp).state_dict()
+    sparsity = sparsify_(mlp, "2:4")
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    average = torch.optim.swa_utils.AveragedModel(mlp, use_buffers=True)
+    if case == "attached":
+        sparsity.attach(optimizer)
+    if case != "untrained":
+        step(mlp, optimizer, 0)
+    if case == "refreshed":
+        sparsity.refresh()
+    elif case == "average":
+        average.update_parameters(mlp)
+        mlp = average.module
+    elif case.endswith("resumed"):
+        resumed = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+        resumed.load_state_dict(state)
+        again = sparsify_(resumed, "2:4")
+        if case == "model resumed":
+            resumed.load_state_dict(mlp.state_dict())
+        else:
+            again.load_state_dict(sparsity.state_dict())
+            step(resumed, torch.optim.SGD(resumed.parameters(), lr=0.1), 1)
+        mlp = resumed
+    finalize_(mlp)
+    assert not [one for one in recwarn if "Sparsity.attach" in str(one.message)]
+
+
 def test_layers_share_a_class_and_yet_are_parametrized_and_freed_apart() -> None:
     class Twice(nn.Module):
         def forward(self, value: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bisparse import verify
+from bisparse import verify, verify_checkpoint
+from bisparse.checkpoint import SIDECAR, read_sidecar
 from bisparse.training.recipe import Recipe, RecipeError, RunError, read_recipe, run_recipe
 from bisparse.training.recipe.data import load_data
 from bisparse.training.recipe.models import GPT, ResNet20, build_model
@@ -106,6 +107,9 @@ def test_a_run_learns_and_leaves_a_plain_sparse_model(tmp_path):
     assert outcome.test_accuracy > 0.9 and outcome.density <= 0.5 and outcome.refreshes == outcome.steps // 10
     state = torch.load(tmp_path / "weights.pt", weights_only=True)
     assert verify(state["3.weight"], "4:8-T")
+    assert verify_checkpoint(tmp_path).density == pytest.approx(outcome.density)
+    sidecar = read_sidecar(tmp_path)
+    assert sidecar.source == BLOBS.name and {one.layer for one in sidecar.samples} == {layer.name for layer in sidecar.report}
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == outcome.curve and len(rows) == outcome.steps and "flip_rate" in rows[9] and "test_accuracy" in rows[59]
     assert (tmp_path / "curve.png").stat().st_size > 1000
@@ -160,7 +164,7 @@ def test_a_damaged_outcome_is_named_and_can_be_had_again(content, tmp_path):
 
 def test_static_sparsity_starts_from_a_dense_run(tmp_path):
     dense = run_recipe(replace(SHORT, name="dense", sparsity=None), tmp_path / "dense", progress=False)
-    assert dense.density == 1.0 and dense.refreshes == 0
+    assert dense.density == 1.0 and dense.refreshes == 0 and not (tmp_path / "dense" / SIDECAR).exists()
     recipe = tmp_path / "static.toml"
     text = (RECIPES / "blobs.toml").read_text().replace('kind = "mlp"', 'kind = "mlp"\nstart = "dense"')
     recipe.write_text(text.replace("refresh = 10", 'mode = "static"').replace("epochs = 6", "epochs = 1"))
@@ -225,6 +229,16 @@ def test_a_recipe_that_cannot_be_run_leaves_no_folder(tmp_path):
         with pytest.raises(RecipeError, match=message):
             run_recipe(replace(SHORT, model=replace(SHORT.model, start=str(start))), tmp_path / "run", progress=False)
         assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_other_things_is_left_alone(tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for folder in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(RecipeError, match=r"exists already and holds no run \(no recipe\.json\)"):
+            run_recipe(SHORT, folder, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "empty").mkdir()
+    assert run_recipe(SHORT, tmp_path / "empty", progress=False, stop_after=1) is None
 
 
 def test_a_damaged_checkpoint_and_a_loss_that_is_no_number_are_said(tmp_path):

@@ -28,7 +28,7 @@ from bisparse.results import LayerResult, PruneReport
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
 
-__all__ = ["load", "plain_weights", "save"]
+__all__ = ["load", "plain_weights", "save", "sidecar_of"]
 
 WEIGHTS = "model.safetensors"
 
@@ -150,7 +150,7 @@ def save(
                 packer.finish()
         if (config := _config_of(model)) is not None:
             (temporary / "config.json").write_text(config, encoding="utf-8")
-        sidecar = Sidecar(report, source=type(model).__name__, samples=_samples(report, weights))
+        sidecar = sidecar_of(report, weights, type(model).__name__)
         (temporary / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
         read_back(temporary / WEIGHTS, ordered, checksums, layers, lambda tensor: None)
         if beside is not None:
@@ -190,13 +190,14 @@ def _pattern_of(layer: Layer) -> Structure | None:
     return next((step.pattern for step in steps if isinstance(step, HasPattern)), None)
 
 
-def _samples(report: PruneReport, weights: Mapping[str, Tensor]) -> tuple[SampleTile, ...]:
+def sidecar_of(report: PruneReport, weights: Mapping[str, Tensor], source: str) -> Sidecar:
+    """What is said of weights that obey the patterns of a report, with squares of them to look at."""
     step = max(1, -(-len(report) // SAMPLES))
     samples = []
     for result in report.layers[::step]:
         matrix = to_matrices(weights[result.parameter], result.layout)[0]
         samples.append(SampleTile.middle(result.name, matrix, matrix != 0, parse_pattern(result.pattern)))
-    return tuple(samples)
+    return Sidecar(report, source=source, samples=tuple(samples))
 
 
 def _config_of(model: nn.Module) -> str | None:

@@ -36,16 +36,16 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
     Raises:
         CheckpointError: the target exists, cannot be written, another run is writing it, or the disk is full.
     """
-    target = Path(os.path.realpath(target))
+    given, target = target, Path(os.path.realpath(target))
+    temporary = _hidden(target.parent, target)
     try:
         _restore(target)
         check_target(target, overwrite, ours)
         target.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(target)
-        temporary = target.parent / f".{target.name}.bisparse-{secrets.token_hex(4)}"
         temporary.mkdir()
     except OSError as error:
-        raise _explained(error, target) from error
+        raise _explained(error, given, temporary) from error
     lock = _lock(temporary)
     try:
         yield temporary
@@ -53,7 +53,12 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
         check_target(target, overwrite, ours)
         _publish(temporary, target)
     except OSError as error:
-        raise _explained(error, target) from error
+        raise _explained(error, given, temporary) from error
+    except CheckpointError as error:
+        if not error.path.is_relative_to(temporary):
+            raise
+        path = _as_given(error.path, given, temporary)
+        raise CheckpointError(path, error.problem, error.remedy, tensor=error.tensor) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         if lock is not None:
@@ -103,16 +108,25 @@ def check_writable(target: Path) -> None:
     Raises:
         CheckpointError: there is a file where a folder is needed, no permission, or no room.
     """
-    target = Path(os.path.realpath(target))
-    existing = next(parent for parent in target.parents if os.path.lexists(parent))
+    existing = next(parent for parent in Path(os.path.realpath(target)).parents if os.path.lexists(parent))
     if not existing.is_dir():
         raise CheckpointError(existing, "is a file, where a folder is needed", f"choose another place than {target}")
+    probe = _hidden(existing, target)
     try:
-        probe = existing / f".{target.name}.bisparse-{secrets.token_hex(4)}"
         probe.mkdir()
         probe.rmdir()
     except OSError as error:
-        raise _explained(error, target) from error
+        raise _explained(error, target, probe) from error
+
+
+def _hidden(folder: Path, target: Path) -> Path:
+    """A name for what is to become the target."""
+    return folder / f".{target.name}.bisparse-{secrets.token_hex(4)}"
+
+
+def _as_given(path: Path, target: Path, hidden: Path) -> Path:
+    """The path by which the user knows what stands below a hidden folder."""
+    return target / path.relative_to(hidden) if path.is_relative_to(hidden) else path
 
 
 def _lock(folder: Path) -> int | None:
@@ -208,8 +222,8 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(code, os.strerror(code), str(other))
 
 
-def _explained(error: OSError, target: Path) -> CheckpointError:
-    path = error.filename or target
+def _explained(error: OSError, target: Path, hidden: Path) -> CheckpointError:
+    path = _as_given(Path(error.filename or target), target, hidden)
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
             problem, remedy = "could not be written: the disk is full or a quota is used up", "free space or choose another disk"

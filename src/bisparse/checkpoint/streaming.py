@@ -131,13 +131,15 @@ def prune_stored(
         start = time.perf_counter()
         scores = _scores(band, tensor)
         mask = choose(band, scores) if choose else _solved(layer, band, scores, solver, sums)
-        sums.kept += int(torch.count_nonzero(mask))
         sums.value += float(torch.where(mask, scores, 0).sum(dtype=torch.float64))
         sums.total += float(scores.sum(dtype=torch.float64))
         sums.time_s += time.perf_counter() - start
         if sums.sample is None:
             sums.sample = _sample(layer.name, band, mask, pattern)
-        write(as_bytes(band.weight.masked_fill_(~mask, 0)))
+        pruned = band.weight.masked_fill_(~mask, 0)
+        # A mask may keep weights that were zero already.
+        sums.kept += int(torch.count_nonzero(pruned))
+        write(as_bytes(pruned))
         packer.add(mask)
     packer.finish()
     gap = None if sums.bound is None else max(0.0, sums.bound - sums.value) / sums.bound if sums.bound > 0 else 0.0

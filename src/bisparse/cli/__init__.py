@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bisparse.cli.bench import bench
-from bisparse.cli.console import run_app
+from bisparse.cli.console import Commands, run_app
 from bisparse.cli.convert import convert
 from bisparse.cli.info import info
 from bisparse.cli.prune import prune
@@ -20,7 +20,7 @@ from bisparse.cli.verify import verify
 
 __all__ = ["app", "run"]
 
-app = typer.Typer(name="bisparse", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="bisparse", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (prune, convert, verify, info, bench, report, train):
     app.command()(command)
 

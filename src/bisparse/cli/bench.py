@@ -49,7 +49,10 @@ def bench(
     device: Annotated[str | None, typer.Option("--device", help="By default CUDA where there is one.")] = None,
     backend: Annotated[str, typer.Option("--backend", help=f"{', '.join(BACKENDS)}.")] = "auto",
     grid: Annotated[
-        Path | None, typer.Option("--grid", metavar="FILE", help="Predict from these times, measured on another machine.")
+        Path | None,
+        typer.Option(
+            "--grid", metavar="FILE", exists=True, dir_okay=False, help="Predict from these times, measured on another machine."
+        ),
     ] = None,
     include: Included = None,
     exclude: Excluded = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -31,6 +31,7 @@ __all__ = [
     "Resume",
     "Sequences",
     "calibration_batches",
+    "check_batches",
     "check_writable",
     "finish",
     "group_of_ranks",
@@ -149,8 +150,9 @@ def prune_with_data(
     check_writable(target, overwrite)
     source = open_source(name)
     batches = calibration_batches(source, calibration, sequences, length)
-    if method.needs and batches is None:
-        raise typer.BadParameter(f"missing; {method.name} needs calibration data", param_hint="--calibration")
+    check_batches(
+        name, source, batches, {method.name: bool(method.needs), "--block-epochs": options["reconstruction"] is not None}
+    )
     started = time.perf_counter()
     with group_of_ranks() as group:
         report = prune_(
@@ -187,6 +189,18 @@ def calibration_batches(source: Source, path: Path | None, sequences: int, lengt
         )
     causal = bool(getattr(source.model, "can_generate", lambda: False)())
     return text_batches(source.tokenizer, path, causal=causal, sequences=sequences, length=length)
+
+
+def check_batches(name: str, source: Source, batches: list[Any] | None, asked: Mapping[str, bool]) -> None:
+    """Refuse a job without data where something asked for needs them, and say where they would come from."""
+    needing = next((what for what, needs in asked.items() if needs), None)
+    if batches is not None or needing is None:
+        return
+    if source.tokenizer is None:
+        raise typer.BadParameter(
+            f"{name}() returns a model alone; {needing} needs calibration data: return (model, batches)", param_hint="SOURCE"
+        )
+    raise typer.BadParameter(f"missing; {needing} needs calibration data", param_hint="--calibration")
 
 
 def finish(

@@ -17,14 +17,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column, Table
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from bisparse.pattern import Structure
     from bisparse.solvers import Solver
 
 __all__ = [
-    "INTERRUPTED", "AsJson", "Excluded", "Included", "Threads", "command", "fail", "grouped", "parse_pattern_option",
-    "parse_solver", "print_json", "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stdout",
+    "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Threads", "command", "fail", "grouped", "parse_pattern_option",
+    "parse_solver", "print_json", "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stderr", "to_stdout",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -44,6 +45,8 @@ SOLVERS = ("exact", "greedy", "two-approximation", "sinkhorn", "min-cost-flow")
 INTERRUPTED = 130
 TERMINATED = 143
 PIPED_WIDTH = 160
+WRONG_USE: Any = typer.BadParameter.__mro__[1]
+"""What typer raises for arguments that do not parse, whatever is wrong with them; it gives the class no public name."""
 
 
 def to_stdout() -> Console:
@@ -80,6 +83,19 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             fail(str(error), 1 if isinstance(error, CheckpointError | PatternError) else 2, as_json=as_json)
 
     return guarded
+
+
+class Commands(TyperGroup):
+    """The commands of an app; wrong use is told in JSON too where `--json` is among the arguments."""
+
+    def invoke(self, ctx: Any) -> Any:
+        as_json = "--json" in ctx.args
+        try:
+            return super().invoke(ctx)
+        except WRONG_USE as error:
+            if as_json:
+                print_json({"ok": False, "error": error.format_message(), "exit_code": error.exit_code})
+            raise
 
 
 def _left_behind(journal: Any) -> str:

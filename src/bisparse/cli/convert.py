@@ -18,6 +18,7 @@ from bisparse.cli.calibrated import (
     Resume,
     Sequences,
     calibration_batches,
+    check_batches,
     check_writable,
     finish,
     group_of_ranks,
@@ -74,13 +75,18 @@ def convert(
     check_writable(target, overwrite)
     opened = open_source(source)
     batches = calibration_batches(opened, calibration, sequences, length)
+    chosen = None if method is None and damping is None else parse_method(method or "adaprune", damping)
+    asked = {"--regrow": regrow, "--block-epochs": block_epochs > 0}
+    if chosen is not None:
+        asked[chosen.name] = bool(chosen.needs)
+    check_batches(source, opened, batches, asked)
     started = time.perf_counter()
     with group_of_ranks() as group:
         report = convert_(
             opened.model,
             structure,
             batches,
-            method=None if method is None and damping is None else parse_method(method or "adaprune", damping),
+            method=chosen,
             regrow=regrow,
             include=include,
             exclude=exclude,

@@ -134,6 +134,8 @@ def prune(
     unused = {"--calibration": calibration, "--damping": damping, "--device": device, "--resume": resume}
     if given := [name for name, value in unused.items() if value is not None]:
         raise typer.BadParameter("has no use at --method magnitude; name another, such as adaprune", param_hint=given[0])
+    if not source.exists():
+        raise typer.BadParameter(f"{source} does not exist", param_hint="SOURCE")
     if dry_run:
         plan = plan_checkpoint(source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
         _print_plan(plan, structure, as_json)

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from bisparse.cli.console import AsJson, command, fail, print_json, to_stdout
+from bisparse.cli.console import AsJson, command, fail, print_json, to_stderr, to_stdout
 
 __all__ = ["report"]
 
@@ -22,7 +23,10 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     as_json: AsJson = False,
 ) -> None:
-    """Write a page to look at: retained score, gap and density of every layer, pictures of real tiles, mask diversity."""
+    """Write a page to look at: retained score, gap and density of every layer, pictures of real tiles, mask diversity.
+
+    Exit code 1 if a layer does not obey its pattern, as `bisparse verify` has it; the page is written and shows where.
+    """
     if missing := [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]:
         fail(f"reports need {' and '.join(missing)}: pip install 'bisparse[report]'", 2, as_json=as_json)
     from bisparse.checkpoint import SIDECAR
@@ -39,6 +43,15 @@ def report(
     write_report(figures, output)
     if as_json:
         layers = [layer.as_dict() for layer in figures.layers]
-        print_json({"ok": True, "output": str(output), "bytes": output.stat().st_size, "holds": figures.holds, "layers": layers})
+        print_json(
+            {"ok": figures.holds, "output": str(output), "bytes": output.stat().st_size, "holds": figures.holds, "layers": layers}
+        )
     else:
         to_stdout().print(f"Written to {output} ({output.stat().st_size / 1e6:.1f} MB)", markup=False)
+    if broken := [layer.result for layer in figures.layers if not layer.holds]:
+        to_stderr().print(
+            f"[bold red]bisparse:[/] {len(broken)} of {len(figures.layers)} layers break their pattern, the first "
+            f"{escape(broken[0].name)} its {broken[0].pattern}; the page shows where, and so does bisparse verify",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)

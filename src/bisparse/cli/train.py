@@ -16,8 +16,12 @@ __all__ = ["train"]
 
 @command
 def train(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.toml", help="Model, data, training, sparsity.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; by default runs/ and the name.")] = None,
+    recipe: Annotated[
+        Path, typer.Argument(metavar="RECIPE.toml", exists=True, dir_okay=False, help="Model, data, training, sparsity.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder of the run, new or to go on with; by default runs/ and the name.")
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Instead of the recipe's.")] = None,
     changes: Annotated[
         list[str] | None,

@@ -34,7 +34,9 @@ SHOWN = 20
 
 @command
 def verify(
-    path: Annotated[Path, typer.Argument(help="A checkpoint: a folder, a .safetensors file, or a .pt or .bin state dict.")],
+    path: Annotated[
+        Path, typer.Argument(exists=True, help="A checkpoint: a folder, a .safetensors file, or a .pt or .bin state dict.")
+    ],
     pattern: Annotated[
         str | None, typer.Option("--pattern", "-p", help="By default what bisparse.json says of each layer.")
     ] = None,

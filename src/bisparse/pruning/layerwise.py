@@ -46,7 +46,11 @@ def plan(
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
 ) -> tuple[list[tuple[Layer, Structure]], list[Skipped]]:
-    """The layers to prune, each with its pattern, and a reason for each one left dense. Changes nothing."""
+    """The layers to prune, each with its pattern, and a reason for each one left dense. Changes nothing.
+
+    Raises:
+        ValueError: filters or patterns that match nothing, no layer to prune, or weights that cannot be changed in place.
+    """
     singles = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
     found, left_dense = find_layers(model, include, exclude, remainder=remainder)
     planned = []
@@ -63,6 +67,12 @@ def plan(
             left_dense.append(Skipped(layer.name, reason))
     if unused:
         raise ValueError(f"patterns={sorted(unused)} match none of the layers to prune: {[layer.name for layer in found][:20]}")
+    if not planned:
+        reasons = "; ".join(f"{one.name}: {one.reason}" for one in left_dense[:4])
+        raise ValueError(
+            f"the model {type(model).__name__} has no layer to prune ({reasons or 'none that a pattern applies to'}); include "
+            "layers by name"
+        )
     return planned, left_dense
 
 
@@ -99,8 +109,11 @@ def layer_problem(
     )
 
 
-def record(layer: Layer, pattern: Structure, pruned: Pruned, mask: Tensor, seconds: float) -> LayerResult:
+def record(layer: Layer, pattern: Structure, pruned: Pruned, change: Change, seconds: float) -> LayerResult:
     """The line of the report."""
+    weight = layer.weight if change.weight is None else change.weight
+    # A mask may keep weights that were zero already.
+    kept = change.mask.to(weight.device) & (weight != 0)
     return LayerResult(
         layer.name,
         layer.parameter_name,
@@ -108,7 +121,7 @@ def record(layer: Layer, pattern: Structure, pruned: Pruned, mask: Tensor, secon
         str(layer.weight.dtype).removeprefix("torch."),
         layer.layout,
         str(pattern),
-        float(mask.sum()) / mask.numel(),
+        float(kept.double().mean()),
         pruned.solution.retained,
         gap_of(pruned.solution),
         pruned.solution.value,
@@ -148,7 +161,8 @@ def prune_layer(
         weight = layer.weight
         mask = from_matrices(pruned.solution.mask, layer.layout, weight.shape)
         new = None if pruned.weight is None else from_matrices(pruned.weight, layer.layout, weight.shape).to(weight.dtype)
-    return Change(layer, mask, new, pruned.bias, bias_at), record(layer, pattern, pruned, mask, time.perf_counter() - start)
+        change = Change(layer, mask, new, pruned.bias, bias_at)
+        return change, record(layer, pattern, pruned, change, time.perf_counter() - start)
 
 
 def apply_(changes: Iterable[Change]) -> None:

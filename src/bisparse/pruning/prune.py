@@ -87,7 +87,8 @@ def prune_(
     Raises:
         CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
         OtherRankError: another rank of the group failed.
-        ValueError: weights that are NaN or infinite, filters that match nothing, parametrized weights, missing batches.
+        ValueError: weights that are NaN or infinite, filters that match nothing, no layer to prune, parametrized weights, missing
+            batches.
 
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     >>> report = prune_(model, "4:8-T")

@@ -52,7 +52,10 @@ def open_source(name: str) -> Source:
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"{name} is a file: name the folder of the transformers model, a .gguf file, or module:function")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(f"{name} holds no config.json, which says what model it is: name a transformers model's folder")
+        raise ValueError(
+            f"{name} holds no config.json, which says what model to build: add the config.json that transformers saves with the "
+            "weights, or name a function of yours, module:function, that builds the model, loads these weights and returns it"
+        )
     try:
         import transformers
     except ImportError as error:

@@ -277,6 +277,9 @@ def _write(output: str | Path, html: str) -> Path:
     try:
         temporary.write_text(html, encoding="utf-8")
         os.replace(temporary, output)
+    except OSError as error:
+        error.filename = str(output)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
     return output

@@ -15,6 +15,7 @@ from bisparse.tiles import Layout, from_matrices, to_matrices
 __all__ = [
     "Masked",
     "SoftThreshold",
+    "magnitude_of",
     "masked_parameters",
     "own_parametrization",
     "soft_threshold",
@@ -56,31 +57,49 @@ class _StraightThroughThreshold(torch.autograd.Function):
         return gradient, None
 
 
-class Masked(nn.Module):
-    """A parametrization (`torch.nn.utils.parametrize`) whose weight is zero off the mask; all of it gets the gradient."""
+class _Parametrization(nn.Module):
+    """What makes the forward weight of a dense one that is trained (`torch.nn.utils.parametrize`)."""
 
     mask: Bool[Tensor, "..."]
+    pattern: Structure
+    start: float | None = None
+    """Sum of |w| when `sparsify_` found the mask; None once the mask follows an optimizer, was found anew, or was loaded."""
 
-    def __init__(self, mask: Bool[Tensor, "..."], pattern: Structure, layout: Layout) -> None:
+    def __init__(self, pattern: Structure, layout: Layout) -> None:
         super().__init__()
-        self.register_buffer("mask", mask)
         self.pattern, self.layout = pattern, layout
         self.dense = False
         """The schedule is in a dense phase: the mask is all ones."""
 
-    def forward(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        masked: Tensor = _StraightThrough.apply(weight, self.mask)  # type: ignore[no-untyped-call]
-        return masked
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, such as an average of the weights, gets its masks from the model that follows the optimizer.
+        return self.__dict__ | {"start": None}
+
+    def _load_from_state_dict(self, *arguments: Any) -> None:
+        super()._load_from_state_dict(*arguments)
+        self.start = None
 
     def right_inverse(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Assigning to the weight sets the dense weight."""
         return weight
 
+
+class Masked(_Parametrization):
+    """A parametrization whose weight is zero off the mask; all of it gets the gradient."""
+
+    def __init__(self, mask: Bool[Tensor, "..."], pattern: Structure, layout: Layout) -> None:
+        super().__init__(pattern, layout)
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        masked: Tensor = _StraightThrough.apply(weight, self.mask)  # type: ignore[no-untyped-call]
+        return masked
+
     def extra_repr(self) -> str:
         return str(self.pattern)
 
 
-class SoftThreshold(nn.Module):
+class SoftThreshold(_Parametrization):
     """S-STE: the weight shrunk towards zero until at most N of every M are left, times a fixed scale.
 
     In each group, t is the (N + 1)-th largest magnitude; ``weight~ = scale * sign(w) * max(0, |w| - t)``. Continuous in w,
@@ -89,14 +108,12 @@ class SoftThreshold(nn.Module):
     """
 
     scale: Float[Tensor, ""]
-    mask: Bool[Tensor, "..."]
+    pattern: Pattern
 
     def __init__(self, weight: Float[Tensor, "..."], pattern: Structure, layout: Layout) -> None:
-        super().__init__()
+        super().__init__(pattern, layout)
         if not isinstance(pattern, Pattern) or pattern.transposable:
             raise ValueError(f"S-STE's soft threshold is for plain N:M patterns such as '2:4', not '{pattern}'")
-        self.pattern, self.layout = pattern, layout
-        self.dense = False
         with torch.no_grad():
             thresholded = soft_threshold(weight, pattern, layout)
             self.register_buffer("scale", least_squares_scale(weight, thresholded))
@@ -110,10 +127,6 @@ class SoftThreshold(nn.Module):
             value = self.scale * soft_threshold(weight, self.pattern, self.layout)
         thresholded: Tensor = _StraightThroughThreshold.apply(weight, value)  # type: ignore[no-untyped-call]
         return thresholded
-
-    def right_inverse(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        """Assigning to the weight sets the dense weight."""
-        return weight
 
     def extra_repr(self) -> str:
         return f"{self.pattern}, soft threshold"
@@ -139,6 +152,11 @@ def least_squares_scale(weight: Float[Tensor, "..."], thresholded: Float[Tensor,
     """The factor b that minimises ``||w - b S(w)||``; 1 where S(w) is zero."""
     power = (thresholded * thresholded).sum()
     return torch.where(power > 0, (weight * thresholded).sum() / power.clamp(min=torch.finfo(power.dtype).tiny), 1.0)
+
+
+def magnitude_of(weight: Float[Tensor, "..."]) -> float:
+    """The sum of |w|, by which a weight that has been trained is told from one that has not."""
+    return float(weight.detach().abs().sum(dtype=torch.float32))
 
 
 def own_parametrization(module: nn.Module, parameter: str) -> Masked | SoftThreshold | None:

@@ -18,7 +18,7 @@ from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
 from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
-from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, trained_parameter
+from bisparse.training.masked import Masked, SoftThreshold, magnitude_of, masked_parameters, trained_parameter
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrized import separate_class, share_class
 from bisparse.training.schedule import Phase, Schedule
@@ -292,6 +292,7 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
     if schedule.phase(0) is Phase.DENSE:
         own.dense = True
         own.mask.fill_(True)
+    own.start = magnitude_of(weight)
     owners = [
         (module, name) for module in model.modules() for name, held in module.named_parameters(recurse=False) if held is weight
     ]
@@ -327,6 +328,12 @@ def finalize_(model: nn.Module) -> nn.Module:
             verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
     for layer in accelerated:
         layer.restore_()
+    if any(own.start not in (None, magnitude_of(trained_parameter(module, parameter))) for _, module, parameter, own in dynamic):
+        warnings.warn(
+            "the weights were trained, but the masks are still the first ones, since no step of an optimizer was counted: call "
+            "Sparsity.attach(optimizer) before the first step, or Sparsity.refresh() in a loop of your own",
+            stacklevel=3,  # past no_grad
+        )
     masked = {id(own): getattr(module, parameter).clone() for _, module, parameter, own in dynamic}
     for _, module, parameter, own in dynamic:
         # Copied into the dense weight, whose storage others may share; twice for tied weights, with the same values.
@@ -345,7 +352,7 @@ def finalize_(model: nn.Module) -> nn.Module:
         warnings.warn(
             "pruned weights had moved from zero, as without Sparsity.attach(optimizer): they are zero again, but what they had "
             "learned is lost",
-            stacklevel=2,
+            stacklevel=3,  # past no_grad
         )
     for module in model.modules():
         MVUELinear.remove_(module)

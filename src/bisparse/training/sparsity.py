@@ -221,6 +221,10 @@ class Sparsity:
                     layer.zero_pruned()
         if not counts:
             return
+        if self.step == 0:
+            for layer in self.layers:
+                if (parametrization := layer.parametrization) is not None:
+                    parametrization.start = None
         self.step += 1
         if self.mode == "static":
             return
@@ -276,7 +280,7 @@ class Sparsity:
             layer.mask.copy_(mask)
             own = layer.parametrization
             if own is not None:
-                own.dense = False
+                own.dense, own.start = False, None
             layer.mask_changed(proved=solver is None)  # the library's own: a check would wait for the device
         if measured:
             for tell in self.on_refresh:
@@ -350,7 +354,7 @@ class Sparsity:
         for layer in self.layers:
             parametrization = layer.parametrization
             if parametrization is not None:
-                parametrization.dense = dense
+                parametrization.dense, parametrization.start = dense, None
             layer.mask_changed()
 
 

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bisparse.checkpoint import SIDECAR
+from bisparse.checkpoint.model import sidecar_of
+from bisparse.checkpoint.output import written_here
 from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
 from bisparse.training.recipe.data import Data, load_data
 from bisparse.training.recipe.models import build_model
@@ -65,18 +68,22 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
     """Train as the recipe says. A folder that holds a checkpoint of the same recipe is gone on with; a finished one is read.
 
     Writes to the folder: recipe.json, metrics.jsonl while it runs, checkpoint.pt, and at the end outcome.json, weights.pt (the
-    plain state_dict) and curve.png where matplotlib is installed.
+    plain state_dict), bisparse.json if they are sparse, and curve.png where matplotlib is installed.
 
     Args:
         progress: show a bar with the live loss and flip rate.
         stop_after: stop after this many optimizer steps in this call, as a kill would, and return None.
 
     Raises:
-        RecipeError: the folder holds the run of another recipe, or the data are not there.
+        RecipeError: the folder holds the run of another recipe, or other things and no run, or the data are not there.
         RunError: the loss, a gradient or a weight is no finite number any more, or the checkpoint or the outcome is damaged.
     """
     folder = Path(folder)
     own = json.dumps(recipe.as_dict(), indent=2, sort_keys=True)
+    if folder.exists() and not written_here(folder, RECIPE):
+        raise RecipeError(
+            f"{folder} exists already and holds no run (no {RECIPE}): choose a folder that is new, empty, or a run's"
+        )
     if (folder / RECIPE).exists() and (folder / RECIPE).read_text(encoding="utf-8") != own:
         raise RecipeError(f"{folder} holds the run of another recipe: choose another folder, or delete this one")
     if (folder / OUTCOME).exists():
@@ -315,7 +322,7 @@ class _Run:
         self.curve[-1] |= last
         self._write_metrics()
         flips = [row["flip_rate"] for row in self.curve if "flip_rate" in row]
-        density, refreshes = 1.0, 0
+        density, refreshes, dense_end = 1.0, 0, False
         if self.sparsity is not None:
             refreshes = self.sparsity.refreshes
             dense_end = self.sparsity.phase is Phase.DENSE
@@ -324,8 +331,11 @@ class _Run:
             density = sum(int((one != 0).sum()) for one in weights) / sum(one.numel() for one in weights)
             if not dense_end:
                 assert density < 1 or all(layer.pattern.density == 1 for layer in self.sparsity.layers)
-        torch.save(plain_state_dict(self.model), self.folder / f"{WEIGHTS}.tmp")
+        state = plain_state_dict(self.model)
+        torch.save(state, self.folder / f"{WEIGHTS}.tmp")
         os.replace(self.folder / f"{WEIGHTS}.tmp", self.folder / WEIGHTS)
+        if self.sparsity is not None and not dense_end:
+            _write(self.folder / SIDECAR, sidecar_of(self.sparsity.report(), state, self.recipe.name).to_json().encode())
         outcome = Outcome(
             name=self.recipe.name,
             steps=self.step,
