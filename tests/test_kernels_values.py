@@ -78,19 +78,19 @@ def test_the_estimate_compiles_without_a_gpu_and_without_spills(arch: int) -> No
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bisparse.kernels import cuda_values
+    from bisparse.kernels import cuda_estimate
 
     types = {"gradient": "*bf16", "start": "*fp32", "estimate": "*bf16", "tokens": "i32", "outputs": "i32", "groups": "i32"}
-    names = cuda_values.estimate_kernel.arg_names
-    constants = {"BLOCK_GROUPS": cuda_values.ESTIMATE_GROUPS, "BLOCK_OUTPUTS": cuda_values.ESTIMATE_OUTPUTS}
+    names = cuda_estimate.estimate_kernel.arg_names
+    constants = {"BLOCK_GROUPS": cuda_estimate.ESTIMATE_GROUPS, "BLOCK_OUTPUTS": cuda_estimate.ESTIMATE_OUTPUTS}
     source = ASTSource(
-        cuda_values.estimate_kernel,
+        cuda_estimate.estimate_kernel,
         {**types, **dict.fromkeys(constants, "constexpr")},
         {(names.index(name),): value for name, value in constants.items()},
     )
     code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "enable_fp_fusion": False}).asm
     assert f"sm_{arch}" in code["ptx"] and ".local" not in code["ptx"]
-    assert "div.rn.f32" in code["ptx"] and "cvt.rn.bf16" in code["ptx"], "rounded as torch does"
+    assert "fma" not in code["ptx"] and "cvt.rn.bf16" in code["ptx"], "rounded as torch does"
 
 
 def test_the_estimate_obeys_torch_and_needs_a_start_for_each_group() -> None:
@@ -109,6 +109,18 @@ def test_on_a_cpu_estimates_are_those_of_the_specification(dtype: torch.dtype) -
         start = torch.rand(groups, outputs, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
         for own in (gradient, gradient.t().contiguous().t()):  # any strides
             assert torch.equal(estimate_2to4(own, start), reference_estimate_2to4(own, start))
+
+
+@pytest.mark.parametrize("estimate", [estimate_2to4, reference_estimate_2to4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_no_rounding_keeps_a_third_entry(estimate, dtype: torch.dtype) -> None:  # type: ignore[no-untyped-def]
+    large = 2.0**24 if dtype == torch.float32 else 2.0**53
+    groups = [[large, 1.0, 1.0, 1.0], [large, 1.9, 0.99, 0.99], [1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 0.0], [0.7, 0.7, 0.1, 0.0]]
+    numbers = torch.cat((torch.tensor(groups, dtype=dtype), torch.rand(500, 4, dtype=dtype), torch.randn(500, 4).exp().to(dtype)))
+    for step in (0, 1, 2, 3, 2**23, 2**24 - 2, 2**24 - 1):  # a sum meets its threshold near the ends of [0, 1)
+        found = estimate(numbers.t().contiguous(), torch.full((1, len(numbers)), step * 2.0**-24, dtype=dtype))
+        assert int((found != 0).sum(1).max()) == 2
+    assert bool((found[0, 1:] != 0).any()), "beside a large entry, small ones are not lost"
 
 
 @pytest.mark.parametrize("estimate", [estimate_2to4, reference_estimate_2to4])

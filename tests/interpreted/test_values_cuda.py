@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bisparse.kernels import cuda_values
+from bisparse.kernels import cuda_estimate, cuda_values
 from bisparse.kernels.estimate import reference_estimate_2to4
 from bisparse.kernels.positions import find_positions, reference_find_positions, reference_take_values
 from test_accelerate import random_mask
@@ -55,8 +55,8 @@ def test_positions_are_those_of_the_specification(shape: tuple[int, int]) -> Non
 def test_estimates_are_those_of_the_specification(
     shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda_values, "ESTIMATE_GROUPS", 4)
-    monkeypatch.setattr(cuda_values, "ESTIMATE_OUTPUTS", 8)
+    monkeypatch.setattr(cuda_estimate, "ESTIMATE_GROUPS", 4)
+    monkeypatch.setattr(cuda_estimate, "ESTIMATE_OUTPUTS", 8)
     tokens, outputs = shape
     gradient = torch.randn(tokens, outputs) * torch.randint(0, 3, shape)  # zeros and ties
     gradient[0] *= 100  # one entry that is certain
@@ -66,7 +66,7 @@ def test_estimates_are_those_of_the_specification(
         expected = reference_estimate_2to4(gradient, start)
         torch.empty = poisoned(torch.empty)  # type: ignore[assignment]
         try:
-            found = cuda_values.estimate_2to4(gradient, start)
+            found = cuda_estimate.estimate_2to4(gradient, start)
         finally:
             torch.empty = torch.empty.honest  # type: ignore[attr-defined]
         assert torch.equal(found != 0, expected != 0), "the same entries"

@@ -1,9 +1,12 @@
 """The unbiased 2:4 estimate of a gradient as one operator: probabilities, systematic sampling, and the transpose that is packed.
 
 Each group g of 4 consecutive tokens of a column keeps at most two entries. Entry i is kept with probability
-p_i = min(1, |g_i| / tau), with tau such that the p_i sum to 2, and has the value g_i / p_i: of all unbiased estimates the one
-with the least variance. One uniform number u a group draws both: entry i is kept when the running sum of the p_i passes u or
-u + 1. The uniforms are an argument, so that the draw is torch's own and every device keeps the same entries.
+p_i = min(1, |g_i| / tau), with tau such that the p_i sum to 2, and has the value g_i / p_i, which is g_i or tau with g_i's sign:
+of all unbiased estimates the one with the least variance. One uniform number u a group draws both: of the entries that are not
+certain, the one is kept with which the running sum of the |g_i| passes u tau, and that with which it passes (1 + u) tau. Only
+sums and comparisons decide, so that no rounding can keep a third entry; it can move a probability by some 2**-24.
+
+The uniforms are an argument, so that the draw is torch's own and every device keeps the same entries.
 
 Source: Chmiel et al., "Minimum Variance Unbiased N:M Sparsity for the Neural Gradients", ICLR 2023, arXiv 2203.10991; systematic
 sampling after Madow (1949).
@@ -14,7 +17,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 __all__ = ["estimate_2to4", "keep_probabilities"]
@@ -30,15 +33,20 @@ def keep_probabilities(groups: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
     [[0.5, 0.5, 0.5, 0.5], [1.0, 0.5, 0.5, 0.0]]
     """
     size = groups.abs()
-    one, two, three, four = size.unbind(-1)
-    total = (one + two + three + four).unsqueeze(-1)
-    largest, where = size.max(-1, keepdim=True)
-    rest = total - largest
+    tau, certain = _threshold(size)
+    return torch.where(certain, 1.0, size / torch.where(tau > 0, tau, 1.0).unsqueeze(-1))
+
+
+def _threshold(size: Float[Tensor, "*B 4"]) -> tuple[Float[Tensor, "*B"], Bool[Tensor, "*B 4"]]:
+    """tau, and which entries it makes certain; never more than two."""
+    s0, s1, s2, s3 = size.unbind(-1)
+    low, high = torch.minimum(s0, s1), torch.maximum(s0, s1)
+    other_low, other_high = torch.minimum(s2, s3), torch.maximum(s2, s3)
+    # The sum of all but the largest; that of all less the largest would lose them beside a large one.
+    rest = torch.minimum(high, other_high) + low + other_low
     # At most one entry can pass 1: then it is certain, and the others share what is left of the 2.
-    clipped = largest > rest
-    probability = torch.where(clipped, size / _nonzero(rest), 2 * size / _nonzero(total)).clamp(max=1.0)
-    certain = torch.zeros_like(size, dtype=torch.bool).scatter_(-1, where, True)
-    return torch.where(clipped & certain, 1.0, probability)
+    tau = torch.where(torch.maximum(high, other_high) > rest, rest, 0.5 * (s0 + s1 + s2 + s3))
+    return tau, (size >= tau.unsqueeze(-1)) & (size > 0)
 
 
 def estimate_2to4(gradient: Float[Tensor, "T O"], start: Float[Tensor, "G O"]) -> Float[Tensor, "O T4"]:
@@ -59,23 +67,23 @@ def reference_estimate_2to4(gradient: Tensor, start: Tensor) -> Tensor:
     tokens, out = gradient.shape
     padded = torch.nn.functional.pad(gradient.to(start.dtype), (0, 0, 0, 4 * start.shape[0] - tokens))
     groups = padded.unflatten(0, (-1, 4)).transpose(1, 2)  # (G, O, 4)
-    probability = keep_probabilities(groups)
-    certain = probability == 1
-    reached = torch.where(certain, 0, probability).cumsum(-1)
-    # The sum is a whole number but for rounding, which must not add or lose a draw.
-    reached[..., -1:] = reached[..., -1:].round()
-    # Entry i is kept where a whole number lies in (reached_(i-1) - start, reached_i - start]; the floor counts them.
-    passed = torch.floor(reached - start.unsqueeze(-1))
-    before = torch.cat([torch.floor(-start.unsqueeze(-1)), passed[..., :-1]], dim=-1)
-    kept = certain | ((passed > before) & (probability > 0))
-    total = groups.abs().sum(-1, keepdim=True)
+    size = groups.abs()
+    tau, certain = _threshold(size)
+    number = certain.sum(-1)
+    # Two thresholds, or one where an entry is certain; where two are, none that a sum could pass.
+    first = torch.where(number == 2, -1.0, start * tau)
+    second = torch.where(number == 0, start * tau + tau, first)
+    reached, kept = torch.zeros_like(tau), []
+    for part in torch.where(certain, 0.0, size).unbind(-1):
+        before, reached = reached, reached + part
+        kept.append((before <= first) & (first < reached) | (before <= second) & (second < reached))
+    # All thresholds are passed in the end, whatever the sum was rounded to.
+    kept[-1] = (before <= second) & (part > 0)
+    total = size.sum(-1, keepdim=True)
+    sampled = torch.where(torch.stack(kept, dim=-1), torch.copysign(tau.unsqueeze(-1), groups), 0.0)
     # NaN where a gradient is not finite, which must not pass for a zero.
-    estimate: Tensor = torch.where(kept, groups / _nonzero(probability), 0.0) + (total - total)
+    estimate: Tensor = torch.where(certain, groups, sampled) + (total - total)
     return estimate.transpose(0, 1).reshape(out, 4 * start.shape[0]).to(gradient.dtype).contiguous()
-
-
-def _nonzero(number: Tensor) -> Tensor:
-    return torch.where(number > 0, number, 1.0)
 
 
 @torch.library.register_fake("bisparse::estimate_2to4")
@@ -90,12 +98,12 @@ def _on_a_cpu(gradient: Tensor, start: Tensor) -> Tensor:
 
 
 def _on_a_gpu(gradient: Tensor, start: Tensor) -> Tensor:
-    from bisparse.kernels import cuda_values
+    from bisparse.kernels import cuda_estimate
 
     if start.dtype == torch.float64:  # for tests of arithmetic, not worth a kernel
         return reference_estimate_2to4(gradient, start)
     with torch.cuda.device_of(gradient):
-        return cuda_values.estimate_2to4(gradient, start)
+        return cuda_estimate.estimate_2to4(gradient, start)
 
 
 _LIBRARY.impl("estimate_2to4", reference_estimate_2to4, "CompositeExplicitAutograd")
