@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bisparse.accelerate.backend import BACKENDS
 from bisparse.kernels.estimate import estimate_2to4
+from bisparse.kernels.philox import draw_seed
 from bisparse.kernels.positions import put_values, take_values
 
 __all__ = ["linear_2to4", "packed_linear_2to4"]
@@ -140,9 +141,7 @@ def _weight_gradient(gradient: Tensor, input: Tensor, backend: str, search: bool
     own = BACKENDS[backend]
     tokens, rows = gradient.shape
     groups = -(-tokens // max(own.column_multiple, 4)) * max(own.column_multiple, 4) // 4
-    wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    start = torch.rand((groups, rows), dtype=wide, device=gradient.device)
-    packed, metadata = own.pack(estimate_2to4(gradient, start))
+    packed, metadata = own.pack(estimate_2to4(gradient, draw_seed(gradient.device), groups))
     if 4 * groups > tokens:
         input = torch.nn.functional.pad(input, (0, 0, 0, 4 * groups - tokens))
     output: Tensor = own.multiply(packed, metadata, input.contiguous(), rows, search=search)

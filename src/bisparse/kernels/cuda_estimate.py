@@ -1,4 +1,9 @@
-"""The 2:4 estimate of the output's gradient, transposed: read once and written once; in plain torch about forty passes."""
+"""The 2:4 estimate of the output's gradient, transposed: the gradient is read once, and what is wanted of it written once.
+
+A lane owns 16 consecutive tokens of an output: four groups, which one Philox counter draws and one word of metadata tells of.
+Nothing but the gradient and the seed is read: of half precision, 4 bytes an entry in all. Neighbouring lanes of a
+warp own neighbouring outputs, as the gradient lies; the results, which lie the other way, pass through shared memory.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +14,19 @@ from torch import Tensor
 
 __all__ = ["estimate_2to4"]
 
-ESTIMATE_GROUPS, ESTIMATE_OUTPUTS = 16, 64
+WORDS, OUTPUTS = 4, 64
+"""Lanes of a program: results are written 64 bytes at a time or more, gradients read 128."""
 
 
-def estimate_2to4(gradient: Tensor, start: Tensor) -> Tensor:
+def estimate_2to4(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
     """`estimate.estimate_2to4` on a GPU."""
-    gradient, start = gradient.contiguous(), start.contiguous()
-    (tokens, outputs), groups = gradient.shape, start.shape[0]
+    gradient = gradient.contiguous()
+    tokens, outputs = gradient.shape
     estimate = torch.empty((outputs, 4 * groups), dtype=gradient.dtype, device=gradient.device)
     if estimate.numel():
-        estimate_kernel[(triton.cdiv(groups, ESTIMATE_GROUPS), triton.cdiv(outputs, ESTIMATE_OUTPUTS))](
-            gradient, start, estimate, tokens, outputs, groups,
-            BLOCK_GROUPS=ESTIMATE_GROUPS, BLOCK_OUTPUTS=ESTIMATE_OUTPUTS, num_warps=4, enable_fp_fusion=False,
+        estimate_kernel[(triton.cdiv(groups, 4 * WORDS), triton.cdiv(outputs, OUTPUTS))](
+            gradient, seed, estimate, tokens, outputs, groups,
+            WORDS=WORDS, OUTPUTS=OUTPUTS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return estimate
 
@@ -28,61 +34,102 @@ def estimate_2to4(gradient: Tensor, start: Tensor) -> Tensor:
 @triton.jit
 def estimate_kernel(  # type: ignore[no-untyped-def]
     gradient,
-    start,
+    seed,
     estimate,
     tokens,
     outputs,
     groups,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_OUTPUTS: tl.constexpr,
+    WORDS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
 ):
-    """The estimate of a block of groups and outputs, in the order of operations of the specification."""
-    group = (tl.program_id(0) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)).to(tl.int64)[:, None]
-    output = (tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)).to(tl.int64)[None, :]
-    there = (group < groups) & (output < outputs)
-    uniform = tl.load(start + group * outputs + output, mask=there, other=0.0)
-    place = gradient + 4 * group * outputs + output
-    g0 = tl.load(place, mask=there & (4 * group < tokens), other=0.0).to(uniform.dtype)
-    g1 = tl.load(place + outputs, mask=there & (4 * group + 1 < tokens), other=0.0).to(uniform.dtype)
-    g2 = tl.load(place + 2 * outputs, mask=there & (4 * group + 2 < tokens), other=0.0).to(uniform.dtype)
-    g3 = tl.load(place + 3 * outputs, mask=there & (4 * group + 3 < tokens), other=0.0).to(uniform.dtype)
-    e0, e1, e2, e3 = estimate_group(g0, g1, g2, g3, uniform)
-    # (groups, outputs, 2, 2): the last index is the lower bit of the token.
-    four = tl.join(tl.join(e0, e2), tl.join(e1, e3)).to(estimate.dtype.element_ty)
-    high = 2 * tl.arange(0, 2)[None, None, :, None]
-    low = tl.arange(0, 2)[None, None, None, :]
-    where = estimate + (output * 4 * groups + 4 * group)[:, :, None, None] + high + low
-    tl.store(where, four, mask=there[:, :, None, None] & (high + low < 4))
+    """The estimate of a block of words and outputs."""
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)[:, None]
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
+    u0, u1, u2, u3 = draw_uniforms(seed, word, output)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word, output, tokens, outputs)
+    a0, a1, a2, a3 = estimate_group(g0, g1, g2, g3, u0)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 4, output, tokens, outputs)
+    b0, b1, b2, b3 = estimate_group(g0, g1, g2, g3, u1)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 8, output, tokens, outputs)
+    c0, c1, c2, c3 = estimate_group(g0, g1, g2, g3, u2)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 12, output, tokens, outputs)
+    d0, d1, d2, d3 = estimate_group(g0, g1, g2, g3, u3)
+    even = join_eight(a0, a2, b0, b2, c0, c2, d0, d2)
+    odd = join_eight(a1, a3, b1, b3, c1, c3, d1, d3)
+    sixteen = tl.reshape(tl.join(even, odd), [WORDS, OUTPUTS, 16]).to(estimate.dtype.element_ty)
+    token = tl.arange(0, 16)[None, None, :]
+    start = (output.to(tl.int64) * groups + 4 * word) * 4
+    there = ((output < outputs)[:, :, None]) & (4 * word[:, :, None] + token // 4 < groups)
+    tl.store(estimate + start[:, :, None] + token, sixteen, mask=there)
 
 
 @triton.jit
-def estimate_group(g0, g1, g2, g3, uniform):  # type: ignore[no-untyped-def]
-    """The estimate of four entries, float32, in the order of operations of the specification."""
+def draw_uniforms(seed, word, output):  # type: ignore[no-untyped-def]
+    """`philox.uniforms` of the four groups of a word."""
+    x0, x1, x2, x3 = tl.philox(tl.load(seed), output, word, word * 0, word * 0)
+    unit = 2.0**-24
+    u0, u1 = (x0 >> 8).to(tl.float32) * unit, (x1 >> 8).to(tl.float32) * unit
+    return u0, u1, (x2 >> 8).to(tl.float32) * unit, (x3 >> 8).to(tl.float32) * unit
+
+
+@triton.jit
+def load_group(gradient, token, output, tokens, outputs):  # type: ignore[no-untyped-def]
+    """The four entries from a token on, zero where there are none."""
+    there = output < outputs
+    place = gradient + token.to(tl.int64) * outputs + output
+    g0 = tl.load(place, mask=there & (token < tokens), other=0.0).to(tl.float32)
+    g1 = tl.load(place + outputs, mask=there & (token + 1 < tokens), other=0.0).to(tl.float32)
+    g2 = tl.load(place + 2 * outputs, mask=there & (token + 2 < tokens), other=0.0).to(tl.float32)
+    g3 = tl.load(place + 3 * outputs, mask=there & (token + 3 < tokens), other=0.0).to(tl.float32)
+    return g0, g1, g2, g3
+
+
+@triton.jit
+def sample_group(g0, g1, g2, g3, uniform):  # type: ignore[no-untyped-def]
+    """The kept set of four entries, bit j for entry j, tau, and what adds NaN; the operations of the specification in its order."""
     s0, s1, s2, s3 = tl.abs(g0), tl.abs(g1), tl.abs(g2), tl.abs(g3)
     low, high = tl.minimum(s0, s1), tl.maximum(s0, s1)
     other_low, other_high = tl.minimum(s2, s3), tl.maximum(s2, s3)
-    rest = tl.minimum(high, other_high) + low + other_low
+    largest, middle = tl.maximum(high, other_high), tl.minimum(high, other_high)
+    rest = middle + low + other_low
     total = s0 + s1 + s2 + s3
-    tau = tl.where(tl.maximum(high, other_high) > rest, rest, 0.5 * total)
-    certain0 = (s0 >= tau) & (s0 > 0)
-    certain1 = (s1 >= tau) & (s1 > 0)
-    certain2 = (s2 >= tau) & (s2 > 0)
-    certain3 = (s3 >= tau) & (s3 > 0)
-    one = certain0 | certain1 | certain2 | certain3
-    two = (certain0 & certain1) | (certain2 & certain3) | ((certain0 | certain1) & (certain2 | certain3))
+    tau = tl.maximum(tl.where(largest > rest, rest, 0.5 * total), 2.0**-149)
+    one, two = largest >= tau, tl.maximum(middle, tl.maximum(low, other_low)) >= tau
+    certain0, certain1, certain2 = s0 >= tau, s1 >= tau, s2 >= tau
     reached0 = tl.where(certain0, 0.0, s0)
     reached1 = reached0 + tl.where(certain1, 0.0, s1)
     reached2 = reached1 + tl.where(certain2, 0.0, s2)
     first = uniform * tau
     second = tl.where(one, first, first + tau)
-    # Two that are certain leave no threshold; below one that is infinite, no sum has passed and the last entry would be kept.
-    sampled0 = (first < reached0) & (two == 0)
-    sampled1 = (((reached0 <= first) & (first < reached1)) | ((reached0 <= second) & (second < reached1))) & (two == 0)
-    sampled2 = (((reached1 <= first) & (first < reached2)) | ((reached1 <= second) & (second < reached2))) & (two == 0)
-    sampled3 = (reached2 <= second) & (s3 > 0) & (two == 0)
+    last = tl.where(s3 > 0, 8, 0)
+    sampled = tl.where(first < reached0, 1, tl.where(first < reached1, 2, tl.where(first < reached2, 4, last)))
+    sampled |= tl.where(second < reached0, 1, tl.where(second < reached1, 2, tl.where(second < reached2, 4, last)))
+    kept = tl.where(certain0, 1, 0) | tl.where(certain1, 2, 0) | tl.where(certain2, 4, 0) | tl.where(s3 >= tau, 8, 0)
     broken = total - total  # NaN where a gradient is not finite, which must not pass for a zero
-    e0 = tl.where(certain0, g0, tl.where(sampled0, tl.where(g0 < 0, -tau, tau), 0.0)) + broken
-    e1 = tl.where(certain1, g1, tl.where(sampled1, tl.where(g1 < 0, -tau, tau), 0.0)) + broken
-    e2 = tl.where(certain2, g2, tl.where(sampled2, tl.where(g2 < 0, -tau, tau), 0.0)) + broken
-    e3 = tl.where(certain3, g3, tl.where(sampled3, tl.where(g3 < 0, -tau, tau), 0.0)) + broken
+    return tl.where(broken == 0, kept | tl.where(two, 0, sampled), 3), tau, broken
+
+
+@triton.jit
+def kept_value(entry, tau):  # type: ignore[no-untyped-def]
+    """``g / p``: a certain entry as it is, another's sign with tau."""
+    size = tl.maximum(tl.abs(entry), tau)
+    return (size.to(tl.int32, bitcast=True) | (entry.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def estimate_group(g0, g1, g2, g3, uniform):  # type: ignore[no-untyped-def]
+    """The estimate of four entries."""
+    kept, tau, broken = sample_group(g0, g1, g2, g3, uniform)
+    e0 = tl.where((kept & 1) != 0, kept_value(g0, tau), 0.0) + broken
+    e1 = tl.where((kept & 2) != 0, kept_value(g1, tau), 0.0) + broken
+    e2 = tl.where((kept & 4) != 0, kept_value(g2, tau), 0.0) + broken
+    e3 = tl.where((kept & 8) != 0, kept_value(g3, tau), 0.0) + broken
     return e0, e1, e2, e3
+
+
+@triton.jit
+def join_eight(x0, x1, x2, x3, x4, x5, x6, x7):  # type: ignore[no-untyped-def]
+    """Eight tensors along a new last dimension, in this order."""
+    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
+    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+    return tl.reshape(tl.join(even, odd), [x0.shape[0], x0.shape[1], 8])

@@ -6,7 +6,7 @@ of all unbiased estimates the one with the least variance. One uniform number u 
 certain, the one is kept with which the running sum of the |g_i| passes u tau, and that with which it passes (1 + u) tau. Only
 sums and comparisons decide, so that no rounding can keep a third entry; it can move a probability by some 2**-24.
 
-The uniforms are an argument, so that the draw is torch's own and every device keeps the same entries.
+The uniforms are those of `philox.uniforms`: a seed is all that is read of them, and every device keeps the same entries.
 
 Source: Chmiel et al., "Minimum Variance Unbiased N:M Sparsity for the Neural Gradients", ICLR 2023, arXiv 2203.10991; systematic
 sampling after Madow (1949).
@@ -17,13 +17,15 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+from bisparse.kernels.philox import uniforms
 
 __all__ = ["estimate_2to4", "keep_probabilities"]
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
-_LIBRARY.define("estimate_2to4(Tensor gradient, Tensor start) -> Tensor")
+_LIBRARY.define("estimate_2to4(Tensor gradient, Tensor seed, SymInt groups) -> Tensor")
 
 
 def keep_probabilities(groups: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
@@ -34,7 +36,7 @@ def keep_probabilities(groups: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
     """
     size = groups.abs()
     tau, certain = _threshold(size)
-    return torch.where(certain, 1.0, size / torch.where(tau > 0, tau, 1.0).unsqueeze(-1))
+    return torch.where(certain, 1.0, size / tau.unsqueeze(-1))
 
 
 def _threshold(size: Float[Tensor, "*B 4"]) -> tuple[Float[Tensor, "*B"], Bool[Tensor, "*B 4"]]:
@@ -46,24 +48,40 @@ def _threshold(size: Float[Tensor, "*B 4"]) -> tuple[Float[Tensor, "*B"], Bool[T
     rest = torch.minimum(high, other_high) + low + other_low
     # At most one entry can pass 1: then it is certain, and the others share what is left of the 2.
     tau = torch.where(torch.maximum(high, other_high) > rest, rest, 0.5 * (s0 + s1 + s2 + s3))
-    return tau, (size >= tau.unsqueeze(-1)) & (size > 0)
+    smallest = torch.finfo(size.dtype)
+    tau = tau.clamp(min=smallest.tiny * smallest.eps)  # which no zero reaches
+    return tau, size >= tau.unsqueeze(-1)
 
 
-def estimate_2to4(gradient: Float[Tensor, "T O"], start: Float[Tensor, "G O"]) -> Float[Tensor, "O T4"]:
-    """The estimate, transposed: (O, 4 G), 2:4 along its rows; tokens beyond the gradient's count as zeros.
+def estimate_2to4(gradient: Float[Tensor, "T O"], seed: Int64[Tensor, "1"], groups: int) -> Float[Tensor, "O T4"]:
+    """The estimate, transposed: (O, 4 groups), 2:4 along its rows; tokens beyond the gradient's count as zeros.
 
     Args:
         gradient: tokens by outputs. A group that holds NaN or an infinite number gives NaN.
-        start: a uniform number in [0, 1) for each group and output, float32, or float64 for a float64 gradient. 4 G must reach T.
+        seed: of the draw, on the gradient's device; see `philox.draw_seed`.
+        groups: 4 of them at least as many as tokens.
     """
-    if start.ndim != 2 or start.shape[1] != gradient.shape[1] or 4 * start.shape[0] < gradient.shape[0]:
-        raise ValueError(f"a gradient of shape {tuple(gradient.shape)} needs a start for each group, not {tuple(start.shape)}")
-    estimate: Tensor = torch.ops.bisparse.estimate_2to4(gradient, start)
+    _check(gradient, seed, groups)
+    estimate: Tensor = torch.ops.bisparse.estimate_2to4(gradient, seed, groups)
     return estimate
 
 
-def reference_estimate_2to4(gradient: Tensor, start: Tensor) -> Tensor:
+def _check(gradient: Tensor, seed: Tensor, groups: int) -> None:
+    if 4 * groups < gradient.shape[0]:
+        raise ValueError(f"a gradient of shape {tuple(gradient.shape)} needs a group for every 4 tokens, not {groups} in all")
+    if seed.dtype != torch.int64 or seed.shape != (1,):
+        raise ValueError(f"a seed is one number of int64, of shape (1,), not of {seed.dtype} and shape {tuple(seed.shape)}")
+
+
+def reference_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
     """The specification of `estimate_2to4`."""
+    wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+    estimate: Tensor = estimate_by(uniforms(seed, groups, gradient.shape[1], wide), gradient)
+    return estimate
+
+
+def estimate_by(start: Float[Tensor, "G O"], gradient: Float[Tensor, "T O"]) -> Float[Tensor, "O T4"]:
+    """The estimate that uniform numbers in [0, 1) draw, computed in their dtype."""
     tokens, out = gradient.shape
     padded = torch.nn.functional.pad(gradient.to(start.dtype), (0, 0, 0, 4 * start.shape[0] - tokens))
     groups = padded.unflatten(0, (-1, 4)).transpose(1, 2)  # (G, O, 4)
@@ -80,30 +98,30 @@ def reference_estimate_2to4(gradient: Tensor, start: Tensor) -> Tensor:
     # All thresholds are passed in the end, whatever the sum was rounded to.
     kept[-1] = (before <= second) & (part > 0)
     total = size.sum(-1, keepdim=True)
-    sampled = torch.where(torch.stack(kept, dim=-1), torch.copysign(tau.unsqueeze(-1), groups), 0.0)
+    value = torch.copysign(torch.maximum(size, tau.unsqueeze(-1)), groups)
     # NaN where a gradient is not finite, which must not pass for a zero.
-    estimate: Tensor = torch.where(certain, groups, sampled) + (total - total)
+    estimate: Tensor = torch.where(certain | torch.stack(kept, dim=-1), value, 0.0) + (total - total)
     return estimate.transpose(0, 1).reshape(out, 4 * start.shape[0]).to(gradient.dtype).contiguous()
 
 
 @torch.library.register_fake("bisparse::estimate_2to4")
-def _(gradient: Tensor, start: Tensor) -> Tensor:
-    return gradient.new_empty((gradient.shape[1], 4 * start.shape[0]))
+def _(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
+    return gradient.new_empty((gradient.shape[1], 4 * groups))
 
 
-def _on_a_cpu(gradient: Tensor, start: Tensor) -> Tensor:
+def _on_a_cpu(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
     from bisparse.kernels import cpu_estimate  # numba takes a second to import
 
-    return cpu_estimate.estimate_2to4(gradient, start)
+    return cpu_estimate.estimate_2to4(gradient, seed, groups)
 
 
-def _on_a_gpu(gradient: Tensor, start: Tensor) -> Tensor:
+def _on_a_gpu(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
     from bisparse.kernels import cuda_estimate
 
-    if start.dtype == torch.float64:  # for tests of arithmetic, not worth a kernel
-        return reference_estimate_2to4(gradient, start)
+    if gradient.dtype == torch.float64:  # for tests of arithmetic, not worth a kernel
+        return reference_estimate_2to4(gradient, seed, groups)
     with torch.cuda.device_of(gradient):
-        return cuda_estimate.estimate_2to4(gradient, start)
+        return cuda_estimate.estimate_2to4(gradient, seed, groups)
 
 
 _LIBRARY.impl("estimate_2to4", reference_estimate_2to4, "CompositeExplicitAutograd")
