@@ -1,5 +1,7 @@
-"""The unbiased 2:4 estimate: its random numbers, never more than two kept, one answer everywhere, its Triton kernel compiled."""
+"""The unbiased 2:4 estimate: its random numbers, at most two kept, one answer everywhere, its packed form, its Triton kernels."""
 
+import math
+import re
 from typing import Any
 
 import numpy as np
@@ -7,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from bisparse.kernels.estimate import estimate_2to4, estimate_by, reference_estimate_2to4
+from bisparse.kernels.estimate import estimate_2to4, estimate_by, pack_estimate, reference_estimate_2to4
+from bisparse.kernels.metadata import POSITION_BITS, MetadataForm, reference_lay_out
 from bisparse.kernels.philox import draw_seed, philox, uniforms
+from bisparse.kernels.positions import reference_take_values
 
 SEEDS = [0, -1, 2**63 - 1, 0x299F31D0A4093822]
 
@@ -106,6 +110,68 @@ def test_nothing_that_is_kept_rounds_to_zero() -> None:
         assert torch.equal(estimate_2to4(gradient, seed_of(5), 100) != 0, wide != 0)
 
 
+def form_of(rows: int, words: int, lone_first: bool) -> MetadataForm:
+    """A made-up library: four bits like no other's, words in disorder, and free slots that point at the entry in use."""
+    codes = torch.zeros(16, dtype=torch.int16)
+    for kept in range(16):
+        entries = [entry for entry in range(4) if kept >> entry & 1]
+        if len(entries) <= 2:
+            first, second = (entries or [0])[0], (entries or [3])[-1]
+            used = 3 if len(entries) == 2 else 0 if not entries else 1 if lone_first else 2
+            codes[kept] = first | second << 2 | used << 4 | (11 * kept + 6) % 16 << POSITION_BITS
+    height, width = math.gcd(rows, 4), math.gcd(words, 2)
+    inner = torch.randperm(height * width, dtype=torch.int32).view(height, width)
+    return MetadataForm(codes, inner, height * words, height * width)
+
+
+def packed_by_steps(estimate: Tensor, form: MetadataForm) -> Tensor:
+    """The dense estimate of finite entries, then its positions and metadata, then its values."""
+    rows, groups = estimate.shape[0], estimate.shape[1] // 4
+    positions, metadata = torch.empty(rows, groups, dtype=torch.uint8), torch.empty(rows * groups // 4, dtype=torch.int16)
+    how = form.codes, form.inner, form.row_stride, form.word_stride
+    reference_lay_out(estimate != 0, *how, None, 0, 0, positions, metadata, None, None, None)
+    return torch.cat((reference_take_values(estimate, positions, estimate.dtype).flatten(), metadata.view(estimate.dtype)))
+
+
+PACKED_SHAPES = [(16, 3, 4), (64, 9, 16), (13, 20, 4), (40, 6, 16), (0, 2, 4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lone_first", [True, False])
+def test_the_packed_estimate_is_the_estimate_packed(dtype: torch.dtype, lone_first: bool) -> None:
+    for tokens, outputs, groups in PACKED_SHAPES:
+        gradient, form = gradient_of((tokens, outputs), dtype), form_of(outputs, groups // 4, lone_first)
+        found = pack_estimate(gradient, seed_of(7), groups, form)
+        expected = packed_by_steps(reference_estimate_2to4(gradient, seed_of(7), groups), form)
+        assert found.dtype == dtype and found.numel() == 9 * outputs * groups // 4
+        assert torch.equal(found.view(torch.int16), expected.view(torch.int16)), "bit by bit: no -0.0"
+
+
+def test_a_group_that_is_not_finite_keeps_its_first_two() -> None:
+    gradient, form = torch.randn(32, 4).half(), form_of(4, 2, True)
+    gradient[9, 2] = float("nan")
+    found = pack_estimate(gradient, seed_of(7), 8, form)
+    gradient[8:12, 2] = torch.tensor([5.0, 7.0, 0.0, 0.0])
+    expected = pack_estimate(gradient, seed_of(7), 8, form)
+    values, finite = found[:64].view(4, 8, 2), expected[:64].view(4, 8, 2)
+    assert bool(values[2, 2].isnan().all()) and finite[2, 2].tolist() == [5.0, 7.0]
+    values[2, 2] = finite[2, 2]
+    assert torch.equal(found.view(torch.int16), expected.view(torch.int16))
+
+
+def test_packing_obeys_torch_and_says_what_it_needs() -> None:
+    form = form_of(3, 1, True)
+    for gradient in (torch.randn(10, 3).half(), torch.randn(3, 16).half().t()):
+        torch.library.opcheck(torch.ops.bisparse.pack_estimate_2to4, (gradient, seed_of(1), 4, *form))
+    for gradient, groups, message in (
+        (torch.randn(8, 3), 4, "in float16 or bfloat16, not in torch.float32"),
+        (torch.randn(8, 3).half(), 6, "6 groups do not fill words"),
+        (torch.randn(20, 3).half(), 4, "needs a group for every 4 tokens"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pack_estimate(gradient, seed_of(0), groups, form)
+
+
 @pytest.mark.parametrize("estimate", [estimate_2to4, reference_estimate_2to4])
 @pytest.mark.parametrize("broken", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_not_lost(estimate, broken: float) -> None:  # type: ignore[no-untyped-def]
@@ -159,6 +225,42 @@ def test_the_estimate_compiles_without_a_gpu_and_without_spills(arch: int, dtype
     assert dtype == "fp32" or f"cvt.rn.{dtype.replace('fp', 'f')}" in code["ptx"]
 
 
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("inner", [(1, 1), (32, 2)])
+def test_packing_compiles_without_a_gpu_and_without_spills(arch: int, dtype: str, inner: tuple[int, int]) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from bisparse.kernels import cuda_estimate
+
+    numbers = dict.fromkeys(("tokens", "outputs", "words", "row_stride", "word_stride"), "i32")
+    pointers = {"codes": "*i16", "inner": "*i32", "values": f"*{dtype}", "metadata": "*i16"}
+    types = {"gradient": f"*{dtype}", "seed": "*i64", **pointers, **numbers}
+    form = dict(zip(("HEIGHT", "WIDTH"), inner, strict=True))
+    constants = {**form, "WORDS": cuda_estimate.WORDS, "OUTPUTS": cuda_estimate.OUTPUTS}
+    code = compiled(cuda_estimate.pack_kernel, types, constants, arch, ("gradient", "values", "outputs"))
+    assert f"sm_{arch}" in code["ptx"] and ".local" not in code["ptx"]
+    assert "fma.rn" not in code["ptx"] and "ftz" not in code["ptx"] and f"cvt.rn.{dtype.replace('fp', 'f')}" in code["ptx"]
+    # Eight values of a lane in one store, a word of metadata in another; two outputs of a lane in one load.
+    stored = set(re.findall(r"st\.global\.\S+", code["ptx"]))
+    assert stored == {"st.global.v4.b32", "st.global.b16"} and "ld.global.b32" in code["ptx"]
+
+
+def test_gradients_and_results_lie_beyond_two_to_the_31() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from bisparse.kernels import cuda_estimate
+
+    types = {"gradient": "*fp16", "seed": "*i64", "estimate": "*fp16", "tokens": "i32", "outputs": "i32", "groups": "i32"}
+    ir = compiled(cuda_estimate.estimate_kernel, types, {"WORDS": 4, "OUTPUTS": 64}, 90)["ttir"]
+    numbers = dict.fromkeys(("tokens", "outputs", "words", "row_stride", "word_stride"), "i32")
+    pointers = {"codes": "*i16", "inner": "*i32", "values": "*fp16", "metadata": "*i16"}
+    types = {"gradient": "*fp16", "seed": "*i64", **pointers, **numbers}
+    ir += compiled(cuda_estimate.pack_kernel, types, {"HEIGHT": 32, "WIDTH": 2, "WORDS": 4, "OUTPUTS": 64}, 90)["ttir"]
+    for name in ("gradient", "estimate", "values", "metadata"):
+        pointers_of = [f"%{name}", *re.findall(rf"(%\w+) = tt.splat %{name} ", ir)]
+        offsets = [wide for one in pointers_of for wide in re.findall(rf"tt.addptr {one}, .*, (?:tensor<[\dx]*)?(i\d+)", ir)]
+        assert offsets and set(offsets) == {"i64"}, name
+
+
 # ---- on a GPU --------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +272,17 @@ def test_on_a_gpu_estimates_are_those_of_the_specification(dtype: torch.dtype) -
         for seed in SEEDS:
             found = estimate_2to4(gradient.cuda(), seed_of(seed).cuda(), groups).cpu()
             assert torch.equal(found, reference_estimate_2to4(gradient, seed_of(seed), groups))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_on_a_gpu_packed_estimates_are_those_of_the_specification(dtype: torch.dtype) -> None:
+    for tokens, outputs, groups in [*PACKED_SHAPES, (1001, 132, 256), (4096, 512, 1024)]:
+        gradient, form = gradient_of((tokens, outputs), dtype), form_of(outputs, groups // 4, False)
+        on_a_gpu = MetadataForm(form.codes.cuda(), form.inner.cuda(), form.row_stride, form.word_stride)
+        for own in (gradient, gradient.t().contiguous().t()):
+            found = pack_estimate(own.cuda(), seed_of(-1).cuda(), groups, on_a_gpu).cpu()
+            assert torch.equal(found.view(torch.int16), pack_estimate(own, seed_of(-1), groups, form).view(torch.int16))
 
 
 @pytest.mark.gpu

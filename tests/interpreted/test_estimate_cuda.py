@@ -11,9 +11,9 @@ from test_values_cuda import poisoned
 from torch import Tensor
 
 from bisparse.kernels import cuda_estimate
-from bisparse.kernels.estimate import estimate_by, reference_estimate_2to4
+from bisparse.kernels.estimate import estimate_by, reference_estimate_2to4, reference_pack_estimate_2to4
 from bisparse.kernels.philox import uniforms
-from test_kernels_estimate import SEEDS, gradient_of, seed_of
+from test_kernels_estimate import PACKED_SHAPES, SEEDS, form_of, gradient_of, seed_of
 
 
 @pytest.fixture(autouse=True)
@@ -87,3 +87,20 @@ def test_estimates_are_those_of_the_specification(shape: tuple[int, int], dtype:
             assert torch.equal(found != 0, expected != 0), "the same entries"
             # The interpreter cuts to bfloat16 where a GPU rounds.
             assert torch.allclose(found.double(), expected.double(), rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "outputs", "groups"), PACKED_SHAPES)
+def test_packed_estimates_are_those_of_the_specification(tokens: int, outputs: int, groups: int, dtype: torch.dtype) -> None:
+    gradient, (codes, inner, *strides) = gradient_of((tokens, outputs), dtype), form_of(outputs, groups // 4, tokens == 64)
+    gradient[5:6, 1] = float("inf")
+    gradient[10:11] = -0.0
+    for own in (gradient, gradient.t().contiguous().t()):
+        expected = reference_pack_estimate_2to4(own, seed_of(3), groups, codes, inner, *strides)
+        found = in_poisoned_memory(cuda_estimate.pack_estimate_2to4, own, seed_of(3), groups, codes, inner, *strides)
+        count = 2 * outputs * groups
+        assert torch.equal(found[count:].view(torch.int16), expected[count:].view(torch.int16)), "metadata"
+        # The interpreter cuts to bfloat16 where a GPU rounds.
+        rounding = 2**-7 if dtype == torch.bfloat16 else 0
+        assert torch.allclose(found[:count].double(), expected[:count].double(), rtol=rounding, atol=0, equal_nan=True)
+        assert torch.equal(torch.signbit(found[:count].nan_to_num()), torch.signbit(expected[:count].nan_to_num())), "no -0.0"

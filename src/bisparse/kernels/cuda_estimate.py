@@ -1,8 +1,9 @@
 """The 2:4 estimate of the output's gradient, transposed: the gradient is read once, and what is wanted of it written once.
 
 A lane owns 16 consecutive tokens of an output: four groups, which one Philox counter draws and one word of metadata tells of.
-Nothing but the gradient and the seed is read: of half precision, 4 bytes an entry in all. Neighbouring lanes of a
-warp own neighbouring outputs, as the gradient lies; the results, which lie the other way, pass through shared memory.
+Nothing but the gradient and the seed is read: of half precision, 3.125 bytes an entry in all where the estimate is packed, while
+uniforms in memory, a dense estimate and its compression take 9.125 at least. Neighbouring lanes of a warp own neighbouring
+outputs, as the gradient lies; the results, which lie the other way, pass through shared memory.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["estimate_2to4"]
+from bisparse.kernels.cuda_metadata import word_place
+
+__all__ = ["estimate_2to4", "pack_estimate_2to4"]
 
 WORDS, OUTPUTS = 4, 64
 """Lanes of a program: results are written 64 bytes at a time or more, gradients read 128."""
@@ -29,6 +32,22 @@ def estimate_2to4(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
             WORDS=WORDS, OUTPUTS=OUTPUTS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return estimate
+
+
+def pack_estimate_2to4(
+    gradient: Tensor, seed: Tensor, groups: int, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int
+) -> Tensor:
+    """`estimate.pack_estimate` on a GPU."""
+    gradient = gradient.contiguous()
+    (tokens, outputs), words = gradient.shape, groups // 4
+    packed = torch.empty(9 * outputs * words, dtype=gradient.dtype, device=gradient.device)
+    if packed.numel():
+        pack_kernel[(triton.cdiv(words, WORDS), triton.cdiv(outputs, OUTPUTS))](
+            gradient, seed, codes, inner, packed, packed.view(torch.int16)[8 * outputs * words :], tokens, outputs, words,
+            row_stride, word_stride, HEIGHT=inner.shape[0], WIDTH=inner.shape[1],
+            WORDS=WORDS, OUTPUTS=OUTPUTS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return packed
 
 
 @triton.jit
@@ -64,6 +83,57 @@ def estimate_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def pack_kernel(  # type: ignore[no-untyped-def]
+    gradient,
+    seed,
+    codes,
+    inner,
+    values,
+    metadata,
+    tokens,
+    outputs,
+    words,
+    row_stride,
+    word_stride,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WORDS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """Values and metadata of a block of words and outputs. A form's shape is a constant: divisions take 20 instructions each."""
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)[:, None]
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
+    u0, u1, u2, u3 = draw_uniforms(seed, word, output)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word, output, tokens, outputs)
+    v0, v1, bits0 = pack_group(g0, g1, g2, g3, u0, codes)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 4, output, tokens, outputs)
+    v2, v3, bits1 = pack_group(g0, g1, g2, g3, u1, codes)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 8, output, tokens, outputs)
+    v4, v5, bits2 = pack_group(g0, g1, g2, g3, u2, codes)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 12, output, tokens, outputs)
+    v6, v7, bits3 = pack_group(g0, g1, g2, g3, u3, codes)
+    there = (word < words) & (output < outputs)
+    eight = join_eight(v0, v1, v2, v3, v4, v5, v6, v7).to(values.dtype.element_ty)
+    start = (output.to(tl.int64) * words + word) * 8
+    slot = tl.arange(0, 8)[None, None, :]
+    tl.store(values + start[:, :, None] + slot, eight, mask=there[:, :, None] & (slot < 8))
+    place = word_place(output, word, inner, HEIGHT, WIDTH, row_stride, word_stride, there)
+    tl.store(metadata + place, (bits0 | bits1 << 4 | bits2 << 8 | bits3 << 12).to(tl.int16), mask=there)
+
+
+@triton.jit
+def pack_group(g0, g1, g2, g3, uniform, codes):  # type: ignore[no-untyped-def]
+    """The values of a group's two slots, and its four bits of metadata."""
+    kept, tau, broken = sample_group(g0, g1, g2, g3, uniform)
+    entry = tl.load(codes + kept).to(tl.int32)
+    first = tl.where((entry & 2) != 0, tl.where((entry & 1) != 0, g3, g2), tl.where((entry & 1) != 0, g1, g0))
+    second = tl.where((entry & 8) != 0, tl.where((entry & 4) != 0, g3, g2), tl.where((entry & 4) != 0, g1, g0))
+    first = tl.where((entry & 16) != 0, kept_value(first, tau) + broken, 0.0)
+    second = tl.where((entry & 32) != 0, kept_value(second, tau) + broken, 0.0)
+    return first, second, entry >> 6 & 15
+
+
+@triton.jit
 def draw_uniforms(seed, word, output):  # type: ignore[no-untyped-def]
     """`philox.uniforms` of the four groups of a word."""
     x0, x1, x2, x3 = tl.philox(tl.load(seed), output, word, word * 0, word * 0)
@@ -86,7 +156,7 @@ def load_group(gradient, token, output, tokens, outputs):  # type: ignore[no-unt
 
 @triton.jit
 def sample_group(g0, g1, g2, g3, uniform):  # type: ignore[no-untyped-def]
-    """The kept set of four entries, bit j for entry j, tau, and what adds NaN; the operations of the specification in its order."""
+    """The kept set of four entries, bit j for entry j, tau, and what adds NaN; operation by operation as the specification."""
     s0, s1, s2, s3 = tl.abs(g0), tl.abs(g1), tl.abs(g2), tl.abs(g3)
     low, high = tl.minimum(s0, s1), tl.maximum(s0, s1)
     other_low, other_high = tl.minimum(s2, s3), tl.maximum(s2, s3)

@@ -1,4 +1,4 @@
-"""The unbiased 2:4 estimate of a gradient as one operator: probabilities, systematic sampling, and the transpose that is packed.
+"""The unbiased 2:4 estimate of a gradient: probabilities, systematic sampling, and its transpose, dense or packed, in one pass.
 
 Each group g of 4 consecutive tokens of a column keeps at most two entries. Entry i is kept with probability
 p_i = min(1, |g_i| / tau), with tau such that the p_i sum to 2, and has the value g_i / p_i, which is g_i or tau with g_i's sign:
@@ -15,17 +15,24 @@ sampling after Madow (1949).
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from bisparse.kernels.metadata import MetadataForm, lay_out
 from bisparse.kernels.philox import uniforms
+from bisparse.kernels.positions import take_values
 
-__all__ = ["estimate_2to4", "keep_probabilities"]
+__all__ = ["estimate_2to4", "keep_probabilities", "pack_estimate"]
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
 _LIBRARY.define("estimate_2to4(Tensor gradient, Tensor seed, SymInt groups) -> Tensor")
+_LIBRARY.define(
+    "pack_estimate_2to4(Tensor gradient, Tensor seed, SymInt groups, Tensor codes, Tensor inner, SymInt row_stride,"
+    " SymInt word_stride) -> Tensor"
+)
 
 
 def keep_probabilities(groups: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
@@ -66,6 +73,30 @@ def estimate_2to4(gradient: Float[Tensor, "T O"], seed: Int64[Tensor, "1"], grou
     return estimate
 
 
+def pack_estimate(
+    gradient: Float[Tensor, "T O"], seed: Int64[Tensor, "1"], groups: int, form: MetadataForm
+) -> Float[Tensor, " K"]:
+    """The packed form of `estimate_2to4`, in one pass: its values, (O, 2 groups) row by row, and behind them its metadata.
+
+    A slot that is not in use holds zero. The metadata are O * groups / 4 words of 16 bits, seen in the gradient's dtype; the form
+    must give each of them a place of its own. A group that is not finite counts as keeping its first two entries, with NaN.
+
+    Args:
+        gradient: float16 or bfloat16.
+        groups: divisible by 4.
+        form: of matrices of the estimate's shape, (O, 4 groups).
+    """
+    _check(gradient, seed, groups)
+    if gradient.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"an estimate is packed in float16 or bfloat16, not in {gradient.dtype}")
+    if groups % 4:
+        raise ValueError(f"{groups} groups do not fill words of metadata: 4 must divide them")
+    packed: Tensor = torch.ops.bisparse.pack_estimate_2to4(
+        gradient, seed, groups, form.codes, form.inner, form.row_stride, form.word_stride
+    )
+    return packed
+
+
 def _check(gradient: Tensor, seed: Tensor, groups: int) -> None:
     if 4 * groups < gradient.shape[0]:
         raise ValueError(f"a gradient of shape {tuple(gradient.shape)} needs a group for every 4 tokens, not {groups} in all")
@@ -104,9 +135,29 @@ def estimate_by(start: Float[Tensor, "G O"], gradient: Float[Tensor, "T O"]) -> 
     return estimate.transpose(0, 1).reshape(out, 4 * start.shape[0]).to(gradient.dtype).contiguous()
 
 
+def reference_pack_estimate_2to4(
+    gradient: Tensor, seed: Tensor, groups: int, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int
+) -> Tensor:
+    """The specification of `pack_estimate`."""
+    estimate = torch.ops.bisparse.estimate_2to4(gradient, seed, groups)
+    broken = estimate.isnan().unflatten(1, (-1, 4)).all(-1, keepdim=True)
+    first_two = torch.arange(4, device=gradient.device) < 2
+    kept = torch.where(broken, first_two, estimate.unflatten(1, (-1, 4)) != 0).flatten(1)
+    positions = torch.empty((gradient.shape[1], groups), dtype=torch.uint8, device=gradient.device)
+    metadata = torch.zeros(positions.numel() // 4, dtype=torch.int16, device=gradient.device)
+    lay_out(kept, MetadataForm(codes, inner, row_stride, word_stride), positions, metadata)
+    packed: Tensor = take_values(estimate, positions, behind=metadata.view(estimate.dtype))
+    return packed
+
+
 @torch.library.register_fake("bisparse::estimate_2to4")
 def _(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
     return gradient.new_empty((gradient.shape[1], 4 * groups))
+
+
+@torch.library.register_fake("bisparse::pack_estimate_2to4")
+def _(gradient: Tensor, seed: Tensor, groups: int, *_: Any) -> Tensor:
+    return gradient.new_empty(gradient.shape[1] * (2 * groups) + gradient.shape[1] * groups // 4)
 
 
 def _on_a_cpu(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
@@ -124,7 +175,16 @@ def _on_a_gpu(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
         return cuda_estimate.estimate_2to4(gradient, seed, groups)
 
 
+def _packed_on_a_gpu(gradient: Tensor, *how: Any) -> Tensor:
+    from bisparse.kernels import cuda_estimate
+
+    with torch.cuda.device_of(gradient):
+        return cuda_estimate.pack_estimate_2to4(gradient, *how)
+
+
 _LIBRARY.impl("estimate_2to4", reference_estimate_2to4, "CompositeExplicitAutograd")
 _LIBRARY.impl("estimate_2to4", _on_a_cpu, "CPU")
+_LIBRARY.impl("pack_estimate_2to4", reference_pack_estimate_2to4, "CompositeExplicitAutograd")
 if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
     _LIBRARY.impl("estimate_2to4", _on_a_gpu, "CUDA")
+    _LIBRARY.impl("pack_estimate_2to4", _packed_on_a_gpu, "CUDA")
