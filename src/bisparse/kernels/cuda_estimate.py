@@ -163,7 +163,8 @@ def sample_group(g0, g1, g2, g3, uniform):  # type: ignore[no-untyped-def]
     largest, middle = tl.maximum(high, other_high), tl.minimum(high, other_high)
     rest = middle + low + other_low
     total = s0 + s1 + s2 + s3
-    tau = tl.maximum(tl.where(largest > rest, rest, 0.5 * total), 2.0**-149)
+    smallest = tl.full([], 2.0**-149, tl.float32)  # as a mere number it would be a double to Triton 3.6
+    tau = tl.maximum(tl.where(largest > rest, rest, 0.5 * total), smallest)
     one, two = largest >= tau, tl.maximum(middle, tl.maximum(low, other_low)) >= tau
     certain0, certain1, certain2 = s0 >= tau, s1 >= tau, s2 >= tau
     reached0 = tl.where(certain0, 0.0, s0)
