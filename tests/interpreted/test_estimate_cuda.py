@@ -30,6 +30,11 @@ def in_poisoned_memory(call: Callable[..., Tensor], *arguments: Any) -> Tensor:
         torch.empty = torch.empty.honest  # type: ignore[attr-defined]
 
 
+def before_nan(gradient: Tensor) -> Tensor:
+    """The same, with NaN behind it in memory, where a kernel must not look."""
+    return torch.cat((gradient, torch.full((3, gradient.shape[1]), float("nan"), dtype=gradient.dtype)))[: len(gradient)]
+
+
 @triton.jit
 def drawn_kernel(seed, drawn, outputs, WORDS: tl.constexpr, OUTPUTS: tl.constexpr):  # type: ignore[no-untyped-def]
     word, output = tl.arange(0, WORDS)[:, None], tl.arange(0, OUTPUTS)[None, :]
@@ -62,24 +67,20 @@ def group_kernel(gradient, start, estimate, count: tl.constexpr):  # type: ignor
 
 def test_groups_are_those_of_the_specification_where_sums_meet_their_thresholds() -> None:
     rare = [
-        [2.0**24, 1, 1, 1],
-        [2.0**24, 1.9, 0.99, 0.99],
-        [1, 1, 1, 1],
-        [0.7, 0.7, 0.1, 0],
-        [5, 0, 0, 2.0**-149],
-        [0, -0.0, 0, 0],
-    ]
-    gradient = torch.cat((torch.tensor(rare), torch.randn(250, 4).exp())).t().contiguous()
+        [2.0**24, 1, 1, 1], [2.0**24, 1.9, 0.99, 0.99], [1, 1, 1, 1], [0.7, 0.7, 0.1, 0],
+        [5, 0, 0, 2.0**-149], [0, -0.0, 0, 0], [1, 1, 1e-20, 1e-20],
+    ]  # fmt: skip
+    gradient = torch.cat((torch.tensor(rare), torch.randn(249, 4).exp())).t().contiguous()
     for step in (0, 1, 2, 2**23, 2**24 - 2, 2**24 - 1):
         start, found = torch.full((1, 256), step * 2.0**-24), torch.full((256, 4), float("nan"))
         group_kernel[(1,)](gradient, start, found, 256)
         assert torch.equal(found, estimate_by(start, gradient))
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (13, 21), (64, 9)])
+@pytest.mark.parametrize("shape", [(1, 1), (14, 21), (63, 9)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_estimates_are_those_of_the_specification(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    gradient = gradient_of(shape, dtype)
+    gradient = before_nan(gradient_of(shape, dtype))
     for groups in (-(-shape[0] // 4), 20):  # exactly enough, and completed with zeros
         for own in (gradient, gradient.t().contiguous().t()):
             expected = reference_estimate_2to4(own, seed_of(-1), groups)
@@ -89,13 +90,14 @@ def test_estimates_are_those_of_the_specification(shape: tuple[int, int], dtype:
             assert torch.allclose(found.double(), expected.double(), rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("tokens", "outputs", "groups"), PACKED_SHAPES)
 def test_packed_estimates_are_those_of_the_specification(tokens: int, outputs: int, groups: int, dtype: torch.dtype) -> None:
     gradient, (codes, inner, *strides) = gradient_of((tokens, outputs), dtype), form_of(outputs, groups // 4, tokens == 64)
     gradient[5:6, 1] = float("inf")
     gradient[10:11] = -0.0
-    for own in (gradient, gradient.t().contiguous().t()):
+    for own in (before_nan(gradient), gradient.t().contiguous().t()):
         expected = reference_pack_estimate_2to4(own, seed_of(3), groups, codes, inner, *strides)
         found = in_poisoned_memory(cuda_estimate.pack_estimate_2to4, own, seed_of(3), groups, codes, inner, *strides)
         count = 2 * outputs * groups
