@@ -76,12 +76,12 @@ def estimate_group(g0, g1, g2, g3, uniform, zero, half, smallest):  # type: igno
     r0 = zero if c0 else s0
     r1 = r0 + (zero if c1 else s1)
     r2 = r1 + (zero if c2 else s2)
-    x = uniform * tau
-    y = x if one else x + tau
-    k0 = (x < r0) & (not two)
-    k1 = (((r0 <= x) & (x < r1)) | ((r0 <= y) & (y < r1))) & (not two)
-    k2 = (((r1 <= x) & (x < r2)) | ((r1 <= y) & (y < r2))) & (not two)
-    k3 = (r2 <= y) & (s3 > zero) & (not two)
+    first = uniform * tau
+    second = first if one else first + tau
+    k0 = (first < r0) & (not two)
+    k1 = (((r0 <= first) & (first < r1)) | ((r0 <= second) & (second < r1))) & (not two)
+    k2 = (((r1 <= first) & (first < r2)) | ((r1 <= second) & (second < r2))) & (not two)
+    k3 = (r2 <= second) & (s3 > zero) & (not two)
     broken = total - total  # NaN where a gradient is not finite, which must not pass for a zero
     return (
         (np.copysign(max(s0, tau), g0) if c0 | k0 else zero) + broken,

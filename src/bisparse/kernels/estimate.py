@@ -42,22 +42,23 @@ def keep_probabilities(groups: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
     [[0.5, 0.5, 0.5, 0.5], [1.0, 0.5, 0.5, 0.0]]
     """
     size = groups.abs()
-    tau, certain = _threshold(size)
+    tau, certain, _ = _threshold(size)
     return torch.where(certain, 1.0, size / tau.unsqueeze(-1))
 
 
-def _threshold(size: Float[Tensor, "*B 4"]) -> tuple[Float[Tensor, "*B"], Bool[Tensor, "*B 4"]]:
-    """tau, and which entries it makes certain; never more than two."""
+def _threshold(size: Float[Tensor, "*B 4"]) -> tuple[Float[Tensor, "*B"], Bool[Tensor, "*B 4"], Float[Tensor, "*B"]]:
+    """tau, which entries it makes certain, never more than two, and the sum of all."""
     s0, s1, s2, s3 = size.unbind(-1)
     low, high = torch.minimum(s0, s1), torch.maximum(s0, s1)
     other_low, other_high = torch.minimum(s2, s3), torch.maximum(s2, s3)
     # The sum of all but the largest; that of all less the largest would lose them beside a large one.
     rest = torch.minimum(high, other_high) + low + other_low
+    total = s0 + s1 + s2 + s3
     # At most one entry can pass 1: then it is certain, and the others share what is left of the 2.
-    tau = torch.where(torch.maximum(high, other_high) > rest, rest, 0.5 * (s0 + s1 + s2 + s3))
+    tau = torch.where(torch.maximum(high, other_high) > rest, rest, 0.5 * total)
     smallest = torch.finfo(size.dtype)
     tau = tau.clamp(min=smallest.tiny * smallest.eps)  # which no zero reaches
-    return tau, size >= tau.unsqueeze(-1)
+    return tau, size >= tau.unsqueeze(-1), total
 
 
 def estimate_2to4(gradient: Float[Tensor, "T O"], seed: Int64[Tensor, "1"], groups: int) -> Float[Tensor, "O T4"]:
@@ -117,7 +118,7 @@ def estimate_by(start: Float[Tensor, "G O"], gradient: Float[Tensor, "T O"]) -> 
     padded = torch.nn.functional.pad(gradient.to(start.dtype), (0, 0, 0, 4 * start.shape[0] - tokens))
     groups = padded.unflatten(0, (-1, 4)).transpose(1, 2)  # (G, O, 4)
     size = groups.abs()
-    tau, certain = _threshold(size)
+    tau, certain, total = _threshold(size)
     number = certain.sum(-1)
     # Two thresholds, or one where an entry is certain; where two are, none that a sum could pass.
     first = torch.where(number == 2, -1.0, start * tau)
@@ -128,10 +129,9 @@ def estimate_by(start: Float[Tensor, "G O"], gradient: Float[Tensor, "T O"]) -> 
         kept.append((before <= first) & (first < reached) | (before <= second) & (second < reached))
     # All thresholds are passed in the end, whatever the sum was rounded to.
     kept[-1] = (before <= second) & (part > 0)
-    total = size.sum(-1, keepdim=True)
     value = torch.copysign(torch.maximum(size, tau.unsqueeze(-1)), groups)
     # NaN where a gradient is not finite, which must not pass for a zero.
-    estimate: Tensor = torch.where(certain | torch.stack(kept, dim=-1), value, 0.0) + (total - total)
+    estimate: Tensor = torch.where(certain | torch.stack(kept, dim=-1), value, 0.0) + (total - total).unsqueeze(-1)
     return estimate.transpose(0, 1).reshape(out, 4 * start.shape[0]).to(gradient.dtype).contiguous()
 
 
