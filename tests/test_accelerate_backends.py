@@ -23,7 +23,9 @@ from bisparse.accelerate import BackendError, backend, form, trial, usable_backe
 from bisparse.accelerate.algorithm import search_algorithm
 from bisparse.accelerate.backend import BACKENDS
 from bisparse.accelerate.measure import random_mask
+from bisparse.kernels.estimate import estimate_2to4
 from bisparse.kernels.metadata import empty_slots, lay_out
+from bisparse.kernels.philox import draw_seed
 from bisparse.kernels.positions import find_positions, kept_mask
 
 CUDA = torch.device("cuda", 0)
@@ -307,6 +309,24 @@ def test_short_memory_is_not_remembered(library: Library, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "_cslt_compress", honest)
     assert (own.form(32, 32, torch.bfloat16, device) is not None) == library.values_first
     assert trial.try_shape(own, 32, 32, torch.bfloat16, device) is None
+
+
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass", "reference"])
+@pytest.mark.parametrize("search", [False, True])
+def test_an_estimate_is_packed_as_it_is_drawn(library: Library, name: str, search: bool) -> None:
+    gradient, inputs = torch.randn(70, 32).to(torch.bfloat16), torch.randn(70, 48).to(torch.bfloat16)
+    multiply = torch.ops.bisparse.weight_gradient_2to4
+    torch.manual_seed(5)
+    multiply(gradient, inputs, name, search)  # the form is learnt once a shape
+    before = library.compressed
+    torch.manual_seed(5)
+    found = multiply(gradient, inputs, name, search)
+    anew = name == "cusparselt" and not (search and library.values_first)
+    assert library.compressed - before == anew
+    torch.manual_seed(5)
+    estimate = estimate_2to4(gradient, draw_seed(gradient.device), 18)
+    assert int((estimate != 0).unflatten(1, (-1, 4)).sum(-1).max()) == 2
+    assert close(found.float(), estimate[:, :70].float() @ inputs.float())
 
 
 @pytest.mark.parametrize("torch_tells_the_split", [True, False])

@@ -76,8 +76,8 @@ def test_verification_sees_wrong_outputs_wrong_gradients_and_bias(linear, monkey
         patched.setattr(kind, "multiply", off)
         assert linear.verify(layers["sparse by reference"], inputs, upstream) > linear.TOLERANCE
     with monkeypatch.context() as patched:
-        estimate = operators.estimate_2to4
-        patched.setattr(operators, "estimate_2to4", lambda *arguments: estimate(*arguments) * 1.5)
+        estimate = operators.pack_estimate
+        patched.setattr(operators, "pack_estimate", lambda gradient, *how: estimate(gradient * 1.5, *how))
         assert linear.verify(layers["sparse, MVUE by reference"], inputs, upstream) > linear.TOLERANCE
         assert linear.verify(layers["sparse by reference"], inputs, upstream) < linear.TOLERANCE
 

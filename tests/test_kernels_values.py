@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from bisparse.kernels.estimate import estimate_2to4, reference_estimate_2to4
 from bisparse.kernels.positions import find_positions, take_values
 
 
@@ -78,70 +77,6 @@ def test_a_mask_that_is_not_2to4_has_no_positions() -> None:
     mask[2, 4:7] = True
     with pytest.raises(ValueError, match=r"shape \(4, 8\) keeps more than 2 of 4"):
         find_positions(mask)
-
-
-@pytest.mark.parametrize("arch", [80, 90])
-def test_the_estimate_compiles_without_a_gpu_and_without_spills(arch: int) -> None:
-    triton = pytest.importorskip("triton", reason="Triton is not installed")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from bisparse.kernels import cuda_values
-
-    types = {"gradient": "*bf16", "start": "*fp32", "estimate": "*bf16", "tokens": "i32", "outputs": "i32", "groups": "i32"}
-    names = cuda_values.estimate_kernel.arg_names
-    constants = {"BLOCK_GROUPS": cuda_values.ESTIMATE_GROUPS, "BLOCK_OUTPUTS": cuda_values.ESTIMATE_OUTPUTS}
-    source = ASTSource(
-        cuda_values.estimate_kernel,
-        {**types, **dict.fromkeys(constants, "constexpr")},
-        {(names.index(name),): value for name, value in constants.items()},
-    )
-    code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "enable_fp_fusion": False}).asm
-    assert f"sm_{arch}" in code["ptx"] and ".local" not in code["ptx"]
-    assert "div.rn.f32" in code["ptx"] and "cvt.rn.bf16" in code["ptx"], "rounded as torch does"
-
-
-def test_the_estimate_obeys_torch_and_needs_a_start_for_each_group() -> None:
-    for tokens, groups in ((8, 2), (6, 2), (6, 5)):
-        torch.library.opcheck(torch.ops.bisparse.estimate_2to4, (torch.randn(tokens, 3), torch.rand(groups, 3)))
-    for shape in ((1, 3), (2, 4), (6,)):
-        with pytest.raises(ValueError, match="needs a start for each group"):
-            estimate_2to4(torch.randn(8, 3), torch.rand(shape))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_on_a_cpu_estimates_are_those_of_the_specification(dtype: torch.dtype) -> None:
-    for tokens, outputs, groups in ((1001, 130, 256), (6, 3, 5), (0, 3, 1), (4, 0, 1)):
-        gradient = (torch.randn(tokens, outputs) * torch.randint(0, 3, (tokens, outputs))).to(dtype)  # zeros and ties
-        gradient[:1] *= 100  # one entry that is certain
-        start = torch.rand(groups, outputs, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        for own in (gradient, gradient.t().contiguous().t()):  # any strides
-            assert torch.equal(estimate_2to4(own, start), reference_estimate_2to4(own, start))
-
-
-@pytest.mark.parametrize("estimate", [estimate_2to4, reference_estimate_2to4])
-@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_not_lost(estimate, broken: float) -> None:  # type: ignore[no-untyped-def]
-    gradient = torch.randn(16, 5)
-    start = torch.rand(4, 5)
-    expected = estimate(gradient, start)
-    gradient[6, 2] = broken
-    found = estimate(gradient, start)
-    assert bool(found[2, 4:8].isnan().all())
-    expected[2, 4:8] = found[2, 4:8] = 0
-    assert torch.equal(found, expected)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-def test_on_a_gpu_estimates_are_those_of_the_specification(dtype: torch.dtype) -> None:
-    gradient, start = torch.randn(1001, 130).to(dtype), torch.rand(256, 130)
-    found = estimate_2to4(gradient.cuda(), start.cuda()).cpu()
-    expected = reference_estimate_2to4(gradient, start)
-    # A draw may differ where a running sum meets its threshold to the last bit.
-    assert float(((found != 0) != (expected != 0)).float().mean()) < 1e-4
-    same = (found != 0) == (expected != 0)
-    assert torch.allclose(found[same].float(), expected[same].float(), rtol=2**-7)
 
 
 @pytest.mark.gpu

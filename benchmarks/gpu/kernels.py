@@ -1,4 +1,4 @@
-"""What every Triton kernel of the solver takes of a GPU, found without one: registers, spills, instructions.
+"""What every Triton kernel of the solver, and that of MVUE, takes of a GPU, found without one: registers, spills, instructions.
 
     python benchmarks/gpu/kernels.py [--arch 90] [--only 4:8-T] [--results FILE]
 
@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bisparse.kernels import cuda, cuda_metadata, pack
+from bisparse.kernels import cuda, cuda_estimate, cuda_metadata, pack
 from bisparse.kernels.metadata import empty_slots
 from bisparse.pattern import parse_pattern
 from record import RESULTS, Record
@@ -68,6 +68,11 @@ def calls(only: str | None) -> dict[str, Callable[[], Any]]:
     slots, slots_t = empty_slots(32, 64, mask.device), empty_slots(64, 32, mask.device)
     words, words_t = slots[1].view(torch.int16), slots_t[1].view(torch.int16)
     found["2:4-T laid out"] = lambda: cuda_metadata.lay_out(mask, *flat, slots[0], words, slots_t[0], words_t, None)
+    seed = torch.zeros(1, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float16):
+        found[f"MVUE packed, {str(dtype).removeprefix('torch.')}"] = lambda t=dtype: cuda_estimate.pack_estimate_2to4(
+            torch.rand(256, 64).to(t), seed, 64, *forms[1]
+        )
     found["integers, one tile"] = lambda: cuda.exact_solve_integers(torch.zeros(1, 8, 8, dtype=torch.int64), 4, True, None, None)
     found["integers, 8"] = lambda: cuda.exact_solve_integers(torch.zeros(4, 8, 8, dtype=torch.int64), 4, False, None, None)
     return {name: call for name, call in found.items() if only is None or name.split(",")[0] == only}

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from bisparse.kernels import cuda_values
-from bisparse.kernels.estimate import reference_estimate_2to4
 from bisparse.kernels.positions import find_positions, reference_find_positions, reference_take_values
 from test_accelerate import random_mask
 
@@ -48,30 +47,6 @@ def test_positions_are_those_of_the_specification(shape: tuple[int, int]) -> Non
             wrong = mask.clone()
             wrong[place, :3] = True
             assert bool(cuda_values.find_positions(wrong)[1]) == bool(reference_find_positions(wrong)[1]) == (shape[1] > 2)
-
-
-@pytest.mark.parametrize("shape", [(4, 3), (13, 70), (64, 9)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_estimates_are_those_of_the_specification(
-    shape: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda_values, "ESTIMATE_GROUPS", 4)
-    monkeypatch.setattr(cuda_values, "ESTIMATE_OUTPUTS", 8)
-    tokens, outputs = shape
-    gradient = torch.randn(tokens, outputs) * torch.randint(0, 3, shape)  # zeros and ties
-    gradient[0] *= 100  # one entry that is certain
-    gradient = (8 * gradient).round().clamp(-64, 64).to(dtype)
-    for groups in (-(-tokens // 4), 20):  # exactly enough, and completed with zeros
-        start = torch.rand(groups, outputs)
-        expected = reference_estimate_2to4(gradient, start)
-        torch.empty = poisoned(torch.empty)  # type: ignore[assignment]
-        try:
-            found = cuda_values.estimate_2to4(gradient, start)
-        finally:
-            torch.empty = torch.empty.honest  # type: ignore[attr-defined]
-        assert torch.equal(found != 0, expected != 0), "the same entries"
-        # The interpreter cuts to bfloat16 where a GPU rounds.
-        assert torch.allclose(found.double(), expected.double(), rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
 
 
 def test_no_rows_and_no_groups() -> None:

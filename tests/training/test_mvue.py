@@ -30,7 +30,7 @@ def test_at_most_two_of_four_tokens_in_each_column():
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_unbiased_within_four_standard_errors(group):
-    draws = 40_000
+    draws = 160_000
     numbers = torch.tensor(group, dtype=torch.float64)
     generator = torch.Generator().manual_seed(11)
     estimates = mvue_2_4(numbers[:, None].expand(4, draws).contiguous(), generator)

@@ -44,6 +44,8 @@ class Backend(ABC):
     dtypes: tuple[torch.dtype, ...]
     row_multiple: int = 1
     column_multiple: int = 1
+    learns_forms: bool = False
+    """`form` takes the time of some fifteen products when it is first asked for a shape."""
 
     def shape_reason(self, rows: int, columns: int) -> str | None:
         """Why a (rows, columns) matrix cannot be packed; None where it can."""
@@ -252,6 +254,7 @@ class CuSparseLt(_OnTensorCores):
 
     name = "cusparselt"
     row_multiple, column_multiple = 16, 16
+    learns_forms = True
 
     def _library_reason(self, major: int, minor: int) -> str | None:
         return None if torch.backends.cusparselt.is_available() else "this torch is built without cuSPARSELt"

@@ -16,8 +16,10 @@ import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
-from bisparse.accelerate.backend import BACKENDS
-from bisparse.kernels.estimate import estimate_2to4
+from bisparse.accelerate.backend import BACKENDS, HALF
+from bisparse.kernels.estimate import estimate_2to4, pack_estimate
+from bisparse.kernels.metadata import WORD
+from bisparse.kernels.philox import draw_seed
 from bisparse.kernels.positions import put_values, take_values
 
 __all__ = ["checked_input", "linear_2to4", "packed_linear_2to4"]
@@ -146,12 +148,18 @@ def _weight_gradient(gradient: Tensor, input: Tensor, backend: str, search: bool
     """``g~^T x`` with g~ the estimate of g: at most 2 of every 4 tokens in each column."""
     own = BACKENDS[backend]
     tokens, rows = gradient.shape
-    groups = -(-tokens // max(own.column_multiple, 4)) * max(own.column_multiple, 4) // 4
-    wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    start = torch.rand((groups, rows), dtype=wide, device=gradient.device)
-    packed, metadata = own.pack(estimate_2to4(gradient, start))
-    if 4 * groups > tokens:
-        input = torch.nn.functional.pad(input, (0, 0, 0, 4 * groups - tokens))
+    multiple = max(own.column_multiple, WORD)
+    columns = -(-tokens // multiple) * multiple
+    seed = draw_seed(gradient.device)
+    # Whoever lets nothing be searched for a shape has many of them.
+    known = gradient.dtype in HALF and (search or not own.learns_forms)
+    form = own.form(rows, columns, gradient.dtype, gradient.device) if known else None
+    if form is None:
+        packed, metadata = own.pack(estimate_2to4(gradient, seed, columns // 4))
+    else:
+        packed, metadata = own.split(pack_estimate(gradient, seed, columns // 4, form), rows, columns)
+    if columns > tokens:
+        input = torch.nn.functional.pad(input, (0, 0, 0, columns - tokens))
     output: Tensor = own.multiply(packed, metadata, input.contiguous(), rows, search=search)
     return output
 

@@ -1,8 +1,7 @@
 """What a 2:4 layer in training does to its operands, a Triton kernel each.
 
 At a refresh, the positions of a mask: a byte a weight in, a quarter out. In every pass, the kept values of the weight, cast:
-4 bytes a weight in, 1 out, and a quarter for the positions; in plain torch an index of 8 bytes a value, and several passes. And
-the 2:4 estimate of the output's gradient, transposed: read once and written once; in plain torch about twenty passes.
+4 bytes a weight in, 1 out, and a quarter for the positions; in plain torch an index of 8 bytes a value, and several passes.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["estimate_2to4", "find_positions", "take_values"]
+__all__ = ["find_positions", "take_values"]
 
 BLOCK_ROWS, BLOCK_GROUPS = 32, 64
-ESTIMATE_GROUPS, ESTIMATE_OUTPUTS = 16, 64
 
 
 def find_positions(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,19 +43,6 @@ def take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype, behind: T
             BLOCK_ROWS=BLOCK_ROWS, BLOCK_GROUPS=BLOCK_GROUPS, LINES=weight.stride(1) == 1, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return values.view(rows, 2 * groups) if behind is None else values
-
-
-def estimate_2to4(gradient: Tensor, start: Tensor) -> Tensor:
-    """`estimate.estimate_2to4` on a GPU."""
-    gradient, start = gradient.contiguous(), start.contiguous()
-    (tokens, outputs), groups = gradient.shape, start.shape[0]
-    estimate = torch.empty((outputs, 4 * groups), dtype=gradient.dtype, device=gradient.device)
-    if estimate.numel():
-        estimate_kernel[(triton.cdiv(groups, ESTIMATE_GROUPS), triton.cdiv(outputs, ESTIMATE_OUTPUTS))](
-            gradient, start, estimate, tokens, outputs, groups,
-            BLOCK_GROUPS=ESTIMATE_GROUPS, BLOCK_OUTPUTS=ESTIMATE_OUTPUTS, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-    return estimate
 
 
 @triton.jit
@@ -140,62 +125,3 @@ def take_kernel(  # type: ignore[no-untyped-def]
     slot = (tl.program_id(1) * 2 * BLOCK_GROUPS + tl.arange(0, 2 * BLOCK_GROUPS)).to(tl.int64)[None, :]
     place = values + row[:, None] * (2 * groups) + slot
     tl.store(place, tl.reshape(pair, [BLOCK_ROWS, 2 * BLOCK_GROUPS]), mask=(row[:, None] < rows) & (slot < 2 * groups))
-
-
-@triton.jit
-def estimate_kernel(  # type: ignore[no-untyped-def]
-    gradient,
-    start,
-    estimate,
-    tokens,
-    outputs,
-    groups,
-    BLOCK_GROUPS: tl.constexpr,
-    BLOCK_OUTPUTS: tl.constexpr,
-):
-    """The estimate of a block of groups and outputs, in the order of operations of the specification."""
-    group = (tl.program_id(0) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)).to(tl.int64)[:, None]
-    output = (tl.program_id(1) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)).to(tl.int64)[None, :]
-    there = (group < groups) & (output < outputs)
-    uniform = tl.load(start + group * outputs + output, mask=there, other=0.0)
-    place = gradient + 4 * group * outputs + output
-    g0 = tl.load(place, mask=there & (4 * group < tokens), other=0.0).to(uniform.dtype)
-    g1 = tl.load(place + outputs, mask=there & (4 * group + 1 < tokens), other=0.0).to(uniform.dtype)
-    g2 = tl.load(place + 2 * outputs, mask=there & (4 * group + 2 < tokens), other=0.0).to(uniform.dtype)
-    g3 = tl.load(place + 3 * outputs, mask=there & (4 * group + 3 < tokens), other=0.0).to(uniform.dtype)
-    s0, s1, s2, s3 = tl.abs(g0), tl.abs(g1), tl.abs(g2), tl.abs(g3)
-    total = s0 + s1 + s2 + s3
-    largest = tl.maximum(tl.maximum(s0, s1), tl.maximum(s2, s3))
-    rest = total - largest
-    clipped = largest > rest
-    scale = tl.where(clipped, 1.0, 2.0)
-    whole = tl.where(clipped, tl.where(rest > 0, rest, 1.0), tl.where(total > 0, total, 1.0))
-    # The first of the largest is certain where one entry passes 1; no two do.
-    first0 = s0 == largest
-    first1 = (s1 == largest) & (s0 < largest)
-    first2 = (s2 == largest) & (tl.maximum(s0, s1) < largest)
-    first3 = tl.maximum(tl.maximum(s0, s1), s2) < largest
-    p0 = tl.where(clipped & first0, 1.0, tl.minimum(tl.div_rn(scale * s0, whole), 1.0))
-    p1 = tl.where(clipped & first1, 1.0, tl.minimum(tl.div_rn(scale * s1, whole), 1.0))
-    p2 = tl.where(clipped & first2, 1.0, tl.minimum(tl.div_rn(scale * s2, whole), 1.0))
-    p3 = tl.where(clipped & first3, 1.0, tl.minimum(tl.div_rn(scale * s3, whole), 1.0))
-    reached0 = tl.where(p0 == 1.0, 0.0, p0)
-    reached1 = reached0 + tl.where(p1 == 1.0, 0.0, p1)
-    reached2 = reached1 + tl.where(p2 == 1.0, 0.0, p2)
-    reached3 = tl.floor(reached2 + tl.where(p3 == 1.0, 0.0, p3) + 0.5)
-    before = tl.floor(-uniform)
-    broken = total - total  # NaN where a gradient is not finite, which must not pass for a zero
-    passed0 = tl.floor(reached0 - uniform)
-    passed1 = tl.floor(reached1 - uniform)
-    passed2 = tl.floor(reached2 - uniform)
-    passed3 = tl.floor(reached3 - uniform)
-    e0 = tl.where((p0 == 1.0) | ((passed0 > before) & (p0 > 0)), tl.div_rn(g0, tl.where(p0 > 0, p0, 1.0)), 0.0) + broken
-    e1 = tl.where((p1 == 1.0) | ((passed1 > passed0) & (p1 > 0)), tl.div_rn(g1, tl.where(p1 > 0, p1, 1.0)), 0.0) + broken
-    e2 = tl.where((p2 == 1.0) | ((passed2 > passed1) & (p2 > 0)), tl.div_rn(g2, tl.where(p2 > 0, p2, 1.0)), 0.0) + broken
-    e3 = tl.where((p3 == 1.0) | ((passed3 > passed2) & (p3 > 0)), tl.div_rn(g3, tl.where(p3 > 0, p3, 1.0)), 0.0) + broken
-    # (groups, outputs, 2, 2): the last index is the lower bit of the token.
-    four = tl.join(tl.join(e0, e2), tl.join(e1, e3)).to(estimate.dtype.element_ty)
-    high = 2 * tl.arange(0, 2)[None, None, :, None]
-    low = tl.arange(0, 2)[None, None, None, :]
-    where = estimate + (output * 4 * groups + 4 * group)[:, :, None, None] + high + low
-    tl.store(where, four, mask=there[:, :, None, None] & (high + low < 4))

@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from bisparse.kernels.estimate import estimate_2to4, keep_probabilities
+from bisparse.kernels.philox import draw_seed
 
 __all__ = ["MVUELinear", "keep_probabilities", "mvue_2_4"]
 
@@ -34,14 +35,8 @@ def mvue_2_4(gradient: Float[Tensor, "T O"], generator: torch.Generator | None =
 
 
 def _transposed_estimate(gradient: Float[Tensor, "T O"], generator: torch.Generator | None = None) -> Float[Tensor, "O T"]:
-    tokens, out = gradient.shape
-    start = torch.rand(
-        (-(-tokens // 4), out),
-        dtype=torch.float64 if gradient.dtype == torch.float64 else torch.float32,
-        device=gradient.device,
-        generator=generator,
-    )
-    return estimate_2to4(gradient, start)[:, :tokens]
+    tokens = gradient.shape[0]
+    return estimate_2to4(gradient, draw_seed(gradient.device, generator), -(-tokens // 4))[:, :tokens]
 
 
 class _MVUEMatmul(torch.autograd.Function):

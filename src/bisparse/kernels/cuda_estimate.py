@@ -1,0 +1,206 @@
+"""The 2:4 estimate of the output's gradient, transposed: the gradient is read once, and what is wanted of it written once.
+
+A lane owns 16 consecutive tokens of an output: four groups, which one Philox counter draws and one word of metadata tells of.
+Nothing but the gradient and the seed is read: of half precision, 3.125 bytes an entry in all where the estimate is packed, while
+uniforms in memory, a dense estimate and its compression take 9.125 at least. Neighbouring lanes of a warp own neighbouring
+outputs, as the gradient lies; the results, which lie the other way, pass through shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bisparse.kernels.cuda_metadata import word_place
+
+__all__ = ["estimate_2to4", "pack_estimate_2to4"]
+
+WORDS, OUTPUTS = 4, 64
+"""Lanes of a program: results are written 64 bytes at a time or more, gradients read 128."""
+
+
+def estimate_2to4(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
+    """`estimate.estimate_2to4` on a GPU."""
+    gradient = gradient.contiguous()
+    tokens, outputs = gradient.shape
+    estimate = torch.empty((outputs, 4 * groups), dtype=gradient.dtype, device=gradient.device)
+    if estimate.numel():
+        estimate_kernel[(triton.cdiv(groups, 4 * WORDS), triton.cdiv(outputs, OUTPUTS))](
+            gradient, seed, estimate, tokens, outputs, groups,
+            WORDS=WORDS, OUTPUTS=OUTPUTS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return estimate
+
+
+def pack_estimate_2to4(
+    gradient: Tensor, seed: Tensor, groups: int, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int
+) -> Tensor:
+    """`estimate.pack_estimate` on a GPU."""
+    gradient = gradient.contiguous()
+    (tokens, outputs), words = gradient.shape, groups // 4
+    packed = torch.empty(9 * outputs * words, dtype=gradient.dtype, device=gradient.device)
+    if packed.numel():
+        pack_kernel[(triton.cdiv(words, WORDS), triton.cdiv(outputs, OUTPUTS))](
+            gradient, seed, codes, inner, packed, packed.view(torch.int16)[8 * outputs * words :], tokens, outputs, words,
+            row_stride, word_stride, HEIGHT=inner.shape[0], WIDTH=inner.shape[1],
+            WORDS=WORDS, OUTPUTS=OUTPUTS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
+    return packed
+
+
+@triton.jit
+def estimate_kernel(  # type: ignore[no-untyped-def]
+    gradient,
+    seed,
+    estimate,
+    tokens,
+    outputs,
+    groups,
+    WORDS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """The estimate of a block of words and outputs."""
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)[:, None]
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
+    u0, u1, u2, u3 = draw_uniforms(seed, word, output)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word, output, tokens, outputs)
+    a0, a1, a2, a3 = estimate_group(g0, g1, g2, g3, u0)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 4, output, tokens, outputs)
+    b0, b1, b2, b3 = estimate_group(g0, g1, g2, g3, u1)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 8, output, tokens, outputs)
+    c0, c1, c2, c3 = estimate_group(g0, g1, g2, g3, u2)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 12, output, tokens, outputs)
+    d0, d1, d2, d3 = estimate_group(g0, g1, g2, g3, u3)
+    even = join_eight(a0, a2, b0, b2, c0, c2, d0, d2)
+    odd = join_eight(a1, a3, b1, b3, c1, c3, d1, d3)
+    sixteen = tl.reshape(tl.join(even, odd), [WORDS, OUTPUTS, 16]).to(estimate.dtype.element_ty)
+    token = tl.arange(0, 16)[None, None, :]
+    start = (output.to(tl.int64) * groups + 4 * word) * 4
+    there = ((output < outputs)[:, :, None]) & (4 * word[:, :, None] + token // 4 < groups)
+    tl.store(estimate + start[:, :, None] + token, sixteen, mask=there)
+
+
+@triton.jit
+def pack_kernel(  # type: ignore[no-untyped-def]
+    gradient,
+    seed,
+    codes,
+    inner,
+    values,
+    metadata,
+    tokens,
+    outputs,
+    words,
+    row_stride,
+    word_stride,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WORDS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+):
+    """Values and metadata of a block of words and outputs. A form's shape is a constant: divisions take 20 instructions each."""
+    word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)[:, None]
+    output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
+    u0, u1, u2, u3 = draw_uniforms(seed, word, output)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word, output, tokens, outputs)
+    v0, v1, bits0 = pack_group(g0, g1, g2, g3, u0, codes)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 4, output, tokens, outputs)
+    v2, v3, bits1 = pack_group(g0, g1, g2, g3, u1, codes)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 8, output, tokens, outputs)
+    v4, v5, bits2 = pack_group(g0, g1, g2, g3, u2, codes)
+    g0, g1, g2, g3 = load_group(gradient, 16 * word + 12, output, tokens, outputs)
+    v6, v7, bits3 = pack_group(g0, g1, g2, g3, u3, codes)
+    there = (word < words) & (output < outputs)
+    eight = join_eight(v0, v1, v2, v3, v4, v5, v6, v7).to(values.dtype.element_ty)
+    start = (output.to(tl.int64) * words + word) * 8
+    slot = tl.arange(0, 8)[None, None, :]
+    tl.store(values + start[:, :, None] + slot, eight, mask=there[:, :, None] & (slot < 8))
+    place = word_place(output, word, inner, HEIGHT, WIDTH, row_stride, word_stride, there)
+    tl.store(metadata + place, (bits0 | bits1 << 4 | bits2 << 8 | bits3 << 12).to(tl.int16), mask=there)
+
+
+@triton.jit
+def pack_group(g0, g1, g2, g3, uniform, codes):  # type: ignore[no-untyped-def]
+    """The values of a group's two slots, and its four bits of metadata."""
+    kept, tau, broken = sample_group(g0, g1, g2, g3, uniform)
+    entry = tl.load(codes + kept).to(tl.int32)
+    first = tl.where((entry & 2) != 0, tl.where((entry & 1) != 0, g3, g2), tl.where((entry & 1) != 0, g1, g0))
+    second = tl.where((entry & 8) != 0, tl.where((entry & 4) != 0, g3, g2), tl.where((entry & 4) != 0, g1, g0))
+    first = tl.where((entry & 16) != 0, kept_value(first, tau) + broken, 0.0)
+    second = tl.where((entry & 32) != 0, kept_value(second, tau) + broken, 0.0)
+    return first, second, entry >> 6 & 15
+
+
+@triton.jit
+def draw_uniforms(seed, word, output):  # type: ignore[no-untyped-def]
+    """`philox.uniforms` of the four groups of a word."""
+    x0, x1, x2, x3 = tl.philox(tl.load(seed), output, word, word * 0, word * 0)
+    unit = 2.0**-24
+    u0, u1 = (x0 >> 8).to(tl.float32) * unit, (x1 >> 8).to(tl.float32) * unit
+    return u0, u1, (x2 >> 8).to(tl.float32) * unit, (x3 >> 8).to(tl.float32) * unit
+
+
+@triton.jit
+def load_group(gradient, token, output, tokens, outputs):  # type: ignore[no-untyped-def]
+    """The four entries from a token on, zero where there are none."""
+    there = output < outputs
+    place = gradient + token.to(tl.int64) * outputs + output
+    g0 = tl.load(place, mask=there & (token < tokens), other=0.0).to(tl.float32)
+    g1 = tl.load(place + outputs, mask=there & (token + 1 < tokens), other=0.0).to(tl.float32)
+    g2 = tl.load(place + 2 * outputs, mask=there & (token + 2 < tokens), other=0.0).to(tl.float32)
+    g3 = tl.load(place + 3 * outputs, mask=there & (token + 3 < tokens), other=0.0).to(tl.float32)
+    return g0, g1, g2, g3
+
+
+@triton.jit
+def sample_group(g0, g1, g2, g3, uniform):  # type: ignore[no-untyped-def]
+    """The kept set of four entries, bit j for entry j, tau, and what adds NaN; operation by operation as the specification."""
+    s0, s1, s2, s3 = tl.abs(g0), tl.abs(g1), tl.abs(g2), tl.abs(g3)
+    low, high = tl.minimum(s0, s1), tl.maximum(s0, s1)
+    other_low, other_high = tl.minimum(s2, s3), tl.maximum(s2, s3)
+    largest, middle = tl.maximum(high, other_high), tl.minimum(high, other_high)
+    rest = middle + low + other_low
+    total = s0 + s1 + s2 + s3
+    smallest = tl.full([], 2.0**-149, tl.float32)  # as a mere number it would be a double to Triton 3.6
+    tau = tl.maximum(tl.where(largest > rest, rest, 0.5 * total), smallest)
+    one, two = largest >= tau, tl.maximum(middle, tl.maximum(low, other_low)) >= tau
+    certain0, certain1, certain2 = s0 >= tau, s1 >= tau, s2 >= tau
+    reached0 = tl.where(certain0, 0.0, s0)
+    reached1 = reached0 + tl.where(certain1, 0.0, s1)
+    reached2 = reached1 + tl.where(certain2, 0.0, s2)
+    first = uniform * tau
+    second = tl.where(one, first, first + tau)
+    last = tl.where(s3 > 0, 8, 0)
+    sampled = tl.where(first < reached0, 1, tl.where(first < reached1, 2, tl.where(first < reached2, 4, last)))
+    sampled |= tl.where(second < reached0, 1, tl.where(second < reached1, 2, tl.where(second < reached2, 4, last)))
+    kept = tl.where(certain0, 1, 0) | tl.where(certain1, 2, 0) | tl.where(certain2, 4, 0) | tl.where(s3 >= tau, 8, 0)
+    broken = total - total  # NaN where a gradient is not finite, which must not pass for a zero
+    return tl.where(broken == 0, kept | tl.where(two, 0, sampled), 3), tau, broken
+
+
+@triton.jit
+def kept_value(entry, tau):  # type: ignore[no-untyped-def]
+    """``g / p``: a certain entry as it is, another's sign with tau."""
+    size = tl.maximum(tl.abs(entry), tau)
+    return (size.to(tl.int32, bitcast=True) | (entry.to(tl.int32, bitcast=True) & -0x80000000)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def estimate_group(g0, g1, g2, g3, uniform):  # type: ignore[no-untyped-def]
+    """The estimate of four entries."""
+    kept, tau, broken = sample_group(g0, g1, g2, g3, uniform)
+    e0 = tl.where((kept & 1) != 0, kept_value(g0, tau), 0.0) + broken
+    e1 = tl.where((kept & 2) != 0, kept_value(g1, tau), 0.0) + broken
+    e2 = tl.where((kept & 4) != 0, kept_value(g2, tau), 0.0) + broken
+    e3 = tl.where((kept & 8) != 0, kept_value(g3, tau), 0.0) + broken
+    return e0, e1, e2, e3
+
+
+@triton.jit
+def join_eight(x0, x1, x2, x3, x4, x5, x6, x7):  # type: ignore[no-untyped-def]
+    """Eight tensors along a new last dimension, in this order."""
+    even = tl.join(tl.join(x0, x4), tl.join(x2, x6))
+    odd = tl.join(tl.join(x1, x5), tl.join(x3, x7))
+    return tl.reshape(tl.join(even, odd), [x0.shape[0], x0.shape[1], 8])
