@@ -25,6 +25,7 @@ from bisparse.accelerate.backend import BACKENDS
 from bisparse.accelerate.measure import random_mask
 from bisparse.kernels.estimate import estimate_2to4
 from bisparse.kernels.metadata import empty_slots, lay_out
+from bisparse.kernels.pack import metadata_place
 from bisparse.kernels.philox import draw_seed
 from bisparse.kernels.positions import find_positions, kept_mask
 
@@ -32,6 +33,22 @@ CUDA = torch.device("cuda", 0)
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no CUDA device: run `make test-gpu` on a machine that has one"
 )
+
+
+def order_of_groups(order: str, rows: int, groups: int) -> Tensor | None:
+    """Where a library puts the four bits of each group; None for row by row."""
+    row, group = torch.arange(rows)[:, None], torch.arange(groups)
+    if order == "Hopper" and rows % 64 == 0 and groups % 8 == 0:  # torchao, sparse24_sm90_sparsify.cu
+        block = row // 64 * 64 * groups + group // 8 * 512 + row % 64 // 16 * 128
+        return block + row % 8 * 16 + group % 4 * 4 + group // 4 % 2 * 2 + row // 8 % 2
+    if order == "Ampere" and rows % 128 == 0 and groups % 16 == 0:  # torch, SparseSemiStructuredTile.cu
+        block = row // 128 * 2048 + group // 16 * 2048 * (rows // 128) + row % 128 // 32 * 256 + group % 16 // 8 * 1024
+        return block + 4 * metadata_place(32, 2)[row % 32, group // 4 % 2] + group % 4
+    if order == "nibbles swapped":
+        return row * groups + (group ^ 1)
+    if order == "shuffled":
+        return torch.randperm(rows * groups, generator=torch.Generator().manual_seed(0)).view(rows, groups)
+    return None
 
 
 class Library:
@@ -65,16 +82,11 @@ class Library:
 
     def stored(self, metadata: Tensor, rows: int, back: bool = False) -> Tensor:
         """The bytes of metadata in this library's order, or back."""
-        if self.order == "nibbles swapped":
-            return metadata << 4 | metadata >> 4
-        words = metadata.view(torch.int16)
-        if self.order == "words swizzled":
-            place = torch.arange(len(words)).view(rows // 16, 16, -1).transpose(1, 2).flatten()
-        elif self.order == "words shuffled":
-            place = torch.randperm(len(words), generator=torch.Generator().manual_seed(0))
-        else:
+        if (place := order_of_groups(self.order, rows, 2 * len(metadata) // rows)) is None:
             return metadata
-        return words[place.argsort() if back else place].view(torch.uint8)
+        nibbles = torch.stack((metadata & 15, metadata >> 4), -1).flatten()
+        nibbles = nibbles[place.flatten() if back else place.flatten().argsort()].view(-1, 2)
+        return nibbles[:, 0] | nibbles[:, 1] << 4
 
     def dense(self, packed: Tensor, columns: int) -> Tensor:
         flat = packed.flatten()
@@ -129,7 +141,7 @@ class Library:
         return cls.cutlass(values, metadata, dense) + bias[:, None]
 
 
-@pytest.fixture(params=["values first", "values last", "slots reversed", "words swizzled"])
+@pytest.fixture(params=["values first", "values last", "slots reversed", "Hopper"])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     stand_in = Library(request.param)
     monkeypatch.setattr(torch, "_cslt_compress", stand_in.compress)
@@ -251,30 +263,38 @@ def test_new_values_reach_the_product_without_packing_where_the_layout_allows_it
     assert library.compressed - packed_so_far == (0 if library.values_first else 3 * per_step)
 
 
-LEARNT = {"values first": (1, 1), "slots reversed": (1, 1), "words swizzled": (16, 1), "words shuffled": (32, 2)}
-"""Orders that can be told of, and the block of words that repeats."""
+LEARNT = {
+    "values first": (1, 4),
+    "slots reversed": (1, 4),
+    "nibbles swapped": (1, 4),
+    "Hopper": (64, 8),
+    "Ampere": (128, 16),
+    "shuffled": (128, 16),
+}
+"""Orders that can be told of, and the block of rows and groups that repeats."""
 
 
-@pytest.mark.parametrize("order", [*LEARNT, "values last", "groups reversed", "nibbles swapped"])
+@pytest.mark.parametrize("library", ["values first"], indirect=True)
+@pytest.mark.parametrize("order", [*LEARNT, "values last", "groups reversed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_the_form_of_a_library_is_learnt_from_what_it_packs(order: str, dtype: torch.dtype, library: Library) -> None:
     library.order, library.values_first = order, order != "values last"
-    own = BACKENDS["cusparselt"]
-    found = own.form(32, 32, dtype, torch.device("cpu"))
+    own, shape = BACKENDS["cusparselt"], (128, 64) if order == "shuffled" else (256, 128)
+    found = own.form(*shape, dtype, torch.device("cpu"))
     if order not in LEARNT:
         assert found is None
         return
-    assert found is not None and tuple(found.inner.shape) == LEARNT[order]
-    many = random_mask(32, 32, torch.device("cpu"))
-    for mask in (many, torch.zeros_like(many), many & (torch.rand(32, 32) < 0.5)):
-        positions, metadata = empty_slots(32, 32, mask.device)
+    assert found is not None and (found.height, found.width) == LEARNT[order]
+    many = random_mask(*shape, torch.device("cpu"))
+    for mask in (many, torch.zeros_like(many), many & (torch.rand(shape) < 0.5)):
+        positions, metadata = empty_slots(*shape, mask.device)
         lay_out(mask, found, positions, metadata)
-        assert torch.equal(kept_mask(positions, 32), mask)
+        assert torch.equal(kept_mask(positions, shape[1]), mask)
         before = library.compressed
-        weight = torch.randn(32, 32)
-        for values in (weight, weight * (torch.arange(32) % 3 > 0)):  # a kept weight may be zero, in its place
+        weight = torch.randn(shape)
+        for values in (weight, weight * (torch.arange(shape[1]) % 3 > 0)):  # a kept weight may be zero, in its place
             packed, _ = own.fill(values, positions, metadata, dtype)
-            assert torch.equal(library.dense(packed, 32), torch.where(mask, values, 0).to(dtype))
+            assert torch.equal(library.dense(packed, shape[1]), torch.where(mask, values, 0).to(dtype))
         assert library.compressed == before
         assert torch.equal(own.fill(mask.float(), positions, metadata, dtype)[0], own.pack(mask.to(dtype))[0])
 

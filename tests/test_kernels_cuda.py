@@ -52,16 +52,16 @@ KERNELS = {
     "2:4": {"largest_of_groups"},
     "2:4-T": {"middle_masks"},
     "2:4-T of magnitudes": {"middle_masks"},
-    "2:4-T laid out": {"lay_out_kernel"},
+    "2:4-T laid out": {"positions_kernel", "metadata_kernel"},
     "2:4-T prices": {"swept_prices", "balanced_masks"},
-    "2:4-T packed": {"packed_tiles"},
-    "2:4 packed under a mask": {"packed_tiles"},
+    "2:4-T packed": {"packed_tiles", "metadata_kernel"},
+    "2:4 packed under a mask": {"packed_tiles", "metadata_kernel"},
     "4:8-T": {"swept_prices", "balanced_masks"},
     "8:16-T": {"swept_prices", "balanced_masks"},
     "16:32-T": {"swept_prices", "balanced_masks"},
     "32:64-T": {"bisected_prices", "balanced_masks"},
     "integers": {"bisected_prices", "balanced_masks"},
-    "MVUE packed": {"pack_kernel"},
+    "MVUE packed": {"pack_kernel", "metadata_kernel"},
 }
 HELD_TO_A_TIME = ("2:4-T", "2:4-T of magnitudes", "2:4-T laid out", "MVUE packed", "4:8-T", "8:16-T", "16:32-T")
 

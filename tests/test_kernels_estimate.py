@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bisparse.kernels.estimate import estimate_2to4, estimate_by, pack_estimate, reference_estimate_2to4
-from bisparse.kernels.metadata import POSITION_BITS, MetadataForm, reference_lay_out
+from bisparse.kernels.metadata import CODES, MetadataForm, form_of_order, reference_lay_out
 from bisparse.kernels.philox import draw_seed, philox, uniforms
 from bisparse.kernels.positions import reference_take_values
 
@@ -113,24 +113,25 @@ def test_nothing_that_is_kept_rounds_to_zero() -> None:
 
 def form_of(rows: int, words: int, lone_first: bool) -> MetadataForm:
     """A made-up library: four bits like no other's, words in disorder, and free slots that point at the entry in use."""
-    codes = torch.zeros(16, dtype=torch.int16)
+    codes, nibbles = torch.zeros(16, dtype=torch.uint8), torch.zeros(CODES, dtype=torch.uint8)
     for kept in range(16):
         entries = [entry for entry in range(4) if kept >> entry & 1]
         if len(entries) <= 2:
             first, second = (entries or [0])[0], (entries or [3])[-1]
             used = 3 if len(entries) == 2 else 0 if not entries else 1 if lone_first else 2
-            codes[kept] = first | second << 2 | used << 4 | (11 * kept + 6) % 16 << POSITION_BITS
-    height, width = math.gcd(rows, 4), math.gcd(words, 2)
-    inner = torch.randperm(height * width, dtype=torch.int32).view(height, width)
-    return MetadataForm(codes, inner, height * words, height * width)
+            codes[kept] = first | second << 2 | used << 4
+            nibbles[codes[kept].long()] = (11 * kept + 6) % 16
+    height, width = math.gcd(rows, 4), 4 * math.gcd(words, 2)
+    size = height * width // 4
+    place = torch.randperm(4 * size).view(height, width)
+    return form_of_order(place, 4 * words // width * size, size, codes.device, (codes, nibbles))
 
 
 def packed_by_steps(estimate: Tensor, form: MetadataForm) -> Tensor:
     """The dense estimate of finite entries, then its positions and metadata, then its values."""
     rows, groups = estimate.shape[0], estimate.shape[1] // 4
     positions, metadata = torch.empty(rows, groups, dtype=torch.uint8), torch.empty(rows * groups // 4, dtype=torch.int16)
-    how = form.codes, form.inner, form.row_stride, form.word_stride
-    reference_lay_out(estimate != 0, *how, None, 0, 0, positions, metadata, None, None, None)
+    reference_lay_out(estimate != 0, *form, None, 1, 1, 0, 0, positions, metadata, None, None, None)
     return torch.cat((reference_take_values(estimate, positions, estimate.dtype).flatten(), metadata.view(estimate.dtype)))
 
 
@@ -228,22 +229,20 @@ def test_the_estimate_compiles_without_a_gpu_and_without_spills(arch: int, dtype
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-@pytest.mark.parametrize("inner", [(1, 1), (32, 2)])
-def test_packing_compiles_without_a_gpu_and_without_spills(arch: int, dtype: str, inner: tuple[int, int]) -> None:
+def test_packing_compiles_without_a_gpu_and_without_spills(arch: int, dtype: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     from bisparse.kernels import cuda_estimate
 
-    numbers = dict.fromkeys(("tokens", "outputs", "words", "row_stride", "word_stride"), "i32")
-    pointers = {"codes": "*i16", "inner": "*i32", "values": f"*{dtype}", "metadata": "*i16"}
+    numbers = dict.fromkeys(("tokens", "outputs", "words"), "i32")
+    pointers = {"codes": "*u8", "values": f"*{dtype}", "positions": "*i32"}
     types = {"gradient": f"*{dtype}", "seed": "*i64", **pointers, **numbers}
-    form = dict(zip(("HEIGHT", "WIDTH"), inner, strict=True))
-    constants = {**form, "WORDS": cuda_estimate.WORDS, "OUTPUTS": cuda_estimate.OUTPUTS}
+    constants = {"WORDS": cuda_estimate.WORDS, "OUTPUTS": cuda_estimate.OUTPUTS}
     code = compiled(cuda_estimate.pack_kernel, types, constants, arch, ("gradient", "values", "outputs"))
     assert f"sm_{arch}" in code["ptx"] and ".local" not in code["ptx"]
     assert "fma.rn" not in code["ptx"] and "ftz" not in code["ptx"] and f"cvt.rn.{dtype.replace('fp', 'f')}" in code["ptx"]
-    # Eight values of a lane in one store, a word of metadata in another; two outputs of a lane in one load.
+    # Eight values of a lane in one store, its four positions in another; two outputs of a lane in one load.
     stored = set(re.findall(r"st\.global\.\S+", code["ptx"]))
-    assert stored == {"st.global.v4.b32", "st.global.b16"} and "ld.global.b32" in code["ptx"]
+    assert stored == {"st.global.v4.b32", "st.global.b32"} and "ld.global.b32" in code["ptx"]
 
 
 def test_gradients_and_results_lie_beyond_two_to_the_31() -> None:
@@ -252,11 +251,11 @@ def test_gradients_and_results_lie_beyond_two_to_the_31() -> None:
 
     types = {"gradient": "*fp16", "seed": "*i64", "estimate": "*fp16", "tokens": "i32", "outputs": "i32", "groups": "i32"}
     ir = compiled(cuda_estimate.estimate_kernel, types, {"WORDS": 4, "OUTPUTS": 64}, 90)["ttir"]
-    numbers = dict.fromkeys(("tokens", "outputs", "words", "row_stride", "word_stride"), "i32")
-    pointers = {"codes": "*i16", "inner": "*i32", "values": "*fp16", "metadata": "*i16"}
+    numbers = dict.fromkeys(("tokens", "outputs", "words"), "i32")
+    pointers = {"codes": "*u8", "values": "*fp16", "positions": "*i32"}
     types = {"gradient": "*fp16", "seed": "*i64", **pointers, **numbers}
-    ir += compiled(cuda_estimate.pack_kernel, types, {"HEIGHT": 32, "WIDTH": 2, "WORDS": 4, "OUTPUTS": 64}, 90)["ttir"]
-    for name in ("gradient", "estimate", "values", "metadata"):
+    ir += compiled(cuda_estimate.pack_kernel, types, {"WORDS": 4, "OUTPUTS": 64}, 90)["ttir"]
+    for name in ("gradient", "estimate", "values", "positions"):
         pointers_of = [f"%{name}", *re.findall(rf"(%\w+) = tt.splat %{name} ", ir)]
         offsets = [wide for one in pointers_of for wide in re.findall(rf"tt.addptr {one}, .*, (?:tensor<[\dx]*)?(i\d+)", ir)]
         assert offsets and set(offsets) == {"i64"}, name
@@ -280,7 +279,7 @@ def test_on_a_gpu_estimates_are_those_of_the_specification(dtype: torch.dtype) -
 def test_on_a_gpu_packed_estimates_are_those_of_the_specification(dtype: torch.dtype) -> None:
     for tokens, outputs, groups in [*PACKED_SHAPES, (1001, 132, 256), (4096, 512, 1024)]:
         gradient, form = gradient_of((tokens, outputs), dtype), form_of(outputs, groups // 4, False)
-        on_a_gpu = MetadataForm(form.codes.cuda(), form.inner.cuda(), form.row_stride, form.word_stride)
+        on_a_gpu = MetadataForm(*(one.cuda() for one in form[:3]), *form[3:])
         for own in (gradient, gradient.t().contiguous().t()):
             found = pack_estimate(own.cuda(), seed_of(-1).cuda(), groups, on_a_gpu).cpu()
             assert torch.equal(found.view(torch.int16), pack_estimate(own, seed_of(-1), groups, form).view(torch.int16))

@@ -7,7 +7,7 @@ from torch import Tensor
 from bisparse import solve
 from bisparse.accelerate.backend import BACKENDS
 from bisparse.kernels import pack
-from bisparse.kernels.metadata import POSITION_BITS, MetadataForm, empty_slots, kept_sets, lay_out
+from bisparse.kernels.metadata import CODES, MetadataForm, empty_slots, form_of_order, kept_sets, lay_out
 from bisparse.kernels.positions import find_positions, to_metadata
 
 CPU = torch.device("cpu")
@@ -20,20 +20,26 @@ def mask_both_ways(rows: int, columns: int, seed: int = 0) -> Tensor:
     return solve(weight.abs(), "2:4-T").mask & (torch.rand(rows, columns, generator=own) < 0.8)
 
 
-def any_form(rows: int, columns: int, seed: int, height: int = 16, width: int = 1) -> MetadataForm:
-    """A form with slots and codes by chance, and words shuffled within blocks that follow each other."""
+def any_form(rows: int, columns: int, seed: int, height: int = 16, width: int = 4) -> MetadataForm:
+    """A form with slots and codes by chance, in blocks of rows and groups that follow each other, each in an order by chance."""
     own = torch.Generator().manual_seed(seed)
-    codes = torch.randint(16, (16,), generator=own).to(torch.int16) << POSITION_BITS
+    codes = torch.zeros(16, dtype=torch.uint8)
     for kept in range(16):
         entries = [entry for entry in range(4) if kept >> entry & 1]
         if len(entries) <= 2:
             free = [-1 - int(torch.randint(4, (), generator=own)) for _ in range(2 - len(entries))]
             slots = [(entries + free)[place] for place in torch.randperm(2, generator=own).tolist()]
             first, second = (max(slot, -1 - slot) for slot in slots)
-            codes[kept] |= first | second << 2 | (slots[0] >= 0) << 4 | (slots[1] >= 0) << 5
-    inner = torch.randperm(height * width, generator=own).view(height, width).int()
-    across = columns // 16 // width
-    return MetadataForm(codes, inner, across * height * width, height * width)
+            codes[kept] = first | second << 2 | (slots[0] >= 0) << 4 | (slots[1] >= 0) << 5
+    nibbles = torch.randint(16, (CODES,), generator=own).to(torch.uint8)
+    place = torch.randperm(height * width, generator=own).view(height, width)
+    size, across = height * width // 4, columns // 4 // width
+    return form_of_order(place, across * size, size, CPU, (codes, nibbles))
+
+
+def with_slots_of(form: MetadataForm, other: MetadataForm) -> MetadataForm:
+    """The order of one form with the slots of another."""
+    return MetadataForm(*other[:2], *form[2:])
 
 
 def laid_out(
@@ -67,30 +73,28 @@ def test_plain_form_gives_the_metadata_of_the_reference() -> None:
     assert torch.equal(found[3], to_metadata(find_positions(mask.t())))
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (16, 1), (32, 2), (8, 4)])
+@pytest.mark.parametrize(("height", "width"), [(1, 4), (16, 4), (32, 8), (8, 16), (4, 1)])
 def test_codes_and_places_are_the_forms_own(height: int, width: int) -> None:
-    """Word by word, by Python's integers."""
+    """Group by group, by Python's integers."""
     rows, columns = 32, 64
     mask, form = mask_both_ways(rows, columns), any_form(rows, columns, 3, height, width)
     positions, metadata, _, untouched = laid_out(mask, form, None)
     words = metadata.view(torch.int16).flatten().tolist()
+    place = {int(group): at for at, group in enumerate(form.sources.flatten())}
     for row in range(rows):
-        for word in range(columns // 16):
-            entries = []
-            for group in range(4 * word, 4 * word + 4):
-                kept = sum(1 << j for j in range(4) if mask[row, 4 * group + j])
-                assert int(kept_sets(mask)[row, group]) == kept
-                entries.append(int(form.codes[kept]))
-                assert int(positions[row, group]) == entries[-1] % 64
-            place = int(form.inner[row % height, word % width])
-            place += row // height * form.row_stride + word // width * form.word_stride
-            expected = sum((entry // 64) << 4 * k for k, entry in enumerate(entries))
-            assert words[place] % (1 << 16) == expected
+        for group in range(columns // 4):
+            kept = sum(1 << j for j in range(4) if mask[row, 4 * group + j])
+            assert int(kept_sets(mask)[row, group]) == kept
+            assert int(positions[row, group]) == int(form.codes[kept])
+            at = place[row % height * width + group % width]
+            word = row // height * form.row_stride + group // width * form.group_stride + at // 4
+            assert words[word] >> at % 4 * 4 & 15 == int(form.nibbles[form.codes[kept].long()])
     assert bool((untouched == 77).all())
 
 
 def test_a_mask_that_is_not_2to4_is_marked_on_either_side() -> None:
-    form, form_t = any_form(32, 32, 0), any_form(32, 32, 1)
+    form = any_form(32, 32, 0)
+    form_t = with_slots_of(any_form(32, 32, 1), form)
     fine = mask_both_ways(32, 32)
     row, column = fine.clone(), fine.clone()
     row[7, 4:8] = torch.tensor([True, True, False, True])
@@ -106,25 +110,27 @@ def test_a_mask_that_is_not_2to4_is_marked_on_either_side() -> None:
     assert int(broken) == 1, "what was found before stays"
 
 
-def test_lines_that_are_no_whole_words_are_refused() -> None:
-    form = any_form(16, 16, 0)
+def test_lines_that_are_no_whole_words_or_blocks_are_refused() -> None:
+    form = any_form(24, 16, 0, 8, 4)
     for mask, other in ((torch.zeros(16, 24), None), (torch.zeros(24, 16), form)):
-        with pytest.raises(ValueError, match=r"a \d+ x \d+ mask cannot be laid out: 16 must divide"):
+        with pytest.raises(ValueError, match=r"lines of 24 cannot be laid out: 16 must divide"):
             laid_out(mask.bool(), form, other)
+    with pytest.raises(ValueError, match=r"in blocks of 32 rows and 32 columns is not one of 48 x 32"):
+        laid_out(torch.zeros(48, 32).bool(), any_form(64, 32, 0, 32, 8), None)
 
 
 def test_the_operator_obeys_torch() -> None:
     mask, form, form_t = mask_both_ways(32, 64), any_form(32, 64, 0), any_form(64, 32, 1)
     slots, slots_t = empty_slots(32, 64, CPU), empty_slots(64, 32, CPU)
-    where = (*form, *form_t[1:], slots[0], slots[1].view(torch.int16), slots_t[0], slots_t[1].view(torch.int16))
+    where = (*form, *form_t[2:], slots[0], slots[1].view(torch.int16), slots_t[0], slots_t[1].view(torch.int16))
     torch.library.opcheck(torch.ops.bisparse.lay_out_2to4, (mask, *where, torch.zeros((), dtype=torch.int32)))
-    one_way = (*form, None, 0, 0, slots[0], slots[1].view(torch.int16), None, None, None)
+    one_way = (*form, None, 1, 1, 0, 0, slots[0], slots[1].view(torch.int16), None, None, None)
     torch.library.opcheck(torch.ops.bisparse.lay_out_2to4, (mask, *one_way))
 
 
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("check", [False, True])
-def test_the_kernel_compiles_without_a_gpu_and_without_spills(arch: int, check: bool) -> None:
+@pytest.mark.parametrize("name", ["positions", "positions, checked", "metadata", "metadata, odd block"])
+def test_the_kernels_compile_without_a_gpu_and_without_spills(arch: int, name: str) -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     import triton
     from triton.backends.compiler import GPUTarget
@@ -132,13 +138,18 @@ def test_the_kernel_compiles_without_a_gpu_and_without_spills(arch: int, check: 
 
     from bisparse.kernels import cuda_metadata
 
-    names = cuda_metadata.lay_out_kernel.arg_names
-    constants = {"BANDS": cuda_metadata.BANDS, "GROUPS": cuda_metadata.GROUPS, "BOTH_WAYS": True, "CHECK": check}
-    constants |= {"HEIGHT": 32, "WIDTH": 2, "HEIGHT_T": 96, "WIDTH_T": 5}
-    pointers = {"mask": "*i32", "codes": "*i16", "positions": "*u8", "metadata": "*i16", "positions_t": "*u8", "broken": "*i32"}
-    pointers |= {"inner": "*i32", "inner_t": "*i32", "metadata_t": "*i16"}
-    types = {name: pointers.get(name, "constexpr" if name in constants else "i32") for name in names}
-    source = ASTSource(cuda_metadata.lay_out_kernel, types, {(names.index(name),): value for name, value in constants.items()})
+    if name.startswith("positions"):
+        kernel = cuda_metadata.positions_kernel
+        constants = {"BANDS": cuda_metadata.BANDS, "GROUPS": cuda_metadata.GROUPS, "BOTH_WAYS": True, "CHECK": "checked" in name}
+        pointers = {"mask": "*i32", "codes": "*u8", "positions": "*u8", "positions_t": "*u8", "broken": "*i32"}
+    else:
+        kernel = cuda_metadata.metadata_kernel
+        constants = dict(zip(("HEIGHT", "WIDTH"), (96, 20) if "odd" in name else (64, 8), strict=True))
+        constants["WORDS"] = cuda_metadata.WORDS
+        pointers = {"positions": "*u8", "nibbles": "*u8", "sources": "*i32", "metadata": "*i16"}
+    names = kernel.arg_names
+    types = {one: pointers.get(one, "constexpr" if one in constants else "i32") for one in names}
+    source = ASTSource(kernel, types, {(names.index(one),): value for one, value in constants.items()})
     code = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "enable_fp_fusion": False}).asm
     assert f"sm_{arch}" in code["ptx"] and ".local" not in code["ptx"]
 
@@ -147,8 +158,9 @@ def test_the_kernel_compiles_without_a_gpu_and_without_spills(arch: int, check: 
 @pytest.mark.parametrize("shape", [(1024, 1024), (992, 4112), (16, 48)])
 def test_on_a_gpu_all_is_as_specified(shape: tuple[int, int]) -> None:
     mask = mask_both_ways(*shape)
-    form, form_t = any_form(*shape, 5), any_form(*shape[::-1], 6)
-    device = [MetadataForm(one.codes.cuda(), one.inner.cuda(), *one[2:]) for one in (form, form_t)]
+    form = any_form(*shape, 5)
+    form_t = with_slots_of(any_form(*shape[::-1], 6), form)
+    device = [MetadataForm(*(one.cuda() for one in own[:3]), *own[3:]) for own in (form, form_t)]
     broken = torch.zeros((), dtype=torch.int32, device="cuda")
     for found, expected in zip(laid_out(mask.cuda(), *device, broken), laid_out(mask, form, form_t), strict=True):
         assert torch.equal(found.cpu(), expected)

@@ -94,12 +94,12 @@ def test_estimates_are_those_of_the_specification(shape: tuple[int, int], dtype:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("tokens", "outputs", "groups"), PACKED_SHAPES)
 def test_packed_estimates_are_those_of_the_specification(tokens: int, outputs: int, groups: int, dtype: torch.dtype) -> None:
-    gradient, (codes, inner, *strides) = gradient_of((tokens, outputs), dtype), form_of(outputs, groups // 4, tokens == 64)
+    gradient, form = gradient_of((tokens, outputs), dtype), form_of(outputs, groups // 4, tokens == 64)
     gradient[5:6, 1] = float("inf")
     gradient[10:11] = -0.0
     for own in (before_nan(gradient), gradient.t().contiguous().t()):
-        expected = reference_pack_estimate_2to4(own, seed_of(3), groups, codes, inner, *strides)
-        found = in_poisoned_memory(cuda_estimate.pack_estimate_2to4, own, seed_of(3), groups, codes, inner, *strides)
+        expected = reference_pack_estimate_2to4(own, seed_of(3), groups, *form)
+        found = in_poisoned_memory(cuda_estimate.pack_estimate_2to4, own, seed_of(3), groups, *form)
         count = 2 * outputs * groups
         assert torch.equal(found[count:].view(torch.int16), expected[count:].view(torch.int16)), "metadata"
         # The interpreter cuts to bfloat16 where a GPU rounds.

@@ -13,7 +13,7 @@ from bisparse.kernels import cuda, ops, pack
 from bisparse.kernels.ops import BadScoreError
 from bisparse.tiles import from_tiles, to_tiles
 from test_kernels import KINDS, as_matrix, mask_alone, numbers
-from test_kernels_metadata import any_form
+from test_kernels_metadata import any_form, with_slots_of
 
 PROGRAMS = pytest.mark.parametrize("exactly", [False, True], ids=["at most", "exactly"])
 
@@ -258,11 +258,11 @@ def test_same_masks_at_2to4_as_on_the_cpu_ties_included(monkeypatch: pytest.Monk
 
 @PROGRAMS
 def test_masks_of_magnitudes_are_masks_of_the_weights_without_signs(exactly: bool) -> None:
-    weight = as_matrix(all_kinds(4, 8))
+    weight = as_matrix(all_kinds(4, 2)).t().contiguous()  # a program for each four rows
     weight = weight * torch.where(torch.rand(weight.shape) < 0.5, -1, 1)
     weight[0, 0] = float("-inf")
-    weight[21, 2] = float("nan")
-    for one in (weight, weight.bfloat16(), weight.t()):
+    weight[2, 21] = float("nan")
+    for one in (weight, weight.bfloat16(), weight.t().contiguous().t()):
         expected = cuda.exact_mask(one.abs().contiguous(), 2, 4, exactly)
         same(cuda.exact_mask_of_magnitudes(one, exactly), expected)
         assert expected[1].any() and not expected[1].all()
@@ -281,8 +281,7 @@ def test_packed_operands_are_those_of_the_specification_bit_by_bit(dtype: torch.
     weight = torch.randn(32, 96).to(dtype)
     weight[:, :64] = torch.randint(-2, 3, (32, 64)).to(dtype)  # ties, zeros, and groups with fewer than two
     weight[8, 64:68], weight[9, 65] = 0, -0.0
-    codes = any_form(32, 96, 5).codes
-    other = any_form(32, 96, 5), any_form(96, 32, 6, 8, 2)._replace(codes=codes)
+    other = any_form(32, 96, 5), with_slots_of(any_form(96, 32, 6, 8, 8), any_form(32, 96, 5))
     for forms in (pack._cutlass_forms(weight), other):
         flat = pack._flat(forms)
         found = cuda.pack_2to4_transposable(weight, *flat)

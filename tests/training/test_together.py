@@ -116,7 +116,7 @@ class Counted(TorchDispatchMode):
         return function(*arguments, **(keywords or {}))
 
 
-def test_a_refresh_of_an_accelerated_layer_is_four_launches(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refresh_of_an_accelerated_layer_is_four_operators(launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(together, "exact_mask_of_magnitudes", exact_mask_of_magnitudes)
     model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).train()
     sparsity = sparsify_(model, "2:4-T")

@@ -22,7 +22,7 @@ from torch.sparse._semi_structured_conversions import (
 from bisparse.accelerate.algorithm import Algorithm, search_algorithm
 from bisparse.accelerate.form import learn_form
 from bisparse.accelerate.trial import halves_share_metadata, try_out, try_shape
-from bisparse.kernels.metadata import WORD, MetadataForm, form_of_positions
+from bisparse.kernels.metadata import WORD, MetadataForm, form_of_order
 from bisparse.kernels.pack import cutlass_form, split_packed
 from bisparse.kernels.positions import find_positions, from_metadata, kept_mask, put_values, take_values, to_metadata
 
@@ -360,7 +360,7 @@ def choose_backend(name: str, device: torch.device) -> Backend | str:
 @functools.lru_cache(maxsize=256)
 def _plain_form(columns: int, device: torch.device) -> MetadataForm:
     """Of `to_metadata`: row by row."""
-    return form_of_positions(torch.zeros(1, 1, dtype=torch.int32), columns // WORD, 1, device)
+    return form_of_order(torch.arange(4)[None], columns // WORD, 1, device)
 
 
 def backend_or_reference(wanted: str, device: torch.device, dtype: torch.dtype) -> str:

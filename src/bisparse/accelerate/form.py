@@ -3,6 +3,10 @@
 Matrices whose groups spell their own number in kept sets tell where each group's four bits go; one with all kept sets, what bits
 and slots each set gets. What was learnt is believed only if it foretells, bit by bit, what the library makes of a random matrix.
 So a mask's metadata can be written without the library, which reads and writes whole dense matrices for it.
+
+What others found by looking, and nothing here assumes: the values come first, group after group; four bits a group follow, on
+Ampere in blocks of 128 rows and 64 columns, a word for four groups of a row (torch, SparseSemiStructuredTile.cu), on Hopper in
+blocks of 64 rows and 32 columns, a word for two groups of each of two rows (torchao, sparse24_sm90_sparsify.cu).
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from bisparse.kernels.metadata import POSITION_BITS, WORD, MetadataForm
+from bisparse.kernels.metadata import CODES, MetadataForm, form_of_order, metadata_of
 from bisparse.kernels.positions import read_positions, take_values
 
 __all__ = ["learn_form"]
@@ -25,15 +29,15 @@ DIGITS = (0b0011, 0b0101, 0b1010, 0b1100)
 """Kept sets that spell the digits of a number in base four."""
 TAGS = 63
 """So many tags of groups, times four places, are whole numbers that bfloat16 tells apart."""
-HEIGHTS, WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (1, 2, 4, 8, 16)
-"""Blocks of words in which an order may repeat."""
+HEIGHTS, WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (4, 8, 16, 32, 64)
+"""Blocks of rows and groups in which an order may repeat."""
 
 Pack = Callable[[Float[Tensor, "R C"]], Tensor]
 """All that the library keeps of a matrix, as one tensor."""
 
 
 def learn_form(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:
-    """The form of (rows, columns) matrices, if the values come first, group after group, and then the metadata in words.
+    """The form of (rows, columns) matrices, if the values come first, group after group, and then four bits for each group.
 
     It takes some fifteen matrices of this size. None where the library stores them in another way, or memory is short.
     """
@@ -66,23 +70,26 @@ def _learnt(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: tor
         if found is None or bool((read := alphabet[found[1]]).lt(0).any()):
             return None
         spelt |= read << power
-    place = _places_of_words(spelt.clamp_(max=count - 1))
-    if place is None:
+    place = torch.full_like(number, -1)
+    place[spelt.clamp_(max=count - 1)] = number
+    if bool((place < 0).any()):  # two places for one group, and none for another
         return None
     sets = torch.tensor(SETS, device=device)[number % len(SETS)]
     if (found := packed(sets)) is None:
         return None
-    values, nibbles = found
-    nibbles = nibbles[(4 * place[:, None] + torch.arange(4, device=device)).flatten()]
-    entries = read_positions((values - 1).view(-1, 1, 2), (values != 0).view(-1, 1, 2)).flatten() | nibbles << POSITION_BITS
-    codes = torch.zeros(16, dtype=torch.int16, device=device).scatter_(0, sets, entries.to(torch.int16))
-    form = MetadataForm(codes, *_repeating(place.view(rows, columns // WORD)))
+    values, metadata = found
+    positions = read_positions((values - 1).view(-1, 1, 2), (values != 0).view(-1, 1, 2)).flatten()
+    codes = torch.zeros(16, dtype=torch.uint8, device=device).scatter_(0, sets, positions)
+    nibbles = torch.zeros(CODES, dtype=torch.uint8, device=device).scatter_(0, positions.long(), metadata[place].to(torch.uint8))
+    form = _repeating(place.view(rows, columns // 4), (codes, nibbles))
     own = torch.Generator(device).manual_seed(0)
     sets = torch.tensor(SETS, device=device)[torch.randint(len(SETS), (count,), device=device, generator=own)]
     tags = torch.randint(TAGS, (count,), device=device, generator=own)
-    values, nibbles = _foretold(form, _image(sets, tags, dtype).view(rows, columns), codes[sets].view(rows, -1))
+    positions = codes[sets].view(rows, -1)
+    values = take_values(_image(sets, tags, dtype).view(rows, columns), positions).view(-1, 2)
+    metadata = _nibbles(metadata_of(positions, form).view(torch.uint8))
     found = packed(sets, tags)
-    return form if found is not None and torch.equal(values, found[0]) and torch.equal(nibbles, found[1]) else None
+    return form if found is not None and torch.equal(values, found[0]) and torch.equal(metadata, found[1]) else None
 
 
 def _image(sets: Int[Tensor, " G"], tags: Int[Tensor, " G"] | int, dtype: torch.dtype) -> Float[Tensor, "G 4"]:
@@ -96,32 +103,21 @@ def _nibbles(metadata: UInt8[Tensor, " B"]) -> Int[Tensor, " G"]:
     return torch.stack((metadata & 15, metadata >> 4), -1).flatten().int()
 
 
-def _places_of_words(spelt: Int[Tensor, " G"]) -> Int[Tensor, " W"] | None:
-    """Where each word of four groups went, from the group whose bits stand at each place; None unless they went as words."""
-    place = torch.full_like(spelt, -1)
-    place[spelt] = torch.arange(len(spelt), dtype=place.dtype, device=spelt.device)
-    words = place.view(-1, 4)
-    whole = words == words[:, :1] + torch.arange(4, device=spelt.device)
-    return words[:, 0] // 4 if bool((whole & (words[:, :1] >= 0) & (words[:, :1] % 4 == 0)).all()) else None
-
-
-def _repeating(place: Int[Tensor, "R W"]) -> tuple[Tensor, int, int]:
-    """The smallest block that repeats at regular distances, and the distances; the whole where none does."""
-    rows, words = place.shape
-    blocks = [(height, width) for height, width in itertools.product(HEIGHTS, WIDTHS) if height <= rows and width <= words]
-    for height, width in (*sorted(blocks, key=lambda block: block[0] * block[1]), (rows, words)):
-        inner = place[:height, :width].int().contiguous()
-        row_stride = int(place[height, 0] - place[0, 0]) if height < rows else 0
-        word_stride = int(place[0, width] - place[0, 0]) if width < words else 0
-        if torch.equal(MetadataForm(inner, inner, row_stride, word_stride).places(rows, words), place):
-            return inner, row_stride, word_stride
+def _repeating(place: Int[Tensor, "R G"], slots: tuple[Tensor, Tensor]) -> MetadataForm:
+    """The form of the smallest block that repeats at regular distances and fills its words; of the whole where none does."""
+    rows, groups = place.shape
+    blocks = [(height, width) for height, width in itertools.product(HEIGHTS, WIDTHS) if not (rows % height or groups % width)]
+    for height, width in (*sorted(blocks, key=lambda block: block[0] * block[1]), (rows, groups)):
+        inner = place[:height, :width]
+        down = int(place[height, 0] - place[0, 0]) if height < rows else 0
+        beside = int(place[0, width] - place[0, 0]) if width < groups else 0
+        if (
+            down % 4
+            or beside % 4
+            or not torch.equal(inner.flatten().sort().values, torch.arange(inner.numel(), device=place.device))
+        ):
+            continue
+        row, group = torch.arange(rows, device=place.device)[:, None], torch.arange(groups, device=place.device)
+        if torch.equal(inner[row % height, group % width] + row // height * down + group // width * beside, place):
+            return form_of_order(inner, down // 4, beside // 4, place.device, slots)
     raise AssertionError("the whole repeats itself")
-
-
-def _foretold(form: MetadataForm, matrix: Float[Tensor, "R C"], entries: Int[Tensor, "R G"]) -> tuple[Tensor, Tensor]:
-    """Values and nibbles that the library should make of a matrix."""
-    positions = (entries & (1 << POSITION_BITS) - 1).to(torch.uint8)
-    groups = form.places(matrix.shape[0], matrix.shape[1] // WORD).flatten()[:, None] * 4 + torch.arange(4, device=matrix.device)
-    nibbles = torch.empty(entries.numel(), dtype=torch.int32, device=matrix.device)
-    nibbles[groups.flatten()] = (entries.flatten() >> POSITION_BITS).int()
-    return take_values(matrix, positions).view(-1, 2), nibbles

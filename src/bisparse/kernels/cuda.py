@@ -16,12 +16,13 @@ from torch import Tensor
 
 from bisparse.kernels import ops
 from bisparse.kernels.cuda_groups import largest_of_groups
+from bisparse.kernels.cuda_metadata import write_metadata
 from bisparse.kernels.cuda_middle import middle_masks, packed_tiles
 from bisparse.kernels.cuda_prices import bisected_prices, swept_prices
 from bisparse.kernels.cuda_repair import balanced_masks
 from bisparse.kernels.middle import mask_bits
 from bisparse.kernels.networks import sorting_network
-from bisparse.kernels.pack import packed_like, split_packed
+from bisparse.kernels.pack import both_forms, packed_like, split_packed
 
 __all__ = [
     "exact_mask",
@@ -109,23 +110,23 @@ def pack_2to4_transposable(weight: Tensor, *forms: Any) -> tuple[Tensor, Tensor,
     return _pack(weight, None, *forms)
 
 
-def _pack(
-    weight: Tensor, given: Tensor | None, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int, inner_t: Tensor,
-    row_stride_t: int, word_stride_t: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _pack(weight: Tensor, given: Tensor | None, *forms: Any) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight.contiguous()
     rows, columns = weight.shape
     mask = torch.empty_like(weight, dtype=torch.bool) if given is None else given
     packed, packed_t = packed_like(weight)
     if weight.numel():
         (values, metadata), (values_t, metadata_t) = split_packed(packed, rows, columns), split_packed(packed_t, columns, rows)
+        positions = torch.empty((rows, columns // 4), dtype=torch.uint8, device=weight.device)
+        positions_t = torch.empty((columns, rows // 4), dtype=torch.uint8, device=weight.device)
+        form, form_t = both_forms(*forms)
         packed_tiles[(rows // 32, triton.cdiv(columns // 4, PACKED_TILES))](
-            weight, _words(weight.device), mask.view(torch.int32), mask.view(torch.int32), codes,
-            values.view(torch.int32), metadata, inner, row_stride, word_stride,
-            values_t.view(torch.int32), metadata_t, inner_t, row_stride_t, word_stride_t, rows, columns,
-            HEIGHT=inner.shape[0], WIDTH=inner.shape[1], HEIGHT_T=inner_t.shape[0], WIDTH_T=inner_t.shape[1],
+            weight, _words(weight.device), mask.view(torch.int32), mask.view(torch.int32), form.codes,
+            values.view(torch.int32), positions, values_t.view(torch.int32), positions_t, rows, columns,
             BLOCK=PACKED_TILES, GIVEN=given is not None, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+        write_metadata(positions, form, metadata)
+        write_metadata(positions_t, form_t, metadata_t)
     return mask, packed, packed_t
 
 

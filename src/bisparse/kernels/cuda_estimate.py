@@ -1,19 +1,22 @@
 """The 2:4 estimate of the output's gradient, transposed: the gradient is read once, and what is wanted of it written once.
 
-A lane owns 16 consecutive tokens of an output: four groups, which one Philox counter draws and one word of metadata tells of.
-Nothing but the gradient and the seed is read: of half precision, 3.125 bytes an entry in all where the estimate is packed, while
-uniforms in memory, a dense estimate and its compression take 9.125 at least. Neighbouring lanes of a warp own neighbouring
-outputs, as the gradient lies; the results, which lie the other way, pass through shared memory.
+A lane owns 16 consecutive tokens of an output: four groups, which one Philox counter draws. Nothing but the gradient and the seed is
+read: of half precision, 3.6 bytes an entry in all where the estimate is packed, its positions and then its metadata among them, while
+uniforms in memory, a dense estimate and its compression take 9.1 at least. Neighbouring lanes of a warp own neighbouring outputs,
+as the gradient lies; the results, which lie the other way, pass through shared memory.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from bisparse.kernels.cuda_metadata import word_place
+from bisparse.kernels.cuda_metadata import write_metadata
+from bisparse.kernels.metadata import MetadataForm
 
 __all__ = ["estimate_2to4", "pack_estimate_2to4"]
 
@@ -34,19 +37,18 @@ def estimate_2to4(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
     return estimate
 
 
-def pack_estimate_2to4(
-    gradient: Tensor, seed: Tensor, groups: int, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int
-) -> Tensor:
+def pack_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int, *form: Any) -> Tensor:
     """`estimate.pack_estimate` on a GPU."""
-    gradient = gradient.contiguous()
+    gradient, own = gradient.contiguous(), MetadataForm(*form)
     (tokens, outputs), words = gradient.shape, groups // 4
     packed = torch.empty(9 * outputs * words, dtype=gradient.dtype, device=gradient.device)
+    positions = torch.empty((outputs, groups), dtype=torch.uint8, device=gradient.device)
     if packed.numel():
         pack_kernel[(triton.cdiv(words, WORDS), triton.cdiv(outputs, OUTPUTS))](
-            gradient, seed, codes, inner, packed, packed.view(torch.int16)[8 * outputs * words :], tokens, outputs, words,
-            row_stride, word_stride, HEIGHT=inner.shape[0], WIDTH=inner.shape[1],
+            gradient, seed, own.codes, packed, positions.view(torch.int32), tokens, outputs, words,
             WORDS=WORDS, OUTPUTS=OUTPUTS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
+        write_metadata(positions, own, packed.view(torch.int16)[8 * outputs * words :])
     return packed
 
 
@@ -87,50 +89,45 @@ def pack_kernel(  # type: ignore[no-untyped-def]
     gradient,
     seed,
     codes,
-    inner,
     values,
-    metadata,
+    positions,
     tokens,
     outputs,
     words,
-    row_stride,
-    word_stride,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
     WORDS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):
-    """Values and metadata of a block of words and outputs. A form's shape is a constant: divisions take 20 instructions each."""
+    """Values and positions of a block of words and outputs; `positions` are seen as one int32 for the four groups of a word."""
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)[:, None]
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
     u0, u1, u2, u3 = draw_uniforms(seed, word, output)
     g0, g1, g2, g3 = load_group(gradient, 16 * word, output, tokens, outputs)
-    v0, v1, bits0 = pack_group(g0, g1, g2, g3, u0, codes)
+    v0, v1, code0 = pack_group(g0, g1, g2, g3, u0, codes)
     g0, g1, g2, g3 = load_group(gradient, 16 * word + 4, output, tokens, outputs)
-    v2, v3, bits1 = pack_group(g0, g1, g2, g3, u1, codes)
+    v2, v3, code1 = pack_group(g0, g1, g2, g3, u1, codes)
     g0, g1, g2, g3 = load_group(gradient, 16 * word + 8, output, tokens, outputs)
-    v4, v5, bits2 = pack_group(g0, g1, g2, g3, u2, codes)
+    v4, v5, code2 = pack_group(g0, g1, g2, g3, u2, codes)
     g0, g1, g2, g3 = load_group(gradient, 16 * word + 12, output, tokens, outputs)
-    v6, v7, bits3 = pack_group(g0, g1, g2, g3, u3, codes)
+    v6, v7, code3 = pack_group(g0, g1, g2, g3, u3, codes)
     there = (word < words) & (output < outputs)
     eight = join_eight(v0, v1, v2, v3, v4, v5, v6, v7).to(values.dtype.element_ty)
     start = (output.to(tl.int64) * words + word) * 8
     slot = tl.arange(0, 8)[None, None, :]
     tl.store(values + start[:, :, None] + slot, eight, mask=there[:, :, None] & (slot < 8))
-    place = word_place(output, word, inner, HEIGHT, WIDTH, row_stride, word_stride, there)
-    tl.store(metadata + place, (bits0 | bits1 << 4 | bits2 << 8 | bits3 << 12).to(tl.int16), mask=there)
+    four = code0 | code1 << 8 | code2 << 16 | code3 << 24
+    tl.store(positions + output.to(tl.int64) * words + word, four, mask=there)
 
 
 @triton.jit
 def pack_group(g0, g1, g2, g3, uniform, codes):  # type: ignore[no-untyped-def]
-    """The values of a group's two slots, and its four bits of metadata."""
+    """The values of a group's two slots, and its positions."""
     kept, tau, broken = sample_group(g0, g1, g2, g3, uniform)
     entry = tl.load(codes + kept).to(tl.int32)
     first = tl.where((entry & 2) != 0, tl.where((entry & 1) != 0, g3, g2), tl.where((entry & 1) != 0, g1, g0))
     second = tl.where((entry & 8) != 0, tl.where((entry & 4) != 0, g3, g2), tl.where((entry & 4) != 0, g1, g0))
     first = tl.where((entry & 16) != 0, kept_value(first, tau) + broken, 0.0)
     second = tl.where((entry & 32) != 0, kept_value(second, tau) + broken, 0.0)
-    return first, second, entry >> 6 & 15
+    return first, second, entry
 
 
 @triton.jit

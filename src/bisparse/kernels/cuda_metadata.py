@@ -1,72 +1,66 @@
-"""Positions and metadata of a mask, of W and W^T in one pass: a byte a weight in, 3/8 of a byte a side out.
+"""Positions of a mask, of W and W^T in one pass, and metadata from positions, in any library's form.
 
-A refresh of the masks runs this once a layer. In plain torch it is about forty operations, and ten times the bytes.
+A refresh of the masks runs these once a layer: a byte a weight is read, a quarter a side written; then a quarter a side read and
+an eighth written. In plain torch it is about forty operations, and ten times the bytes.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["lay_out"]
+from bisparse.kernels.metadata import MetadataForm
+
+__all__ = ["lay_out", "write_metadata"]
 
 BANDS, GROUPS = 32, 32
 """A program owns so many bands of four rows, and groups: lines of W^T are written 32 bytes at a time, as those of W are."""
+WORDS = 512
 
 
-def lay_out(
-    mask: Tensor, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int, inner_t: Tensor | None, row_stride_t: int,
-    word_stride_t: int, positions: Tensor, metadata: Tensor, positions_t: Tensor | None, metadata_t: Tensor | None,
-    broken: Tensor | None,
-) -> None:  # fmt: skip
+def lay_out(mask: Tensor, *arguments: Any) -> None:
     """`metadata.lay_out` on a GPU."""
+    form, own_t = MetadataForm(*arguments[:7]), arguments[7:12]
+    positions, metadata, positions_t, metadata_t, broken = arguments[12:]
     mask = mask.contiguous()
     rows, columns = mask.shape
     if not mask.numel():
         return
-    both_ways = inner_t is not None
-    if inner_t is None or positions_t is None or metadata_t is None:
-        inner_t, positions_t, metadata_t = inner, positions, metadata
-    lay_out_kernel[(triton.cdiv(rows, 4 * BANDS), triton.cdiv(columns, 4 * GROUPS))](
-        mask.view(torch.int32), codes, inner, row_stride, word_stride, inner_t, row_stride_t, word_stride_t,
-        positions, metadata, positions_t, metadata_t, metadata if broken is None else broken, rows, columns,
-        HEIGHT=inner.shape[0], WIDTH=inner.shape[1], HEIGHT_T=inner_t.shape[0], WIDTH_T=inner_t.shape[1],
+    both_ways = positions_t is not None
+    positions_kernel[(triton.cdiv(rows, 4 * BANDS), triton.cdiv(columns, 4 * GROUPS))](
+        mask.view(torch.int32), form.codes, positions, positions_t if both_ways else positions,
+        positions if broken is None else broken, rows, columns,
         BANDS=BANDS, GROUPS=GROUPS, BOTH_WAYS=both_ways, CHECK=broken is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
+    write_metadata(positions, form, metadata)
+    if both_ways:
+        write_metadata(positions_t, MetadataForm(form.codes, form.nibbles, *own_t), metadata_t)
+
+
+def write_metadata(positions: Tensor, form: MetadataForm, metadata: Tensor) -> None:
+    """`metadata.metadata_of` on a GPU, into memory that is given; positions lie row by row."""
+    rows, groups = positions.shape
+    words = form.height * groups // 4
+    if positions.numel():
+        metadata_kernel[(rows // form.height, triton.cdiv(words, WORDS))](
+            positions, form.nibbles, form.sources, metadata, words, groups, form.row_stride, form.group_stride,
+            HEIGHT=form.height, WIDTH=form.width, WORDS=WORDS, num_warps=4, enable_fp_fusion=False,
+        )  # fmt: skip
 
 
 @triton.jit
-def word_place(  # type: ignore[no-untyped-def]
-    row, word, inner, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, row_stride, word_stride, there
-):
-    """`MetadataForm.places`. The block's sides are constants: nearly always powers of two, by which nothing is divided."""
-    within = tl.load(inner + (row % HEIGHT) * WIDTH + word % WIDTH, mask=there, other=0)
-    return within + (row // HEIGHT).to(tl.int64) * row_stride + (word // WIDTH).to(tl.int64) * word_stride
-
-
-@triton.jit
-def lay_out_kernel(  # type: ignore[no-untyped-def]
+def positions_kernel(  # type: ignore[no-untyped-def]
     mask,
     codes,
-    inner,
-    row_stride,
-    word_stride,
-    inner_t,
-    row_stride_t,
-    word_stride_t,
     positions,
-    metadata,
     positions_t,
-    metadata_t,
     broken,
     rows,
     columns,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEIGHT_T: tl.constexpr,
-    WIDTH_T: tl.constexpr,
     BANDS: tl.constexpr,
     GROUPS: tl.constexpr,
     BOTH_WAYS: tl.constexpr,
@@ -75,9 +69,7 @@ def lay_out_kernel(  # type: ignore[no-untyped-def]
     """A block of bands of four rows, and groups. `mask` is seen as one int32 for four entries."""
     band = tl.program_id(0) * BANDS + tl.arange(0, BANDS)[:, None]
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)[None, :]
-    word = tl.program_id(1) * (GROUPS // 4) + tl.arange(0, GROUPS // 4)[None, :]
     across = columns // 4
-    quarter = tl.arange(0, 4)
     stacked = tl.zeros([BANDS, GROUPS], tl.int32)  # byte j: the kept set of column j of each tile
     most = tl.zeros([BANDS, GROUPS], tl.int32)
     for k in tl.static_range(4):
@@ -87,26 +79,45 @@ def lay_out_kernel(  # type: ignore[no-untyped-def]
         stacked |= four << k
         if CHECK:
             most = tl.maximum(most, (four * 0x1010101) >> 24)
-        entry = tl.load(codes + ((four | four >> 7 | four >> 14 | four >> 21) & 15)).to(tl.int32)
-        tl.store(positions + row.to(tl.int64) * across + group, (entry & 63).to(tl.uint8), mask=there)
-        nibbles = tl.reshape(entry >> 6 & 15, [BANDS, GROUPS // 4, 4]) << (4 * quarter[None, None, :])
-        there = (row < rows) & (word * 4 < across)
-        place = word_place(row, word, inner, HEIGHT, WIDTH, row_stride, word_stride, there)
-        tl.store(metadata + place, tl.sum(nibbles, axis=2).to(tl.int16), mask=there)
+        code = tl.load(codes + ((four | four >> 7 | four >> 14 | four >> 21) & 15))
+        tl.store(positions + row.to(tl.int64) * across + group, code, mask=there)
     if BOTH_WAYS:
         down = rows // 4
-        word_t = tl.program_id(0) * (BANDS // 4) + tl.arange(0, BANDS // 4)[:, None]
         for j in tl.static_range(4):
             column = group * 4 + j
             kept = stacked >> (8 * j) & 15
             there = (column < columns) & (band < down)
             if CHECK:
                 most = tl.maximum(most, (kept & 1) + (kept >> 1 & 1) + (kept >> 2 & 1) + (kept >> 3))
-            entry = tl.load(codes + kept).to(tl.int32)
-            tl.store(positions_t + column.to(tl.int64) * down + band, (entry & 63).to(tl.uint8), mask=there)
-            nibbles = tl.reshape(entry >> 6 & 15, [BANDS // 4, 4, GROUPS]) << (4 * quarter[None, :, None])
-            there = (column < columns) & (word_t * 4 < down)
-            place = word_place(column, word_t, inner_t, HEIGHT_T, WIDTH_T, row_stride_t, word_stride_t, there)
-            tl.store(metadata_t + place, tl.sum(nibbles, axis=1).to(tl.int16), mask=there)
+            tl.store(positions_t + column.to(tl.int64) * down + band, tl.load(codes + kept), mask=there)
     if CHECK:
         tl.atomic_max(broken, 1, mask=tl.max(tl.max(most, axis=1), axis=0) > 2)
+
+
+@triton.jit
+def metadata_kernel(  # type: ignore[no-untyped-def]
+    positions,
+    nibbles,
+    sources,
+    metadata,
+    words,
+    groups,
+    row_stride,
+    group_stride,
+    HEIGHT: tl.constexpr,
+    WIDTH: tl.constexpr,
+    WORDS: tl.constexpr,
+):
+    """Words of a row of blocks, block after block. A block's sides are constants, so that powers of two do not divide."""
+    SIZE: tl.constexpr = HEIGHT * WIDTH // 4
+    down = tl.program_id(0).to(tl.int64)
+    number = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    there = number < words
+    within, beside = number % SIZE, number // SIZE
+    start = positions + down * HEIGHT * groups
+    word = tl.zeros([WORDS], tl.int32)
+    for k in tl.static_range(4):
+        source = tl.load(sources + within * 4 + k, mask=there, other=0)
+        code = tl.load(start + source // WIDTH * groups + beside * WIDTH + source % WIDTH, mask=there, other=0).to(tl.int32)
+        word |= tl.load(nibbles + code, mask=there, other=0).to(tl.int32) << (4 * k)
+    tl.store(metadata + down * row_stride + beside.to(tl.int64) * group_stride + within, word.to(tl.int16), mask=there)

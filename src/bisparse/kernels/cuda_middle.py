@@ -11,7 +11,6 @@ happens in registers; a table gives the mask of the winning code. See `pack` for
 import triton
 import triton.language as tl
 
-from bisparse.kernels.cuda_metadata import word_place
 from bisparse.kernels.cuda_prices import COARSE_BELOW, SMALLEST, UNBOUNDED, to_integers
 from bisparse.kernels.middle import COMBINATIONS, FIRST_HOLDS_0, PAIRS, TAG_BITS, TAGS, Profile
 
@@ -146,14 +145,14 @@ def middle_masks(
 
 
 @triton.jit
-def packed_group(entry, a, b, c, d):
-    """The two values of a group as one int32, in the slots that its code says; a slot that is not in use holds zero."""
-    low = entry & 3
-    high = entry >> 2 & 3
+def packed_group(code, a, b, c, d):
+    """The two values of a group as one int32, in the slots of its positions; a slot that is not in use holds zero."""
+    low = code & 3
+    high = code >> 2 & 3
     first = tl.where(low < 2, tl.where(low == 0, a, b), tl.where(low == 2, c, d))
     second = tl.where(high < 2, tl.where(high == 0, a, b), tl.where(high == 2, c, d))
-    first = tl.where((entry & 16) != 0, first, 0)
-    second = tl.where((entry & 32) != 0, second, 0)
+    first = tl.where((code & 16) != 0, first, 0)
+    second = tl.where((code & 32) != 0, second, 0)
     return first | (second << 16)
 
 
@@ -165,25 +164,15 @@ def packed_tiles(
     mask,
     codes,
     values,
-    metadata,
-    inner,
-    row_stride,
-    word_stride,
+    positions,
     values_t,
-    metadata_t,
-    inner_t,
-    row_stride_t,
-    word_stride_t,
+    positions_t,
     rows,
     columns,
-    HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr,
-    HEIGHT_T: tl.constexpr,
-    WIDTH_T: tl.constexpr,
     BLOCK: tl.constexpr,
     GIVEN: tl.constexpr,
 ):
-    """Mask and packed operands of 8 x BLOCK tiles: 32 rows, so that metadata are whole and W^T is written 32 bytes at a time.
+    """Mask, values and positions of 8 x BLOCK tiles: 32 rows, so that values of W^T are written 32 bytes at a time.
 
     `given`, `mask`, `values` and `values_t` are seen as one int32 for four entries or two values. GIVEN: the mask is read.
     """
@@ -218,23 +207,16 @@ def packed_tiles(
     for k in tl.static_range(16):
         kept &= tl.where(scores[k] == 0, ~(1 << k), -1)
 
-    quarter = tl.arange(0, 4)
-    column = start // 4 + tl.arange(0, BLOCK // 4)[None, :]
-    band_quarter = tl.program_id(0) * 2 + tl.arange(0, 2)[:, None]
     for k in tl.static_range(4):
-        entry = tl.load(codes + (kept >> (4 * k) & 15)).to(tl.int32)
-        pair = packed_group(entry, bits[4 * k], bits[4 * k + 1], bits[4 * k + 2], bits[4 * k + 3])
-        tl.store(values + (band * 4 + k).to(tl.int64) * across + tile, pair, mask=inside)
-        four = tl.reshape(entry >> 6 & 15, [8, BLOCK // 4, 4]) << (4 * quarter[None, None, :])
-        there = (column * 4 < across) & (band >= 0)
-        here = word_place(band * 4 + k, column, inner, HEIGHT, WIDTH, row_stride, word_stride, there)
-        tl.store(metadata + here, tl.sum(four, axis=2).to(tl.int16), mask=there)
+        code = tl.load(codes + (kept >> (4 * k) & 15))
+        pair = packed_group(code.to(tl.int32), bits[4 * k], bits[4 * k + 1], bits[4 * k + 2], bits[4 * k + 3])
+        here = (band * 4 + k).to(tl.int64) * across + tile
+        tl.store(values + here, pair, mask=inside)
+        tl.store(positions + here, code, mask=inside)
     for j in tl.static_range(4):
         group = (kept >> j) & 1 | ((kept >> (j + 4)) & 1) << 1 | ((kept >> (j + 8)) & 1) << 2 | ((kept >> (j + 12)) & 1) << 3
-        entry = tl.load(codes + group).to(tl.int32)
-        pair = packed_group(entry, bits[j], bits[j + 4], bits[j + 8], bits[j + 12])
-        tl.store(values_t + (tile * 4 + j).to(tl.int64) * (rows // 4) + band, pair, mask=inside)
-        four = tl.reshape(entry >> 6 & 15, [2, 4, BLOCK]) << (4 * quarter[None, :, None])
-        there = (tile < across) & (band_quarter >= 0)
-        here = word_place(tile * 4 + j, band_quarter, inner_t, HEIGHT_T, WIDTH_T, row_stride_t, word_stride_t, there)
-        tl.store(metadata_t + here, tl.sum(four, axis=1).to(tl.int16), mask=there)
+        code = tl.load(codes + group)
+        pair = packed_group(code.to(tl.int32), bits[j], bits[j + 4], bits[j + 8], bits[j + 12])
+        here = (tile * 4 + j).to(tl.int64) * (rows // 4) + band
+        tl.store(values_t + here, pair, mask=inside)
+        tl.store(positions_t + here, code, mask=inside)

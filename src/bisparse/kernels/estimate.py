@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from bisparse.kernels.metadata import MetadataForm, lay_out
+from bisparse.kernels.metadata import FORM, MetadataForm, kept_sets, metadata_of
 from bisparse.kernels.philox import uniforms
 from bisparse.kernels.positions import take_values
 
@@ -29,10 +29,7 @@ __all__ = ["estimate_2to4", "keep_probabilities", "pack_estimate"]
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
 _LIBRARY.define("estimate_2to4(Tensor gradient, Tensor seed, SymInt groups) -> Tensor")
-_LIBRARY.define(
-    "pack_estimate_2to4(Tensor gradient, Tensor seed, SymInt groups, Tensor codes, Tensor inner, SymInt row_stride,"
-    " SymInt word_stride) -> Tensor"
-)
+_LIBRARY.define(f"pack_estimate_2to4(Tensor gradient, Tensor seed, SymInt groups, {FORM}) -> Tensor")
 
 
 def keep_probabilities(groups: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
@@ -92,9 +89,7 @@ def pack_estimate(
         raise ValueError(f"an estimate is packed in float16 or bfloat16, not in {gradient.dtype}")
     if groups % 4:
         raise ValueError(f"{groups} groups do not fill words of metadata: 4 must divide them")
-    packed: Tensor = torch.ops.bisparse.pack_estimate_2to4(
-        gradient, seed, groups, form.codes, form.inner, form.row_stride, form.word_stride
-    )
+    packed: Tensor = torch.ops.bisparse.pack_estimate_2to4(gradient, seed, groups, *form)
     return packed
 
 
@@ -135,18 +130,15 @@ def estimate_by(start: Float[Tensor, "G O"], gradient: Float[Tensor, "T O"]) -> 
     return estimate.transpose(0, 1).reshape(out, 4 * start.shape[0]).to(gradient.dtype).contiguous()
 
 
-def reference_pack_estimate_2to4(
-    gradient: Tensor, seed: Tensor, groups: int, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int
-) -> Tensor:
+def reference_pack_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int, *form: Any) -> Tensor:
     """The specification of `pack_estimate`."""
+    own = MetadataForm(*form)
     estimate = torch.ops.bisparse.estimate_2to4(gradient, seed, groups)
     broken = estimate.isnan().unflatten(1, (-1, 4)).all(-1, keepdim=True)
     first_two = torch.arange(4, device=gradient.device) < 2
     kept = torch.where(broken, first_two, estimate.unflatten(1, (-1, 4)) != 0).flatten(1)
-    positions = torch.empty((gradient.shape[1], groups), dtype=torch.uint8, device=gradient.device)
-    metadata = torch.zeros(positions.numel() // 4, dtype=torch.int16, device=gradient.device)
-    lay_out(kept, MetadataForm(codes, inner, row_stride, word_stride), positions, metadata)
-    packed: Tensor = take_values(estimate, positions, behind=metadata.view(estimate.dtype))
+    positions = own.codes[kept_sets(kept).long()]
+    packed: Tensor = take_values(estimate, positions, behind=metadata_of(positions, own).view(estimate.dtype))
     return packed
 
 

@@ -1,10 +1,13 @@
-"""Where the kept weights of a mask stand, and how a library wants to be told: positions and metadata of W and W^T in one pass.
+"""Where the kept weights of a mask stand, and how a library wants to be told: positions and metadata of W and W^T.
 
 All libraries keep four bits of metadata a group of 4. They differ in which bits stand for which kept set, in which slot an only
-kept weight takes, and in the order of the groups; a `MetadataForm` says all three. Metadata are 16-bit words of four consecutive
-groups of a row, the first in the lowest bits. Word (r, w) of a matrix stands at
+kept weight takes, and in the order of the groups; a `MetadataForm` says all three. The order repeats: a block of (height, width)
+rows and groups fills `height * width / 4` consecutive words of 16 bits, in an order of its own, and block (i, j) begins at word
 
-    inner[r mod A, w mod B] + (r div A) * row_stride + (w div B) * word_stride,     inner of shape (A, B).
+    i * row_stride + j * group_stride.
+
+CUTLASS's block is 32 rows and 8 groups, and a word holds four groups of a row. What is known of cuSPARSELt's stands in
+`accelerate.form`: on Hopper a word holds two groups of each of two rows.
 """
 
 from __future__ import annotations
@@ -19,46 +22,70 @@ from torch import Tensor
 
 from bisparse.kernels.positions import find_positions
 
-__all__ = ["WORD", "MetadataForm", "empty_slots", "form_of_positions", "kept_sets", "lay_out", "words_of"]
+__all__ = ["WORD", "MetadataForm", "empty_slots", "form_of_order", "kept_sets", "lay_out", "metadata_of"]
 
 WORD = 16
-"""Entries of a row that one word of metadata tells of."""
-POSITION_BITS = 6
+"""Entries of a matrix that one word of metadata tells of; the length of its lines is a multiple of this."""
+CODES = 64
+"""Positions of a group are six bits."""
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
+FORM = "Tensor codes, Tensor nibbles, Tensor sources, int height, int width, int row_stride, int group_stride"
+"""A form among the arguments of an operator."""
 _LIBRARY.define(
-    "lay_out_2to4(Tensor mask, Tensor codes, Tensor inner, int row_stride, int word_stride, Tensor? inner_t, int row_stride_t,"
-    " int word_stride_t, Tensor(a!) positions, Tensor(b!) metadata, Tensor(c!)? positions_t, Tensor(d!)? metadata_t,"
-    " Tensor(e!)? broken) -> ()"
+    f"lay_out_2to4(Tensor mask, {FORM}, Tensor? sources_t, int height_t, int width_t, int row_stride_t, int group_stride_t,"
+    " Tensor(a!) positions, Tensor(b!) metadata, Tensor(c!)? positions_t, Tensor(d!)? metadata_t, Tensor(e!)? broken) -> ()"
 )
 
 
 class MetadataForm(NamedTuple):
     """How a library stores the metadata of (R, C) matrices; the same for all masks."""
 
-    codes: Int16[Tensor, "16"]
-    """For each kept set of a group, bit j for entry j: its positions (see `positions`), and above these `POSITION_BITS` its four
-    bits of metadata. Sets of more than two have none."""
-    inner: Int32[Tensor, "A B"]
+    codes: UInt8[Tensor, "16"]
+    """The positions (see `positions`) of each kept set of a group, bit j for entry j. Sets of more than two have none."""
+    nibbles: UInt8[Tensor, "64"]
+    """The four bits of metadata for each of these positions."""
+    sources: Int32[Tensor, "K 4"]
+    """For each word of a block, the groups whose bits it holds, the lowest first; row * width + group, within the block."""
+    height: int
+    width: int
     row_stride: int
-    word_stride: int
+    group_stride: int
 
-    def places(self, rows: int, words: int) -> Int[Tensor, "R W"]:
-        """Where each word of a (rows, 16 * words) matrix stands."""
-        height, width = self.inner.shape
-        row = torch.arange(rows, device=self.inner.device)[:, None]
-        word = torch.arange(words, device=self.inner.device)
-        outer = row // height * self.row_stride + word // width * self.word_stride
-        return self.inner[row % height, word % width].long() + outer
+    def groups_of_words(self, rows: int, groups: int) -> Int[Tensor, "W 4"]:
+        """For each word in memory of the metadata of a (rows, 4 * groups) matrix, its groups: row * groups + group."""
+        device, size = self.sources.device, len(self.sources)
+        down = torch.arange(rows // self.height, device=device)[:, None, None]
+        beside = torch.arange(groups // self.width, device=device)[:, None]
+        place = down * self.row_stride + beside * self.group_stride + torch.arange(size, device=device)
+        source = self.sources.long()
+        row, group = down[..., None] * self.height + source // self.width, beside[..., None] * self.width + source % self.width
+        found = torch.empty((rows * groups // 4, 4), dtype=torch.int64, device=device)
+        found[place.flatten()] = (row * groups + group).flatten(0, 2)
+        return found
 
 
-def form_of_positions(inner: Int[Tensor, "A B"], row_stride: int, word_stride: int, device: torch.device) -> MetadataForm:
-    """The form of a library whose four bits are those of `find_positions`, as CUTLASS has them, in an order that is given."""
-    sets = torch.arange(16)[:, None] >> torch.arange(4) & 1 == 1
-    few = sets.sum(-1, keepdim=True) <= 2
-    positions = torch.where(few, find_positions(sets & few), 0).flatten().to(torch.int16)
-    codes = positions | (positions & 15) << POSITION_BITS
-    return MetadataForm(codes.to(device), inner.to(device, torch.int32), row_stride, word_stride)
+def form_of_order(
+    place: Int[Tensor, "A B"],
+    row_stride: int,
+    group_stride: int,
+    device: torch.device,
+    slots: tuple[Tensor, Tensor] | None = None,
+) -> MetadataForm:
+    """A form by the place, in four bits, of each group of a block.
+
+    Args:
+        place: a permutation of 0 to A * B - 1; 4 divides that.
+        slots: `codes` and `nibbles`; by default those of `find_positions`, and of CUTLASS.
+    """
+    height, width = place.shape
+    sources = place.flatten().argsort().view(-1, 4).to(device, torch.int32)
+    if slots is None:
+        sets = torch.arange(16)[:, None] >> torch.arange(4) & 1 == 1
+        few = sets.sum(-1, keepdim=True) <= 2
+        codes = torch.where(few, find_positions(sets & few), 0).flatten()
+        slots = codes.to(device), torch.arange(CODES, dtype=torch.uint8, device=device) & 15
+    return MetadataForm(*slots, sources, height, width, row_stride, group_stride)
 
 
 def lay_out(
@@ -75,20 +102,27 @@ def lay_out(
 
     Args:
         mask: 16 divides its columns, and with `transposed` its rows.
-        form: of W; its codes serve W^T too.
+        form: of W; its codes and nibbles serve W^T too.
         transposed: the form of W^T, and where its positions and metadata go.
         broken: becomes 1 if a group keeps more than two; stays as it is otherwise.
     """
     rows, columns = mask.shape
-    if columns % WORD or (transposed is not None and rows % WORD):
-        raise ValueError(f"a {rows} x {columns} mask cannot be laid out: {WORD} must divide the length of its lines")
+    _check(rows, columns, form)
     words = metadata.view(torch.int16)
     if transposed is None:
-        torch.ops.bisparse.lay_out_2to4(mask, *form, None, 0, 0, positions, words, None, None, broken)
+        torch.ops.bisparse.lay_out_2to4(mask, *form, None, 1, 1, 0, 0, positions, words, None, None, broken)
     else:
         form_t, positions_t, metadata_t = transposed
+        _check(columns, rows, form_t)
         words_t = metadata_t.view(torch.int16)
-        torch.ops.bisparse.lay_out_2to4(mask, *form, *form_t[1:], positions, words, positions_t, words_t, broken)
+        torch.ops.bisparse.lay_out_2to4(mask, *form, *form_t[2:], positions, words, positions_t, words_t, broken)
+
+
+def _check(rows: int, columns: int, form: MetadataForm) -> None:
+    if columns % WORD:
+        raise ValueError(f"a mask with lines of {columns} cannot be laid out: {WORD} must divide them")
+    if rows % form.height or columns // 4 % form.width:
+        raise ValueError(f"a form in blocks of {form.height} rows and {4 * form.width} columns is not one of {rows} x {columns}")
 
 
 def empty_slots(rows: int, columns: int, device: torch.device) -> tuple[UInt8[Tensor, "R G"], UInt8[Tensor, "R B"]]:
@@ -107,29 +141,23 @@ def kept_sets(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:
     return m0 | m1 << 1 | m2 << 2 | m3 << 3
 
 
-def words_of(entries: Int[Tensor, "R G"], form: MetadataForm) -> Int16[Tensor, " W"]:
-    """The metadata of groups whose codes are given, each word at its place."""
-    nibbles = (entries.long() >> POSITION_BITS).unflatten(-1, (-1, 4))
-    words = (nibbles << torch.arange(0, WORD, 4, device=entries.device)).sum(-1).to(torch.int16)
-    placed = torch.empty_like(words).flatten()
-    placed[form.places(*words.shape).flatten()] = words.flatten()
-    return placed
+def metadata_of(positions: UInt8[Tensor, "R G"], form: MetadataForm) -> Int16[Tensor, " W"]:
+    """The metadata of positions, in plain torch: the specification of what kernels write."""
+    nibbles = form.nibbles[positions.long()].flatten().long()
+    words = nibbles[form.groups_of_words(*positions.shape)] << torch.arange(0, WORD, 4, device=positions.device)
+    return words.sum(-1).to(torch.int16)
 
 
-def reference_lay_out(
-    mask: Tensor, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int, inner_t: Tensor | None, row_stride_t: int,
-    word_stride_t: int, positions: Tensor, metadata: Tensor, positions_t: Tensor | None, metadata_t: Tensor | None,
-    broken: Tensor | None,
-) -> None:  # fmt: skip
+def reference_lay_out(mask: Tensor, *arguments: Any) -> None:
     """The specification of `lay_out`."""
-    sides = [(mask, MetadataForm(codes, inner, row_stride, word_stride), positions, metadata)]
-    if inner_t is not None and positions_t is not None and metadata_t is not None:
-        sides.append((mask.t(), MetadataForm(codes, inner_t, row_stride_t, word_stride_t), positions_t, metadata_t))
-    for matrix, form, place_of_positions, place_of_metadata in sides:
-        kept = kept_sets(matrix).long()
-        entry = codes[kept].long()
-        place_of_positions.copy_(entry & (1 << POSITION_BITS) - 1)
-        place_of_metadata.view(-1).copy_(words_of(entry, form))
+    form, own_t = MetadataForm(*arguments[:7]), arguments[7:12]
+    positions, metadata, positions_t, metadata_t, broken = arguments[12:]
+    sides = [(mask, form, positions, metadata)]
+    if positions_t is not None:
+        sides.append((mask.t(), MetadataForm(form.codes, form.nibbles, *own_t), positions_t, metadata_t))
+    for matrix, one, place_of_positions, place_of_metadata in sides:
+        place_of_positions.copy_(one.codes[kept_sets(matrix).long()])
+        place_of_metadata.view(-1).copy_(metadata_of(place_of_positions, one))
         if broken is not None:
             more = matrix.unflatten(-1, (-1, 4)).sum(-1) > 2
             broken.copy_(torch.maximum(broken, more.any().to(broken.dtype)))

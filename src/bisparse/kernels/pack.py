@@ -17,20 +17,20 @@ from jaxtyping import Bool, Float, Int, Int16, Shaped
 from torch import Tensor
 
 from bisparse.kernels import ops
-from bisparse.kernels.metadata import POSITION_BITS, MetadataForm, form_of_positions, kept_sets, words_of
+from bisparse.kernels.metadata import FORM, MetadataForm, form_of_order, kept_sets, metadata_of
 from bisparse.kernels.positions import reference_take_values
 
-__all__ = ["cutlass_form", "metadata_place", "pack_2to4", "pack_2to4_transposable", "packed_like", "split_packed"]
+__all__ = ["both_forms", "cutlass_form", "metadata_place", "pack_2to4", "pack_2to4_transposable", "packed_like", "split_packed"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP_ROWS = 32
 """CUTLASS reorders metadata within bands of this many rows; W^T has the columns of W for rows."""
 
 Forms = tuple[MetadataForm, MetadataForm]
-"""Of W and of W^T, with the same codes."""
+"""Of W and of W^T, with the same codes and nibbles."""
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
-_FORMS = "Tensor codes, Tensor inner, int row_stride, int word_stride, Tensor inner_t, int row_stride_t, int word_stride_t"
+_FORMS = f"{FORM}, Tensor sources_t, int height_t, int width_t, int row_stride_t, int group_stride_t"
 _LIBRARY.define(f"pack_2to4(Tensor weight, Tensor mask, {_FORMS}) -> (Tensor packed, Tensor packed_t)")
 _LIBRARY.define(f"pack_2to4_transposable(Tensor weight, {_FORMS}) -> (Tensor mask, Tensor packed, Tensor packed_t)")
 
@@ -115,24 +115,28 @@ def metadata_place(rows: int, columns: int, device: torch.device | None = None) 
 @functools.lru_cache(maxsize=256)
 def cutlass_form(rows: int, device: torch.device) -> MetadataForm:
     """CUTLASS's form of matrices of so many rows, which 32 divides; and 32 their columns."""
-    return form_of_positions(metadata_place(GROUP_ROWS, 2), 2 * GROUP_ROWS, 2 * rows, device)
+    words = metadata_place(GROUP_ROWS, 2)
+    place = (4 * words[:, :, None] + torch.arange(4)).flatten(1)
+    return form_of_order(place, 2 * GROUP_ROWS, 2 * rows, device)
 
 
 def _cutlass_forms(weight: Tensor) -> Forms:
     return cutlass_form(weight.shape[0], weight.device), cutlass_form(weight.shape[1], weight.device)
 
 
-def _flat(forms: Forms) -> tuple[Tensor, Tensor, int, int, Tensor, int, int]:
-    return *forms[0], *forms[1][1:]
+def _flat(forms: Forms) -> tuple[Any, ...]:
+    return *forms[0], *forms[1][2:]
 
 
-def reference_pack_2to4(
-    weight: Tensor, mask: Tensor, codes: Tensor, inner: Tensor, row_stride: int, word_stride: int, inner_t: Tensor,
-    row_stride_t: int, word_stride_t: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def both_forms(codes: Tensor, nibbles: Tensor, *orders: Any) -> Forms:
+    """The forms among the arguments of an operator."""
+    return MetadataForm(codes, nibbles, *orders[:5]), MetadataForm(codes, nibbles, *orders[5:])
+
+
+def reference_pack_2to4(weight: Tensor, mask: Tensor, *forms: Any) -> tuple[Tensor, Tensor]:
     """The specification of `pack_2to4`."""
     kept = torch.where(mask, weight, torch.zeros_like(weight))
-    form, form_t = MetadataForm(codes, inner, row_stride, word_stride), MetadataForm(codes, inner_t, row_stride_t, word_stride_t)
+    form, form_t = both_forms(*forms)
     return _pack(kept, form), _pack(kept.t(), form_t)
 
 
@@ -143,9 +147,9 @@ def reference_pack_2to4_transposable(weight: Tensor, *forms: Any) -> tuple[Tenso
 
 
 def _pack(matrix: Tensor, form: MetadataForm) -> Tensor:
-    entries = form.codes[kept_sets(matrix != 0).long()]
-    values = reference_take_values(matrix, entries & (1 << POSITION_BITS) - 1, matrix.dtype)
-    return torch.cat((values.flatten(), words_of(entries, form).view(matrix.dtype)))
+    positions = form.codes[kept_sets(matrix != 0).long()]
+    values = reference_take_values(matrix, positions, matrix.dtype)
+    return torch.cat((values.flatten(), metadata_of(positions, form).view(matrix.dtype)))
 
 
 def packed_like(weight: Tensor) -> tuple[Tensor, Tensor]:
