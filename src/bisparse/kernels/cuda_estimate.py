@@ -1,9 +1,9 @@
 """The 2:4 estimate of the output's gradient, transposed: the gradient is read once, and what is wanted of it written once.
 
-A lane owns 16 consecutive tokens of an output: four groups, which one Philox counter draws. Nothing but the gradient and the seed is
-read: of half precision, 3.6 bytes an entry in all where the estimate is packed, its positions and then its metadata among them, while
-uniforms in memory, a dense estimate and its compression take 9.1 at least. Neighbouring lanes of a warp own neighbouring outputs,
-as the gradient lies; the results, which lie the other way, pass through shared memory.
+A lane owns 16 consecutive tokens of an output: four groups, which one Philox counter draws. Nothing but the gradient and the seed
+is read: of half precision, 3.6 bytes an entry in all where the estimate is packed, its positions and then its metadata among
+them, while uniforms in memory, a dense estimate and its compression take 9.1 at least. Neighbouring lanes of a warp own
+neighbouring outputs, as the gradient lies; the results, which lie the other way, pass through shared memory.
 """
 
 from __future__ import annotations
