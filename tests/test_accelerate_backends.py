@@ -700,6 +700,24 @@ def test_on_a_gpu_packed_layers_equal_the_masked_dense_ones(name: str, dtype: to
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+@pytest.mark.parametrize("shape", [(512, 1024), (4096, 4096), (14336, 4096)])
+def test_on_a_gpu_the_form_is_known_and_metadata_are_the_librarys_own(name: str, shape: tuple[int, int]) -> None:
+    if (reason := usable_backends(CUDA)[name]) is not None:
+        pytest.skip(reason)
+    own, mask = BACKENDS[name], random_mask(*shape, CUDA) & (torch.rand(shape, device=CUDA) < 0.9)
+    found = own.form(*shape, torch.bfloat16, CUDA)
+    assert found is not None, "then every pass compresses anew: right, and slow"
+    positions, metadata = empty_slots(*shape, CUDA)
+    lay_out(mask, found, positions, metadata)
+    weight = torch.randn(shape, device=CUDA)
+    packed = own.fill(weight, positions, metadata, torch.bfloat16)
+    for ours, theirs in zip(packed, own.pack(torch.where(mask, weight, 0).to(torch.bfloat16)), strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
 @pytest.mark.parametrize("mvue", [False, True])
 def test_on_a_gpu_training_equals_masked_dense_training(name: str, mvue: bool) -> None:
     if (reason := usable_backends(CUDA)[name]) is not None:

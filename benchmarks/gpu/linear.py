@@ -25,7 +25,8 @@ from environment import RESULTS, clocked, need_gpu, record_on, relative_error, t
 from torch import nn
 
 from bisparse import accelerate_, sparsify_
-from bisparse.accelerate import BackendError, Grid, GridPoint, Pass, Timing, measure_linear, usable_backends
+from bisparse.accelerate import BackendError, Grid, GridPoint, Pass, SparseLinear, Timing, measure_linear, usable_backends
+from bisparse.accelerate.backend import BACKENDS
 from record import ROOT, commit, versions
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
@@ -93,6 +94,7 @@ def main() -> None:
                 "speedup": ratio,
                 "target": target,
                 "error": errors[name],
+                "form": form(layers[name], device),
             }
             if record is not None:
                 record.add({**key, "contender": name}, figures)
@@ -123,6 +125,14 @@ def build(shape: tuple[int, int], backends: list[str], device: torch.device) -> 
             assert report.layers[0].backward, report
             layers[f"{name} by {backend}"] = layer
     return layers
+
+
+def form(layer: nn.Linear, device: torch.device) -> str | None:
+    """The block in which the library orders the metadata of W; that it is not known means that every pass compresses anew."""
+    if not isinstance(layer, SparseLinear):
+        return None
+    found = BACKENDS[layer.backend].form(layer.out_features, layer.in_features, torch.bfloat16, device)
+    return "not known" if found is None else f"{found.height} x {4 * found.width}"
 
 
 def numbers(shape: tuple[int, int], tokens: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
