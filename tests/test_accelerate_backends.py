@@ -151,7 +151,7 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", stand_in.cutlass_add)
     for name in ("cusparselt", "cutlass"):
         monkeypatch.setattr(type(BACKENDS[name]), "device_reason", lambda self, device: None)
-    caches = (search_algorithm, form._learnt, trial._shaped_product, trial._other_half)
+    caches = (search_algorithm, form.learn_form, trial._shaped_product, trial._other_half)
     for cache in caches:
         cache.cache_clear()
     yield stand_in
@@ -313,12 +313,12 @@ def test_a_library_that_packs_now_so_and_now_so_has_no_form(library: Library, mo
     monkeypatch.setattr(torch, "_cslt_compress", lambda matrix: calls_of_one.append(1) or honest(matrix))
     known = own.form(32, 32, torch.bfloat16, torch.device("cpu"))
     assert (known is not None) == library.values_first
-    form._learnt.cache_clear()
+    form.learn_form.cache_clear()
     monkeypatch.setattr(torch, "_cslt_compress", fickle)
     assert own.form(32, 32, torch.bfloat16, torch.device("cpu")) is None
 
 
-def test_short_memory_is_not_remembered(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_short_memory(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
@@ -327,8 +327,17 @@ def test_short_memory_is_not_remembered(library: Library, monkeypatch: pytest.Mo
     assert own.form(32, 32, torch.bfloat16, device) is None
     assert "out of memory while cusparselt was tried" in str(trial.try_shape(own, 32, 32, torch.bfloat16, device))
     monkeypatch.setattr(torch, "_cslt_compress", honest)
-    assert (own.form(32, 32, torch.bfloat16, device) is not None) == library.values_first
-    assert trial.try_shape(own, 32, 32, torch.bfloat16, device) is None
+    assert own.form(32, 32, torch.bfloat16, device) is None, "not tried again in every pass"
+    assert trial.try_shape(own, 32, 32, torch.bfloat16, device) is None, "tried again"
+
+
+def test_a_report_says_where_the_order_of_metadata_is_not_known(library: Library) -> None:
+    model = model_of(dtype=torch.float32).train()
+    report = accelerate_(model, "cusparselt")
+    for layer in report.layers:
+        assert layer.backward
+        assert ("compresses its weight in every pass" in layer.note) == (not library.values_first)
+    assert all(layer.note == "" for layer in accelerate_(model_of().requires_grad_(False), "cusparselt").layers), "packed once"
 
 
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass", "reference"])

@@ -284,4 +284,10 @@ def _accelerate(layer: Layer, name: str, dtype: torch.dtype | None, search: bool
     except (BackendError, PatternError) as error:
         return Refusal(str(error), broken=isinstance(error, PatternError))
     kind: Literal["packed", "trained"] = "trained" if trained else "packed"
-    return AcceleratedLayer(layer.name, (rows, columns), backend.name, kind, not note, before, held_bytes(module), note)
+    both_ways = not note
+    if trained and backend.learns_forms and backend.form(rows, columns, used, parameter.device) is None:
+        unknown = (
+            f"{backend.name} compresses its weight in every pass: the order of its metadata is not known, or memory was short"
+        )
+        note = f"{note}; {unknown}" if note else unknown
+    return AcceleratedLayer(layer.name, (rows, columns), backend.name, kind, both_ways, before, held_bytes(module), note)

@@ -36,18 +36,19 @@ Pack = Callable[[Float[Tensor, "R C"]], Tensor]
 """All that the library keeps of a matrix, as one tensor."""
 
 
+@functools.lru_cache(maxsize=256)
 def learn_form(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:
     """The form of (rows, columns) matrices, if the values come first, group after group, and then four bits for each group.
 
-    It takes some fifteen matrices of this size. None where the library stores them in another way, or memory is short.
+    It takes some fifteen matrices of this size, once. None where the library stores them in another way, or memory is short: this
+    is remembered too, since a pass that tried again and again would be slower than one that lets the library pack.
     """
     try:
         return _learnt(pack, rows, columns, dtype, device)
-    except torch.OutOfMemoryError:  # not for good
+    except torch.OutOfMemoryError:
         return None
 
 
-@functools.lru_cache(maxsize=256)
 def _learnt(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:
     count = rows * columns // 4
     number = torch.arange(count, dtype=torch.int32, device=device)
