@@ -84,6 +84,25 @@ def test_masks_move_and_the_product_follows() -> None:
     assert not torch.equal(model[0].positions, before)
 
 
+@pytest.mark.parametrize("sparse", ["", "2"])
+def test_a_layer_that_shares_its_weight_follows_the_mask_whichever_of_them_is_sparse(sparse: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    sparsity = sparsify_(model, "2:4-T", refresh=1, include=sparse or None)
+    accelerate_(model, "reference", include="0" if sparse else "2", dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsity.attach(optimizer)
+    layer = model[0 if sparse else 2]
+    before = layer.positions.clone()
+    with torch.no_grad():
+        layer.parametrizations["weight"].original.copy_(torch.randn(16, 16))
+    model(torch.randn(4, 16)).sum().backward()
+    optimizer.step()
+    inputs = torch.randn(3, 16)
+    assert not torch.equal(layer.positions, before)
+    assert torch.allclose(layer(inputs), nn.functional.linear(inputs, layer.dense_weight(), layer.bias), atol=1e-6)
+
+
 def test_metadata_is_made_where_masks_change_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     from bisparse.accelerate import sparse_linear
 

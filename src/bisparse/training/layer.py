@@ -73,6 +73,8 @@ class SparseLayer:
     """The parameter's key in the plain model's state_dict."""
     decay: float | None = None
     """Masked decay of this layer; None for the default of the optimizer."""
+    sharing: tuple[nn.Module, ...] = ()
+    """Other modules that hold the same parameter, and with it the same mask."""
 
     @property
     def parametrization(self) -> Masked | SoftThreshold | None:
@@ -119,10 +121,11 @@ class SparseLayer:
         keep_only_(local(self.weight.detach()), self.local_mask)
 
     def mask_changed(self, *, proved: bool = False) -> None:
-        """Tell the module, where it keeps something that it made from the mask."""
-        # The name first: isinstance with a protocol looks every method up each time, which counts where layers are small.
-        if hasattr(self.module, "mask_changed") and isinstance(self.module, Accelerated):
-            self.module.mask_changed(proved=proved)
+        """Tell the modules, where they keep something that they made from the mask."""
+        for module in (self.module, *self.sharing):
+            # The name first: isinstance with a protocol looks every method up each time, which counts where layers are small.
+            if hasattr(module, "mask_changed") and isinstance(module, Accelerated):
+                module.mask_changed(proved=proved)
 
     @property
     def transposable(self) -> bool:

@@ -93,8 +93,21 @@ def sparsify_(
     structures = {name: None if own == "dense" else parse_pattern(own) for name, own in (patterns or {}).items()}
     layers, skipped = _choose(model, pattern, structures, include, exclude, remainder)
     decays = dict(decay) if isinstance(decay, Mapping) else None
+    holders: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for held in module.parameters(recurse=False):
+            holders.setdefault(id(held), []).append(module)
     sparse = [
-        SparseLayer(layer.name, layer.module, layer.parameter, layer.layout, own, layer.parameter_name, _decay_of(layer, decays))
+        SparseLayer(
+            layer.name,
+            layer.module,
+            layer.parameter,
+            layer.layout,
+            own,
+            layer.parameter_name,
+            _decay_of(layer, decays),
+            tuple(module for module in holders.get(id(layer.weight), ()) if module is not layer.module),
+        )
         for layer, own in layers
     ]
     _check_names("decay", decays or {}, layers)
