@@ -17,8 +17,8 @@ from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
-from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
-from bisparse.training.masked import Masked, SoftThreshold, magnitude_of, masked_parameters, trained_parameter
+from bisparse.training.layer import Accelerated, SparseLayer, checksum_of, local, part_of
+from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, trained_parameter
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrized import separate_class, share_class
 from bisparse.training.schedule import Phase, Schedule
@@ -305,7 +305,8 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
     if schedule.phase(0) is Phase.DENSE:
         own.dense = True
         own.mask.fill_(True)
-    own.start = magnitude_of(weight)
+    if method != "s-ste" or schedule != Schedule():  # a soft threshold moves with the weight
+        own.start = checksum_of(weight)
     owners = [
         (module, name) for module in model.modules() for name, held in module.named_parameters(recurse=False) if held is weight
     ]
@@ -341,7 +342,7 @@ def finalize_(model: nn.Module) -> nn.Module:
             verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
     for layer in accelerated:
         layer.restore_()
-    if any(own.start not in (None, magnitude_of(trained_parameter(module, parameter))) for _, module, parameter, own in dynamic):
+    if any(_trained_since(own.start, trained_parameter(module, parameter)) for _, module, parameter, own in dynamic):
         warnings.warn(
             "the weights were trained, but the masks are still the first ones, since no step of an optimizer was counted: call "
             "Sparsity.attach(optimizer) before the first step, or Sparsity.refresh() in a loop of your own",
@@ -370,6 +371,11 @@ def finalize_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         MVUELinear.remove_(module)
     return model
+
+
+def _trained_since(start: tuple[torch.dtype, int] | None, weight: Tensor) -> bool:
+    # Of a weight that was cast nothing can be said.
+    return start is not None and start[0] == weight.dtype and start != checksum_of(weight)
 
 
 @torch.no_grad()
