@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from bisparse import Schedule, accelerate_, finalize_, save, solve, sparsify_, verify, verify_checkpoint
+from bisparse import PatternError, Schedule, accelerate_, finalize_, prune_, save, solve, sparsify_, verify, verify_checkpoint
 from bisparse.accelerate import SparseLinear
 from bisparse.training import mvue_2_4, plain_state_dict
 
@@ -101,6 +101,16 @@ def test_a_layer_that_shares_its_weight_follows_the_mask_whichever_of_them_is_sp
     inputs = torch.randn(3, 16)
     assert not torch.equal(layer.positions, before)
     assert torch.allclose(layer(inputs), nn.functional.linear(inputs, layer.dense_weight(), layer.bias), atol=1e-6)
+
+
+def test_a_mask_that_was_transposable_by_chance_is_checked_again() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    prune_(model, "1:4-T")
+    sparsity = sparsify_(model, "2:4", mode="static", masks="nonzero")
+    assert accelerate_(model, "reference", dtype=torch.float32)["0"].backward
+    with pytest.raises(PatternError, match="break 2:4-T"):
+        sparsity.refresh()
 
 
 def test_metadata_is_made_where_masks_change_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,7 +124,9 @@ class SparseLinear(nn.Linear):
         if own is not None and own.dense:
             self._hold((None, None, None, None))
         elif not self.fixed:
-            held = tuple(self._buffers[name] for name in SLOTS) if proved else None
+            # A static mask may be 2:4 on W^T by chance, and its pattern promise less.
+            known = proved and (own is not None or not self.both_ways)
+            held = tuple(self._buffers[name] for name in SLOTS) if known else None
             self._hold(_find(_mask_of(self), self.backend, self.input_dtype, self.both_ways, held))
         elif self.positions is not None:
             there = trained_parameter(self, "weight").detach() != 0
