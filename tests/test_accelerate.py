@@ -274,6 +274,27 @@ def test_deepcopy_dtype_and_pickle_keep_the_numbers(tmp_path: Path) -> None:
     assert verify(model.up.weight, "2:4-T")
 
 
+def test_a_packed_layer_that_cannot_be_packed_anew_keeps_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bisparse.accelerate import packed_linear
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model = block().eval()
+    accelerate_(model, "reference")
+    before = model.up.weight
+    with monkeypatch.context() as short:
+        short.setattr(packed_linear, "_pack", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.up.to(torch.bfloat16)
+    assert torch.equal(model.up.weight, before) and model.up(torch.randn(3, 32)).dtype == torch.float32
+    state = model.state_dict()
+    state["up.weight"] = torch.where(before != 0, torch.nan, 0)
+    with pytest.raises(RuntimeError, match=r"up\.weight of shape .* does not give it back"):
+        model.load_state_dict(state)
+    assert torch.equal(model.up.weight, before)
+
+
 # ---- machinery around
 
 
