@@ -151,6 +151,15 @@ def test_mvue_estimates_the_weight_gradient_by_a_sparse_product() -> None:
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_estimate_of_a_gradient_that_is_not_finite_is_not_finite(dtype: torch.dtype) -> None:
+    model = build().to(dtype)
+    sparsify_(model, "2:4-T", mvue=True)
+    accelerate_(model, "reference", dtype=dtype)
+    (model[0](torch.randn(8, 16, dtype=dtype)) * torch.inf).sum().backward()
+    assert bool(model[0].parametrizations["weight"].original.grad.isnan().all())
+
+
 def test_state_resumes_on_accelerated_layers() -> None:
     def start() -> tuple[nn.Module, object, torch.optim.Optimizer]:
         model = build()
