@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
@@ -129,7 +130,7 @@ class SparseLinear(nn.Linear):
             held = tuple(self._buffers[name] for name in SLOTS) if known else None
             self._hold(_find(_mask_of(self), self.backend, self.input_dtype, self.both_ways, held))
         elif self.positions is not None:
-            there = trained_parameter(self, "weight").detach() != 0
+            there = _nonzero(self)
             # Other zeros than before: the weight was loaded. A kept weight may well be zero for now.
             if bool((there & ~kept_mask(self.positions, self.in_features)).any()):
                 self._hold(_find(there, self.backend, self.input_dtype, self.both_ways))
@@ -228,7 +229,13 @@ def _mask_of(module: nn.Module) -> Bool[Tensor, "O I"]:
     if own is not None:
         return own.mask
     static = _static_mask(module)
-    return static if static is not None else trained_parameter(module, "weight").detach() != 0
+    return static if static is not None else _nonzero(module)
+
+
+def _nonzero(module: nn.Module) -> Bool[Tensor, "O I"]:
+    """The non-zeros of a weight, whole on every rank where it is sharded (a collective call)."""
+    weight = trained_parameter(module, "weight").detach()
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight) != 0
 
 
 @torch.no_grad()

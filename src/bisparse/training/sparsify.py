@@ -332,12 +332,17 @@ def finalize_(model: nn.Module) -> nn.Module:
     static = [(module, buffer) for module in model.modules() for buffer, _ in _buffers(module) if _is_static_mask(module, buffer)]
     if not dynamic and not static and not accelerated:
         raise ValueError("the model is not sparsified: there is nothing to finalize")
-    for name, module, parameter, own in dynamic:
-        if isinstance(trained_parameter(module, parameter), DTensor):
+    weights = [(name, trained_parameter(module, parameter)) for name, module, parameter, _ in dynamic]
+    for prefix, layer in model.named_modules():
+        if isinstance(layer, Accelerated):
+            weights += layer.named_parameters(prefix, recurse=False)
+    for name, weight in weights:
+        if isinstance(weight, DTensor):
             raise ValueError(
                 f"{name} is sharded over ranks: save plain_state_dict(model), whose keys and zeros are the finalized model's, or "
                 "gather the state into an unsharded copy and finalize that"
             )
+    for name, module, parameter, own in dynamic:
         if not own.dense:
             verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
     for layer in accelerated:
