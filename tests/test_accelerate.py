@@ -324,6 +324,20 @@ def test_autocast_equals_autocast_of_the_masked_dense_model(trained: bool) -> No
     assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
 
 
+@pytest.mark.parametrize("how", ["packed", "trained", "mvue"])
+def test_autocast_leaves_float64_alone_as_it_does_in_linear(how: str) -> None:
+    dense = block().double().train(how != "packed")
+    model = copy.deepcopy(dense)
+    if how == "mvue":
+        sparsify_(model, "2:4-T", mvue=True)
+    else:
+        accelerate_(model, "reference", dtype=torch.float64)
+    inputs = torch.randn(4, 32, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, expected = model.up(inputs), dense.up(inputs)
+    assert output.dtype == expected.dtype == torch.float64 and torch.allclose(output, expected)
+
+
 def test_autocast_sees_a_weight_that_was_changed_in_its_context() -> None:
     model = block().train()
     accelerate_(model, "reference")

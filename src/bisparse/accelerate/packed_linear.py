@@ -67,7 +67,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         kind, wanted = input.device.type, input.dtype
-        if torch.is_autocast_enabled(kind):  # in the dtype of the weight, which cannot be cast; the output as autocast wants it
+        if torch.is_autocast_enabled(kind) and wanted != torch.float64:
+            # In the dtype of the weight, which cannot be cast; the output as autocast wants it.
             wanted, input = torch.get_autocast_dtype(kind), input.to(self.packed.dtype)
         input = checked_input(input, self.in_features)
         if input.dtype != self.packed.dtype:

@@ -209,10 +209,12 @@ def _warn_of_dense(name: str, backend: str, wanted: torch.dtype, given: torch.dt
 
 
 def _cast(input: Tensor) -> Tensor:
-    """The input as autocast wants it. The weight is cast by the products themselves: autocast's own cache of casts would miss
-    an optimizer's step within its context."""
+    """The input as autocast wants it, which leaves float64 alone. The weight is cast by the products themselves: autocast's own
+    cache of casts would miss an optimizer's step within its context."""
     kind = input.device.type
-    return input.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else input
+    if not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
+        return input
+    return input.to(torch.get_autocast_dtype(kind))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
