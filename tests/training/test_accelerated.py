@@ -182,6 +182,27 @@ def test_state_resumes_on_accelerated_layers() -> None:
     assert [step(other[0], other[2], number) for number in range(3, 7)] == expected
 
 
+@pytest.mark.parametrize("model_first", [False, True])
+def test_states_are_taken_up_across_a_dense_phase_in_either_order(model_first: bool) -> None:
+    model = build()
+    sparsity = sparsify_(model, "2:4-T", refresh=1, schedule=Schedule(dense_until=2))
+    accelerate_(model, "reference", dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsity.attach(optimizer)
+    states = []
+    for number in range(4):
+        states.append(copy.deepcopy([one.state_dict() for one in (model, sparsity)]))
+        step(model, optimizer, number)
+    inputs = torch.randn(3, 16)
+    for back in (3, 0, 3):
+        pairs = list(zip((model, sparsity), states[back], strict=True))
+        for one, state in pairs if model_first else pairs[::-1]:
+            one.load_state_dict(state)
+        assert (model[0].positions is None) == (back == 0)
+        expected = nn.functional.linear(inputs, states[back][0]["0.parametrizations.weight.original"] * sparsity.layers[0].mask)
+        assert torch.allclose(model[0](inputs) - model[0].bias, expected, atol=1e-6)
+
+
 def test_saved_and_plain_states_are_those_of_the_masked_weights(tmp_path: Path) -> None:
     model, _, _ = train(True, steps=3)
     expected = {name: value.clone() for name, value in plain_state_dict(model).items()}

@@ -122,7 +122,8 @@ class SparseLinear(nn.Linear):
             PatternError: the mask is not 2:4. What was found before stays.
         """
         own = own_parametrization(self, "weight")
-        if own is not None and own.dense:
+        # All ones are a dense phase's, also where the state of the Sparsity, which says so, is loaded after the model's.
+        if own is not None and (own.dense or (not proved and bool(own.mask.all()))):
             self._hold((None, None, None, None))
         elif not self.fixed:
             # A static mask may be 2:4 on W^T by chance, and its pattern promise less.
