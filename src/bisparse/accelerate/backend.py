@@ -24,7 +24,7 @@ from bisparse.accelerate.form import learn_form
 from bisparse.accelerate.trial import halves_share_metadata, try_out, try_shape
 from bisparse.kernels.metadata import WORD, MetadataForm, form_of_positions
 from bisparse.kernels.pack import cutlass_form, split_packed
-from bisparse.kernels.positions import find_positions, from_metadata, kept_mask, put_values, take_values, to_metadata
+from bisparse.kernels.positions import from_metadata, kept_mask, put_values, take_values, to_metadata
 
 __all__ = ["BACKENDS", "Backend", "BackendError", "backend_or_reference", "choose_backend", "usable_backends"]
 

@@ -62,8 +62,8 @@ class _Parametrization(nn.Module):
     mask: Bool[Tensor, "..."]
     pattern: Structure
     start: tuple[torch.dtype, int] | None = None
-    """dtype and checksum of the weight when `sparsify_` found the mask; None where the mask needs no optimizer to follow, and once
-    it follows one, was found anew, or was loaded."""
+    """dtype and checksum of the weight when `sparsify_` found the mask; None where the mask needs no optimizer to follow, and
+    once it follows one, was found anew, or was loaded."""
 
     def __init__(self, pattern: Structure, layout: Layout) -> None:
         super().__init__()

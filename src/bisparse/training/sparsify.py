@@ -333,9 +333,10 @@ def finalize_(model: nn.Module) -> nn.Module:
     if not dynamic and not static and not accelerated:
         raise ValueError("the model is not sparsified: there is nothing to finalize")
     weights = [(name, trained_parameter(module, parameter)) for name, module, parameter, _ in dynamic]
-    for prefix, layer in model.named_modules():
-        if isinstance(layer, Accelerated):
-            weights += layer.named_parameters(prefix, recurse=False)
+    own_form = {id(layer) for layer in accelerated}
+    for prefix, module in model.named_modules():
+        if id(module) in own_form:
+            weights += module.named_parameters(prefix, recurse=False)
     for name, weight in weights:
         if isinstance(weight, DTensor):
             raise ValueError(
