@@ -148,6 +148,8 @@ def _weight_gradient(gradient: Tensor, input: Tensor, backend: str, search: bool
     """``g~^T x`` with g~ the estimate of g: at most 2 of every 4 tokens in each column."""
     own = BACKENDS[backend]
     tokens, rows = gradient.shape
+    if tokens == 0:  # as of an expert that no token was routed to
+        return input.new_zeros(rows, input.shape[1])
     multiple = max(own.column_multiple, WORD)
     columns = -(-tokens // multiple) * multiple
     seed = draw_seed(gradient.device)
