@@ -274,6 +274,27 @@ def test_deepcopy_dtype_and_pickle_keep_the_numbers(tmp_path: Path) -> None:
     assert verify(model.up.weight, "2:4-T")
 
 
+def test_a_packed_layer_that_cannot_be_packed_anew_keeps_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bisparse.accelerate import packed_linear
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model = block().eval()
+    accelerate_(model, "reference")
+    before = model.up.weight
+    with monkeypatch.context() as short:
+        short.setattr(packed_linear, "_pack", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            model.up.to(torch.bfloat16)
+    assert torch.equal(model.up.weight, before) and model.up(torch.randn(3, 32)).dtype == torch.float32
+    state = model.state_dict()
+    state["up.weight"] = torch.where(before != 0, torch.nan, 0)
+    with pytest.raises(RuntimeError, match=r"up\.weight of shape .* does not give it back"):
+        model.load_state_dict(state)
+    assert torch.equal(model.up.weight, before)
+
+
 # ---- machinery around
 
 
@@ -301,6 +322,20 @@ def test_autocast_equals_autocast_of_the_masked_dense_model(trained: bool) -> No
     with torch.autocast("cpu", torch.bfloat16):
         output, expected = model.up(inputs), dense.up(inputs)
     assert output.dtype == torch.bfloat16 and torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("how", ["packed", "trained", "mvue"])
+def test_autocast_leaves_float64_alone_as_it_does_in_linear(how: str) -> None:
+    dense = block().double().train(how != "packed")
+    model = copy.deepcopy(dense)
+    if how == "mvue":
+        sparsify_(model, "2:4-T", mvue=True)
+    else:
+        accelerate_(model, "reference", dtype=torch.float64)
+    inputs = torch.randn(4, 32, dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        output, expected = model.up(inputs), dense.up(inputs)
+    assert output.dtype == expected.dtype == torch.float64 and torch.allclose(output, expected)
 
 
 def test_autocast_sees_a_weight_that_was_changed_in_its_context() -> None:

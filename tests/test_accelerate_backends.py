@@ -263,6 +263,36 @@ def test_new_values_reach_the_product_without_packing_where_the_layout_allows_it
     assert library.compressed - packed_so_far == (0 if library.values_first else 3 * per_step)
 
 
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass", "reference"])
+def test_no_tokens_give_no_gradient(name: str, library: Library) -> None:
+    model = nn.Sequential(nn.Linear(64, 128))
+    sparsify_(model, "2:4-T", mvue=True)
+    accelerate_(model, name)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(0, 64)).sum().backward()
+    assert not bool(model[0].parametrizations["weight"].original.grad.any())
+
+
+@pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
+def test_an_average_elsewhere_that_gets_the_buffers_too_is_right(
+    name: str, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not library.values_first:
+        pytest.skip("without a form there are no metadata to copy")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128))
+    sparsify_(model, "2:4-T")
+    accelerate_(model, name)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(type(BACKENDS[name]), "device_reason", lambda self, device: "not here")
+        average.to(torch.device("cpu"))
+    assert average.module[0].backend == "reference"
+    average.update_parameters(model)
+    inputs = torch.randn(3, 64, dtype=torch.bfloat16)
+    assert close(average(inputs).float(), model(inputs).float())
+
+
 LEARNT = {
     "values first": (1, 4),
     "slots reversed": (1, 4),

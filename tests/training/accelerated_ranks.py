@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from bisparse import accelerate_, finalize_, sparsify_
+from bisparse import accelerate_, finalize_, prune_, sparsify_
 from bisparse.training import plain_state_dict
 
 
@@ -50,6 +50,7 @@ def accelerated(rank: int) -> dict[str, object]:
         results[f"{kind} masks"] = [layer.mask.clone() for layer in sparsity.layers]
         state = plain_state_dict(model) if kind == "fsdp" else finalize_(model).state_dict()
         results[kind] = {name: value.detach().clone() for name, value in state.items()}
+    results["fixed"] = fixed()
     late = build()
     sparsify_(late, "2:4-T")
     fully_shard(late, mesh=init_device_mesh("cpu", (2,)))
@@ -61,3 +62,18 @@ def accelerated(rank: int) -> dict[str, object]:
     fully_shard(plain, mesh=init_device_mesh("cpu", (2,)))
     results["late and plain"] = accelerate_(plain)["0"].reason
     return results
+
+
+def fixed() -> dict[str, object]:
+    """A sharded layer that trains on the zeros it has: the state it gives, once loaded, and what finalize_ says of it."""
+    model = build()
+    prune_(model, "2:4-T")
+    accelerate_(model.train(), "reference")
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    model.load_state_dict({name: 2 * value for name, value in model.state_dict().items()})
+    try:
+        finalize_(model)
+        said = ""
+    except ValueError as error:
+        said = str(error)
+    return {"state": plain_state_dict(model), "said": said}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from bisparse import Schedule, accelerate_, finalize_, save, solve, sparsify_, verify, verify_checkpoint
+from bisparse import PatternError, Schedule, accelerate_, finalize_, prune_, save, solve, sparsify_, verify, verify_checkpoint
 from bisparse.accelerate import SparseLinear
 from bisparse.training import mvue_2_4, plain_state_dict
 
@@ -84,6 +84,35 @@ def test_masks_move_and_the_product_follows() -> None:
     assert not torch.equal(model[0].positions, before)
 
 
+@pytest.mark.parametrize("sparse", ["", "2"])
+def test_a_layer_that_shares_its_weight_follows_the_mask_whichever_of_them_is_sparse(sparse: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.GELU(), nn.Linear(16, 16))
+    model[2].weight = model[0].weight
+    sparsity = sparsify_(model, "2:4-T", refresh=1, include=sparse or None)
+    accelerate_(model, "reference", include="0" if sparse else "2", dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsity.attach(optimizer)
+    layer = model[0 if sparse else 2]
+    before = layer.positions.clone()
+    with torch.no_grad():
+        layer.parametrizations["weight"].original.copy_(torch.randn(16, 16))
+    model(torch.randn(4, 16)).sum().backward()
+    optimizer.step()
+    inputs = torch.randn(3, 16)
+    assert not torch.equal(layer.positions, before)
+    assert torch.allclose(layer(inputs), nn.functional.linear(inputs, layer.dense_weight(), layer.bias), atol=1e-6)
+
+
+def test_a_mask_that_was_transposable_by_chance_is_checked_again() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32, bias=False))
+    prune_(model, "1:4-T")
+    sparsity = sparsify_(model, "2:4", mode="static", masks="nonzero")
+    assert accelerate_(model, "reference", dtype=torch.float32)["0"].backward
+    with pytest.raises(PatternError, match="break 2:4-T"):
+        sparsity.refresh()
+
+
 def test_metadata_is_made_where_masks_change_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     from bisparse.accelerate import sparse_linear
 
@@ -122,6 +151,15 @@ def test_mvue_estimates_the_weight_gradient_by_a_sparse_product() -> None:
     assert type(model[0]) is nn.Linear
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_estimate_of_a_gradient_that_is_not_finite_is_not_finite(dtype: torch.dtype) -> None:
+    model = build().to(dtype)
+    sparsify_(model, "2:4-T", mvue=True)
+    accelerate_(model, "reference", dtype=dtype)
+    (model[0](torch.randn(8, 16, dtype=dtype)) * torch.inf).sum().backward()
+    assert bool(model[0].parametrizations["weight"].original.grad.isnan().all())
+
+
 def test_state_resumes_on_accelerated_layers() -> None:
     def start() -> tuple[nn.Module, object, torch.optim.Optimizer]:
         model = build()
@@ -142,6 +180,27 @@ def test_state_resumes_on_accelerated_layers() -> None:
     for one, saved in zip(other, state, strict=True):
         one.load_state_dict(saved)
     assert [step(other[0], other[2], number) for number in range(3, 7)] == expected
+
+
+@pytest.mark.parametrize("model_first", [False, True])
+def test_states_are_taken_up_across_a_dense_phase_in_either_order(model_first: bool) -> None:
+    model = build()
+    sparsity = sparsify_(model, "2:4-T", refresh=1, schedule=Schedule(dense_until=2))
+    accelerate_(model, "reference", dtype=torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsity.attach(optimizer)
+    states = []
+    for number in range(4):
+        states.append(copy.deepcopy([one.state_dict() for one in (model, sparsity)]))
+        step(model, optimizer, number)
+    inputs = torch.randn(3, 16)
+    for back in (3, 0, 3):
+        pairs = list(zip((model, sparsity), states[back], strict=True))
+        for one, state in pairs if model_first else pairs[::-1]:
+            one.load_state_dict(state)
+        assert (model[0].positions is None) == (back == 0)
+        expected = nn.functional.linear(inputs, states[back][0]["0.parametrizations.weight.original"] * sparsity.layers[0].mask)
+        assert torch.allclose(model[0](inputs) - model[0].bias, expected, atol=1e-6)
 
 
 def test_saved_and_plain_states_are_those_of_the_masked_weights(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bisparse import finalize_, solve, sparsify_, verify
+from bisparse import finalize_, prune_, solve, sparsify_, verify
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accelerated_ranks import build as accelerated_build
@@ -127,3 +127,8 @@ def test_accelerated_layers_under_ddp_and_fsdp2_equal_a_masked_dense_single_proc
             assert torch.equal(ours, theirs) and torch.equal(ours, mask)
     assert "is sharded over ranks already: call accelerate_ before fully_shard" in one["late"]
     assert "call accelerate_ before fully_shard" in one["late and plain"]
+    given = accelerated_build()
+    prune_(given, "2:4-T")
+    for name, value in given.state_dict().items():
+        assert torch.equal(one["fixed"]["state"][name], 2 * value)
+    assert "0.weight is sharded over ranks: save plain_state_dict(model)" in one["fixed"]["said"]

@@ -335,13 +335,45 @@ def test_finalizing_a_model_leaves_its_copies_alone(mlp):
     assert torch.equal(average(inputs), mlp(inputs))
 
 
-@pytest.mark.parametrize("method", ["masked-decay", "s-ste"])
-def test_training_that_no_mask_followed_is_told_at_the_end(method, mlp, step):
-    sparsify_(mlp, "2:4", method=method)
+@pytest.mark.parametrize("how", [{}, {"method": "s-ste", "schedule": Schedule(dense_until=1)}], ids=str)
+def test_training_that_no_mask_followed_is_told_at_the_end(how, mlp, step):
+    sparsify_(mlp, "2:4", **how)
     step(mlp, torch.optim.SGD(mlp.parameters(), lr=0.1), 0)
     with pytest.warns(UserWarning, match=r"Sparsity\.attach\(optimizer\)") as told:
         finalize_(mlp)
     assert len(told) == 1 and told[0].filename == __file__
+
+
+@pytest.mark.parametrize("moved", [lambda model: model.to(torch.bfloat16), lambda model: model.to(torch.float64).float()])
+def test_a_model_that_was_cast_was_not_trained(moved, mlp, recwarn):
+    sparsify_(mlp, "2:4")
+    finalize_(moved(mlp))
+    assert not recwarn
+
+
+def test_whether_a_model_was_trained_is_no_question_of_threads(recwarn):
+    torch.manual_seed(0)
+    threads, model = torch.get_num_threads(), nn.Linear(512, 512)
+    try:
+        torch.set_num_threads(1)
+        sparsify_(model, "2:4")
+        torch.set_num_threads(2)
+        finalize_(model)
+    finally:
+        torch.set_num_threads(threads)
+    assert not recwarn
+
+
+def test_a_soft_threshold_needs_no_optimizer_to_follow(mlp, step, recwarn):
+    followed = copy.deepcopy(mlp)
+    for model in (mlp, followed):
+        sparsity = sparsify_(model, "2:4", method="s-ste", refresh=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        if model is followed:
+            sparsity.attach(optimizer)
+        step(model, optimizer, 0)
+        finalize_(model)
+    assert not recwarn and all(torch.equal(*pair) for pair in zip(mlp.parameters(), followed.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("case", ["untrained", "attached", "refreshed", "model resumed", "sparsity resumed", "average"])

@@ -24,7 +24,7 @@ from bisparse.accelerate.form import learn_form
 from bisparse.accelerate.trial import halves_share_metadata, try_out, try_shape
 from bisparse.kernels.metadata import WORD, MetadataForm, form_of_order
 from bisparse.kernels.pack import cutlass_form, split_packed
-from bisparse.kernels.positions import find_positions, from_metadata, kept_mask, put_values, take_values, to_metadata
+from bisparse.kernels.positions import from_metadata, kept_mask, put_values, take_values, to_metadata
 
 __all__ = ["BACKENDS", "Backend", "BackendError", "backend_or_reference", "choose_backend", "usable_backends"]
 
@@ -135,7 +135,7 @@ class Reference(Backend):
         return None
 
     def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Float[Tensor, "R C2"], UInt8[Tensor, "R B"]]:
-        positions = find_positions(matrix != 0)
+        positions, _ = torch.ops.bisparse.find_positions(matrix != 0)  # of a group that keeps more, two, as the libraries do
         return take_values(matrix, positions), to_metadata(positions)
 
     def unpack(
@@ -153,7 +153,8 @@ class Reference(Backend):
         metadata: Shaped[Tensor, "..."],
         dtype: torch.dtype,
     ) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "..."]]:
-        return take_values(weight, positions, dtype), metadata if metadata.numel() else to_metadata(positions)
+        # Not those given: an average that runs here may get the buffers of a model that runs by a library, in its form.
+        return take_values(weight, positions, dtype), to_metadata(positions)
 
     def multiply(
         self,

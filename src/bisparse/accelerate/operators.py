@@ -67,7 +67,7 @@ def linear_2to4(
     The weight's gradient is in the weight's dtype, of all entries (straight through), or of the kept ones with `fixed`.
 
     Args:
-        positions, metadata: of W: `find_positions` of the mask, and the backend's `layout` of it.
+        positions, metadata: of W: the places of what the mask keeps, and metadata in the backend's `form`; none without one.
         transposed: the same of W^T, where the mask is transposable: then the input's gradient is a sparse product too.
         mvue: the weight's gradient by a sparse product with an unbiased estimate of the output's gradient.
         search: let the backend find its fastest algorithm for these shapes, once.
@@ -148,6 +148,8 @@ def _weight_gradient(gradient: Tensor, input: Tensor, backend: str, search: bool
     """``g~^T x`` with g~ the estimate of g: at most 2 of every 4 tokens in each column."""
     own = BACKENDS[backend]
     tokens, rows = gradient.shape
+    if tokens == 0:  # as of an expert that no token was routed to
+        return input.new_zeros(rows, input.shape[1])
     multiple = max(own.column_multiple, WORD)
     columns = -(-tokens // multiple) * multiple
     seed = draw_seed(gradient.device)

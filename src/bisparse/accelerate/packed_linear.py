@@ -67,7 +67,8 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         kind, wanted = input.device.type, input.dtype
-        if torch.is_autocast_enabled(kind):  # in the dtype of the weight, which cannot be cast; the output as autocast wants it
+        if torch.is_autocast_enabled(kind) and wanted != torch.float64:
+            # In the dtype of the weight, which cannot be cast; the output as autocast wants it.
             wanted, input = torch.get_autocast_dtype(kind), input.to(self.packed.dtype)
         input = checked_input(input, self.in_features)
         if input.dtype != self.packed.dtype:
@@ -111,12 +112,15 @@ class PackedLinear(nn.Linear):
         found = fn(self.packed.new_empty(1))
         if found.dtype == self.packed.dtype and found.device == self.packed.device:
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # The packed form belongs to a device and a dtype.
-        both_ways, weight = self.packed_t is not None, fn(self.dense_weight())
+        # The packed form belongs to a device and a dtype. It is let go once there is another: packing may fail.
+        weight = fn(self.dense_weight())
+        backend = backend_or_reference(self.wanted_backend, weight.device, weight.dtype)
+        operands = _pack(weight, backend, self.packed_t is not None)
+        del weight
         self._hold((None, None, None, None))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.backend = backend_or_reference(self.wanted_backend, weight.device, weight.dtype)
-        self._hold(_pack(weight, self.backend, both_ways))
+        self.backend = backend
+        self._hold(operands)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -146,7 +150,7 @@ class PackedLinear(nn.Linear):
             try:
                 weight = weight.detach().to(self.packed.device, self.packed.dtype)
                 self._hold(_pack(weight, self.backend, self.packed_t is not None, key))
-            except PatternError as error:
+            except (BackendError, PatternError) as error:
                 error_msgs.append(str(error))
 
 
@@ -160,7 +164,7 @@ def _pack(weight: Float[Tensor, "O I"], backend: str, transposed: bool, name: st
         if not torch.equal(own.unpack(packed, metadata, *matrix.shape), matrix):
             raise BackendError(
                 f"{name or 'a weight'} of shape {tuple(matrix.shape)} and {matrix.dtype}: what {backend} packed does not give it "
-                "back (NaN among the weights, or a fault of the library); it stays dense"
+                "back (NaN among the weights, or a fault of the library); it is not packed"
             )
         tensors += [packed, metadata]
     return (*tensors, *(None,) * (4 - len(tensors)))

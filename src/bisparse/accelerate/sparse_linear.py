@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
@@ -121,13 +122,16 @@ class SparseLinear(nn.Linear):
             PatternError: the mask is not 2:4. What was found before stays.
         """
         own = own_parametrization(self, "weight")
-        if own is not None and own.dense:
+        # All ones are a dense phase's, also where the state of the Sparsity, which says so, is loaded after the model's.
+        if own is not None and (own.dense or (not proved and bool(own.mask.all()))):
             self._hold((None, None, None, None))
         elif not self.fixed:
-            held = tuple(self._buffers[name] for name in SLOTS) if proved else None
+            # A static mask may be 2:4 on W^T by chance, and its pattern promise less.
+            known = proved and (own is not None or not self.both_ways)
+            held = tuple(self._buffers[name] for name in SLOTS) if known else None
             self._hold(_find(_mask_of(self), self.backend, self.input_dtype, self.both_ways, held))
         elif self.positions is not None:
-            there = trained_parameter(self, "weight").detach() != 0
+            there = _nonzero(self)
             # Other zeros than before: the weight was loaded. A kept weight may well be zero for now.
             if bool((there & ~kept_mask(self.positions, self.in_features)).any()):
                 self._hold(_find(there, self.backend, self.input_dtype, self.both_ways))
@@ -206,10 +210,12 @@ def _warn_of_dense(name: str, backend: str, wanted: torch.dtype, given: torch.dt
 
 
 def _cast(input: Tensor) -> Tensor:
-    """The input as autocast wants it. The weight is cast by the products themselves: autocast's own cache of casts would miss
-    an optimizer's step within its context."""
+    """The input as autocast wants it, which leaves float64 alone. The weight is cast by the products themselves: autocast's own
+    cache of casts would miss an optimizer's step within its context."""
     kind = input.device.type
-    return input.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else input
+    if not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
+        return input
+    return input.to(torch.get_autocast_dtype(kind))
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
@@ -226,7 +232,13 @@ def _mask_of(module: nn.Module) -> Bool[Tensor, "O I"]:
     if own is not None:
         return own.mask
     static = _static_mask(module)
-    return static if static is not None else trained_parameter(module, "weight").detach() != 0
+    return static if static is not None else _nonzero(module)
+
+
+def _nonzero(module: nn.Module) -> Bool[Tensor, "O I"]:
+    """The non-zeros of a weight, whole on every rank where it is sharded (a collective call)."""
+    weight = trained_parameter(module, "weight").detach()
+    return (weight.full_tensor() if isinstance(weight, DTensor) else weight) != 0
 
 
 @torch.no_grad()

@@ -77,12 +77,6 @@ def lowest_bit(typing: Any, bits: Any) -> tuple[Any, Codegen]:
 
 
 @intrinsic
-def count_bits(typing: Any, bits: Any) -> tuple[Any, Codegen]:
-    """Number of bits set."""
-    return types.int64(types.int64), lambda context, b, signature, args: b.ctpop(args[0])
-
-
-@intrinsic
 def tile_largest_bits(typing: Any, scores: Any, base: Any, stride: Any, side: Any) -> tuple[Any, Codegen]:
     """Largest float32 bit pattern of a tile, read as unsigned: a negative, NaN or infinite score comes out on top."""
     return types.int64(scores, types.intp, types.intp, side), _extreme_of_tile(side.count, ">", "umax")

@@ -157,8 +157,3 @@ def refitted_bias(
     # In float64: the difference of two large numbers where inputs have large means.
     shift = (precise(weight) @ precise(dense_mean)[:, :, None] - precise(new_weight) @ precise(mean)[:, :, None]).flatten()
     return (shift if bias is None else precise(bias) + shift).float()
-
-
-def support_error(problem: Problem, mask: Bool[Tensor, "G O K"]) -> float:
-    """Relative output error of the mask with the dense weights in it."""
-    return problem.error(problem.weight * mask)

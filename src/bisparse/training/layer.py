@@ -14,7 +14,7 @@ from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
 from bisparse.training.masked import Masked, SoftThreshold, own_parametrization, trained_parameter
 
-__all__ = ["Accelerated", "SparseLayer", "keep_only_", "local", "part_of"]
+__all__ = ["Accelerated", "SparseLayer", "checksum_of", "keep_only_", "local", "part_of"]
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the same size as a number of so many bytes."""
@@ -56,6 +56,14 @@ def keep_only_(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> None
     tensor.view(bits).bitwise_and_(mask.to(bits).neg_())
 
 
+def checksum_of(weight: Float[Tensor, "..."]) -> tuple[torch.dtype, int]:
+    """dtype and sum of the bits, by which a weight that has been trained is told from one that has not.
+
+    A sum of integers is the same on every device and for any number of threads, as one of floating-point numbers is not.
+    """
+    return weight.dtype, int(weight.detach().view(BITS[weight.element_size()]).sum(dtype=torch.int64))
+
+
 @dataclass(frozen=True)
 class SparseLayer:
     """A parameter whose forward value obeys a pattern.
@@ -73,6 +81,8 @@ class SparseLayer:
     """The parameter's key in the plain model's state_dict."""
     decay: float | None = None
     """Masked decay of this layer; None for the default of the optimizer."""
+    sharing: tuple[nn.Module, ...] = ()
+    """Other modules that hold the same parameter, and with it the same mask."""
 
     @property
     def parametrization(self) -> Masked | SoftThreshold | None:
@@ -119,10 +129,11 @@ class SparseLayer:
         keep_only_(local(self.weight.detach()), self.local_mask)
 
     def mask_changed(self, *, proved: bool = False) -> None:
-        """Tell the module, where it keeps something that it made from the mask."""
-        # The name first: isinstance with a protocol looks every method up each time, which counts where layers are small.
-        if hasattr(self.module, "mask_changed") and isinstance(self.module, Accelerated):
-            self.module.mask_changed(proved=proved)
+        """Tell the modules, where they keep something that they made from the mask."""
+        for module in (self.module, *self.sharing):
+            # The name first: isinstance with a protocol looks every method up each time, which counts where layers are small.
+            if hasattr(module, "mask_changed") and isinstance(module, Accelerated):
+                module.mask_changed(proved=proved)
 
     @property
     def transposable(self) -> bool:

@@ -15,7 +15,6 @@ from bisparse.tiles import Layout, from_matrices, to_matrices
 __all__ = [
     "Masked",
     "SoftThreshold",
-    "magnitude_of",
     "masked_parameters",
     "own_parametrization",
     "soft_threshold",
@@ -62,8 +61,9 @@ class _Parametrization(nn.Module):
 
     mask: Bool[Tensor, "..."]
     pattern: Structure
-    start: float | None = None
-    """Sum of |w| when `sparsify_` found the mask; None once the mask follows an optimizer, was found anew, or was loaded."""
+    start: tuple[torch.dtype, int] | None = None
+    """dtype and checksum of the weight when `sparsify_` found the mask; None where the mask needs no optimizer to follow, and
+    once it follows one, was found anew, or was loaded."""
 
     def __init__(self, pattern: Structure, layout: Layout) -> None:
         super().__init__()
@@ -152,11 +152,6 @@ def least_squares_scale(weight: Float[Tensor, "..."], thresholded: Float[Tensor,
     """The factor b that minimises ``||w - b S(w)||``; 1 where S(w) is zero."""
     power = (thresholded * thresholded).sum()
     return torch.where(power > 0, (weight * thresholded).sum() / power.clamp(min=torch.finfo(power.dtype).tiny), 1.0)
-
-
-def magnitude_of(weight: Float[Tensor, "..."]) -> float:
-    """The sum of |w|, by which a weight that has been trained is told from one that has not."""
-    return float(weight.detach().abs().sum(dtype=torch.float32))
 
 
 def own_parametrization(module: nn.Module, parameter: str) -> Masked | SoftThreshold | None:

@@ -17,8 +17,8 @@ from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
-from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
-from bisparse.training.masked import Masked, SoftThreshold, magnitude_of, masked_parameters, trained_parameter
+from bisparse.training.layer import Accelerated, SparseLayer, checksum_of, local, part_of
+from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, trained_parameter
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrized import separate_class, share_class
 from bisparse.training.schedule import Phase, Schedule
@@ -93,8 +93,21 @@ def sparsify_(
     structures = {name: None if own == "dense" else parse_pattern(own) for name, own in (patterns or {}).items()}
     layers, skipped = _choose(model, pattern, structures, include, exclude, remainder)
     decays = dict(decay) if isinstance(decay, Mapping) else None
+    holders: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for held in module.parameters(recurse=False):
+            holders.setdefault(id(held), []).append(module)
     sparse = [
-        SparseLayer(layer.name, layer.module, layer.parameter, layer.layout, own, layer.parameter_name, _decay_of(layer, decays))
+        SparseLayer(
+            layer.name,
+            layer.module,
+            layer.parameter,
+            layer.layout,
+            own,
+            layer.parameter_name,
+            _decay_of(layer, decays),
+            tuple(module for module in holders.get(id(layer.weight), ()) if module is not layer.module),
+        )
         for layer, own in layers
     ]
     _check_names("decay", decays or {}, layers)
@@ -292,7 +305,8 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
     if schedule.phase(0) is Phase.DENSE:
         own.dense = True
         own.mask.fill_(True)
-    own.start = magnitude_of(weight)
+    if method != "s-ste" or schedule != Schedule():  # a soft threshold moves with the weight
+        own.start = checksum_of(weight)
     owners = [
         (module, name) for module in model.modules() for name, held in module.named_parameters(recurse=False) if held is weight
     ]
@@ -318,17 +332,23 @@ def finalize_(model: nn.Module) -> nn.Module:
     static = [(module, buffer) for module in model.modules() for buffer, _ in _buffers(module) if _is_static_mask(module, buffer)]
     if not dynamic and not static and not accelerated:
         raise ValueError("the model is not sparsified: there is nothing to finalize")
-    for name, module, parameter, own in dynamic:
-        if isinstance(trained_parameter(module, parameter), DTensor):
+    weights = [(name, trained_parameter(module, parameter)) for name, module, parameter, _ in dynamic]
+    own_form = {id(layer) for layer in accelerated}
+    for prefix, module in model.named_modules():
+        if id(module) in own_form:
+            weights += module.named_parameters(prefix, recurse=False)
+    for name, weight in weights:
+        if isinstance(weight, DTensor):
             raise ValueError(
                 f"{name} is sharded over ranks: save plain_state_dict(model), whose keys and zeros are the finalized model's, or "
                 "gather the state into an unsharded copy and finalize that"
             )
+    for name, module, parameter, own in dynamic:
         if not own.dense:
             verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
     for layer in accelerated:
         layer.restore_()
-    if any(own.start not in (None, magnitude_of(trained_parameter(module, parameter))) for _, module, parameter, own in dynamic):
+    if any(_trained_since(own.start, trained_parameter(module, parameter)) for _, module, parameter, own in dynamic):
         warnings.warn(
             "the weights were trained, but the masks are still the first ones, since no step of an optimizer was counted: call "
             "Sparsity.attach(optimizer) before the first step, or Sparsity.refresh() in a loop of your own",
@@ -357,6 +377,11 @@ def finalize_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         MVUELinear.remove_(module)
     return model
+
+
+def _trained_since(start: tuple[torch.dtype, int] | None, weight: Tensor) -> bool:
+    # Of a weight that was cast nothing can be said.
+    return start is not None and start[0] == weight.dtype and start != checksum_of(weight)
 
 
 @torch.no_grad()
