@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bisparse.kernels.estimate import estimate_2to4, estimate_by, pack_estimate, reference_estimate_2to4
-from bisparse.kernels.metadata import CODES, MetadataForm, form_of_order, reference_lay_out
+from bisparse.kernels.metadata import CODES, NO_FORM, MetadataForm, form_of_order, reference_lay_out
 from bisparse.kernels.philox import draw_seed, philox, uniforms
 from bisparse.kernels.positions import reference_take_values
 
@@ -132,7 +132,7 @@ def packed_by_steps(estimate: Tensor, form: MetadataForm) -> Tensor:
     """The dense estimate of finite entries, then its positions and metadata, then its values."""
     rows, groups = estimate.shape[0], estimate.shape[1] // 4
     positions, metadata = torch.empty(rows, groups, dtype=torch.uint8), torch.empty(rows * groups // 4, dtype=torch.int16)
-    reference_lay_out(estimate != 0, *form, None, 1, 1, 0, 0, positions, metadata, None, None, None)
+    reference_lay_out(estimate != 0, *form, *NO_FORM, positions, metadata, None, None, None)
     return torch.cat((reference_take_values(estimate, positions, estimate.dtype).flatten(), metadata.view(estimate.dtype)))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 from bisparse import solve
 from bisparse.accelerate.backend import BACKENDS
 from bisparse.kernels import pack
-from bisparse.kernels.metadata import CODES, MetadataForm, empty_slots, form_of_order, kept_sets, lay_out
+from bisparse.kernels.metadata import CODES, NO_FORM, MetadataForm, empty_slots, form_of_order, kept_sets, lay_out
 from bisparse.kernels.positions import find_positions, to_metadata
 
 CPU = torch.device("cpu")
@@ -35,11 +35,6 @@ def any_form(rows: int, columns: int, seed: int, height: int = 16, width: int = 
     place = torch.randperm(height * width, generator=own).view(height, width)
     size, across = height * width // 4, columns // 4 // width
     return form_of_order(place, across * size, size, CPU, (codes, nibbles))
-
-
-def with_slots_of(form: MetadataForm, other: MetadataForm) -> MetadataForm:
-    """The order of one form with the slots of another."""
-    return MetadataForm(*other[:2], *form[2:])
 
 
 def laid_out(
@@ -94,7 +89,7 @@ def test_codes_and_places_are_the_forms_own(height: int, width: int) -> None:
 
 def test_a_mask_that_is_not_2to4_is_marked_on_either_side() -> None:
     form = any_form(32, 32, 0)
-    form_t = with_slots_of(any_form(32, 32, 1), form)
+    form_t = any_form(32, 32, 1)
     fine = mask_both_ways(32, 32)
     row, column = fine.clone(), fine.clone()
     row[7, 4:8] = torch.tensor([True, True, False, True])
@@ -122,9 +117,9 @@ def test_lines_that_are_no_whole_words_or_blocks_are_refused() -> None:
 def test_the_operator_obeys_torch() -> None:
     mask, form, form_t = mask_both_ways(32, 64), any_form(32, 64, 0), any_form(64, 32, 1)
     slots, slots_t = empty_slots(32, 64, CPU), empty_slots(64, 32, CPU)
-    where = (*form, *form_t[2:], slots[0], slots[1].view(torch.int16), slots_t[0], slots_t[1].view(torch.int16))
+    where = (*form, *form_t, slots[0], slots[1].view(torch.int16), slots_t[0], slots_t[1].view(torch.int16))
     torch.library.opcheck(torch.ops.bisparse.lay_out_2to4, (mask, *where, torch.zeros((), dtype=torch.int32)))
-    one_way = (*form, None, 1, 1, 0, 0, slots[0], slots[1].view(torch.int16), None, None, None)
+    one_way = (*form, *NO_FORM, slots[0], slots[1].view(torch.int16), None, None, None)
     torch.library.opcheck(torch.ops.bisparse.lay_out_2to4, (mask, *one_way))
 
 
@@ -141,7 +136,7 @@ def test_the_kernels_compile_without_a_gpu_and_without_spills(arch: int, name: s
     if name.startswith("positions"):
         kernel = cuda_metadata.positions_kernel
         constants = {"BANDS": cuda_metadata.BANDS, "GROUPS": cuda_metadata.GROUPS, "BOTH_WAYS": True, "CHECK": "checked" in name}
-        pointers = {"mask": "*i32", "codes": "*u8", "positions": "*u8", "positions_t": "*u8", "broken": "*i32"}
+        pointers = {"mask": "*i32", "codes": "*u8", "codes_t": "*u8", "positions": "*u8", "positions_t": "*u8", "broken": "*i32"}
     else:
         kernel = cuda_metadata.metadata_kernel
         constants = dict(zip(("HEIGHT", "WIDTH"), (96, 20) if "odd" in name else (64, 8), strict=True))
@@ -159,7 +154,7 @@ def test_the_kernels_compile_without_a_gpu_and_without_spills(arch: int, name: s
 def test_on_a_gpu_all_is_as_specified(shape: tuple[int, int]) -> None:
     mask = mask_both_ways(*shape)
     form = any_form(*shape, 5)
-    form_t = with_slots_of(any_form(*shape[::-1], 6), form)
+    form_t = any_form(*shape[::-1], 6)
     device = [MetadataForm(*(one.cuda() for one in own[:3]), *own[3:]) for own in (form, form_t)]
     broken = torch.zeros((), dtype=torch.int32, device="cuda")
     for found, expected in zip(laid_out(mask.cuda(), *device, broken), laid_out(mask, form, form_t), strict=True):

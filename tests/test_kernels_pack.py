@@ -13,7 +13,7 @@ from bisparse.kernels import pack
 from bisparse.kernels.metadata import empty_slots, lay_out
 from bisparse.kernels.pack import metadata_place, pack_2to4, pack_2to4_transposable, split_packed
 from bisparse.kernels.positions import take_values
-from test_kernels_metadata import any_form, with_slots_of
+from test_kernels_metadata import any_form
 
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 SHAPES = pytest.mark.parametrize("shape", [(32, 32), (64, 32), (32, 96), (128, 160)], ids=str)
@@ -119,7 +119,7 @@ def test_packed_in_another_librarys_form(dtype: torch.dtype) -> None:
     """Values and metadata each as that form has them, by the operators that a refresh and every pass use."""
     weight = torch.randn(64, 96).to(dtype)
     form = any_form(64, 96, 1)
-    form_t = with_slots_of(any_form(96, 64, 2, 8, 8), form)
+    form_t = any_form(96, 64, 2, 8, 8)
     mask, *packed = pack_2to4_transposable(weight, (form, form_t))
     slots, slots_t = empty_slots(64, 96, mask.device), empty_slots(96, 64, mask.device)
     lay_out(mask, form, *slots, (form_t, *slots_t))

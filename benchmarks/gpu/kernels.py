@@ -62,7 +62,7 @@ def calls(only: str | None) -> dict[str, Callable[[], Any]]:
     found["2:4-T of magnitudes, float32"] = lambda: cuda.exact_mask_of_magnitudes(torch.rand(32, 64), False)
     weight, mask = torch.rand(32, 64).bfloat16(), torch.zeros(32, 64, dtype=torch.bool)
     forms = pack.cutlass_form(32, weight.device), pack.cutlass_form(64, weight.device)
-    flat = *forms[0], *forms[1][2:]
+    flat = *forms[0], *forms[1]
     found["2:4-T packed, bfloat16"] = lambda: cuda.pack_2to4_transposable(weight, *flat)
     found["2:4 packed under a mask, bfloat16"] = lambda: cuda.pack_2to4(weight, mask, *flat)
     slots, slots_t = empty_slots(32, 64, mask.device), empty_slots(64, 32, mask.device)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bisparse.kernels import cuda_metadata
-from bisparse.kernels.metadata import empty_slots, reference_lay_out
+from bisparse.kernels.metadata import NO_FORM, empty_slots, reference_lay_out
 from test_kernels_metadata import any_form, mask_both_ways
 
 
@@ -32,7 +32,7 @@ def test_positions_and_metadata_are_those_of_the_specification(shape: tuple[int,
                 two.fill_(77) for two in (*empty_slots(rows, columns, mask.device), *empty_slots(columns, rows, mask.device))
             ]
             words, words_t = slots[1].view(torch.int16), slots[3].view(torch.int16)
-            sides = (form_t[2:], (slots[2], words_t)) if both_ways else ((None, 1, 1, 0, 0), (None, None))
+            sides = (form_t, (slots[2], words_t)) if both_ways else (NO_FORM, (None, None))
             for broken in (None, torch.zeros((), dtype=torch.int32)):
                 kernel(one, *form, *sides[0], slots[0], words, *sides[1], broken)
             assert bool(broken) == breaks
@@ -46,8 +46,8 @@ def test_a_mask_in_strides_and_no_mask() -> None:
     results = []
     for kernel in (cuda_metadata.lay_out, reference_lay_out):
         positions, metadata = empty_slots(32, 48, mask.device)
-        kernel(mask.t(), *form, None, 1, 1, 0, 0, positions, metadata.view(torch.int16), None, None, None)
+        kernel(mask.t(), *form, *NO_FORM, positions, metadata.view(torch.int16), None, None, None)
         results.append((positions, metadata))
     assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
     positions, metadata = empty_slots(0, 32, mask.device)
-    cuda_metadata.lay_out(mask[:0], *form, None, 1, 1, 0, 0, positions, metadata.view(torch.int16), None, None, None)
+    cuda_metadata.lay_out(mask[:0], *form, *NO_FORM, positions, metadata.view(torch.int16), None, None, None)

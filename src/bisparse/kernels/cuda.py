@@ -20,9 +20,10 @@ from bisparse.kernels.cuda_metadata import write_metadata
 from bisparse.kernels.cuda_middle import middle_masks, packed_tiles
 from bisparse.kernels.cuda_prices import bisected_prices, swept_prices
 from bisparse.kernels.cuda_repair import balanced_masks
+from bisparse.kernels.metadata import both_forms
 from bisparse.kernels.middle import mask_bits
 from bisparse.kernels.networks import sorting_network
-from bisparse.kernels.pack import both_forms, packed_like, split_packed
+from bisparse.kernels.pack import packed_like, split_packed
 
 __all__ = [
     "exact_mask",
@@ -121,7 +122,7 @@ def _pack(weight: Tensor, given: Tensor | None, *forms: Any) -> tuple[Tensor, Te
         positions_t = torch.empty((columns, rows // 4), dtype=torch.uint8, device=weight.device)
         form, form_t = both_forms(*forms)
         packed_tiles[(rows // 32, triton.cdiv(columns // 4, PACKED_TILES))](
-            weight, _words(weight.device), mask.view(torch.int32), mask.view(torch.int32), form.codes,
+            weight, _words(weight.device), mask.view(torch.int32), mask.view(torch.int32), form.codes, form_t.codes,
             values.view(torch.int32), positions, values_t.view(torch.int32), positions_t, rows, columns,
             BLOCK=PACKED_TILES, GIVEN=given is not None, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bisparse.kernels.metadata import MetadataForm
+from bisparse.kernels.metadata import MetadataForm, both_forms
 
 __all__ = ["lay_out", "write_metadata"]
 
@@ -24,21 +24,22 @@ WORDS = 512
 
 def lay_out(mask: Tensor, *arguments: Any) -> None:
     """`metadata.lay_out` on a GPU."""
-    form, own_t = MetadataForm(*arguments[:7]), arguments[7:12]
-    positions, metadata, positions_t, metadata_t, broken = arguments[12:]
+    form, form_t = both_forms(*arguments[:14])
+    positions, metadata, positions_t, metadata_t, broken = arguments[14:]
     mask = mask.contiguous()
     rows, columns = mask.shape
     if not mask.numel():
         return
     both_ways = positions_t is not None
     positions_kernel[(triton.cdiv(rows, 4 * BANDS), triton.cdiv(columns, 4 * GROUPS))](
-        mask.view(torch.int32), form.codes, positions, positions_t if both_ways else positions,
+        mask.view(torch.int32), form.codes, form_t.codes if both_ways else form.codes,
+        positions, positions_t if both_ways else positions,
         positions if broken is None else broken, rows, columns,
         BANDS=BANDS, GROUPS=GROUPS, BOTH_WAYS=both_ways, CHECK=broken is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
     write_metadata(positions, form, metadata)
     if both_ways:
-        write_metadata(positions_t, MetadataForm(form.codes, form.nibbles, *own_t), metadata_t)
+        write_metadata(positions_t, form_t, metadata_t)
 
 
 def write_metadata(positions: Tensor, form: MetadataForm, metadata: Tensor) -> None:
@@ -56,6 +57,7 @@ def write_metadata(positions: Tensor, form: MetadataForm, metadata: Tensor) -> N
 def positions_kernel(  # type: ignore[no-untyped-def]
     mask,
     codes,
+    codes_t,
     positions,
     positions_t,
     broken,
@@ -89,7 +91,7 @@ def positions_kernel(  # type: ignore[no-untyped-def]
             there = (column < columns) & (band < down)
             if CHECK:
                 most = tl.maximum(most, (kept & 1) + (kept >> 1 & 1) + (kept >> 2 & 1) + (kept >> 3))
-            tl.store(positions_t + column.to(tl.int64) * down + band, tl.load(codes + kept), mask=there)
+            tl.store(positions_t + column.to(tl.int64) * down + band, tl.load(codes_t + kept), mask=there)
     if CHECK:
         tl.atomic_max(broken, 1, mask=tl.max(tl.max(most, axis=1), axis=0) > 2)
 

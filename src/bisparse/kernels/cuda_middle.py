@@ -163,6 +163,7 @@ def packed_tiles(
     given,
     mask,
     codes,
+    codes_t,
     values,
     positions,
     values_t,
@@ -215,7 +216,7 @@ def packed_tiles(
         tl.store(positions + here, code, mask=inside)
     for j in tl.static_range(4):
         group = (kept >> j) & 1 | ((kept >> (j + 4)) & 1) << 1 | ((kept >> (j + 8)) & 1) << 2 | ((kept >> (j + 12)) & 1) << 3
-        code = tl.load(codes + group)
+        code = tl.load(codes_t + group)
         pair = packed_group(code.to(tl.int32), bits[j], bits[j + 4], bits[j + 8], bits[j + 12])
         here = (tile * 4 + j).to(tl.int64) * (rows // 4) + band
         tl.store(values_t + here, pair, mask=inside)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bisparse.kernels.positions import find_positions
 
-__all__ = ["WORD", "MetadataForm", "empty_slots", "form_of_order", "kept_sets", "lay_out", "metadata_of"]
+__all__ = ["WORD", "MetadataForm", "both_forms", "empty_slots", "form_of_order", "kept_sets", "lay_out", "metadata_of"]
 
 WORD = 16
 """Entries of a matrix that one word of metadata tells of; the length of its lines is a multiple of this."""
@@ -31,9 +31,10 @@ CODES = 64
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
 FORM = "Tensor codes, Tensor nibbles, Tensor sources, int height, int width, int row_stride, int group_stride"
-"""A form among the arguments of an operator."""
+"""A form among the arguments of an operator; the next is another, of W^T."""
+FORM_T = FORM.replace(",", "_t,") + "_t"
 _LIBRARY.define(
-    f"lay_out_2to4(Tensor mask, {FORM}, Tensor? sources_t, int height_t, int width_t, int row_stride_t, int group_stride_t,"
+    f"lay_out_2to4(Tensor mask, {FORM}, {FORM_T.replace('Tensor', 'Tensor?')},"
     " Tensor(a!) positions, Tensor(b!) metadata, Tensor(c!)? positions_t, Tensor(d!)? metadata_t, Tensor(e!)? broken) -> ()"
 )
 
@@ -63,6 +64,15 @@ class MetadataForm(NamedTuple):
         found = torch.empty((rows * groups // 4, 4), dtype=torch.int64, device=device)
         found[place.flatten()] = (row * groups + group).flatten(0, 2)
         return found
+
+
+NO_FORM = (None, None, None, 1, 1, 0, 0)
+"""In place of the form of W^T."""
+
+
+def both_forms(*arguments: Any) -> tuple[MetadataForm, MetadataForm]:
+    """The forms of W and of W^T among the arguments of an operator."""
+    return MetadataForm(*arguments[:7]), MetadataForm(*arguments[7:])
 
 
 def form_of_order(
@@ -102,7 +112,7 @@ def lay_out(
 
     Args:
         mask: 16 divides its columns, and with `transposed` its rows.
-        form: of W; its codes and nibbles serve W^T too.
+        form: of W.
         transposed: the form of W^T, and where its positions and metadata go.
         broken: becomes 1 if a group keeps more than two; stays as it is otherwise.
     """
@@ -110,12 +120,12 @@ def lay_out(
     _check(rows, columns, form)
     words = metadata.view(torch.int16)
     if transposed is None:
-        torch.ops.bisparse.lay_out_2to4(mask, *form, None, 1, 1, 0, 0, positions, words, None, None, broken)
+        torch.ops.bisparse.lay_out_2to4(mask, *form, *NO_FORM, positions, words, None, None, broken)
     else:
         form_t, positions_t, metadata_t = transposed
         _check(columns, rows, form_t)
         words_t = metadata_t.view(torch.int16)
-        torch.ops.bisparse.lay_out_2to4(mask, *form, *form_t[2:], positions, words, positions_t, words_t, broken)
+        torch.ops.bisparse.lay_out_2to4(mask, *form, *form_t, positions, words, positions_t, words_t, broken)
 
 
 def _check(rows: int, columns: int, form: MetadataForm) -> None:
@@ -150,11 +160,11 @@ def metadata_of(positions: UInt8[Tensor, "R G"], form: MetadataForm) -> Int16[Te
 
 def reference_lay_out(mask: Tensor, *arguments: Any) -> None:
     """The specification of `lay_out`."""
-    form, own_t = MetadataForm(*arguments[:7]), arguments[7:12]
-    positions, metadata, positions_t, metadata_t, broken = arguments[12:]
+    form, form_t = both_forms(*arguments[:14])
+    positions, metadata, positions_t, metadata_t, broken = arguments[14:]
     sides = [(mask, form, positions, metadata)]
     if positions_t is not None:
-        sides.append((mask.t(), MetadataForm(form.codes, form.nibbles, *own_t), positions_t, metadata_t))
+        sides.append((mask.t(), form_t, positions_t, metadata_t))
     for matrix, one, place_of_positions, place_of_metadata in sides:
         place_of_positions.copy_(one.codes[kept_sets(matrix).long()])
         place_of_metadata.view(-1).copy_(metadata_of(place_of_positions, one))

@@ -17,22 +17,21 @@ from jaxtyping import Bool, Float, Int, Int16, Shaped
 from torch import Tensor
 
 from bisparse.kernels import ops
-from bisparse.kernels.metadata import FORM, MetadataForm, form_of_order, kept_sets, metadata_of
+from bisparse.kernels.metadata import FORM, FORM_T, MetadataForm, both_forms, form_of_order, kept_sets, metadata_of
 from bisparse.kernels.positions import reference_take_values
 
-__all__ = ["both_forms", "cutlass_form", "metadata_place", "pack_2to4", "pack_2to4_transposable", "packed_like", "split_packed"]
+__all__ = ["cutlass_form", "metadata_place", "pack_2to4", "pack_2to4_transposable", "packed_like", "split_packed"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP_ROWS = 32
 """CUTLASS reorders metadata within bands of this many rows; W^T has the columns of W for rows."""
 
 Forms = tuple[MetadataForm, MetadataForm]
-"""Of W and of W^T, with the same codes and nibbles."""
+"""Of W and of W^T."""
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
-_FORMS = f"{FORM}, Tensor sources_t, int height_t, int width_t, int row_stride_t, int group_stride_t"
-_LIBRARY.define(f"pack_2to4(Tensor weight, Tensor mask, {_FORMS}) -> (Tensor packed, Tensor packed_t)")
-_LIBRARY.define(f"pack_2to4_transposable(Tensor weight, {_FORMS}) -> (Tensor mask, Tensor packed, Tensor packed_t)")
+_LIBRARY.define(f"pack_2to4(Tensor weight, Tensor mask, {FORM}, {FORM_T}) -> (Tensor packed, Tensor packed_t)")
+_LIBRARY.define(f"pack_2to4_transposable(Tensor weight, {FORM}, {FORM_T}) -> (Tensor mask, Tensor packed, Tensor packed_t)")
 
 
 def pack_2to4(
@@ -125,12 +124,7 @@ def _cutlass_forms(weight: Tensor) -> Forms:
 
 
 def _flat(forms: Forms) -> tuple[Any, ...]:
-    return *forms[0], *forms[1][2:]
-
-
-def both_forms(codes: Tensor, nibbles: Tensor, *orders: Any) -> Forms:
-    """The forms among the arguments of an operator."""
-    return MetadataForm(codes, nibbles, *orders[:5]), MetadataForm(codes, nibbles, *orders[5:])
+    return *forms[0], *forms[1]
 
 
 def reference_pack_2to4(weight: Tensor, mask: Tensor, *forms: Any) -> tuple[Tensor, Tensor]:

@@ -79,7 +79,11 @@ def reference_take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype,
     """The specification of `take_values`."""
     values: Tensor = _groups(weight).gather(-1, _slots(positions))
     values = values.masked_fill_(~_used(positions), 0).flatten(-2).to(dtype)
-    return values if behind is None else torch.cat((values.flatten(), behind))
+    if behind is None:
+        return values
+    flat = values.new_empty(values.numel() + behind.numel())  # not `cat`, in which autocast has a say
+    flat[: values.numel()], flat[values.numel() :] = values.flatten(), behind
+    return flat
 
 
 def put_values(values: Shaped[Tensor, "R C2"], positions: UInt8[Tensor, "R G"], columns: int) -> Shaped[Tensor, "R C"]:
