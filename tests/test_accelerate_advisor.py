@@ -146,8 +146,7 @@ def test_bytes_are_those_that_accelerated_layers_take() -> None:
         said = advise(model, 16)["0"]
         layer = model[0]
         accelerate_(model, "reference")
-        held = [one for name, one in layer.named_buffers() if one is not None]
-        held += [layer.weight] if training else []
+        held = [layer.weight, *layer.buffers()] if training else [one for one in layer.operands() if one is not None]
         assert sum(one.nbytes for one in held) == said.sparse_bytes, training
 
 

@@ -198,9 +198,10 @@ def is_2to4(structure: str | Structure) -> tuple[bool, bool]:
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters and buffers, each storage once; of sharded ones, this rank's part."""
+    """Bytes of all parameters, buffers and packed weights, each storage once; of sharded ones, this rank's part."""
     storages = {}
-    for tensor in (*module.parameters(), *module.buffers()):
+    packed = [one for own in module.modules() if isinstance(own, PackedLinear) for one in own.operands() if one is not None]
+    for tensor in (*module.parameters(), *module.buffers(), *packed):
         storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
         if not tensor.is_meta:
             storages[storage.data_ptr()] = storage.nbytes()

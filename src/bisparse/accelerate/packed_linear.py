@@ -26,7 +26,8 @@ class PackedLinear(nn.Linear):
     """A Linear whose weight is a constant, stored as its kept values and where they stand.
 
     `weight` is the dense weight, made anew at each reading; so is the entry of `state_dict`, which loads into a plain Linear and,
-    the other way round, takes a plain Linear's entry if it is 2:4.
+    the other way round, takes a plain Linear's entry if it is 2:4. The packed operands are no buffers: they belong to a device
+    and a library, and whoever copies or averages buffers would mix them up.
     """
 
     backend: str
@@ -82,6 +83,10 @@ class PackedLinear(nn.Linear):
         )
         return output.to(wanted)
 
+    def operands(self) -> tuple[Tensor | None, ...]:
+        """What the weight is stored in: W packed, its metadata, and the same of W^T."""
+        return self.packed, self.metadata, self.packed_t, self.metadata_t
+
     def mask_changed(self, *, proved: bool = False) -> None:
         """Nothing to do: the weight is a constant."""
 
@@ -90,11 +95,8 @@ class PackedLinear(nn.Linear):
         """Become a plain Linear again, with the dense weight."""
         weight = self.dense_weight()
         self._hold((None, None, None, None))
-        for name in OPERANDS:
-            del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
         trained = self.was_trained
-        for name in ("backend", "wanted_backend", "search", "was_trained"):
+        for name in (*OPERANDS, "backend", "wanted_backend", "search", "was_trained"):
             delattr(self, name)
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self.register_parameter("weight", nn.Parameter(weight, requires_grad=trained))
@@ -106,11 +108,12 @@ class PackedLinear(nn.Linear):
 
     def _hold(self, tensors: tuple[Tensor | None, ...]) -> None:
         for name, tensor in zip(OPERANDS, tensors, strict=True):
-            self.register_buffer(name, tensor, persistent=False)
+            setattr(self, name, tensor)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         found = fn(self.packed.new_empty(1))
         if found.dtype == self.packed.dtype and found.device == self.packed.device:
+            self._hold(tuple(None if one is None else fn(one) for one in self.operands()))  # as for sharing memory
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # The packed form belongs to a device and a dtype. It is let go once there is another: packing may fail.
         weight = fn(self.dense_weight())

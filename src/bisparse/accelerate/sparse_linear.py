@@ -129,7 +129,7 @@ class SparseLinear(nn.Linear):
             # A static mask may be 2:4 on W^T by chance, and its pattern promise less.
             known = proved and (own is not None or not self.both_ways)
             held = tuple(self._buffers[name] for name in SLOTS) if known else None
-            self._hold(_find(_mask_of(self), self.backend, self.input_dtype, self.both_ways, held))
+            self._hold(_find(_mask_of(self), self.backend, self.input_dtype, self.both_ways, held, self.layer_name))
         elif self.positions is not None:
             there = _nonzero(self)
             # Other zeros than before: the weight was loaded. A kept weight may well be zero for now.
@@ -157,7 +157,10 @@ class SparseLinear(nn.Linear):
         return f"{super().extra_repr()}, 2:4 by {self.backend}, {ways}{', mvue' if self.mvue else ''}"
 
     def _takes(self, dtype: torch.dtype) -> bool:
-        if dtype in self.served:
+        # Without metadata the weight is packed in every pass, in whatever dtype.
+        if dtype in self.served or (
+            self.metadata is not None and not self.metadata.numel() and dtype in BACKENDS[self.backend].dtypes
+        ):
             return True
         if torch.compiler.is_compiling():
             _warn_of_dense(self.layer_name, self.backend, self.input_dtype, dtype)
@@ -248,6 +251,7 @@ def _find(
     dtype: torch.dtype,
     transposed: bool,
     held: tuple[Tensor | None, ...] | None = None,
+    name: str = "",
 ) -> tuple[Tensor | None, ...]:
     """Positions and metadata of a mask and, with `transposed`, of its transpose.
 
@@ -263,14 +267,14 @@ def _find(
             try:
                 found += [find_positions(side), mask.new_empty(0, dtype=torch.uint8)]
             except ValueError:
-                _say_where(mask, transposed)
+                _say_where(mask, transposed, name)
                 raise
         return (*found, *(None,) * (4 - len(found)))
     slots, slots_t = _memory(held, 0, rows, columns, device), _memory(held, 2, columns, rows, device) if transposed else None
     broken = torch.zeros((), dtype=torch.int32, device=device) if held is None else None
     lay_out(mask, form, *slots, None if slots_t is None else (form_t, *slots_t), broken)
     if broken is not None and bool(broken):
-        _say_where(mask, transposed)
+        _say_where(mask, transposed, name)
     return (*slots, *(slots_t or (None, None)))
 
 
@@ -284,8 +288,8 @@ def _memory(
     return positions, metadata
 
 
-def _say_where(mask: Bool[Tensor, "O I"], transposed: bool) -> None:
-    verify(mask, "2:4-T" if transposed else "2:4").check()
+def _say_where(mask: Bool[Tensor, "O I"], transposed: bool, name: str) -> None:
+    verify(mask, "2:4-T" if transposed else "2:4", name=name).check()
 
 
 def _set_class(module: nn.Module, kind: type[nn.Linear]) -> None:

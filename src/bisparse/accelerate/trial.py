@@ -72,8 +72,8 @@ def _other_half(backend: Backend, device: torch.device) -> str | None:
     matrix, dense, expected = _operands(device, torch.float16)
     rows, columns = matrix.shape
     mask, form = matrix != 0, backend.form(rows, columns, torch.bfloat16, device)
-    if form is None:  # it packs in every pass, in whatever dtype
-        return None
+    if form is None:
+        return f"{backend.name} tells nothing of its order"
     positions, metadata = empty_slots(rows, columns, device)
     lay_out(mask, form, positions, metadata)
     try:
