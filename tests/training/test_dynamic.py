@@ -351,19 +351,6 @@ def test_a_model_that_was_cast_was_not_trained(moved, mlp, recwarn):
     assert not recwarn
 
 
-def test_whether_a_model_was_trained_is_no_question_of_threads(recwarn):
-    torch.manual_seed(0)
-    threads, model = torch.get_num_threads(), nn.Linear(512, 512)
-    try:
-        torch.set_num_threads(1)
-        sparsify_(model, "2:4")
-        torch.set_num_threads(2)
-        finalize_(model)
-    finally:
-        torch.set_num_threads(threads)
-    assert not recwarn
-
-
 def test_a_soft_threshold_needs_no_optimizer_to_follow(mlp, step, recwarn):
     followed = copy.deepcopy(mlp)
     for model in (mlp, followed):

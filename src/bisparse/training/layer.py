@@ -14,7 +14,7 @@ from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
 from bisparse.training.masked import Masked, SoftThreshold, own_parametrization, trained_parameter
 
-__all__ = ["Accelerated", "SparseLayer", "checksum_of", "keep_only_", "local", "part_of"]
+__all__ = ["Accelerated", "SparseLayer", "keep_only_", "local", "part_of"]
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the same size as a number of so many bytes."""
@@ -54,14 +54,6 @@ def keep_only_(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> None
     """
     bits = BITS[tensor.element_size()]
     tensor.view(bits).bitwise_and_(mask.to(bits).neg_())
-
-
-def checksum_of(weight: Float[Tensor, "..."]) -> tuple[torch.dtype, int]:
-    """dtype and sum of the bits, by which a weight that has been trained is told from one that has not.
-
-    A sum of integers is the same on every device and for any number of threads, as one of floating-point numbers is not.
-    """
-    return weight.dtype, int(weight.detach().view(BITS[weight.element_size()]).sum(dtype=torch.int64))
 
 
 @dataclass(frozen=True)

@@ -61,9 +61,9 @@ class _Parametrization(nn.Module):
 
     mask: Bool[Tensor, "..."]
     pattern: Structure
-    start: tuple[torch.dtype, int] | None = None
-    """dtype and checksum of the weight when `sparsify_` found the mask; None where the mask needs no optimizer to follow, and
-    once it follows one, was found anew, or was loaded."""
+    start: int | None = None
+    """The weight's version, torch's count of changes in place, when `sparsify_` found the mask; None where the mask needs no
+    optimizer to follow, and once it follows one, was found anew, or was loaded."""
 
     def __init__(self, pattern: Structure, layout: Layout) -> None:
         super().__init__()

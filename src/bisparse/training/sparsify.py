@@ -17,7 +17,7 @@ from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
-from bisparse.training.layer import Accelerated, SparseLayer, checksum_of, local, part_of
+from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
 from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, trained_parameter
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrized import separate_class, share_class
@@ -305,14 +305,14 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
     if schedule.phase(0) is Phase.DENSE:
         own.dense = True
         own.mask.fill_(True)
-    if method != "s-ste" or schedule != Schedule():  # a soft threshold moves with the weight
-        own.start = checksum_of(weight)
     owners = [
         (module, name) for module in model.modules() for name, held in module.named_parameters(recurse=False) if held is weight
     ]
     for module, name in owners:  # all that share the weight see it masked
         parametrize.register_parametrization(module, name, own)
         share_class(module)
+    if not weight.is_inference() and (method != "s-ste" or schedule != Schedule()):  # a soft threshold moves with the weight
+        own.start = weight._version
 
 
 @torch.no_grad()
@@ -348,7 +348,7 @@ def finalize_(model: nn.Module) -> nn.Module:
             verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
     for layer in accelerated:
         layer.restore_()
-    if any(_trained_since(own.start, trained_parameter(module, parameter)) for _, module, parameter, own in dynamic):
+    if any(own.start not in (None, trained_parameter(module, parameter)._version) for _, module, parameter, own in dynamic):
         warnings.warn(
             "the weights were trained, but the masks are still the first ones, since no step of an optimizer was counted: call "
             "Sparsity.attach(optimizer) before the first step, or Sparsity.refresh() in a loop of your own",
@@ -377,11 +377,6 @@ def finalize_(model: nn.Module) -> nn.Module:
     for module in model.modules():
         MVUELinear.remove_(module)
     return model
-
-
-def _trained_since(start: tuple[torch.dtype, int] | None, weight: Tensor) -> bool:
-    # Of a weight that was cast nothing can be said.
-    return start is not None and start[0] == weight.dtype and start != checksum_of(weight)
 
 
 @torch.no_grad()
