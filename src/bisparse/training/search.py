@@ -25,7 +25,7 @@ from bisparse.solve import EXACT, choose_solver, solve
 from bisparse.solvers import Exact, Solver
 from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
 from bisparse.training.layer import SparseLayer, local
-from bisparse.training.ranks import raise_together, ranks_of
+from bisparse.training.ranks import is_sharded, raise_together, ranks_of
 from bisparse.training.together import masks_together
 
 __all__ = ["MaskSearch", "Prices", "Score", "magnitude"]
@@ -176,10 +176,16 @@ class MaskSearch:
         return {
             place.layer.name: (
                 from_matrices(place.cut(mask), place.layer.layout, place.layer.weight.shape),
-                partial(place.cut, matrix),
+                self._scores_again(place, matrix),
             )
             for place in gathered.places
         }
+
+    def _scores_again(self, place: _Place, matrix: Float[Tensor, "R C"]) -> Callable[[], Float[Tensor, "B O I"]]:
+        """What gives a layer's scores later: the matrix is held only where they would be dear to find again."""
+        if self.score is magnitude and not is_sharded(place.layer):
+            return partial(_magnitudes, place.layer)
+        return partial(place.cut, matrix)
 
     def _scores(self, gathered: _Gathered, weights: list[Tensor]) -> Tensor:
         """The scores of all layers, one below the other, zero where they are padded."""
