@@ -71,7 +71,7 @@ def test_wrong_recipes_are_refused_by_entry(tmp_path, text, message):
     ],
 )
 def test_the_decay_of_a_recipe_is_that_of_sparsify_for_its_optimizer(tmp_path, training, sparsity, decay):
-    from bisparse.training.sparsity import default_decay
+    from bisparse.training.optimizer import default_decay
 
     path = tmp_path / "recipe.toml"
     path.write_text(f"name = 'x'\n[training]\n{training}\n[sparsity]\n{sparsity}")

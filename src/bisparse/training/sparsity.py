@@ -27,21 +27,15 @@ from bisparse.solvers import Solver
 from bisparse.tiles import from_matrices
 from bisparse.training.change import MaskChange, as_metrics, measure_change
 from bisparse.training.layer import SparseLayer, keep_only_, local
+from bisparse.training.optimizer import DEFAULT_DECAY, Attached, default_decay, skipped_by_scaler, unwrapped
 from bisparse.training.ranks import check_ranks_agree, is_sharded, raise_together, ranks_of
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.search import MaskSearch, Prices, Score
 
-__all__ = ["DEFAULT_DECAY", "DEFAULT_DECAY_ADAM", "Method", "Mode", "Sparsity"]
+__all__ = ["Method", "Mode", "Sparsity"]
 
 Mode = Literal["dynamic", "static"]
 Method = Literal["ste", "sr-ste", "masked-decay", "s-ste"]
-
-DEFAULT_DECAY = 2e-4
-"""Decay where none is given: Zhou et al.'s lambda."""
-DEFAULT_DECAY_ADAM = 2e-3
-"""Masked decay where none is given and the optimizer divides gradients by their size, as Adam does: on a small GPT it nearly
-halved the flip rate and lowered the loss at each seed (docs/benchmarks.md). What is right grows with the gradients: watch the
-flip rate."""
 
 STATE_VERSION = 1
 
@@ -83,7 +77,7 @@ class Sparsity:
         self.on_refresh: list[Callable[[Sparsity], None]] = []
         """Called after each measured refresh."""
         self.search = MaskSearch(layers, solver, score)
-        self._attached: list[_Attached] = []
+        self._attached: list[Attached] = []
         self._handles: list[RemovableHandle] = []
 
     def __repr__(self) -> str:
@@ -147,7 +141,7 @@ class Sparsity:
             raise ValueError("attach() needs the optimizer that trains the model")
         if self._attached:
             raise ValueError("this Sparsity is attached already; call detach() first to follow another optimizer")
-        plain = [_unwrapped(optimizer) for optimizer in optimizers]
+        plain = [unwrapped(optimizer) for optimizer in optimizers]
         held = {id(held) for one in plain for group in one.param_groups for held in group["params"]}
         missing = [one.name for one in self.layers if one.weight.requires_grad and id(one.weight) not in held]
         error = None
@@ -160,7 +154,7 @@ class Sparsity:
         raise_together(ranks, error, "attaching the optimizer")
         check_ranks_agree(self.layers, ranks)
         self.search.ranks = ranks
-        self._attached = [_Attached(one) for one in plain]
+        self._attached = [Attached(one) for one in plain]
         for index, own in enumerate(self._attached):
             self._handles.append(own.optimizer.register_step_pre_hook(lambda *_, own=own: self._before_step(own)))
             self._handles.append(
@@ -183,9 +177,9 @@ class Sparsity:
     # -- a step ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _before_step(self, own: _Attached) -> None:
+    def _before_step(self, own: Attached) -> None:
         optimizer = own.optimizer
-        if _skipped_by_scaler(optimizer):
+        if skipped_by_scaler(optimizer):
             return
         layers = [layer for layer in own.held(self.layers) if layer.active and layer.weight.grad is not None]
         if self.check_gradients:
@@ -212,8 +206,8 @@ class Sparsity:
                     local(gradient).add_(pruned, alpha=decay * (float(scale) if scale is not None else 1.0))
 
     @torch.no_grad()
-    def _after_step(self, own: _Attached, counts: bool) -> None:
-        if _skipped_by_scaler(own.optimizer):
+    def _after_step(self, own: Attached, counts: bool) -> None:
+        if skipped_by_scaler(own.optimizer):
             return
         if self.mode == "static":
             for layer in own.held(self.layers):
@@ -358,28 +352,6 @@ class Sparsity:
             layer.mask_changed()
 
 
-def default_decay(optimizer: Optimizer) -> float:
-    """The masked decay of an optimizer where none is given: Adam and its kin have `betas`."""
-    return DEFAULT_DECAY_ADAM if any("betas" in group for group in optimizer.param_groups) else DEFAULT_DECAY
-
-
-class _Attached:
-    """An optimizer that is followed, and the sparse layers whose weights it holds."""
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self._parameters = -1
-        self._layers: list[SparseLayer] = []
-
-    def held(self, layers: list[SparseLayer]) -> list[SparseLayer]:
-        """Those of `layers` that the optimizer holds now: layers that thaw join it while it trains."""
-        parameters = sum(len(group["params"]) for group in self.optimizer.param_groups)
-        if parameters != self._parameters:
-            held = {id(one) for group in self.optimizer.param_groups for one in group["params"]}
-            self._parameters, self._layers = parameters, [layer for layer in layers if id(layer.weight) in held]
-        return self._layers
-
-
 def check_mask(name: str, mask: Tensor, pattern: Structure, layer: SparseLayer) -> None:
     """Raise ValueError unless a mask has the layer's shape and obeys its pattern."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
@@ -394,18 +366,3 @@ def _mask_gradient(layer: SparseLayer) -> None:
     gradient = layer.weight.grad
     if gradient is not None and layer.active:
         keep_only_(local(gradient.detach()), layer.local_mask)
-
-
-def _unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside a trainer's wrapper, such as accelerate's."""
-    if not isinstance(optimizer, Optimizer) and not isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        raise ValueError(f"attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
-        optimizer = inner
-    return optimizer
-
-
-def _skipped_by_scaler(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer was told by GradScaler to skip this step; others are not called at all then."""
-    found_inf = getattr(optimizer, "found_inf", None)
-    return found_inf is not None and bool(found_inf)

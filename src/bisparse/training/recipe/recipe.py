@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bisparse.pattern import parse_pattern
-from bisparse.training.sparsity import DEFAULT_DECAY, DEFAULT_DECAY_ADAM
+from bisparse.training.optimizer import DEFAULT_DECAY, DEFAULT_DECAY_ADAM
 
 __all__ = ["DataRecipe", "ModelRecipe", "Recipe", "RecipeError", "SparsityRecipe", "TrainingRecipe", "read_recipe"]
 
