@@ -286,7 +286,7 @@ def _accelerate(layer: Layer, name: str, dtype: torch.dtype | None, search: bool
         return Refusal(str(error), broken=isinstance(error, PatternError))
     kind: Literal["packed", "trained"] = "trained" if trained else "packed"
     both_ways = not note
-    if trained and backend.learns_forms and backend.form(rows, columns, used, parameter.device) is None:
+    if isinstance(module, SparseLinear) and module.anew and backend.learns_forms:
         unknown = (
             f"{backend.name} compresses its weight in every pass: the order of its metadata is not known, or memory was short"
         )

@@ -17,9 +17,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
-from bisparse.accelerate.backend import BACKENDS, backend_or_reference
+from bisparse.accelerate.backend import BACKENDS, Backend, backend_or_reference
 from bisparse.accelerate.operators import checked_input, linear_2to4
-from bisparse.kernels.metadata import empty_slots, lay_out
+from bisparse.kernels.metadata import MetadataForm, empty_slots, lay_out
 from bisparse.kernels.positions import find_positions, kept_mask
 from bisparse.solution import verify
 from bisparse.training import MVUELinear
@@ -50,6 +50,9 @@ class SparseLinear(nn.Linear):
     warned: bool
     served: tuple[torch.dtype, ...]
     """Dtypes of inputs that run sparse."""
+    anew: bool
+    """The order of the backend's metadata is not known: it packs the weight in every pass, and the metadata held are not used.
+    They are held nevertheless, since averages copy buffers from layers that run elsewhere."""
     _loaded: RemovableHandle
     positions: UInt8[Tensor, "O G"] | None
     metadata: Shaped[Tensor, "..."] | None
@@ -76,9 +79,9 @@ class SparseLinear(nn.Linear):
         mvue = isinstance(module, MVUELinear)
         _set_class(module, cls)
         assert isinstance(module, cls)
-        module.backend, module.wanted_backend, module.search, module.layer_name = backend, backend, search, name
-        module.input_dtype, module.served = dtype, BACKENDS[backend].served(dtype, trained_parameter(module, "weight").device)
-        module.mvue, module.both_ways, module.warned = mvue, transposed, False
+        module.wanted_backend, module.search, module.layer_name = backend, search, name
+        module.input_dtype, module.mvue, module.both_ways, module.warned = dtype, mvue, transposed, False
+        module._settle(backend)
         # A mask that nobody else holds does not move: then gradients of pruned weights would be lost work, or worse.
         module.fixed = own is None and not isinstance(_static_mask(module), Tensor)
         module._hold(tensors)
@@ -97,13 +100,16 @@ class SparseLinear(nn.Linear):
         input = _cast(input)
         if self.positions is None or self.metadata is None or not self._takes(input.dtype):
             return self._dense(input)
-        transposed = None if self.positions_t is None or self.metadata_t is None else (self.positions_t, self.metadata_t)
+        metadata, metadata_t = self.metadata, self.metadata_t
+        if self.anew:
+            metadata, metadata_t = metadata[:0], None if metadata_t is None else metadata_t[:0]
+        transposed = None if self.positions_t is None or metadata_t is None else (self.positions_t, metadata_t)
         return linear_2to4(
             checked_input(input, self.in_features),
             trained_parameter(self, "weight"),
             self.bias,
             self.positions,
-            self.metadata,
+            metadata,
             transposed,
             self.backend,
             mvue=self.mvue,
@@ -148,7 +154,7 @@ class SparseLinear(nn.Linear):
         kind = MVUELinear if self.mvue else nn.Linear
         for name in ("backend", "wanted_backend", "input_dtype", "served", "search", "layer_name"):
             delattr(self, name)
-        for name in ("mvue", "both_ways", "warned", "fixed", "_loaded"):
+        for name in ("mvue", "both_ways", "warned", "fixed", "anew", "_loaded"):
             delattr(self, name)
         _set_class(self, kind)
 
@@ -157,10 +163,7 @@ class SparseLinear(nn.Linear):
         return f"{super().extra_repr()}, 2:4 by {self.backend}, {ways}{', mvue' if self.mvue else ''}"
 
     def _takes(self, dtype: torch.dtype) -> bool:
-        # Without metadata the weight is packed in every pass, in whatever dtype.
-        if dtype in self.served or (
-            self.metadata is not None and not self.metadata.numel() and dtype in BACKENDS[self.backend].dtypes
-        ):
+        if dtype in self.served:
             return True
         if torch.compiler.is_compiling():
             _warn_of_dense(self.layer_name, self.backend, self.input_dtype, dtype)
@@ -178,6 +181,13 @@ class SparseLinear(nn.Linear):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
+    def _settle(self, backend: str) -> None:
+        """Run by a backend from now on."""
+        own, device = BACKENDS[backend], trained_parameter(self, "weight").device
+        self.backend = backend
+        self.anew = _forms(own, self.out_features, self.in_features, self.input_dtype, device, self.both_ways) is None
+        self.served = own.dtypes if self.anew else own.served(self.input_dtype, device)
+
     def _hold(self, tensors: tuple[Tensor | None, ...]) -> None:
         for name, tensor in zip(SLOTS, tensors, strict=True):
             held = self._buffers.get(name)
@@ -190,9 +200,7 @@ class SparseLinear(nn.Linear):
         before, backend = self.positions, self.backend
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # Also while there is no mask to follow: the next one is found where the layer is then.
-        device = trained_parameter(self, "weight").device
-        self.backend = backend_or_reference(self.wanted_backend, device, self.input_dtype)
-        self.served = BACKENDS[self.backend].served(self.input_dtype, device)
+        self._settle(backend_or_reference(self.wanted_backend, trained_parameter(self, "weight").device, self.input_dtype))
         if before is None or self.positions is None:
             return self
         if before.device != self.positions.device or backend != self.backend:
@@ -258,32 +266,41 @@ def _find(
     Args:
         held: those of an earlier mask, to be overwritten where they fit; the mask is not checked then.
     """
-    own, device, (rows, columns) = BACKENDS[backend], mask.device, mask.shape
-    form = own.form(rows, columns, dtype, device)
-    form_t = own.form(columns, rows, dtype, device) if transposed else form
-    if form is None or form_t is None:  # then metadata are packed anew in every pass
+    device, (rows, columns) = mask.device, mask.shape
+    forms = _forms(BACKENDS[backend], rows, columns, dtype, device, transposed)
+    if forms is None:  # then metadata are packed anew in every pass, and not used
         found: list[Tensor | None] = []
         for side in (mask, mask.t()) if transposed else (mask,):
             try:
-                found += [find_positions(side), mask.new_empty(0, dtype=torch.uint8)]
+                positions = find_positions(side)
             except ValueError:
                 _say_where(mask, transposed, name)
                 raise
+            found += [positions, positions.new_zeros(len(side), side.shape[1] // 8)]
         return (*found, *(None,) * (4 - len(found)))
     slots, slots_t = _memory(held, 0, rows, columns, device), _memory(held, 2, columns, rows, device) if transposed else None
     broken = torch.zeros((), dtype=torch.int32, device=device) if held is None else None
-    lay_out(mask, form, *slots, None if slots_t is None else (form_t, *slots_t), broken)
+    lay_out(mask, forms[0], *slots, None if slots_t is None else (forms[1], *slots_t), broken)
     if broken is not None and bool(broken):
         _say_where(mask, transposed, name)
     return (*slots, *(slots_t or (None, None)))
 
 
+def _forms(
+    backend: Backend, rows: int, columns: int, dtype: torch.dtype, device: torch.device, transposed: bool
+) -> tuple[MetadataForm, MetadataForm] | None:
+    """The forms of W and of W^T, which is W's own where it is not asked for; None where one is not known."""
+    form = backend.form(rows, columns, dtype, device)
+    form_t = backend.form(columns, rows, dtype, device) if transposed else form
+    return None if form is None or form_t is None else (form, form_t)
+
+
 def _memory(
     held: tuple[Tensor | None, ...] | None, start: int, rows: int, columns: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Where the slots of one side go: into those held, if they are of this form and here."""
+    """Where the slots of one side go: into those held, if there are any here."""
     positions, metadata = (None, None) if held is None else held[start : start + 2]
-    if positions is None or metadata is None or positions.device != device or not metadata.numel():
+    if positions is None or metadata is None or positions.device != device:
         return empty_slots(rows, columns, device)
     return positions, metadata
 
