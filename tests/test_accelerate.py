@@ -272,6 +272,8 @@ def test_deepcopy_dtype_and_pickle_keep_the_numbers(tmp_path: Path) -> None:
     assert model.up.packed.dtype == torch.bfloat16 and torch.equal(model.up.weight, dense.up.weight)
     assert torch.equal(model(inputs.to(torch.bfloat16)), dense(inputs.to(torch.bfloat16)))
     assert verify(model.up.weight, "2:4-T")
+    model.type(torch.bfloat16)  # which leaves no dtype out
+    assert torch.equal(model(inputs.to(torch.bfloat16)), dense(inputs.to(torch.bfloat16)))
 
 
 def test_a_packed_layer_that_cannot_be_packed_anew_keeps_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,6 +173,8 @@ def test_packing_obeys_torch_and_says_what_it_needs() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             pack_estimate(gradient, seed_of(0), groups, form)
+    with pytest.raises(ValueError, match="in blocks of 4 rows and 16 columns is not one of 6 x 16"):
+        pack_estimate(torch.randn(16, 6).half(), seed_of(0), 4, form_of(8, 1, True))
 
 
 @pytest.mark.parametrize("estimate", [estimate_2to4, reference_estimate_2to4])

@@ -128,6 +128,18 @@ def test_packed_in_another_librarys_form(dtype: torch.dtype) -> None:
         assert torch.equal(values, take_values(matrix, positions)) and torch.equal(words.view(torch.uint8), metadata)
 
 
+def test_a_form_of_other_matrices_is_refused() -> None:
+    weight = torch.zeros(32, 96).half()
+    form, form_t = any_form(32, 96, 0), any_form(96, 32, 1)
+    tall = any_form(64, 96, 0, 64, 8)
+    for forms, which in (((tall, form_t), "32 x 96"), ((form, tall), "96 x 32")):
+        message = f"in blocks of 64 rows and 32 columns is not one of {which}"
+        with pytest.raises(ValueError, match=message):
+            pack_2to4(weight, weight != 0, forms)
+        with pytest.raises(ValueError, match=message):
+            pack_2to4_transposable(weight, forms)
+
+
 def test_operators_keep_the_rules_of_torch() -> None:
     weight = torch.randn(32, 64).half()
     mask = pack_2to4_transposable(weight)[0]

@@ -351,6 +351,25 @@ def test_a_model_that_was_cast_was_not_trained(moved, mlp, recwarn):
     assert not recwarn
 
 
+def test_a_model_whose_weights_were_written_onto_themselves_was_not_trained(mlp, recwarn):
+    """As DDP does it to all parameters when it begins, and as torch swaps them in a cast, if told so."""
+    sparsify_(mlp, "2:4")
+    with torch.no_grad():
+        for weight in mlp.parameters():
+            weight.copy_(weight.clone())
+    finalize_(mlp)
+    assert not recwarn
+
+
+def test_a_model_without_gradients_is_sparsified_and_finalized_in_inference_mode(recwarn):
+    with torch.inference_mode():
+        model = nn.Linear(16, 16)
+        sparsify_(model, "2:4")
+        finalize_(model)
+        assert verify(model.weight, "2:4")
+    assert not recwarn
+
+
 def test_a_soft_threshold_needs_no_optimizer_to_follow(mlp, step, recwarn):
     followed = copy.deepcopy(mlp)
     for model in (mlp, followed):

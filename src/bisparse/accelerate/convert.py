@@ -57,7 +57,7 @@ class AccelerationReport:
     layers: tuple[AcceleratedLayer, ...]
     left_dense: tuple[Skipped, ...]
     bytes_before: int
-    """Parameters and buffers of the whole model, each storage once."""
+    """Parameters, buffers and packed weights of the whole model, each storage once."""
     bytes_after: int
 
     def __len__(self) -> int:

@@ -113,7 +113,8 @@ class PackedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         found = fn(self.packed.new_empty(1))
         if found.dtype == self.packed.dtype and found.device == self.packed.device:
-            self._hold(tuple(None if one is None else fn(one) for one in self.operands()))  # as for sharing memory
+            # As for sharing memory. Metadata stay whole numbers whatever all of a module is cast to, as by .type().
+            self._hold(tuple(None if one is None else fn(one).to(one.dtype) for one in self.operands()))
             return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # The packed form belongs to a device and a dtype. It is let go once there is another: packing may fail.
         weight = fn(self.dense_weight())

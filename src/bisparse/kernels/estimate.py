@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
-from bisparse.kernels.metadata import FORM, MetadataForm, kept_sets, metadata_of
+from bisparse.kernels.metadata import FORM, MetadataForm, check_form, kept_sets, metadata_of
 from bisparse.kernels.philox import uniforms
 from bisparse.kernels.positions import take_values
 
@@ -89,6 +89,7 @@ def pack_estimate(
         raise ValueError(f"an estimate is packed in float16 or bfloat16, not in {gradient.dtype}")
     if groups % 4:
         raise ValueError(f"{groups} groups do not fill words of metadata: 4 must divide them")
+    check_form(form, gradient.shape[1], 4 * groups)
     packed: Tensor = torch.ops.bisparse.pack_estimate_2to4(gradient, seed, groups, *form)
     return packed
 

@@ -22,7 +22,17 @@ from torch import Tensor
 
 from bisparse.kernels.positions import find_positions
 
-__all__ = ["WORD", "MetadataForm", "both_forms", "empty_slots", "form_of_order", "kept_sets", "lay_out", "metadata_of"]
+__all__ = [
+    "WORD",
+    "MetadataForm",
+    "both_forms",
+    "check_form",
+    "empty_slots",
+    "form_of_order",
+    "kept_sets",
+    "lay_out",
+    "metadata_of",
+]
 
 WORD = 16
 """Entries of a matrix that one word of metadata tells of; the length of its lines is a multiple of this."""
@@ -117,20 +127,21 @@ def lay_out(
         broken: becomes 1 if a group keeps more than two; stays as it is otherwise.
     """
     rows, columns = mask.shape
-    _check(rows, columns, form)
+    check_form(form, rows, columns)
     words = metadata.view(torch.int16)
     if transposed is None:
         torch.ops.bisparse.lay_out_2to4(mask, *form, *NO_FORM, positions, words, None, None, broken)
     else:
         form_t, positions_t, metadata_t = transposed
-        _check(columns, rows, form_t)
+        check_form(form_t, columns, rows)
         words_t = metadata_t.view(torch.int16)
         torch.ops.bisparse.lay_out_2to4(mask, *form, *form_t, positions, words, positions_t, words_t, broken)
 
 
-def _check(rows: int, columns: int, form: MetadataForm) -> None:
+def check_form(form: MetadataForm, rows: int, columns: int) -> None:
+    """Raise ValueError unless (rows, columns) matrices are whole words and blocks of a form."""
     if columns % WORD:
-        raise ValueError(f"a mask with lines of {columns} cannot be laid out: {WORD} must divide them")
+        raise ValueError(f"lines of {columns} cannot be laid out: {WORD} must divide them")
     if rows % form.height or columns // 4 % form.width:
         raise ValueError(f"a form in blocks of {form.height} rows and {4 * form.width} columns is not one of {rows} x {columns}")
 

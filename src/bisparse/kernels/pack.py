@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int, Int16, Shaped
 from torch import Tensor
 
 from bisparse.kernels import ops
-from bisparse.kernels.metadata import FORM, FORM_T, MetadataForm, both_forms, form_of_order, kept_sets, metadata_of
+from bisparse.kernels.metadata import FORM, FORM_T, MetadataForm, both_forms, check_form, form_of_order, kept_sets, metadata_of
 from bisparse.kernels.positions import reference_take_values
 
 __all__ = ["cutlass_form", "metadata_place", "pack_2to4", "pack_2to4_transposable", "packed_like", "split_packed"]
@@ -54,7 +54,7 @@ def pack_2to4(
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} needs a bool mask of that shape, not {mask.dtype} {tuple(mask.shape)}"
         )
-    packed, packed_t = torch.ops.bisparse.pack_2to4(weight, mask, *_flat(forms or _cutlass_forms(weight)))
+    packed, packed_t = torch.ops.bisparse.pack_2to4(weight, mask, *_flat(_forms_of(weight, forms)))
     return packed, packed_t
 
 
@@ -75,7 +75,7 @@ def pack_2to4_transposable(
         mask; W packed; W^T packed.
     """
     _check(weight)
-    mask, packed, packed_t = torch.ops.bisparse.pack_2to4_transposable(weight, *_flat(forms or _cutlass_forms(weight)))
+    mask, packed, packed_t = torch.ops.bisparse.pack_2to4_transposable(weight, *_flat(_forms_of(weight, forms)))
     return mask, packed, packed_t
 
 
@@ -121,6 +121,14 @@ def cutlass_form(rows: int, device: torch.device) -> MetadataForm:
 
 def _cutlass_forms(weight: Tensor) -> Forms:
     return cutlass_form(weight.shape[0], weight.device), cutlass_form(weight.shape[1], weight.device)
+
+
+def _forms_of(weight: Tensor, given: Forms | None) -> Forms:
+    if given is None:
+        return _cutlass_forms(weight)
+    for form, sides in zip(given, (weight.shape, weight.shape[::-1]), strict=True):
+        check_form(form, *sides)
+    return given
 
 
 def _flat(forms: Forms) -> tuple[Any, ...]:
