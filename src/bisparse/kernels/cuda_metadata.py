@@ -47,7 +47,7 @@ def write_metadata(positions: Tensor, form: MetadataForm, metadata: Tensor) -> N
     rows, groups = positions.shape
     words = form.height * groups // 4
     if positions.numel():
-        metadata_kernel[(rows // form.height, triton.cdiv(words, WORDS))](
+        metadata_kernel[(rows // form.height * triton.cdiv(words, WORDS),)](  # one axis: the others end at 65535
             positions, form.nibbles, form.sources, metadata, words, groups, form.row_stride, form.group_stride,
             HEIGHT=form.height, WIDTH=form.width, WORDS=WORDS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
@@ -112,8 +112,9 @@ def metadata_kernel(  # type: ignore[no-untyped-def]
 ):
     """Words of a row of blocks, block after block. A block's sides are constants, so that powers of two do not divide."""
     SIZE: tl.constexpr = HEIGHT * WIDTH // 4
-    down = tl.program_id(0).to(tl.int64)
-    number = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    strips = tl.cdiv(words, WORDS)
+    down = (tl.program_id(0) // strips).to(tl.int64)
+    number = tl.program_id(0) % strips * WORDS + tl.arange(0, WORDS)
     there = number < words
     within, beside = number % SIZE, number // SIZE
     start = positions + down * HEIGHT * groups

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,9 +15,9 @@ from bisparse.tiles import Layout, from_matrices, to_matrices
 __all__ = [
     "Masked",
     "SoftThreshold",
-    "Start",
     "masked_parameters",
     "own_parametrization",
+    "sample_of",
     "soft_threshold",
     "trained_parameter",
 ]
@@ -27,32 +27,10 @@ SAMPLED = 64
 """So many of a weight's entries tell whether it has other values."""
 
 
-class Start(NamedTuple):
-    """A weight as `sparsify_` found it, by which one that was trained is told.
-
-    Its version, torch's count of changes in place, which a cast leaves alone; and some of its values, which a copy onto itself
-    leaves alone, such as the broadcast that DDP begins with.
-    """
-
-    version: int
-    sample: Float[Tensor, " S"]
-
-    @classmethod
-    def of(cls, weight: Float[Tensor, "..."]) -> Start | None:
-        """None for a tensor of inference mode, which cannot be trained and counts nothing."""
-        return None if weight.is_inference() else cls(weight._version, _sample(weight).clone())
-
-    def left_by(self, weight: Float[Tensor, "..."]) -> bool:
-        """Whether the weight has been trained since."""
-        if not weight.is_inference() and weight._version == self.version:
-            return False
-        now = _sample(weight)
-        return not torch.equal(self.sample.to(now.device, now.dtype), now)
-
-
-def _sample(weight: Float[Tensor, "..."]) -> Float[Tensor, " S"]:
+def sample_of(weight: Float[Tensor, "..."]) -> Float[Tensor, " S"]:
+    """Some of a weight's entries, by which one that was trained is told: copies, casts and broadcasts leave them alone."""
     flat = weight.detach().flatten()
-    return flat[:: max(1, flat.numel() // SAMPLED)]
+    return flat[:: max(1, flat.numel() // SAMPLED)].clone()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -94,9 +72,9 @@ class _Parametrization(nn.Module):
 
     mask: Bool[Tensor, "..."]
     pattern: Structure
-    start: Start | None = None
-    """The weight when `sparsify_` found the mask; None where the mask needs no optimizer to follow, and once it follows one, was
-    found anew, or was loaded."""
+    start: Float[Tensor, " S"] | None = None
+    """`sample_of` the weight when `sparsify_` found the mask; None where the mask needs no optimizer to follow, and once it
+    follows one, was found anew, or was loaded."""
 
     def __init__(self, pattern: Structure, layout: Layout) -> None:
         super().__init__()

@@ -18,7 +18,7 @@ from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
 from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
-from bisparse.training.masked import Masked, SoftThreshold, Start, masked_parameters, trained_parameter
+from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, sample_of, trained_parameter
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrized import separate_class, share_class
 from bisparse.training.schedule import Phase, Schedule
@@ -312,7 +312,7 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
         parametrize.register_parametrization(module, name, own)
         share_class(module)
     if method != "s-ste" or schedule != Schedule():  # a soft threshold moves with the weight
-        own.start = Start.of(local(weight))
+        own.start = sample_of(local(weight))
 
 
 @torch.no_grad()
@@ -348,7 +348,8 @@ def finalize_(model: nn.Module) -> nn.Module:
             verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
     for layer in accelerated:
         layer.restore_()
-    if any(own.start and own.start.left_by(trained_parameter(module, parameter)) for _, module, parameter, own in dynamic):
+    now = ((own.start, sample_of(trained_parameter(module, parameter))) for _, module, parameter, own in dynamic)
+    if any(start is not None and not torch.equal(start.to(sample), sample) for start, sample in now):
         warnings.warn(
             "the weights were trained, but the masks are still the first ones, since no step of an optimizer was counted: call "
             "Sparsity.attach(optimizer) before the first step, or Sparsity.refresh() in a loop of your own",
