@@ -112,11 +112,8 @@ def _repeating(place: Int[Tensor, "R G"], slots: tuple[Tensor, Tensor]) -> Metad
         inner = place[:height, :width]
         down = int(place[height, 0] - place[0, 0]) if height < rows else 0
         beside = int(place[0, width] - place[0, 0]) if width < groups else 0
-        if (
-            down % 4
-            or beside % 4
-            or not torch.equal(inner.flatten().sort().values, torch.arange(inner.numel(), device=place.device))
-        ):
+        every = torch.arange(inner.numel(), dtype=place.dtype, device=place.device)
+        if down % 4 or beside % 4 or not torch.equal(inner.flatten().sort().values, every):
             continue
         row, group = torch.arange(rows, device=place.device)[:, None], torch.arange(groups, device=place.device)
         if torch.equal(inner[row % height, group % width] + row // height * down + group // width * beside, place):
