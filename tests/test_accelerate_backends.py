@@ -63,22 +63,24 @@ class Library:
         rows, columns = matrix.shape
         assert rows % 16 == 0 and columns % 16 == 0
         self.compressed += 1
-        values, metadata = [], []
         # By bits, to be unkind: a -0.0 is no zero.
-        for group, bits in zip(matrix.view(-1, 4).tolist(), matrix.view(torch.int16).view(-1, 4).tolist(), strict=True):
-            places = [place for place in range(4) if bits[place]][:2]
-            for free in range(4):
-                if len(places) < 2 and free not in places:
-                    places.append(free)
-            first, second = sorted(places, reverse=self.order == "slots reversed")
-            values += [group[first], group[second]]
-            metadata.append(first | second << 2)
-        low = torch.tensor(metadata, dtype=torch.uint8).view(-1, 2)
+        there = (matrix.view(torch.int16).view(-1, 4) != 0).long()
+        places = self.places()[(there << torch.arange(4)).sum(1)]
+        low = (places[:, 0] | places[:, 1] << 2).to(torch.uint8).view(-1, 2)
         tail = self.stored((low[:, 0] | low[:, 1] << 4), rows).view(matrix.dtype)
-        kept = torch.tensor(values, dtype=matrix.dtype)
+        kept = matrix.view(-1, 4).gather(1, places).flatten()
         if self.order == "groups reversed":
             kept = kept.view(-1, 2).flip(0).flatten()
         return torch.cat((kept, tail) if self.values_first else (tail, kept))
+
+    def places(self) -> Tensor:
+        """The entries in the two slots of a group, for each set of its entries that are not zero."""
+        found = []
+        for there in range(16):
+            own = [place for place in range(4) if there >> place & 1][:2]
+            own += [free for free in range(4) if free not in own][: 2 - len(own)]
+            found.append(sorted(own, reverse=self.order == "slots reversed"))
+        return torch.tensor(found)
 
     def stored(self, metadata: Tensor, rows: int, back: bool = False) -> Tensor:
         """The bytes of metadata in this library's order, or back."""

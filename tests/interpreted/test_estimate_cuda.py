@@ -15,6 +15,8 @@ from bisparse.kernels.estimate import estimate_by, reference_estimate_2to4, refe
 from bisparse.kernels.philox import uniforms
 from test_kernels_estimate import PACKED_SHAPES, SEEDS, form_of, gradient_of, seed_of
 
+SLOW_HALF = pytest.param(torch.float16, marks=pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +80,7 @@ def test_groups_are_those_of_the_specification_where_sums_meet_their_thresholds(
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (14, 21), (63, 9)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.slow), SLOW_HALF, torch.bfloat16], ids=str)
 def test_estimates_are_those_of_the_specification(shape: tuple[int, int], dtype: torch.dtype) -> None:
     gradient = before_nan(gradient_of(shape, dtype))
     for groups in (-(-shape[0] // 4), 20):  # exactly enough, and completed with zeros
@@ -91,7 +93,7 @@ def test_estimates_are_those_of_the_specification(shape: tuple[int, int], dtype:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in subtract:RuntimeWarning")
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [SLOW_HALF, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("tokens", "outputs", "groups"), PACKED_SHAPES)
 def test_packed_estimates_are_those_of_the_specification(tokens: int, outputs: int, groups: int, dtype: torch.dtype) -> None:
     gradient, form = gradient_of((tokens, outputs), dtype), form_of(outputs, groups // 4, tokens == 64)

@@ -8,6 +8,9 @@ from bisparse.kernels.metadata import NO_FORM, empty_slots, reference_lay_out
 from test_kernels_metadata import any_form, mask_both_ways
 
 
+MORE_SHAPES = ((80, 48), (32, 160))
+
+
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_metadata, "BANDS", 8)
@@ -15,7 +18,9 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_metadata, "WORDS", 64)
 
 
-@pytest.mark.parametrize("shape", [(16, 16), (48, 80), (80, 48), (32, 160)])
+@pytest.mark.parametrize(
+    "shape", [(16, 16), (48, 80), *(pytest.param(one, marks=pytest.mark.slow) for one in ((80, 48), (32, 160)))]
+)
 @pytest.mark.parametrize("both_ways", [False, True])
 def test_positions_and_metadata_are_those_of_the_specification(shape: tuple[int, int], both_ways: bool) -> None:
     rows, columns = shape
