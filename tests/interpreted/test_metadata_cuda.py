@@ -7,7 +7,6 @@ from bisparse.kernels import cuda_metadata
 from bisparse.kernels.metadata import NO_FORM, empty_slots, reference_lay_out
 from test_kernels_metadata import any_form, mask_both_ways
 
-
 MORE_SHAPES = ((80, 48), (32, 160))
 
 
