@@ -392,6 +392,26 @@ def test_an_estimate_is_packed_as_it_is_drawn(library: Library, name: str, searc
     assert close(found.float(), estimate[:, :70].float() @ inputs.float())
 
 
+def test_an_estimate_of_a_shape_that_the_library_refuses_is_a_dense_gradient(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = torch._cslt_sparse_mm
+
+    def picky(packed: Tensor, dense: Tensor, **how: object) -> Tensor:
+        if dense.shape[0] == 48:  # the tokens
+            raise RuntimeError("CUDA error: operation not supported when calling `cusparseLtMatmulPlanInit`\nmore")
+        return honest(packed, dense, **how)
+
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", picky)
+    gradient, inputs = torch.randn(48, 32).to(torch.bfloat16), torch.randn(48, 64).to(torch.bfloat16)
+    for search in (False, True):
+        with pytest.warns(
+            UserWarning, match=r"a dense product, without MVUE: cusparselt refuses matrices of 32 x 48: CUDA error"
+        ):
+            found = torch.ops.bisparse.weight_gradient_2to4(gradient, inputs, "cusparselt", search)
+        assert torch.equal(found, gradient.t() @ inputs)
+
+
 @pytest.mark.parametrize("torch_tells_the_split", [True, False])
 def test_the_best_algorithm_is_searched_once_a_shape(
     library: Library, torch_tells_the_split: bool, monkeypatch: pytest.MonkeyPatch

@@ -13,6 +13,7 @@ from bisparse.accelerate.backend import BACKENDS, BackendError, choose_backend
 from bisparse.accelerate.convert import BackendName, is_2to4, layer_reason, weight_refusal
 from bisparse.accelerate.grid import Grid, stored_grids
 from bisparse.accelerate.measure import Timing, measure_linear
+from bisparse.device import usable_device
 from bisparse.diversity import hardware
 from bisparse.layers import Filter, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
@@ -145,19 +146,9 @@ def advise_shapes(
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        if chosen.type == "cuda" and not torch.cuda.is_available():
-            raise ValueError(
-                f"device={str(device)!r}: torch sees no CUDA device here; leave it out to predict from a stored grid"
-            )
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # no such kind, or number, of device
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device={str(device)!r} cannot be used here: {reason}") from error
-    if chosen.type == "meta":
-        raise ValueError(f"device={str(device)!r} holds no numbers: nothing can be measured there")
-    return chosen
+    if str(device).startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device={str(device)!r}: torch sees no CUDA device here; leave it out to predict from a stored grid")
+    return usable_device(device)
 
 
 def _candidates(backend: BackendName, device: torch.device, grid: Grid | None) -> list[str] | str:

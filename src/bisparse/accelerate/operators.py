@@ -10,6 +10,7 @@ every pass, the positions and metadata found only where the mask changes. `packe
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -152,6 +153,9 @@ def _weight_gradient(gradient: Tensor, input: Tensor, backend: str, search: bool
         return input.new_zeros(rows, input.shape[1])
     multiple = max(own.column_multiple, WORD)
     columns = -(-tokens // multiple) * multiple
+    if (reason := own.refusal(rows, columns, gradient.dtype, gradient.device)) is not None:
+        warnings.warn(f"the weight's gradient is a dense product, without MVUE: {reason}", stacklevel=2)
+        return gradient.t() @ input
     seed = draw_seed(gradient.device)
     # Whoever lets nothing be searched for a shape has many of them.
     known = gradient.dtype in HALF and (search or not own.learns_forms)

@@ -80,17 +80,13 @@ def parse_method(name: str, damping: float | None = None) -> Method:
 
 def parse_device(name: str | None) -> str | None:
     """A device that is there."""
-    import torch
+    from bisparse.device import usable_device
 
-    if name is None:
-        return None
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise typer.BadParameter(f"{name!r} cannot be used here: {reason}", param_hint="--device") from error
-    if torch.device(name).type == "meta":
-        raise typer.BadParameter(f"{name!r} holds no numbers: nothing can be computed there", param_hint="--device")
+    if name is not None:
+        try:
+            usable_device(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--device") from error
     return name
 
 

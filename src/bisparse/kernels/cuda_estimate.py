@@ -6,6 +6,10 @@ them, while uniforms in memory, a dense estimate and its compression take 9.1 at
 neighbouring outputs, as the gradient lies; the results, which lie the other way, pass through shared memory.
 """
 
+# Triton reads the source of these functions and types them itself; its tuples grow by addition only.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment, misc"
+
 from __future__ import annotations
 
 from typing import Any
@@ -66,17 +70,13 @@ def estimate_kernel(  # type: ignore[no-untyped-def]
     """The estimate of a block of words and outputs."""
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)[:, None]
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
-    u0, u1, u2, u3 = draw_uniforms(seed, word, output)
-    g0, g1, g2, g3 = load_group(gradient, 16 * word, output, tokens, outputs)
-    a0, a1, a2, a3 = estimate_group(g0, g1, g2, g3, u0)
-    g0, g1, g2, g3 = load_group(gradient, 16 * word + 4, output, tokens, outputs)
-    b0, b1, b2, b3 = estimate_group(g0, g1, g2, g3, u1)
-    g0, g1, g2, g3 = load_group(gradient, 16 * word + 8, output, tokens, outputs)
-    c0, c1, c2, c3 = estimate_group(g0, g1, g2, g3, u2)
-    g0, g1, g2, g3 = load_group(gradient, 16 * word + 12, output, tokens, outputs)
-    d0, d1, d2, d3 = estimate_group(g0, g1, g2, g3, u3)
-    even = join_eight(a0, a2, b0, b2, c0, c2, d0, d2)
-    odd = join_eight(a1, a3, b1, b3, c1, c3, d1, d3)
+    uniforms = draw_uniforms(seed, word, output)
+    e = ()
+    for k in tl.static_range(4):
+        g0, g1, g2, g3 = load_group(gradient, 16 * word + 4 * k, output, tokens, outputs)
+        e = e + estimate_group(g0, g1, g2, g3, uniforms[k])
+    even = join_eight(e[0], e[2], e[4], e[6], e[8], e[10], e[12], e[14])
+    odd = join_eight(e[1], e[3], e[5], e[7], e[9], e[11], e[13], e[15])
     sixteen = tl.reshape(tl.join(even, odd), [WORDS, OUTPUTS, 16]).to(estimate.dtype.element_ty)
     token = tl.arange(0, 16)[None, None, :]
     start = (output.to(tl.int64) * groups + 4 * word) * 4
@@ -100,21 +100,19 @@ def pack_kernel(  # type: ignore[no-untyped-def]
     """Values and positions of a block of words and outputs; `positions` are seen as one int32 for the four groups of a word."""
     word = tl.program_id(0) * WORDS + tl.arange(0, WORDS)[:, None]
     output = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
-    u0, u1, u2, u3 = draw_uniforms(seed, word, output)
-    g0, g1, g2, g3 = load_group(gradient, 16 * word, output, tokens, outputs)
-    v0, v1, code0 = pack_group(g0, g1, g2, g3, u0, codes)
-    g0, g1, g2, g3 = load_group(gradient, 16 * word + 4, output, tokens, outputs)
-    v2, v3, code1 = pack_group(g0, g1, g2, g3, u1, codes)
-    g0, g1, g2, g3 = load_group(gradient, 16 * word + 8, output, tokens, outputs)
-    v4, v5, code2 = pack_group(g0, g1, g2, g3, u2, codes)
-    g0, g1, g2, g3 = load_group(gradient, 16 * word + 12, output, tokens, outputs)
-    v6, v7, code3 = pack_group(g0, g1, g2, g3, u3, codes)
+    uniforms = draw_uniforms(seed, word, output)
+    v = ()
+    four = word * 0 + output * 0
+    for k in tl.static_range(4):
+        g0, g1, g2, g3 = load_group(gradient, 16 * word + 4 * k, output, tokens, outputs)
+        first, second, code = pack_group(g0, g1, g2, g3, uniforms[k], codes)
+        v = v + (first, second)
+        four |= code << (8 * k)
     there = (word < words) & (output < outputs)
-    eight = join_eight(v0, v1, v2, v3, v4, v5, v6, v7).to(values.dtype.element_ty)
+    eight = join_eight(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]).to(values.dtype.element_ty)
     start = (output.to(tl.int64) * words + word) * 8
     slot = tl.arange(0, 8)[None, None, :]
     tl.store(values + start[:, :, None] + slot, eight, mask=there[:, :, None] & (slot < 8))
-    four = code0 | code1 << 8 | code2 << 16 | code3 << 24
     tl.store(positions + output.to(tl.int64) * words + word, four, mask=there)
 
 
