@@ -150,8 +150,7 @@ def reference_pack_2to4_transposable(weight: Tensor, *forms: Any) -> tuple[Tenso
 
 def _pack(matrix: Tensor, form: MetadataForm) -> Tensor:
     positions = form.codes[kept_sets(matrix != 0).long()]
-    values = reference_take_values(matrix, positions, matrix.dtype)
-    return torch.cat((values.flatten(), metadata_of(positions, form).view(matrix.dtype)))
+    return reference_take_values(matrix, positions, matrix.dtype, metadata_of(positions, form).view(matrix.dtype))
 
 
 def packed_like(weight: Tensor) -> tuple[Tensor, Tensor]:
