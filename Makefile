@@ -53,8 +53,7 @@ $(VENV_4)/ready: pyproject.toml $(SET_UP)
 	@touch $@
 
 test-oldest-triton: $(VENV_TRITON)/ready
-	$(VENV_TRITON)/bin/python -m pytest -m "not gpu" tests/test_kernels_cuda.py tests/test_kernels_estimate.py \
-		tests/test_kernels_metadata.py tests/test_kernels_values.py
+	$(VENV_TRITON)/bin/python -m pytest -m "not gpu" tests/kernels/exact/test_kernels_cuda.py tests/kernels/mvue tests/kernels/sparse24
 
 $(VENV_TRITON)/ready: pyproject.toml $(SET_UP)
 	$(PYTHON) $(SET_UP) $(VENV_TRITON) --torch-index "$(TORCH_INDEX)" --with "triton==3.6.*"

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import bisparse
-from bisparse.training.lightning import SparsityCallback
+from bisparse.training.integrations.lightning import SparsityCallback
 
 
 class Classifier(lightning.LightningModule):

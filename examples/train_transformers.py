@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
 
 import bisparse
-from bisparse.training.transformers import SparsityCallback
+from bisparse.training.integrations.transformers import SparsityCallback
 
 
 def sentences(count: int) -> list[dict[str, torch.Tensor]]:

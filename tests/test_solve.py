@@ -13,8 +13,8 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import oracle
 from bisparse import Exact, Greedy, Paired, Pattern, Sequential, Solution, Unstructured, choose_solver, solve, verify
-from bisparse.kernels import ops
-from bisparse.solve import _start_of
+from bisparse._solve import _start_of
+from bisparse.kernels.exact import ops
 from bisparse.tiles import Layout, LayoutKind, from_matrices, pad_to_multiple, to_matrices, to_tiles
 
 DTYPES = [

@@ -27,8 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from bisparse.kernels import cuda, cuda_estimate, cuda_metadata, pack
-from bisparse.kernels.metadata import empty_slots
+from bisparse.kernels.exact.cuda import solve as cuda
+from bisparse.kernels.mvue import cuda as cuda_estimate
+from bisparse.kernels.sparse24 import cuda_metadata, pack
+from bisparse.kernels.sparse24.metadata import empty_slots
 from bisparse.pattern import parse_pattern
 from record import RESULTS, Record
 

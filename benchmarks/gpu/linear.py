@@ -26,7 +26,7 @@ from torch import nn
 
 from bisparse import accelerate_, sparsify_
 from bisparse.accelerate import BackendError, Grid, GridPoint, Pass, SparseLinear, Timing, measure_linear, usable_backends
-from bisparse.accelerate.backend import BACKENDS
+from bisparse.accelerate.backends.base import BACKENDS
 from record import ROOT, commit, versions
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))

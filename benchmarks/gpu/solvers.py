@@ -20,7 +20,8 @@ from environment import clocked, need_gpu, record_on, take_turns
 from torch import Tensor
 
 from bisparse import Pattern, solve
-from bisparse.kernels import ops, pack
+from bisparse.kernels.exact import ops
+from bisparse.kernels.sparse24 import pack
 from record import RESULTS, Record, gaussian
 
 PATTERNS = ("4:8-T", "8:16-T", "16:32-T")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -11,15 +12,17 @@ from pathlib import Path
 from statistics import mean
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "training"))
+from recipes.data import Data, load_data
+from recipes.models import ResNet20
+from recipes.recipe import DataRecipe
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from bisparse import prune_
 from bisparse.pruning import reestimate_batch_norms_
-from bisparse.training.recipe.data import Data, load_data
-from bisparse.training.recipe.models import ResNet20
-from bisparse.training.recipe.recipe import DataRecipe
 
 EPOCHS, BATCH, RATE = 5, 128, 0.4
 

@@ -26,7 +26,7 @@ from transformers import AutoModel, AutoTokenizer
 
 from bisparse import Pattern, verify
 from bisparse.pruning import ALPS, AdaPrune, LayerProblem, Method, SparseGPT, Wanda
-from bisparse.pruning.statistics import Statistics
+from bisparse.pruning.calibration.statistics import Statistics
 from record import RESULTS
 
 LAYERS = (

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bisparse import Pattern, solve
-from bisparse.pruning.permutation import search_order
+from bisparse.pruning.channels.permute import search_order
 from record import RESULTS
 
 TENSORS = (

@@ -18,8 +18,8 @@ from experiment import Rows, load_text, measured, method_named
 from torch import Tensor, nn
 
 from bisparse import verify
+from bisparse.cli.model_source import open_source, token_batches
 from bisparse.pruning import prune_
-from bisparse.pruning.source import open_source, token_batches
 from record import RESULTS
 
 PATTERNS = ("2:4", "2:4-T", "4:8-T", "8:16-T", "16:32-T")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from bisparse.training.recipe import Outcome, Recipe, run_recipe
+from recipes import Outcome, Recipe, run_recipe
 from record import RESULTS, Record, read_rows
 
 RUNS = Path("runs/experiments")

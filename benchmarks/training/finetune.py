@@ -24,14 +24,14 @@ from typing import Any
 
 import torch
 from experiment import Record, parser
+from recipes.data import load_data
+from recipes.recipe import DataRecipe
 from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import bisparse
-from bisparse.training.recipe.data import load_data
-from bisparse.training.recipe.recipe import DataRecipe
-from bisparse.training.transformers import SparsityCallback
+from bisparse.training.integrations.transformers import SparsityCallback
 
 CALIBRATION = 512
 """Rows of the training set that AdaPrune looks at."""

@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from experiment import parser, run_grid, seeds
+from recipes.recipe import DataRecipe, ModelRecipe, SparsityRecipe, TrainingRecipe
 
-from bisparse.training.recipe import Recipe
-from bisparse.training.recipe.recipe import DataRecipe, ModelRecipe, SparsityRecipe, TrainingRecipe
+from recipes import Recipe
 
 PATTERNS = ("4:8-T", "2:4", "2:4-T", "16:32-T")
 GRID_DECAY = 2e-4

@@ -16,9 +16,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from experiment import parser, run_folder, run_grid, seeds
+from recipes.recipe import DataRecipe, ModelRecipe, SparsityRecipe, TrainingRecipe
 
-from bisparse.training.recipe import Recipe
-from bisparse.training.recipe.recipe import DataRecipe, ModelRecipe, SparsityRecipe, TrainingRecipe
+from recipes import Recipe
 
 BUDGETS = {
     "full": (DataRecipe("fashion-mnist", train=60000, test=10000, side=28), TrainingRecipe(epochs=5, batch=128, lr=0.1)),

@@ -17,11 +17,11 @@ from collections.abc import Callable
 
 import torch
 from experiment import Record, parser
+from recipes.models import GPT, ResNet20
 from torch import nn
 
 import bisparse
 from bisparse.training import Sparsity, finalize_, sparsify_
-from bisparse.training.recipe.models import GPT, ResNet20
 
 PATTERNS = ("2:4-T", "4:8-T", "16:32-T")
 SOLVERS: dict[str, Callable[[], bisparse.Solver]] = {

@@ -1,11 +1,10 @@
 """Neural networks that are sparse both ways: N:M masks, provably optimal, that hold on W and on its transpose."""
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from bisparse._solve import choose_solver, solve
     from bisparse.accelerate import AccelerationReport, accelerate_, advise
     from bisparse.checkpoint import CheckpointError, load, load_masks, prune_checkpoint, save, verify_checkpoint
     from bisparse.diversity import MaskDiversity, hardware, mask_diversity
@@ -14,7 +13,6 @@ if TYPE_CHECKING:
     from bisparse.report import plot_diversity, write_comparison, write_report
     from bisparse.results import LayerResult, PruneReport
     from bisparse.solution import Certificate, CertificateError, PatternError, Solution, Verification, Violation, verify
-    from bisparse.solve import choose_solver, solve
     from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
     from bisparse.training import Schedule, Sparsity, finalize_, sparsify_
 
@@ -74,11 +72,11 @@ __all__ = [
 ]
 
 # Names are imported when they are first used: `bisparse --help` need not wait for torch.
-_ROOMS = (
+_MODULES = (
     "diversity",
     "pattern",
     "solution",
-    "solve",
+    "_solve",
     "solvers",
     "results",
     "checkpoint",
@@ -91,24 +89,15 @@ _ROOMS = (
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for room in _ROOMS:
-            module = import_module(f"bisparse.{room}")
+        for module_name in _MODULES:
+            module = import_module(f"bisparse.{module_name}")
             if name in module.__all__:
                 globals()[name] = getattr(module, name)
                 return globals()[name]
+    if name in _MODULES:
+        return import_module(f"bisparse.{name}")
     raise AttributeError(f"module 'bisparse' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """`bisparse.solve` is the function, although a module of that name is imported beneath it."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        if not (name in __all__ and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

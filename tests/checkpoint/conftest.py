@@ -11,7 +11,7 @@ from checkpoint_files import State, write_folder
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forcing files to disk protects from power failure, which no test can cause, and takes seconds on a busy machine."""
-    monkeypatch.setattr("bisparse.checkpoint.output._fsync", lambda path: None)
+    monkeypatch.setattr("bisparse.checkpoint.atomic_folder._fsync", lambda path: None)
 
 
 @pytest.fixture
@@ -39,6 +39,6 @@ def small_bands(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """Bands of a few rows, so that small weights have many."""
 
     def shrink() -> None:
-        monkeypatch.setattr("bisparse.checkpoint.streaming.BAND_WEIGHTS", 100)
+        monkeypatch.setattr("bisparse.checkpoint.bands.BAND_WEIGHTS", 100)
 
     return shrink

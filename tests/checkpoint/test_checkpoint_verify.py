@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import bisparse
 from bisparse.checkpoint import CheckpointError, detect_patterns, prune_checkpoint, verify_checkpoint
-from bisparse.checkpoint.naming import StoredLayer
-from bisparse.checkpoint.source import open_source
+from bisparse.checkpoint.layer_selection import StoredLayer
+from bisparse.checkpoint.reader import open_source
 from bisparse.checkpoint.verify import verify_stored
 from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
 

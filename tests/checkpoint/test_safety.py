@@ -19,7 +19,8 @@ from checkpoint_files import State, snapshot, write_folder, write_shards
 from safetensors.torch import load_file, save_file
 
 import bisparse
-from bisparse.checkpoint import CheckpointError, load_masks, output, prune_checkpoint, read_sidecar, verify_checkpoint
+from bisparse.checkpoint import CheckpointError, load_masks, prune_checkpoint, read_sidecar, verify_checkpoint
+from bisparse.checkpoint import atomic_folder as output
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="fork and signals")
 

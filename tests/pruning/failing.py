@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from bisparse.pruning import AdaPrune, Method, Pruned
-from bisparse.pruning.method import LayerProblem
+from bisparse.pruning.methods.base import LayerProblem
 
 
 class Failing(Method):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bisparse import verify
 from bisparse.pruning import AdaPrune, BlockReconstruction, Magnitude, Method, Wanda, convert_, prune_
-from bisparse.pruning.chain_run import FinishedBlock
+from bisparse.pruning.calibration.block_runner import FinishedBlock
 
 
 class Gated(nn.Module):

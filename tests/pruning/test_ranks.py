@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bisparse.checkpoint import verify_checkpoint
-from bisparse.pruning.ranks import Ranks
+from bisparse.process_group import Ranks
 from rank_processes import results_of_ranks
 
 WORKER = Path(__file__).with_name("pruning_ranks.py")

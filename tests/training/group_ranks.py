@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import bisparse.training.search as search
+import bisparse.training.mask_search as search
 from bisparse import Sparsity, sparsify_
 from bisparse.training.layer import local
 

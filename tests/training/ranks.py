@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import bisparse
-import bisparse.training.search as search
+import bisparse.training.mask_search as search
 from bisparse import finalize_, sparsify_
 from bisparse.training import plain_state_dict
 

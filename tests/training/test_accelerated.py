@@ -114,7 +114,7 @@ def test_a_mask_that_was_transposable_by_chance_is_checked_again() -> None:
 
 
 def test_metadata_is_made_where_masks_change_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bisparse.accelerate import sparse_linear
+    from bisparse.accelerate import linear_trained as sparse_linear
 
     found = []
     honest = sparse_linear._find

@@ -274,7 +274,7 @@ def test_one_refresh_of_many_layers_costs_one_call_a_width(monkeypatch):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(6)), nn.Linear(16, 24))
     calls = []
-    import bisparse.training.search as search
+    import bisparse.training.mask_search as search
 
     monkeypatch.setattr(search, "solve", lambda scores, *rest, **how: calls.append(scores.shape) or solve(scores, *rest, **how))
     sparsity = sparsify_(model, "4:8-T", include="*")
@@ -288,7 +288,7 @@ def test_masks_do_not_depend_on_how_layers_are_gathered(model, step, monkeypatch
     other = copy.deepcopy(model)
     runs = []
     for one, most in ((model, 1 << 22), (other, 1)):
-        monkeypatch.setattr("bisparse.training.search.GATHERED_WEIGHTS", {"cpu": most})
+        monkeypatch.setattr("bisparse.training.mask_search.GATHERED_WEIGHTS", {"cpu": most})
         sparsity = sparsify_(one, pattern, refresh=1, measure_every=1)
         optimizer = torch.optim.SGD(one.parameters(), lr=0.5)
         sparsity.attach(optimizer)

@@ -1,13 +1,13 @@
 """Acceleration on NVIDIA GPUs: products with 2:4 weights on sparse tensor cores, forward and backward."""
 
+from bisparse.accelerate.accelerate import AcceleratedLayer, AccelerationReport, accelerate_
 from bisparse.accelerate.advice import Advice, LayerAdvice, LayerShape
 from bisparse.accelerate.advisor import advise, advise_shapes, layer_shapes
-from bisparse.accelerate.backend import BackendError, usable_backends
-from bisparse.accelerate.convert import AcceleratedLayer, AccelerationReport, accelerate_
+from bisparse.accelerate.backends.base import BackendError, usable_backends
 from bisparse.accelerate.grid import Grid, GridPoint, stored_grids
-from bisparse.accelerate.measure import Pass, Timing, measure_linear
-from bisparse.accelerate.packed_linear import PackedLinear
-from bisparse.accelerate.sparse_linear import SparseLinear
+from bisparse.accelerate.linear_packed import PackedLinear
+from bisparse.accelerate.linear_trained import SparseLinear
+from bisparse.accelerate.timing import Pass, Timing, measure_linear
 
 __all__ = [
     "AcceleratedLayer",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from bisparse.accelerate.measure import Timing
+from bisparse.accelerate.timing import Timing
 from bisparse.layers import Skipped
 
 __all__ = ["Advice", "LayerAdvice", "LayerShape", "Source"]

@@ -8,17 +8,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bisparse.accelerate.accelerate import BackendName, is_2to4, layer_reason, weight_refusal
 from bisparse.accelerate.advice import Advice, LayerAdvice, LayerShape, Source
-from bisparse.accelerate.backend import BACKENDS, BackendError, choose_backend
-from bisparse.accelerate.convert import BackendName, is_2to4, layer_reason, weight_refusal
+from bisparse.accelerate.backends.base import BACKENDS, BackendError, choose_backend
 from bisparse.accelerate.grid import Grid, stored_grids
-from bisparse.accelerate.measure import Timing, measure_linear
+from bisparse.accelerate.timing import Timing, measure_linear
 from bisparse.device import usable_device
 from bisparse.diversity import hardware
 from bisparse.layers import Filter, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.solution import verify
-from bisparse.training.masked import own_parametrization, trained_parameter
+from bisparse.training.parametrizations import own_parametrization, trained_parameter
 
 __all__ = ["advise", "advise_shapes", "layer_shapes", "shape_at"]
 

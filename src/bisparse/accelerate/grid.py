@@ -16,7 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from bisparse.accelerate.measure import Pass, Timing
+from bisparse.accelerate.timing import Pass, Timing
 
 __all__ = ["Grid", "GridPoint", "stored_grids"]
 

@@ -17,11 +17,11 @@ import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
-from bisparse.accelerate.backend import BACKENDS, HALF
-from bisparse.kernels.estimate import estimate_2to4, pack_estimate
-from bisparse.kernels.metadata import WORD
-from bisparse.kernels.philox import draw_seed
-from bisparse.kernels.positions import put_values, take_values
+from bisparse.accelerate.backends.base import BACKENDS, HALF
+from bisparse.kernels.mvue.ops import estimate_2to4, pack_estimate
+from bisparse.kernels.mvue.philox import draw_seed
+from bisparse.kernels.sparse24.metadata import WORD
+from bisparse.kernels.sparse24.positions import put_values, take_values
 
 __all__ = ["checked_input", "linear_2to4", "packed_linear_2to4"]
 

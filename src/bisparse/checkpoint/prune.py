@@ -13,18 +13,18 @@ from typing import Any
 
 from safetensors import safe_open
 
+from bisparse._solve import choose_solver
+from bisparse.checkpoint.atomic_folder import check_room, output_folder
+from bisparse.checkpoint.bands import prune_stored
 from bisparse.checkpoint.errors import CheckpointError
-from bisparse.checkpoint.naming import NameFilter, StoredLayer, choose_layers
-from bisparse.checkpoint.output import check_room, output_folder
+from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
+from bisparse.checkpoint.reader import Shard, Source, open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
-from bisparse.checkpoint.source import Shard, Source, open_source
-from bisparse.checkpoint.streaming import prune_stored
-from bisparse.checkpoint.tensor import DTYPES, MemoryTensor, SafetensorsWriter, StoredTensor, as_bytes
+from bisparse.checkpoint.stored_tensor import DTYPES, MemoryTensor, SafetensorsWriter, StoredTensor, as_bytes
 from bisparse.checkpoint.verify import verify_stored
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport
-from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout
 

@@ -20,7 +20,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bisparse.checkpoint.errors import CheckpointError
-from bisparse.checkpoint.tensor import build_header, read_header
+from bisparse.checkpoint.stored_tensor import build_header, read_header
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport

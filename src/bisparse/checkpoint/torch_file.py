@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bisparse.checkpoint.errors import CheckpointError
-from bisparse.checkpoint.tensor import CODES, FileTensor, MemoryTensor, StoredTensor, StridedTensor
+from bisparse.checkpoint.stored_tensor import CODES, FileTensor, MemoryTensor, StoredTensor, StridedTensor
 
 __all__ = ["read_state_dict"]
 

@@ -15,13 +15,12 @@ from bisparse.cli.convert import convert
 from bisparse.cli.info import info
 from bisparse.cli.prune import prune
 from bisparse.cli.report import report
-from bisparse.cli.train import train
 from bisparse.cli.verify import verify
 
 __all__ = ["app", "run"]
 
 app = typer.Typer(name="bisparse", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (prune, convert, verify, info, bench, report, train):
+for command in (prune, convert, verify, info, bench, report):
     app.command()(command)
 
 

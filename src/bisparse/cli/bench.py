@@ -102,7 +102,7 @@ def _shapes(
         raise typer.BadParameter(
             f"{subject} is neither a checkpoint, nor module:function, nor a size such as 4096x14336", param_hint="--model"
         )
-    from bisparse.pruning.source import open_source
+    from bisparse.cli.model_source import open_source
 
     return layer_shapes(open_source(subject).model, pattern, include, exclude)
 

@@ -15,9 +15,9 @@ from bisparse.cli.console import grouped, print_json, print_left_dense, table, t
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from bisparse.cli.model_source import Source
     from bisparse.pattern import Structure
     from bisparse.pruning import BlockReconstruction, Method
-    from bisparse.pruning.source import Source
     from bisparse.results import LayerResult, PruneReport
 
 __all__ = [
@@ -140,8 +140,8 @@ def prune_with_data(
     **options: Any,
 ) -> None:
     """Build the model, prune it and save it."""
+    from bisparse.cli.model_source import open_source
     from bisparse.pruning import prune_
-    from bisparse.pruning.source import open_source
 
     check_writable(target, overwrite)
     source = open_source(name)
@@ -167,7 +167,8 @@ def prune_with_data(
 
 def check_writable(target: Path, overwrite: bool) -> None:
     """Refuse a target that exists, or that cannot be written, before the model is pruned, which may take hours."""
-    from bisparse.checkpoint import SIDECAR, output
+    from bisparse.checkpoint import SIDECAR
+    from bisparse.checkpoint import atomic_folder as output
 
     output.check_target(target, overwrite, SIDECAR)
     output.check_writable(target)
@@ -175,7 +176,7 @@ def check_writable(target: Path, overwrite: bool) -> None:
 
 def calibration_batches(source: Source, path: Path | None, sequences: int, length: int) -> list[Any] | None:
     """The batches: from the text file, or those that came with the model."""
-    from bisparse.pruning.source import text_batches
+    from bisparse.cli.model_source import text_batches
 
     if path is None:
         return source.batches

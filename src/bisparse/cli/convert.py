@@ -69,8 +69,8 @@ def convert(
     """
     structure = parse_pattern_option(to, "--to")
     set_threads(threads)
+    from bisparse.cli.model_source import open_source
     from bisparse.pruning import convert_
-    from bisparse.pruning.source import open_source
 
     check_writable(target, overwrite)
     opened = open_source(source)

@@ -1,1 +1,1 @@
-"""The operators and their kernels: `ops` is the specification, `cpu` and `cuda` the fast ones."""
+"""Kernels, grouped by operator: a schema, a plain-torch specification, and backends that register themselves for a device."""

@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from bisparse.layers import Layer
 from bisparse.pruning.bias import norms_after
-from bisparse.pruning.statistics import CalibrationError
-from bisparse.pruning.taps import call_model
+from bisparse.pruning.calibration.hooks import call_model
+from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.tiles import Layout
 
 __all__ = ["fold_batch_norms_", "reestimate_batch_norms_"]

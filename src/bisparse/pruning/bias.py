@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bisparse.layers import Layer
-from bisparse.pruning.magnitude import Magnitude
-from bisparse.pruning.method import LayerProblem, Method, Pruned
-from bisparse.pruning.problem import refitted_bias
-from bisparse.pruning.statistics import Statistic
-from bisparse.pruning.taps import call_model
+from bisparse.pruning.calibration.hooks import call_model
+from bisparse.pruning.calibration.statistics import Statistic
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
+from bisparse.pruning.methods.least_squares_problem import refitted_bias
+from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.tiles import LayoutKind
 
 __all__ = ["Bias", "BiasCorrection", "MatchMoments", "bias_of", "norms_after"]

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bisparse.pruning.chain_run import FinishedBlock
-from bisparse.pruning.moments import token_weights
+from bisparse.pruning.calibration.block_runner import FinishedBlock
+from bisparse.pruning.calibration.moments import token_weights
 
 __all__ = ["BlockFit", "BlockReconstruction"]
 

@@ -18,15 +18,15 @@ from torch.distributed import ProcessGroup
 
 from bisparse.layers import Filter, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
-from bisparse.pruning.adaprune import AdaPrune
+from bisparse.process_group import Ranks
 from bisparse.pruning.block_reconstruction import BlockReconstruction
-from bisparse.pruning.calibrate import Order
-from bisparse.pruning.layerwise import plan
-from bisparse.pruning.magnitude import Magnitude
-from bisparse.pruning.method import Method
+from bisparse.pruning.calibration.calibrate import Order
+from bisparse.pruning.layer import plan
+from bisparse.pruning.methods.adaprune import AdaPrune
+from bisparse.pruning.methods.base import Method
+from bisparse.pruning.methods.magnitude import Magnitude
+from bisparse.pruning.methods.regrow import Regrow
 from bisparse.pruning.prune import prune_layers_, report_of
-from bisparse.pruning.ranks import Ranks
-from bisparse.pruning.regrow import Regrow
 from bisparse.pruning.violation import CONFIDENCE, sparsest_pattern, violation
 from bisparse.results import PruneReport
 from bisparse.solvers import Solver

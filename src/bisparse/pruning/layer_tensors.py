@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bisparse.layers import Layer
 from bisparse.pruning.bias import bias_of
 from bisparse.pruning.journal import Journal, JournalError
-from bisparse.pruning.layerwise import Change
+from bisparse.pruning.layer import Change
 from bisparse.results import LayerResult
 from bisparse.tiles import Layout, LayoutKind
 

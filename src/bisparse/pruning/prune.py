@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 
+from bisparse._solve import choose_solver
 from bisparse.layers import Filter, Layer, Skipped
 from bisparse.pattern import Structure, parse_pattern
+from bisparse.process_group import Ranks
 from bisparse.pruning.bias import bias_of, norms_after
 from bisparse.pruning.block_reconstruction import BlockFit, BlockReconstruction
-from bisparse.pruning.calibrate import Order, Walk, calibrate
-from bisparse.pruning.chain_run import FinishedBlock
+from bisparse.pruning.calibration.block_runner import FinishedBlock
+from bisparse.pruning.calibration.calibrate import Order, Walk, calibrate
+from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.pruning.journal import Journal
+from bisparse.pruning.layer import Change, apply_, plan, prune_layer
 from bisparse.pruning.layer_tensors import live_tensors, resumed_result, tensors_after, write_
-from bisparse.pruning.layerwise import Change, apply_, plan, prune_layer
-from bisparse.pruning.magnitude import Magnitude
-from bisparse.pruning.method import Method
-from bisparse.pruning.ranks import Ranks
-from bisparse.pruning.statistics import CalibrationError
+from bisparse.pruning.methods.base import Method
+from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.results import LayerResult, PruneReport
-from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
 from bisparse.tiles import LayoutKind
 

@@ -18,9 +18,9 @@ import torch
 from jaxtyping import Bool, Int, Real, Shaped
 from torch import Tensor
 
+from bisparse._solve import solve
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern, row_groups
 from bisparse.solution import verify
-from bisparse.solve import solve
 from bisparse.tiles import Layout, default_layout, to_matrices
 
 __all__ = [

@@ -1,7 +1,7 @@
 """What a person looks at: one self-contained HTML page about a pruned checkpoint, or several, and the diversity plot."""
 
 from bisparse.report.figures import PrunedFigures, read_figures
-from bisparse.report.page import Task, write_comparison, write_report
+from bisparse.report.html import Task, write_comparison, write_report
 from bisparse.report.plot import plot_diversity
 
 __all__ = ["PrunedFigures", "Task", "plot_diversity", "read_figures", "write_comparison", "write_report"]

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from bisparse.checkpoint import CheckpointError, SampleTile, Sidecar, read_sidecar
-from bisparse.checkpoint.naming import StoredLayer
-from bisparse.checkpoint.source import Source, open_source
-from bisparse.checkpoint.streaming import bands
-from bisparse.checkpoint.tensor import StoredTensor
+from bisparse.checkpoint.bands import bands
+from bisparse.checkpoint.layer_selection import StoredLayer
+from bisparse.checkpoint.reader import Source, open_source
+from bisparse.checkpoint.stored_tensor import StoredTensor
 from bisparse.checkpoint.verify import verify_stored
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.pruning.violation import kept_counts, sparsest_for

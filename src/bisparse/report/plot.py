@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from bisparse._solve import solve
 from bisparse.diversity import mask_diversity
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, parse_pattern
-from bisparse.solve import solve
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -18,8 +18,8 @@ import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor
 
-from bisparse.kernels import ops
-from bisparse.kernels.wide import solve_wide_tiles
+from bisparse.kernels.exact import ops
+from bisparse.kernels.exact.wide import solve_wide_tiles
 from bisparse.solution import Certificate
 from bisparse.solvers.solver import Guarantee, Solver
 from bisparse.tiles import from_tiles, to_tiles

@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
-from bisparse.kernels.ops import COARSE, quantise
+from bisparse.kernels.exact.ops import COARSE, quantise
 from bisparse.solvers.rounding import chunks
 from bisparse.solvers.solver import Guarantee, Solver
 

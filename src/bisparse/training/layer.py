@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
-from bisparse.training.masked import Masked, SoftThreshold, own_parametrization, trained_parameter
+from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
 
 __all__ = ["Accelerated", "SparseLayer", "keep_only_", "local", "part_of"]
 

@@ -13,9 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from bisparse._solve import solve
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.solution import verify
-from bisparse.solve import solve
 
 __all__ = ["MergedAdapter", "merge_lora_", "merged_weight"]
 

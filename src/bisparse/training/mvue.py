@@ -20,8 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bisparse.kernels.estimate import estimate_2to4, keep_probabilities
-from bisparse.kernels.philox import draw_seed
+from bisparse.kernels.mvue.ops import estimate_2to4, keep_probabilities
+from bisparse.kernels.mvue.philox import draw_seed
 
 __all__ = ["MVUELinear", "keep_probabilities", "mvue_2_4"]
 

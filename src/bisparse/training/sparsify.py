@@ -18,11 +18,11 @@ from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
 from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
-from bisparse.training.masked import Masked, SoftThreshold, masked_parameters, sample_of, trained_parameter
+from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
-from bisparse.training.parametrized import separate_class, share_class
+from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, sample_of, trained_parameter
 from bisparse.training.schedule import Phase, Schedule
-from bisparse.training.search import Score, magnitude
+from bisparse.training.shared_classes import separate_class, share_class
 from bisparse.training.sparsity import Method, Mode, Sparsity, check_mask
 
 __all__ = ["finalize_", "plain_state_dict", "sparsify_"]

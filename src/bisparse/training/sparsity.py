@@ -18,19 +18,19 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from bisparse._solve import choose_solver
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport
 from bisparse.solution import verify
-from bisparse.solve import choose_solver
 from bisparse.solvers import Solver
 from bisparse.tiles import from_matrices
-from bisparse.training.change import MaskChange, as_metrics, measure_change
 from bisparse.training.layer import SparseLayer, keep_only_, local
+from bisparse.training.mask_search import MaskSearch, Prices, Score
+from bisparse.training.metrics import MaskChange, as_metrics, measure_change
 from bisparse.training.optimizer import DEFAULT_DECAY, Attached, default_decay, skipped_by_scaler, unwrapped
-from bisparse.training.ranks import check_ranks_agree, is_sharded, raise_together, ranks_of
+from bisparse.training.rank_consistency import check_ranks_agree, is_sharded, raise_together, ranks_of
 from bisparse.training.schedule import Phase, Schedule
-from bisparse.training.search import MaskSearch, Prices, Score
 
 __all__ = ["Method", "Mode", "Sparsity"]
 

@@ -1,0 +1,252 @@
+"""One stored weight, pruned or looked at in bands of rows, so that memory does not grow with its size.
+
+A band is a number of rows that M divides, so tiles and groups never straddle two bands, and the mask is the one that
+`solve` finds for the whole weight. Only an unstructured mask couples a whole matrix: its threshold is found first, digit
+by digit of the scores' bits, in passes over the file.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from bisparse._solve import solve
+from bisparse.checkpoint.errors import CheckpointError
+from bisparse.checkpoint.layer_selection import StoredLayer
+from bisparse.checkpoint.sidecar import SampleTile
+from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
+from bisparse.pattern import Structure, Unstructured
+from bisparse.results import LayerResult, has_bound
+from bisparse.scores import magnitude
+from bisparse.solvers import Solver
+from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
+
+__all__ = ["Band", "BitPacker", "bands", "prune_stored"]
+
+BAND_WEIGHTS = 1 << 20
+"""Weights in a band, unless M rows hold more."""
+DIGIT = 8
+"""Bits of a score's representation looked at in one pass over the file."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """Some rows of a stored weight, as a small weight of its own."""
+
+    weight: Shaped[Tensor, "..."]
+    layout: Layout
+    first: int
+    """Entries of the stored weight before it."""
+    matrix: int
+    """GEMM matrices of the stored weight before its own."""
+    row: int
+    """Stored rows before it in the same matrices."""
+
+
+def bands(tensor: StoredTensor, layout: Layout, m: int, weights: int | None = None) -> Iterator[Band]:
+    """Read a stored weight band by band, in the order in which it is stored; a band has about `weights` weights."""
+    shape = tensor.shape
+    blocks, inner = _blocks(shape, layout)
+    rows, matrices = inner[0], math.prod(inner[2:])
+    row_size = math.prod(inner[1:])
+    step = max(m, (weights or BAND_WEIGHTS) // max(row_size, 1) // m * m)
+    for block in range(blocks):
+        for row in range(0, rows, step):
+            stop = min(row + step, rows)
+            first = (block * rows + row) * row_size
+            weight = tensor.read(first, first + (stop - row) * row_size).view(stop - row, *inner[1:])
+            yield Band(weight, replace(layout, groups=1, parts=1, kind=_band_kind(layout.kind)), first, block * matrices, row)
+
+
+def _blocks(shape: tuple[int, ...], layout: Layout) -> tuple[int, tuple[int, ...]]:
+    """How many equal parts, one after the other, a weight has whose tiles are independent, and the shape of one."""
+    match layout.kind:
+        case LayoutKind.EXPERTS:
+            return shape[0], shape[1:]
+        case LayoutKind.PACKED:
+            return layout.parts, (shape[0] // layout.parts, *shape[1:])
+        case LayoutKind.CONV:
+            return layout.groups, (shape[0] // layout.groups, *shape[1:])
+        case _:
+            return 1, shape
+
+
+def _band_kind(kind: LayoutKind) -> LayoutKind:
+    return LayoutKind.LINEAR if kind in (LayoutKind.PACKED, LayoutKind.EXPERTS) else kind
+
+
+class BitPacker:
+    """Packs masks that come in pieces, eight weights a byte, the first in the highest bit."""
+
+    def __init__(self, write: Callable[[bytes], None]) -> None:
+        self._write = write
+        self._rest = np.zeros(0, dtype=np.bool_)
+
+    def add(self, mask: Bool[Tensor, "..."]) -> None:
+        """The next weights' mask."""
+        bits = np.concatenate([self._rest, mask.flatten().numpy()])
+        whole = len(bits) // 8 * 8
+        self._write(np.packbits(bits[:whole]).tobytes())
+        self._rest = bits[whole:]
+
+    def finish(self) -> None:
+        """The last byte, filled up with zeros."""
+        self._write(np.packbits(self._rest).tobytes())
+        self._rest = self._rest[:0]
+
+
+@dataclass
+class _Sums:
+    """What the bands add up to."""
+
+    kept: int = 0
+    value: float = 0.0
+    total: float = 0.0
+    bound: float | None = 0.0
+    time_s: float = 0.0
+    sample: SampleTile | None = field(default=None)
+
+
+def prune_stored(
+    layer: StoredLayer, solver: Solver | None, write: Callable[[memoryview], None], write_mask: Callable[[bytes], None]
+) -> tuple[LayerResult, SampleTile | None]:
+    """Prune a stored weight by magnitude; its bytes and its packed mask are handed on band by band.
+
+    Raises:
+        CheckpointError: weights that are NaN or infinite; names the file and the tensor.
+    """
+    tensor, layout, pattern = layer.tensor, layer.layout, layer.pattern
+    m = getattr(pattern, "m", 1)
+    packer = BitPacker(write_mask)
+    sums = _Sums()
+    choose = _unstructured_chooser(layer, sums) if isinstance(pattern, Unstructured) else None
+    for band in bands(tensor, layout, m):
+        start = time.perf_counter()
+        scores = _scores(band, tensor)
+        mask = choose(band, scores) if choose else _solved(layer, band, scores, solver, sums)
+        sums.value += float(torch.where(mask, scores, 0).sum(dtype=torch.float64))
+        sums.total += float(scores.sum(dtype=torch.float64))
+        sums.time_s += time.perf_counter() - start
+        if sums.sample is None:
+            sums.sample = _sample(layer.name, band, mask, pattern)
+        pruned = band.weight.masked_fill_(~mask, 0)
+        # A mask may keep weights that were zero already.
+        sums.kept += int(torch.count_nonzero(pruned))
+        write(as_bytes(pruned))
+        packer.add(mask)
+    packer.finish()
+    gap = None if sums.bound is None else max(0.0, sums.bound - sums.value) / sums.bound if sums.bound > 0 else 0.0
+    result = LayerResult(
+        layer.name,
+        tensor.name,
+        tensor.shape,
+        str(tensor.torch_dtype).removeprefix("torch."),
+        layout,
+        str(pattern),
+        sums.kept / tensor.size,
+        sums.value / sums.total if sums.total > 0 else 1.0,
+        gap,
+        sums.value,
+        sums.time_s,
+    )
+    return result, sums.sample
+
+
+def _scores(band: Band, tensor: StoredTensor) -> Float[Tensor, "..."]:
+    scores = magnitude(band.weight)
+    if not bool(torch.isfinite(scores.sum(dtype=torch.float64))):
+        bad = (~torch.isfinite(scores)).flatten().nonzero()
+        if len(bad):
+            place = np.unravel_index(band.first + int(bad[0]), tensor.shape)
+            raise CheckpointError(
+                tensor.path,
+                f"holds {len(bad)} numbers that are NaN or infinite in one band; the first, at index "
+                f"{tuple(map(int, place))}, is {band.weight.flatten()[int(bad[0])].item()}",
+                "repair the checkpoint, or leave the layer dense with --exclude",
+                tensor=tensor.name,
+            )
+    return scores
+
+
+def _solved(
+    layer: StoredLayer, band: Band, scores: Float[Tensor, "..."], solver: Solver | None, sums: _Sums
+) -> Bool[Tensor, "..."]:
+    solution = solve(scores, layer.pattern, solver, layout=band.layout)
+    if sums.bound is not None:
+        sums.bound = sums.bound + solution.bound if has_bound(solution) else None
+    return solution.mask
+
+
+def _sample(name: str, band: Band, mask: Bool[Tensor, "..."], pattern: Structure) -> SampleTile:
+    weights, kept = (to_matrices(tensor, band.layout)[0] for tensor in (band.weight, mask))
+    row, column = (0, band.row) if band.layout.kind is LayoutKind.TRANSPOSED else (band.row, 0)
+    return SampleTile.middle(name, weights, kept, pattern, (band.matrix, row, column))
+
+
+def _unstructured_chooser(layer: StoredLayer, sums: _Sums) -> Callable[[Band, Float[Tensor, "..."]], Bool[Tensor, "..."]]:
+    """A function from a band to its part of the mask that keeps each matrix's largest scores.
+
+    Of scores equal to a matrix's threshold, those stored first are kept.
+    """
+    assert isinstance(layer.pattern, Unstructured)
+    blocks, inner = _blocks(layer.tensor.shape, layer.layout)
+    size = inner[0] * inner[1]
+    kept = layer.pattern.kept(size)
+    count = blocks * math.prod(inner[2:])
+    start = time.perf_counter()
+    threshold, ties = _thresholds(layer, kept, count)
+    sums.time_s += time.perf_counter() - start
+    # As prices of weak duality, thresholds bound what any mask keeps: kept * price + sum of max(0, score - price).
+    sums.bound = kept * float(threshold.sum(dtype=torch.float64)) if kept else 0.0
+
+    def choose(band: Band, scores: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        matrices = to_matrices(scores, band.layout)
+        own = slice(band.matrix, band.matrix + matrices.shape[0])
+        price = threshold[own, None, None]
+        mask = matrices > price
+        equal = (matrices == price).flatten(1)
+        nth = equal.cumsum(1)
+        mask |= (equal & (nth <= ties[own, None])).view_as(mask)
+        ties[own] = (ties[own] - nth[:, -1]).clamp(min=0)
+        excess = (matrices.double() - price.double()).clamp(min=0)
+        assert sums.bound is not None
+        sums.bound += float(excess.sum())
+        return from_matrices(mask, band.layout, band.weight.shape)
+
+    return choose
+
+
+def _bits(scores: Float[Tensor, "B R C"]) -> Int[Tensor, "B R C"]:
+    """Integers in the order of the scores: the bits of non-negative floats."""
+    return scores.contiguous().view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
+
+
+def _thresholds(layer: StoredLayer, kept: int, count: int) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
+    """For each matrix its `kept`-th largest score, and how many scores equal to it are kept."""
+    double = layer.tensor.dtype == "F64"
+    if kept == 0:
+        return torch.full((count,), math.inf, dtype=torch.float64 if double else torch.float32), torch.zeros(count).long()
+    width = 64 if double else 32
+    prefix = torch.zeros(count, dtype=torch.int64)
+    wanted = torch.full((count,), kept, dtype=torch.int64)
+    for shift in range(width - DIGIT, -1, -DIGIT):
+        histogram = torch.zeros(count, 1 << DIGIT, dtype=torch.int64)
+        for band in bands(layer.tensor, layer.layout, 1):
+            bits = _bits(to_matrices(_scores(band, layer.tensor), band.layout)).flatten(1)
+            for index, line in enumerate(bits, start=band.matrix):
+                # A sign bit is never set, so shifting by one digit more than there is leaves no digits: all agree.
+                alike = line[(line >> shift >> DIGIT) == prefix[index]]
+                histogram[index] += torch.bincount((alike >> shift) & ((1 << DIGIT) - 1), minlength=1 << DIGIT)
+        at_least = histogram.flip(1).cumsum(1).flip(1)
+        digit = (at_least >= wanted[:, None]).sum(1) - 1
+        own = digit[:, None]
+        wanted = wanted - (at_least.gather(1, own) - histogram.gather(1, own))[:, 0]
+        prefix = (prefix << DIGIT) | digit
+    return (prefix if double else prefix.int()).view(torch.float64 if double else torch.float32), wanted

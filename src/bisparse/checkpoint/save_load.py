@@ -1,0 +1,264 @@
+"""A pruned or sparse-trained model to a folder and back: plain dense weights with zeros, the sidecar, the masks."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from bisparse.checkpoint.atomic_folder import check_room, output_folder
+from bisparse.checkpoint.bands import BitPacker
+from bisparse.checkpoint.errors import CheckpointError
+from bisparse.checkpoint.layer_selection import StoredLayer
+from bisparse.checkpoint.prune import SAMPLES, read_back
+from bisparse.checkpoint.reader import open_source
+from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size, read_sidecar
+from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build_header, in_file_order, memory_tensor
+from bisparse.checkpoint.verify import verify_checkpoint
+from bisparse.layers import Filter, Layer, Skipped, find_layers
+from bisparse.pattern import Structure, parse_pattern
+from bisparse.results import LayerResult, PruneReport
+from bisparse.solution import PatternError, verify
+from bisparse.tiles import to_matrices
+
+__all__ = ["load", "plain_weights", "save", "sidecar_of"]
+
+WEIGHTS = "model.safetensors"
+
+
+@runtime_checkable
+class HasDenseWeight(Protocol):
+    """A module that holds its weight packed, and can give it back."""
+
+    def dense_weight(self) -> Tensor:
+        """The weight, dense, with zeros."""
+
+
+@runtime_checkable
+class HasPattern(Protocol):
+    """A parametrization that keeps a weight to a pattern."""
+
+    pattern: Structure
+
+
+@runtime_checkable
+class HasJson(Protocol):
+    """A transformers configuration."""
+
+    def to_json_string(self) -> str:
+        """Itself as JSON."""
+
+
+def plain_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict that the model would have without parametrizations and packed layers: every weight dense, with zeros."""
+    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for prefix, module in _named(model):
+        if parametrize.is_parametrized(module):
+            assert isinstance(module.parametrizations, nn.ModuleDict)
+            for parameter in module.parametrizations:
+                inner = f"{prefix}parametrizations.{parameter}."
+                state = {name: value for name, value in state.items() if not name.startswith(inner)}
+                state[prefix + parameter] = getattr(module, parameter)
+        elif isinstance(module, HasDenseWeight):
+            state = {name: value for name, value in state.items() if not name.startswith(prefix) or name == f"{prefix}bias"}
+            state[f"{prefix}weight"] = module.dense_weight()
+    return {name: value.detach() for name, value in state.items()}
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if ".parametrizations." not in f".{name}.":
+            yield f"{name}." if name else "", module
+
+
+@torch.no_grad()
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    pattern: str | Structure | None = None,
+    *,
+    report: PruneReport | None = None,
+    state: Mapping[str, Tensor] | None = None,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    overwrite: bool = False,
+    beside: Callable[[Path], None] | None = None,
+) -> Sidecar:
+    """Save a model whose layers obey a pattern: a plain `model.safetensors` that loads anywhere, the sidecar, the masks.
+
+    Every name of the model's state_dict is written, tied weights under each of their names. Parametrized weights are
+    written as the forward pass sees them, packed ones as their `dense_weight()`. Masks are the weights that are not zero.
+    A transformers model's configuration is written to config.json. The folder is absent or whole at any moment.
+
+    Args:
+        pattern: what the layers obey. By default what `report` says, or, in a model in sparse training, its parametrizations.
+        report: what `prune_` returned; its figures go into the sidecar.
+        state: the weights, instead of the model's own, where these are sharded over ranks.
+        include, exclude: the layers that `pattern` is about; see `find_layers`.
+        overwrite: replace a folder that bisparse wrote.
+        beside: called with the folder before it appears, to write more into it: a tokenizer's ``save_pretrained``.
+
+    Raises:
+        PatternError: a layer breaks its pattern; names it. Nothing is written.
+        CheckpointError: the folder exists or cannot be written.
+        ValueError: nothing says which pattern the layers obey, or the report is of no layer.
+    """
+    if report is not None and not report.layers:
+        reasons = "; ".join(f"{one.name}: {one.reason}" for one in report.left_dense[:4])
+        raise ValueError(
+            f"no layer of the model {type(model).__name__} was pruned, so that nothing is written "
+            f"({reasons or 'it has none that a pattern applies to'}); include layers by name"
+        )
+    weights = dict(state) if state is not None else plain_weights(model)
+    report = report or _report(model, weights, None if pattern is None else parse_pattern(pattern), include, exclude)
+    if others := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
+        report = replace(
+            report, notes=(*report.notes, f"entries of the state_dict that are no tensors are not kept: {others[:8]}")
+        )
+    folder = Path(folder)
+    stored = {name: memory_tensor(name, weight, folder / WEIGHTS) for name, weight in weights.items()}
+    layers = {}
+    for result in report:
+        if result.parameter not in stored:
+            raise ValueError(f"{result.name}: the report is about {result.parameter}, which is not among the model's weights")
+        own = parse_pattern(result.pattern if pattern is None else pattern)
+        verify(weights[result.parameter], own, layout=result.layout, name=result.name).check()
+        layers[result.parameter] = StoredLayer(result.name, stored[result.parameter], result.layout, own)
+    ordered = in_file_order(stored.values())
+    header = build_header(((one.name, one.dtype, one.shape, one.nbytes) for one in ordered), {"format": "pt"})
+    checksums = {}
+    with output_folder(folder, overwrite=overwrite, ours=SIDECAR) as temporary:
+        check_room(temporary, sum(one.nbytes for one in ordered) + sum(packed_size(one.tensor.shape) for one in layers.values()))
+        with SafetensorsWriter(temporary / WEIGHTS, header) as writer:
+            for tensor in ordered:
+                data = as_bytes(tensor.tensor)  # type: ignore[attr-defined]
+                checksums[tensor.name] = zlib.crc32(data)
+                writer.write(data)
+        with SafetensorsWriter(
+            temporary / MASKS, masks_header({name: one.tensor.shape for name, one in layers.items()})
+        ) as writer:
+            for name in layers:
+                packer = BitPacker(writer.write)
+                packer.add((weights[name] != 0).cpu())
+                packer.finish()
+        if (config := _config_of(model)) is not None:
+            (temporary / "config.json").write_text(config, encoding="utf-8")
+        sidecar = sidecar_of(report, weights, type(model).__name__)
+        (temporary / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
+        read_back(temporary / WEIGHTS, ordered, checksums, layers, lambda tensor: None)
+        if beside is not None:
+            beside(temporary)
+    return sidecar
+
+
+def _report(
+    model: nn.Module, weights: Mapping[str, Tensor], pattern: Structure | None, include: Filter | None, exclude: Filter | None
+) -> PruneReport:
+    """What can be said of a model that was not pruned here: which layers obey which pattern, and how dense they are."""
+    found, left = find_layers(model, include, exclude)
+    results = []
+    for layer in found:
+        own = pattern or _pattern_of(layer)
+        if own is None:
+            left.append(Skipped(layer.name, "no pattern was said to hold on it"))
+            continue
+        weight = weights[layer.parameter_name]
+        density = float((weight != 0).double().mean())
+        dtype = str(weight.dtype).removeprefix("torch.")
+        figures = (density, None, None, None, 0.0)
+        results.append(
+            LayerResult(layer.name, layer.parameter_name, tuple(weight.shape), dtype, layer.layout, str(own), *figures)
+        )
+    if not results:
+        raise ValueError("nothing says which pattern the layers obey: pass pattern, such as '4:8-T', or the report of prune_")
+    return PruneReport(results[0].pattern, "as given", "not recorded", tuple(results), tuple(left))
+
+
+def _pattern_of(layer: Layer) -> Structure | None:
+    if not parametrize.is_parametrized(layer.module, layer.parameter):
+        return None
+    assert isinstance(layer.module.parametrizations, nn.ModuleDict)
+    steps = layer.module.parametrizations[layer.parameter]
+    assert isinstance(steps, nn.ModuleList)
+    return next((step.pattern for step in steps if isinstance(step, HasPattern)), None)
+
+
+def sidecar_of(report: PruneReport, weights: Mapping[str, Tensor], source: str) -> Sidecar:
+    """What is said of weights that obey the patterns of a report, with squares of them to look at."""
+    step = max(1, -(-len(report) // SAMPLES))
+    samples = []
+    for result in report.layers[::step]:
+        matrix = to_matrices(weights[result.parameter], result.layout)[0]
+        samples.append(SampleTile.middle(result.name, matrix, matrix != 0, parse_pattern(result.pattern)))
+    return Sidecar(report, source=source, samples=tuple(samples))
+
+
+def _config_of(model: nn.Module) -> str | None:
+    config = getattr(model, "config", None)
+    if not isinstance(config, HasJson):
+        return None
+    content: dict[str, Any] = json.loads(config.to_json_string())
+    content.pop("sparsity_config", None)
+    content["architectures"] = content.get("architectures") or [type(model).__name__]
+    return json.dumps(content, indent=2) + "\n"
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sidecar | None:
+    """Load a checkpoint's weights into a plain model, in place, tensor by tensor, once they are known to fit and to obey.
+
+    Args:
+        folder: what `save` or `prune_checkpoint` wrote, or any checkpoint that `prune_checkpoint` reads.
+        strict: every weight of the model must be in the checkpoint and the other way round; weights tied to one that is
+            there need not be.
+
+    Returns:
+        The sidecar, None where there is none.
+
+    Raises:
+        CheckpointError: names or shapes that do not fit, or a corrupt file; the model is unchanged.
+        ValueError: the model is accelerated.
+        PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
+    """
+    if packed := [name for name, module in model.named_modules() if isinstance(module, HasDenseWeight)]:
+        raise ValueError(
+            f"the model is accelerated (at {packed[0]!r}): load into the plain model, then call accelerate_, or read the weights "
+            "yourself and pass them to model.load_state_dict"
+        )
+    source = open_source(folder)
+    sidecar = read_sidecar(source.path if source.path.is_dir() else source.path.parent)
+    state, tensors = model.state_dict(), source.tensors
+    for name, tensor in tensors.items():
+        if name in state and tuple(state[name].shape) != tensor.shape:
+            raise CheckpointError(
+                tensor.path,
+                f"has shape {tensor.shape}, the model's is {tuple(state[name].shape)}",
+                "build the model of this checkpoint",
+                tensor=name,
+            )
+    if strict:
+        here = {state[name].data_ptr() for name in tensors if name in state}
+        missing = [name for name, value in state.items() if name not in tensors and value.data_ptr() not in here]
+        unexpected = [name for name in tensors if name not in state]
+        if missing or unexpected:
+            raise CheckpointError(
+                source.path,
+                f"lacks {len(missing)} of the model's tensors {missing[:4]} and has {len(unexpected)} others {unexpected[:4]}",
+                "build the plain model of this checkpoint (before sparsify_ or accelerate_), or pass strict=False",
+            )
+    if sidecar is not None:
+        try:
+            verify_checkpoint(source.path).check()
+        except PatternError as error:
+            raise PatternError(f"{source.path}: {error}; the masks were lost after pruning, prune again") from error
+    for name, tensor in tensors.items():
+        if name in state:
+            state[name].copy_(tensor.read().view(tensor.shape))
+    return sidecar

@@ -1,0 +1,208 @@
+"""Models and calibration data by name: a transformers folder and a text file, or a function of yours that returns both."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from bisparse.checkpoint.reader import open_source as read_headers
+from bisparse.pruning.calibration.statistics import CalibrationError
+from bisparse.user_errors import ends_the_process, told
+
+__all__ = ["Source", "open_source", "text_batches", "token_batches"]
+
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model, and what belongs to it."""
+
+    model: nn.Module
+    tokenizer: Any = None
+    """Of a transformers model."""
+    batches: list[Any] | None = None
+    """Calibration data, where the source came with some."""
+
+
+def open_source(name: str) -> Source:
+    """Load ``module:function``, which returns a model or (model, batches), or a folder or .gguf file of transformers.
+
+    Raises:
+        CheckpointError: the folder's files are damaged.
+        ValueError: no such thing; it cannot be loaded; or transformers is not installed.
+    """
+    if FUNCTION.fullmatch(name) and not Path(name).exists():
+        return _call(name)
+    path = Path(name)
+    if not path.exists():
+        raise ValueError(f"{name}: no such folder or file; a function of yours is named module:function")
+    if path.is_file() and path.suffix != ".gguf":
+        raise ValueError(f"{name} is a file: name the folder of the transformers model, a .gguf file, or module:function")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"{name} holds no config.json, which says what model to build: add the config.json that transformers saves with the "
+            "weights, or name a function of yours, module:function, that builds the model, loads these weights and returns it"
+        )
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"{name}: loading it needs transformers; pip install 'bisparse[transformers]'") from error
+    folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
+    with _loading(path, "the model"):
+        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        architecture = (config.architectures or [""])[0]
+        kind = getattr(transformers, architecture, None)
+        if kind is None:
+            kind = transformers.AutoModelForCausalLM if options else transformers.AutoModel
+        model = kind.from_pretrained(folder, dtype="auto" if not options else torch.float32, **options)
+    if options:
+        # Weights are plain numbers once they are loaded; the record of their packed form would confuse whoever saves them.
+        for attribute in ("hf_quantizer", "quantization_method"):
+            if hasattr(model, attribute):
+                setattr(model, attribute, None)
+        model.is_quantized = False
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    with _loading(path, "the tokenizer"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    return Source(model.eval(), tokenizer)
+
+
+@contextmanager
+def _loading(path: Path, what: str) -> Iterator[None]:
+    """While open, errors name the path: transformers raises many kinds, and few of them say which file they are about."""
+    try:
+        yield
+    except (ImportError, MemoryError):
+        raise
+    except Exception as error:
+        if path.is_dir():
+            # Our own reader tells which file is damaged, and how.
+            read_headers(path)
+        raise ValueError(f"{path}: transformers cannot load {what}: {told(error)}") from error
+
+
+def _call(name: str) -> Source:
+    module_name, _, function_name = name.partition(":")
+    # As `python -m` does: a module beside you is found.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        with _yours(f"{name}: importing {module_name} failed"):
+            module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{name}: there is no module {error.name!r} to import") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"{name}: {module_name} has no function {function_name!r}")
+    _check_needs_nothing(name, function)
+    with _yours(f"{name}() failed"):
+        made = function()
+    if isinstance(made, nn.Module):
+        return Source(made)
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module)):
+        raise ValueError(f"{name}() must return a model, or a model and its calibration batches, not {_described(made)}")
+    model, batches = made
+    if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
+        # Most of these can be iterated over, but not into what was meant: rows, keys, letters.
+        raise ValueError(
+            f"{name}() must return a model and its calibration batches, an iterable such as a list or a DataLoader, not "
+            f"{_described(batches)}; a single batch is returned as [batch]"
+        )
+    with _yours(f"{name}(): reading its calibration batches failed"):
+        return Source(model, batches=list(batches))
+
+
+@contextmanager
+def _yours(doing: str) -> Iterator[None]:
+    """While open, errors of the user's own code are told in a line, whatever they are."""
+    try:
+        yield
+    except (MemoryError, ModuleNotFoundError):
+        raise
+    except (Exception, SystemExit) as error:
+        if ends_the_process(error):
+            raise
+        raise ValueError(f"{doing}: {told(error)}") from error
+
+
+def _check_needs_nothing(name: str, function: Callable[..., Any]) -> None:
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        # Some of those written in C tell nothing.
+        return
+    try:
+        signature.bind()
+    except TypeError as error:
+        raise ValueError(
+            f"{name} is called without arguments, but its own are {signature}: give them defaults, or name a function without any"
+        ) from error
+
+
+def _described(made: Any) -> str:
+    kind = type(made).__name__
+    if isinstance(made, tuple):
+        return f"a tuple of {', '.join(type(one).__name__ for one in made)}" if made else "an empty tuple"
+    return f"{kind} of shape {tuple(made.shape)}" if isinstance(made, Tensor) else kind
+
+
+def token_batches(
+    ids: Int[Tensor, " T"], *, sequences: int = 256, length: int = 512, batch_size: int = 8
+) -> list[dict[str, Tensor]]:
+    """Sequences of `length` tokens, evenly spread over a text, as batches of ``input_ids``.
+
+    Raises:
+        CalibrationError: the text has fewer tokens than one sequence.
+    """
+    available = ids.numel() // length
+    if available == 0:
+        raise CalibrationError(
+            f"the calibration text has {ids.numel()} tokens, fewer than one sequence of {length}: give more text or less length"
+        )
+    chosen = torch.linspace(0, available - 1, min(sequences, available)).round().long().unique()
+    rows = ids[: available * length].view(available, length)[chosen]
+    # Neighbours in the text go to different batches, so that batches held out are of all of it.
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    return [{"input_ids": part} for part in rows.split(batch_size)]
+
+
+def text_batches(
+    tokenizer: Any, path: str | Path, *, causal: bool, sequences: int = 256, length: int = 512, batch_size: int = 8
+) -> list[dict[str, Tensor]]:
+    """Calibration batches from a text file: one running text for causal models, a sample a line for others.
+
+    Raises:
+        CalibrationError: the file is empty, too short, or no text.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path} is no UTF-8 text to calibrate on ({error})") from error
+    if causal:
+        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        return token_batches(ids, sequences=sequences, length=length, batch_size=batch_size)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise CalibrationError(f"{path} holds no text to calibrate on")
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0))[:sequences].tolist()
+    # Lines of like length together, so that little is padding; then in random order again.
+    chosen = sorted((lines[i] for i in order), key=len)
+    batches = [
+        dict(tokenizer(chosen[i : i + batch_size], padding=True, truncation=True, max_length=length, return_tensors="pt"))
+        for i in range(0, len(chosen), batch_size)
+    ]
+    return [batches[i] for i in torch.randperm(len(batches), generator=torch.Generator().manual_seed(1)).tolist()]

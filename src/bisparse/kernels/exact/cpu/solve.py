@@ -1,0 +1,131 @@
+"""The exact solver on CPU: numba kernels over bands of tiles, registered for torch's "cpu" device.
+
+Nothing is left to torch's own threads: they spin for a while after their work and take the cores from ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from bisparse.kernels.exact import ops
+from bisparse.kernels.exact.cpu.bands import (
+    BAD,
+    FOUND_COARSE,
+    MIDDLE_CHUNK,
+    coarse_tiles,
+    largest_kernel,
+    middle_kernel,
+    solve_kernel,
+)  # fmt: skip
+from bisparse.kernels.exact.cpu.enumerate_2to4 import WIDTH
+from bisparse.kernels.exact.cpu.integers import integers_kernel
+from bisparse.kernels.exact.cpu.vectors import LANES
+from bisparse.kernels.exact.sorting_network import sorting_network
+from bisparse.kernels.numba_runtime.memory import empty
+from bisparse.kernels.numba_runtime.thread_pool import over_bands
+
+VECTOR_SIDES = (4, 8, 16, 32, 64)
+PAST_CACHES = 1 << 24
+"""Bytes of a mask that is larger than the caches, where it would be read only to be overwritten."""
+
+
+def _usable(flags: int, scores: torch.Tensor) -> bool:
+    """Whether the kernels could use the scores as they are; raises for scores that no solver takes."""
+    if flags & BAD:
+        ops.check_scores(scores)
+        return False  # only -0.0
+    return True
+
+
+def keep_largest(groups: torch.Tensor, n: int) -> torch.Tensor:
+    """`ops.keep_largest` on CPU."""
+    if groups.dtype in (torch.float16, torch.bfloat16):
+        groups = groups.float()
+    groups = groups.contiguous()
+    count, entries = groups.shape
+    mask = empty((count, entries), torch.bool)
+    over_bands(largest_kernel(groups.dtype), (groups, mask, count, entries, n), count, 1, max(1, 65536 // max(entries, 1)))
+    return mask
+
+
+def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`ops.exact_mask` on CPU."""
+    if (n, m) != (2, 4):
+        solved, prices, any_coarse = exact_solve(scores, n, m, exactly, None, None)
+        return solved, prices()[2] == ops.COARSE if any_coarse else None
+    rows, columns = scores.shape
+    # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
+    beside = columns < 4 * MIDDLE_CHUNK
+    wide = _side_by_side(scores) if beside else scores.contiguous()
+    height, width = wide.shape if beside else (rows, columns)
+    mask = empty((height, width), torch.bool)
+    past_caches = height * width >= PAST_CACHES and width % (4 * WIDTH) == 0 and mask.data_ptr() % (4 * WIDTH) == 0
+    arguments = wide, mask, height, width, past_caches, exactly
+    count, granule, worth = (width // 4, MIDDLE_CHUNK, 4096) if height == 4 else (height // 4, 1, max(1, 16384 // width))
+    flags = over_bands(middle_kernel(), arguments, count, granule, worth)
+    coarse = None
+    if flags:
+        if not _usable(flags, scores):
+            return exact_mask(scores.abs(), n, m, exactly)
+        found = np.zeros(height * width // 16, np.bool_)
+        coarse_tiles(wide.numpy(), found)
+        coarse = torch.from_numpy(found[: scores.numel() // 16])
+    if beside:
+        apart = mask.numpy()[:, : rows // 4 * columns].reshape(4, rows // 4, columns).swapaxes(0, 1).reshape(rows, columns)
+        mask = torch.from_numpy(np.ascontiguousarray(apart))
+    return mask, coarse
+
+
+def _side_by_side(scores: torch.Tensor) -> torch.Tensor:
+    rows, columns = scores.shape
+    wide = scores.numpy().reshape(rows // 4, 4, columns).swapaxes(0, 1).reshape(4, -1)
+    lacking = max(0, 4 * WIDTH - wide.shape[1])
+    return torch.from_numpy(np.ascontiguousarray(np.pad(wide, ((0, 0), (0, lacking))) if lacking else wide))
+
+
+def exact_solve(
+    scores: torch.Tensor, n: int, m: int, exactly: bool, start: torch.Tensor | None, start_exponent: torch.Tensor | None
+) -> tuple[torch.Tensor, Callable[[], ops.Prices], bool]:
+    """`ops.exact_solve` on CPU. The last result says whether any tile is coarse."""
+    if m not in VECTOR_SIDES:
+        solved, (u, v), exponent = ops.reference_exact_solve(scores, n, m, exactly, start, start_exponent)
+        return solved, lambda: (u, v, exponent), bool((exponent == ops.COARSE).any())
+    rows, columns = scores.shape
+    scores = scores.contiguous()
+    tiles = (rows // m) * (columns // m)
+    entries = tiles * m
+    mask, numbers = empty((rows, columns), torch.bool), empty((2 * entries + tiles,), torch.int32)
+    warm = start is not None and start_exponent is not None
+    if start is not None and start_exponent is not None:
+        if start.shape != (2, tiles, m) or start_exponent.shape != (tiles,):
+            given = tuple(start.shape), tuple(start_exponent.shape)
+            raise ValueError(f"a start of shapes {given[0]} and {given[1]}: expected {(2, tiles, m)} and {(tiles,)}")
+        np.concatenate([start.numpy().reshape(-1), start_exponent.numpy()], out=numbers.numpy())
+    median = 2 * n == m and m in (4, 8, 16, 32)
+    network = () if median else sorting_network(m)
+    where = np.array(network, dtype=np.int64) if network else 0
+    arguments = scores, mask, numbers, where, tiles, columns, len(network), n, exactly, warm
+    flags = over_bands(solve_kernel(m), arguments, tiles, LANES, max(LANES, 16384 // (m * m)))
+    if not _usable(flags, scores):
+        return exact_solve(scores.abs(), n, m, exactly, start, start_exponent)
+
+    def prices() -> ops.Prices:
+        return numbers[:entries].view(tiles, m), numbers[entries : 2 * entries].view(tiles, m), numbers[2 * entries :]
+
+    return mask, prices, bool(flags & FOUND_COARSE)
+
+
+def exact_solve_integers(
+    q: torch.Tensor, n: int, exactly: bool, u: torch.Tensor | None, v: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`ops.exact_solve_integers` on CPU."""
+    tiles, m, _ = q.shape
+    warm = u is not None and v is not None
+    u, v = (torch.zeros(tiles, m, dtype=torch.int64) if start is None else start.clone().contiguous() for start in (u, v))
+    mask = torch.zeros(tiles, m * m, dtype=torch.bool)
+    arguments = q.contiguous(), mask, u, v, tiles, m, n, exactly, warm
+    over_bands(integers_kernel(), arguments, tiles, 1, max(1, 4096 // (m * m)))
+    return mask.view(tiles, m, m), u, v

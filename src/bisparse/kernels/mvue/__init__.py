@@ -1,0 +1,1 @@
+"""The unbiased 2:4 estimate of a gradient with the smallest variance (MVUE)."""

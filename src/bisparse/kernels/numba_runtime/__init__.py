@@ -1,0 +1,1 @@
+"""What every numba kernel uses: LLVM intrinsics, a thread pool and output memory."""

@@ -1,0 +1,172 @@
+"""2:4 matrices in half the space: where the kept weights stand (positions), and their values.
+
+A group of four consecutive entries of a row has two slots. `positions` holds a byte a group: bits 0-1 the entry in the first
+slot, bits 2-3 that in the second, which stands to its right, bits 4 and 5 whether each slot is in use. A slot that is not in
+use points where CUTLASS's packer points, so that one set of values serves every layout of the metadata. Positions come from the
+mask, not from the weights' zeros: a kept weight may be zero now and not after the next step.
+
+Columns that 4 does not divide count as completed with pruned ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Shaped, UInt8
+from torch import Tensor
+
+__all__ = ["find_positions", "kept_mask", "put_values", "read_positions", "take_values", "to_metadata"]
+
+FIRST_USED, SECOND_USED = 1 << 4, 1 << 5
+
+_LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
+_LIBRARY.define("find_positions(Tensor mask) -> (Tensor positions, Tensor broken)")
+_LIBRARY.define("take_values(Tensor weight, Tensor positions, ScalarType dtype, Tensor? behind=None) -> Tensor")
+
+
+def find_positions(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:
+    """Where the at most two kept entries of every group stand.
+
+    Raises:
+        ValueError: a group keeps more than two.
+
+    >>> [bin(p) for p in find_positions(torch.tensor([[True, False, True, False, False, False, True, False]]))[0].tolist()]
+    ['0b111000', '0b11110']
+    """
+    positions, broken = torch.ops.bisparse.find_positions(mask)
+    if bool(broken):
+        raise ValueError(
+            f"a mask of shape {tuple(mask.shape)} keeps more than 2 of 4 in some group: it is not 2:4 along its rows"
+        )
+    found: Tensor = positions
+    return found
+
+
+def reference_find_positions(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The specification of `find_positions`: the positions, and whether a group keeps more than two."""
+    groups = _groups(mask)
+    m0, m1, m2, m3 = groups.unbind(-1)
+    empty = ~m0 & ~m1
+    first = torch.where(m0, 0, torch.where(m1, 1, 2))
+    second = torch.where(m0 & m1, 1, torch.where(empty, 3, 2 + m3.to(torch.int64)))
+    first_used = m0 | m1 | m2
+    second_used = torch.where(m0 & m1, m1, torch.where(second == 2, m2, m3))
+    code = first | second << 2 | first_used.to(torch.int64) << 4 | second_used.to(torch.int64) << 5
+    return code.to(torch.uint8), (groups.sum(-1) > 2).any()
+
+
+def take_values(
+    weight: Shaped[Tensor, "R C"],
+    positions: UInt8[Tensor, "R G"],
+    dtype: torch.dtype | None = None,
+    behind: Shaped[Tensor, " B"] | None = None,
+) -> Shaped[Tensor, "..."]:
+    """The values of the kept entries, two a group, zero in a slot that is not in use; (R, C / 2), contiguous, in `dtype`.
+
+    The weight may be a transposed view: on a GPU one kernel reads it as it lies.
+
+    Args:
+        behind: numbers of that dtype that shall lie behind the values in the same memory. Then the result is flat.
+    """
+    values: Tensor = torch.ops.bisparse.take_values(weight, positions, dtype or weight.dtype, behind)
+    return values
+
+
+def reference_take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype, behind: Tensor | None = None) -> Tensor:
+    """The specification of `take_values`."""
+    values: Tensor = _groups(weight).gather(-1, _slots(positions))
+    values = values.masked_fill_(~_used(positions), 0).flatten(-2).to(dtype)
+    if behind is None:
+        return values
+    flat = values.new_empty(values.numel() + behind.numel())  # not `cat`, in which autocast has a say
+    flat[: values.numel()], flat[values.numel() :] = values.flatten(), behind
+    return flat
+
+
+def put_values(values: Shaped[Tensor, "R C2"], positions: UInt8[Tensor, "R G"], columns: int) -> Shaped[Tensor, "R C"]:
+    """The inverse of `take_values`: the dense matrix, with zeros."""
+    groups = values.new_zeros((*positions.shape, 4))
+    return groups.scatter_(-1, _slots(positions), values.unflatten(-1, (-1, 2))).flatten(-2)[:, :columns].contiguous()
+
+
+def kept_mask(positions: UInt8[Tensor, "R G"], columns: int) -> Bool[Tensor, "R C"]:
+    """The mask that the positions were found from."""
+    # Without an index: this may run in every pass, and an index takes eight bytes a value.
+    code, place = positions.unsqueeze(-1), torch.arange(4, dtype=torch.uint8, device=positions.device)
+    first = (code & 3 == place) & (code & FIRST_USED != 0)
+    second = (code >> 2 & 3 == place) & (code & SECOND_USED != 0)
+    return (first | second).flatten(-2)[:, :columns].contiguous()
+
+
+def read_positions(places: Shaped[Tensor, "R G 2"], used: Bool[Tensor, "R G 2"]) -> UInt8[Tensor, "R G"]:
+    """Positions by the place in its group that each slot holds, in any order; what is no place from 0 to 3 is not in use.
+
+    >>> [bin(p) for p in read_positions(torch.tensor([[[2, 0], [7, 3]]]), torch.tensor([[[True, True], [False, True]]]))[0]]
+    ['0b110010', '0b101100']
+    """
+    used = used & (places >= 0) & (places < 4)
+    first, second = torch.where(used, places, 0).to(torch.uint8).unbind(-1)
+    first_used, second_used = used.unbind(-1)
+    # A free slot points beside the other one, which it must not hide.
+    first = torch.where(first_used, first, torch.where(second_used, second + 1 & 3, 0))
+    second = torch.where(second_used, second, first + 1 & 3)
+    return first | second << 2 | first_used.to(torch.uint8) << 4 | second_used.to(torch.uint8) << 5
+
+
+def to_metadata(positions: UInt8[Tensor, "R G"]) -> UInt8[Tensor, "R B"]:
+    """The positions in two bits a slot, two groups a byte, as the reference backend stores them; see `from_metadata`."""
+    padded = torch.nn.functional.pad(positions & 15, (0, positions.shape[1] % 2))
+    return padded[:, ::2] | padded[:, 1::2] << 4
+
+
+def from_metadata(metadata: UInt8[Tensor, "R B"], groups: int) -> UInt8[Tensor, "R G"]:
+    """Positions from `to_metadata`, every slot counted as in use: the values hold zeros in the others."""
+    codes = torch.stack((metadata & 15, metadata >> 4), -1).flatten(-2)[:, :groups]
+    return codes | FIRST_USED | SECOND_USED
+
+
+def _groups(matrix: Shaped[Tensor, "R C"]) -> Shaped[Tensor, "R G 4"]:
+    missing = -matrix.shape[-1] % 4
+    if missing:
+        matrix = torch.nn.functional.pad(matrix, (0, missing))
+    return matrix.unflatten(-1, (-1, 4))
+
+
+def _slots(positions: UInt8[Tensor, "R G"]) -> Shaped[Tensor, "R G 2"]:
+    return torch.stack((positions & 3, positions >> 2 & 3), -1).long()
+
+
+def _used(positions: UInt8[Tensor, "R G"]) -> Bool[Tensor, "R G 2"]:
+    return torch.stack((positions & FIRST_USED, positions & SECOND_USED), -1) != 0
+
+
+@torch.library.register_fake("bisparse::find_positions")
+def _(mask: Tensor) -> tuple[Tensor, Tensor]:
+    groups = -(-mask.shape[1] // 4)
+    return mask.new_empty((mask.shape[0], groups), dtype=torch.uint8), mask.new_empty((), dtype=torch.bool)
+
+
+@torch.library.register_fake("bisparse::take_values")
+def _(weight: Tensor, positions: Tensor, dtype: torch.dtype, behind: Tensor | None = None) -> Tensor:
+    rows, columns = positions.shape[0], 2 * positions.shape[1]
+    return weight.new_empty((rows, columns) if behind is None else rows * columns + behind.shape[0], dtype=dtype)
+
+
+def _on_a_gpu(name: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        from bisparse.kernels.sparse24 import cuda_values
+
+        with torch.cuda.device_of(arguments[0]):
+            return getattr(cuda_values, name)(*arguments)
+
+    return kernel
+
+
+_LIBRARY.impl("find_positions", reference_find_positions, "CompositeExplicitAutograd")
+_LIBRARY.impl("take_values", reference_take_values, "CompositeExplicitAutograd")
+if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
+    for _name in ("find_positions", "take_values"):
+        _LIBRARY.impl(_name, _on_a_gpu(_name), "CUDA")

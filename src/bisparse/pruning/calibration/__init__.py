@@ -1,0 +1,1 @@
+"""Running a model on calibration data and collecting the statistics of its layers' inputs."""

@@ -1,0 +1,302 @@
+"""A chain at work: one block at a time, each batch's pass through it stopped before every stage until the stage is pruned.
+
+Every block runs once a batch and stream, whatever the number of its stages. A stopped pass holds what it has computed of
+its block; where that would take more than `PAUSED_BYTES`, the remaining batches run the block anew for each stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bisparse.layers import Layer
+from bisparse.pruning.calibration.block_chain import Call, Chain, argument_of, dense_copy, without
+from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, call_model, observed, taking_in
+from bisparse.pruning.calibration.paused import Paused
+
+__all__ = ["ChainRun", "FinishedBlock"]
+
+PAUSED_BYTES = 8 << 30
+"""What stopped passes may hold together."""
+INNER = 8
+"""Bytes that a pass stopped inside a block holds at least, as a multiple of its activations: those of a gated MLP.
+
+Attention that writes its scores out can hold more, which is seen once a pass has stopped there."""
+
+Inputs = list[tuple[Tensor, int | None]]
+"""Inputs of a stage, with the part of a packed projection that each belongs to."""
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A block whose layers are all pruned, before the activations go on to the next one. It may still be changed."""
+
+    name: str
+    module: nn.Module
+    layers: tuple[Layer, ...]
+    output: Callable[[int], Tensor]
+    """What the block, as it is when called, makes of the pruned network's activations, by number of the batch."""
+    target: Callable[[int], Tensor]
+    """What the dense block makes of the dense network's."""
+    keep: Callable[[int], Tensor | None]
+    """Which positions of a batch are real tokens; None: all."""
+    fit: tuple[int, ...]
+    """Batches to fit to."""
+    judge: tuple[int, ...]
+    """Batches held out."""
+
+
+class _Pass:
+    """One batch on its way through a block, in one stream."""
+
+    def __init__(self, run: Callable[[], Any]) -> None:
+        self.paused = Paused(run)
+        self.stage = -1
+        self.inputs: Inputs = []
+
+    def reach(self, stage: int) -> Inputs:
+        """The inputs of a stage, where the pass stops before the first layer of it; none where it passes the stage by."""
+        while self.stage < stage and not self.paused.finished:
+            handed = self.paused.resume()
+            if handed is not None:
+                self.stage, self.inputs = handed
+        # A batch need not go through every stage: the one it has stopped before may be a later one.
+        return self.inputs if self.stage == stage else []
+
+
+class ChainRun:
+    """The activations before the present block, for every batch, and the block itself, with a dense copy where needed."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        model: nn.Module,
+        data: Sequence[Any],
+        forward: Callable[..., Any] | None,
+        device: torch.device | str | None,
+        keep_dense: bool,
+        dense: Callable[[Tensor], Tensor | None] | None,
+        compare: bool = True,
+    ) -> None:
+        self.chain = chain
+        self.model = model
+        self.data = data
+        self.forward = forward
+        self.device = None if device is None else torch.device(device)
+        self.keep_dense = keep_dense
+        self.dense = dense
+        self.compare = compare
+        """Whether stages are told what the dense network's inputs are; else only its blocks' outputs are kept."""
+        self.calls: list[list[Call]] = []
+        self.inputs: list[Tensor] = []
+        self.dense_inputs: list[Tensor] = []
+        self.current = 0
+        self.differs = False
+        """Whether the network up to here differs from the dense one: only then are there two streams."""
+        self.forwards = 0
+        self._held_bytes = 0
+        """The most that one batch's stopped passes were seen to hold."""
+        self._dense_block: nn.Module | None = None
+        self._dense_advanced = False
+        self._passes: dict[tuple[int, bool], _Pass] = {}
+        self._running: _Pass | None = None
+
+    @property
+    def activation_bytes(self) -> int:
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self._tensors()}
+        return sum(held.values())
+
+    def _tensors(self) -> Iterator[Tensor]:
+        yield from self.inputs
+        yield from self.dense_inputs
+        yield from (
+            leaf
+            for calls in self.calls
+            for leaf in pytree.tree_leaves([without(call, "") for call in calls])
+            if isinstance(leaf, Tensor)
+        )
+
+    def start(self, reference: nn.Module | None) -> None:
+        """Run every batch up to the chain, and note what each block is handed besides the activations."""
+        for index, batch in enumerate(self.data):
+            calls, inputs = self._handed(self.model, self.chain.blocks, batch, index)
+            self.calls.append(calls)
+            self.inputs.append(inputs)
+            if self.keep_dense:
+                dense = inputs
+                if reference is not None:
+                    dense = self._handed(reference, reference.get_submodule(self.chain.name), batch, index)[1]
+                self.dense_inputs.append(dense)
+        self.differs = reference is not None
+
+    def _handed(self, model: nn.Module, blocks: Any, batch: Any, index: int) -> tuple[list[Call], Tensor]:
+        calls: list[Call] = []
+        inputs: list[Tensor] = []
+        argument, last = self.chain.slot.argument, len(blocks) - 1
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = Call(args, dict(kwargs))
+            if not calls:
+                inputs.append(argument_of(call, argument))
+            rest, named = without(call, argument)
+            if calls:
+                rest, named = _sharing((rest, named), without(calls[-1], argument))
+            calls.append(Call(tuple(rest), named))
+            if self.chain.alike or len(calls) > last:
+                raise EnoughSeen
+
+        handles = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
+        try:
+            with suppress(EnoughSeen):
+                call_model(model, batch, self.forward, index)
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.forwards += 1
+        return calls * len(blocks) if self.chain.alike else calls, inputs[0]
+
+    @contextmanager
+    def block(self, number: int, stages: Sequence[Sequence[Layer]]) -> Iterator[None]:
+        """Bring one block to the device, with a dense copy of it if the dense stream is kept, to be stopped before `stages`."""
+        block = self.chain.blocks[number]
+        home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
+        self.current = number
+        self._dense_advanced = False
+        if self.device is not None:
+            block.to(self.device)
+        firsts = [stage[0] for stage in stages]
+        twins: list[Layer] = []
+        if self.keep_dense:
+            self._dense_block = dense_copy(block, self.dense)
+            names = {id(module): name for name, module in block.named_modules()}
+            twins = [replace(layer, module=self._dense_block.get_submodule(names[id(layer.module)])) for layer in firsts]
+        number_of = {layer.name: index for index, layer in enumerate(firsts)}
+        parts: Inputs = []
+
+        def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
+            if self._running is None:
+                # A forward pass of the caller's own, between two stages.
+                return
+            parts.append((inputs, part))
+            if part in (None, LAST_PART):
+                handed, parts[:] = list(parts), []
+                self._running.paused.pause((number_of[layer.name], handed))
+
+        try:
+            with observed(block, firsts, seen), observed(self._dense_block or nn.Identity(), twins, seen):
+                yield
+        finally:
+            self._stop()
+            self._dense_block = None
+            if self.device is not None:
+                block.to(home)
+
+    def inputs_of(self, index: int, stage: int) -> tuple[Inputs, Inputs | None]:
+        """What a stage of the present block sees of one batch; and in the dense network, if that is another one by now."""
+        streams = (False, True) if self._dense_block is not None and self.differs and self.compare else (False,)
+        found = []
+        for dense in streams:
+            one = self._pass(index, dense)
+            found.append(self._resumed(one, lambda one=one: one.reach(stage)))  # type: ignore[misc]
+        return found[0], found[1] if len(found) > 1 else None
+
+    def release(self, index: int) -> None:
+        """Forget the pass of a batch that there is no room to hold; it will start anew."""
+        stopped = [self._passes[key].paused.held_bytes for key in ((index, False), (index, True)) if key in self._passes]
+        self._held_bytes = max(self._held_bytes, sum(stopped))
+        if not self._held(index):
+            self._stop((index, False), (index, True))
+
+    def advance(self) -> None:
+        """Replace the activations by what the present block, as it now is, makes of them."""
+        if self.current == len(self.chain.blocks) - 1:
+            self._stop()
+            return
+        self.advance_dense()
+        for index in range(len(self.inputs)):
+            self.inputs[index] = self._finish(index, False)
+            self._stop((index, False))
+
+    def advance_dense(self) -> None:
+        """Replace the dense network's activations alone, once a block."""
+        if self._dense_block is None or self._dense_advanced:
+            return
+        self._dense_advanced = True
+        for index in range(len(self.dense_inputs)):
+            self.dense_inputs[index] = self._finish(index, self.differs)
+            self._stop((index, True))
+
+    def output(self, index: int) -> Tensor:
+        """What the present block makes of a batch, from the start."""
+        return self.chain.slot.of_output(self._call(self.chain.blocks[self.current], index, self.inputs[index]))
+
+    def restart(self) -> None:
+        """Forget what passes have computed with weights that are others now."""
+        self._stop()
+
+    def _stop(self, *chosen: tuple[int, bool]) -> None:
+        for key in chosen or tuple(self._passes):
+            if one := self._passes.pop(key, None):
+                one.paused.stop()
+
+    def _finish(self, index: int, dense: bool) -> Tensor:
+        one = self._pass(index, dense)
+        with taking_in(self.data[index], index, f"the block {self.chain.name}.{self.current}"):
+            while not one.paused.finished:
+                self._resumed(one, one.paused.resume)
+        home = (self.dense_inputs if dense else self.inputs)[index].device
+        return self.chain.slot.of_output(one.paused.result).to(home)
+
+    def _resumed(self, one: _Pass, go_on: Callable[[], Any]) -> Any:
+        self._running = one
+        try:
+            return go_on()
+        finally:
+            self._running = None
+
+    def _pass(self, index: int, dense: bool) -> _Pass:
+        if (index, dense) not in self._passes:
+            block = self._dense_block if dense else self.chain.blocks[self.current]
+            inputs = (self.dense_inputs if dense else self.inputs)[index]
+            assert block is not None
+            self._passes[index, dense] = _Pass(lambda: self._call(block, index, inputs))
+            self.forwards += 1
+        return self._passes[index, dense]
+
+    def _held(self, index: int) -> bool:
+        one = max(INNER * self.inputs[index].nbytes * (2 if self.keep_dense else 1), self._held_bytes)
+        return (index + 1) * one <= PAUSED_BYTES
+
+    def _call(self, block: nn.Module, index: int, inputs: Tensor) -> Any:
+        call = self.calls[index][self.current]
+        device = self.device or inputs.device
+        args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (list(call.args), call.kwargs))
+        argument = self.chain.slot.argument
+        # A block may work in place on what it is handed; the activations may be needed again.
+        handed = inputs.to(device, copy=True)
+        if isinstance(argument, int):
+            args[argument] = handed
+        else:
+            kwargs[argument] = handed
+        return block(*args, **kwargs)
+
+
+def _sharing(given: Any, before: Any) -> Any:
+    """`given`, with each tensor that equals its counterpart in `before` replaced by it, so that it is held once."""
+    leaves, structure = pytree.tree_flatten(given)
+    others, other_structure = pytree.tree_flatten(before)
+    if structure != other_structure:
+        return given
+    shared = [
+        b
+        if isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b)
+        else a
+        for a, b in zip(leaves, others, strict=True)
+    ]
+    return pytree.tree_unflatten(shared, structure)

@@ -1,0 +1,324 @@
+"""The layer walker: input statistics of any model's layers on calibration data, all at once or stage by stage.
+
+A stage is a run of layers that see the same input (an attention's query, key and value; an MLP's gate and up). In order
+"sequential" the walker yields a stage, the caller changes its weights, and the statistics of the next stage are those of the
+changed network. In order "parallel" all statistics are of the network as it is when the walk begins.
+
+Cost: "parallel" is one pass over the data where the statistics of all layers fit into memory together. "sequential" runs
+a chain of blocks (transformer layers, say) block by block with the activations between two blocks kept, so that the whole
+walk costs a few passes; what is no chain is run from the start up to each stage.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from bisparse.layers import Layer
+from bisparse.process_group import Ranks
+from bisparse.pruning.calibration.block_chain import Chain, dense_copy, find_chains
+from bisparse.pruning.calibration.block_runner import ChainRun, FinishedBlock
+from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Data, Stage
+from bisparse.pruning.calibration.execution_order import discover
+from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, call_model, observed, taking_in, token_mask
+from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
+from bisparse.pruning.methods.reduction import positions
+from bisparse.tiles import to_matrices
+
+__all__ = ["Order", "Stage", "Walk", "calibrate"]
+
+Order = Literal["sequential", "parallel"]
+WHOLE_BYTES = 1 << 30
+"""Statistics of all layers are collected in one pass if they fit into this; else stage by stage, as in "sequential"."""
+
+
+@dataclass
+class Walk:
+    """What a walk cost and found, filled while it goes."""
+
+    unreached: list[str] = field(default_factory=list)
+    """Layers that no calibration batch went through."""
+    activation_bytes: int = 0
+    """Most bytes of activations held between two blocks."""
+    statistics_bytes: int = 0
+    """Most bytes of statistics held at once."""
+    forwards: int = 0
+    """Batches run through the whole model, a part of it or one block."""
+    time_s: float = 0.0
+    """Seconds spent running the model and accumulating; the caller's own work is not counted."""
+
+
+def calibrate(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    batches: Iterable[Any],
+    needs: frozenset[Statistic],
+    *,
+    order: Order = "sequential",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    device: torch.device | str | None = None,
+    done: frozenset[str] = frozenset(),
+    dense: Callable[[Tensor], Tensor | None] | None = None,
+    progress: bool | None = None,
+    walk: Walk | None = None,
+    ranks: Ranks | None = None,
+    blocks: bool = False,
+) -> Generator[Stage | FinishedBlock]:
+    """Yield the layers stage by stage, each with the statistics of its inputs; the caller may change weights in between.
+
+    The model runs in eval mode without gradients; its mode is restored at the end.
+
+    Args:
+        batches: calibration data, read once and kept (token ids, images). Passed as ``model(**batch)``, ``model(*batch)``
+            or ``model(batch)``, or by `forward`. Positions that a 2-D "attention_mask" hides are not counted.
+        needs: what to collect.
+        order: "sequential" or "parallel", see above. CROSS is collected in "sequential" only, where it differs from GRAM. In
+            "parallel" the caller leaves the weights alone until the walk is over.
+        device: run the blocks of a chain there, one block at a time; by default where the model is.
+        done: names of layers changed by an earlier, interrupted walk: they are passed over.
+        dense: what a parameter or buffer was before anything was pruned, None for one that is as it was; for the dense network
+            that CROSS compares with.
+        progress: a progress bar; None: if a terminal is there to see it.
+        walk: filled with costs and with the layers never reached.
+        ranks: share the data among these, all of whom call this alike; every one gets the statistics of all data.
+        blocks: in "sequential", yield each block of a chain too, once its layers have been; the caller may change them again.
+
+    Raises:
+        CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
+    """
+    walk = walk if walk is not None else Walk()
+    data = list(batches)
+    if not data:
+        raise CalibrationError("the calibration set is empty: give at least one batch")
+    if order not in ("sequential", "parallel"):
+        raise ValueError(f"order={order!r}: expected 'sequential' or 'parallel'")
+    if order == "parallel":
+        needs = needs - {Statistic.CROSS}
+    # Raw inputs are not worth sending: each rank runs all of the data then.
+    shared = Data(data, needs, ranks if ranks is not None and Statistic.INPUTS not in needs else Ranks())
+    bar = tqdm(
+        total=len(layers), desc="calibrating", unit="layer", disable=None if progress is None else not progress, smoothing=0.1
+    )
+    with _evaluating(model), bar:
+        started = time.perf_counter()
+        stages, calls, forwards = discover(model, layers, data, forward)
+        walk.forwards += forwards
+        walk.time_s += time.perf_counter() - started
+        reached = {layer.name for stage in stages for layer in stage}
+        walk.unreached += [layer.name for layer in layers if layer.name not in reached]
+        walker: Iterator[Stage | FinishedBlock]
+        if order == "parallel" and _bytes_of_all(layers, needs) <= WHOLE_BYTES:
+            walker = _walk_whole(model, stages, calls, shared, forward, walk, done)
+        else:
+            walker = _walk_in_order(model, stages, calls, shared, forward, walk, device, done, dense, blocks)
+        for stage in _timed(walker, walk):
+            if isinstance(stage, FinishedBlock):
+                yield stage
+                continue
+            bar.set_postfix_str(stage.layers[-1].name)
+            yield stage
+            bar.update(len(stage.layers))
+        bar.update(bar.total - bar.n)
+
+
+def _timed(stages: Iterator[Stage | FinishedBlock], walk: Walk) -> Iterator[Stage | FinishedBlock]:
+    while True:
+        started = time.perf_counter()
+        with torch.no_grad():
+            stage = next(stages, None)
+        walk.time_s += time.perf_counter() - started
+        if stage is None:
+            return
+        yield stage
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _bytes_of_all(layers: Sequence[Layer], needs: frozenset[Statistic]) -> float:
+    """What the statistics of all layers take together; raw inputs are never held for more than one stage."""
+    if Statistic.INPUTS in needs:
+        return float("inf")
+    copies = 2 if Statistic.HELD_OUT in needs else 1
+    total = 0
+    for layer in layers:
+        batch, _, inputs = to_matrices(layer.weight.detach(), layer.layout).shape
+        kernel = positions(layer.layout, layer.weight.shape)
+        width = kernel * inputs
+        total += 4 * copies * (batch // kernel) * (width * width if Statistic.GRAM in needs else width)
+    return total
+
+
+def _walk_whole(
+    model: nn.Module,
+    stages: list[list[Layer]],
+    calls: dict[str, int],
+    data: Data,
+    forward: Callable[..., Any] | None,
+    walk: Walk,
+    done: frozenset[str],
+) -> Iterator[Stage]:
+    """All stages from one pass, all of the network as it is now."""
+    todo = [[layer for layer in stage if layer.name not in done] for stage in stages]
+    collector = _run(model, todo, data, forward, walk, None, calls)
+    yield from (collector.stage(stage) for stage in todo if stage)
+
+
+def _run(
+    model: nn.Module,
+    stages: Sequence[Sequence[Layer]],
+    data: Data,
+    forward: Callable[..., Any] | None,
+    walk: Walk,
+    reference: nn.Module | None,
+    calls: dict[str, int],
+) -> Collector:
+    """Run every batch, only as far as needed, and collect; from `reference`, where given, the dense inputs."""
+    collector = Collector(stages, calls, data)
+    layers = [layer for stage in stages for layer in stage]
+    # A layer called more than once may be called a different number of times by another batch: run to the end.
+    once = all(calls.get(layer.name) == 1 for layer in layers)
+    twins = [replace(layer, module=reference.get_submodule(_module_name(model, layer))) for layer in layers] if reference else []
+    for index, batch in data.own:
+        dense: dict[str, list[Tensor]] = {}
+        if reference is not None:
+            with observed(reference, twins, _noting(dense)):
+                call_model(reference, batch, forward, index)
+        with observed(model, layers, _collecting(collector, index, batch, dense, layers if once else ())), suppress(EnoughSeen):
+            call_model(model, batch, forward, index)
+        walk.forwards += 1 + (reference is not None)
+    walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
+    return collector
+
+
+def _noting(dense: dict[str, list[Tensor]]) -> Seen:
+    # What follows may work in place on a layer's input, so a copy is noted.
+    return lambda layer, inputs, part: dense.setdefault(layer.name, []).append(inputs.clone())
+
+
+def _collecting(collector: Collector, index: int, batch: Any, dense: dict[str, list[Tensor]], wanted: Sequence[Layer]) -> Seen:
+    """Adds to the collector, and stops the forward pass once every layer of `wanted`, if any, was seen."""
+    keep = token_mask(batch)
+    remaining = {layer.name for layer in wanted}
+
+    def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
+        z = dense[layer.name].pop(0) if dense.get(layer.name) else None
+        collector.add(index, layer, inputs, z, keep, part)
+        if part in (None, LAST_PART):
+            remaining.discard(layer.name)
+        if wanted and not remaining:
+            raise EnoughSeen
+
+    return seen
+
+
+def _module_name(model: nn.Module, layer: Layer) -> str:
+    names: Iterator[str] = (name for name, module in model.named_modules() if module is layer.module)
+    return next(names)
+
+
+def _walk_in_order(
+    model: nn.Module,
+    stages: list[list[Layer]],
+    calls: dict[str, int],
+    data: Data,
+    forward: Callable[..., Any] | None,
+    walk: Walk,
+    device: torch.device | str | None,
+    done: frozenset[str],
+    dense: Callable[[Tensor], Tensor | None] | None,
+    blocks: bool,
+) -> Iterator[Stage | FinishedBlock]:
+    chains = find_chains(model, [layer for stage in stages for layer in stage], calls, data.batches[0], forward)
+    segments: list[Chain | list[Layer]] = []
+    for stage in stages:
+        # A stage that straddles a chain's end does not exist: its layers share one input.
+        chain = next((chain for chain in chains if chain.holds(stage[0])), None)
+        if chain is None:
+            segments.append(stage)
+        elif chain not in segments:
+            segments.append(chain)
+    cross = Statistic.CROSS in data.needs
+    # Blocks keep their own dense copies, one at a time. A dense copy of the whole model is needed only where something
+    # else is pruned before a chain; layers after the only chain are fitted to the outputs they have by then.
+    alone = len(segments) > 0 and isinstance(segments[0], Chain) and not any(isinstance(s, Chain) for s in segments[1:])
+    reference = dense_copy(model, dense) if (cross or blocks) and not alone else None
+    for number, segment in enumerate(segments):
+        if isinstance(segment, Chain):
+            own = [stage for stage in stages if segment.holds(stage[0])]
+            run = ChainRun(segment, model, [batch for _, batch in data.own], forward, device, cross or blocks, dense, cross)
+            yield from _walk_chain(run, own, data, walk, done, reference if number else None, blocks)
+        elif todo := [layer for layer in segment if layer.name not in done]:
+            yield _run(model, [todo], data, forward, walk, reference if number else None, calls).stage(todo)
+
+
+def _finished(run: ChainRun, layers: tuple[Layer, ...], data: Data) -> FinishedBlock:
+    numbers = range(len(data.own))
+    judge = tuple(number for number in numbers if number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1) or tuple(numbers)
+    return FinishedBlock(
+        f"{run.chain.name}.{run.current}",
+        run.chain.blocks[run.current],
+        layers,
+        run.output,
+        run.dense_inputs.__getitem__,
+        lambda number: token_mask(data.own[number][1]),
+        tuple(number for number in numbers if number not in judge) or tuple(numbers),
+        judge,
+    )
+
+
+def _walk_chain(
+    run: ChainRun,
+    stages: list[list[Layer]],
+    data: Data,
+    walk: Walk,
+    done: frozenset[str],
+    reference: nn.Module | None,
+    blocks: bool,
+) -> Iterator[Stage | FinishedBlock]:
+    run.start(reference)
+    # What comes after the last block with layers needs no running.
+    for number in range(1 + max(run.chain.block_of(stage[0]) for stage in stages)):
+        own = [stage for stage in stages if run.chain.block_of(stage[0]) == number]
+        with run.block(number, own):
+            for position, stage in enumerate(own):
+                # Layers done before the walk was interrupted are part of the pruned stream already.
+                run.differs |= any(layer.name in done for layer in stage)
+                todo = [layer for layer in stage if layer.name not in done]
+                if not todo:
+                    continue
+                collector = Collector([todo], {}, data)
+                for own_index, (index, batch) in enumerate(data.own):
+                    keep = token_mask(batch)
+                    with taking_in(batch, index, f"the layer {todo[0].name}"):
+                        inputs, dense_inputs = run.inputs_of(own_index, position)
+                        for at, (x, part) in enumerate(inputs):
+                            for layer in todo:
+                                z = dense_inputs[at][0] if dense_inputs and at < len(dense_inputs) else None
+                                collector.add(index, layer, x, z, keep, part)
+                    run.release(own_index)
+                walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
+                walk.activation_bytes = max(walk.activation_bytes, run.activation_bytes)
+                yield collector.stage(todo)
+                run.differs = True
+            if blocks and own:
+                run.advance_dense()
+                yield _finished(run, tuple(layer for stage in own for layer in stage), data)
+                run.restart()
+            run.advance()
+    walk.forwards += run.forwards

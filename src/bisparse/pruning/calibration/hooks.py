@@ -1,0 +1,179 @@
+"""Observing the inputs of layers while a model runs, by hooks that know kinds of modules but no architecture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bisparse.layers import Layer
+from bisparse.pruning.calibration.statistics import CalibrationError
+from bisparse.tiles import LayoutKind
+from bisparse.user_errors import ends_the_process, told
+
+__all__ = ["LAST_PART", "EnoughSeen", "Seen", "call_model", "observed", "taking_in", "token_mask"]
+
+Seen = Callable[[Layer, Tensor, int | None], None]
+"""Called with a layer, its input, and which part of a packed projection the input belongs to (None: all of it)."""
+
+LAST_PART = 2
+"""The value projection of packed attention, the last to be seen."""
+
+
+class EnoughSeen(Exception):
+    """Stops a forward pass whose remaining layers nobody asked about."""
+
+
+def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None, index: int = 0) -> Any:
+    """Run the model on one batch: ``forward(model, batch)``, or a mapping by keyword, a tuple or list by position, else as one.
+
+    Raises:
+        CalibrationError: the model does not take the batch.
+    """
+    ways = (
+        "Batches are passed as model(**batch), model(*batch) or model(batch); pass forward=lambda model, batch: ... for anything "
+        "else, such as (inputs, labels) pairs"
+    )
+    with taking_in(batch, index, f"the model {type(model).__name__}", ways), _without_cache(model):
+        if forward is not None:
+            return forward(model, batch)
+        if isinstance(batch, Mapping):
+            return model(**batch)
+        if isinstance(batch, tuple | list):
+            return model(*batch)
+        return model(batch)
+
+
+@contextmanager
+def taking_in(batch: Any, index: int, taker: str, remedy: str = "") -> Iterator[None]:
+    """While open, whatever goes wrong is told as a batch that does not fit `taker`: a model may raise anything.
+
+    Raises:
+        CalibrationError: something went wrong.
+    """
+    try:
+        yield
+    except (CalibrationError, EnoughSeen, ImportError, MemoryError):
+        # These say what they are; none of them is the batch's fault.
+        raise
+    except (Exception, SystemExit) as error:
+        if ends_the_process(error):
+            raise
+        described = {key: _describe(value) for key, value in batch.items()} if isinstance(batch, Mapping) else _describe(batch)
+        problem = f"calibration batch {index} ({described}) does not fit {taker}: {told(error)}"
+        raise CalibrationError(f"{problem}. {remedy}" if remedy else problem) from error
+
+
+@contextmanager
+def _without_cache(model: nn.Module) -> Iterator[None]:
+    """A transformers model's key-value cache off: blocks that are run again would find their own tokens in it."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "use_cache", None)
+    if not before:
+        yield
+        return
+    assert config is not None
+    config.use_cache = False
+    try:
+        yield
+    finally:
+        config.use_cache = before
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of {', '.join(_describe(one) for one in value[:4])}"
+    return type(value).__name__
+
+
+def token_mask(batch: Any) -> Tensor | None:
+    """Which positions of a batch are real tokens (bool), from its 2-D ``attention_mask``; None where it has none."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+@contextmanager
+def observed(model: nn.Module, layers: Sequence[Layer], seen: Seen) -> Iterator[None]:
+    """While open, `seen` is called at every use of one of the layers, in the order of execution."""
+    handles = []
+    attention_of_projection = {
+        id(module.out_proj): module for module in model.modules() if isinstance(module, nn.MultiheadAttention)
+    }
+    # The fused attention path calls no submodule and shows no hook anything.
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        for layer in layers:
+            if isinstance(layer.module, nn.MultiheadAttention):
+                hook = _attention_hook(layer, seen)
+                handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+            elif id(layer.module) in attention_of_projection:
+                attention = attention_of_projection[id(layer.module)]
+                handles.append(attention.register_forward_pre_hook(_projection_hook(layer, seen), with_kwargs=True))
+            elif layer.layout.kind is not LayoutKind.EXPERTS:
+                handles.append(layer.module.register_forward_pre_hook(_input_hook(layer, seen), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _input_hook(layer: Layer, seen: Seen) -> Callable[..., None]:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        inputs = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
+        if isinstance(inputs, Tensor):
+            seen(layer, inputs, None)
+
+    return hook
+
+
+_BUSY = "_bisparse_calibrating"
+
+
+def _attention_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    return named["query"], named["key"], named["value"]
+
+
+def _attention_hook(layer: Layer, seen: Seen) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(module, _BUSY, False):
+            return
+        inputs = _attention_arguments(args, kwargs)
+        separate = {"q_proj_weight": 0, "k_proj_weight": 1, "v_proj_weight": 2}.get(layer.parameter)
+        if separate is not None:
+            seen(layer, inputs[separate], None)
+        elif inputs[0] is inputs[1] is inputs[2]:
+            seen(layer, inputs[0], None)
+        else:
+            for part, one in enumerate(inputs):
+                seen(layer, one, part)
+
+    return hook
+
+
+def _projection_hook(layer: Layer, seen: Seen) -> Callable[..., None]:
+    """Packed attention multiplies by its output projection without calling it: with an identity there, it returns the input."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(module, _BUSY, False):
+            return
+        assert isinstance(module, nn.MultiheadAttention)
+        weight = module.out_proj.weight
+        identity = {"out_proj.weight": torch.eye(weight.shape[0], device=weight.device, dtype=weight.dtype)}
+        if module.out_proj.bias is not None:
+            identity["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
+        object.__setattr__(module, _BUSY, True)
+        try:
+            heads, _ = torch.func.functional_call(module, identity, args, kwargs)
+        finally:
+            object.__delattr__(module, _BUSY)
+        seen(layer, heads, None)
+
+    return hook

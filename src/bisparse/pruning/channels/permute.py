@@ -1,0 +1,294 @@
+"""Channel permutation: the same network with its channels in an order that lets a pattern keep more score.
+
+Columns are dealt into groups of M. One step takes a column out of every group and deals all of them out again at once, by the
+assignment of columns to groups that keeps the most; a step never loses. For a transposable pattern a column adds to a tile
+at most its N best entries, both directions of a weight count, and a new order is taken only if the exact masks keep more.
+Groups of four are then refined two at a time (`stripe_groups`).
+Guarantee: the score kept never falls, and the network's outputs stay equal, which is checked.
+Cost: R x (C/M)^2 a step for R rows and C columns, and one assignment of C/M.
+Sources: channel permutation, Pool and Yu, NeurIPS 2021; dealing out by assignment, Zhao et al., "Gyro-Permutation", AAAI 2025.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bisparse._solve import solve
+from bisparse.layers import Filter, Layer, find_layers
+from bisparse.pattern import Pattern, parse_pattern
+from bisparse.pruning.calibration.hooks import call_model
+from bisparse.pruning.channels.assignment import assign
+from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces
+from bisparse.pruning.channels.stripe_search import refine_stripes
+from bisparse.scores import magnitude
+from bisparse.tiles import LayoutKind, to_matrices
+
+__all__ = ["PermutationReport", "PermutedSpace", "permute_", "search_order"]
+
+CHUNK = 1 << 24
+"""Numbers in a block of the table of gains."""
+
+
+@dataclass(frozen=True)
+class PermutedSpace:
+    """What became of one set of channels."""
+
+    layers: tuple[str, ...]
+    """Layers that read or write it."""
+    size: int
+    before: float
+    """Score that the layers' masks keep, before."""
+    after: float
+    reason: str = ""
+    """Why it was left as it is; empty where it was permuted."""
+
+
+@dataclass(frozen=True)
+class PermutationReport:
+    """What permuting a network's channels brought."""
+
+    pattern: str
+    spaces: tuple[PermutedSpace, ...]
+    retained_before: float
+    """Share of the score of all layers that the pattern keeps, before."""
+    retained_after: float
+    time_s: float
+    untraced: dict[str, str]
+    """Parts that torch.fx could not trace, with the reason."""
+
+    def __str__(self) -> str:
+        done = sum(not space.reason for space in self.spaces)
+        return (
+            f"{done} of {len(self.spaces)} channel spaces permuted for {self.pattern}: "
+            f"{100 * self.retained_before:.2f} -> {100 * self.retained_after:.2f} % of the score kept, {self.time_s:.1f} s"
+        )
+
+
+def permute_(
+    model: nn.Module,
+    pattern: str | Pattern,
+    example: Any,
+    *,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    scores: Callable[[Layer], Tensor] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    steps: int = 60,
+    rounds: int = 2,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> PermutationReport:
+    """Permute a network's channels, in place, so that masks of the pattern keep more; its outputs stay as they are.
+
+    Args:
+        example: a batch to trace the network by and to compare outputs on.
+        include, exclude: layers that will be pruned; see `find_layers`. Others are permuted along, but do not count.
+        scores: a layer's scores, of its weight's shape; by default magnitude.
+        steps: at most, a space and round. rounds: over all spaces; later ones see the other side's new order.
+        tolerance: by how much of their largest number outputs may differ, from rounding; a space that exceeds it is undone.
+
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> report = permute_(model, "2:4", torch.randn(4, 8))
+    >>> report.retained_after > report.retained_before
+    True
+    """
+    started = time.perf_counter()
+    parsed = parse_pattern(pattern)
+    if not isinstance(parsed, Pattern):
+        raise ValueError(f"permutation at {parsed} is not defined: expected a pattern such as '2:4' or '4:8-T'")
+    layers, _ = find_layers(model, include, exclude)
+    by_weight = {id(layer.weight): layer for layer in layers if layer.layout.kind is not LayoutKind.PACKED}
+    score_of = scores or (lambda layer: magnitude(layer.weight))
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            spaces, untraced = channel_spaces(model, example, forward)
+            goal = _outputs(model, example, forward)
+            before_all, total = _kept(layers, parsed, score_of)
+            found: list[PermutedSpace] = []
+            # The outputs after a permutation sum in another order; undone ones are those that differ by more.
+            done = {id(space): _reason(space, by_weight) for space in spaces}
+            first = {id(space): _space_value(space, by_weight, parsed, score_of) for space in spaces}
+            last = dict(first)
+            for turn in range(rounds):
+                for space in spaces:
+                    if done[id(space)]:
+                        continue
+                    order = _best_order(space, by_weight, parsed, score_of, steps, seed + turn)
+                    value = last[id(space)]
+                    space.permute_(order)
+                    after = _space_value(space, by_weight, parsed, score_of)
+                    back = torch.argsort(order)
+                    if after <= value:
+                        space.permute_(back)
+                    elif not _close(goal, _outputs(model, example, forward), tolerance):
+                        space.permute_(back)
+                        done[id(space)] = "the outputs changed: the graph hides a use of these channels"
+                    else:
+                        last[id(space)] = after
+            for space in spaces:
+                names = _names(space, by_weight)
+                value = _space_value(space, by_weight, parsed, score_of)
+                reason = done[id(space)]
+                if not reason and last[id(space)] == first[id(space)]:
+                    reason = "no better order was found"
+                if names:
+                    found.append(PermutedSpace(names, space.size, first[id(space)], value, reason))
+            after_all, _ = _kept(layers, parsed, score_of)
+    finally:
+        for module, mode in training:
+            module.training = mode
+    return PermutationReport(
+        str(parsed),
+        tuple(found),
+        before_all / total if total else 1.0,
+        after_all / total if total else 1.0,
+        time.perf_counter() - started,
+        untraced,
+    )
+
+
+def _names(space: ChannelSpace, by_weight: dict[int, Layer]) -> tuple[str, ...]:
+    tensors = [*space.writers, *space.readers]
+    return tuple(dict.fromkeys(by_weight[id(tensor)].name for tensor, _ in tensors if id(tensor) in by_weight))
+
+
+def _reason(space: ChannelSpace, by_weight: dict[int, Layer]) -> str:
+    if space.frozen:
+        return space.frozen
+    return "" if _names(space, by_weight) else "no layer to prune reads or writes it"
+
+
+def _kept(layers: list[Layer], pattern: Pattern, score_of: Callable[[Layer], Tensor]) -> tuple[float, float]:
+    kept = total = 0.0
+    for layer in layers:
+        scores = score_of(layer)
+        kept += solve(scores, pattern, layout=layer.layout).value
+        total += float(scores.double().sum())
+    return kept, total
+
+
+def _space_value(
+    space: ChannelSpace, by_weight: dict[int, Layer], pattern: Pattern, score_of: Callable[[Layer], Tensor]
+) -> float:
+    counted = {id(tensor): by_weight[id(tensor)] for tensor, _ in [*space.writers, *space.readers] if id(tensor) in by_weight}
+    return _kept(list(counted.values()), pattern, score_of)[0]
+
+
+def _best_order(
+    space: ChannelSpace,
+    by_weight: dict[int, Layer],
+    pattern: Pattern,
+    score_of: Callable[[Layer], Tensor],
+    steps: int,
+    seed: int,
+) -> Int[Tensor, " C"]:
+    """The order found for one space, from the scores of all weights that read it and, if transposable, write it."""
+    stacked = []
+    for tensor, _ in space.readers:
+        if layer := by_weight.get(id(tensor)):
+            stacked.append(_bands(to_matrices(score_of(layer), layer.layout), pattern.m))
+    if pattern.transposable:
+        for tensor, _ in space.writers:
+            if layer := by_weight.get(id(tensor)):
+                stacked.append(_bands(to_matrices(score_of(layer), layer.layout).transpose(1, 2), pattern.m))
+    if not stacked:
+        return torch.arange(space.size)
+    return search_order(torch.cat(stacked).float(), pattern, steps=steps, seed=seed)
+
+
+def _bands(matrices: Float[Tensor, "B R C"], m: int) -> Float[Tensor, "R2 C"]:
+    """Matrices one below the other, each completed to whole bands of m rows."""
+    padded = torch.nn.functional.pad(matrices, (0, 0, 0, -matrices.shape[1] % m))
+    return padded.flatten(0, 1)
+
+
+def search_order(scores: Float[Tensor, "R C"], pattern: Pattern, *, steps: int = 60, seed: int = 0) -> Int[Tensor, " C"]:
+    """An order of the columns whose groups of M keep more; ``scores[:, order]`` is the permuted matrix.
+
+    For a transposable pattern M must divide R, and rows stay where they are. Deterministic for a seed.
+    """
+    columns, m = scores.shape[1], pattern.m
+    order = torch.arange(columns, device=scores.device)
+    groups = columns // m
+    if groups < 2 or pattern.n >= m:
+        return order
+    generator = torch.Generator().manual_seed(seed)
+    # Sums of large scores must fit float32.
+    scores = (scores.double() / scores.max().double().clamp(min=torch.finfo(torch.float64).tiny)).float()
+    # A short last group stays together: its place at the edge is worth something that no other has.
+    members = order[: groups * m].view(groups, m).clone()
+    idle = 0
+    # Gains are exact for a plain pattern; for a transposable one they bound what the tiles' masks keep, which is looked at.
+    best, best_value = members.clone(), solve(scores[:, : groups * m], pattern).value if pattern.transposable else 0.0
+    for step in range(steps):
+        # Which column of a group leaves is drawn, but each place comes up equally often.
+        if step % m == 0:
+            turns = torch.rand(groups, m, generator=generator).argsort(1).to(scores.device)
+        taken = turns[:, step % m : step % m + 1]
+        leaving = members.gather(1, taken)[:, 0]
+        rest = members[torch.arange(m, device=scores.device) != taken].view(groups, m - 1)
+        gain = _gains(scores, rest, leaving, pattern)
+        choice = torch.from_numpy(assign(gain.cpu().double().numpy())).to(scores.device)
+        stay = float(gain.diagonal().double().sum())
+        move = float(gain.gather(1, choice[:, None]).double().sum())
+        if move > stay:
+            members.scatter_(1, taken, leaving[choice][:, None])
+            if pattern.transposable and (value := solve(scores[:, members.flatten()], pattern).value) > best_value:
+                best, best_value = members.clone(), value
+        idle = idle + 1 if move - stay <= 1e-5 * abs(stay) else 0
+        if idle >= m:
+            break
+    if pattern.transposable:
+        members = best
+    elif m == 4:
+        unchanged = order[: groups * m].view(groups, m)
+        members = refine_stripes(scores, torch.stack([unchanged, members]), pattern.n, generator)
+    return torch.cat([members.flatten(), order[groups * m :]])
+
+
+def _gains(
+    scores: Float[Tensor, "R C"], rest: Int[Tensor, "S M1"], leaving: Int[Tensor, " S"], pattern: Pattern
+) -> Float[Tensor, "S S"]:
+    """What column ``leaving[j]`` would add to group i: all that exceeds the smallest kept entry it replaces."""
+    groups, m = len(rest), pattern.m
+    gain = torch.zeros(groups, groups, device=scores.device)
+    rows = max(m, CHUNK // (groups * groups) // m * m)
+    for part in scores.split(rows):
+        others = part[:, rest]  # (rows, S, M-1)
+        threshold = _largest([one.unsqueeze(0) for one in others.unbind(2)], pattern.n)[-1]  # (rows, S)
+        extra = (part[:, None, leaving] - threshold[:, :, None]).clamp(min=0)  # (rows, S, S)
+        if pattern.transposable:
+            extra = _largest(list(extra.unflatten(0, (-1, m)).unbind(1)), pattern.n)
+        gain += extra.sum(0)
+    return gain
+
+
+def _largest(entries: list[Tensor], n: int) -> Tensor:
+    """The n largest of each position of M tensors, stacked: n passes of a bubble sort, faster than topk at such sizes."""
+    for place in range(n):
+        for i in range(len(entries) - 1, place, -1):
+            entries[i - 1], entries[i] = torch.maximum(entries[i - 1], entries[i]), torch.minimum(entries[i - 1], entries[i])
+    return torch.cat(entries[:n])
+
+
+def _outputs(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any] | None) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(call_model(model, example, forward)) if isinstance(leaf, Tensor)]
+
+
+def _close(goal: list[Tensor], now: list[Tensor], tolerance: float) -> bool:
+    return all(
+        float((a.double() - b.double()).abs().max()) <= tolerance * max(float(a.double().abs().max()), 1e-12)
+        for a, b in zip(goal, now, strict=True)
+        if a.numel() and a.is_floating_point()
+    )

@@ -1,0 +1,188 @@
+"""One layer at a time: which layers, what a method makes of each, and writing the result into the model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bisparse.layers import Filter, Layer, Skipped, find_layers, matches, matrix_sides, remainder_reason
+from bisparse.pattern import Structure, parse_pattern
+from bisparse.pruning.bias import Bias, bias_of
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, Statistics
+from bisparse.pruning.methods.reduction import positions
+from bisparse.results import LayerResult, gap_of
+from bisparse.solvers import Solver
+from bisparse.tiles import LayoutKind, from_matrices, to_matrices
+
+__all__ = ["Change", "apply_", "layer_problem", "plan", "prune_layer", "record"]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What is to become of one layer, in its parameter's shape and dtype; small enough to hold for a whole model."""
+
+    layer: Layer
+    mask: Bool[Tensor, "..."]
+    weight: Float[Tensor, "..."] | None = None
+    """None: the kept weights stay."""
+    bias: Float[Tensor, " O"] | None = None
+    """None: it stays."""
+    bias_at: Bias | None = None
+    """Where the bias is stored."""
+
+
+def plan(
+    model: nn.Module,
+    pattern: Structure,
+    *,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    remainder: str = "pad",
+    patterns: Mapping[str, str | Structure] | None = None,
+) -> tuple[list[tuple[Layer, Structure]], list[Skipped]]:
+    """The layers to prune, each with its pattern, and a reason for each one left dense. Changes nothing.
+
+    Raises:
+        ValueError: filters or patterns that match nothing, no layer to prune, or weights that cannot be changed in place.
+    """
+    singles = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
+    found, left_dense = find_layers(model, include, exclude, remainder=remainder)
+    planned = []
+    unused = set(singles)
+    for layer in found:
+        chosen = next((name for name in singles if matches(name, layer.name, layer.module)), None)
+        unused.discard(chosen or "")
+        structure = singles[chosen] if chosen is not None else pattern
+        _check_plain_parameter(layer)
+        reason = remainder_reason(matrix_sides(layer.weight, layer.layout), structure, remainder, layer.name)
+        if reason is None:
+            planned.append((layer, structure))
+        else:
+            left_dense.append(Skipped(layer.name, reason))
+    if unused:
+        raise ValueError(f"patterns={sorted(unused)} match none of the layers to prune: {[layer.name for layer in found][:20]}")
+    if not planned:
+        reasons = "; ".join(f"{one.name}: {one.reason}" for one in left_dense[:4])
+        raise ValueError(
+            f"the model {type(model).__name__} has no layer to prune ({reasons or 'none that a pattern applies to'}); include "
+            "layers by name"
+        )
+    return planned, left_dense
+
+
+def layer_problem(
+    layer: Layer,
+    pattern: Structure,
+    solver: Solver | None = None,
+    statistics: Statistics | None = None,
+    allowed: Bool[Tensor, "..."] | None = None,
+    bias_at: Bias | None = None,
+) -> LayerProblem:
+    """A layer as the problem that methods take."""
+    weight = layer.weight.detach()
+    matrices = to_matrices(weight, layer.layout)
+
+    def output(inputs: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
+        own = from_matrices(matrices, layer.layout, weight.shape)
+        if isinstance(layer.module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            # The convolution's own way, which knows its padding mode.
+            result: Tensor = layer.module._conv_forward(inputs, own, bias)
+            return result
+        return functional.linear(inputs, own.t() if layer.layout.kind is LayoutKind.TRANSPOSED else own, bias)
+
+    return LayerProblem(
+        layer.name,
+        matrices if matrices.dtype == torch.float64 else matrices.float(),
+        pattern,
+        solver,
+        statistics,
+        None if bias_at is None else bias_at.value,
+        positions(layer.layout, weight.shape),
+        output,
+        None if allowed is None else to_matrices(allowed, layer.layout),
+    )
+
+
+def record(layer: Layer, pattern: Structure, pruned: Pruned, change: Change, seconds: float) -> LayerResult:
+    """The line of the report."""
+    weight = layer.weight if change.weight is None else change.weight
+    # A mask may keep weights that were zero already.
+    kept = change.mask.to(weight.device) & (weight != 0)
+    return LayerResult(
+        layer.name,
+        layer.parameter_name,
+        tuple(layer.weight.shape),
+        str(layer.weight.dtype).removeprefix("torch."),
+        layer.layout,
+        str(pattern),
+        float(kept.double().mean()),
+        pruned.solution.retained,
+        gap_of(pruned.solution),
+        pruned.solution.value,
+        seconds,
+        pruned.error,
+        pruned.error_before,
+        pruned.damping,
+        pruned.note,
+    )
+
+
+def prune_layer(
+    layer: Layer,
+    pattern: Structure,
+    method: Method,
+    solver: Solver | None = None,
+    statistics: Statistics | None = None,
+    allowed: Bool[Tensor, "..."] | None = None,
+    norms: Mapping[str, nn.Module] | None = None,
+) -> tuple[Change, LayerResult]:
+    """Let a method prune one layer; the layer itself is not changed. `apply_` does that.
+
+    Args:
+        allowed: where weights may be kept, of the weight's shape; None: everywhere.
+        norms: the batch norm behind each layer without a bias; see `norms_after`.
+
+    Raises:
+        ValueError: the method returned weights that are not finite; names the layer.
+    """
+    start = time.perf_counter()
+    with torch.no_grad():
+        bias_at = bias_of(layer, norms)
+        problem = layer_problem(layer, pattern, solver, statistics, allowed, bias_at)
+        pruned = method.prune(problem)
+        if pruned.weight is not None and not bool(torch.isfinite(pruned.weight).all()):
+            raise ValueError(f"{layer.name}: {method.name} at {pattern} returned weights that are not finite; raise the damping")
+        weight = layer.weight
+        mask = from_matrices(pruned.solution.mask, layer.layout, weight.shape)
+        new = None if pruned.weight is None else from_matrices(pruned.weight, layer.layout, weight.shape).to(weight.dtype)
+        change = Change(layer, mask, new, pruned.bias, bias_at)
+        return change, record(layer, pattern, pruned, change, time.perf_counter() - start)
+
+
+def apply_(changes: Iterable[Change]) -> None:
+    """Write masks and weights into the model, in place, keeping every parameter's identity, dtype and device."""
+    with torch.no_grad():
+        for change in changes:
+            weight = change.layer.weight
+            if change.weight is not None:
+                weight.copy_(change.weight)
+            weight.masked_fill_(~change.mask.to(weight.device), 0)
+            if change.bias is not None:
+                assert change.bias_at is not None
+                change.bias_at.write_(change.bias)
+
+
+def _check_plain_parameter(layer: Layer) -> None:
+    if layer.parameter not in layer.module._parameters:
+        raise ValueError(
+            f"{layer.name}: its weight is computed by a parametrization, so that pruning it in place would be lost; "
+            "call finalize_ or torch.nn.utils.parametrize.remove_parametrizations first"
+        )
+    if layer.weight.is_meta:
+        raise ValueError(f"{layer.name}: its weight is on the meta device and holds no numbers; load the model first")

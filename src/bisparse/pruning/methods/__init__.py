@@ -1,0 +1,1 @@
+"""One-shot pruning methods: one file per method."""

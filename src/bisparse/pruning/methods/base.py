@@ -1,0 +1,130 @@
+"""What a one-shot pruning method is: a layer's weight and statistics in, its mask and new weight out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bisparse._solve import solve
+from bisparse.pattern import Structure
+from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
+from bisparse.pruning.methods.least_squares_problem import Problem, make_problem
+from bisparse.pruning.methods.reduction import to_matrices_of_rows, to_rows
+from bisparse.solution import Solution
+from bisparse.solvers import Solver
+from bisparse.tiles import Layout, LayoutKind
+
+__all__ = ["MATRICES", "LayerProblem", "Method", "Pruned", "Statistic", "Statistics"]
+
+MATRICES = Layout(LayoutKind.EXPERTS)
+"""How `LayerProblem.weight` stores its matrices: one after the other."""
+
+
+@dataclass(frozen=True)
+class LayerProblem:
+    """One layer to prune, as the matrices that its GEMMs multiply by."""
+
+    name: str
+    weight: Float[Tensor, "B O I"]
+    """float32, or float64 where the layer is."""
+    pattern: Structure
+    solver: Solver | None = None
+    statistics: Statistics | None = None
+    bias: Float[Tensor, " P"] | None = None
+    positions: int = 1
+    """Matrices in a row whose products add up to one output: the kernel positions of a convolution."""
+    output: Callable[[Tensor, Tensor, Tensor | None], Tensor] | None = None
+    """The layer as a function of a batch of inputs, weight matrices and bias, for methods that iterate over samples."""
+    allowed: Bool[Tensor, "B O I"] | None = None
+    """Where weights may be kept; None: everywhere. Its complement stays pruned."""
+
+    def solve(self, scores: Float[Tensor, "B O I"]) -> Solution:
+        """The best mask for scores of the weight's shape, by the problem's pattern and solver."""
+        if self.allowed is not None:
+            scores = scores * self.allowed
+        try:
+            solution = solve(scores, self.pattern, self.solver, layout=MATRICES)
+        except ValueError as error:
+            raise ValueError(f"{self.name}: {error}") from error
+        if self.allowed is None:
+            return solution
+        # Kept entries of score zero are only filling: what is not allowed must not come back as one of them.
+        return Solution(
+            solution.mask & self.allowed, solution.scores, solution.pattern, solution.layout, certify=lambda: solution.certificate
+        )
+
+    def rows(self, matrices: Tensor) -> Tensor:
+        """(B, O, I) -> (G, O, K), one least-squares problem a convolution group, packed part or expert."""
+        rows: Tensor = to_rows(matrices, self.positions)
+        return rows
+
+    def matrices(self, rows: Tensor) -> Tensor:
+        """The inverse of `rows`."""
+        matrices: Tensor = to_matrices_of_rows(rows, self.positions)
+        return matrices
+
+    @property
+    def measured(self) -> Statistics:
+        """The calibration statistics.
+
+        Raises:
+            CalibrationError: there are none.
+        """
+        if self.statistics is None or self.statistics.columns == 0:
+            raise CalibrationError(
+                f"{self.name}: this method needs calibration statistics, and none were collected for this layer"
+            )
+        return self.statistics
+
+    def least_squares(self, *, centred: bool, statistics: Statistics | None = None) -> Problem:
+        """The layer's output error as a function of its weights; see `make_problem`."""
+        return make_problem(self.rows(self.weight), statistics or self.measured, centred=centred, name=self.name)
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """What a method did to one layer. Shapes are the problem's."""
+
+    solution: Solution
+    """The mask, with the scores it was chosen by."""
+    weight: Float[Tensor, "B O I"] | None = None
+    """New weights, 0 where the mask is; None: kept weights stay as they are."""
+    bias: Float[Tensor, " P"] | None = None
+    """New bias; None: it stays."""
+    error: float | None = None
+    """Relative error of the layer's output on the calibration data, where the method measures it."""
+    error_before: float | None = None
+    """The same with the mask applied to the dense weights and nothing else changed."""
+    damping: float | None = None
+    """Ridge of the least squares, in units of the mean square of an input."""
+    note: str = ""
+    """What the user should know about this layer."""
+
+
+class Method(ABC):
+    """A one-shot pruning method: a frozen dataclass whose fields are its settings.
+
+    Final subclasses implement `prune`, and declare in `needs` what calibration must measure for them.
+    """
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """Statistics that `prune` reads; a method that needs none runs without data."""
+        return frozenset()
+
+    @property
+    def name(self) -> str:
+        """As a user writes it: ``"magnitude"``."""
+        return type(self).__name__.lower()
+
+    @abstractmethod
+    def prune(self, problem: LayerProblem) -> Pruned:
+        """Choose the mask and the weights of one layer. Changes none of its inputs.
+
+        Raises:
+            ValueError: weights that are NaN or infinite, or statistics that are missing or do not fit; names the layer.
+        """

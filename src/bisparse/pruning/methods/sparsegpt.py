@@ -1,0 +1,126 @@
+"""SparseGPT: prune a few columns at a time, and let the columns after them make good for it.
+
+Columns are taken from left to right. A group of M columns gets its mask by the scores ``w^2 / [H^-1]_jj`` (what removing a
+weight costs once all later weights are free to adjust); for a transposable pattern the M columns of all rows are a band of
+tiles, whose mask is solved as such. Each column's error is then spread over the later columns by the inverse Hessian.
+Guarantee: none for the whole; each group's or tile's mask is optimal for its scores.
+Cost: one Cholesky of K x K, and one product (O, K) x (K, K).
+Source: Frantar and Alistarh, "SparseGPT", ICML 2023, arXiv 2301.00774, algorithm 1.
+Departures: any pattern and solver; columns of a convolution kernel position by position; a refit of the kept weights on
+their final support afterwards (`refit`), which the left-to-right sweep cannot do for columns already passed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bisparse._solve import solve
+from bisparse.pruning.calibration.statistics import Statistic
+from bisparse.pruning.methods.adaprune import fit
+from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned
+from bisparse.pruning.methods.least_squares_problem import Problem
+from bisparse.scores import hessian
+from bisparse.solution import Solution
+
+__all__ = ["SparseGPT"]
+
+UNSTRUCTURED_COLUMNS = 128
+"""Columns whose mask is chosen together where the pattern has no M, as in the source."""
+
+
+@dataclass(frozen=True)
+class SparseGPT(Method):
+    """Optimal brain surgeon, column by column.
+
+    Args:
+        damping: ridge in units of the mean square of an input, the source's 0.01.
+        refit: afterwards solve least squares on the mask, as `AdaPrune` does, instead of keeping the sweep's weights.
+        correct_upstream: aim at the dense network's outputs, as `AdaPrune` does; the source does not.
+    """
+
+    damping: float = 0.01
+    refit: bool = False
+    correct_upstream: bool = False
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        own = {Statistic.GRAM}
+        if self.refit:
+            own |= {Statistic.MEAN, Statistic.HELD_OUT}
+        if self.correct_upstream:
+            own.add(Statistic.CROSS)
+        return frozenset(own)
+
+    def prune(self, problem: LayerProblem) -> Pruned:
+        whole = problem.least_squares(centred=False, statistics=problem.measured.merged())
+        weight, mask, scores = self._sweep(whole, problem)
+        matrices = problem.matrices(scores)
+        # The mask was solved band by band; the certificate of the whole is made if it is asked for.
+        solution = Solution(
+            problem.matrices(mask), matrices, problem.pattern, MATRICES, certify=lambda: problem.solve(matrices).certificate
+        )
+        if self.refit:
+            return fit(problem, solution)
+        return Pruned(
+            solution,
+            problem.matrices(weight),
+            error=whole.error(weight),
+            error_before=whole.error(whole.weight * mask),
+            damping=self.damping,
+            note=whole.note,
+        )
+
+    def _sweep(self, whole: Problem, problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights, mask and scores, each (G, O, K)."""
+        damped = whole.damped(self.damping)
+        scores = torch.zeros_like(whole.weight)
+        mask = torch.zeros_like(whole.weight, dtype=torch.bool)
+        inputs = whole.weight.shape[2] // problem.positions
+        width = getattr(problem.pattern, "m", UNSTRUCTURED_COLUMNS)
+        # Without restriction the best weights are the dense ones, unless earlier layers were pruned.
+        weight = whole.weight.clone()
+        if self.correct_upstream:
+            weight = torch.linalg.solve(damped.gram.double(), damped.target.double().transpose(1, 2)).transpose(1, 2).float()
+        allowed = None if problem.allowed is None else problem.rows(problem.allowed)
+        for g in range(weight.shape[0]):
+            factor, info = torch.linalg.cholesky_ex(damped.gram[g].double())
+            if int(info):
+                raise ValueError(
+                    f"{problem.name}: its {factor.shape[0]} x {factor.shape[0]} input moments are singular at damping "
+                    f"{self.damping}; raise the damping or give more calibration data"
+                )
+            # Row j of the upper factor of H^-1 is the update that removing column j asks of the later ones.
+            upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+            for position in range(problem.positions):
+                for start in range(position * inputs, (position + 1) * inputs, width):
+                    columns = slice(start, min(start + width, (position + 1) * inputs))
+                    band = None if allowed is None else allowed[g][:, columns]
+                    chosen, own = _prune_band(weight[g], upper, columns, problem, band)
+                    mask[g][:, columns], scores[g][:, columns] = chosen, own
+        return weight, mask, scores
+
+
+def _prune_band(
+    weight: Float[Tensor, "O K"], upper: Float[Tensor, "K K"], columns: slice, problem: LayerProblem, allowed: Tensor | None
+) -> tuple[Bool[Tensor, "O M"], Float[Tensor, "O M"]]:
+    """Mask some columns and spread their error over the later ones, in place; their mask and scores."""
+    factor = upper[columns, columns]
+    band = weight[:, columns].clone()
+    scores = hessian(band, factor.diagonal().square())
+    if allowed is not None:
+        scores = scores * allowed
+    mask = solve(scores.unsqueeze(0), problem.pattern, problem.solver, layout=MATRICES).mask[0]
+    if allowed is not None:
+        mask = mask & allowed
+    errors = torch.empty_like(band)
+    for j in range(band.shape[1]):
+        errors[:, j] = band[:, j] * ~mask[:, j] / factor[j, j]
+        band[:, j:] -= errors[:, j : j + 1] * factor[j : j + 1, j:]
+        band[:, j] *= mask[:, j]
+    weight[:, columns] = band
+    weight[:, columns.stop :] -= errors @ upper[columns, columns.stop :]
+    return mask, scores

@@ -1,0 +1,111 @@
+"""Ranks of a distributed run: which train together, whether they hold the same masks and weights, and failing together."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+
+import torch
+import torch.distributed
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
+
+from bisparse.process_group import OtherRankError, Ranks
+from bisparse.training.layer import SparseLayer
+
+__all__ = ["check_ranks_agree", "is_sharded", "raise_together", "ranks_of"]
+
+
+def ranks_of(layers: Iterable[SparseLayer], group: ProcessGroup | None = None) -> Ranks:
+    """The ranks that hold these layers: of the group, if one is given; else those that the weights are sharded over; else all.
+
+    Raises:
+        ValueError: weights are sharded over meshes of different ranks.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return Ranks()
+    if group is not None:
+        return Ranks(group)
+    meshes = {
+        tuple(sorted(weight.device_mesh.mesh.flatten().tolist())): weight.device_mesh
+        for layer in layers
+        if isinstance(weight := layer.weight, DTensor)
+    }
+    if len(meshes) > 1:
+        raise ValueError(
+            f"the sparse layers are sharded over different ranks, {' and '.join(map(str, meshes))}: call sparsify_ on each part "
+            "of the model that shares a mesh, with an attach() of its own"
+        )
+    for own, mesh in meshes.items():
+        if len(own) < torch.distributed.get_world_size():
+            # A mesh of several dimensions has a group for each, and none for all of its ranks.
+            return Ranks(mesh.get_group() if mesh.ndim == 1 else torch.distributed.new_group(own, use_local_synchronization=True))
+    return Ranks(torch.distributed.group.WORLD)
+
+
+def is_sharded(layer: SparseLayer) -> bool:
+    """Whether the layer's weight is spread over ranks (FSDP2)."""
+    return isinstance(layer.weight, DTensor)
+
+
+def raise_together(ranks: Ranks, error: Exception | None, doing: str) -> None:
+    """Raise on every rank if any of them failed (a collective call); `error` is this rank's own failure.
+
+    Raises:
+        OtherRankError: on the ranks that did not fail, naming one that did; that one raises its own error.
+    """
+    failures = ranks.all(None if error is None else f"{type(error).__name__}: {error}")
+    failed = {ranks.name(rank): message for rank, message in enumerate(failures) if message is not None}
+    if error is not None:
+        if ranks.size > 1:
+            error.add_note(f"while rank {ranks.name(ranks.rank)} was {doing}")
+        raise error
+    for rank, message in failed.items():
+        raise OtherRankError(f"rank {rank} failed while {doing}: {message}")
+
+
+def check_ranks_agree(layers: Iterable[SparseLayer], ranks: Ranks) -> None:
+    """Compare layers, patterns, masks and replicated weights over the ranks (a collective call).
+
+    Raises:
+        ValueError: on every rank alike, naming the first layer that differs and a rank that differs from the first.
+    """
+    if ranks.size == 1:
+        return
+    everyone = ranks.all(
+        [
+            (
+                layer.name,
+                str(layer.pattern),
+                tuple(layer.mask.shape),
+                _checksum(layer.mask),
+                None if is_sharded(layer) else _checksum(layer.weight.detach()),
+            )
+            for layer in layers
+        ]
+    )
+    first, first_rank = everyone[0], ranks.name(0)
+    for number, theirs in enumerate(everyone):
+        rank = ranks.name(number)
+        names, first_names = [entry[0] for entry in theirs], [entry[0] for entry in first]
+        if names != first_names:
+            different = sorted(set(names) ^ set(first_names))
+            raise ValueError(
+                f"rank {rank} has other sparse layers than rank {first_rank} ({different[:3] or 'in another order'}): call "
+                "sparsify_ with the same arguments on every rank. Where ranks are meant to hold different layers, name those "
+                "that hold the same: attach(..., group=)"
+            )
+        for mine, others in zip(first, theirs, strict=True):
+            for what, one, other in zip(("name", "pattern", "shape", "mask", "weight"), mine, others, strict=True):
+                if one != other:
+                    shown = f" ({other} against {one})" if what in ("pattern", "shape") else ""
+                    raise ValueError(
+                        f"{mine[0]}: the {what} on rank {rank} differs from rank {first_rank}{shown}. Start all ranks from the "
+                        "same seed or checkpoint, or wrap the model in DistributedDataParallel (which copies one rank's) before "
+                        "attach(); where DistributedDataParallel has a process_group, pass it: attach(..., group=)"
+                    )
+
+
+def _checksum(tensor: Tensor) -> int:
+    return zlib.crc32(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())

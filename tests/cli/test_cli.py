@@ -1,0 +1,375 @@
+"""The command line: exit codes, JSON that is only JSON, messages without tracebacks, and what a user sees."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner, Result
+
+import bisparse
+from bisparse.accelerate import advisor
+from bisparse.cli import app
+
+posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals")
+
+
+def run(*arguments: object) -> Result:
+    """A command in this process. An exception that is no exit would be a traceback to the user: let it fail the test."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], catch_exceptions=False)
+    assert "Traceback" not in result.output
+    return result
+
+
+def run_json(*arguments: object) -> tuple[int, dict[str, object]]:
+    """A command with --json: standard output must be one JSON document."""
+    result = run(*arguments, "--json")
+    return result.exit_code, json.loads(result.stdout)
+
+
+@pytest.fixture(autouse=True)
+def _without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    # What `bench` says here is what it says on a machine without one, also where there is one, and where grids were measured.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(advisor, "stored_grids", dict)
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small checkpoint; commands in this process do not wait for the disk."""
+    monkeypatch.setattr("bisparse.checkpoint.atomic_folder._fsync", lambda path: None)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    state = {f"layers.{i}.{name}.weight": torch.randn(16, 24) for i in range(3) for name in ("up", "down")}
+    save_file({**state, "wte.weight": torch.randn(8, 16), "norm.weight": torch.randn(16)}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+# ---- prune and verify
+
+
+def test_prune_then_verify(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    pruned = run("prune", model, out, "--pattern", "4:8-T")
+    assert pruned.exit_code == 0, pruned.output
+    for text in ("layers.*.up", "layers.*.down", "wte", "looked up", "6 layers", "of |w| kept", f"bisparse verify {out}"):
+        assert text in pruned.stdout
+    checked = run("verify", out)
+    assert checked.exit_code == 0 and "holds on W and W^T of all 6 layers" in checked.stdout
+    assert bisparse.verify_checkpoint(out, "4:8-T")
+
+
+def test_the_figures_of_prune_are_those_of_the_file(model: Path, tmp_path: Path) -> None:
+    code, content = run_json("prune", model, tmp_path / "out", "-p", "2:4-T", "--layer-pattern", "*.down=1:4", "--threads", "1")
+    assert code == 0 and content["ok"] is True
+    before, after = load_file(model / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert isinstance(content["layers"], list) and len(content["layers"]) == 6
+    for layer in content["layers"]:
+        weight, old = after[layer["parameter"]].double(), before[layer["parameter"]].double()
+        assert layer["density"] == pytest.approx(float((weight != 0).double().mean()))
+        assert layer["retained"] == pytest.approx(float(weight.abs().sum() / old.abs().sum()))
+        assert layer["pattern"] == ("1:4" if "down" in layer["name"] else "2:4-T")
+    assert content["retained"] == pytest.approx(sum(layer["retained"] for layer in content["layers"]) / 6)
+    assert content["left_dense"] == [{"name": "wte", "reason": "embedding: looked up, not multiplied"}]
+
+
+def test_a_dry_run_writes_nothing(model: Path, tmp_path: Path) -> None:
+    shown = run("prune", model, "--dry-run", "-x", "*.down")
+    assert shown.exit_code == 0
+    for text in ("layers.*.up", "excluded by the caller", "16 x 24", "Nothing was"):
+        assert text in shown.stdout
+    code, content = run_json("prune", model, tmp_path / "out", "--dry-run")
+    assert code == 0 and isinstance(content["layers"], list) and len(content["layers"]) == 6
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_violation_is_exit_code_1_and_says_where(model: Path, tmp_path: Path) -> None:
+    run("prune", model, tmp_path / "out", "-p", "4:8-T")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    weight = state["layers.1.up.weight"]
+    weight[9, 16:24] = 1.0
+    save_file(state, tmp_path / "out" / "model.safetensors")
+    broken = run("verify", tmp_path / "out")
+    assert broken.exit_code == 1
+    assert re.search(r"layers\.1\.up +4:8-T +\d+ +96 +W, row 9, columns 16 to 23: keeps 8", broken.stdout)
+    assert "broken in 1 of 6 layers" in broken.stdout
+    code, content = run_json("verify", tmp_path / "out")
+    assert code == 1 and content["ok"] is False
+    assert isinstance(content["layers"], list)
+    (layer,) = [one for one in content["layers"] if not one["ok"]]
+    expected = {"side": "W", "matrix": 0, "row": 9, "group": 2, "kept": 8, "layer": "layers.1.up", "columns": [16, 23]}
+    assert layer["name"] == "layers.1.up" and layer["first"] == expected
+
+
+def test_verify_takes_checkpoints_of_others(model: Path) -> None:
+    assert run("verify", model, "-p", "2:4").exit_code == 1
+    assert run("verify", model, "-p", "24:24").exit_code == 0
+    result = run("verify", model)
+    assert result.exit_code == 2 and "--pattern" in result.stderr
+
+
+# ---- info, bench, report
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8-T", "4:8-seq", "4:8-paired", "50%"])
+def test_info_of_a_pattern(pattern: str) -> None:
+    shown = run("info", pattern, "--size", "64")
+    assert shown.exit_code == 0 and pattern in shown.stdout
+    code, content = run_json("info", pattern, "--size", "8x8")
+    assert code == 0 and isinstance(content["masks"], dict)
+    assert content["masks"]["exact"]["log2"] == pytest.approx(bisparse.mask_diversity(pattern, 64).log2)
+    assert content["masks"]["paper"]["log2"] == pytest.approx(bisparse.mask_diversity(pattern, 64, method="paper").log2)
+
+
+def test_info_shows_the_figures_of_the_paper() -> None:
+    shown = run("info", "4:8-T", "--size", "64").stdout
+    for text in ("1.170e+11", "1.756e+13", "4 of 5:1", "2 of 3", "at most 0.5"):
+        assert text in shown
+
+
+def test_info_of_a_checkpoint_finds_its_patterns(model: Path, tmp_path: Path) -> None:
+    run("prune", model, tmp_path / "out", "-p", "2:4-T", "--layer-pattern", "*.down=4:8")
+    shown = run("info", tmp_path / "out").stdout
+    assert re.search(r"layers\.\*\.up +3 +16 x 24 +F32 +[\d.]+ +2:4-T", shown)
+    code, content = run_json("info", tmp_path / "out")
+    assert code == 0 and isinstance(content["layers"], list)
+    for layer in content["layers"]:
+        assert ("2:4-T" if "up" in layer["layer"] else "4:8") in layer["patterns"]
+
+
+def test_bench_without_a_gpu_says_so_and_gives_what_is_exact() -> None:
+    code, content = run_json("bench", "--model", "4096x14336", "--tokens", "16384")
+    assert code == 0 and content["source"] == "exact" and content["speedup"] is None
+    (layer,) = content["layers"]
+    assert layer["convert"] is None and layer["timing"] is None and layer["forward_flops"] == 2 * 16384 * 4096 * 14336
+    shown = run("bench", "-m", "4096x14336", "--inference").stdout
+    assert shown.startswith("Nothing is known of times: torch sees no CUDA device here, and no grid of measured times is stored")
+    assert "117.44 -> 66.06" in shown and "not known" in shown
+
+
+def test_bench_of_a_checkpoint_tells_what_could_run_sparse_and_why_not(model: Path, tmp_path: Path) -> None:
+    code, content = run_json("bench", "-m", model, "--backend", "reference", "--tokens", "8")
+    assert code == 0 and content["source"] == "measured"
+    assert all(one["convert"] is False and "its weight is dense" in one["reason"] for one in content["layers"])
+    assert {one["name"] for one in content["left_dense"]} == {"wte"}
+    run("prune", model, tmp_path / "out", "-p", "2:4-T", "--layer-pattern", "*.down=4:8")
+    code, content = run_json("bench", "-m", tmp_path / "out", "--backend", "reference", "--tokens", "8")
+    for layer in content["layers"]:
+        if "up" in layer["name"]:
+            assert layer["timing"]["sparse"]["forward_ms"] > 0 and layer["backend"] == "reference"
+        else:
+            assert re.search(r"not 2:4: row \d+, columns \d+ to \d+", layer["reason"])
+    shown = run("bench", "-m", model, "-p", "4:8-T").stdout
+    assert "4:8-T has no path on tensor cores" in shown and "layers.*.up" in shown
+
+
+def test_bench_predicts_from_a_grid(tmp_path: Path) -> None:
+    times = {"forward_ms": 4.0, "backward_ms": 8.0, "peak_bytes": None}
+    timing = {"dense": times, "sparse": {"forward_ms": 3.0, "backward_ms": 6.0, "peak_bytes": None}}
+    point = {"out_features": 512, "in_features": 512, "tokens": 64, "backend": "cusparselt", "training": True, "both_ways": True}
+    grid = {"format": 1, "device": "A GPU", "dtype": "bfloat16", "about": {}, "points": [{**point, "timing": timing}]}
+    (tmp_path / "grid.json").write_text(json.dumps(grid))
+    shown = run("bench", "-m", "512x512", "-n", "64", "--grid", tmp_path / "grid.json").stdout
+    assert shown.startswith("Predicted on A GPU: 64 tokens") and "sparse, cusparselt: 1.33x faster" in shown
+    assert "4.000 + 8.000" in shown and "3.000 + 6.000" in shown
+    outside = run("bench", "-m", "512x1024", "-n", "64", "--grid", tmp_path / "grid.json").stdout
+    assert "not known" in outside and "0 of 1 layers win" in outside
+
+
+def test_bench_of_a_function_of_yours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_bench_model.py").write_text("import torch\ndef build():\n    return torch.nn.Linear(64, 64)\n")
+    monkeypatch.chdir(tmp_path)
+    code, content = run_json("bench", "-m", "own_bench_model:build", "-p", "2:4", "-n", "4", "--backend", "reference")
+    assert code == 0 and content["layers"][0]["shape"] == [64, 64] and content["layers"][0]["timing"] is not None
+
+
+def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
+    run("prune", model, tmp_path / "out", "-p", "4:8-T")
+    code, content = run_json("report", tmp_path / "out", "-o", tmp_path / "page.html")
+    assert code == 0
+    page = (tmp_path / "page.html").read_text()
+    assert content["bytes"] == (tmp_path / "page.html").stat().st_size and "layers.0.up" in page
+    assert content["holds"] is True and len(content["layers"]) == 6
+    assert all(layer["holds"] and layer["fits"].endswith(":8-T") and layer["shape"] == [16, 24] for layer in content["layers"])
+    assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
+
+
+def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_path: Path) -> None:
+    run("prune", model, tmp_path / "out", "-p", "4:8-T")
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    state["layers.1.up.weight"][9, 16:24] = 1.0
+    save_file(state, tmp_path / "out" / "model.safetensors")
+    shown = run("report", tmp_path / "out", "-o", tmp_path / "page.html")
+    assert shown.exit_code == 1 and "layers.1.up: W, row 9, group 2 keeps 8" in (tmp_path / "page.html").read_text()
+    assert "1 of 6 layers break their pattern, the first layers.1.up its 4:8-T" in shown.stderr
+    code, content = run_json("report", tmp_path / "out", "-o", tmp_path / "page.html")
+    assert code == 1 and content["ok"] is False and content["holds"] is False
+
+
+# ---- wrong use and failed jobs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["prune", "MODEL", "OUT", "-p", "5:4"], "5:4 does not exist"),
+        (["prune", "MODEL", "OUT", "-p", "2:4-X"], "2:4-X"),
+        (["prune", "MODEL"], "--dry-run"),
+        (["prune", "MODEL", "OUT", "--remainder", "crop"], "pad, dense, error"),
+        (["prune", "MODEL", "OUT", "--solver", "magic"], "two-approximation"),
+        (["prune", "MODEL", "OUT", "--layer-pattern", "x"], "GLOB=PATTERN"),
+        (["prune", "MODEL", "OUT", "--layer-pattern", "x=9:4"], "9:4"),
+        (["prune", "MODEL", "OUT", "-i", "nothing"], "nothing"),
+        (["prune", "MODEL", "OUT", "--threads", "0"], "--threads"),
+        (["prune", "MODEL", "OUT", "-p", "1:64", "--remainder", "error"], "remainder"),
+        (["info", "4:8-Q"], "4:8-Q"),
+        (["info", "no/such/folder"], "does not exist"),
+        (["info", "2:4", "--size", "0"], "4096x4096"),
+        (["bench"], "--model"),
+        (["bench", "-m", "nowhere"], "4096x14336"),
+        (["bench", "-m", "64x64", "--backend", "magic"], "cusparselt"),
+        (["bench", "-m", "64x64", "--backend", "cutlass"], "needs a CUDA device"),
+        (["bench", "-m", "64x64", "--device", "cuda"], "no CUDA device"),
+        (["bench", "-m", "64x64", "--device", "banana"], "'banana' cannot be used here: Expected one of cpu, cuda"),
+        (["bench", "-m", "64x64", "--device", "cpu:-2"], "'cpu:-2' cannot be used here"),
+        (["bench", "-m", "64x64", "--device", "meta"], "holds no numbers"),
+        (["bench", "-m", "json:loads"], "json:loads is called without arguments, but its own are"),
+        (["bench", "-m", "builtins:dict"], "must return a model, or a model and its calibration batches, not dict"),
+        (["bench", "-m", "64x64", "--dtype", "float32"], "float16"),
+        (["bench", "-m", "64x64", "--tokens", "0"], "--tokens"),
+        (["bench", "-m", "64x64", "--grid", "MODEL/config.json"], "no grid of measured times"),
+        (["prune", "nowhere", "OUT"], "nowhere does not exist"),
+        (["prune", "nowhere", "--dry-run"], "nowhere does not exist"),
+        (["prune", "nowhere", "OUT", "--method", "wanda"], "nowhere: no such folder or file"),
+        (["convert", "nowhere", "OUT", "--to", "2:4"], "nowhere: no such folder or file"),
+        (["verify", "nowhere", "-p", "2:4"], "'nowhere' does not exist"),
+        (["bench", "-m", "64x64", "--grid", "nowhere"], "'nowhere' does not exist"),
+        (["report", "nowhere"], "does not exist"),
+        (["report", "MODEL"], "holds no bisparse.json, so bisparse did not write it"),
+        (["report", "MODEL/config.json"], "is a file"),
+        (["report", "MODEL", "--against", "nowhere"], "does not exist"),
+        (["fly"], "fly"),
+    ],
+)
+def test_wrong_use_is_exit_code_2(model: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    places = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
+    given = [places.get(one, one).replace("MODEL/", f"{model}/") for one in arguments]
+    code, content = run_json(*given)
+    assert code == content["exit_code"] == 2 and content["ok"] is False and words in str(content["error"])
+    result = run(*given)
+    assert result.exit_code == 2
+    assert words in " ".join(re.sub(r"[│╭╮╰╯─]", " ", result.stderr).split())
+    assert not (tmp_path / "out").exists() and result.stdout == ""
+
+
+def test_failed_jobs_are_exit_code_1(model: Path, tmp_path: Path) -> None:
+    def failed(words: str, *arguments: object) -> None:
+        result = run(*arguments)
+        assert result.exit_code == 1 and result.stdout == ""
+        assert words in result.stderr and result.stderr.startswith("bisparse: ") and result.stderr.count("\n") == 1
+        code, content = run_json(*arguments)
+        assert code == 1 and content["ok"] is False and words in str(content["error"])
+
+    out = tmp_path / "out"
+    run("prune", model, out)
+    failed("exists already", "prune", model, out)
+    failed("lies in, around or on the source", "prune", model, model / "inside")
+    (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1])
+    for command in (["prune", model, tmp_path / "new"], ["verify", model, "-p", "2:4"], ["info", model], ["bench", "-m", model]):
+        failed("truncated", *command)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "out"]
+
+
+# ---- as a process
+
+
+def test_help_and_version_do_not_wait_for_torch() -> None:
+    script = """
+import sys, bisparse.__main__
+for sys.argv in (["bisparse", "--version"], ["bisparse", "prune", "--help"], ["bisparse", "prune"]):
+    try:
+        bisparse.__main__.main()
+    except SystemExit as stop:
+        print(f"exit {stop.code}, torch {'torch' in sys.modules}")
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert lines[0] == f"bisparse {version('bisparse')}"
+    assert [line for line in lines if line.startswith("exit")] == [
+        "exit 0, torch False",
+        "exit 0, torch False",
+        "exit 2, torch False",
+    ]
+
+
+def test_without_its_extra_the_command_line_says_what_to_install() -> None:
+    hide = (
+        "import importlib.util as u, sys\nfind = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name in ('typer', 'rich') else find(name, *a)\n"
+        "from bisparse.__main__ import main\nmain()"
+    )
+    done = subprocess.run([sys.executable, "-c", hide, "prune"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "pip install 'bisparse[cli]'" in done.stderr and "Traceback" not in done.stderr
+
+
+@posix
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+    ids=["ctrl-c", "terminate"],
+)
+def test_stopped_by_a_signal_nothing_is_left(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    (tmp_path / "model").mkdir()
+    save_file({f"l{i}.weight": torch.randn(512, 512) for i in range(120)}, tmp_path / "model" / "model.safetensors")
+    command = [sys.executable, "-m", "bisparse", "prune", tmp_path / "model", tmp_path / "out", "-p", "2:4", "--threads", "1"]
+
+    def heed() -> None:  # a shell has its jobs in the background ignore ctrl-c, and they hand that on
+        signal.signal(number, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as job:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(".out.bisparse-*/model.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        job.send_signal(number)
+        _, errors = job.communicate()
+    assert job.returncode == code, errors
+    assert "Traceback" not in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@posix
+def test_a_terminal_sees_a_bar_with_an_eta(model: Path, tmp_path: Path) -> None:
+    controller, terminal = pty.openpty()
+    command = [sys.executable, "-m", "bisparse", "prune", str(model), str(tmp_path / "out"), "-p", "2:4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, env={**os.environ, "TERM": "xterm"}) as job:
+        os.close(terminal)
+        seen = b""
+        with contextlib.suppress(OSError):  # the end of a terminal is an error to its reader
+            while piece := os.read(controller, 65536):
+                seen += piece
+        assert job.wait() == 0
+    os.close(controller)
+    assert b"eta" in seen and b"%" in seen
+
+
+def test_where_there_is_no_terminal_there_is_no_bar(model: Path, tmp_path: Path) -> None:
+    assert run("prune", model, tmp_path / "out", "-p", "2:4").stderr == ""
+
+
+@pytest.mark.slow
+@posix
+def test_a_reader_that_stops_early_sees_no_traceback(model: Path) -> None:
+    command = f"{sys.executable} -m bisparse info {model} --json | head -c 10"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr

@@ -1,0 +1,218 @@
+"""Bands of work on several threads: all of them, once each, whatever the threads do."""
+
+import _thread
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from bisparse.kernels.numba_runtime import thread_pool as threads
+from bisparse.kernels.numba_runtime.thread_pool import _increase, _looks, _pause, _read, array_at, kernel, over_bands
+
+MEETING_S = 2.0
+LONG_S = 0.1
+
+
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    # A job in the background of a shell starts with interruptions ignored.
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+    torch.set_num_threads(before)
+
+
+@kernel
+def count_visits(arguments, first, last):  # type: ignore[no-untyped-def]
+    """Arguments: visits, starts; their number. Each band raises a flag of its own, of 32."""
+    visits, starts, count = array_at(arguments, (3,), np.int64)
+    for index in range(first, last):
+        array_at(visits, (count,), np.int64)[index] += 1
+    array_at(starts, (count,), np.int64)[first] = 1
+    return 1 + (1 << first % 32)
+
+
+@kernel
+def meet(arguments, first, last):  # type: ignore[no-untyped-def]
+    """Wait until another band has begun as well; then, in the band that starts at `long`, for longer. A flag if they never met.
+
+    Arguments: met, done; looks to meet, long, looks to be long.
+    """
+    met, done, looks, long, more = array_at(arguments, (5,), np.int64)
+    _increase(met, 0)
+    for _ in range(looks):
+        if _read(met, 0) > 1:
+            break
+        _pause()
+    if first == long:
+        for _ in range(more):
+            _read(met, 0)
+            _pause()
+    _increase(done, 0)
+    return 2 - (_read(met, 0) > 1)
+
+
+@kernel
+def fail(arguments, first, last):  # type: ignore[no-untyped-def]
+    """Fail in the band that starts at the argument."""
+    if array_at(arguments, (1,), np.int64)[0] == first:
+        raise ValueError("of a kernel")
+    return 1
+
+
+def they_meet(long: int = -1, long_s: float = LONG_S) -> bool:
+    """Whether two threads take part, and both bands are done on return."""
+    met, done = np.zeros(1, np.int64), np.zeros(1, np.int64)
+    alone = over_bands(meet, (met, done, _looks(MEETING_S), long, _looks(long_s)), 2, 1, 1)
+    return not alone and done[0] == 2
+
+
+def visit(count: int, granule: int = 1) -> tuple[np.ndarray, np.ndarray, bool]:
+    """How often each item was visited; where bands started; whether the flags are those of the bands."""
+    visits, starts = np.zeros(count, np.int64), np.zeros(count, np.int64)
+    flags = over_bands(count_visits, (visits, starts, count), count, granule, 1)
+    return visits, starts, {k for k in range(63) if flags >> k & 1} == set((starts.nonzero()[0] % 32).tolist())
+
+
+@pytest.mark.parametrize("count", [1, 7, 64, 1000])
+@pytest.mark.parametrize("granule", [1, 8])
+@pytest.mark.parametrize("number", [1, 2, 3, 70])
+def test_bands_cover_everything_once(count: int, granule: int, number: int) -> None:
+    torch.set_num_threads(number)
+    visits, starts, flags_of_all = visit(count, granule)
+    assert (visits == 1).all() and flags_of_all
+    assert all(first % granule == 0 for first in starts.nonzero()[0])
+
+
+def test_nothing_to_do() -> None:
+    assert over_bands(count_visits, (np.zeros(0, np.int64), np.zeros(0, np.int64), 0), 0, 1, 1) == 0
+
+
+def test_both_threads_take_part() -> None:
+    assert they_meet()
+
+
+def test_a_worker_that_has_gone_to_sleep_is_woken() -> None:
+    for pause in (0.0, threads.AWAKE_S, 10 * threads.AWAKE_S, 0.05):
+        time.sleep(pause)
+        assert they_meet(), f"after a pause of {pause} s"
+
+
+@pytest.mark.parametrize("long", [0, 1])
+def test_a_long_band_is_waited_for(long: int) -> None:
+    for _ in range(3):
+        start = time.perf_counter()
+        assert they_meet(long)
+        assert time.perf_counter() - start > LONG_S / 4
+        visits, _, flags_of_all = visit(100)
+        assert (visits == 1).all() and flags_of_all
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("where", [0, 6, 14])
+def test_a_kernel_that_fails_is_an_error_of_the_caller(where: int) -> None:
+    with pytest.raises(MemoryError, match="a compiled kernel failed"):
+        over_bands(fail, (where,), 16, 2, 1)
+    assert over_bands(fail, (-1,), 16, 2, 1) == 0
+
+
+@pytest.mark.parametrize("long", [0, 1])
+def test_what_an_interrupted_call_works_on_outlives_it(long: int) -> None:
+    """The worker may still write when the caller is interrupted: it is waited for, and its thread is used again."""
+    they_meet()
+    before = threading.active_count()
+    for _ in range(3):  # once the long band is the worker's, perhaps
+        with pytest.raises(KeyboardInterrupt):
+            while True:  # an interruption is lost where it falls into a callback of Python's collector, as hypothesis has one
+                timer = threading.Timer(LONG_S, _thread.interrupt_main)
+                timer.start()
+                for _ in range(6):  # the timer's thread may come late
+                    they_meet(long, 4 * LONG_S)
+                timer.join()
+        timer.join()
+        assert all(team.held is None for team in threads._idle)
+        assert (visit(1000)[0] == 1).all() and they_meet()
+    assert threading.active_count() == before
+
+
+def test_interruptions_at_any_moment_lose_no_band_and_no_thread() -> None:
+    they_meet()
+    before = threading.active_count()
+    visits, starts = np.zeros(64, np.int64), np.zeros(64, np.int64)
+    calls = 0
+    for index in range(150):
+        timer = threading.Timer(1e-5 * (index % 50), _thread.interrupt_main)
+        with contextlib.suppress(KeyboardInterrupt):
+            timer.start()
+            while timer.is_alive():
+                over_bands(count_visits, (visits, starts, 64), 64, 1, 1)
+                calls += 1
+            for _ in range(1000):  # it comes between two steps of Python, if it is not lost in a callback of the collector
+                over_bands(count_visits, (visits, starts, 64), 64, 1, 1)
+                calls += 1
+        timer.join()
+    assert calls > 0 and (visits >= calls).all()
+    assert they_meet() and threading.active_count() == before
+
+
+def test_fewer_threads_where_the_system_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "_idle", [])
+
+    def refused(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refused)
+        assert (visit(100)[0] == 1).all()
+    assert (visit(100)[0] == 1).all() and they_meet()
+
+
+def test_calls_from_several_threads_at_once_do_not_mix() -> None:
+    wrong: list[int] = []
+
+    def caller(count: int) -> None:
+        for _ in range(200):
+            visits, _, flags_of_all = visit(count)
+            if not (visits == 1).all() or not flags_of_all:
+                wrong.append(count)
+
+    callers = [threading.Thread(target=caller, args=(count,)) for count in (10, 100, 1000)]
+    for thread in callers:
+        thread.start()
+    for thread in callers:
+        thread.join()
+    assert not wrong
+
+
+def test_many_short_calls_with_pauses_around_the_moment_of_sleep() -> None:
+    """A worker that goes to sleep while it is called must neither be lost nor miss a band."""
+    for index in range(300):
+        time.sleep(threads.AWAKE_S * (0.5 + index / 300))
+        assert (visit(64)[0] == 1).all()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_makes_threads_of_its_own() -> None:
+    visit(16)
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if they_meet() else 1)
+    for _ in range(500):
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.02)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0

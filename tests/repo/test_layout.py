@@ -1,0 +1,119 @@
+"""The plan of the house: who may import whom, what lies where, and that nothing is left off a table of contents."""
+
+import ast
+import importlib
+import inspect
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import bisparse
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "src" / "bisparse"
+FILES = sorted(SOURCE.rglob("*.py"))
+MODULES = [path for path in FILES if path.name != "__init__.py"]
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that a file imports, at its top or inside a function."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import hides which room it leads to"
+            names.add(node.module or "")
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def test_import_contract_holds() -> None:
+    from importlinter.cli import lint_imports
+
+    assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True) == 0
+
+
+def test_import_contract_is_complete() -> None:
+    # Without this a new module would stand outside the contract, free to import anything.
+    (contract,) = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    listed = {name.strip(" ()") for layer in contract["layers"] for name in layer.replace(":", "|").split("|")}
+    present = {path.stem for path in SOURCE.glob("*.py")} | {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    assert present - {"__init__"} <= listed
+
+
+@pytest.mark.parametrize("folder", ["solvers", "pruning", "training"])
+def test_table_of_contents_names_every_file(folder: str) -> None:
+    contents = SOURCE / folder / "__init__.py"
+    if not contents.exists():
+        pytest.skip(f"there is no {folder} yet")
+    listed = imported(contents)
+    missing = [
+        path.stem
+        for path in contents.parent.glob("*.py")
+        if path != contents and f"bisparse.{folder}.{path.stem}" not in listed and defines_a_concrete_class(path)
+    ]
+    assert not missing, f"{name_of(contents)} lacks a line for {missing}"
+
+
+def defines_a_concrete_class(path: Path) -> bool:
+    """Whether a file has what users name: a final solver or method. Helpers of the folder have none."""
+    module = importlib.import_module(f"bisparse.{path.parent.name}.{path.stem}")
+    bases = {getattr(bisparse, name, None) for name in ("Solver", "Method")} - {None}
+    own = [item for item in vars(module).values() if inspect.isclass(item) and item.__module__ == module.__name__]
+    return any(issubclass(item, tuple(bases)) and not inspect.isabstract(item) for item in own)
+
+
+def test_table_of_contents_test_sees_the_solvers() -> None:
+    assert defines_a_concrete_class(SOURCE / "solvers" / "exact.py")
+    assert not defines_a_concrete_class(SOURCE / "solvers" / "solver.py")
+
+
+@pytest.mark.parametrize(
+    ("library", "rooms"),
+    [
+        ("safetensors", ("checkpoint", "pruning/journal.py")),  # the journal holds statistics of a job under way, no checkpoint
+        ("torch.sparse", ("accelerate",)),
+        ("numba", ("kernels", "pruning/assignment.py")),  # an algorithm of channel permutation, none of the mask problem
+        ("triton", ("kernels",)),
+        ("ortools", ("solvers/min_cost_flow.py",)),
+    ],
+)
+def test_one_room_for_each_outside_library(library: str, rooms: tuple[str, ...]) -> None:
+    strangers = [
+        name_of(path)
+        for path in FILES
+        if any(name == library or name.startswith(library + ".") for name in imported(path))
+        and not any(str(path.relative_to(SOURCE)).startswith(room) for room in rooms)
+    ]
+    assert not strangers
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_file_says_what_it_is_and_has_one_subject(path: Path) -> None:
+    text = path.read_text()
+    docstring = ast.get_docstring(ast.parse(text))
+    assert docstring and docstring.split("\n")[0].rstrip().endswith((".", ":", "?")), "the head is one sentence about the file"
+    assert text.count("\n") <= 500, "a file of this length has more than one subject"
+    assert path.stem not in {"utils", "util", "helpers", "common", "misc", "core", "base"}
+
+
+def test_no_class_named_after_hidden_state() -> None:
+    banned = ("Manager", "Engine", "Handler", "Modifier", "Utils", "Helper")
+    classes = [node.name for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    assert not [name for name in classes if name.endswith(banned)]
+
+
+def test_public_names_are_sorted_documented_and_few() -> None:
+    names = [name for name in bisparse.__all__ if name != "__version__"]
+    assert names == sorted(names)
+    assert len(names) <= 60
+    for name in names:
+        item = getattr(bisparse, name)
+        if inspect.isclass(item) or inspect.isfunction(item):
+            assert inspect.getdoc(item), f"bisparse.{name} has no docstring"
