@@ -15,7 +15,7 @@ from bisparse.layers import Filter, Layer, Skipped, find_layers, matches, matrix
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.pruning.bias import Bias, bias_of
 from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, Statistics
-from bisparse.pruning.methods.reduction import positions
+from bisparse.pruning.reduction import positions
 from bisparse.results import LayerResult, gap_of
 from bisparse.solvers import Solver
 from bisparse.tiles import LayoutKind, from_matrices, to_matrices

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_kernels import KINDS, as_matrix, mask_alone, numbers
+from test_kernels_exact import KINDS, as_matrix, mask_alone, numbers
 from test_kernels_metadata import any_form
 from torch import Tensor
 

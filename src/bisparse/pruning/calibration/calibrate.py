@@ -29,7 +29,7 @@ from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Da
 from bisparse.pruning.calibration.execution_order import discover
 from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, call_model, observed, taking_in, token_mask
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
-from bisparse.pruning.methods.reduction import positions
+from bisparse.pruning.reduction import positions
 from bisparse.tiles import to_matrices
 
 __all__ = ["Order", "Stage", "Walk", "calibrate"]

@@ -3,7 +3,7 @@
 Columns are dealt into groups of M. One step takes a column out of every group and deals all of them out again at once, by the
 assignment of columns to groups that keeps the most; a step never loses. For a transposable pattern a column adds to a tile
 at most its N best entries, both directions of a weight count, and a new order is taken only if the exact masks keep more.
-Groups of four are then refined two at a time (`stripe_groups`).
+Groups of four are then refined two at a time (`stripe_search`).
 Guarantee: the score kept never falls, and the network's outputs stay equal, which is checked.
 Cost: R x (C/M)^2 a step for R rows and C columns, and one assignment of C/M.
 Sources: channel permutation, Pool and Yu, NeurIPS 2021; dealing out by assignment, Zhao et al., "Gyro-Permutation", AAAI 2025.
@@ -25,7 +25,6 @@ from bisparse._solve import solve
 from bisparse.layers import Filter, Layer, find_layers
 from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.calibration.hooks import call_model
-from bisparse.pruning.channels.assignment import assign
 from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces
 from bisparse.pruning.channels.stripe_search import refine_stripes
 from bisparse.scores import magnitude
@@ -223,6 +222,7 @@ def search_order(scores: Float[Tensor, "R C"], pattern: Pattern, *, steps: int =
     groups = columns // m
     if groups < 2 or pattern.n >= m:
         return order
+    assign = _linear_sum_assignment()
     generator = torch.Generator().manual_seed(seed)
     # Sums of large scores must fit float32.
     scores = (scores.double() / scores.max().double().clamp(min=torch.finfo(torch.float64).tiny)).float()
@@ -239,7 +239,7 @@ def search_order(scores: Float[Tensor, "R C"], pattern: Pattern, *, steps: int =
         leaving = members.gather(1, taken)[:, 0]
         rest = members[torch.arange(m, device=scores.device) != taken].view(groups, m - 1)
         gain = _gains(scores, rest, leaving, pattern)
-        choice = torch.from_numpy(assign(gain.cpu().double().numpy())).to(scores.device)
+        choice = torch.from_numpy(assign(gain.cpu().double().numpy(), maximize=True)[1]).to(scores.device)
         stay = float(gain.diagonal().double().sum())
         move = float(gain.gather(1, choice[:, None]).double().sum())
         if move > stay:
@@ -255,6 +255,15 @@ def search_order(scores: Float[Tensor, "R C"], pattern: Pattern, *, steps: int =
         unchanged = order[: groups * m].view(groups, m)
         members = refine_stripes(scores, torch.stack([unchanged, members]), pattern.n, generator)
     return torch.cat([members.flatten(), order[groups * m :]])
+
+
+def _linear_sum_assignment() -> Callable[..., Any]:
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError("channel permutation needs SciPy: pip install 'bisparse[calibration]'") from error
+    assignment: Callable[..., Any] = linear_sum_assignment
+    return assignment
 
 
 def _gains(
