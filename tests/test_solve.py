@@ -341,13 +341,13 @@ def test_a_start_that_holds_a_tile_solved_as_given_is_a_start_for_the_others(
     certificate = earlier.certificate
     assert certificate is not None and certificate.u.dtype == torch.int64
     started = []
-    given = ops.exact_with_prices
+    given = ops.exact_solve
 
     def noticed(*arguments: Any) -> Any:
         started.append(arguments[4])
         return given(*arguments)
 
-    monkeypatch.setattr(ops, "exact_with_prices", noticed)
+    monkeypatch.setattr(ops, "exact_solve", noticed)
     for other in (scores, scores * 1.001, scores.flip(0)):
         assert solve(other, pattern, warm_start=earlier).check().value == pytest.approx(solve(other, pattern).value, rel=1e-6)
     u, v, exponent = started[0]
