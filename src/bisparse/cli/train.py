@@ -32,12 +32,14 @@ def train(
     """Train as a recipe says: live loss and flip rate, curves, weights. A killed run goes on where it was, bit by bit."""
     from dataclasses import replace
 
+    from bisparse.checkpoint.apart import check_apart
     from bisparse.training.recipe import RunError, read_recipe, run_recipe
 
     chosen = read_recipe(recipe, changes or ())
     if seed is not None:
         chosen = replace(chosen, seed=seed)
     folder = out or Path("runs") / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', chosen.name)}-seed{chosen.seed}"
+    check_apart(folder, {"recipe": recipe})
     try:
         outcome = run_recipe(chosen, folder, progress=not as_json)
     except RunError as error:
