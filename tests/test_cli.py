@@ -225,6 +225,7 @@ def test_a_page_never_goes_into_what_it_is_about(model: Path, tmp_path: Path, pl
 def test_a_run_never_goes_where_its_recipe_its_data_or_its_start_are(tmp_path: Path) -> None:
     for name in ("recipes", "start", "data"):
         (tmp_path / name).mkdir()
+    (tmp_path / "start" / "weights.pt").touch()
     recipe = tmp_path / "recipes" / "one.toml"
     recipe.write_text(
         'name = "one"\n[model]\nstart = "../start"\n[data]\nfolder = "%s"\n[training]\nsteps = 1\n' % (tmp_path / "data")
@@ -238,7 +239,7 @@ def test_a_run_never_goes_where_its_recipe_its_data_or_its_start_are(tmp_path: P
     }.items():
         code, content = run_json("train", recipe, "--out", tmp_path / place)
         assert code == 1 and what in str(content["error"])
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "one.toml", "recipes", "start"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "one.toml", "recipes", "start", "weights.pt"]
 
 
 def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_path: Path) -> None:

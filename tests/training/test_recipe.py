@@ -224,8 +224,12 @@ def test_models_are_those_that_the_experiments_name():
 
 
 def test_a_recipe_that_cannot_be_run_leaves_no_folder(tmp_path):
-    (tmp_path / "weights.pt").write_bytes(b"no weights")
-    for start, message in ((tmp_path / "none", "is not there; a run writes it"), (tmp_path, "does not hold the weights")):
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "weights.pt").write_bytes(b"no weights")
+    for start, message in (
+        (tmp_path / "none", "is not there; a run writes it"),
+        (tmp_path / "start", "does not hold the weights"),
+    ):
         with pytest.raises(RecipeError, match=message):
             run_recipe(replace(SHORT, model=replace(SHORT.model, start=str(start))), tmp_path / "run", progress=False)
         assert not (tmp_path / "run").exists()
