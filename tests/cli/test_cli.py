@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import bisparse
-from bisparse.accelerate import advisor
+from bisparse.accelerate import advise as advisor
+from bisparse.checkpoint import CheckpointError
 from bisparse.cli import app
+from bisparse.report import write_report
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals")
 
@@ -205,6 +207,41 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
+@pytest.mark.parametrize(
+    "place", ["out/page.html", "out/model.safetensors", "model", "model/page.html", "link/page.html", "name"]
+)
+def test_a_page_never_goes_into_what_it_is_about(model: Path, tmp_path: Path, place: str) -> None:
+    run("prune", model, tmp_path / "out", "-p", "2:4")
+    (tmp_path / "link").symlink_to(model)
+    os.link(tmp_path / "out" / "bisparse.json", tmp_path / "name")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, content = run_json("report", tmp_path / "out", "--against", model, "-o", tmp_path / place)
+    assert code == 1 and "checkpoint" in str(content["error"])
+    with pytest.raises(CheckpointError, match="checkpoint"):
+        write_report(tmp_path / "out", tmp_path / place, model)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_never_goes_where_its_recipe_its_data_or_its_start_are(tmp_path: Path) -> None:
+    for name in ("recipes", "start", "data"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "start" / "weights.pt").touch()
+    recipe = tmp_path / "recipes" / "one.toml"
+    recipe.write_text(
+        'name = "one"\n[model]\nstart = "../start"\n[data]\nfolder = "%s"\n[training]\nsteps = 1\n' % (tmp_path / "data")
+    )
+    for place, what in {
+        "recipes": "contains the recipe",
+        "start": "is the run to start from",
+        "start/new": "is inside the run to start from",
+        "data/new": "is inside the data",
+        ".": "contains the recipe",
+    }.items():
+        code, content = run_json("train", recipe, "--out", tmp_path / place)
+        assert code == 1 and what in str(content["error"])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "one.toml", "recipes", "start", "weights.pt"]
+
+
 def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_path: Path) -> None:
     run("prune", model, tmp_path / "out", "-p", "4:8-T")
     state = load_file(tmp_path / "out" / "model.safetensors")
@@ -284,7 +321,7 @@ def test_failed_jobs_are_exit_code_1(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("prune", model, out)
     failed("exists already", "prune", model, out)
-    failed("lies in, around or on the source", "prune", model, model / "inside")
+    failed("is inside the source", "prune", model, model / "inside")
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1])
     for command in (["prune", model, tmp_path / "new"], ["verify", model, "-p", "2:4"], ["info", model], ["bench", "-m", model]):
         failed("truncated", *command)

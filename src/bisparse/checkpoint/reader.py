@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR
 from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, in_file_order, read_header
 from bisparse.checkpoint.torch_file import read_state_dict
+from bisparse.errors import CheckpointError
 
 __all__ = ["Shard", "Source", "open_source"]
 

@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bisparse.checkpoint.errors import CheckpointError
+from bisparse.errors import CheckpointError
 
 __all__ = [
     "DTYPES",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.stored_tensor import CODES, FileTensor, MemoryTensor, StoredTensor, StridedTensor
+from bisparse.errors import CheckpointError
 
 __all__ = ["read_state_dict"]
 

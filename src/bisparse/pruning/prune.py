@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 
 from bisparse._solve import choose_solver
+from bisparse.apart import check_apart, origin_of
 from bisparse.layers import Filter, Layer, Skipped
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.process_group import Ranks
@@ -188,6 +189,8 @@ def prune_layers_(
     walk = Walk()
     norms = norms_after(model, [layer for layer, _, _ in jobs], data[0], forward) if data else {}
     # Each rank has all of the result, and a journal of its own.
+    if resume is not None:
+        check_apart(resume, {"model's own files": origin_of(model)})
     folder = resume if resume is None or ranks.size == 1 else Path(resume) / f"rank-{ranks.rank}-of-{ranks.size}"
     with Journal(folder, about, keep=keep_journal) as journal:
         touched: list[Layer] = []
