@@ -261,4 +261,5 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
     for name, tensor in tensors.items():
         if name in state:
             state[name].copy_(tensor.read().view(tensor.shape))
+    source.check_unchanged()
     return sidecar

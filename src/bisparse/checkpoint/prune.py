@@ -14,6 +14,7 @@ from typing import Any
 from safetensors import safe_open
 
 from bisparse.checkpoint.errors import CheckpointError
+from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.naming import NameFilter, StoredLayer, choose_layers
 from bisparse.checkpoint.output import check_room, output_folder
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
@@ -137,6 +138,7 @@ def prune_checkpoint(
         job = _Job(plan, folder, solver, progress)
         results, samples = job.run()
         notes = plan.notes + _copy_others(plan.source, folder)
+        plan.source.check_unchanged()
         report = PruneReport(
             str(pattern),
             "magnitude",
@@ -250,7 +252,10 @@ def _copy_others(source: Source, folder: Path) -> tuple[str, ...]:
             place.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
             notes = ("config.json: its sparsity_config was removed, since serving engines reject it and the weights are plain",)
         else:
-            shutil.copyfile(source.path / name, place)
+            file = open_input(source.path / name)
+            with file.open() as read, place.open("xb") as written:
+                shutil.copyfileobj(read, written)
+            file.check_unchanged()
     return notes
 
 
