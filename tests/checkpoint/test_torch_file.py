@@ -216,7 +216,8 @@ def damaged(path: Path, how: str) -> bytes:
         ("two records of one name", "two records named"), ("two records but for case", "two records named"),
         ("big-endian", "byte order 'big'"), ("flipped bit", r"b\.weight.*breaks its checksum"),
         ("something before", "torch.save did not write"), ("one behind the other", "torch.save did not write"),
-        ("TorchScript", "TorchScript"), ("no root", "torch.save did not write"), ("moved", "data/1 is not where"), ("truncated", "truncated"),
+        ("TorchScript", "TorchScript"), ("no root", "torch.save did not write"), ("moved", "data/1 is not where"),
+        ("truncated", "truncated"),
     ],
 )  # fmt: skip
 def test_archives_that_are_not_read(tmp_path: Path, how: str, message: str) -> None:

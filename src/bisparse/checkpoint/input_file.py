@@ -38,6 +38,7 @@ class InputFile:
         Raises:
             CheckpointError: it has changed, was removed, or cannot be read.
         """
+        self.check_unchanged()
         handle, state = _open(self.path)
         if state != self.state:
             handle.close()

@@ -245,6 +245,7 @@ def read_back(
 
 def _copy_others(source: Source, folder: Path) -> tuple[str, ...]:
     notes: tuple[str, ...] = ()
+    opened = {file.path: file for file in source.inputs}
     for name in source.others:
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -252,7 +253,8 @@ def _copy_others(source: Source, folder: Path) -> tuple[str, ...]:
             place.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
             notes = ("config.json: its sparsity_config was removed, since serving engines reject it and the weights are plain",)
         else:
-            file = open_input(source.path / name)
+            path = source.path / name
+            file = opened.get(path) or open_input(path)
             with file.open() as read, place.open("xb") as written:
                 shutil.copyfileobj(read, written)
             file.check_unchanged()
