@@ -12,7 +12,7 @@ import torch
 from checkpoint_files import State
 from torch import Tensor
 
-from bisparse.checkpoint import CheckpointError, prune_checkpoint
+from bisparse.checkpoint import CheckpointError, load, prune_checkpoint
 from bisparse.checkpoint.source import open_source
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int64, torch.int32, torch.int8,
@@ -318,3 +318,15 @@ def test_one_storage_under_two_dtypes_is_refused(tmp_path: Path) -> None:
     path.write_bytes(zipped(changed(records_of(path), "data.pkl", target.getvalue())))
     with pytest.raises(CheckpointError, match=r"b\.weight shares data/0 with a tensor of dtype torch\.float32"):
         open_source(path)
+
+
+def test_a_record_that_breaks_its_checksum_leaves_the_model_unchanged(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {name: torch.randn_like(tensor) for name, tensor in before.items()}
+    path = saved(state, tmp_path / "w.pt")
+    data, last = path.read_bytes(), state["1.bias"].numpy().tobytes()
+    path.write_bytes(data.replace(last, last[:-1] + bytes([last[-1] ^ 1])))
+    with pytest.raises(CheckpointError, match=r"w\.pt: tensor 1\.bias is corrupt: data/3 breaks its checksum"):
+        load(model, path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())

@@ -223,7 +223,8 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
         The sidecar, None where there is none.
 
     Raises:
-        CheckpointError: names or shapes that do not fit, or a corrupt file; the model is unchanged.
+        CheckpointError: names or shapes that do not fit, or a corrupt file; the model is unchanged. Or a file that changes
+            while it is loaded, after which the model is partly loaded.
         ValueError: the model is accelerated.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
     """
@@ -258,6 +259,9 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
             verify_checkpoint(source.path).check()
         except PatternError as error:
             raise PatternError(f"{source.path}: {error}; the masks were lost after pruning, prune again") from error
+    for name, tensor in tensors.items():
+        if name in state:
+            tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a checksum that is wrong
     for name, tensor in tensors.items():
         if name in state:
             state[name].copy_(tensor.read().view(tensor.shape))

@@ -196,7 +196,7 @@ def _shard_name(file: str) -> str:
 
 def _config(folder: Path) -> tuple[tuple[InputFile, ...], Mapping[str, Any]]:
     path = folder / "config.json"
-    if not path.exists():
+    if not os.path.lexists(path):
         return (), {}
     file, content = read_json(path)
     return (file,), content

@@ -137,7 +137,7 @@ def open_archive(file: InputFile) -> Archive:
     names = [info.filename.casefold() for info in infos]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(path, f"is corrupt: it has two records named {twice}", "fetch or save it again")
+        raise CheckpointError(path, f"is corrupt: it has two records named {twice!r}", "fetch or save it again")
     entries = {
         info.filename.removeprefix(root): info
         for info in infos
