@@ -16,6 +16,8 @@ from bisparse._solve import choose_solver
 from bisparse.apart import check_apart
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
+from bisparse.checkpoint.errors import CheckpointError
+from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
 from bisparse.checkpoint.reader import Shard, Source, open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
@@ -137,6 +139,7 @@ def prune_checkpoint(
         job = _Job(plan, folder, solver, progress)
         results, samples = job.run()
         notes = plan.notes + copy_others(plan.source, folder)
+        plan.source.check_unchanged()
         report = PruneReport(
             str(pattern),
             "magnitude",
@@ -238,6 +241,7 @@ def read_back(
 def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
     """Copy the source's other files into a folder, config.json without its sparsity_config; returns notes."""
     notes: tuple[str, ...] = ()
+    opened = {file.path: file for file in source.inputs}
     for name in source.others:
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -245,7 +249,11 @@ def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
             place.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
             notes = ("config.json: its sparsity_config was removed, since serving engines reject it and the weights are plain",)
         else:
-            shutil.copyfile(source.path / name, place)
+            path = source.path / name
+            file = opened.get(path) or open_input(path)
+            with file.open() as read, place.open("xb") as written:
+                shutil.copyfileobj(read, written)
+            file.check_unchanged()
     return notes
 
 

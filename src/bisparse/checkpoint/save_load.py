@@ -165,6 +165,7 @@ def save(
                 packer.finish()
         if opened is not None:
             report = replace(report, notes=(*report.notes, *opened.notes, *copy_others(opened, temporary)))
+            opened.check_unchanged()
         if not (temporary / "config.json").exists():
             for name, text in _configs_of(model).items():
                 (temporary / name).write_text(text, encoding="utf-8")
@@ -245,7 +246,8 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
         The sidecar, None where there is none.
 
     Raises:
-        CheckpointError: names or shapes that do not fit, or a corrupt file; the model is unchanged.
+        CheckpointError: names or shapes that do not fit, or a corrupt file; the model is unchanged. Or a file that changes
+            while it is loaded, after which the model is partly loaded.
         ValueError: the model is accelerated.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
     """
@@ -282,5 +284,9 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
             raise PatternError(f"{source.path}: {error}; the masks were lost after pruning, prune again") from error
     for name, tensor in tensors.items():
         if name in state:
+            tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a checksum that is wrong
+    for name, tensor in tensors.items():
+        if name in state:
             state[name].copy_(tensor.read().view(tensor.shape))
+    source.check_unchanged()
     return sidecar

@@ -120,7 +120,7 @@ class Sidecar:
         try:
             document = json.loads(text)
             schema = document["schema_version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(path, f"is not a bisparse sidecar ({error!r})", "delete it, or prune again") from error
         if schema != SCHEMA_VERSION:
             raise CheckpointError(
@@ -198,7 +198,7 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
         CheckpointError: no masks file, or a corrupt one.
     """
     path = Path(folder) / MASKS if Path(folder).is_dir() else Path(folder)
-    header, tensors = read_header(path)
+    _, header, tensors = read_header(path)
     try:
         shapes = json.loads(json.loads(header[8:])["__metadata__"]["shapes"])
         masks = {}

@@ -57,6 +57,7 @@ def verify_checkpoint(
             progress(layer.name, done, total)
         results.append(verify_stored(layer))
         done += layer.tensor.nbytes
+    source.check_unchanged()
     if progress:
         progress("", total, total)
     return _together(layers, results, structure or layers[0].pattern)
@@ -200,6 +201,7 @@ def detect_patterns(
             progress(layer.name, done, total)
         yield _detect(layer)
         done += layer.tensor.nbytes
+    source.check_unchanged()
 
 
 def _detect(layer: StoredLayer) -> Detected:
