@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import bisparse
-from bisparse.accelerate import advise as advisor
+from bisparse.accelerate import advisor
 from bisparse.checkpoint import CheckpointError
 from bisparse.cli import app
 from bisparse.report import write_report
@@ -220,26 +220,6 @@ def test_a_page_never_goes_into_what_it_is_about(model: Path, tmp_path: Path, pl
     with pytest.raises(CheckpointError, match="checkpoint"):
         write_report(tmp_path / "out", tmp_path / place, model)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-
-
-def test_a_run_never_goes_where_its_recipe_its_data_or_its_start_are(tmp_path: Path) -> None:
-    for name in ("recipes", "start", "data"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "start" / "weights.pt").touch()
-    recipe = tmp_path / "recipes" / "one.toml"
-    recipe.write_text(
-        'name = "one"\n[model]\nstart = "../start"\n[data]\nfolder = "%s"\n[training]\nsteps = 1\n' % (tmp_path / "data")
-    )
-    for place, what in {
-        "recipes": "contains the recipe",
-        "start": "is the run to start from",
-        "start/new": "is inside the run to start from",
-        "data/new": "is inside the data",
-        ".": "contains the recipe",
-    }.items():
-        code, content = run_json("train", recipe, "--out", tmp_path / place)
-        assert code == 1 and what in str(content["error"])
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "one.toml", "recipes", "start", "weights.pt"]
 
 
 def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_path: Path) -> None:

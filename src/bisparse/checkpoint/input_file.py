@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bisparse.checkpoint.errors import CheckpointError
+from bisparse.errors import CheckpointError
 
 __all__ = ["InputFile", "open_input", "read_json"]
 

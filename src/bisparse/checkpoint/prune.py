@@ -16,7 +16,6 @@ from bisparse._solve import choose_solver
 from bisparse.apart import check_apart
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
 from bisparse.checkpoint.reader import Shard, Source, open_source

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.input_file import InputFile, read_json
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR
 from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, in_file_order, read_header

@@ -20,7 +20,6 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.input_file import InputFile, open_input
 from bisparse.errors import CheckpointError
 

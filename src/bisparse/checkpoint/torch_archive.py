@@ -11,8 +11,8 @@ import zipfile
 import zlib
 from dataclasses import dataclass, field
 
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.input_file import InputFile
+from bisparse.errors import CheckpointError
 
 __all__ = ["Archive", "StorageRecord", "is_archive", "open_archive"]
 

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.input_file import InputFile, open_input
 from bisparse.checkpoint.stored_tensor import CODES, FileTensor, MemoryTensor, StoredTensor, StridedTensor
 from bisparse.checkpoint.torch_archive import Archive, StorageRecord, is_archive, open_archive

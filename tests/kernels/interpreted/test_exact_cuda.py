@@ -11,7 +11,7 @@ from torch import Tensor
 
 import oracle
 from bisparse import Solution, solve
-from bisparse.kernels.exact import ops
+from bisparse.kernels.exact import ops, reference
 from bisparse.kernels.exact.cuda import solve as cuda
 from bisparse.kernels.exact.ops import BadScoreError
 from bisparse.kernels.sparse24 import pack
