@@ -12,7 +12,6 @@ from typing import Any
 
 from safetensors import safe_open
 
-from bisparse._solve import choose_solver
 from bisparse.apart import check_apart
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
@@ -26,7 +25,7 @@ from bisparse.errors import CheckpointError
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport
-from bisparse.solvers import Solver
+from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import Layout
 
 __all__ = ["CheckpointPlan", "Progress", "copy_others", "plan_checkpoint", "prune_checkpoint", "read_back"]
@@ -142,7 +141,7 @@ def prune_checkpoint(
         report = PruneReport(
             str(pattern),
             "magnitude",
-            repr(solver or choose_solver(pattern)),
+            repr(parse_solver(solver)),
             results,
             plan.left_dense,
             {name: str(parse_pattern(one)) for name, one in (patterns or {}).items()},

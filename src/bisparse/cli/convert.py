@@ -33,7 +33,7 @@ from bisparse.cli.console import (
     Threads,
     command,
     parse_pattern_option,
-    parse_solver,
+    parse_solver_option,
     set_threads,
 )
 
@@ -87,7 +87,7 @@ def convert(
             regrow=regrow,
             include=include,
             exclude=exclude,
-            solver=parse_solver(solver),
+            solver=parse_solver_option(solver),
             order=chosen_order,
             reconstruction=parse_reconstruction(block_epochs, order),
             device=parse_device(device),

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils import _pytree as pytree
 
-from bisparse._solve import choose_solver
 from bisparse.apart import check_apart, origin_of
 from bisparse.layers import Filter, Layer, Skipped
 from bisparse.pattern import Structure, parse_pattern
@@ -32,7 +31,7 @@ from bisparse.pruning.layer_tensors import live_tensors, resumed_result, tensors
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.results import LayerResult, PruneReport
-from bisparse.solvers import Solver
+from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import LayoutKind
 
 __all__ = ["prune_", "prune_layers_", "report_of"]
@@ -131,7 +130,7 @@ def report_of(
     return PruneReport(
         str(pattern),
         method.name,
-        repr(solver or choose_solver(pattern)),
+        repr(parse_solver(solver)),
         tuple(results),
         tuple(left_dense),
         {glob: str(parse_pattern(one)) for glob, one in (patterns or {}).items()},
