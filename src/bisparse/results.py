@@ -152,9 +152,10 @@ class PruneReport:
             return f"nothing pruned to {self.pattern}; {len(self.left_dense)} layers left dense"
         retained = "" if self.retained is None else f", {100 * self.retained:.2f} % of the score kept"
         gap = "" if self.gap is None else f", gap {self.gap:.1e}"
+        time = f", {self.time_s:.2f} s" if self.time_s else ""
         return (
-            f"{len(self)} layers pruned to {self.pattern} by {self.method}: density {self.density:.4f}{retained}{gap}, "
-            f"{self.time_s:.2f} s; {len(self.left_dense)} left dense"
+            f"{len(self)} layers pruned to {self.pattern} by {self.method}: density {self.density:.4f}{retained}{gap}"
+            f"{time}; {len(self.left_dense)} left dense"
         )
 
 

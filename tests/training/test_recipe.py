@@ -111,7 +111,7 @@ def test_a_run_learns_and_leaves_a_plain_sparse_model(tmp_path):
     sidecar = read_sidecar(tmp_path)
     assert sidecar.source == BLOBS.name and {one.layer for one in sidecar.samples} == {layer.name for layer in sidecar.report}
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert rows == outcome.curve and len(rows) == outcome.steps and "flip_rate" in rows[9] and "test_accuracy" in rows[59]
+    assert rows == outcome.curve and len(rows) == outcome.steps and "flip_rate" in rows[10] and "test_accuracy" in rows[59]
     assert (tmp_path / "curve.png").stat().st_size > 1000
     assert run_recipe(BLOBS, tmp_path, progress=False) == outcome  # read, not run again
     with pytest.raises(RecipeError, match="another recipe"):

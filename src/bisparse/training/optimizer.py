@@ -30,7 +30,7 @@ flip rate."""
 def held_by(optimizer: Optimizer, layers: Iterable[SparseLayer]) -> list[tuple[SparseLayer, dict[str, Any]]]:
     """Those of `layers` whose weight the optimizer holds now, each with its parameter group; groups may change at any step."""
     groups = {id(held): group for group in optimizer.param_groups for held in group["params"]}
-    return [(layer, group) for layer in layers if layer.active and (group := groups.get(id(layer.weight))) is not None]
+    return [(layer, group) for layer in layers if (group := groups.get(id(layer.weight))) is not None]
 
 
 def why_not_followed(optimizer: Optimizer, method: str) -> str | None:

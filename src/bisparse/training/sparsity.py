@@ -149,11 +149,7 @@ class Sparsity:
     def facts_within(self, model: nn.Module) -> dict[str, LayerResult]:
         """What `report` says of the layers that are in a model, by name."""
         modules = {id(module) for module in model.modules()}
-        return {
-            layer.name: layer_facts(layer, self.search.score)
-            for layer in self._active
-            if id(layer.module) in modules and layer.active
-        }
+        return {layer.name: layer_facts(layer, self.search.score) for layer in self._active if id(layer.module) in modules}
 
     def end(self, facts: Mapping[str, LayerResult]) -> None:
         """Layers were finalized: keep what was so then, and stop following once none is left."""
@@ -192,8 +188,8 @@ class Sparsity:
             raise ValueError("this Sparsity is attached already; call detach() first to follow another optimizer")
         plain = [unwrapped(optimizer) for optimizer in optimizers]
         held = {id(held) for one in plain for group in one.param_groups for held in group["params"]}
-        weights = {id(layer.weight) for layer in self.layers}
-        missing = [one.name for one in self.layers if one.weight.requires_grad and id(one.weight) not in held]
+        weights = {id(layer.weight) for layer in self._active}
+        missing = [one.name for one in self._active if one.weight.requires_grad and id(one.weight) not in held]
         error = None
         if missing:
             error = ValueError(
@@ -203,15 +199,15 @@ class Sparsity:
         for one in plain:
             error = error or ((why := why_not_followed(one, self.method)) and ValueError(why)) or None
         for other in _LIVE:
-            same = any(id(layer.weight) in weights for layer in other.layers)
+            same = any(id(layer.weight) in weights for layer in other._active)
             if other is not self and same and any(one is mine for one in other._attached for mine in plain):
                 error = error or ValueError(
                     f"this optimizer still carries another Sparsity of the same weights ({other!r}): end it with finalize_, or "
                     "call its detach()"
                 )
-        ranks = ranks_of(self.layers, group)
+        ranks = ranks_of(self._active, group)
         raise_together(ranks, error, "attaching the optimizer")
-        check_ranks_agree(self.layers, ranks)
+        check_ranks_agree(self._active, ranks)
         self.search.ranks = ranks
         self._attached = plain
         for index, own in enumerate(plain):
@@ -225,7 +221,7 @@ class Sparsity:
             self.hook.install(self.called)
         else:
             # Masked when it is accumulated, so that clipping measures the gradient that is used.
-            for layer in self.layers:
+            for layer in self._active:
                 if layer.weight.requires_grad:
                     hook = layer.weight.register_post_accumulate_grad_hook(lambda _, own=layer: mask_gradient(own))
                     self._handles.append(hook)
@@ -253,7 +249,7 @@ class Sparsity:
     @torch.no_grad()
     def _use_gradients(self, own: Optimizer, first: bool) -> None:
         """Check and complete the gradients that the optimizer is about to use; with a closure, each time it has made them."""
-        held = [(layer, group) for layer, group in held_by(own, self.layers) if layer.weight.grad is not None]
+        held = [(layer, group) for layer, group in held_by(own, self._active) if layer.weight.grad is not None]
         if self.check_gradients:
             self._check_gradients([layer for layer, _ in held])
         if self.mode == "static":
@@ -267,7 +263,7 @@ class Sparsity:
         if skipped_by_scaler(own):
             return
         if self.mode == "static":
-            for layer, _ in held_by(own, self.layers):
+            for layer, _ in held_by(own, self._active):
                 layer.zero_pruned()
         if not counts:
             return
@@ -288,7 +284,7 @@ class Sparsity:
     def _expect(self, due: bool) -> None:
         self.due, self.written = due, []
         if due:
-            for layer in self.layers:
+            for layer in self._active:
                 self.written.append(layer.mask)
                 for module in (layer.module, *layer.sharing):
                     if isinstance(module, Accelerated):
@@ -341,7 +337,7 @@ class Sparsity:
         What was trained so far was trained with the masks before: train on before you evaluate, save or finalize.
         """
         self._check_not_ended("refresh the masks")
-        layers = [layer for layer in self._active if layer.active and (layer.weight.requires_grad or self._is_dense(layer))]
+        layers = [layer for layer in self._active if (layer.weight.requires_grad or self._is_dense(layer))]
         start = time.perf_counter()
         found = self.search.masks([layer.name for layer in layers], share=True)
         self.search_seconds += time.perf_counter() - start
@@ -371,7 +367,7 @@ class Sparsity:
         return own is not None and own.dense
 
     def _make_dense(self) -> None:
-        for layer in self.layers:
+        for layer in self._active:
             own = layer.parametrization
             if own is not None:
                 own.dense = True
@@ -400,7 +396,7 @@ class Sparsity:
     @property
     def _active(self) -> list[SparseLayer]:
         """The layers that are not finalized."""
-        return [layer for layer in self.layers if layer.name not in self._final]
+        return [layer for layer in self.layers if layer.name not in self._final and layer.active]
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
