@@ -58,11 +58,11 @@ class RefreshHook:
         refreshed = self.refreshed
         if refreshed is None:
             return
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             _traced(refreshed.handle)
         if not module.training or not torch.is_grad_enabled() or not refreshed.due:
             return
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             torch.ops.bisparse.refresh_masks(refreshed.written, refreshed.handle)
             refreshed.due = False  # for the hooks that are traced after this one
         elif torch._C._current_graph_task_id() == -1:  # not in a backward pass

@@ -2,56 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bisparse.training.layer import SparseLayer, keep_only_, local
-from bisparse.training.optimizer import DEFAULT_DECAY, default_decay
+from bisparse.training.layer import SparseLayer, keep_only_, local, part_of
+from bisparse.training.optimizer import DEFAULT_DECAY, Held, default_decay
 
 __all__ = ["after_closure", "decay_pruned", "mask_gradient"]
 
-Group = Mapping[str, Any]
+
+def mask_gradient(layer: SparseLayer, weight: Tensor) -> None:
+    """Set the gradient of a layer's weight to zero off the mask."""
+    if weight.grad is not None and layer.active:
+        keep_only_(local(weight.grad.detach()), part_of(layer.mask, weight))
 
 
-def mask_gradient(layer: SparseLayer) -> None:
-    """Set a layer's gradient to zero off the mask."""
-    gradient = layer.weight.grad
-    if gradient is not None and layer.active:
-        keep_only_(local(gradient.detach()), layer.local_mask)
-
-
-def decay_pruned(method: str, decay: float | None, held: Iterable[tuple[SparseLayer, Group]], optimizer: Optimizer) -> None:
-    """Add masked decay to the gradients, or take SR-STE's step on the weights, which must have gradients.
+def decay_pruned(method: str, decay: float | None, held: Iterable[Held], optimizer: Optimizer) -> None:
+    """Add masked decay to the gradients, or take SR-STE's step on the weights.
 
     Args:
         method: "masked-decay" or "sr-ste".
         decay: lambda of layers without their own; None for the optimizer's default.
-        held: each layer with the parameter group that has its weight.
+        held: layers whose weights have gradients.
     """
     scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale by themselves, after this
-    for layer, group in held:
+    for layer, weight, group in held:
         own = layer.decay if layer.decay is not None else decay
         if own is None:
             own = default_decay(optimizer) if method == "masked-decay" else DEFAULT_DECAY
         if own == 0.0:
             continue
-        weight = local(layer.weight.detach())
-        pruned = weight * ~layer.local_mask
+        dense = local(weight.detach())
+        pruned = dense * ~part_of(layer.mask, weight)
         if method == "sr-ste":
             rate = group["lr"]
             if isinstance(rate, Tensor):  # reading its number would wait for the device
-                weight.sub_(pruned * (rate.to(weight.device, weight.dtype) * own))
+                dense.sub_(pruned * (rate.to(dense.device, dense.dtype) * own))
             else:
-                weight.sub_(pruned, alpha=rate * own)
+                dense.sub_(pruned, alpha=rate * own)
         else:
-            gradient = layer.weight.grad
-            assert gradient is not None
+            assert weight.grad is not None
             sign = -1.0 if group.get("maximize") else 1.0  # such an optimizer negates the gradient
-            local(gradient).add_(pruned, alpha=sign * own * (float(scale) if scale is not None else 1.0))
+            local(weight.grad).add_(pruned, alpha=sign * own * (float(scale) if scale is not None else 1.0))
 
 
 def after_closure(

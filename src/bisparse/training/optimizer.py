@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from bisparse.training.layer import SparseLayer
@@ -27,10 +28,21 @@ halved the flip rate and lowered the loss at each seed (docs/benchmarks.md). Wha
 flip rate."""
 
 
-def held_by(optimizer: Optimizer, layers: Iterable[SparseLayer]) -> list[tuple[SparseLayer, dict[str, Any]]]:
-    """Those of `layers` whose weight the optimizer holds now, each with its parameter group; groups may change at any step."""
+class Held(NamedTuple):
+    """A sparse layer whose weight an optimizer holds."""
+
+    layer: SparseLayer
+    weight: Tensor
+    """The parameter, looked up once."""
+    group: dict[str, Any]
+    """The parameter group that has it."""
+
+
+def held_by(optimizer: Optimizer, layers: Iterable[SparseLayer]) -> list[Held]:
+    """Those of `layers` whose weight the optimizer holds now; groups may change at any step."""
     groups = {id(held): group for group in optimizer.param_groups for held in group["params"]}
-    return [(layer, group) for layer in layers if (group := groups.get(id(layer.weight))) is not None]
+    pairs = ((layer, layer.weight) for layer in layers)
+    return [Held(layer, weight, group) for layer, weight in pairs if (group := groups.get(id(weight))) is not None]
 
 
 def why_not_followed(optimizer: Optimizer, method: str) -> str | None:

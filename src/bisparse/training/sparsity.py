@@ -223,7 +223,7 @@ class Sparsity:
             # Masked when it is accumulated, so that clipping measures the gradient that is used.
             for layer in self._active:
                 if layer.weight.requires_grad:
-                    hook = layer.weight.register_post_accumulate_grad_hook(lambda _, own=layer: mask_gradient(own))
+                    hook = layer.weight.register_post_accumulate_grad_hook(lambda weight, own=layer: mask_gradient(own, weight))
                     self._handles.append(hook)
         return self
 
@@ -249,12 +249,12 @@ class Sparsity:
     @torch.no_grad()
     def _use_gradients(self, own: Optimizer, first: bool) -> None:
         """Check and complete the gradients that the optimizer is about to use; with a closure, each time it has made them."""
-        held = [(layer, group) for layer, group in held_by(own, self._active) if layer.weight.grad is not None]
+        held = [one for one in held_by(own, self._active) if one.weight.grad is not None]
         if self.check_gradients:
-            self._check_gradients([layer for layer, _ in held])
+            self._check_gradients([one.layer for one in held])
         if self.mode == "static":
-            for layer, _ in held:
-                mask_gradient(layer)
+            for one in held:
+                mask_gradient(one.layer, one.weight)
         elif self.method == "masked-decay" or (self.method == "sr-ste" and first):
             decay_pruned(self.method, self.decay, held, own)
 
@@ -263,8 +263,8 @@ class Sparsity:
         if skipped_by_scaler(own):
             return
         if self.mode == "static":
-            for layer, _ in held_by(own, self._active):
-                layer.zero_pruned()
+            for one in held_by(own, self._active):
+                one.layer.zero_pruned()
         if not counts:
             return
         if self.step == 0:
