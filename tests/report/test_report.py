@@ -134,7 +134,7 @@ def test_headline_says_what_was_done(page: Page) -> None:
     text = re.sub(r"\s+", " ", page.text)
     assert "tiny <b onclick=x>model at 4:8-T" in text
     assert "At most 4 of every 8 weights are kept, along the rows of each weight matrix and along its columns." in text
-    assert "Each mask is proved to be the best there is." in text
+    assert "Each mask is proved to be the best for its scores." in text
     assert re.search(r"✓W holds on all [\d,]+ groups", text) and re.search(r"✓Wᵀ holds on all [\d,]+ groups", text)
     assert "every kept weight is exactly as it was" in text
 

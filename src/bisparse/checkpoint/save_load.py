@@ -26,7 +26,7 @@ from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.results import LayerResult, PruneReport
+from bisparse.results import LayerResult, PruneReport, checksum_of
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
 
@@ -105,7 +105,8 @@ def save(
 
     Args:
         pattern: what the layers obey. By default what `report` says, or, in a model in sparse training, its parametrizations.
-        report: what `prune_` returned; its figures go into the sidecar.
+        report: what `prune_` or `Sparsity.report` returned; its figures go into the sidecar, but for those that a training run
+            found on other weights than these.
         state: the weights, instead of the model's own, where these are sharded over ranks.
         include, exclude: the layers that `pattern` is about; see `find_layers`.
         overwrite: replace a folder that bisparse wrote.
@@ -138,11 +139,10 @@ def save(
     if opened is not None:
         weights = named_as_in(opened, weights, keep={one.parameter for one in report})
     folder = Path(folder)
+    report = _about(report, weights)
     stored = {name: memory_tensor(name, weight, folder / WEIGHTS) for name, weight in weights.items()}
     layers = {}
     for result in report:
-        if result.parameter not in stored:
-            raise ValueError(f"{result.name}: the report is about {result.parameter}, which is not among the model's weights")
         own = parse_pattern(result.pattern if pattern is None else pattern)
         verify(weights[result.parameter], own, layout=result.layout, name=result.name).check()
         layers[result.parameter] = StoredLayer(result.name, stored[result.parameter], result.layout, own)
@@ -199,6 +199,23 @@ def _report(
     if not results:
         raise ValueError("nothing says which pattern the layers obey: pass pattern, such as '4:8-T', or the report of prune_")
     return PruneReport(results[0].pattern, "as given", "not recorded", tuple(results), tuple(left))
+
+
+def _about(report: PruneReport, weights: Mapping[str, Tensor]) -> PruneReport:
+    """A report without the figures that were found on other weights than these."""
+    results, trained = [], 0
+    for result in report:
+        if result.parameter not in weights:
+            raise ValueError(f"{result.name}: the report is about {result.parameter}, which is not among the model's weights")
+        weight = weights[result.parameter]
+        result = replace(result, density=float((weight != 0).double().mean()) if weight.numel() else result.density)
+        if result.checksum is not None and result.checksum != checksum_of(weight):
+            result, trained = replace(result, retained=None, gap=None, value=None, checksum=None), trained + 1
+        results.append(result)
+    notes = report.notes
+    if trained:
+        notes += (f"{trained} layers were trained after the report was made: what they keep of the score is not known",)
+    return replace(report, layers=tuple(results), notes=notes)
 
 
 def _pattern_of(layer: Layer) -> Structure | None:

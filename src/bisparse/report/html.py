@@ -234,7 +234,7 @@ def _meaning(figures: PrunedFigures) -> str:
             text = f"At most {100 * structure.density:g} % of each weight matrix is kept."
     gap = figures.report.gap
     if gap is not None and gap < 1e-6:
-        text += " Each mask is proved to be the best there is."
+        text += " Each mask is proved to be the best for its scores."
     return text
 
 

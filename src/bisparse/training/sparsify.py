@@ -17,13 +17,14 @@ from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
+from bisparse.training.forward_hook import remove_hooks
 from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
 from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, sample_of, trained_parameter
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.shared_classes import separate_class, share_class
-from bisparse.training.sparsity import Method, Mode, Sparsity, check_mask
+from bisparse.training.sparsity import Method, Mode, Sparsity, check_mask, live_sparsities
 
 __all__ = ["finalize_", "plain_state_dict", "sparsify_"]
 
@@ -115,6 +116,7 @@ def sparsify_(
     sparsity = Sparsity(
         sparse,
         skipped,
+        _called(model, sparse),
         mode=mode,
         method=method,
         pattern=pattern,
@@ -137,7 +139,15 @@ def sparsify_(
                 layer.zero_pruned()
             else:
                 _parametrize(model, layer, mask, method, schedule)
+    if mode == "dynamic":
+        sparsity.hook.install(sparsity.called)
     return sparsity
+
+
+def _called(model: nn.Module, layers: list[SparseLayer]) -> list[nn.Module]:
+    """The modules whose forward pass may use a sparse weight: those that hold one, and all that contain these."""
+    holders = {id(module) for layer in layers for module in (layer.module, *layer.sharing)}
+    return [module for module in model.modules() if any(id(inner) in holders for inner in module.modules())]
 
 
 def _check_arguments(
@@ -319,8 +329,8 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
 def finalize_(model: nn.Module) -> nn.Module:
     """Turn a sparsified or accelerated model into a plain one: weights hold their zeros, nothing of this library is left.
 
-    Returns the model. The parameters stay the same objects, so optimizers keep them, but for weights that were packed. The masks
-    are checked against their patterns first.
+    Returns the model. Its `Sparsity` ends here: it leaves the optimizers, and training on is dense. The parameters stay the same
+    objects, so optimizers keep them, but for weights that were packed. The masks are checked against their patterns first.
 
     Raises:
         ValueError: the model is neither sparsified nor accelerated, or its weights are sharded over ranks (take
@@ -346,6 +356,7 @@ def finalize_(model: nn.Module) -> nn.Module:
     for name, module, parameter, own in dynamic:
         if not own.dense:
             verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
+    ending = [(sparsity, sparsity.facts_within(model)) for sparsity in live_sparsities()]
     for layer in accelerated:
         layer.restore_()
     now = ((own.start, sample_of(trained_parameter(module, parameter))) for _, module, parameter, own in dynamic)
@@ -377,6 +388,9 @@ def finalize_(model: nn.Module) -> nn.Module:
         )
     for module in model.modules():
         MVUELinear.remove_(module)
+        remove_hooks(module)
+    for sparsity, facts in ending:
+        sparsity.end(facts)
     return model
 
 
