@@ -356,7 +356,7 @@ def test_stopped_by_a_signal_nothing_is_left(tmp_path: Path, number: signal.Sign
 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as job:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob(".out.bisparse-*/model.safetensors")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob(".out.bisparse-*/output/model.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.01)
         job.send_signal(number)
         _, errors = job.communicate()

@@ -17,6 +17,7 @@ from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
 from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
+from bisparse.checkpoint.permissions import copy_permissions
 from bisparse.checkpoint.reader import Shard, Source, open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
 from bisparse.checkpoint.stored_tensor import DTYPES, MemoryTensor, SafetensorsWriter, StoredTensor, as_bytes
@@ -150,6 +151,7 @@ def prune_checkpoint(
         step = max(1, -(-len(samples) // SAMPLES))
         sidecar = Sidecar(report, remainder, plan.source.path.resolve().name, samples[::step])
         (folder / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
+        _copy_all_permissions(plan.source, folder)
     return report
 
 
@@ -253,6 +255,20 @@ def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
                 shutil.copyfileobj(read, written)
             file.check_unchanged()
     return notes
+
+
+def _copy_all_permissions(source: Source, folder: Path) -> None:
+    """Each file gets those of what it was made from; the sidecar and the masks tell of all weights."""
+    weights = {tensor.path for shard in source.shards for tensor in shard.tensors}
+    for shard in source.shards:
+        copy_permissions(folder / shard.file, {tensor.path for tensor in shard.tensors} or weights)
+    for name in (SIDECAR, MASKS, *([source.index[0]] if source.index else [])):
+        copy_permissions(folder / name, weights)
+    if not source.path.is_dir():
+        return
+    copied = {parent for name in source.others for parent in Path(name).parents}
+    for name in (*map(Path, source.others), *copied, Path()):
+        copy_permissions(folder / name, [source.path / name])
 
 
 def _without_sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
