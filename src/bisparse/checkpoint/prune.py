@@ -267,8 +267,8 @@ def _copy_all_permissions(source: Source, folder: Path) -> None:
     if not source.path.is_dir():
         return
     copied = {parent for name in source.others for parent in Path(name).parents}
-    for name in (*map(Path, source.others), *copied, Path()):
-        copy_permissions(folder / name, [source.path / name])
+    for path in (*map(Path, source.others), *copied, Path()):
+        copy_permissions(folder / path, [source.path / path])
 
 
 def _without_sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
