@@ -151,7 +151,10 @@ def prune_checkpoint(
         step = max(1, -(-len(samples) // SAMPLES))
         sidecar = Sidecar(report, remainder, plan.source.path.resolve().name, samples[::step])
         (folder / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
-        _copy_all_permissions(plan.source, folder)
+        for shard in plan.source.shards:
+            copy_permissions(folder / shard.file, {tensor.path for tensor in shard.tensors})
+        index = [plan.source.index[0]] if plan.source.index else []
+        limit_permissions((folder / name for name in (SIDECAR, MASKS, *index)), plan.source)
     return report
 
 
@@ -239,7 +242,10 @@ def read_back(
 
 
 def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
-    """Copy the source's other files into a folder, config.json without its sparsity_config; returns notes."""
+    """Copy the source's other files into a folder, config.json without its sparsity_config; returns notes.
+
+    Files, and folders with what is in them, keep their permissions; see `copy_permissions`.
+    """
     notes: tuple[str, ...] = ()
     opened = {file.path: file for file in source.inputs}
     for name in source.others:
@@ -254,21 +260,18 @@ def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
             with file.open() as read, place.open("xb") as written:
                 shutil.copyfileobj(read, written)
             file.check_unchanged()
+        copy_permissions(place, [source.path / name])
+    if source.path.is_dir():
+        for path in {parent for name in source.others for parent in Path(name).parents} | {Path()}:
+            copy_permissions(folder / path, [source.path / path])
     return notes
 
 
-def _copy_all_permissions(source: Source, folder: Path) -> None:
-    """Each file gets those of what it was made from; the sidecar and the masks tell of all weights."""
+def limit_permissions(written: Iterable[Path], source: Source) -> None:
+    """Give files that tell of all of the source's weights the permissions that all of its weight files have."""
     weights = {tensor.path for shard in source.shards for tensor in shard.tensors}
-    for shard in source.shards:
-        copy_permissions(folder / shard.file, {tensor.path for tensor in shard.tensors} or weights)
-    for name in (SIDECAR, MASKS, *([source.index[0]] if source.index else [])):
-        copy_permissions(folder / name, weights)
-    if not source.path.is_dir():
-        return
-    copied = {parent for name in source.others for parent in Path(name).parents}
-    for path in (*map(Path, source.others), *copied, Path()):
-        copy_permissions(folder / path, [source.path / path])
+    for path in written:
+        copy_permissions(path, weights)
 
 
 def _without_sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -18,7 +18,7 @@ from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
 from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.names import named_as_in
-from bisparse.checkpoint.prune import SAMPLES, copy_others, read_back
+from bisparse.checkpoint.prune import SAMPLES, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size, read_own_sidecar
 from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build_header, in_file_order, memory_tensor
@@ -173,6 +173,8 @@ def save(
         sidecar = replace(sidecar_of(report, weights, named), provenance=dict(provenance or {}))
         (temporary / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
         read_back(temporary / WEIGHTS, ordered, checksums, layers, lambda tensor: None)
+        if opened is not None:
+            limit_permissions((temporary / name for name in (WEIGHTS, MASKS, SIDECAR)), opened)
         if beside is not None:
             beside(temporary)
     return sidecar
