@@ -17,6 +17,7 @@ from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
 from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
+from bisparse.checkpoint.permissions import copy_permissions
 from bisparse.checkpoint.reader import Shard, Source, open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
 from bisparse.checkpoint.stored_tensor import DTYPES, MemoryTensor, SafetensorsWriter, StoredTensor, as_bytes
@@ -150,6 +151,10 @@ def prune_checkpoint(
         step = max(1, -(-len(samples) // SAMPLES))
         sidecar = Sidecar(report, remainder, plan.source.path.resolve().name, samples[::step])
         (folder / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
+        for shard in plan.source.shards:
+            copy_permissions(folder / shard.file, {tensor.path for tensor in shard.tensors})
+        index = [plan.source.index[0]] if plan.source.index else []
+        limit_permissions((folder / name for name in (SIDECAR, MASKS, *index)), plan.source)
     return report
 
 
@@ -237,7 +242,10 @@ def read_back(
 
 
 def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
-    """Copy the source's other files into a folder, config.json without its sparsity_config; returns notes."""
+    """Copy the source's other files into a folder, config.json without its sparsity_config; returns notes.
+
+    Files, and folders with what is in them, keep their permissions; see `copy_permissions`.
+    """
     notes: tuple[str, ...] = ()
     opened = {file.path: file for file in source.inputs}
     for name in source.others:
@@ -252,7 +260,18 @@ def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
             with file.open() as read, place.open("xb") as written:
                 shutil.copyfileobj(read, written)
             file.check_unchanged()
+        copy_permissions(place, [source.path / name])
+    if source.path.is_dir():
+        for path in {parent for name in source.others for parent in Path(name).parents} | {Path()}:
+            copy_permissions(folder / path, [source.path / path])
     return notes
+
+
+def limit_permissions(written: Iterable[Path], source: Source) -> None:
+    """Give files that tell of all of the source's weights the permissions that all of its weight files have."""
+    weights = {tensor.path for shard in source.shards for tensor in shard.tensors}
+    for path in written:
+        copy_permissions(path, weights)
 
 
 def _without_sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -18,9 +18,9 @@ from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
 from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.names import named_as_in
-from bisparse.checkpoint.prune import SAMPLES, copy_others, read_back
+from bisparse.checkpoint.prune import SAMPLES, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import open_source
-from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size, read_sidecar
+from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size, read_own_sidecar
 from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build_header, in_file_order, memory_tensor
 from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError
@@ -173,6 +173,8 @@ def save(
         sidecar = replace(sidecar_of(report, weights, named), provenance=dict(provenance or {}))
         (temporary / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
         read_back(temporary / WEIGHTS, ordered, checksums, layers, lambda tensor: None)
+        if opened is not None:
+            limit_permissions((temporary / name for name in (WEIGHTS, MASKS, SIDECAR)), opened)
         if beside is not None:
             beside(temporary)
     return sidecar
@@ -274,8 +276,8 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
             "yourself and pass them to model.load_state_dict"
         )
     source = open_source(folder)
-    sidecar = read_sidecar(source.path if source.path.is_dir() else source.path.parent)
     state, tensors = model.state_dict(), source.tensors
+    sidecar = read_own_sidecar(source.path, tensors)
     for name, tensor in tensors.items():
         if name in state and tuple(state[name].shape) != tensor.shape:
             raise CheckpointError(
@@ -295,10 +297,9 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
                 "build the plain model of this checkpoint (before sparsify_ or accelerate_), or pass strict=False",
             )
     if sidecar is not None:
-        try:
-            verify_checkpoint(source.path).check()
-        except PatternError as error:
-            raise PatternError(f"{source.path}: {error}; the masks were lost after pruning, prune again") from error
+        checked = verify_checkpoint(source.path)
+        if checked.violations:
+            raise PatternError(f"{source.path}: {checked.message}; the masks were lost after pruning, prune again")
     for name, tensor in tensors.items():
         if name in state:
             tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a checksum that is wrong

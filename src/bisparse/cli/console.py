@@ -218,11 +218,11 @@ def grouped(items: Iterable[Any], name: Callable[[Any], str], alike: Callable[[A
     return [(name(group[0]) if len(group) == 1 else re.sub(r"\d+", "*", name(group[0])), group) for group in groups.values()]
 
 
-def print_left_dense(console: Console, left: Iterable[Any]) -> None:
-    """The layers left dense, each group with its reason."""
+def print_left_dense(console: Console, left: Iterable[Any], heading: str = "left dense") -> None:
+    """The layers left dense, or out of something else, each group with its reason."""
     rows = [
         (name, str(len(group)), group[0].reason) for name, group in grouped(left, lambda one: one.name, lambda one: one.reason)
     ]
     if rows:
         console.print()
-        console.print(table(("left dense", " n", "why"), rows))
+        console.print(table((heading, " n", "why"), rows))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from bisparse.atomic_file import atomic_file
 from bisparse.training.sparsity import Sparsity
 
 __all__ = ["SparsityCallback"]
@@ -49,7 +50,8 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         """Write the state into the checkpoint's folder."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{CHECKPOINT}-{state.global_step}"
-            torch.save(self.sparsity.state_dict(), folder / STATE)
+            with atomic_file(folder / STATE) as temporary:
+                torch.save(self.sparsity.state_dict(), temporary)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **loop: Any) -> None:
         """Add the model-wide figures (flip rate, retained score, ...) to the Trainer's log and its history, once per measurement.
