@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout, LayoutKind, to_matrices
 
-__all__ = ["Filter", "Layer", "Skipped", "find_layers", "head_reason", "matches", "matrix_sides", "remainder_reason"]
+__all__ = [
+    "Filter",
+    "Layer",
+    "Skipped",
+    "computed_reason",
+    "find_layers",
+    "head_reason",
+    "matches",
+    "matrix_sides",
+    "remainder_reason",
+]
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str]
 """A layer name, a glob, ``"re:..."``, a list of these, or a function of (name, module)."""
@@ -199,6 +209,13 @@ def find_layers(
             f"include={include!r} matches no layer of the model; its layers are {[name for name, *_ in _parameters(model)][:20]}"
         )
     return layers, skipped
+
+
+def computed_reason(module: nn.Module, parameter: str) -> str | None:
+    """Why what is written to a module's weight would be lost; None where the weight is the parameter itself."""
+    if getattr(module, parameter) is module._parameters.get(parameter):
+        return None
+    return f"its {parameter} is computed by {type(module).__name__} at each access, so that what is written to it is lost"
 
 
 def matrix_sides(weight: Tensor, layout: Layout) -> tuple[int, int]:

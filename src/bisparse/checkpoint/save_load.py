@@ -25,6 +25,7 @@ from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport
+from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
 
@@ -223,7 +224,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
         The sidecar, None where there is none.
 
     Raises:
-        CheckpointError: names or shapes that do not fit, or a corrupt file; the model is unchanged.
+        CheckpointError: names, shapes or dtypes that do not fit, or a corrupt file; the model is unchanged.
         ValueError: the model is accelerated.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
     """
@@ -258,7 +259,18 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
             verify_checkpoint(source.path).check()
         except PatternError as error:
             raise PatternError(f"{source.path}: {error}; the masks were lost after pruning, prune again") from error
-    for name, tensor in tensors.items():
-        if name in state:
-            state[name].copy_(tensor.read().view(tensor.shape))
+    with Rollback() as rollback:
+        for name, tensor in tensors.items():
+            if name in state:
+                new = tensor.read().view(tensor.shape)
+                rollback.touch(state[name])
+                try:
+                    state[name].copy_(new)
+                except (RuntimeError, TypeError) as error:
+                    raise CheckpointError(
+                        tensor.path,
+                        f"cannot be written to the model's {state[name].dtype}: {str(error).splitlines()[0]}",
+                        "build the model in the dtype of the checkpoint",
+                        tensor=name,
+                    ) from error
     return sidecar

@@ -26,11 +26,12 @@ from bisparse.pruning.calibration.block_runner import FinishedBlock
 from bisparse.pruning.calibration.calibrate import Order, Walk, calibrate
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.pruning.journal import Journal
-from bisparse.pruning.layer import Change, apply_, plan, prune_layer
+from bisparse.pruning.layer import Change, plan, prune_layer
 from bisparse.pruning.layer_tensors import live_tensors, resumed_result, tensors_after, write_
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.results import LayerResult, PruneReport
+from bisparse.rollback import Rollback
 from bisparse.solvers import Solver
 from bisparse.tiles import LayoutKind
 
@@ -301,9 +302,12 @@ def _prune_without_data_(
     except BaseException as error:
         ranks.fail(error)
         raise
-    done = [(layer, *found[layer.name]) for layer, _, _ in jobs]
-    apply_([Change(layer, mask, weight, bias, bias_of(layer)) for layer, mask, weight, bias, _ in done])
-    return [result for *_, result in done]
+    with Rollback() as rollback:
+        for layer, _, _ in jobs:
+            mask, weight, bias, _ = found[layer.name]
+            rollback.touch(*live_tensors(layer, {}).values())
+            write_(layer, tensors_after(Change(layer, mask, weight, bias, bias_of(layer)), {}), {})
+    return [found[layer.name][-1] for layer, _, _ in jobs]
 
 
 def _check_reconstruction(order: Order, batches: Iterable[Any] | None, ranks: Ranks) -> None:
