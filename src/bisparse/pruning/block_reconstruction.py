@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bisparse.pruning.calibration.block_runner import FinishedBlock
+from bisparse.pruning.calibration.collector import FinishedBlock
 from bisparse.pruning.calibration.moments import token_weights
 
 __all__ = ["BlockFit", "BlockReconstruction"]

@@ -181,8 +181,8 @@ def _check_can_be_written(layer: Layer) -> None:
         raise ValueError(f"{layer.name}: its weight is on the meta device and holds no numbers; load the model first")
     if weight.dtype not in WRITABLE:
         raise ValueError(
-            f"{layer.name}: its weight is {str(weight.dtype).removeprefix('torch.')}, which cannot be pruned in place; convert the "
-            "model to bfloat16, or exclude the layer"
+            f"{layer.name}: its weight is {str(weight.dtype).removeprefix('torch.')}, which cannot be pruned in place; convert "
+            "the model to bfloat16, or exclude the layer"
         )
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
