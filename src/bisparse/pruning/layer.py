@@ -11,7 +11,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bisparse.layers import Filter, Layer, Skipped, computed_reason, find_layers, matches, matrix_sides, remainder_reason
+from bisparse.layers import (
+    Filter,
+    Layer,
+    Skipped,
+    computed_reason,
+    dtype_reason,
+    find_layers,
+    matches,
+    matrix_sides,
+    remainder_reason,
+)
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.pruning.bias import Bias, bias_of
 from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, Statistics
@@ -21,9 +31,6 @@ from bisparse.solvers import Solver
 from bisparse.tiles import LayoutKind, from_matrices, to_matrices
 
 __all__ = ["Change", "layer_problem", "plan", "prune_layer", "record"]
-
-WRITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes in which every step of a job works; of others, such as float8, torch lacks some."""
 
 
 @dataclass(frozen=True)
@@ -179,11 +186,8 @@ def _check_can_be_written(layer: Layer) -> None:
     weight = layer.weight
     if weight.is_meta:
         raise ValueError(f"{layer.name}: its weight is on the meta device and holds no numbers; load the model first")
-    if weight.dtype not in WRITABLE:
-        raise ValueError(
-            f"{layer.name}: its weight is {str(weight.dtype).removeprefix('torch.')}, which cannot be pruned in place; convert "
-            "the model to bfloat16, or exclude the layer"
-        )
+    if (reason := dtype_reason(weight)) is not None:
+        raise ValueError(f"{layer.name}: {reason}")
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
             f"{layer.name}: its weight was made in inference mode and cannot be changed; load the model outside of it"

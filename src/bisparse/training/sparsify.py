@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from bisparse.layers import Filter, Layer, Skipped, computed_reason, find_layers, matches
+from bisparse.layers import Filter, Layer, Skipped, computed_reason, dtype_reason, find_layers, matches
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.rollback import Rollback
 from bisparse.solution import verify
@@ -263,6 +263,8 @@ def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method:
             )
         if (reason := computed_reason(layer.module, layer.parameter)) is not None:
             raise ValueError(f"{layer.name}: {reason}; remove what computes it first, or exclude the layer")
+        if (reason := dtype_reason(layer.weight)) is not None:
+            raise ValueError(f"{layer.name}: {reason}")
         if hasattr(layer.module, layer.mask_name):
             raise ValueError(f"{layer.name} has an attribute {layer.mask_name!r} already, which the mask needs")
         if mode == "dynamic" and isinstance(layer.weight, DTensor):
