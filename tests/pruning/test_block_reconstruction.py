@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bisparse import verify
 from bisparse.pruning import AdaPrune, BlockReconstruction, Magnitude, Method, Wanda, convert_, prune_
-from bisparse.pruning.calibration.collector import FinishedBlock
+from bisparse.pruning.calibration.finished_block import FinishedBlock
 
 
 class Gated(nn.Module):

@@ -20,13 +20,13 @@ from bisparse.layers import Filter, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.process_group import Ranks
 from bisparse.pruning.block_reconstruction import BlockReconstruction
+from bisparse.pruning.calibration.options import Options, Order
 from bisparse.pruning.job import Task
 from bisparse.pruning.layer import plan
 from bisparse.pruning.methods.adaprune import AdaPrune
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.methods.regrow import Regrow
-from bisparse.pruning.options import Options, Order
 from bisparse.pruning.prune import prune_layers_, report_of
 from bisparse.pruning.violation import CONFIDENCE, sparsest_pattern, violation
 from bisparse.results import PruneReport

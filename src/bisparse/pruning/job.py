@@ -22,16 +22,16 @@ from bisparse.layers import Layer, Skipped
 from bisparse.pattern import Structure
 from bisparse.process_group import Ranks
 from bisparse.pruning.bias import bias_of, norms_after
-from bisparse.pruning.block_reconstruction import BlockFit
 from bisparse.pruning.calibration.calibrate import Walk
-from bisparse.pruning.calibration.collector import FinishedBlock, Stage
+from bisparse.pruning.calibration.collector import Stage
+from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
+from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
 from bisparse.pruning.fingerprint import fingerprint, stable_repr
 from bisparse.pruning.journal import Journal
 from bisparse.pruning.layer import Change, prune_layer
 from bisparse.pruning.layer_tensors import live_tensors, restore_, resumed_result, tensors_after, write_
 from bisparse.pruning.methods.base import Method
-from bisparse.pruning.options import Options
 from bisparse.results import LayerResult
 from bisparse.rollback import Rollback
 from bisparse.tiles import LayoutKind

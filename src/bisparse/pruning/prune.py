@@ -17,13 +17,14 @@ from bisparse.pattern import Structure, parse_pattern
 from bisparse.process_group import Ranks
 from bisparse.pruning.block_reconstruction import BlockReconstruction
 from bisparse.pruning.calibration.calibrate import calibrate
-from bisparse.pruning.calibration.collector import FinishedBlock, Stage
+from bisparse.pruning.calibration.collector import Stage
+from bisparse.pruning.calibration.finished_block import FinishedBlock
+from bisparse.pruning.calibration.options import Options, Order
 from bisparse.pruning.calibration.statistics import Statistics
 from bisparse.pruning.job import Job, Outcome, Task
 from bisparse.pruning.layer import plan
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
-from bisparse.pruning.options import Options, Order
 from bisparse.results import PruneReport
 from bisparse.solvers import Solver
 

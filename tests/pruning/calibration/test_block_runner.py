@@ -12,8 +12,8 @@ from bisparse.layers import find_layers
 from bisparse.pruning import AdaPrune, Statistic, prune_
 from bisparse.pruning.calibration import block_runner as chain_run_module
 from bisparse.pruning.calibration.calibrate import Walk, calibrate
+from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.paused import Paused
-from bisparse.pruning.options import Options
 
 
 def test_it_hands_out_what_it_pauses_with_and_ends_with_its_result() -> None:

@@ -14,7 +14,7 @@ from bisparse.pruning.calibration.block_chain import find_chains
 from bisparse.pruning.calibration.calibrate import Walk, calibrate
 from bisparse.pruning.calibration.execution_order import discover
 from bisparse.pruning.calibration.moments import Moments
-from bisparse.pruning.options import Options
+from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.reduction import positions, to_rows
 from bisparse.tiles import to_matrices
 

@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.block_chain import Call, Chain, argument_of, dense_copy, without
 from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, call_model, observed, taking_in
+from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.paused import Paused
-from bisparse.pruning.options import Options
 
 __all__ = ["ChainRun"]
 

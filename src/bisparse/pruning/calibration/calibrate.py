@@ -25,11 +25,12 @@ from bisparse.layers import Layer
 from bisparse.process_group import Ranks
 from bisparse.pruning.calibration.block_chain import Chain, dense_copy, find_chains
 from bisparse.pruning.calibration.block_runner import ChainRun
-from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Data, FinishedBlock, Stage
+from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Data, Stage
 from bisparse.pruning.calibration.execution_order import discover
+from bisparse.pruning.calibration.finished_block import FinishedBlock
 from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, call_model, observed, taking_in, token_mask
+from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
-from bisparse.pruning.options import Options
 from bisparse.pruning.reduction import positions
 from bisparse.tiles import to_matrices
 

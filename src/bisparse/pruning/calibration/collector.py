@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from bisparse.layers import Layer
 from bisparse.process_group import Ranks
 from bisparse.pruning.calibration.moments import Moments
 from bisparse.pruning.calibration.statistics import Statistic, Statistics, reading_of
 
-__all__ = ["HOLD_OUT_EVERY", "Collector", "Data", "FinishedBlock", "Stage"]
+__all__ = ["HOLD_OUT_EVERY", "Collector", "Data", "Stage"]
 
 HOLD_OUT_EVERY = 5
 
@@ -24,25 +24,6 @@ class Stage:
 
     layers: tuple[Layer, ...]
     statistics: tuple[Statistics, ...]
-
-
-@dataclass(frozen=True)
-class FinishedBlock:
-    """A block whose layers are all pruned, before the activations go on to the next one. It may still be changed."""
-
-    name: str
-    module: nn.Module
-    layers: tuple[Layer, ...]
-    output: Callable[[int], Tensor]
-    """What the block, as it is when called, makes of the pruned network's activations, by number of the batch."""
-    target: Callable[[int], Tensor]
-    """What the dense block makes of the dense network's."""
-    keep: Callable[[int], Tensor | None]
-    """Which positions of a batch are real tokens; None: all."""
-    fit: tuple[int, ...]
-    """Batches to fit to."""
-    judge: tuple[int, ...]
-    """Batches held out."""
 
 
 @dataclass(frozen=True)

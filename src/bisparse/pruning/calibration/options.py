@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bisparse.pruning.block_reconstruction import BlockReconstruction
+from bisparse.pruning.calibration.finished_block import BlockFitter
 from bisparse.solvers import Solver
 
 __all__ = ["Options", "Order"]
@@ -28,7 +28,7 @@ class Options:
 
     solver: Solver | None = None
     order: Order = "sequential"
-    reconstruction: BlockReconstruction | None = None
+    reconstruction: BlockFitter | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None
     device: torch.device | str | None = None
     resume: str | Path | None = None
