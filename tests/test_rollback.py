@@ -289,6 +289,10 @@ def test_a_checkpoint_that_cannot_be_loaded(fault: str, at: int, tmp_path: Path,
 class Computed(nn.Linear):
     """A live layer of another library's: its weight is made of the parameter at each access."""
 
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self._parameters["weight"])
+        nn.init.zeros_(self._parameters["bias"])
+
     def __getattr__(self, name: str) -> Any:
         found = super().__getattr__(name)
         return found * 2 if name == "weight" and isinstance(found, Tensor) else found

@@ -19,6 +19,7 @@ from checkpoint_files import State, snapshot, write_folder, write_shards
 from safetensors.torch import load_file, save_file
 
 import bisparse
+from bisparse.apart import check_apart
 from bisparse.checkpoint import CheckpointError, load_masks, prune_checkpoint, read_sidecar, verify_checkpoint
 from bisparse.checkpoint import atomic_folder as output
 
@@ -264,6 +265,67 @@ def test_source_and_target_stand_apart(folder: Path, tmp_path: Path, target: str
     with pytest.raises(CheckpointError, match="source"):
         prune_checkpoint(folder, tmp_path / target, "2:4", overwrite=True)
     assert snapshot(tmp_path) == before
+
+
+@pytest.fixture
+def named_twice(tmp_path: Path) -> Path:
+    """A place with an input folder, further names of it, and an input whose files are links, as in a cache."""
+    source = tmp_path / "in"
+    (source / "sub").mkdir(parents=True)
+    (source / "weights").write_text("weights")
+    (source / "sub" / "text").write_text("text")
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "sub_link").symlink_to(source / "sub")
+    (tmp_path / "up").symlink_to(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "a1").write_text("weights")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "weights").symlink_to("../blobs/a1")
+    (tmp_path / "copies").mkdir()
+    os.link(source / "sub" / "text", tmp_path / "copies" / "text")
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "text").write_text("text")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "how"),
+    [
+        ("in", "in", "is the source"),
+        ("in", "in/../in/.", "is the source"),
+        ("in", "link", "is the source"),
+        ("link", "in", "is the source"),
+        ("up/in", "in", "is the source"),
+        ("in", "in/new", "is inside the source"),
+        ("in", "link/new/deeper", "is inside the source"),
+        ("link", "in/new", "is inside the source"),
+        ("in", "sub_link/new", "is inside the source"),
+        ("in/sub", "link", "contains the source"),
+        ("sub_link", "in", "contains the source"),
+        ("in/weights", "link", "contains the source"),
+        ("in", ".", "contains the source"),
+        ("in", "up", "contains the source"),
+        ("snapshot", "blobs", "share a file"),
+        ("snapshot/weights", "blobs", "contains the source"),
+        ("in", "copies", "share a file"),
+        ("in", "copies/text", "share a file"),
+        ("in/sub/text", "copies/text", "is the source"),
+        ("in/sub/text", "copies", "share a file"),
+    ],
+)
+def test_an_output_never_overlaps_an_input_whatever_their_names(named_twice: Path, source: str, target: str, how: str) -> None:
+    before = snapshot(named_twice)
+    with pytest.raises(CheckpointError, match=how):
+        check_apart(f"{named_twice}/{target}", {"source": f"{named_twice}/{source}"})
+    assert snapshot(named_twice) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("in", "in2"), ("in", "apart"), ("in", "new/in"), ("in/sub", "in/new"), ("in/weights", "in/new"), ("snapshot", "blobs/new")],
+)
+def test_an_output_beside_its_input_is_fine(named_twice: Path, source: str, target: str) -> None:
+    check_apart(named_twice / target, {"source": named_twice / source, "other": None})
 
 
 def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:

@@ -19,7 +19,9 @@ from typer.testing import CliRunner, Result
 
 import bisparse
 from bisparse.accelerate import advisor
+from bisparse.checkpoint import CheckpointError
 from bisparse.cli import app
+from bisparse.report import write_report
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals")
 
@@ -205,6 +207,21 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
+@pytest.mark.parametrize(
+    "place", ["out/page.html", "out/model.safetensors", "model", "model/page.html", "link/page.html", "name"]
+)
+def test_a_page_never_goes_into_what_it_is_about(model: Path, tmp_path: Path, place: str) -> None:
+    run("prune", model, tmp_path / "out", "-p", "2:4")
+    (tmp_path / "link").symlink_to(model)
+    os.link(tmp_path / "out" / "bisparse.json", tmp_path / "name")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, content = run_json("report", tmp_path / "out", "--against", model, "-o", tmp_path / place)
+    assert code == 1 and "checkpoint" in str(content["error"])
+    with pytest.raises(CheckpointError, match="checkpoint"):
+        write_report(tmp_path / "out", tmp_path / place, model)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_path: Path) -> None:
     run("prune", model, tmp_path / "out", "-p", "4:8-T")
     state = load_file(tmp_path / "out" / "model.safetensors")
@@ -284,7 +301,7 @@ def test_failed_jobs_are_exit_code_1(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("prune", model, out)
     failed("exists already", "prune", model, out)
-    failed("lies in, around or on the source", "prune", model, model / "inside")
+    failed("is inside the source", "prune", model, model / "inside")
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1])
     for command in (["prune", model, tmp_path / "new"], ["verify", model, "-p", "2:4"], ["info", model], ["bench", "-m", model]):
         failed("truncated", *command)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bisparse.apart import check_apart
 from bisparse.checkpoint import SIDECAR
 from bisparse.checkpoint.atomic_folder import written_here
 from bisparse.checkpoint.save_load import sidecar_of
@@ -75,10 +76,13 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
         stop_after: stop after this many optimizer steps in this call, as a kill would, and return None.
 
     Raises:
+        CheckpointError: the folder is, contains or is inside the run to start from or the data.
         RecipeError: the folder holds the run of another recipe, or other things and no run, or the data are not there.
         RunError: the loss, a gradient or a weight is no finite number any more, or the checkpoint or the outcome is damaged.
     """
     folder = Path(folder)
+    data = Path(recipe.data.folder).expanduser() if recipe.data.folder else None
+    check_apart(folder, {"run to start from": recipe.model.start or None, "data": data})
     own = json.dumps(recipe.as_dict(), indent=2, sort_keys=True)
     if folder.exists() and not written_here(folder, RECIPE):
         raise RecipeError(

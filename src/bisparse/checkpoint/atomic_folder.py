@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bisparse.checkpoint.errors import CheckpointError
+from bisparse.errors import CheckpointError
 
 __all__ = ["check_room", "check_target", "check_writable", "output_folder", "written_here"]
 

@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.stored_tensor import build_header, read_header
+from bisparse.errors import CheckpointError
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport
@@ -92,6 +92,8 @@ class Sidecar:
     samples: tuple[SampleTile, ...] = ()
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: Mapping[str, str] = field(default_factory=_versions)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """How a job was called and on what data, as JSON knows values: command line, calibration file, sequences, length, order."""
 
     def to_json(self) -> str:
         """As text; `from_json` is the inverse."""
@@ -101,6 +103,7 @@ class Sidecar:
             "source": self.source,
             "created": self.created,
             "versions": dict(self.versions),
+            "provenance": dict(self.provenance),
             "remainder": self.remainder,
             **self.report.as_dict(),
             "samples": [asdict(sample) for sample in self.samples],
@@ -117,7 +120,7 @@ class Sidecar:
         try:
             document = json.loads(text)
             schema = document["schema_version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(path, f"is not a bisparse sidecar ({error!r})", "delete it, or prune again") from error
         if schema != SCHEMA_VERSION:
             raise CheckpointError(
@@ -142,6 +145,7 @@ class Sidecar:
                 tuple(_sample(entry) for entry in document["samples"]),
                 document["created"],
                 document["versions"],
+                dict(document.get("provenance", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(path, f"lacks or garbles a field ({error!r})", "prune again") from error
@@ -194,7 +198,7 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
         CheckpointError: no masks file, or a corrupt one.
     """
     path = Path(folder) / MASKS if Path(folder).is_dir() else Path(folder)
-    header, tensors = read_header(path)
+    _, header, tensors = read_header(path)
     try:
         shapes = json.loads(json.loads(header[8:])["__metadata__"]["shapes"])
         masks = {}

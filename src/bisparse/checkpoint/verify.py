@@ -11,10 +11,10 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from bisparse.checkpoint.bands import Band, bands
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.sidecar import read_sidecar
+from bisparse.errors import CheckpointError
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.solution import Verification, Violation, verify
 from bisparse.tiles import LayoutKind, pad_to_multiple, to_matrices
@@ -57,6 +57,7 @@ def verify_checkpoint(
             progress(layer.name, done, total)
         results.append(verify_stored(layer))
         done += layer.tensor.nbytes
+    source.check_unchanged()
     if progress:
         progress("", total, total)
     return _together(layers, results, structure or layers[0].pattern)
@@ -200,6 +201,7 @@ def detect_patterns(
             progress(layer.name, done, total)
         yield _detect(layer)
         done += layer.tensor.nbytes
+    source.check_unchanged()
 
 
 def _detect(layer: StoredLayer) -> Detected:

@@ -39,6 +39,9 @@ def report(
             as_json=as_json,
         )
 
+    from bisparse.apart import check_apart
+
+    check_apart(output, {"pruned checkpoint": pruned, "dense checkpoint": against})
     figures = read_figures(pruned, against)
     write_report(figures, output)
     if as_json:

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from bisparse.apart import check_apart, origin_of
 from bisparse.layers import Layer, Skipped
 from bisparse.pattern import Structure
 from bisparse.process_group import Ranks
@@ -240,6 +241,7 @@ class Job:
     def _folder(self) -> Path | None:
         if self.options.resume is None:
             return None
+        check_apart(self.options.resume, {"model's own files": origin_of(self.model)})
         # Each rank has all of the result, and a journal of its own.
         own = "" if self.ranks.size == 1 else f"rank-{self.ranks.rank}-of-{self.ranks.size}"
         return Path(self.options.resume) / own

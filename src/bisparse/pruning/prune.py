@@ -11,7 +11,6 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from bisparse._solve import choose_solver
 from bisparse.layers import Filter, Skipped
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.process_group import Ranks
@@ -26,7 +25,7 @@ from bisparse.pruning.layer import plan
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.results import PruneReport
-from bisparse.solvers import Solver
+from bisparse.solvers import Solver, parse_solver
 
 __all__ = ["prune_", "prune_layers_", "report_of"]
 
@@ -137,7 +136,7 @@ def report_of(
     return PruneReport(
         str(pattern),
         method.name,
-        repr(options.solver or choose_solver(pattern)),
+        repr(parse_solver(options.solver)),
         outcome.results,
         (*left_dense, *outcome.unreached),
         {glob: str(parse_pattern(one)) for glob, one in (patterns or {}).items()},

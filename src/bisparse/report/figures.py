@@ -191,6 +191,9 @@ def read_figures(folder: str | Path, against: str | Path | None = None, progress
         change = None if dense is None else _change(tensor, _stored(dense, layer))
         layers.append(LayerFigures(layer, *_verify(tensor, layer), change, _fits(tensor, layer)))
         done += tensor.nbytes
+    for source in (pruned, dense):
+        if source is not None:
+            source.check_unchanged()
     if progress:
         progress("", total, total)
     return PrunedFigures(folder.resolve().name, sidecar, tuple(layers))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bisparse.apart import check_apart
 from bisparse.diversity import Hardware, MaskDiversity, hardware, mask_diversity
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.pruning.violation import CONFIDENCE
@@ -79,10 +80,12 @@ def write_report(
         progress: called with the layer's name, the bytes read so far and those there are.
 
     Raises:
-        CheckpointError: the folder or the dense checkpoint cannot be read, or do not belong together.
+        CheckpointError: the folder or the dense checkpoint cannot be read, do not belong together, or overlap the output.
         ImportError: the extra `report` is not installed.
         ValueError: the output is a folder.
     """
+    read = None if isinstance(pruned, PrunedFigures) else pruned
+    check_apart(output, {"pruned checkpoint": read, "dense checkpoint": against})
     environment = _environment()
     figures = pruned if isinstance(pruned, PrunedFigures) else read_figures(pruned, against, progress)
     report, structure = figures.report, figures.structure
@@ -144,6 +147,8 @@ def write_comparison(
             raise ValueError(
                 f"task {task.name!r} has {len(task.scores)} scores for {len(pruned)} folders: one is needed for each"
             )
+    for folder in pruned:
+        check_apart(output, {"pruned checkpoint": folder, "dense checkpoint": against})
     environment = _environment()
     figures = [read_figures(folder, against, progress) for folder in pruned]
     compared = [

@@ -18,12 +18,11 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from bisparse._solve import choose_solver
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport
 from bisparse.solution import verify
-from bisparse.solvers import Solver
+from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import from_matrices
 from bisparse.training.layer import SparseLayer, keep_only_, local
 from bisparse.training.mask_search import MaskSearch, Prices, Score
@@ -118,7 +117,7 @@ class Sparsity:
                     time_s=0.0,
                 )
             )
-        solver = self.search.solver or choose_solver(self.pattern)
+        solver = parse_solver(self.search.solver)
         method = "static training" if self.mode == "static" else f"dynamic training, {self.method}"
         return PruneReport(str(self.pattern), method, type(solver).__name__, tuple(results), tuple(self.skipped))
 
@@ -268,7 +267,7 @@ class Sparsity:
             mask, make_scores = found[layer.name]
             if measured:
                 scores = from_matrices(make_scores(), layer.layout, mask.shape)
-                optimal = not layer.transposable or (solver or choose_solver(layer.pattern)).exact
+                optimal = not layer.transposable or (parse_solver(solver)).exact
                 old = layer.mask.to(mask.device)
                 self.changes[layer.name] = measure_change(layer, self.step, old, mask, scores, optimal=optimal)
             layer.mask.copy_(mask)
