@@ -639,7 +639,7 @@ def test_a_job_that_cannot_be_saved_goes_on_from_its_journal(
         raise AssertionError("nothing is left to be pruned")
 
     with monkeypatch.context() as context:
-        context.setattr("bisparse.pruning.prune.prune_layer", again)
+        context.setattr("bisparse.pruning.job.prune_layer", again)
         code, report = invoke(*job)
     assert code == 0 and len(report["layers"]) == done
     assert (beside / "out" / "bisparse.json").exists() and not (beside / "journal").exists()

@@ -27,6 +27,7 @@ from bisparse.errors import CheckpointError
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport, checksum_of
+from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
 
@@ -265,8 +266,8 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
         The sidecar, None where there is none.
 
     Raises:
-        CheckpointError: names or shapes that do not fit, or a corrupt file; the model is unchanged. Or a file that changes
-            while it is loaded, after which the model is partly loaded.
+        CheckpointError: names, shapes or dtypes that do not fit, or a corrupt file, or one that changes while it is loaded; the
+            model is unchanged.
         ValueError: the model is accelerated.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
     """
@@ -303,8 +304,19 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
     for name, tensor in tensors.items():
         if name in state:
             tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a checksum that is wrong
-    for name, tensor in tensors.items():
-        if name in state:
-            state[name].copy_(tensor.read().view(tensor.shape))
-    source.check_unchanged()
+    with Rollback() as rollback:
+        for name, tensor in tensors.items():
+            if name in state:
+                new = tensor.read().view(tensor.shape)
+                rollback.touch(state[name])
+                try:
+                    state[name].copy_(new)
+                except (RuntimeError, TypeError) as error:
+                    raise CheckpointError(
+                        tensor.path,
+                        f"cannot be written to the model's {state[name].dtype}: {str(error).splitlines()[0]}",
+                        "build the model in the dtype of the checkpoint",
+                        tensor=name,
+                    ) from error
+        source.check_unchanged()
     return sidecar

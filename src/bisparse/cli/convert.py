@@ -82,8 +82,8 @@ def convert(
         report = convert_(
             opened.model,
             structure,
+            chosen,
             batches,
-            method=chosen,
             regrow=regrow,
             include=include,
             exclude=exclude,

@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from bisparse.layers import Filter, Layer, Skipped, find_layers, matches
+from bisparse.layers import Filter, Layer, Skipped, computed_reason, dtype_reason, find_layers, matches
 from bisparse.pattern import Pattern, Structure, parse_pattern
+from bisparse.rollback import Rollback
 from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
@@ -128,14 +129,17 @@ def sparsify_(
         measure_every=measure_every,
         check_gradients=check_gradients,
     )
-    if mvue and not any([MVUELinear.install_(layer.module) for layer in sparse]):
+    if mvue and not any(type(layer.module) in (nn.Linear, MVUELinear) for layer in sparse):
         raise ValueError("mvue=True is an option of torch.nn.Linear layers, and none is made sparse")
-    with torch.no_grad():
+    with torch.no_grad(), Rollback(model) as rollback:
         found = _given_masks(sparse, masks) if masks is not None else _first_masks(sparsity)
         for layer in sparse:
+            if mvue:
+                MVUELinear.install_(layer.module)
             mask = found[layer.name].to(layer.weight.device)
             if mode == "static":
                 layer.module.register_buffer(layer.mask_name, mask.contiguous(), persistent=False)
+                rollback.touch(local(layer.weight.detach()))
                 layer.zero_pruned()
             else:
                 _parametrize(model, layer, mask, method, schedule)
@@ -267,6 +271,10 @@ def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method:
                 f"{layer.name}: its weight is no parameter of the module, as after torch.nn.utils.prune: call prune.remove "
                 "first, or exclude the layer"
             )
+        if (reason := computed_reason(layer.module, layer.parameter)) is not None:
+            raise ValueError(f"{layer.name}: {reason}; remove what computes it first, or exclude the layer")
+        if (reason := dtype_reason(layer.weight)) is not None:
+            raise ValueError(f"{layer.name}: {reason}")
         if hasattr(layer.module, layer.mask_name):
             raise ValueError(f"{layer.name} has an attribute {layer.mask_name!r} already, which the mask needs")
         if mode == "dynamic" and isinstance(layer.weight, DTensor):
