@@ -116,7 +116,8 @@ def test_a_report_replaces_no_device_and_no_link(model: Path, tmp_path: Path) ->
     assert run("report", tmp_path / "out", "-o", tmp_path / "link").exit_code == 0
     assert (tmp_path / "link").is_symlink() and "<html" in (tmp_path / "page").read_text()
     os.mkfifo(tmp_path / "pipe")
-    for name in (os.devnull, tmp_path / "pipe", tmp_path):
+    (tmp_path / "folder").mkdir()
+    for name in (os.devnull, tmp_path / "pipe", tmp_path / "folder"):
         refused = run("report", tmp_path / "out", "-o", name)
         assert refused.exit_code == 2 and "name" in refused.stderr
     assert not Path(os.devnull).is_file() and not (tmp_path / "pipe").is_file()

@@ -83,9 +83,9 @@ def write_report(
         ImportError: the extra `report` is not installed.
         ValueError: the output is no regular file, but a folder, a device or a pipe.
     """
-    check_output_file(output)
     read = None if isinstance(pruned, PrunedFigures) else pruned
     check_apart(output, {"pruned checkpoint": read, "dense checkpoint": against})
+    check_output_file(output)
     environment = _environment()
     figures = pruned if isinstance(pruned, PrunedFigures) else read_figures(pruned, against, progress)
     report, structure = figures.report, figures.structure
@@ -147,9 +147,9 @@ def write_comparison(
             raise ValueError(
                 f"task {task.name!r} has {len(task.scores)} scores for {len(pruned)} folders: one is needed for each"
             )
-    check_output_file(output)
     for folder in pruned:
         check_apart(output, {"pruned checkpoint": folder, "dense checkpoint": against})
+    check_output_file(output)
     environment = _environment()
     figures = [read_figures(folder, against, progress) for folder in pruned]
     compared = [
