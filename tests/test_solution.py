@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
-from bisparse import Certificate, CertificateError, Exact, Greedy, Pattern, PatternError, Solution, prune_, solve, verify
+from bisparse import CertificateError, Pattern, PatternError, Solution, prune_, solve, verify
+from bisparse.solution import Certificate
+from bisparse.solvers import Exact, Greedy
 from bisparse.tiles import Layout, LayoutKind, to_tiles
 
 # ---- verify ----------------------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import oracle
-from bisparse import Exact, Greedy, Paired, Pattern, Sequential, Solution, Unstructured, solve, verify
+from bisparse import Pattern, Solution, solve, verify
 from bisparse._solve import _start_of
 from bisparse.kernels.exact import ops
+from bisparse.pattern import Paired, Sequential, Unstructured
+from bisparse.solvers import Exact, Greedy
 from bisparse.tiles import Layout, LayoutKind, from_matrices, pad_to_multiple, to_matrices, to_tiles
 
 DTYPES = [

@@ -19,8 +19,9 @@ from torch import Tensor
 
 import bisparse.solvers
 import oracle
-from bisparse import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation, solve
+from bisparse import solve
 from bisparse.pattern import Pattern
+from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
 
 CLASSES = [
     item

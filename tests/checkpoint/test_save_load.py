@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import bisparse
-from bisparse import CheckpointError, Pattern, PatternError, load, load_masks, prune_, save, verify_checkpoint
-from bisparse.checkpoint import read_sidecar
+from bisparse import CheckpointError, Pattern, PatternError, load, prune_, save, verify_checkpoint
+from bisparse.checkpoint import load_masks, read_sidecar
 
 
 class Tied(nn.Module):

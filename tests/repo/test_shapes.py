@@ -29,7 +29,8 @@ import torch
 torch.set_num_threads(1)
 """
 ENGINE = """
-from bisparse import Exact, Greedy, MinCostFlow, Sinkhorn, TwoApproximation, solve, verify
+from bisparse import solve, verify
+from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, TwoApproximation
 from bisparse.kernels.exact import ops, reference
 from bisparse.layers import find_layers
 from bisparse.tiles import Layout, LayoutKind
@@ -59,7 +60,8 @@ reference.exact_solve_integers(q, 4, True, None, None)
 find_layers(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Conv2d(4, 4, 3)), pattern=solution.pattern, remainder="dense")
 """
 ACCELERATION = """
-from bisparse import accelerate_, advise, finalize_, prune_, sparsify_
+from bisparse import accelerate_, finalize_, prune_, sparsify_
+from bisparse.accelerate import advise
 for trained in (False, True):
     model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Linear(8, 20)).train(trained)
     if trained:
@@ -75,7 +77,7 @@ for trained in (False, True):
 """
 LIES = """
 import jaxtyping
-solve_tiles = bisparse.Exact().solve_tiles
+solve_tiles = bisparse.solvers.Exact().solve_tiles
 for call in (lambda: solve_tiles(torch.rand(4, 4), 2), lambda: solve_tiles(torch.rand(2, 4, 8), 2)):
     try:
         call()

@@ -17,11 +17,12 @@ import scipy
 import torch
 from safetensors.torch import load_file, save_file
 
-from bisparse import Greedy, mask_diversity, prune_, solve
+from bisparse import mask_diversity, prune_, solve
 from bisparse.checkpoint import SIDECAR, CheckpointError, load_masks, prune_checkpoint, read_sidecar, save
 from bisparse.report import Task, plot_diversity, read_figures, write_comparison, write_report
 from bisparse.report.plot import GAUSSIAN_RETAINED, LIGHT, STRUCTURES, _draw, _overlap, diversity_points, diversity_svg
 from bisparse.report.svg import chart_of_layers, picture_of_tile
+from bisparse.solvers import Greedy
 
 INJECTION = "encoder.1.<script>alert(1)</script>\"'&amp;"
 VOID = {"meta", "link", "input", "br", "wbr", "img", "hr"}

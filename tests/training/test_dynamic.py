@@ -158,7 +158,7 @@ def test_masks_move_in_the_forward_pass_after_every_refresh_steps_and_are_optima
 
 
 def test_distance_of_a_greedy_mask_is_to_the_true_optimum(mlp, step):
-    sparsity = sparsify_(mlp, "4:8-T", refresh=1, solver=bisparse.Greedy(), measure_every=1)
+    sparsity = sparsify_(mlp, "4:8-T", refresh=1, solver=bisparse.solvers.Greedy(), measure_every=1)
     optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
     sparsity.attach(optimizer)
     step(mlp, optimizer, 0)

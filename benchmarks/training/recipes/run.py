@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from bisparse.apart import check_apart
 from bisparse.checkpoint import SIDECAR
-from bisparse.checkpoint.atomic_folder import written_here
 from bisparse.checkpoint.save_load import sidecar_of
 from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
 from bisparse.training.parametrizations import masked_parameters
@@ -85,7 +84,7 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
     data = Path(recipe.data.folder).expanduser() if recipe.data.folder else None
     check_apart(folder, {"run to start from": recipe.model.start or None, "data": data})
     own = json.dumps(recipe.as_dict(), indent=2, sort_keys=True)
-    if folder.exists() and not written_here(folder, RECIPE):
+    if folder.exists() and not (folder.is_dir() and ((folder / RECIPE).exists() or not any(folder.iterdir()))):
         raise RecipeError(
             f"{folder} exists already and holds no run (no {RECIPE}): choose a folder that is new, empty, or a run's"
         )
