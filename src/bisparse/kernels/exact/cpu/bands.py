@@ -318,7 +318,7 @@ def largest_band(groups, n, mask, first, last):  # type: ignore[no-untyped-def]
 
 @cache
 def solve_kernel(m: int, median: bool, warm: bool) -> Kernel:
-    """`solve_band` for tiles of a side, at N = M / 2 (`median`) or any N, cold or `warm`: what a call does not need is not compiled.
+    """`solve_band` for tiles of a side, at N = M / 2 (`median`) or any N, cold or `warm`; compiles what such a call needs.
 
     Arguments: scores, mask, prices with the exponents behind them, network; tiles, columns, entries of the network, n, exactly.
     """
@@ -328,7 +328,7 @@ def solve_kernel(m: int, median: bool, warm: bool) -> Kernel:
     if median:
 
         def entry(arguments, first, last):  # type: ignore[no-untyped-def]
-            scores, mask, prices, network, tiles, columns, entries, n, exactly = array_at(arguments, (9,), np.int64)
+            scores, mask, prices, _network, tiles, columns, _entries, n, exactly = array_at(arguments, (9,), np.int64)
             return 1 + solve_band(
                 array_at(scores, (tiles * m * m,), np.float32),
                 columns,
