@@ -31,11 +31,19 @@ __all__ = [
     "exact_with_prices",
     "keep_largest",
     "quantise",
+    "quantise_finely",
 ]
 
 FAST_BITS = 24
 COARSE = -(1 << 30)
-"""In place of an exponent: this tile's scores span too wide a range for the fast mode; solve it exactly instead."""
+"""In place of an exponent: the fast mode would ruin this tile; solve it with `FINE_BITS` instead."""
+FINE_BITS = 52
+LARGEST_INTEGER = 1 << 55
+"""What `exact_solve_integers` takes is below this, so that no shortest path overflows 64 bits."""
+LARGEST_START = 1 << 25
+"""Start prices of 24-bit scores are cut to this: no optimal price needs to be larger, and no sum of them overflows."""
+LARGEST_PRICE = 1 << 30
+"""A tile whose prices reach this is coarse: they would not fit 32 bits."""
 TINY = 2.0**-103
 """A tile whose largest score is below this counts as coarse too: its scale would overflow float32."""
 COARSE_BELOW = 1 << 12
@@ -74,6 +82,30 @@ def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[T
     q = torch.ldexp(tiles, exponent[:, None, None]).round().long()
     small = ((q < COARSE_BELOW) & (tiles > 0)).sum((1, 2))
     return q, torch.where((2 * small > (tiles > 0).sum((1, 2))) | ((largest > 0) & (largest < TINY)), COARSE, exponent)
+
+
+def quantise_finely(tiles: Real[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[Tensor, " B"]]:
+    """Scores as integers: times 2**exponent, half to even, the tile's largest in [2**51, 2**52).
+
+    Integers below 2**52 are taken as they are, with exponent 0, which is also the exponent of a zero tile.
+    """
+    if tiles.shape[0] == 0:
+        return tiles.long(), tiles.new_zeros(0, dtype=torch.int64)
+    largest = tiles.flatten(1).amax(1)
+    if tiles.is_floating_point():
+        exponent = torch.where(largest > 0, FINE_BITS - torch.frexp(largest.double()).exponent.long(), 0)
+        # Two factors, since 2**exponent may leave the range of float64; by their bits, since pow on a GPU need not be exact.
+        half = exponent // 2
+        first, second = (((1023 + power) << 52).view(torch.float64)[:, None, None] for power in (half, exponent - half))
+        return (tiles.double() * first * second).round().long(), exponent
+    bits = torch.frexp((largest.long() >> 12).double()).exponent.long() + 12  # of those from 2**52 on
+    shift = torch.where(largest >= 1 << FINE_BITS, bits - FINE_BITS, 0)[:, None, None] if tiles.dtype == torch.int64 else None
+    if shift is None or not bool(shift.any()):
+        return tiles.long(), torch.zeros_like(largest, dtype=torch.int64)
+    whole = tiles >> shift
+    rest, half_unit = tiles - (whole << shift), (1 << shift) >> 1
+    up = (rest > half_unit) | ((rest == half_unit) & (whole & 1 == 1) & (shift > 0))
+    return whole + up, -shift[:, 0, 0]
 
 
 def stack(x: Tensor, y: Tensor) -> Tensor:
@@ -169,26 +201,79 @@ def exact_solve(
 def exact_solve_integers(
     q: Int[Tensor, "B M M"], n: int, exactly: bool, start: tuple[Int[Tensor, "B M"], Int[Tensor, "B M"]] | None = None
 ) -> tuple[Bool[Tensor, "B M M"], Int[Tensor, "B M"], Int[Tensor, "B M"]]:
-    """Optimal masks and prices (int64) of tiles of integer scores, int64 below 2**55."""
+    """Optimal masks and prices (int64) of tiles of integer scores, int64, non-negative, below 2**55; n < M.
+
+    Raises:
+        ValueError: scores or start prices of another shape or dtype, scores out of range, N not between 1 and M - 1.
+    """
     u, v = start if start is not None else (None, None)
     result = torch.ops.bisparse.exact_solve_integers(q, n, exactly, u, v)
     return result[0], result[1], result[2]
+
+
+def check_matrix(scores: Tensor, n: int, m: int) -> None:
+    """Raise ValueError unless a kernel may read and write by these shapes: a matrix whose sides M divides, 1 <= N < M."""
+    if scores.ndim != 2 or m < 1 or scores.shape[0] % m or scores.shape[1] % m:
+        raise ValueError(f"scores of shape {tuple(scores.shape)} are no matrix whose sides {m} divides; pad them first")
+    if not 1 <= n < m:
+        raise ValueError(f"N = {n} is not between 1 and M - 1 = {m - 1}; N = M keeps everything and needs no solver")
+
+
+def check_start(tiles: int, m: int, prices: Tensor, exponent: Tensor) -> None:
+    """Raise ValueError unless the prices of an earlier solve have this one's shapes and hold integers."""
+    if prices.shape != (2, tiles, m) or exponent.shape != (tiles,):
+        given = tuple(prices.shape), tuple(exponent.shape)
+        raise ValueError(f"a start of shapes {given[0]} and {given[1]}: expected {(2, tiles, m)} and {(tiles,)}")
+    for part in (prices, exponent):
+        if part.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"a start of dtype {part.dtype}: expected int32")
+
+
+def check_integers(q: Tensor, n: int, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """What every kernel of `exact_solve_integers` checks first; returns the start prices cut to the range of the scores.
+
+    Optimal prices exist within the range of a tile's scores, and larger ones would let sums overflow.
+    """
+    if q.ndim != 3 or q.shape[1] != q.shape[2] or q.dtype != torch.int64:
+        raise ValueError(f"integer scores of shape {tuple(q.shape)}, {q.dtype}: expected tiles (B, M, M) of int64")
+    tiles, m, _ = q.shape
+    if not 1 <= n < m:
+        raise ValueError(f"N = {n} is not between 1 and M - 1 = {m - 1}; N = M keeps everything and needs no solver")
+    if tiles:
+        low, high = (int(bound) for bound in torch.aminmax(q))
+        if low < 0 or high >= LARGEST_INTEGER:
+            raise ValueError(f"integer scores from {low} to {high}: expected 0 to 2**55 - 1")
+    if u is None and v is None:
+        return None
+    for side in (u, v):
+        if side is None or side.shape != (tiles, m) or side.dtype != torch.int64 or side.device != q.device:
+            given = "None" if side is None else f"shape {tuple(side.shape)}, {side.dtype}, on {side.device}"
+            raise ValueError(f"start prices: {given}; expected u and v of shape ({tiles}, {m}), int64, on {q.device}")
+    assert u is not None and v is not None
+    limit = q.flatten(1).amax(1, keepdim=True) if tiles else q.new_zeros(0, 1)
+    return torch.minimum(torch.maximum(u, -limit), limit), torch.minimum(torch.maximum(v, -limit), limit)
 
 
 def reference_exact_solve(
     scores: Tensor, n: int, m: int, exactly: bool, prices: Tensor | None, exponent: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of `exact_solve`."""
+    check_matrix(scores, n, m)
     check_scores(scores)
     q, now = quantise(to_tiles(scores, m))
     u, v = None, None
     if prices is not None and exponent is not None:
+        check_start(len(q), m, prices, exponent)
         usable = (now != COARSE) & (exponent != COARSE)
-        shift = torch.where(usable, now - exponent, 0).clamp(-40, 30)[:, None]
-        u, v = torch.ldexp(prices.double(), shift).round().long() * usable[:, None]
+        shift = torch.where(usable, now - exponent.long(), 0).clamp(-40, 30)[:, None]
+        start = torch.ldexp(prices.double(), shift).round().clamp(-LARGEST_START, LARGEST_START)
+        u, v = start.long() * usable[:, None]
     q = q * (now != COARSE)[:, None, None]
     mask, u, v = torch.ops.bisparse.exact_solve_integers(q, n, exactly, u, v)
-    return from_tiles(mask, scores.shape[0], scores.shape[1]), torch.stack([u, v]).int(), now.int()
+    found = torch.stack([u, v])
+    fits = (found.abs() < LARGEST_PRICE).all(-1).all(0)
+    now = torch.where(fits, now, COARSE)
+    return from_tiles(mask, scores.shape[0], scores.shape[1]), torch.where(fits[:, None], found, 0).int(), now.int()
 
 
 def reference_exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:
@@ -207,7 +292,7 @@ def reference_exact_solve_integers(
     q: Tensor, n: int, exactly: bool, u: Tensor | None, v: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of `exact_solve_integers`."""
-    return reference.exact_tiles(q, n, exactly, None if u is None or v is None else (u, v))
+    return reference.exact_tiles(q, n, exactly, check_integers(q, n, u, v))
 
 
 def reference_keep_largest(groups: Tensor, n: int) -> Tensor:

@@ -32,6 +32,12 @@ PAST_CACHES = 1 << 24
 """Bytes of a mask that is larger than the caches, where it would be read only to be overwritten."""
 
 
+def _check(scores: torch.Tensor, n: int, m: int) -> None:
+    ops.check_matrix(scores, n, m)
+    if scores.dtype != torch.float32:
+        raise ValueError(f"scores of dtype {scores.dtype}: this kernel reads float32")
+
+
 def _usable(flags: int, scores: torch.Tensor) -> bool:
     """Whether the kernels could use the scores as they are; raises for scores that no solver takes."""
     if flags & BAD:
@@ -56,6 +62,7 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     if (n, m) != (2, 4):
         solved, prices, any_coarse = exact_solve(scores, n, m, exactly, None, None)
         return solved, prices()[2] == ops.COARSE if any_coarse else None
+    _check(scores, n, m)
     rows, columns = scores.shape
     # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
     beside = columns < 4 * MIDDLE_CHUNK
@@ -93,6 +100,7 @@ def exact_solve(
     if m not in VECTOR_SIDES:
         solved, (u, v), exponent = ops.reference_exact_solve(scores, n, m, exactly, start, start_exponent)
         return solved, lambda: (u, v, exponent), bool((exponent == ops.COARSE).any())
+    _check(scores, n, m)
     rows, columns = scores.shape
     scores = scores.contiguous()
     tiles = (rows // m) * (columns // m)
@@ -100,9 +108,7 @@ def exact_solve(
     mask, numbers = empty((rows, columns), torch.bool), empty((2 * entries + tiles,), torch.int32)
     warm = start is not None and start_exponent is not None
     if start is not None and start_exponent is not None:
-        if start.shape != (2, tiles, m) or start_exponent.shape != (tiles,):
-            given = tuple(start.shape), tuple(start_exponent.shape)
-            raise ValueError(f"a start of shapes {given[0]} and {given[1]}: expected {(2, tiles, m)} and {(tiles,)}")
+        ops.check_start(tiles, m, start, start_exponent)
         np.concatenate([start.numpy().reshape(-1), start_exponent.numpy()], out=numbers.numpy())
     median = 2 * n == m and m in (4, 8, 16, 32)
     network = () if median else sorting_network(m)
@@ -122,9 +128,11 @@ def exact_solve_integers(
     q: torch.Tensor, n: int, exactly: bool, u: torch.Tensor | None, v: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`ops.exact_solve_integers` on CPU."""
+    start = ops.check_integers(q, n, u, v)
     tiles, m, _ = q.shape
-    warm = u is not None and v is not None
-    u, v = (torch.zeros(tiles, m, dtype=torch.int64) if start is None else start.clone().contiguous() for start in (u, v))
+    warm = start is not None
+    u, v = start or (torch.zeros(tiles, m, dtype=torch.int64), torch.zeros(tiles, m, dtype=torch.int64))
+    u, v = u.contiguous(), v.contiguous()
     mask = torch.zeros(tiles, m * m, dtype=torch.bool)
     arguments = q.contiguous(), mask, u, v, tiles, m, n, exactly, warm
     over_bands(integers_kernel(), arguments, tiles, 1, max(1, 4096 // (m * m)))
