@@ -30,7 +30,7 @@ from bisparse.tiles import pad_to_multiple
 
 __all__ = ["Failure", "Prices", "kept_total", "selection_failure", "selection_gap", "tile_failure", "tiles_gap"]
 
-BAND = 1 << 17
+BAND = 1 << 16
 """Weights that are worked on at a time."""
 FAST_BITS, FINE_BITS = 24, 52
 """Bits of a quantised score: at least as many are needed for a proof, and at most as many fit its arithmetic."""
@@ -133,7 +133,11 @@ def _priced_bands(scores: Tensor, mask: Tensor, prices: Prices, m: int) -> Itera
         u, v, exponent = (side[tiles].to(scores.device).long() for side in prices)
         inside = _tiles_last(torch.ones_like(part, dtype=torch.bool), m) if ragged else None
         yield _Band(
-            tiles.start, _tiles_last(part, m), _tiles_last(mask[matrices, rows], m), inside, Prices(u.t(), v.t(), exponent)
+            tiles.start,
+            _tiles_last(part, m),
+            _tiles_last(mask[matrices, rows], m),
+            inside,
+            Prices(u.t().contiguous(), v.t().contiguous(), exponent),
         )
 
 

@@ -53,7 +53,7 @@ class Exact(Solver):
 
     def solve_matrix(
         self, scores: Real[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None = None
-    ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate]]:
+    ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate | None]]:
         if n == m:  # everything is kept, which zero prices prove
             ops.check_scores(scores)
             return torch.ones_like(scores, dtype=torch.bool), lambda: self._certificate_of_all(scores, m)
@@ -67,7 +67,14 @@ class Exact(Solver):
             mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
             if coarse is not None and ops.any_coarse(coarse):
                 mask = self._solve_coarse(scores, mask, coarse, n, m)[0]
-            return mask, lambda: self._solve_with_prices(scores, numbers, n, m, None)[1]()
+            version = None if scores.is_inference() else scores._version
+
+            def priced() -> Certificate | None:
+                if version is not None and version != scores._version:
+                    return None  # it would be one of other scores
+                return self._solve_with_prices(scores, numbers, n, m, None)[1]()
+
+            return mask, priced
         return self._solve_with_prices(scores, numbers, n, m, warm_start)
 
     def _solve_with_prices(

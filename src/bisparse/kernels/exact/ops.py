@@ -5,6 +5,7 @@ Faster kernels register themselves for "cpu" (numba) and "cuda" (Triton); torch 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -56,11 +57,14 @@ class BadScoreError(ValueError):
 
 def check_scores(scores: Tensor) -> None:
     """Raise `BadScoreError` at the first score that is NaN, infinite or negative, with its index and a remedy."""
+    if scores.numel() == 0:
+        return
+    least, largest = torch.aminmax(scores)  # one pass; NaN comes out of it
+    if bool(least >= 0) and bool(largest < math.inf):
+        return
     bad = scores < 0
     if scores.is_floating_point():
         bad = bad | ~torch.isfinite(scores)
-    if not bool(bad.any()):
-        return
     index = tuple(bad.nonzero()[0].tolist())
     number = scores[index].item()
     remedy = "scores are magnitudes: pass weight.abs()" if number < 0 else "repair or exclude that weight first"
