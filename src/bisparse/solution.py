@@ -80,9 +80,11 @@ class Solution:
     """How often torch has seen the scores change when this was made."""
 
     def __post_init__(self) -> None:
+        known = self.__dict__
         if self.scores.is_inference():  # whose changes torch does not count
-            object.__setattr__(self, "scores", self.scores.clone())
-        object.__setattr__(self, "_version", _version_of(self.scores))
+            known["scores"] = self.scores.clone()
+        else:
+            known["_version"] = self.scores._version
 
     @cached_property
     def certificate(self) -> Certificate | None:

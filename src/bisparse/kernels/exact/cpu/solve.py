@@ -6,6 +6,7 @@ Nothing is left to torch's own threads: they spin for a while after their work a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -32,10 +33,10 @@ PAST_CACHES = 1 << 24
 """Bytes of a mask that is larger than the caches, where it would be read only to be overwritten."""
 
 
-def _check(scores: torch.Tensor, n: int, m: int) -> None:
+def _refuse(scores: torch.Tensor, n: int, m: int) -> NoReturn:
+    """Raise what is wrong with the arguments. Callers test in line: on cold caches a call is slow."""
     ops.check_matrix(scores, n, m)
-    if scores.dtype != torch.float32:
-        raise ValueError(f"scores of dtype {scores.dtype}: this kernel reads float32")
+    raise ValueError(f"scores of dtype {scores.dtype}: this kernel reads float32")
 
 
 def _usable(flags: int, scores: torch.Tensor) -> bool:
@@ -62,8 +63,9 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     if (n, m) != (2, 4):
         solved, prices, any_coarse = exact_solve(scores, n, m, exactly, None, None)
         return solved, prices()[2] == ops.COARSE if any_coarse else None
-    _check(scores, n, m)
-    rows, columns = scores.shape
+    rows, columns = scores.shape if scores.ndim == 2 else (1, 1)
+    if rows & 3 or columns & 3 or scores.dtype is not torch.float32:
+        _refuse(scores, n, m)
     # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
     beside = columns < 4 * MIDDLE_CHUNK
     wide = _side_by_side(scores) if beside else scores.contiguous()
@@ -100,8 +102,9 @@ def exact_solve(
     if m not in VECTOR_SIDES:
         solved, (u, v), exponent = ops.reference_exact_solve(scores, n, m, exactly, start, start_exponent)
         return solved, lambda: (u, v, exponent), bool((exponent == ops.COARSE).any())
-    _check(scores, n, m)
-    rows, columns = scores.shape
+    rows, columns = scores.shape if scores.ndim == 2 else (1, 1)
+    if rows % m or columns % m or not 1 <= n < m or scores.dtype is not torch.float32:
+        _refuse(scores, n, m)
     scores = scores.contiguous()
     tiles = (rows // m) * (columns // m)
     entries = tiles * m
