@@ -15,11 +15,15 @@ from bisparse.kernels.exact.cpu.vectors import FAR
 
 __all__ = ["repair"]
 
+LIMIT = FAR // 4
+"""How far the prices of a tile may move: they start below 2**25, so that row + column + distance stays below 2**31."""
+
 
 @njit(nogil=True, cache=True)
 def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-untyped-def]
     """Dijkstra on reduced costs from rows that keep too few and columns that keep too many, until there are none.
 
+    False where prices move by `LIMIT` in all: from there on sums might overflow 32 bits.
     `flip` does the same on the transposed tile; u is then the offset of the column prices.
     """
     vec.never_inline()
@@ -30,6 +34,7 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
     final_row, final_column = near_row + 2 * m, near_column + 2 * m
     origin_row, origin_column = near_row + 4 * m, near_column + 4 * m
     kept_row, kept_column = near_row + 6 * m, near_column + 6 * m
+    spent = np.int64(0)
     while True:
         sources = vec.start_search(work, near_row, final_row, origin_row, kept_row, prices, u, free, n, side)
         sources |= vec.start_search_surplus(work, near_column, final_column, origin_column, kept_column, n, side)
@@ -40,6 +45,8 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
         while True:
             packed = vec.nearest(work, near_row, near_column, side)
             distance, node = packed >> 8, packed & 255
+            if min(distance, ground) + spent >= LIMIT:
+                return False
             if distance >= ground:
                 distance, node = ground, ground_row
                 break
@@ -67,8 +74,7 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
                     work, transposed + node * m, distance - prices[v + node], -1, prices, u, near_row, origin_row, allowed,
                     node, side,
                 )  # fmt: skip
-        if distance >= FAR // 2:
-            return False
+        spent += distance
         vec.shift_prices(prices, u, work, final_row, distance, -1, side)
         vec.shift_prices(prices, v, work, final_column, distance, 1, side)
         in_rows = node < m

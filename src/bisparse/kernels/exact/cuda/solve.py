@@ -20,7 +20,7 @@ from bisparse.kernels.exact.cuda.enumerate_2to4 import middle_masks, packed_tile
 from bisparse.kernels.exact.cuda.prices import bisected_prices, swept_prices
 from bisparse.kernels.exact.cuda.repair import balanced_masks
 from bisparse.kernels.exact.cuda.top_n import largest_of_groups
-from bisparse.kernels.exact.schema import COARSE
+from bisparse.kernels.exact.schema import COARSE, check_integers, check_matrix, check_start
 from bisparse.kernels.exact.sorting_network import sorting_network
 from bisparse.kernels.sparse24.cuda_metadata import write_metadata
 from bisparse.kernels.sparse24.metadata import both_forms
@@ -49,7 +49,8 @@ PACKED_TILES = 16
 GROUP_ENTRIES = 512
 SWEEP_LANES = 128
 REPAIR_LANES = 32
-FAR, LIMIT = 1 << 30, 1 << 29
+FAR, LIMIT = 1 << 30, 1 << 28
+"""Prices of a tile that move by `LIMIT` in all might overflow 32 bits: it comes back as coarse."""
 WIDE_FAR = 1 << 62
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -138,6 +139,7 @@ def exact_solve(
     """`ops.exact_solve` on a GPU; float16 and bfloat16 are read as they are."""
     if m not in SIDES or scores.dtype not in DTYPES:
         return reference.exact_solve(scores, n, m, exactly, start, start_exponent)
+    check_matrix(scores, n, m)
     scores = scores.contiguous()
     rows, columns = scores.shape
     across, tiles = columns // m, (rows // m) * (columns // m)
@@ -147,6 +149,8 @@ def exact_solve(
     if tiles == 0:
         return mask, prices, exponents
     warm = start is not None and start_exponent is not None
+    if start is not None and start_exponent is not None:
+        check_start(tiles, m, start, start_exponent)
     start = start.to(torch.int32).contiguous() if warm and start is not None else prices
     start_exponent = start_exponent.to(torch.int32).contiguous() if warm and start_exponent is not None else exponents
     if m in NETWORK_SIDES:
@@ -173,14 +177,15 @@ def exact_solve(
 
 def exact_solve_integers(q: Tensor, n: int, exactly: bool, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.exact_solve_integers` on a GPU."""
-    tiles, m, _ = q.shape
-    if m not in SIDES or tiles == 0:
+    if q.ndim != 3 or q.shape[1] not in SIDES or len(q) == 0:
         return reference.exact_solve_integers(q, n, exactly, u, v)
+    given = check_integers(q, n, u, v)
+    tiles, m, _ = q.shape
     q = q.contiguous()
     mask = torch.empty((tiles, m, m), dtype=torch.bool, device=q.device)
     prices = torch.empty((2, tiles, m), dtype=torch.int64, device=q.device)
-    warm = u is not None and v is not None
-    start = torch.stack([u, v]) if u is not None and v is not None else prices
+    warm = given is not None
+    start = prices if given is None else torch.stack(given)
     # Tiles one below the other are a matrix of one tile across.
     bisected_prices[(tiles,)](
         q, start, prices, prices, prices, tiles, 1, m,
