@@ -114,11 +114,11 @@ def test_a_mask_that_was_transposable_by_chance_is_checked_again() -> None:
 
 
 def test_metadata_is_made_where_masks_change_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bisparse.accelerate import linear_trained as sparse_linear
+    from bisparse.accelerate.linear_trained import SparseProducts
 
     found = []
-    honest = sparse_linear._find
-    monkeypatch.setattr(sparse_linear, "_find", lambda mask, *how: found.append(mask.shape) or honest(mask, *how))
+    honest = SparseProducts.slots
+    monkeypatch.setattr(SparseProducts, "slots", lambda own, mask, *how: found.append(mask.shape) or honest(own, mask, *how))
     model, _, _ = train(True, steps=9)
     assert len(found) == 3 * (1 + 4), "three layers, at the start and at four refreshes of nine steps"
     del model

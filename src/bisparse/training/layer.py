@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -14,24 +14,58 @@ from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
 
-__all__ = ["Accelerated", "SparseLayer", "keep_only_", "local", "part_of"]
+__all__ = ["Accelerated", "LayerState", "SparseLayer", "keep_only_", "layer_state", "local", "part_of"]
 
+MASK_SUFFIX = "_mask"
+"""The buffer of a static layer's mask is named like its parameter, with this added; state_dict leaves it out."""
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the same size as a number of so many bytes."""
 
 
 @runtime_checkable
 class Accelerated(Protocol):
-    """A layer that multiplies by its weight in a form of its own, as `bisparse.accelerate` makes them."""
+    """A layer with its own storage of the weight and its own products, as `bisparse.accelerate` makes them."""
 
     def dense_weight(self) -> Tensor:
         """The weight, dense, with zeros."""
 
     def mask_changed(self, *, proved: bool = False) -> None:
-        """Take up the mask of the weight as it is now; with `proved` it is known to obey the layer's pattern."""
+        """Follow the weight's current mask; with `proved` it is known to obey the layer's pattern."""
 
     def restore_(self) -> None:
         """Become the layer again that it was."""
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What sparse training holds for one parameter of a module, now."""
+
+    weight: Float[Tensor, "..."]
+    """The parameter that the optimizer holds; a DTensor where the model is sharded."""
+    mask: Bool[Tensor, "..."] | None
+    """The whole mask; all True in a dense phase, None for a plain layer."""
+    pattern: Structure | None
+    """Of a dynamic layer. The pattern of a static one is known to its Sparsity alone."""
+    phase: Literal["plain", "static", "dynamic", "dense"]
+    """No part of sparse training; a mask that stays; a mask that is found again; or the dense phase of a schedule."""
+    parametrization: Masked | SoftThreshold | None
+    """What computes a dynamic layer's forward weight."""
+
+
+def layer_state(module: nn.Module, parameter: str = "weight") -> LayerState:
+    """Weight, mask, pattern and phase of one parameter of a module, sparsified or not.
+
+    >>> state = layer_state(nn.Linear(4, 4))
+    >>> state.phase, state.mask
+    ('plain', None)
+    """
+    own = own_parametrization(module, parameter)
+    if own is not None:
+        return LayerState(trained_parameter(module, parameter), own.mask, own.pattern, "dense" if own.dense else "dynamic", own)
+    weight, mask = getattr(module, parameter), module._buffers.get(f"{parameter}{MASK_SUFFIX}")
+    if mask is None or mask.dtype != torch.bool or f"{parameter}{MASK_SUFFIX}" not in module._non_persistent_buffers_set:
+        return LayerState(weight, None, None, "plain", None)
+    return LayerState(weight, mask, None, "static", None)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -89,7 +123,7 @@ class SparseLayer:
     @property
     def mask_name(self) -> str:
         """Name of a static layer's mask, a buffer of the module that state_dict leaves out."""
-        return f"{self.parameter}_mask"
+        return f"{self.parameter}{MASK_SUFFIX}"
 
     @property
     def weight(self) -> Float[Tensor, "..."]:

@@ -16,7 +16,8 @@ __all__ = ["separate_class", "share_class"]
 
 _SHARED: WeakValueDictionary[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = WeakValueDictionary()
 """By the class before and the parametrized names."""
-TORCHS_OWN = {"__getstate__", "__deepcopy__", "__module__", "__doc__", "__dict__", "__weakref__"}
+TORCHS_OWN = {"__getstate__", "__deepcopy__", "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__"}
+"""Of a class that torch made for a parametrized module; isinstance with a protocol adds `__annotations__`."""
 
 
 class _Shared(type):
@@ -63,8 +64,11 @@ def separate_class(module: nn.Module, base: type[nn.Module] | None = None) -> No
     module.__class__ = type(f"Parametrized{kind.__name__}", (kind,), _contents(old))
 
 
+UNCOPIED = ("__dict__", "__weakref__", "__doc__", "__module__", "__annotations__")
+
+
 def _contents(kind: type[nn.Module]) -> dict[str, Any]:
-    return {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__", "__doc__", "__module__")}
+    return {name: value for name, value in vars(kind).items() if name not in UNCOPIED}
 
 
 def _of_parametrized(name: str, own: property) -> property:

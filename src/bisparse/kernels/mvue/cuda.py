@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bisparse.kernels.sparse24.cuda_metadata import write_metadata
-from bisparse.kernels.sparse24.metadata import MetadataForm
+from bisparse.kernels.sparse24.metadata import MetadataLayout
 
 __all__ = ["estimate_2to4", "pack_estimate_2to4"]
 
@@ -41,9 +41,9 @@ def estimate_2to4(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
     return estimate
 
 
-def pack_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int, *form: Any) -> Tensor:
+def pack_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int, *layout: Any) -> Tensor:
     """`estimate.pack_estimate` on a GPU."""
-    gradient, own = gradient.contiguous(), MetadataForm(*form)
+    gradient, own = gradient.contiguous(), MetadataLayout(*layout)
     (tokens, outputs), words = gradient.shape, groups // 4
     packed = torch.empty(9 * outputs * words, dtype=gradient.dtype, device=gradient.device)
     positions = torch.empty((outputs, groups), dtype=torch.uint8, device=gradient.device)

@@ -1,4 +1,4 @@
-"""Positions of a mask, of W and W^T in one pass, and metadata from positions, in any library's form.
+"""Positions of a mask, of W and W^T in one pass, and metadata from positions, in any library's layout.
 
 A refresh of the masks runs these once a layer: a byte a weight is read, a quarter a side written; then a quarter a side read and
 an eighth written. In plain torch it is about forty operations, and ten times the bytes.
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bisparse.kernels.sparse24.metadata import MetadataForm, both_forms
+from bisparse.kernels.sparse24.metadata import MetadataLayout, both_layouts
 
 __all__ = ["lay_out", "write_metadata"]
 
@@ -24,7 +24,7 @@ WORDS = 512
 
 def lay_out(mask: Tensor, *arguments: Any) -> None:
     """`metadata.lay_out` on a GPU."""
-    form, form_t = both_forms(*arguments[:14])
+    layout, layout_t = both_layouts(*arguments[:14])
     positions, metadata, positions_t, metadata_t, broken = arguments[14:]
     mask = mask.contiguous()
     rows, columns = mask.shape
@@ -32,24 +32,24 @@ def lay_out(mask: Tensor, *arguments: Any) -> None:
         return
     both_ways = positions_t is not None
     positions_kernel[(triton.cdiv(rows, 4 * BANDS), triton.cdiv(columns, 4 * GROUPS))](
-        mask.view(torch.int32), form.codes, form_t.codes if both_ways else form.codes,
+        mask.view(torch.int32), layout.codes, layout_t.codes if both_ways else layout.codes,
         positions, positions_t if both_ways else positions,
         positions if broken is None else broken, rows, columns,
         BANDS=BANDS, GROUPS=GROUPS, BOTH_WAYS=both_ways, CHECK=broken is not None, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
-    write_metadata(positions, form, metadata)
+    write_metadata(positions, layout, metadata)
     if both_ways:
-        write_metadata(positions_t, form_t, metadata_t)
+        write_metadata(positions_t, layout_t, metadata_t)
 
 
-def write_metadata(positions: Tensor, form: MetadataForm, metadata: Tensor) -> None:
+def write_metadata(positions: Tensor, layout: MetadataLayout, metadata: Tensor) -> None:
     """`metadata.metadata_of` on a GPU, into memory that is given; positions lie row by row."""
     rows, groups = positions.shape
-    words = form.height * groups // 4
+    words = layout.height * groups // 4
     if positions.numel():
-        metadata_kernel[(rows // form.height * triton.cdiv(words, WORDS),)](  # one axis: the others end at 65535
-            positions, form.nibbles, form.sources, metadata, words, groups, form.row_stride, form.group_stride,
-            HEIGHT=form.height, WIDTH=form.width, WORDS=WORDS, num_warps=4, enable_fp_fusion=False,
+        metadata_kernel[(rows // layout.height * triton.cdiv(words, WORDS),)](  # one axis: the others end at 65535
+            positions, layout.nibbles, layout.sources, metadata, words, groups, layout.row_stride, layout.group_stride,
+            HEIGHT=layout.height, WIDTH=layout.width, WORDS=WORDS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
 
 

@@ -2,14 +2,13 @@
 
 Sparse GEMMs take half of the values and, for each group of four, where its two values stood. Both operands of a transposable
 weight are packed at once: W for the forward pass, W^T for the backward pass. A packed matrix is one tensor: the values, two a
-group, row by row; then the metadata, in the form of the library that shall read them (`metadata`). `cutlass_form` is that of
+group, row by row; then the metadata, in the layout of the library that shall read them (`metadata`). `cutlass_layout` is that of
 CUTLASS and of torch's semi-structured operators, to which the result is bit-equal; `accelerate` learns that of cuSPARSELt.
 """
 
 from __future__ import annotations
 
 import functools
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,33 +17,33 @@ from torch import Tensor
 
 from bisparse.kernels.exact import ops
 from bisparse.kernels.sparse24.metadata import (
-    FORM,
-    FORM_T,
-    MetadataForm,
-    both_forms,
-    check_form,
-    form_of_order,
+    LAYOUT,
+    LAYOUT_T,
+    MetadataLayout,
+    both_layouts,
+    check_layout,
     kept_sets,
+    layout_from_order,
     metadata_of,
 )
 from bisparse.kernels.sparse24.positions import reference_take_values
 
-__all__ = ["cutlass_form", "metadata_place", "pack_2to4", "pack_2to4_transposable", "packed_like", "split_packed"]
+__all__ = ["cutlass_layout", "metadata_place", "pack_2to4", "pack_2to4_transposable", "packed_like", "split_packed"]
 
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP_ROWS = 32
 """CUTLASS reorders metadata within bands of this many rows; W^T has the columns of W for rows."""
 
-Forms = tuple[MetadataForm, MetadataForm]
+Layouts = tuple[MetadataLayout, MetadataLayout]
 """Of W and of W^T."""
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
-_LIBRARY.define(f"pack_2to4(Tensor weight, Tensor mask, {FORM}, {FORM_T}) -> (Tensor packed, Tensor packed_t)")
-_LIBRARY.define(f"pack_2to4_transposable(Tensor weight, {FORM}, {FORM_T}) -> (Tensor mask, Tensor packed, Tensor packed_t)")
+_LIBRARY.define(f"pack_2to4(Tensor weight, Tensor mask, {LAYOUT}, {LAYOUT_T}) -> (Tensor packed, Tensor packed_t)")
+_LIBRARY.define(f"pack_2to4_transposable(Tensor weight, {LAYOUT}, {LAYOUT_T}) -> (Tensor mask, Tensor packed, Tensor packed_t)")
 
 
 def pack_2to4(
-    weight: Float[Tensor, "O I"], mask: Bool[Tensor, "O I"], forms: Forms | None = None
+    weight: Float[Tensor, "O I"], mask: Bool[Tensor, "O I"], layouts: Layouts | None = None
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
     """Pack W and W^T under a mask that is 2:4 both ways; what the mask drops is read as zero.
 
@@ -53,7 +52,7 @@ def pack_2to4(
     Args:
         weight: float16 or bfloat16, both sides divisible by 32.
         mask: 2:4-T.
-        forms: how the library stores the metadata of W and of W^T; by default CUTLASS's.
+        layouts: how the library stores the metadata of W and of W^T; by default CUTLASS's.
 
     Returns:
         W packed and W^T packed, each 9/16 of the weight's size; `split_packed` tells values from metadata.
@@ -63,12 +62,12 @@ def pack_2to4(
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} needs a bool mask of that shape, not {mask.dtype} {tuple(mask.shape)}"
         )
-    packed, packed_t = torch.ops.bisparse.pack_2to4(weight, mask, *_flat(_forms_of(weight, forms)))
+    packed, packed_t = torch.ops.bisparse.pack_2to4(weight, mask, *_flat(_layouts_of(weight, layouts)))
     return packed, packed_t
 
 
 def pack_2to4_transposable(
-    weight: Float[Tensor, "O I"], forms: Forms | None = None
+    weight: Float[Tensor, "O I"], layouts: Layouts | None = None
 ) -> tuple[Bool[Tensor, "O I"], Float[Tensor, " P"], Float[Tensor, " P"]]:
     """The best 2:4-T mask of ``weight.abs()`` and W and W^T packed under it, in one pass over a dense weight on a GPU.
 
@@ -78,13 +77,13 @@ def pack_2to4_transposable(
 
     Args:
         weight: float16 or bfloat16, both sides divisible by 32.
-        forms: how the library stores the metadata of W and of W^T; by default CUTLASS's.
+        layouts: how the library stores the metadata of W and of W^T; by default CUTLASS's.
 
     Returns:
         mask; W packed; W^T packed.
     """
     _check(weight)
-    mask, packed, packed_t = torch.ops.bisparse.pack_2to4_transposable(weight, *_flat(_forms_of(weight, forms)))
+    mask, packed, packed_t = torch.ops.bisparse.pack_2to4_transposable(weight, *_flat(_layouts_of(weight, layouts)))
     return mask, packed, packed_t
 
 
@@ -121,45 +120,45 @@ def metadata_place(rows: int, columns: int, device: torch.device | None = None) 
 
 
 @functools.lru_cache(maxsize=256)
-def cutlass_form(rows: int, device: torch.device) -> MetadataForm:
-    """CUTLASS's form of matrices of so many rows, which 32 divides; and 32 their columns."""
+def cutlass_layout(rows: int, device: torch.device) -> MetadataLayout:
+    """CUTLASS's layout of matrices of so many rows, which 32 divides; and 32 their columns."""
     words = metadata_place(GROUP_ROWS, 2)
     place = (4 * words[:, :, None] + torch.arange(4)).flatten(1)
-    return form_of_order(place, 2 * GROUP_ROWS, 2 * rows, device)
+    return layout_from_order(place, 2 * GROUP_ROWS, 2 * rows, device)
 
 
-def _cutlass_forms(weight: Tensor) -> Forms:
-    return cutlass_form(weight.shape[0], weight.device), cutlass_form(weight.shape[1], weight.device)
+def _cutlass_layouts(weight: Tensor) -> Layouts:
+    return cutlass_layout(weight.shape[0], weight.device), cutlass_layout(weight.shape[1], weight.device)
 
 
-def _forms_of(weight: Tensor, given: Forms | None) -> Forms:
+def _layouts_of(weight: Tensor, given: Layouts | None) -> Layouts:
     if given is None:
-        return _cutlass_forms(weight)
-    for form, sides in zip(given, (weight.shape, weight.shape[::-1]), strict=True):
-        check_form(form, *sides)
+        return _cutlass_layouts(weight)
+    for layout, sides in zip(given, (weight.shape, weight.shape[::-1]), strict=True):
+        check_layout(layout, *sides)
     return given
 
 
-def _flat(forms: Forms) -> tuple[Any, ...]:
-    return *forms[0], *forms[1]
+def _flat(layouts: Layouts) -> tuple[Any, ...]:
+    return *layouts[0], *layouts[1]
 
 
-def reference_pack_2to4(weight: Tensor, mask: Tensor, *forms: Any) -> tuple[Tensor, Tensor]:
+def reference_pack_2to4(weight: Tensor, mask: Tensor, *layouts: Any) -> tuple[Tensor, Tensor]:
     """The specification of `pack_2to4`."""
     kept = torch.where(mask, weight, torch.zeros_like(weight))
-    form, form_t = both_forms(*forms)
-    return _pack(kept, form), _pack(kept.t(), form_t)
+    layout, layout_t = both_layouts(*layouts)
+    return _pack(kept, layout), _pack(kept.t(), layout_t)
 
 
-def reference_pack_2to4_transposable(weight: Tensor, *forms: Any) -> tuple[Tensor, Tensor, Tensor]:
+def reference_pack_2to4_transposable(weight: Tensor, *layouts: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of `pack_2to4_transposable`."""
     mask, _ = ops.exact_mask(weight.abs().float(), 2, 4, False)
-    return mask, *reference_pack_2to4(weight, mask, *forms)
+    return mask, *reference_pack_2to4(weight, mask, *layouts)
 
 
-def _pack(matrix: Tensor, form: MetadataForm) -> Tensor:
-    positions = form.codes[kept_sets(matrix != 0).long()]
-    return reference_take_values(matrix, positions, matrix.dtype, metadata_of(positions, form).view(matrix.dtype))
+def _pack(matrix: Tensor, layout: MetadataLayout) -> Tensor:
+    positions = layout.codes[kept_sets(matrix != 0).long()]
+    return reference_take_values(matrix, positions, matrix.dtype, metadata_of(positions, layout).view(matrix.dtype))
 
 
 def packed_like(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -182,6 +181,9 @@ _LIBRARY.impl("pack_2to4", reference_pack_2to4, "CompositeExplicitAutograd")
 _LIBRARY.impl("pack_2to4_transposable", reference_pack_2to4_transposable, "CompositeExplicitAutograd")
 
 
-if find_spec("triton") is not None:
-    for _name in ("pack_2to4", "pack_2to4_transposable"):
-        _LIBRARY.impl(_name, ops.triton_kernel(_name), "CUDA")
+def _no_gradient(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("a packed weight is a constant, through which no gradient flows: pack weight.detach()")
+
+
+for _name in ("pack_2to4", "pack_2to4_transposable"):
+    torch.library.register_autograd(f"bisparse::{_name}", _no_gradient)

@@ -10,8 +10,6 @@ Columns that 4 does not divide count as completed with pruned ones.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -155,18 +153,23 @@ def _(weight: Tensor, positions: Tensor, dtype: torch.dtype, behind: Tensor | No
     return weight.new_empty((rows, columns) if behind is None else rows * columns + behind.shape[0], dtype=dtype)
 
 
-def _on_a_gpu(name: str) -> Callable[..., Any]:
-    def kernel(*arguments: Any) -> Any:
-        from bisparse.kernels.sparse24 import cuda_values
-
-        with torch.cuda.device_of(arguments[0]):
-            return getattr(cuda_values, name)(*arguments)
-
-    return kernel
-
-
 _LIBRARY.impl("find_positions", reference_find_positions, "CompositeExplicitAutograd")
 _LIBRARY.impl("take_values", reference_take_values, "CompositeExplicitAutograd")
-if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
-    for _name in ("find_positions", "take_values"):
-        _LIBRARY.impl(_name, _on_a_gpu(_name), "CUDA")
+
+
+def _take_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, positions, _, tail = (*inputs, None)[:4]
+    ctx.save_for_backward(positions)
+    ctx.dtype, ctx.columns, ctx.has_tail = weight.dtype, weight.shape[1], tail is not None
+
+
+def _take_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (positions,) = ctx.saved_tensors
+    count = 2 * positions.numel()
+    values = gradient.flatten()[:count].view(positions.shape[0], -1)
+    used = _used(positions).flatten(-2)
+    to_weight = put_values(torch.where(used, values, 0), positions, ctx.columns).to(ctx.dtype)
+    return to_weight, None, None, gradient[count:] if ctx.has_tail else None
+
+
+torch.library.register_autograd("bisparse::take_values", _take_backward, setup_context=_take_context)
