@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from bisparse import PatternError, Schedule, accelerate_, finalize_, prune_, save, solve, sparsify_, verify, verify_checkpoint
 from bisparse.accelerate import SparseLinear
 from bisparse.training import mvue_2_4, plain_state_dict
+from bisparse.training.layer import Accelerated
 
 
 def build() -> nn.Sequential:
@@ -261,6 +262,17 @@ def test_blocks_that_are_compiled_one_by_one_share_their_code(how: str) -> None:
     assert torch.allclose(model(inputs), expected, atol=1e-6)
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+def test_copies_and_type_checks_do_not_part_the_classes_of_equal_layers() -> None:
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+    sparsify_(model, "2:4-T")
+    for step in range(2):
+        copied = copy.deepcopy(model)
+        assert not isinstance(copied[0], Accelerated) or step == 1
+        if step == 0:
+            accelerate_(model, "reference")
+        assert len({type(layer) for layer in model}) == 1
 
 
 def test_what_is_left_masked_dense_in_training_and_why() -> None:
