@@ -14,7 +14,7 @@ from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
 
-__all__ = ["Accelerated", "LayerState", "SparseLayer", "keep_only_", "layer_state", "local", "part_of"]
+__all__ = ["MASK_SUFFIX", "Accelerated", "LayerState", "SparseLayer", "keep_only_", "layer_state", "local", "part_of"]
 
 MASK_SUFFIX = "_mask"
 """The buffer of a static layer's mask is named like its parameter, with this added; state_dict leaves it out."""
@@ -133,9 +133,8 @@ class SparseLayer:
     @property
     def mask(self) -> Bool[Tensor, "..."]:
         """The whole mask, on every rank; all True in a dense phase."""
-        own = self.parametrization
-        mask = own.mask if own is not None else getattr(self.module, self.mask_name)
-        assert isinstance(mask, Tensor)
+        mask = layer_state(self.module, self.parameter).mask
+        assert mask is not None
         return mask
 
     @property

@@ -5,7 +5,7 @@ With transposable masks the forward pass and the input gradient multiply by a sp
 g of 4 keeps entry i with probability p_i and the value g_i / p_i, which has mean g_i and variance g_i^2 (1 / p_i - 1). Among
 all unbiased estimates with at most two entries kept, ``p_i = min(1, |g_i| / tau)`` with tau such that the p_i sum to 2 has the
 least variance. Systematic sampling draws exactly two entries with these probabilities: entry i is kept when the
-running sum of the p_i passes u or u + 1, for one uniform u a group.
+running sum of the p_i passes u or u + 1, for one uniform u per group.
 
 Source: Chmiel et al., "Minimum Variance Unbiased N:M Sparsity for the Neural Gradients", ICLR 2023, arXiv 2203.10991; systematic
 sampling after Madow (1949). Here the gradient is made sparse and multiplied dense: the arithmetic is what is tested, and the

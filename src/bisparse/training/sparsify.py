@@ -17,7 +17,7 @@ from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
-from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
+from bisparse.training.layer import MASK_SUFFIX, Accelerated, SparseLayer, layer_state, local, part_of
 from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, sample_of, trained_parameter
@@ -26,8 +26,6 @@ from bisparse.training.shared_classes import separate_class, share_class
 from bisparse.training.sparsity import Method, Mode, Sparsity, check_mask
 
 __all__ = ["finalize_", "plain_state_dict", "sparsify_"]
-
-MASK_SUFFIX = "_mask"
 
 
 def sparsify_(
@@ -181,12 +179,9 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _is_static_mask(module: nn.Module, buffer: str) -> bool:
-    return (
-        buffer.endswith(MASK_SUFFIX)
-        and buffer in module._non_persistent_buffers_set
-        and isinstance(module._parameters.get(buffer.removesuffix(MASK_SUFFIX)), Tensor)
-        and getattr(module, buffer).dtype == torch.bool
-    )
+    parameter = buffer.removesuffix(MASK_SUFFIX)
+    held = buffer.endswith(MASK_SUFFIX) and isinstance(module._parameters.get(parameter), Tensor)
+    return held and layer_state(module, parameter).phase == "static"
 
 
 def _choose(

@@ -41,7 +41,7 @@ def test_positions_and_metadata_are_those_of_the_specification(shape: tuple[int,
                 kernel(one, *layout, *sides[0], slots[0], words, *sides[1], broken)
             assert bool(broken) == breaks
             results.append(slots)
-        # What a broken group gets is nobody's business.
+        # What is written of a broken group is undefined.
         assert breaks or all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
 
 

@@ -144,7 +144,7 @@ def test_the_kernels_compile_without_a_gpu_and_without_spills(arch: int, name: s
     if name.startswith("positions"):
         kernel = cuda_metadata.positions_kernel
         constants = {"BANDS": cuda_metadata.BANDS, "GROUPS": cuda_metadata.GROUPS, "BOTH_WAYS": True, "CHECK": "checked" in name}
-        pointers = {"mask": "*i32", "codes": "*u8", "codes_t": "*u8", "positions": "*u8", "positions_t": "*u8", "broken": "*i32"}
+        pointers = {"mask": "*i32", "codes": "*u8", "codes_t": "*u8", "positions": "*u8", "positions_t": "*u8", "invalid": "*i32"}
     else:
         kernel = cuda_metadata.metadata_kernel
         constants = dict(zip(("HEIGHT", "WIDTH"), (96, 20) if "odd" in name else (64, 8), strict=True))

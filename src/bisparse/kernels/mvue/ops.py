@@ -2,11 +2,11 @@
 
 Each group g of 4 consecutive tokens of a column keeps at most two entries. Entry i is kept with probability
 p_i = min(1, |g_i| / tau), with tau such that the p_i sum to 2, and has the value g_i / p_i, which is g_i or tau with g_i's sign:
-of all unbiased estimates the one with the least variance. One uniform number u a group draws both: of the entries that are not
-certain, the one is kept with which the running sum of the |g_i| passes u tau, and that with which it passes (1 + u) tau. Only
+of all unbiased estimates the one with the least variance. One uniform number u per group draws both: of the entries that are
+not certain, those are kept at which the running sum of the |g_i| passes u tau and (1 + u) tau. Only
 sums and comparisons decide, so that no rounding can keep a third entry; it can move a probability by some 2**-24.
 
-The uniforms are those of `philox.uniforms`: a seed is all that is read of them, and every device keeps the same entries.
+The uniforms are those of `philox.uniforms`: only a seed is read, and every device keeps the same entries.
 
 Source: Chmiel et al., "Minimum Variance Unbiased N:M Sparsity for the Neural Gradients", ICLR 2023, arXiv 2203.10991; systematic
 sampling after Madow (1949).
@@ -35,7 +35,7 @@ _LIBRARY.define(f"pack_estimate_2to4(Tensor gradient, Tensor seed, SymInt groups
 
 
 def keep_probabilities(groups: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
-    """The probability of keeping each of 4 entries: ``min(1, |g_i| / tau)``, summing to 2, or to the non-zeros where fewer.
+    """The probability of keeping each of 4 entries: ``min(1, |g_i| / tau)``, with sum 2, or the number of non-zeros if less.
 
     >>> keep_probabilities(torch.tensor([[1.0, 1.0, 1.0, 1.0], [9.0, 1.0, 1.0, 0.0]])).tolist()
     [[0.5, 0.5, 0.5, 0.5], [1.0, 0.5, 0.5, 0.0]]
@@ -50,7 +50,7 @@ def _threshold(size: Float[Tensor, "*B 4"]) -> tuple[Float[Tensor, "*B"], Bool[T
     s0, s1, s2, s3 = size.unbind(-1)
     low, high = torch.minimum(s0, s1), torch.maximum(s0, s1)
     other_low, other_high = torch.minimum(s2, s3), torch.maximum(s2, s3)
-    # The sum of all but the largest; that of all less the largest would lose them beside a large one.
+    # The sum of all but the largest; the total less the largest would round them away next to a large one.
     rest = torch.minimum(high, other_high) + low + other_low
     total = s0 + s1 + s2 + s3
     # At most one entry can pass 1: then it is certain, and the others share what is left of the 2.
@@ -61,12 +61,12 @@ def _threshold(size: Float[Tensor, "*B 4"]) -> tuple[Float[Tensor, "*B"], Bool[T
 
 
 def estimate_2to4(gradient: Float[Tensor, "T O"], seed: Int64[Tensor, "1"], groups: int) -> Float[Tensor, "O T4"]:
-    """The estimate, transposed: (O, 4 groups), 2:4 along its rows; tokens beyond the gradient's count as zeros.
+    """The estimate, transposed: (O, 4 groups), 2:4 along its rows; tokens beyond the gradient's are zeros.
 
     Args:
         gradient: tokens by outputs. A group that holds NaN or an infinite number gives NaN.
         seed: of the draw, on the gradient's device; see `philox.draw_seed`.
-        groups: 4 of them at least as many as tokens.
+        groups: at least a quarter of the tokens.
     """
     _check(gradient, seed, groups)
     estimate: Tensor = torch.ops.bisparse.estimate_2to4(gradient, seed, groups)
@@ -76,10 +76,10 @@ def estimate_2to4(gradient: Float[Tensor, "T O"], seed: Int64[Tensor, "1"], grou
 def pack_estimate(
     gradient: Float[Tensor, "T O"], seed: Int64[Tensor, "1"], groups: int, layout: MetadataLayout
 ) -> Float[Tensor, " K"]:
-    """The packed form of `estimate_2to4`, in one pass: its values, (O, 2 groups) row by row, and behind them its metadata.
+    """The packed form of `estimate_2to4`, in one pass: its values, (O, 2 groups) row by row, and then its metadata.
 
-    A slot that is not in use holds zero. The metadata are O * groups / 4 words of 16 bits, seen in the gradient's dtype; the layout
-    must give each of them a place of its own. A group that is not finite counts as keeping its first two entries, with NaN.
+    A slot that is not in use holds zero. The metadata are O * groups / 4 words of 16 bits, viewed in the gradient's dtype;
+    the layout must give each of them its own place. A group that is not finite keeps its first two entries, as NaN.
 
     Args:
         gradient: float16 or bfloat16.
@@ -108,7 +108,7 @@ def reference_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int) -> Tens
     wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
     start = uniforms(seed, groups, gradient.shape[1], wide)
     estimate = gradient.new_empty((gradient.shape[1], 4 * groups))
-    for first in range(0, groups, CHUNK_GROUPS):  # so that what lies between its steps stays in the cache
+    for first in range(0, groups, CHUNK_GROUPS):  # so that intermediate results stay in the cache
         last = first + CHUNK_GROUPS
         estimate[:, 4 * first : 4 * last] = estimate_by(start[first:last], gradient[4 * first : 4 * last])
     return estimate
@@ -145,7 +145,7 @@ def reference_pack_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int, *l
     first_two = torch.arange(4, device=gradient.device) < 2
     kept = torch.where(broken, first_two, estimate.unflatten(1, (-1, 4)) != 0).flatten(1)
     positions = own.codes[kept_sets(kept).long()]
-    packed: Tensor = take_values(estimate, positions, behind=metadata_of(positions, own).view(estimate.dtype))
+    packed: Tensor = take_values(estimate, positions, tail=metadata_of(positions, own).view(estimate.dtype))
     return packed
 
 

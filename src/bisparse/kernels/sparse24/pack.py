@@ -1,8 +1,8 @@
 """A 2:4 matrix as sparse tensor cores read it, of W and of W^T: schema, shapes, and the plain-torch specification.
 
-Sparse GEMMs take half of the values and, for each group of four, where its two values stood. Both operands of a transposable
-weight are packed at once: W for the forward pass, W^T for the backward pass. A packed matrix is one tensor: the values, two a
-group, row by row; then the metadata, in the layout of the library that shall read them (`metadata`). `cutlass_layout` is that of
+Sparse GEMMs take half of the values and, for each group of four, the positions of its two values. Both operands of a transposable
+weight are packed at once: W for the forward pass, W^T for the backward pass. A packed matrix is one tensor: the values, two per
+group, row by row; then the metadata, in the layout of the library that reads them (`metadata`). `cutlass_layout` is that of
 CUTLASS and of torch's semi-structured operators, to which the result is bit-equal; `accelerate` learns that of cuSPARSELt.
 """
 
@@ -32,7 +32,7 @@ __all__ = ["cutlass_layout", "metadata_place", "pack_2to4", "pack_2to4_transposa
 
 DTYPES = (torch.float16, torch.bfloat16)
 GROUP_ROWS = 32
-"""CUTLASS reorders metadata within bands of this many rows; W^T has the columns of W for rows."""
+"""CUTLASS reorders metadata within bands of this many rows; the rows of W^T are the columns of W."""
 
 Layouts = tuple[MetadataLayout, MetadataLayout]
 """Of W and of W^T."""
@@ -45,9 +45,9 @@ _LIBRARY.define(f"pack_2to4_transposable(Tensor weight, {LAYOUT}, {LAYOUT_T}) ->
 def pack_2to4(
     weight: Float[Tensor, "O I"], mask: Bool[Tensor, "O I"], layouts: Layouts | None = None
 ) -> tuple[Float[Tensor, " P"], Float[Tensor, " P"]]:
-    """Pack W and W^T under a mask that is 2:4 both ways; what the mask drops is read as zero.
+    """W and W^T packed under a mask that is 2:4 both ways; pruned entries are read as zero.
 
-    The mask is not checked: of a group that keeps more than two, values are lost. `bisparse.verify` checks it.
+    The mask is not checked: a group that keeps more than two loses values. `bisparse.verify` checks it.
 
     Args:
         weight: float16 or bfloat16, both sides divisible by 32.
@@ -55,7 +55,7 @@ def pack_2to4(
         layouts: how the library stores the metadata of W and of W^T; by default CUTLASS's.
 
     Returns:
-        W packed and W^T packed, each 9/16 of the weight's size; `split_packed` tells values from metadata.
+        W packed and W^T packed, each 9/16 of the weight's size; `split_packed` separates values from metadata.
     """
     _check(weight)
     if mask.dtype != torch.bool or mask.shape != weight.shape:
@@ -73,7 +73,7 @@ def pack_2to4_transposable(
 
     The mask is that of `ops.exact_mask`: optimal for magnitudes rounded to 24 bits of each tile's largest, which for float16 and
     bfloat16 are the magnitudes themselves unless a tile spans more than 2**16 (bfloat16) or 2**13 (float16). A weight that is NaN
-    or infinite is an error on the CPU and, so that nothing waits for the device, none on a GPU: check the loss, as ever.
+    or infinite is an error on the CPU and, so that nothing waits for the device, not on a GPU: check the loss.
 
     Args:
         weight: float16 or bfloat16, both sides divisible by 32.
@@ -106,10 +106,10 @@ def _check(weight: Tensor) -> None:
 
 
 def metadata_place(rows: int, columns: int, device: torch.device | None = None) -> Int[Tensor, "R C"]:
-    """Where each of the (rows, columns) words of metadata lies in memory once CUTLASS reordered them.
+    """The place in memory of each of the (rows, columns) words of metadata, after CUTLASS's reordering.
 
-    Rows of a band of 32 are dealt out by eights, each 2 x 2 square is transposed, and pairs of columns lie together, column pair
-    by column pair (CUTLASS, `reorder_meta` and `ColumnMajorInterleaved<2>`).
+    Rows of a band of 32 are interleaved by eights, each 2 x 2 square is transposed, and pairs of columns are adjacent, column
+    pair by column pair (CUTLASS, `reorder_meta` and `ColumnMajorInterleaved<2>`).
     """
     row = torch.arange(rows, device=device)[:, None].expand(rows, columns)
     column = torch.arange(columns, device=device).expand(rows, columns)
@@ -121,7 +121,7 @@ def metadata_place(rows: int, columns: int, device: torch.device | None = None) 
 
 @functools.lru_cache(maxsize=256)
 def cutlass_layout(rows: int, device: torch.device) -> MetadataLayout:
-    """CUTLASS's layout of matrices of so many rows, which 32 divides; and 32 their columns."""
+    """CUTLASS's metadata layout of matrices with this many rows; 32 divides rows and columns."""
     words = metadata_place(GROUP_ROWS, 2)
     place = (4 * words[:, :, None] + torch.arange(4)).flatten(1)
     return layout_from_order(place, 2 * GROUP_ROWS, 2 * rows, device)
