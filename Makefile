@@ -17,7 +17,7 @@ VENV_4 := .venv-transformers-4
 # 3.6 is the oldest Triton that the kernels are written for; likewise.
 VENV_TRITON := .venv-oldest-triton
 
-.PHONY: help setup demo test test-slow test-gpu test-transformers-4 test-oldest-triton check fix bench bench-gpu
+.PHONY: help setup demo test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter check fix bench bench-gpu
 
 help:
 	@echo "make demo       prune all-MiniLM-L6-v2 to five patterns, check them, and make a report to look at"
@@ -37,7 +37,11 @@ demo: $(READY)
 	HF_HUB_OFFLINE=1 $(RUN) examples/demo.py .cache/assets/all-MiniLM-L6-v2 .cache/assets/lee50 out/demo
 
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n auto
+
+# The Triton kernels on the CPU: Triton chooses between GPU and interpreter when it is imported, so they have a process of their own.
+test-interpreter: $(READY)
+	TRITON_INTERPRET=1 PYTHONPATH=tests $(RUN) -m pytest tests/kernels/interpreted
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m "slow and not gpu"

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bisparse._solve import choose_solver, solve
+    from bisparse._solve import solve
     from bisparse.accelerate import AccelerationReport, accelerate_, advise
     from bisparse.checkpoint import CheckpointError, load, load_masks, prune_checkpoint, save, verify_checkpoint
     from bisparse.diversity import MaskDiversity, hardware, mask_diversity
@@ -51,7 +51,6 @@ __all__ = [
     "Wanda",
     "accelerate_",
     "advise",
-    "choose_solver",
     "convert_",
     "finalize_",
     "hardware",

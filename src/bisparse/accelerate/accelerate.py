@@ -15,8 +15,8 @@ from bisparse.accelerate.backends import BackendError, Refusal
 from bisparse.accelerate.eligibility import BackendName, Plan, plan_layer
 from bisparse.accelerate.linear_packed import PackedLinear
 from bisparse.accelerate.linear_trained import SparseLinear
-from bisparse.accelerate.rollback import all_or_nothing
 from bisparse.layers import Filter, Layer, Skipped, find_layers
+from bisparse.rollback import Rollback
 from bisparse.solution import PatternError
 
 __all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "held_bytes"]
@@ -132,10 +132,11 @@ def accelerate_(
         else:
             left.append(_left_dense(layer.name, plan, asked_for))
     done: list[AcceleratedLayer] = []
-    with all_or_nothing() as remember:
+    with Rollback(model) as rollback:
         for layer, plan in plans:
-            with remember(layer.module):
-                outcome = _install(layer, plan, search)
+            outcome = _install(layer, plan, search)
+            if isinstance(layer.module, PackedLinear):  # so that the dense weights of a whole model are not held until its end
+                rollback.release(layer.module, "weight", layer.module.packed_weight.parameter)
             if isinstance(outcome, AcceleratedLayer):
                 done.append(outcome)
             else:

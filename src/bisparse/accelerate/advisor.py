@@ -17,7 +17,7 @@ from bisparse.accelerate.timing import Timing, measure_linear
 from bisparse.device import usable_device
 from bisparse.layers import Filter, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.training.layer import layer_state
+from bisparse.training.parametrizations import layer_state
 
 __all__ = ["advise", "advise_shapes", "layer_shapes", "shape_at"]
 

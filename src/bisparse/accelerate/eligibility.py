@@ -13,12 +13,12 @@ from torch.nn.utils import parametrize
 
 from bisparse.accelerate.backends import BACKENDS, HALF, Backend, BackendError, Refusal
 from bisparse.diversity import hardware
-from bisparse.layers import Layer
+from bisparse.layers import Layer, computed_reason
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
 from bisparse.solution import verify
 from bisparse.training import MVUELinear
-from bisparse.training.layer import Accelerated, LayerState, layer_state
-from bisparse.training.parametrizations import Masked, SoftThreshold
+from bisparse.training.layer import Accelerated
+from bisparse.training.parametrizations import LayerState, Masked, SoftThreshold, layer_state
 
 __all__ = ["BackendName", "Directions", "Plan", "choose_backend", "directions_of", "is_2to4", "pattern_refusal", "plan_layer"]
 
@@ -119,6 +119,8 @@ def directions_of(layer: Layer) -> Directions | Refusal:
     if (reason := _kind_reason(module)) is not None:
         return Refusal(reason, "layer")
     state = layer_state(module)
+    if state.parametrization is None and (reason := computed_reason(module, "weight")) is not None:
+        return Refusal(reason, "layer")
     if isinstance(state.parametrization, SoftThreshold):
         return Refusal("S-STE moves its mask at every step, so nothing packed would last; it stays masked-dense", "layer")
     if isinstance(state.weight, DTensor):
@@ -143,7 +145,7 @@ def pattern_refusal(pattern: Structure) -> Refusal:
 def is_2to4(structure: Structure) -> tuple[bool, bool]:
     """Whether every mask of a structure is 2:4 along rows, and along columns.
 
-    >>> from bisparse import parse_pattern
+    >>> from bisparse.pattern import parse_pattern
     >>> [is_2to4(parse_pattern(one)) for one in ("2:4-T", "2:4", "1:4-T", "4:8-T", "4:8-paired", "50%")]
     [(True, True), (True, False), (True, True), (False, False), (False, False), (False, False)]
     """

@@ -81,6 +81,10 @@ class PackedWeight:
         """The weight that was packed. All its zeros are 0.0: the packed storage has no sign for them."""
         return BACKENDS[self.backend].unpack(self.packed, self.metadata, *self.shape)
 
+    def parameter(self) -> nn.Parameter:
+        """The dense weight as a parameter."""
+        return nn.Parameter(self.dense(), self.trainable)
+
     def linear(self, input: Float[Tensor, "*T I"], bias: Float[Tensor, " O"] | None) -> Float[Tensor, "*T O"]:
         """``x W^T + b``, in the weight's dtype."""
         transposed = None if self.packed_t is None or self.metadata_t is None else (self.packed_t, self.metadata_t)
@@ -147,9 +151,9 @@ class PackedLinear(nn.Linear):
         """Nothing to do: the weight is a constant."""
 
     @torch.no_grad()
-    def restore_(self, original: nn.Parameter | None = None) -> None:
-        """Become a plain Linear again, with the original parameter if given, otherwise a new one of the packed values."""
-        weight = original if original is not None else nn.Parameter(self.dense_weight(), self.packed_weight.trainable)
+    def restore_(self) -> None:
+        """Become a plain Linear again, with a new parameter."""
+        weight = self.packed_weight.parameter()
         del self.packed_weight
         self.__class__ = nn.Linear  # type: ignore[assignment]
         self.register_parameter("weight", weight)

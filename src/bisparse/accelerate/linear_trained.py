@@ -24,8 +24,7 @@ from bisparse.kernels.sparse24.metadata import MetadataLayout, empty_slots, lay_
 from bisparse.kernels.sparse24.positions import find_positions, kept_mask
 from bisparse.solution import verify
 from bisparse.training import MVUELinear
-from bisparse.training.layer import layer_state
-from bisparse.training.parametrizations import trained_parameter
+from bisparse.training.parametrizations import layer_state, trained_parameter
 from bisparse.training.shared_classes import separate_class, share_class
 
 __all__ = ["SparseLinear", "SparseProducts"]

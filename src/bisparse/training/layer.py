@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Shaped
@@ -12,12 +12,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
-from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
+from bisparse.training.parametrizations import (
+    MASK_SUFFIX,
+    Masked,
+    SoftThreshold,
+    layer_state,
+    own_parametrization,
+    trained_parameter,
+)
 
-__all__ = ["MASK_SUFFIX", "Accelerated", "LayerState", "SparseLayer", "keep_only_", "layer_state", "local", "part_of"]
+__all__ = ["Accelerated", "SparseLayer", "keep_only_", "local", "part_of"]
 
-MASK_SUFFIX = "_mask"
-"""The buffer of a static layer's mask is named like its parameter, with this added; state_dict leaves it out."""
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the same size as a number of so many bytes."""
 
@@ -34,38 +39,6 @@ class Accelerated(Protocol):
 
     def restore_(self) -> None:
         """Become the layer again that it was."""
-
-
-@dataclass(frozen=True)
-class LayerState:
-    """What sparse training holds for one parameter of a module, now."""
-
-    weight: Float[Tensor, "..."]
-    """The parameter that the optimizer holds; a DTensor where the model is sharded."""
-    mask: Bool[Tensor, "..."] | None
-    """The whole mask; all True in a dense phase, None for a plain layer."""
-    pattern: Structure | None
-    """Of a dynamic layer. The pattern of a static one is known to its Sparsity alone."""
-    phase: Literal["plain", "static", "dynamic", "dense"]
-    """No part of sparse training; a mask that stays; a mask that is found again; or the dense phase of a schedule."""
-    parametrization: Masked | SoftThreshold | None
-    """What computes a dynamic layer's forward weight."""
-
-
-def layer_state(module: nn.Module, parameter: str = "weight") -> LayerState:
-    """Weight, mask, pattern and phase of one parameter of a module, sparsified or not.
-
-    >>> state = layer_state(nn.Linear(4, 4))
-    >>> state.phase, state.mask
-    ('plain', None)
-    """
-    own = own_parametrization(module, parameter)
-    if own is not None:
-        return LayerState(trained_parameter(module, parameter), own.mask, own.pattern, "dense" if own.dense else "dynamic", own)
-    weight, mask = getattr(module, parameter), module._buffers.get(f"{parameter}{MASK_SUFFIX}")
-    if mask is None or mask.dtype != torch.bool or f"{parameter}{MASK_SUFFIX}" not in module._non_persistent_buffers_set:
-        return LayerState(weight, None, None, "plain", None)
-    return LayerState(weight, mask, None, "static", None)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -25,7 +25,11 @@ BENCHMARKS = ROOT / "benchmarks" / "gpu"
 def interpreted(*marks: str) -> None:
     """Run tests/kernels/interpreted in a process of its own: Triton chooses between GPU and interpreter when it is imported."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(ROOT / "tests" / "kernels" / "interpreted"), *marks]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT / "tests")}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 

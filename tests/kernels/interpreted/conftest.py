@@ -4,5 +4,11 @@ TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest tests/kernels/interpreted
 """
 
 import os
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[2]
+for folder in ("kernels/exact", "kernels/sparse24", "kernels/mvue", "accelerate"):  # whose cases and oracles these tests use
+    sys.path.append(str(TESTS / folder))
 
 collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]

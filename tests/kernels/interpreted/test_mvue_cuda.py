@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_kernels_estimate import PACKED_SHAPES, SEEDS, gradient_of, layout_of, seed_of
+from test_kernels_mvue import PACKED_SHAPES, SEEDS, gradient_of, layout_of, seed_of
 from test_values_cuda import poisoned
 from torch import Tensor
 

@@ -3,7 +3,7 @@
 Columns are dealt into groups of M. One step takes a column out of every group and deals all of them out again at once, by the
 assignment of columns to groups that keeps the most; a step never loses. For a transposable pattern a column adds to a tile
 at most its N best entries, both directions of a weight count, and a new order is taken only if the exact masks keep more.
-Groups of four are then refined two at a time (`stripe_groups`).
+Groups of four are then refined two at a time (`stripe_search`).
 Guarantee: the score kept never falls, and the network's outputs stay equal, which is checked.
 Cost: R x (C/M)^2 a step for R rows and C columns, and one assignment of C/M.
 Sources: channel permutation, Pool and Yu, NeurIPS 2021; dealing out by assignment, Zhao et al., "Gyro-Permutation", AAAI 2025.
@@ -25,9 +25,9 @@ from bisparse._solve import solve
 from bisparse.layers import Filter, Layer, find_layers
 from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.calibration.hooks import call_model
-from bisparse.pruning.channels.assignment import assign
 from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces
 from bisparse.pruning.channels.stripe_search import refine_stripes
+from bisparse.rollback import Rollback
 from bisparse.scores import magnitude
 from bisparse.tiles import LayoutKind, to_matrices
 
@@ -88,6 +88,8 @@ def permute_(
 ) -> PermutationReport:
     """Permute a network's channels, in place, so that masks of the pattern keep more; its outputs stay as they are.
 
+    On an error the model is as it was.
+
     Args:
         example: a batch to trace the network by and to compare outputs on.
         include, exclude: layers that will be pruned; see `find_layers`. Others are permuted along, but do not count.
@@ -109,43 +111,42 @@ def permute_(
     by_weight = {id(layer.weight): layer for layer in layers if layer.layout.kind is not LayoutKind.PACKED}
     score_of = scores or (lambda layer: magnitude(layer.weight))
     training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            spaces, untraced = channel_spaces(model, example, forward)
-            goal = _outputs(model, example, forward)
-            before_all, total = _kept(layers, parsed, score_of)
-            found: list[PermutedSpace] = []
-            # The outputs after a permutation sum in another order; undone ones are those that differ by more.
-            done = {id(space): _reason(space, by_weight) for space in spaces}
-            first = {id(space): _space_value(space, by_weight, parsed, score_of) for space in spaces}
-            last = dict(first)
-            for turn in range(rounds):
-                for space in spaces:
-                    if done[id(space)]:
-                        continue
-                    order = _best_order(space, by_weight, parsed, score_of, steps, seed + turn)
-                    value = last[id(space)]
-                    space.permute_(order)
-                    after = _space_value(space, by_weight, parsed, score_of)
-                    back = torch.argsort(order)
-                    if after <= value:
-                        space.permute_(back)
-                    elif not _close(goal, _outputs(model, example, forward), tolerance):
-                        space.permute_(back)
-                        done[id(space)] = "the outputs changed: the graph hides a use of these channels"
-                    else:
-                        last[id(space)] = after
+    with torch.no_grad(), Rollback(model) as rollback:
+        model.eval()
+        spaces, untraced = channel_spaces(model, example, forward)
+        goal = _outputs(model, example, forward)
+        before_all, total = _kept(layers, parsed, score_of)
+        found: list[PermutedSpace] = []
+        # The outputs after a permutation sum in another order; undone ones are those that differ by more.
+        done = {id(space): _reason(space, by_weight) for space in spaces}
+        first = {id(space): _space_value(space, by_weight, parsed, score_of) for space in spaces}
+        last = dict(first)
+        for turn in range(rounds):
             for space in spaces:
-                names = _names(space, by_weight)
-                value = _space_value(space, by_weight, parsed, score_of)
-                reason = done[id(space)]
-                if not reason and last[id(space)] == first[id(space)]:
-                    reason = "no better order was found"
-                if names:
-                    found.append(PermutedSpace(names, space.size, first[id(space)], value, reason))
-            after_all, _ = _kept(layers, parsed, score_of)
-    finally:
+                if done[id(space)]:
+                    continue
+                order = _best_order(space, by_weight, parsed, score_of, steps, seed + turn)
+                value = last[id(space)]
+                rollback.touch(*space.tensors)
+                space.permute_(order)
+                after = _space_value(space, by_weight, parsed, score_of)
+                back = torch.argsort(order)
+                if after <= value:
+                    space.permute_(back)
+                elif not _close(goal, _outputs(model, example, forward), tolerance):
+                    space.permute_(back)
+                    done[id(space)] = "the outputs changed: the graph hides a use of these channels"
+                else:
+                    last[id(space)] = after
+        for space in spaces:
+            names = _names(space, by_weight)
+            value = _space_value(space, by_weight, parsed, score_of)
+            reason = done[id(space)]
+            if not reason and last[id(space)] == first[id(space)]:
+                reason = "no better order was found"
+            if names:
+                found.append(PermutedSpace(names, space.size, first[id(space)], value, reason))
+        after_all, _ = _kept(layers, parsed, score_of)
         for module, mode in training:
             module.training = mode
     return PermutationReport(
@@ -223,6 +224,7 @@ def search_order(scores: Float[Tensor, "R C"], pattern: Pattern, *, steps: int =
     groups = columns // m
     if groups < 2 or pattern.n >= m:
         return order
+    assign = _linear_sum_assignment()
     generator = torch.Generator().manual_seed(seed)
     # Sums of large scores must fit float32.
     scores = (scores.double() / scores.max().double().clamp(min=torch.finfo(torch.float64).tiny)).float()
@@ -239,7 +241,7 @@ def search_order(scores: Float[Tensor, "R C"], pattern: Pattern, *, steps: int =
         leaving = members.gather(1, taken)[:, 0]
         rest = members[torch.arange(m, device=scores.device) != taken].view(groups, m - 1)
         gain = _gains(scores, rest, leaving, pattern)
-        choice = torch.from_numpy(assign(gain.cpu().double().numpy())).to(scores.device)
+        choice = torch.from_numpy(assign(gain.cpu().double().numpy(), maximize=True)[1]).to(scores.device)
         stay = float(gain.diagonal().double().sum())
         move = float(gain.gather(1, choice[:, None]).double().sum())
         if move > stay:
@@ -255,6 +257,15 @@ def search_order(scores: Float[Tensor, "R C"], pattern: Pattern, *, steps: int =
         unchanged = order[: groups * m].view(groups, m)
         members = refine_stripes(scores, torch.stack([unchanged, members]), pattern.n, generator)
     return torch.cat([members.flatten(), order[groups * m :]])
+
+
+def _linear_sum_assignment() -> Callable[..., Any]:
+    try:
+        from scipy.optimize import linear_sum_assignment
+    except ImportError as error:
+        raise ImportError("channel permutation needs SciPy: pip install 'bisparse[calibration]'") from error
+    assignment: Callable[..., Any] = linear_sum_assignment
+    return assignment
 
 
 def _gains(

@@ -13,7 +13,7 @@ from bisparse._solve import solve
 from bisparse.pattern import Structure
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
 from bisparse.pruning.methods.least_squares_problem import Problem, make_problem
-from bisparse.pruning.methods.reduction import to_matrices_of_rows, to_rows
+from bisparse.pruning.reduction import to_matrices_of_rows, to_rows
 from bisparse.solution import Solution
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout, LayoutKind
