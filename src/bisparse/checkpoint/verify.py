@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +15,10 @@ from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.sidecar import read_sidecar
+from bisparse.layers import first_match, matches_name, parse_layout
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.solution import Verification, Violation, verify
-from bisparse.tiles import LayoutKind, pad_to_multiple, to_matrices
+from bisparse.tiles import Layout, pad_to_multiple, to_matrices
 
 __all__ = ["Detected", "detect_patterns", "verify_checkpoint", "verify_stored"]
 
@@ -31,6 +32,7 @@ def verify_checkpoint(
     *,
     include: NameFilter | None = None,
     exclude: NameFilter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
     """Check every layer of a checkpoint, ours or another's: a folder, a safetensors file, or a torch state dict.
@@ -39,6 +41,7 @@ def verify_checkpoint(
         pattern: by default, each layer's own from the sidecar. Without a sidecar, or where layers are named by `include`,
             the layers are those that `prune_checkpoint` would prune.
         include, exclude: layers, by name, glob or ``re:`` pattern.
+        layouts: layouts of single layers, by filter, as for `prune_checkpoint`; they overrule the sidecar's.
         progress: called with the layer's name, the bytes read so far and those there are.
 
     Returns:
@@ -50,7 +53,7 @@ def verify_checkpoint(
     """
     source = open_source(path)
     structure = None if pattern is None else parse_pattern(pattern)
-    layers = _layers(source, structure, include, exclude)
+    layers = _layers(source, structure, include, exclude, layouts)
     total, done, results = sum(layer.tensor.nbytes for layer in layers), 0, []
     for layer in layers:
         if progress:
@@ -63,7 +66,11 @@ def verify_checkpoint(
 
 
 def _layers(
-    source: Source, pattern: Structure | None, include: NameFilter | None, exclude: NameFilter | None
+    source: Source,
+    pattern: Structure | None,
+    include: NameFilter | None,
+    exclude: NameFilter | None,
+    layouts: Mapping[str, str | Layout] | None,
 ) -> list[StoredLayer]:
     sidecar = read_sidecar(source.path if source.path.is_dir() else source.path.parent)
     tensors = source.tensors
@@ -84,21 +91,34 @@ def _layers(
                     "prune again",
                     tensor=result.parameter,
                 )
-            known.append(StoredLayer(result.name, tensor, result.layout, pattern or parse_pattern(result.pattern)))
+            _, given = first_match(layouts, result.name, result.parameter)
+            layout = result.layout if given is None else parse_layout(given, tensor.shape, result.name)
+            known.append(StoredLayer(result.name, tensor, layout, pattern or parse_pattern(result.pattern)))
         names = {layer.tensor.name: layer.tensor for layer in known}
         if exclude is not None:
-            kept = {layer.tensor.name for layer in choose_layers(names, {}, known[0].pattern, include="*", exclude=exclude)[0]}
-            known = [layer for layer in known if layer.tensor.name in kept]
+            if not any(matches_name(exclude, layer.name, name) for name, layer in zip(names, known, strict=True)):
+                raise ValueError(f"exclude={exclude!r} matches none of the pruned layers: {[layer.name for layer in known][:8]}")
+            known = [layer for layer in known if not matches_name(exclude, layer.name, layer.tensor.name)]
         if known:
             return known
     elif sidecar is not None and pattern is None:
         own = {result.parameter: parse_pattern(result.pattern) for result in sidecar.report}
-        chosen, _ = choose_layers(tensors, source.config, parse_pattern(sidecar.report.pattern), include=include, exclude=exclude)
+        chosen, _ = choose_layers(
+            tensors,
+            source.config,
+            parse_pattern(sidecar.report.pattern),
+            metadata=source.metadata,
+            include=include,
+            exclude=exclude,
+            layouts=layouts,
+        )
         return [replace(layer, pattern=own.get(layer.tensor.name, layer.pattern)) for layer in chosen]
     elif pattern is None:
         raise ValueError(f"{source.path}: no sidecar says which pattern it obeys; pass one, such as --pattern 2:4")
     if pattern is not None:
-        chosen, _ = choose_layers(tensors, source.config, pattern, include=include, exclude=exclude)
+        chosen, _ = choose_layers(
+            tensors, source.config, pattern, metadata=source.metadata, include=include, exclude=exclude, layouts=layouts
+        )
         if chosen:
             return chosen
     raise CheckpointError(source.path, "has no layer that a pattern applies to", "name the tensors to verify with --include")
@@ -138,7 +158,7 @@ def verify_stored(layer: StoredLayer) -> Verification:
 
 def _moved(violation: Violation, band: Band, m: int) -> Violation:
     """A band's violation, where it stands in the whole weight."""
-    along_rows = (violation.side == "W") != (band.layout.kind is LayoutKind.TRANSPOSED)
+    along_rows = (violation.side == "W") != band.layout.inputs_first
     return replace(
         violation,
         matrix=violation.matrix + band.matrix,
@@ -181,6 +201,7 @@ def detect_patterns(
     *,
     include: NameFilter | None = None,
     exclude: NameFilter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Detected]:
     """Which N:M patterns each layer of a checkpoint obeys already; one layer at a time, as they are read.
@@ -191,7 +212,15 @@ def detect_patterns(
         CheckpointError: it cannot be read, or has no layers.
     """
     source = open_source(path)
-    layers, _ = choose_layers(source.tensors, source.config, Pattern(1, 2), include=include, exclude=exclude)
+    layers, _ = choose_layers(
+        source.tensors,
+        source.config,
+        Pattern(1, 2),
+        metadata=source.metadata,
+        include=include,
+        exclude=exclude,
+        layouts=layouts,
+    )
     if not layers:
         raise CheckpointError(source.path, "has no layer that a pattern applies to", "name tensors with --include")
     total, done = sum(layer.tensor.nbytes for layer in layers), 0
