@@ -65,7 +65,7 @@ def _built(kind: str, model_class: Any, config_class: Any) -> Built:
                 _make_shallow(config)
             with torch.device("meta"):
                 model = model_class(config)
-        except Exception as error:  # noqa: BLE001: whatever a foreign class raises, it is listed
+        except Exception as error:  # noqa: BLE001 (whatever a foreign class raises is listed)
             problem = problem or _line(error)
             continue
         return Built(kind, model, {**config.to_dict(), "architectures": [model_class.__name__]})
@@ -94,7 +94,9 @@ def disagreements(built: Built) -> list[str]:
     reasons = {one.name: one.reason for one in skipped}
     tensors = {}
     owners: set[int] = set()
-    for name, parameter in built.model.named_parameters(remove_duplicate=False):
+    for name, parameter in built.model.state_dict(keep_vars=True).items():
+        if not isinstance(parameter, torch.Tensor):
+            continue
         # A file holds a shared parameter once.
         if id(parameter) not in owners:
             owners.add(id(parameter))

@@ -117,11 +117,13 @@ def choose_layers(
 
 @dataclass(frozen=True)
 class _Extent:
-    """Where the bytes of a tensor are: a file or a storage, and the first byte and the one after the last."""
+    """Where the bytes of a tensor are: a file or a storage, the first byte and the one after the last, and how they are read."""
 
     where: object
     start: int
     stop: int
+    view: tuple[object, ...] = ()
+    """Offset and strides of a tensor that is not contiguous."""
 
 
 def _extent(tensor: StoredTensor) -> _Extent | None:
@@ -129,10 +131,12 @@ def _extent(tensor: StoredTensor) -> _Extent | None:
         case FileTensor():
             return _Extent(tensor.path, tensor.offset, tensor.offset + tensor.nbytes)
         case StridedTensor():
-            return _Extent(tensor.path, tensor.storage.offset, tensor.storage.offset + tensor.storage.nbytes)
+            view = (tensor.storage_offset, *tensor.stride)
+            return _Extent(tensor.path, tensor.storage.offset, tensor.storage.offset + tensor.storage.nbytes, view)
         case MemoryTensor() if not tensor.tensor.is_meta:
             start = tensor.tensor.data_ptr()
-            return _Extent("memory", start, start + tensor.nbytes)
+            view = () if tensor.tensor.is_contiguous() else tensor.tensor.stride()
+            return _Extent("memory", start, start + tensor.nbytes, view)
     return None
 
 
@@ -153,7 +157,9 @@ def _reasons_of_sharing(tensors: Mapping[str, StoredTensor], chosen: Iterable[St
             if name in planned:
                 other = dense or next(one for one in group if one != name)
                 found[name] = f"shares its storage with {other}, " + (
-                    "which stays dense: one parameter under two names; include both to prune it" if dense else "which is another view"
+                    "which stays dense: one parameter under two names; include both to prune it"
+                    if dense
+                    else "which is another view"
                 )
     return found
 

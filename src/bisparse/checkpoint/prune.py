@@ -120,8 +120,8 @@ def prune_checkpoint(
         remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
             layer; "error".
         patterns: patterns of single layers, by filter; the first that matches counts.
-        layouts: layouts of single layers, by filter, where the file tells too little: "linear", "transposed", "conv", "conv-last",
-            "conv-transposed", "experts", "experts-transposed", "groups:32", "parts:3", or a `Layout`.
+        layouts: layouts of single layers, by filter, where the file tells too little: "linear", "transposed", "conv",
+            "conv-last", "conv-transposed", "experts", "experts-transposed", "groups:32", "parts:3", or a `Layout`.
         overwrite: replace a target that bisparse wrote.
 
     Raises:
@@ -147,6 +147,7 @@ def prune_checkpoint(
             plan.left_dense,
             {name: str(parse_pattern(one)) for name, one in (patterns or {}).items()},
             notes,
+            sum(tensor.size for tensor in plan.source.tensors.values()),
         )
         step = max(1, -(-len(samples) // SAMPLES))
         sidecar = Sidecar(report, remainder, plan.source.path.resolve().name, samples[::step])

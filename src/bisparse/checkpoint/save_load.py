@@ -24,7 +24,7 @@ from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build
 from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.results import LayerResult, PruneReport
+from bisparse.results import LayerResult, PruneReport, count_parameters
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
 
@@ -178,7 +178,9 @@ def _report(
         )
     if not results:
         raise ValueError("nothing says which pattern the layers obey: pass pattern, such as '4:8-T', or the report of prune_")
-    return PruneReport(results[0].pattern, "as given", "not recorded", tuple(results), tuple(left))
+    return PruneReport(
+        results[0].pattern, "as given", "not recorded", tuple(results), tuple(left), parameters=count_parameters(model)
+    )
 
 
 def _pattern_of(layer: Layer) -> Structure | None:

@@ -12,8 +12,10 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Layouts,
     Threads,
     command,
+    parse_layout_options,
     parse_pattern_option,
     print_json,
     progress_bar,
@@ -42,6 +44,7 @@ def verify(
     ] = None,
     include: Included = None,
     exclude: Excluded = None,
+    layout: Layouts = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -52,9 +55,10 @@ def verify(
     from bisparse.checkpoint import verify_checkpoint
 
     structure = None if pattern is None else parse_pattern_option(pattern)
+    layouts = parse_layout_options(layout)
     set_threads(threads)
     with progress_bar(show=not as_json) as progress:
-        result = verify_checkpoint(path, structure, include=include, exclude=exclude, progress=progress)
+        result = verify_checkpoint(path, structure, include=include, exclude=exclude, layouts=layouts, progress=progress)
     if as_json:
         print_json(_as_dict(result))
     else:

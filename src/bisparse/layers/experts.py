@@ -1,21 +1,24 @@
 """Whether the experts of a mixture that are one 3-D parameter are stored as (E, outputs, inputs) or (E, inputs, outputs).
 
-Decided for all such parameters of one module together, by whatever tells the sides apart: the width of the model, the length of
-an expert's bias, and that an up projection's outputs are the down projection's inputs. Where nothing does, nothing is assumed.
+Decided for all such parameters of one module together: by the outputs of the up projection, which are the inputs of the down
+projection; where both ways fit, by the length of an expert's bias and the width of the model. Where nothing tells, nothing is
+assumed.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["experts_layout", "is_pair"]
+__all__ = ["config_parts", "config_widths", "experts_layout", "is_pair"]
+
+WIDTHS_IN_CONFIG = r"^(hidden_size|d_model|n_embd|model_dim|embed_dim|dim|hidden_dim)$"
 
 UP = r"gate|up|w1|w3|v1|wi|w_in|input|fc1|fc_in|in_proj|c_fc|lin1|linear1|mlp1|h_to_4h"
 DOWN = r"down|w2|wo|w_out|output|fc2|fc_out|out_proj|c_proj|lin2|linear2|mlp2|4h_to_h"
-
 
 
 def experts_layout(
@@ -29,11 +32,11 @@ def experts_layout(
         biases: shapes of the 2-D parameters (E, *) of the same module.
         widths: sizes of the tokens that experts take in and give back, from the router or config.json.
     """
-    votes: set[LayoutKind] = set()
+    votes = _by_pair(stacks)
+    if len(votes) == 1:
+        return Layout(votes.pop())
     for one, shape in stacks.items():
         votes |= _by_bias(one, shape, biases, alone=len(stacks) == 1) | _by_width(one, shape, widths)
-    if not votes:
-        votes = _by_pair(stacks)
     if len(votes) == 1:
         return Layout(votes.pop())
     shape = stacks[name]
@@ -47,6 +50,20 @@ def experts_layout(
 def is_pair(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
     """Whether two stacks of the same number of matrices can be the up and the down projection of experts."""
     return len(first) == len(second) == 3 and first[0] == second[0] > 1 and bool(_pair(first, second) | _pair(second, first))
+
+
+def config_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """A model's configuration and the configurations in it, such as ``text_config``."""
+    yield config
+    for part in config.values():
+        if isinstance(part, Mapping):
+            yield from config_parts(part)
+
+
+def config_widths(config: Mapping[str, Any]) -> set[int]:
+    """Sizes of a model's tokens, as its configuration says."""
+    numbers = ((key, value) for part in config_parts(config) for key, value in part.items())
+    return {value for key, value in numbers if isinstance(value, int) and re.search(WIDTHS_IN_CONFIG, str(key))}
 
 
 def _role(name: str) -> str:

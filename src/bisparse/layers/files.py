@@ -1,6 +1,6 @@
 """The layers of a checkpoint, without its model: what config.json, shapes and names say of each stored tensor.
 
-Evidence in this order: config.json (architecture, sizes), the file's own metadata, shapes of biases and of neighbours, names. What
+Evidence in this order: the file's metadata, config.json (architecture, sizes), shapes of biases and of neighbours, names. What
 stays uncertain is left dense with the reason; the caller settles it by a layout.
 """
 
@@ -10,9 +10,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from bisparse.layers.experts import experts_layout, is_pair
+from bisparse.layers.experts import config_parts, config_widths, experts_layout, is_pair
 from bisparse.layers.kinds import DEPTHWISE, Kind
-from bisparse.layers.names import Names, is_embedding_name, is_transposed_name, layer_name, reads_input_by_name
+from bisparse.layers.names import Names, is_embedding_name, is_transposed_by_name, layer_name, reads_input_by_name
 from bisparse.tiles import Layout, LayoutKind
 
 __all__ = ["FileEvidence", "TensorInfo"]
@@ -26,14 +26,30 @@ CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 
 INPUTS_FIRST_EXPERTS = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter")
 """Models that store experts as (E, inputs, outputs), for sizes that tell nothing."""
+GROUPS_BY_MODEL = {"mgp-str": 8}
+"""Groups of the convolutions with groups of models whose configurations do not say them."""
 EXPERTS_IN_CONFIG = r"(^|_)(n|num)_(local_|routed_|moe_)?experts$|^moe_num_experts$|^n_routed_experts$"
-WIDTHS_IN_CONFIG = r"^(hidden_size|d_model|n_embd|model_dim|embed_dim|dim|hidden_dim)$"
-CHANNELS_IN_CONFIG = r"^(num_channels|in_channels|in_chans|num_mel_bins|input_channels|num_input_channels|n_mels|feature_size|input_feat.*)$"
-VOCABULARIES_IN_CONFIG = r"vocab.*size|(^|_)vocab$|max_position_embeddings|type_vocab_size|max_(source|target)_positions"
+CHANNELS_IN_CONFIG = (
+    r"^(num_channels|in_channels|in_chans|num_mel_bins|input_channels|num_input_channels|n_mels|feature_size|input_feat.*)$"
+)
+VOCABULARIES_IN_CONFIG = r"vocab.*size|(^|_)vocab$"
+
+QUANTISED = (
+    "weight_integer",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scaling_factor",
+    "fc_scaling_factor",
+    "weight_zero_point",
+)
+"""Names next to a weight that its module quantises."""
 
 RECURRENT = r"(^|\.)weight_(ih|hh|hr)(_l\d+)?(_reverse)?$"
 MOST_KERNEL = 31
 """The largest odd kernel that a convolution of three dimensions has where nothing else says that it is one."""
+
+
+EMBEDDING = "embedding: looked up, not multiplied"
 
 
 class TensorInfo(Protocol):
@@ -60,9 +76,17 @@ class FileEvidence:
         self._names = Names(tensors)
         self._channels_last = (metadata or {}).get("format") == "mlx"
         self._numbers = list(_numbers(config))
-        self._types = {str(part["model_type"]) for part in _parts(config) if "model_type" in part}
+        self._types = {str(part["model_type"]) for part in config_parts(config) if "model_type" in part}
         self._inputs_first = self._stores_inputs_first()
-        self._delivered = self._delivered_channels()
+        input_channels = self._sizes(CHANNELS_IN_CONFIG)
+        self._input_channels = input_channels - {shape[0] for shape in self._shapes.values() if len(shape) > 1}
+        self._delivered = self._delivered_channels() | input_channels | set(_channel_lists(config))
+        self._expert_counts = self._sizes(EXPERTS_IN_CONFIG)
+        vocabularies = self._sizes(VOCABULARIES_IN_CONFIG)
+        # A vocabulary as large as something else tells nothing.
+        self._vocabularies = vocabularies - {
+            number for key, number in self._numbers if not re.search(VOCABULARIES_IN_CONFIG, key)
+        }
 
     def kind(self, name: str) -> Kind:
         """What a tensor of two or more dimensions is."""
@@ -73,9 +97,13 @@ class FileEvidence:
             return Kind(refused="empty")
         if len(shape) > 5:
             return Kind(refused=f"{len(shape)} dimensions: no weight that a GEMM multiplies by")
-        default = self._names.default_reason(name) or ""
-        if not default and self._is_embedding(name):
-            default = "embedding: looked up, not multiplied"
+        is_table = len(shape) == 2 and self._bias(name) is None
+        default = EMBEDDING if is_table and is_embedding_name(layer) else self._names.default_reason(name) or ""
+        if not default and is_table and shape[0] in self._vocabularies and shape[0] > shape[1]:
+            default = f"embedding or output head: its {shape[0]} rows are the vocabulary; include it by name to prune it"
+        beside = [one for one in QUANTISED if f"{layer}.{one}" in self._shapes]
+        if beside and name.endswith(".weight"):
+            return Kind(uncertain=f"next to it is {beside[0]}: its module quantises it; give its layout to prune it nevertheless")
         kind = self._by_shape(name, layer)
         return Kind(kind.layout, kind.refused, kind.uncertain, default or kind.default)
 
@@ -105,15 +133,14 @@ class FileEvidence:
         shape = self._shapes.get(f"{layer_name(name)}.bias")
         return shape[0] if shape is not None and len(shape) == 1 else None
 
-    def _is_embedding(self, name: str) -> bool:
-        shape = self._shapes[name]
-        if len(shape) != 2 or self._bias(name) is not None:
-            return False
-        if is_embedding_name(layer_name(name)):
-            return True
-        vocabularies = self._sizes(VOCABULARIES_IN_CONFIG)
-        others = {number for key, number in self._numbers if not re.search(VOCABULARIES_IN_CONFIG, key)}
-        return shape[0] in vocabularies - others and shape[0] > shape[1]
+    def _norm_after(self, layer: str) -> int | None:
+        """Size of the norm in the same small module as a convolution; None where there is none."""
+        parent = layer.rpartition(".")[0]
+        for one in ("normalization", "norm", "bn", "batch_norm", "batchnorm"):
+            shape = self._shapes.get(f"{parent}.{one}.weight" if parent else f"{one}.weight")
+            if shape is not None and len(shape) == 1:
+                return shape[0]
+        return None
 
     def _by_shape(self, name: str, layer: str) -> Kind:
         shape = self._shapes[name]
@@ -141,7 +168,7 @@ class FileEvidence:
             return True
         if shape[0] == 1 or "conv" in near or self._bias(name) == shape[0]:
             return False
-        if shape[0] in self._sizes(EXPERTS_IN_CONFIG) or re.search(r"(^|[._])moe([._]|$)", name.lower()):
+        if shape[0] in self._expert_counts or re.search(r"(^|[._])moe([._]|$)", name.lower()):
             return True
         return any(is_pair(shape, other) for other in self._stacks(name).values() if other is not shape)
 
@@ -151,9 +178,7 @@ class FileEvidence:
         return {
             one: shape
             for one, shape in self._shapes.items()
-            if len(shape) == 3
-            and shape[0] == self._shapes[name][0]
-            and layer_name(one).rpartition(".")[0] == parent
+            if len(shape) == 3 and shape[0] == self._shapes[name][0] and layer_name(one).rpartition(".")[0] == parent
         }
 
     def _experts(self, name: str) -> Kind:
@@ -161,16 +186,18 @@ class FileEvidence:
         count = self._shapes[name][0]
         parent = layer_name(name).rpartition(".")[0]
         mixture = parent.rpartition(".")[0] if "expert" in parent.rsplit(".", 1)[-1] else parent
-        near = {one: shape for one, shape in self._shapes.items() if len(shape) == 2 and one.startswith(f"{mixture}." if mixture else "")}
+        near = {
+            one: shape
+            for one, shape in self._shapes.items()
+            if len(shape) == 2 and one.startswith(f"{mixture}." if mixture else "")
+        }
         biases = {one: shape for one, shape in near.items() if one.startswith(parent)}
         routers = {shape[1] for one, shape in near.items() if shape[0] == count and one.endswith(".weight")}
-        layout = experts_layout(name, stacks, biases, routers or self._sizes(WIDTHS_IN_CONFIG))
+        layout = experts_layout(name, stacks, biases, routers or config_widths(self._config))
         if isinstance(layout, Layout):
             return Kind(layout)
-        if self._types:
-            first = bool(self._types & set(INPUTS_FIRST_EXPERTS))
-            if first:
-                return Kind(Layout(LayoutKind.EXPERTS_TRANSPOSED))
+        if self._types & set(INPUTS_FIRST_EXPERTS):
+            return Kind(Layout(LayoutKind.EXPERTS_TRANSPOSED))
         return Kind(uncertain=layout)
 
     def _convolution(self, name: str, layer: str) -> Kind:
@@ -181,9 +208,7 @@ class FileEvidence:
             return Kind(Layout(LayoutKind.CONV_LAST), default=self._first_convolution(layer, shape[-1]))
         if "bilinear" in layer.lower():
             return Kind(refused="bilinear layer: no single matrix multiplies its inputs")
-        if shape[0] == shape[1] == 1:
-            return Kind(refused="one input and one output channel: no matrix")
-        if shape[1] == 1 and shape[0] > 1:
+        if shape[1] == 1 and bias != 1:
             return Kind(refused=DEPTHWISE)
         if len(shape) == 3 and not self._is_conv1d(layer, shape, bias):
             return Kind(
@@ -192,10 +217,10 @@ class FileEvidence:
             )
         if len(shape) == 4 and shape[1] == shape[2] != shape[3] and shape[1] <= MOST_KERNEL:
             return Kind(
-                uncertain=f"a kernel of {shape[2]} x {shape[3]} over {shape[1]} channels looks like channels last; give its layout: "
-                "'conv-last', or 'conv' if it is what it seems"
+                uncertain=f"a kernel of {shape[2]} x {shape[3]} over {shape[1]} channels looks like channels last; give its "
+                "layout: 'conv-last', or 'conv' if it is what it seems"
             )
-        return self._oriented(name, layer, shape, bias)
+        return self._oriented(layer, shape, bias)
 
     def _is_conv1d(self, layer: str, shape: tuple[int, ...], bias: int | None) -> bool:
         kernel = shape[2]
@@ -206,63 +231,79 @@ class FileEvidence:
             or (not self._config and kernel <= MOST_KERNEL and (kernel % 2 == 1 or kernel <= 4))
         )
 
-    def _oriented(self, name: str, layer: str, shape: tuple[int, ...], bias: int | None) -> Kind:
+    def _oriented(self, layer: str, shape: tuple[int, ...], bias: int | None) -> Kind:
         """A convolution, plain or transposed: by its bias, else by its name and kernel."""
-        stored, transposed = Kind(Layout(LayoutKind.CONV)), Kind(Layout(LayoutKind.CONV_TRANSPOSED))
-        groups = self._groups(name, shape)
-        named = is_transposed_name(layer)
         if bias is not None and (bias == shape[0]) != (bias == shape[1]):
-            kind = stored if bias == shape[0] else transposed
-        elif named and (shape[2] % 2 == 0 or re.search(r"trans|deconv|convt_", layer.lower())):
-            kind = transposed
-        elif named:
-            return Kind(uncertain="its name may be that of a transposed convolution; give its layout: 'conv' or 'conv-transposed'")
+            is_transposed: bool | None = bias == shape[1]
         else:
-            kind = stored
-        if kind is stored:
-            if groups is None:
-                return Kind(
-                    default=self._first_convolution(layer, shape[1]),
-                    uncertain=f"reads {shape[1]} channels per output, which nothing in the file delivers: a convolution with groups, "
-                    "or one that reads the model's input; give its layout, such as 'groups:32' or 'conv'",
-                )
-            return Kind(Layout(LayoutKind.CONV, groups=groups), default=self._first_convolution(layer, shape[1]))
-        return kind
+            is_transposed = is_transposed_by_name(layer, shape[2:])
+            norm = self._norm_after(layer)
+            if is_transposed is None and (norm == shape[0]) != (norm == shape[1]):
+                is_transposed = norm == shape[1]
+        if is_transposed is None:
+            kernel = " x ".join(map(str, shape[2:]))
+            return Kind(
+                uncertain=f"its name and its kernel of {kernel} do not tell a transposed convolution from a plain one; give its "
+                "layout: 'conv' or 'conv-transposed'"
+            )
+        if is_transposed:
+            return Kind(refused=DEPTHWISE) if shape[0] == 1 else Kind(Layout(LayoutKind.CONV_TRANSPOSED))
+        if shape[1] == 1:
+            return Kind(refused=DEPTHWISE)
+        default, groups = self._first_convolution(layer, shape[1]), self._groups(layer, shape)
+        if groups is not None:
+            return Kind(Layout(LayoutKind.CONV, groups=groups), default=default)
+        return Kind(
+            uncertain=f"reads {shape[1]} channels per output, which nothing in the file delivers: a convolution with groups, or "
+            "one that reads the model's input; give its layout, such as 'groups:32' or 'conv'",
+            default=default,
+        )
 
-    def _groups(self, name: str, shape: tuple[int, ...]) -> int | None:
-        """The groups of a convolution (C_out, C_in / groups, *kernel); None where nothing tells."""
-        for number in sorted(self._sizes(r"group"), reverse=True):
-            if number > 1 and shape[0] % number == 0 and self._reads(shape[1] * number) and not self._reads(shape[1]):
+    def _groups(self, layer: str, shape: tuple[int, ...]) -> int | None:
+        """The groups of a convolution (C_out, C_in / groups, *kernel); None where nothing tells.
+
+        A convolution with groups has as many outputs as inputs, as a rule, so that its C_in / groups divides its C_out.
+        """
+        outputs, inputs = shape[:2]
+        for key, number in self._numbers:
+            if "group" not in key or number < 2 or outputs % number:
+                continue
+            if "width" in key and inputs == number:
+                return outputs // number
+            of = re.sub(r"^(num|n)_|_?groups?$", "", key)
+            if self._reads(inputs * number) and (not self._reads(inputs) or (of and f".{of}." in f".{layer}.")):
                 return number
-        return 1 if self._reads(shape[1]) else None
+        known = next((number for model, number in GROUPS_BY_MODEL.items() if model in self._types), None)
+        if known and not self._reads(inputs) and self._reads(inputs * known):
+            return known
+        fits = inputs < outputs and outputs % inputs == 0
+        if fits and "group" in layer.rsplit(".", 1)[-1].lower():
+            return outputs // inputs
+        return None if fits and not self._reads(inputs) else 1
 
     def _reads(self, channels: int) -> bool:
-        return channels in self._delivered or channels in self._sizes(CHANNELS_IN_CONFIG) or channels == 3
+        return channels == 3 or channels in self._delivered
 
     def _first_convolution(self, layer: str, channels: int) -> str:
-        if channels == 3 or reads_input_by_name(layer) or channels in self._sizes(CHANNELS_IN_CONFIG) - self._outputs:
+        if channels == 3 or reads_input_by_name(layer) or channels in self._input_channels:
             return f"first convolution (reads {channels} channels); include it by name to prune it"
         return ""
-
-    @property
-    def _outputs(self) -> set[int]:
-        return {shape[0] for shape in self._shapes.values() if len(shape) > 1}
 
 
 def _last(name: str) -> str:
     return layer_name(name).rsplit(".", 1)[-1]
 
 
-def _parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A config and the configs in it, such as ``text_config``."""
-    yield config
-    for part in config.values():
-        if isinstance(part, Mapping):
-            yield from _parts(part)
-
-
 def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    for part in _parts(config):
+    for part in config_parts(config):
         for key, value in part.items():
             if isinstance(value, int) and not isinstance(value, bool):
                 yield str(key), value
+
+
+def _channel_lists(config: Mapping[str, Any]) -> Iterator[int]:
+    """Channels of a model's stages, as its configuration lists them."""
+    for part in config_parts(config):
+        for key, value in part.items():
+            if isinstance(value, list) and re.search(r"channels|hidden_sizes|embed_dims", str(key)):
+                yield from (one for one in value if isinstance(one, int) and not isinstance(one, bool))

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from bisparse.tiles import DIMENSIONS, Layout, LayoutKind
 
-__all__ = ["DEPTHWISE", "Kind", "Skipped", "is_prunable_shape", "parse_layout", "parse_layouts", "why_dense"]
+__all__ = ["DEPTHWISE", "Kind", "Skipped", "parse_layout", "parse_layouts", "why_dense"]
 
-DEPTHWISE = "depthwise convolution: one input channel per filter, no reduction to make sparse"
+DEPTHWISE = "depthwise convolution, or one that reads a single channel: one input per filter, no reduction to make sparse"
 
 EXPECTED = (
     f"expected one of {', '.join(kind for kind in LayoutKind if kind is not LayoutKind.PACKED)}, groups:32 (a convolution's "
@@ -62,11 +62,6 @@ def why_dense(kind: Kind, *, included: bool | None, excluded: bool) -> str | Non
     return kind.uncertain or None
 
 
-def is_prunable_shape(shape: tuple[int, ...]) -> bool:
-    """Whether a weight of this shape can hold a matrix with something to choose from."""
-    return len(shape) >= 2 and math.prod(shape) > max(shape)
-
-
 def parse_layouts(layouts: Mapping[str, str | Layout] | None) -> dict[str, str | Layout]:
     """The layouts that a caller gives by layer, checked as far as they can be without the weights.
 
@@ -96,7 +91,9 @@ def parse_layout(text: str | Layout, shape: tuple[int, ...], name: str) -> Layou
             f"{' or '.join(map(str, DIMENSIONS[layout.kind]))} dimensions"
         )
     if outputs is not None and outputs != shape[0]:
-        raise ValueError(f"{name}: the parts of {str(text)!r} have {outputs} outputs together, its weight of shape {shape} has others")
+        raise ValueError(
+            f"{name}: the parts of {str(text)!r} have {outputs} outputs together, its weight of shape {shape} has others"
+        )
     if shape[0] % (layout.groups if layout.is_convolution else layout.parts):
         raise ValueError(f"{name}: {str(text)!r} does not divide the first side of its weight of shape {shape}")
     return layout

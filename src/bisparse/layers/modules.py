@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
 
-from bisparse.layers.experts import experts_layout, is_pair
+from bisparse.layers.experts import config_widths, experts_layout, is_pair
 from bisparse.layers.filters import Filter, first_match, matches, matrix_sides, remainder_reason
 from bisparse.layers.kinds import DEPTHWISE, Kind, Skipped, parse_layout, parse_layouts, why_dense
-from bisparse.layers.names import Names, reads_input_by_name
+from bisparse.layers.names import Names, is_embedding_name, reads_input_by_name
 from bisparse.layers.own_forward import own_forward_reason
 from bisparse.pattern import Structure
 from bisparse.tiles import Layout, LayoutKind
@@ -73,10 +72,10 @@ def find_layers(
 ) -> tuple[list[Layer], list[Skipped]]:
     """The layers of a model that a pattern applies to, and a reason for each matrix or larger parameter left dense.
 
-    By default every Linear, convolution (transposed ones too), Conv1D, recurrent weight, packed attention projection and stack of
-    experts, without embeddings, output heads (by name, and the Linear whose output is the model's), routers, adapters and the first
-    convolution. `include` overrides those defaults for the layers it matches and leaves out the others; `exclude` always wins. A
-    parameter shared by several modules is listed once, under its first name.
+    By default every Linear, convolution (transposed ones too), Conv1D, recurrent weight, packed attention projection and stack
+    of experts, without embeddings, output heads (by name, and the Linear whose output is the model's), routers, adapters and the
+    first convolution. `include` overrides those defaults for the layers it matches and leaves out the others; `exclude` always
+    wins. A parameter shared by several modules is listed once, under its first name.
 
     Args:
         include, exclude: names, globs, ``re:`` patterns, or functions ``(name, module) -> bool``.
@@ -173,8 +172,10 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
             default = f"router of a mixture of experts ({type(one.module).__name__}); include it by name to prune it"
         if not default and isinstance(one.module, _ConvNd):
             channels = one.module.in_channels
-            if one is first or channels == 3 or reads_input_by_name(one.name):
+            if not isinstance(one.module, _ConvTransposeNd) and (one is first or channels == 3 or reads_input_by_name(one.name)):
                 default = "first convolution; include it by name to prune it"
+        if not default and type(one.module) is nn.Linear and one.module.bias is None and is_embedding_name(one.name):
+            default = "embedding, or the projection of the model's input (by its name); include it by name to prune it"
         if not default and one is head:
             default = "output head (its output is the model's); include it by name to prune it"
         yield _Candidate(one.name, one.module, one.parameter, Kind(kind.layout, "", kind.uncertain, default))
@@ -214,7 +215,7 @@ def _of_module(name: str, module: nn.Module, model: nn.Module) -> Iterator[tuple
 
 
 def _convolution(module: _ConvNd) -> Kind:
-    if module.groups == module.in_channels and module.groups > 1:
+    if module.groups == module.in_channels:
         return Kind(refused=DEPTHWISE)
     transposed = isinstance(module, _ConvTransposeNd)
     return Kind(Layout(LayoutKind.CONV_TRANSPOSED if transposed else LayoutKind.CONV, groups=module.groups))
@@ -230,10 +231,12 @@ def _bare(name: str, own: str, module: nn.Module, model: nn.Module) -> Kind:
     named = "expert" in f"{name.rsplit('.', 1)[-1]}.{kind}".lower()
     paired = own in stacks and any(is_pair(stacks[own], other) for key, other in stacks.items() if key != own)
     if own in stacks and stacks[own][0] > 1 and (named or paired):
-        biases = {key: tuple(one.shape) for key, one in module.named_parameters(recurse=False) if one.ndim == 2}
-        layout = experts_layout(own, stacks, biases, _widths(name, module, model, stacks[own][0]))
+        biases = {f"{name}.{key}": tuple(one.shape) for key, one in module.named_parameters(recurse=False) if one.ndim == 2}
+        named_stacks = {f"{name}.{key}": shape for key, shape in stacks.items()}
+        layout = experts_layout(f"{name}.{own}", named_stacks, biases, _widths(name, module, model, stacks[own][0]))
         return Kind(layout) if isinstance(layout, Layout) else Kind(uncertain=layout)
-    return Kind(uncertain=f"a parameter of {kind}, whose class does not tell how it is used; give its layout, such as 'linear', to prune it")
+    said = f"a parameter of {kind}, whose class does not tell how it is used; give its layout, such as 'linear', to prune it"
+    return Kind(uncertain=said)
 
 
 def _widths(name: str, module: nn.Module, model: nn.Module, experts: int) -> set[int]:
@@ -244,7 +247,9 @@ def _widths(name: str, module: nn.Module, model: nn.Module, experts: int) -> set
         weight = one._parameters.get("weight")
         if one is not module and isinstance(weight, Tensor) and weight.ndim == 2 and weight.shape[0] == experts:
             found.add(weight.shape[1])
-    return {one for one in found if isinstance(one, int)}
+    to_dict = getattr(getattr(model, "config", None), "to_dict", None)
+    known = {one for one in found if isinstance(one, int)}
+    return known or (config_widths(to_dict()) if callable(to_dict) else set())
 
 
 def _first_convolution(found: Sequence[_Candidate]) -> _Candidate | None:
@@ -265,7 +270,10 @@ def _head_by_flow(model: nn.Module, found: Sequence[_Candidate]) -> _Candidate |
 
     A model that is a mere container, such as `nn.Sequential`, gives its layers no roles, so that none of them is a head.
     """
-    while type(model).__name__ in ("DistributedDataParallel", "DataParallel", "OptimizedModule") and len(list(model.children())) == 1:
+    while (
+        type(model).__name__ in ("DistributedDataParallel", "DataParallel", "OptimizedModule")
+        and len(list(model.children())) == 1
+    ):
         model = next(model.children())
     children = list(model.named_children())
     if type(model) in CONTAINERS or not children or len(found) < 2:

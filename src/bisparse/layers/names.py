@@ -9,10 +9,11 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
-__all__ = ["Names", "head_reason", "is_embedding_name", "is_transposed_name", "layer_name", "reads_input_by_name"]
+__all__ = ["Names", "head_reason", "is_embedding_name", "is_transposed_by_name", "layer_name", "reads_input_by_name"]
 
 HEAD_NAMES = (
-    "lm_head", "classifier", "head", "fc", "score", "embed_out", "output_layer", "logits", "output_projection", "lm_output", "*_head",
+    "lm_head", "classifier", "head", "fc", "score", "embed_out", "output_layer", "logits", "output_projection", "lm_output",
+    "*_head",
 )  # fmt: skip
 """A layer whose last name is one of these is an output head, in the naming habits of torch, timm, fairseq and transformers."""
 OUTER_HEADS = ("linear", "output", "out", "final", "last_linear", "fc_out", "predict", "prediction", "output_proj")
@@ -23,8 +24,9 @@ WRAPPERS = ("module", "model", "_orig_mod", "net", "network", "backbone", "stude
 
 EMBEDDINGS = (
     "embed", "embed_*", "embedding", "embeddings", "*_embed", "*_embeds", "*_embedding", "*_embeddings", "tok_embeddings",
-    "*_embeddings_[0-9]*", "*_embedder", "*embedder_[0-9]*", "wte", "wpe", "wtt", "shared", "relative_attention_bias", "emb", "*_emb",
-    "*_embeds_layer", "*_embedding_table", "*_embeddings_table", "codebook", "lookup_table", "relative_position_bias_table",
+    "*_embeddings_[0-9]*", "*_embedder", "*embedder_[0-9]*", "wte", "wpe", "wtt", "shared", "relative_attention_bias", "emb",
+    "*_emb", "*_embeds_layer", "*_embedding_table", "*_embeddings_table", "codebook", "lookup_table",
+    "relative_position_bias_table", "reference_points", "pe_k", "pe_v", "bias_values",
 )  # fmt: skip
 """Last names of embeddings, in the habits of transformers, timm, fairseq, Whisper and Llama's own code."""
 
@@ -40,10 +42,18 @@ TOKENS = r"(^|[._])tokens?$|(^|\.)(query_feat|quer(y|ies)_features|latents|laten
 
 NORMS = r"(^|[._])(layer|group|batch|rms|instance|input|post)?_?(norm|ln|bn)\d*$|layernorm[a-z_]*$"
 
-FIRST_CONVOLUTIONS = r"patch_embed|(^|\.)(conv_in|conv_stem|stem_conv|conv_first|first_conv)$|(^|\.)encoder\.conv1$"
-"""Names of first convolutions."""
-TRANSPOSED_CONVOLUTIONS = r"conv_?trans|deconv|up_?conv|upscale|up_?sampl|trans_?conv|convt_|(^|[._])(up|resize|conv_up|unpool)([._]|\d|$)"
-"""Names that transposed convolutions have; others have them, too."""
+FIRST_CONVOLUTIONS = (
+    r"patch_embed|(^|\.)(conv_in|conv_stem|stem_conv|conv_first|first_conv|input_conv|conv_input|conv_pre|quant_conv)$|"
+    r"(^|\.)stem\.conv(\.conv)?$|(^|\.)(audio_tower|audio_encoder|encoder)\.conv1$"
+)
+"""Names of convolutions that read the input of a model or of a part of it."""
+
+TRANSPOSED = r"conv_?trans|deconv|trans_?conv|convt_|conv_?tr(\.|$)"
+"""Names that only transposed convolutions have."""
+ENLARGING = r"up_?conv|upscale|up_?sampl|unpool|(^|[._])(up|resize|conv_up)([._]|\d|$)"
+"""Names of what enlarges its input: a transposed convolution, or a plain one after an interpolation."""
+REDUCING = r"down|subsampl|reduc|(^|\.)sr(\.|$)|patch|strid|squeeze|feature_extractor|pool|to_molecules"
+"""Names of what makes its input smaller, which a plain convolution does."""
 
 
 def layer_name(parameter: str) -> str:
@@ -71,8 +81,9 @@ def head_reason(name: str) -> str | None:
 
 
 def is_embedding_name(layer: str) -> bool:
-    """Whether a layer is named as an embedding is."""
-    return any(fnmatch.fnmatchcase(_last(layer), glob) for glob in EMBEDDINGS)
+    """Whether a layer is named as an embedding is, or its list of layers."""
+    parts = [part for part in layer.split(".") if not part.isdecimal()] or [layer]
+    return any(fnmatch.fnmatchcase(_last(one), glob) for glob in EMBEDDINGS for one in (parts[-1], layer))
 
 
 def reads_input_by_name(layer: str) -> bool:
@@ -80,9 +91,21 @@ def reads_input_by_name(layer: str) -> bool:
     return re.search(FIRST_CONVOLUTIONS, layer.lower()) is not None
 
 
-def is_transposed_name(layer: str) -> bool:
-    """Whether a convolution is named as transposed ones are."""
-    return re.search(TRANSPOSED_CONVOLUTIONS, layer.lower()) is not None
+def is_transposed_by_name(layer: str, kernel: tuple[int, ...]) -> bool | None:
+    """Whether a convolution is a transposed one, by its name and kernel; None where these do not tell.
+
+    Transposed convolutions enlarge by even factors with even kernels, as a rule; plain ones have even kernels where they reduce.
+    """
+    name = layer.lower()
+    if re.search(TRANSPOSED, name):
+        return True
+    if all(size == 1 for size in kernel):
+        return False
+    if all(size % 2 for size in kernel):
+        return None if re.search(r"up_?conv\d*$", name) else False
+    # Of both, the later name is of the smaller part of the model.
+    enlarging, reducing = (max((one.start() for one in re.finditer(rule, name)), default=-1) for rule in (ENLARGING, REDUCING))
+    return None if enlarging == reducing else enlarging > reducing
 
 
 class Names:
@@ -109,7 +132,7 @@ class Names:
         is_last = index.isdecimal() and self._sequential_ends.get(parent) == int(index)
         if (head := head_reason(parent if is_last and parent else layer)) is not None:
             return head
-        if re.search(NORMS, _last(layer)):
+        if re.search(NORMS, _last(parent if _last(layer) in ("scale", "shift", "gamma", "beta") else layer)):
             return "normalisation: it scales, and is no matrix of a product; include it by name to prune it"
         if re.search(TOKENS, layer.lower()):
             return "learned token or query: an input, no weight that inputs are multiplied by"

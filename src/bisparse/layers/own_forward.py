@@ -1,8 +1,8 @@
 """Whether a module of a subclass multiplies by its weight as it is.
 
-Weight standardisation (timm's `StdConv2d`), BitLinear and ternary layers compute another weight from their parameter in every forward
-pass: zeros of the parameter are none of the product's. What such a class computes is not known, so it is tried: its output is
-compared with that of the class that it derives from.
+Weight standardisation (timm's `StdConv2d`), BitLinear and ternary layers compute another weight from their parameter in every
+forward pass: zeros of the parameter are none of the product's. What such a class computes is not known, so it is tried: its
+output is compared with that of the class that it derives from.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 
 from bisparse.user_errors import ends_the_process, told
 
@@ -56,8 +56,8 @@ def own_forward_reason(module: nn.Module) -> str | None:
     if float((output.to(expected.dtype) - expected).abs().max()) <= TOLERANCES.get(weight.dtype, OTHER_TOLERANCE) * scale:
         return None
     return (
-        f"{kind} does not multiply by its weight as it is (as with weight standardisation or ternary layers): its output differs from "
-        f"{base.__name__}'s, so that zeros of the weight are none of the product"
+        f"{kind} does not multiply by its weight as it is (as with weight standardisation or ternary layers): its output differs "
+        f"from {base.__name__}'s, so that zeros of the weight are none of the product"
     )
 
 
@@ -75,7 +75,7 @@ def _inputs(module: nn.Module, weight: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, _ConvNd):
         spans = [d * (k - 1) + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-        shape = (2, module.in_channels, *((max(span, 3) for span in spans)))
+        shape = (2, module.in_channels, *(max(span, 3) for span in spans))
     else:
         shape = (2, weight.shape[1])
     inputs = torch.rand(shape, generator=generator) + 0.5
@@ -92,9 +92,9 @@ def _twin(module: nn.Module) -> nn.Module:
 
 
 def _plain_output(module: nn.Module, base: type[nn.Module], inputs: Tensor) -> Tensor:
-    result: Tensor
-    if isinstance(module, _ConvNd) and not isinstance(module, _ConvTransposeNd):
-        result = base._conv_forward(module, inputs, module.weight, module.bias)  # type: ignore[operator]
-    else:
-        result = base.forward(module, inputs)
-    return result
+    if base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        # What their `forward` calls, of the class itself: a subclass may have another.
+        plain: Callable[..., Tensor] = vars(base)["_conv_forward"]
+        return plain(module, inputs, module.weight, module.bias)
+    forward: Callable[..., Tensor] = vars(base)["forward"]
+    return forward(module, inputs)

@@ -28,7 +28,7 @@ from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.methods.regrow import Regrow
 from bisparse.pruning.prune import prune_layers_, report_of
 from bisparse.pruning.violation import CONFIDENCE, sparsest_pattern, violation
-from bisparse.results import PruneReport
+from bisparse.results import PruneReport, count_parameters
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout
 
@@ -45,6 +45,7 @@ def convert_(
     include: Filter | None = None,
     exclude: Filter | None = None,
     patterns: Mapping[str, str | Structure] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     remainder: str = "pad",
     solver: Solver | None = None,
     order: Order = "sequential",
@@ -68,8 +69,8 @@ def convert_(
         method: by default `AdaPrune` with data, else `Magnitude`.
         regrow: places that the old mask pruned may be kept where the new pattern has room; needs data, and `AdaPrune`.
         patterns: patterns of single layers, by name; `fitting_patterns` proposes some.
-        include, exclude, remainder, solver, order, reconstruction, forward, device, resume, keep_journal, progress, group: as for
-            `prune_`.
+        include, exclude, layouts, remainder, solver, order, reconstruction, forward, device, resume, keep_journal, progress,
+            group: as for `prune_`.
 
     >>> model = nn.Sequential(nn.Linear(16, 16))
     >>> _ = convert_(model, "4:8")
@@ -84,7 +85,9 @@ def convert_(
         if not isinstance(method, AdaPrune) or batches is None:
             raise ValueError("regrow=True ranks pruned places by what they would gain: it needs batches and the method AdaPrune")
         method = Regrow(method)
-    planned, left_dense = plan(model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
+    planned, left_dense = plan(
+        model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
+    )
     with torch.no_grad():
         allowed = {layer.name: layer.weight != 0 for layer, _ in planned}
     found = {layer.name: _violated(allowed[layer.name], structure, layer.layout) for layer, structure in planned}
@@ -104,7 +107,7 @@ def convert_(
         ranks=Ranks(group),
     )
     with_violation = [replace(result, **found[result.name]) for result in results]
-    return report_of(pattern, method, solver, with_violation, [*left_dense, *unreached], patterns, notes)
+    return report_of(pattern, method, solver, with_violation, [*left_dense, *unreached], patterns, notes, count_parameters(model))
 
 
 def _violated(kept: Tensor, structure: Structure, layout: Layout) -> dict[str, Any]:

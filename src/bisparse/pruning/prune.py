@@ -24,15 +24,16 @@ from bisparse.pruning.bias import bias_of, norms_after
 from bisparse.pruning.block_reconstruction import BlockFit, BlockReconstruction
 from bisparse.pruning.calibration.block_runner import FinishedBlock
 from bisparse.pruning.calibration.calibrate import Order, Walk, calibrate
+from bisparse.pruning.calibration.hooks import unseen_reason
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.pruning.journal import Journal
 from bisparse.pruning.layer import Change, apply_, plan, prune_layer
 from bisparse.pruning.layer_tensors import live_tensors, resumed_result, tensors_after, write_
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
-from bisparse.results import LayerResult, PruneReport
+from bisparse.results import LayerResult, PruneReport, count_parameters
 from bisparse.solvers import Solver
-from bisparse.tiles import LayoutKind
+from bisparse.tiles import Layout
 
 __all__ = ["prune_", "prune_layers_", "report_of"]
 
@@ -48,6 +49,7 @@ def prune_(
     solver: Solver | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     order: Order = "sequential",
     reconstruction: BlockReconstruction | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -71,6 +73,8 @@ def prune_(
         remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
             layer; "error".
         patterns: patterns of single layers, by name, glob or ``re:`` pattern; the first that matches counts.
+        layouts: how single layers store their matrices, where their modules do not tell: "linear", "transposed", "conv",
+            "experts", "experts-transposed", "groups:32", "parts:3"; see `bisparse.layers.parse_layout`.
         order: "sequential": each layer is pruned on the inputs that the layers pruned before it deliver; "parallel": on
             the dense network's, as in the paper.
         reconstruction: after the layers of each block of a chain, such as a transformer's, fit what the masks keep of the
@@ -99,7 +103,9 @@ def prune_(
     method = Magnitude() if method is None else method
     if not isinstance(method, Method):
         raise ValueError(f"method={method!r:.60}: expected an instance of a method, such as Wanda()")
-    planned, left_dense = plan(model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
+    planned, left_dense = plan(
+        model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
+    )
     results, unreached, notes = prune_layers_(
         model,
         [(layer, structure, method) for layer, structure in planned],
@@ -114,7 +120,7 @@ def prune_(
         progress=progress,
         ranks=Ranks(group),
     )
-    return report_of(pattern, method, solver, results, [*left_dense, *unreached], patterns, notes)
+    return report_of(pattern, method, solver, results, [*left_dense, *unreached], patterns, notes, count_parameters(model))
 
 
 def report_of(
@@ -125,6 +131,7 @@ def report_of(
     left_dense: Sequence[Skipped],
     patterns: Mapping[str, str | Structure] | None,
     notes: tuple[str, ...],
+    parameters: int,
 ) -> PruneReport:
     """The report of a job."""
     return PruneReport(
@@ -135,6 +142,7 @@ def report_of(
         tuple(left_dense),
         {glob: str(parse_pattern(one)) for glob, one in (patterns or {}).items()},
         notes,
+        parameters,
     )
 
 
@@ -346,12 +354,7 @@ def _note_of(fits: Sequence[BlockFit]) -> tuple[str, ...]:
 
 
 def _why_unreached(layer: Layer) -> str:
-    if layer.layout.kind is LayoutKind.EXPERTS:
-        return (
-            "calibration sees what modules are called with, and experts in one 3-D parameter are no modules: which tokens each "
-            "one gets is known inside the forward only; prune them by a method that needs no data, such as magnitude"
-        )
-    return "no calibration batch went through this layer"
+    return unseen_reason(layer) or "no calibration batch went through this layer"
 
 
 def _notes(walk: Walk, batches: int, order: Order) -> tuple[str, ...]:
