@@ -113,11 +113,15 @@ def find_layers(
         chosen, text = first_match(given, name, f"{name}.weight")
         unused.discard(chosen or "")
         default = f"shares its weight with the embedding {tied[id(weight)]}" if id(weight) in tied else kind.default
-        reason = why_dense(
-            Kind(kind.layout, kind.refused, kind.uncertain if text is None else "", default),
-            included=wanted,
-            excluded=exclude is not None and matches(exclude, name, module),
-        ) or _weight_reason(weight)
+        reason = (
+            kind.refused
+            or _weight_reason(weight)
+            or why_dense(
+                Kind(kind.layout, kind.refused, kind.uncertain if text is None else "", default),
+                included=wanted,
+                excluded=exclude is not None and matches(exclude, name, module),
+            )
+        )
         if reason is None and id(weight) in owners:
             reason = f"shares its weight with {owners[id(weight)][0]}"
         if reason is None and text is None:
@@ -153,7 +157,7 @@ def _weight_reason(weight: Tensor) -> str | None:
 
 def _candidates(model: nn.Module) -> Iterator[_Candidate]:
     """Every parameter that might be pruned, with what is known of it."""
-    names = Names(_parameter_names(model))
+    names = Names([name for name, _ in model.named_parameters(remove_duplicate=False)])
     found = [
         _Candidate(f"{name}.{own}" if name and own != "weight" else own if own != "weight" else name, module, own, kind)
         for name, module in model.named_modules()
@@ -179,11 +183,6 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
         if not default and one is head:
             default = "output head (its output is the model's); include it by name to prune it"
         yield _Candidate(one.name, one.module, one.parameter, Kind(kind.layout, "", kind.uncertain, default))
-
-
-def _parameter_names(model: nn.Module) -> Iterator[str]:
-    for name, _ in model.named_parameters(remove_duplicate=False):
-        yield name
 
 
 def _of_module(name: str, module: nn.Module, model: nn.Module) -> Iterator[tuple[str, Kind]]:
@@ -276,7 +275,7 @@ def _head_by_flow(model: nn.Module, found: Sequence[_Candidate]) -> _Candidate |
     ):
         model = next(model.children())
     children = list(model.named_children())
-    if type(model) in CONTAINERS or not children or len(found) < 2:
+    if isinstance(model, CONTAINERS) or not children or len(found) < 2:
         return None
     modules = [module for module in model.modules() if any(True for _ in module.parameters(recurse=False))]
     last = modules[-1] if modules else None

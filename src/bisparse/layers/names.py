@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 
 __all__ = ["Names", "head_reason", "is_embedding_name", "is_transposed_by_name", "layer_name", "reads_input_by_name"]
 
@@ -17,7 +17,7 @@ HEAD_NAMES = (
 )  # fmt: skip
 """A layer whose last name is one of these is an output head, in the naming habits of torch, timm, fairseq and transformers."""
 OUTER_HEADS = ("linear", "output", "out", "final", "last_linear", "fc_out", "predict", "prediction", "output_proj")
-"""The same of a layer that belongs to the model itself and to none of its parts: the names alone are too common."""
+"""The same of a layer of the model itself, of which no other is a head: the names alone are too common."""
 HEAD_PATHS = ("*predictions.decoder", "*generator_lm_head")
 WRAPPERS = ("module", "model", "_orig_mod", "net", "network", "backbone", "student", "_forward_module", "_fsdp_wrapped_module")
 """First names that belong to whoever wrapped or trained the model."""
@@ -72,12 +72,13 @@ def head_reason(name: str) -> str | None:
     last = _last(layer)
     if any(fnmatch.fnmatchcase(last, one) for one in HEAD_NAMES) or any(fnmatch.fnmatchcase(layer, one) for one in HEAD_PATHS):
         return f"output head (its name ends in '{last}'); include it by name to prune it"
-    parts = layer.lower().split(".")
-    while len(parts) > 1 and parts[0] in WRAPPERS:
-        parts = parts[1:]
-    if len(parts) == 1 and last in OUTER_HEADS:
-        return f"output head (the model's own '{last}'); include it by name to prune it"
     return None
+
+
+def _unwrapped(layer: str) -> str:
+    """A layer's name without that of whoever wrapped the model."""
+    first, _, rest = layer.partition(".")
+    return _unwrapped(rest) if rest and first.lower() in WRAPPERS else layer
 
 
 def is_embedding_name(layer: str) -> bool:
@@ -111,9 +112,13 @@ def is_transposed_by_name(layer: str, kernel: tuple[int, ...]) -> bool | None:
 class Names:
     """What the names of all parameters of a model or file say about each of them."""
 
-    def __init__(self, parameters: Iterable[str]) -> None:
+    def __init__(self, parameters: Collection[str]) -> None:
         self._mixtures: set[str] = set()
         self._sequential_ends: dict[str, int] = {}
+        layers = {layer_name(name) for name in parameters if name.endswith("weight")}
+        outer = {layer for layer in layers if _last(_unwrapped(layer)) in OUTER_HEADS and "." not in _unwrapped(layer)}
+        has_head = any(head_reason(layer) for layer in layers)
+        self._outer_head = outer.pop() if len(outer) == 1 and len(layers) > 1 and not has_head else None
         for name in parameters:
             if "expert" in name:
                 self._mixtures.add(name.split("expert")[0].rpartition(".")[0])
@@ -125,13 +130,15 @@ class Names:
         """Why a parameter stays dense by default, by its name and those around it; None where they say nothing."""
         layer = layer_name(parameter)
         if re.search(ADAPTERS, layer):
-            return "low-rank or other adapter: its base layer is the one to prune; include it by name to prune it"
+            return "low-rank (LoRA) or other adapter: its base layer is the one to prune; include it by name to prune it"
         if self._is_router(layer):
             return "router of a mixture of experts; include it by name to prune it"
         parent, _, index = layer.rpartition(".")
         is_last = index.isdecimal() and self._sequential_ends.get(parent) == int(index)
         if (head := head_reason(parent if is_last and parent else layer)) is not None:
             return head
+        if layer == self._outer_head:
+            return f"output head (the model's own '{_last(layer)}'); include it by name to prune it"
         if re.search(NORMS, _last(parent if _last(layer) in ("scale", "shift", "gamma", "beta") else layer)):
             return "normalisation: it scales, and is no matrix of a product; include it by name to prune it"
         if re.search(TOKENS, layer.lower()):
