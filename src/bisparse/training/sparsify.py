@@ -99,7 +99,7 @@ def sparsify_(
     schedule = schedule or Schedule()
     _check_arguments(model, mode, method, refresh, schedule, masks, decay)
     structures = {name: None if own == "dense" else parse_pattern(own) for name, own in (patterns or {}).items()}
-    layers, skipped = _choose(model, pattern, structures, include, exclude, remainder)
+    layers, skipped = _choose(model, pattern, structures, include, exclude, remainder, mode)
     decays = dict(decay) if isinstance(decay, Mapping) else None
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -213,6 +213,7 @@ def _choose(
     include: Filter | None,
     exclude: Filter | None,
     remainder: str,
+    mode: str,
 ) -> tuple[list[tuple[Layer, Structure]], list[Skipped]]:
     if remainder not in ("pad", "dense", "error"):
         raise ValueError(f"remainder={remainder!r}: expected 'pad', 'dense' or 'error'")
@@ -227,8 +228,10 @@ def _choose(
                 break
         if own is None:
             skipped.append(Skipped(layer.name, "left dense by its pattern"))
-        elif include is None and "lora_" in layer.name:
-            skipped.append(Skipped(layer.name, "LoRA adapter; its base layer is sparse"))
+        elif mode == "dynamic" and isinstance(layer.module, nn.RNNBase):
+            kind = type(layer.module).__name__
+            reason = f"{kind} reads its weights as one flat buffer, which no changing mask reaches; mode='static' can mask it"
+            skipped.append(Skipped(layer.name, reason))
         elif remainder != "pad" and (problem := _remainder(layer, own)):
             if remainder == "error":
                 raise ValueError(f"{layer.name}: {problem}; pass remainder='pad' or 'dense', or exclude the layer")
