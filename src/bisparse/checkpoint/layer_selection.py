@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bisparse.checkpoint.stored_tensor import FileTensor, MemoryTensor, StoredTensor, StridedTensor
+from bisparse.checkpoint.torch_archive import StorageRecord
 from bisparse.layers import (
     FileEvidence,
     Kind,
@@ -126,12 +127,17 @@ class _Extent:
     """Offset and strides of a tensor that is not contiguous."""
 
 
+def _start(tensor: FileTensor) -> int:
+    """Where the tensor begins in its file."""
+    return tensor.offset + (tensor.content.offset if isinstance(tensor.content, StorageRecord) else 0)
+
+
 def _extent(tensor: StoredTensor) -> _Extent | None:
     match tensor:
         case FileTensor():
-            return _Extent(tensor.path, tensor.offset, tensor.offset + tensor.nbytes)
+            return _Extent(tensor.path, _start(tensor), _start(tensor) + tensor.nbytes)
         case StridedTensor():
-            return _Extent(tensor.path, tensor.span.offset, tensor.span.offset + tensor.span.nbytes, tensor.stride)
+            return _Extent(tensor.path, _start(tensor.span), _start(tensor.span) + tensor.span.nbytes, tensor.stride)
         case MemoryTensor() if not tensor.tensor.is_meta:
             start = tensor.tensor.data_ptr()
             view = () if tensor.tensor.is_contiguous() else tensor.tensor.stride()
