@@ -23,7 +23,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bisparse.kernels.numba_runtime.llvm import BIT, F32, I8, I16, I32, I64, call_llvm, load, number, spread, store
+from bisparse.kernels.numba_runtime.llvm import BIT, F32, I8, I16, I32, I64, call_llvm, load, number, store
 from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
 
 __all__ = ["MASK_BYTES", "MAX_TOKENS", "NUMBERS", "Way", "expand_block", "multiply_block", "usable_ways"]
@@ -62,6 +62,8 @@ def usable_ways(dtype: torch.dtype) -> tuple[Way, ...]:
 
     features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
     there = {one[1:] for one in features if one.startswith("+")}
+    if dtype not in NUMBERS:
+        return ()
     return tuple(way for way in Way if FEATURES[way] <= there and (dtype == torch.bfloat16 or way != Way.AVX512_BF16))
 
 
@@ -206,7 +208,7 @@ def _sums(b: Any, vectors: list[Any]) -> Any:
     return total
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def multiply_block(
     typing: Any, way: Any, kind: Any, tokens: Any, packed: Any, values: Any, masks: Any, groups: Any, x: Any, x_stride: Any,
     bias: Any, out: Any, out_stride: Any,
@@ -276,9 +278,10 @@ def _dot(b: Any, way: int, total: Any, part: Any, other: Any) -> Any:
     return call_llvm(b, f"llvm.fma.v{total.type.count}f32", total.type, [b.bitcast(part, total.type), other, total])
 
 
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
+@intrinsic(prefer_literal=True)
 def expand_block(
-    typing: Any, way: Any, kind: Any, operand: Any, values: Any, masks: Any, groups: Any, out: Any, row_stride: Any, group_stride: Any
+    typing: Any, way: Any, kind: Any, operand: Any, values: Any, masks: Any, groups: Any, out: Any, row_stride: Any,
+    group_stride: Any,
 ) -> tuple[Any, Codegen]:  # fmt: skip
     """Write a block of 4 rows as dense numbers, whole groups at ``out + row * row_stride + group * group_stride``.
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
@@ -40,7 +40,8 @@ __all__ = [
 BLOCK_ROWS = 4
 GROUP = 32
 PADDING = 32
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+"""float64 is served by the specification alone."""
 BAND_ENTRIES = 1 << 20
 """Entries that are packed at a time, which bounds the memory of packing."""
 
@@ -64,12 +65,12 @@ def pack_bitmask(matrix: Float[Tensor, "R C"]) -> BitmaskPacked:
     """The packed form of a matrix: its non-zeros, NaN included, and where they are; -0.0 counts as zero.
 
     Raises:
-        ValueError: not a bfloat16, float16 or float32 matrix.
+        ValueError: not a matrix of one of `DTYPES`.
     """
     if matrix.ndim != 2 or matrix.dtype not in DTYPES:
         raise ValueError(
-            f"a {matrix.dtype} tensor of shape {tuple(matrix.shape)} cannot be packed: expected a matrix of bfloat16, float16 or "
-            "float32"
+            f"a {matrix.dtype} tensor of shape {tuple(matrix.shape)} cannot be packed: expected a matrix of bfloat16, float16, "
+            "float32 or float64"
         )
     return BitmaskPacked(*torch.ops.bisparse.pack_bitmask(matrix))
 
@@ -138,7 +139,7 @@ def _pack(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     for first in range(0, blocks, step):
         band = matrix[first * BLOCK_ROWS : (first + step) * BLOCK_ROWS]
         band = pad(band, (0, groups * GROUP - columns, 0, -band.shape[0] % BLOCK_ROWS))
-        band = band.view(-1, BLOCK_ROWS, groups, GROUP).transpose(1, 2)
+        band = band.view(band.shape[0] // BLOCK_ROWS, BLOCK_ROWS, groups, GROUP).transpose(1, 2)
         kept = band != 0
         last = first + band.shape[0]
         masks[first:last] = (kept.int() << places).sum(-1, dtype=torch.int32)
@@ -155,7 +156,7 @@ def reference_unpack(values: Tensor, masks: Tensor, starts: Tensor, rows: int, c
     kept = (masks.unsqueeze(-1) >> places) & 1 != 0
     matrix = values.new_zeros(kept.shape)
     matrix[kept] = values[: values.numel() - PADDING]
-    return matrix.transpose(1, 2).reshape(BLOCK_ROWS * masks.shape[0], -1)[:rows, :columns].contiguous()
+    return matrix.transpose(1, 2).reshape(BLOCK_ROWS * masks.shape[0], GROUP * masks.shape[1])[:rows, :columns].contiguous()
 
 
 @register_kernel("linear_bitmask", ANY_DEVICE)
@@ -165,7 +166,8 @@ def reference_linear(
     """The specification of `linear_bitmask`, without gradients."""
     del max_tokens  # a matter of speed
     bias = None if bias is None else bias.to(input.dtype)
-    return linear(input, reference_unpack(values, masks, starts, rows, input.shape[-1]), bias)
+    output: Tensor = linear(input, reference_unpack(values, masks, starts, rows, input.shape[-1]), bias)
+    return output
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -196,7 +198,7 @@ def _(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 @torch.library.register_fake("bisparse::unpack_bitmask")
-def _(values: Shaped[Tensor, " P"], masks: Tensor, starts: Tensor, rows: int, columns: int) -> Tensor:
+def _(values: Tensor, masks: Tensor, starts: Tensor, rows: int, columns: int) -> Tensor:
     return values.new_empty(rows, columns)
 
 

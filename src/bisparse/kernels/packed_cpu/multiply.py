@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+import math
+
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
@@ -45,12 +46,12 @@ def product(
     ways = usable_ways(values.dtype)
     if not ways:
         return reference_linear(input, values, masks, starts, bias, rows, max_tokens)
-    flat = input.reshape(-1, input.shape[-1])
+    flat = input if input.ndim == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
     few = flat.shape[0] <= max_tokens
     output = (multiply if few else multiply_bands)(ways[0], flat, values, masks, starts, bias, rows)
-    return output.view(*input.shape[:-1], rows)
+    return output if input.ndim == 2 else output.view(*input.shape[:-1], rows)
 
 
 def multiply(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
@@ -62,16 +63,15 @@ def multiply(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor,
     x = pad(x, (0, missing)) if missing else x.contiguous()
     whole = rows == blocks * BLOCK_ROWS
     output = values.new_empty(tokens, blocks * BLOCK_ROWS)
-    fused = bias.contiguous() if bias is not None and whole else 0
+    if bias is not None and not whole:
+        bias = pad(bias, (0, blocks * BLOCK_ROWS - rows))
+    added = 0 if bias is None else bias.contiguous()
     size = values.element_size()
     code = multiply_kernel(int(way), NUMBERS[values.dtype], size)
     strides = x.element_size() * GROUP * groups, size * BLOCK_ROWS * blocks
     worth = max(1, MIN_ENTRIES_PER_BAND // max(1, BLOCK_ROWS * GROUP * groups * tokens))
-    over_bands(code, (values, masks, starts, x, fused, output, groups, tokens, *strides), blocks, 1, worth)
-    if whole:
-        return output
-    output = output[:, :rows]
-    return output.contiguous() if bias is None else output + bias
+    over_bands(code, (values, masks, starts, x, added, output, groups, tokens, *strides), blocks, 1, worth)
+    return output if whole else output[:, :rows].contiguous()
 
 
 def multiply_bands(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
