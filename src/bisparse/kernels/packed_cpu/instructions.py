@@ -179,14 +179,16 @@ def _expand(b: Any, way: int, address: Any, mask: Any, kind: int, convert: Calla
     return parts
 
 
-def _after(b: Any, address: Any, mask: Any, kind: int) -> Any:
-    """The address behind a group's values."""
-    return b.add(address, b.mul(b.zext(b.ctpop(mask), I64), ir.Constant(I64, _size(kind))))
-
-
-def _group_masks(b: Any, masks: Any, group: Any) -> list[Any]:
+def _packed_group(b: Any, values: Any, masks: Any, group: Any, kind: int) -> tuple[list[tuple[Any, Any]], Any]:
+    """(address of the values, mask) of each row of a group whose values begin at an address; and the address behind them."""
     first = b.add(masks, b.mul(group, ir.Constant(I64, MASK_BYTES)))
-    return [b.load(_pointer(b, _plus(b, first, 4 * row), I32), align=4) for row in range(BLOCK_ROWS)]
+    rows, before = [], ir.Constant(I64, 0)
+    for row in range(BLOCK_ROWS):
+        mask = b.load(_pointer(b, _plus(b, first, 4 * row), I32), align=4)
+        # The next group waits for one addition only, of the sum of all counts.
+        rows.append((b.add(values, b.mul(before, ir.Constant(I64, _size(kind)))), mask))
+        before = b.add(before, b.zext(b.ctpop(mask), I64))
+    return rows, b.add(values, b.mul(before, ir.Constant(I64, _size(kind))))
 
 
 def _prefetch(b: Any, address: Any, kind: int) -> None:
@@ -234,18 +236,18 @@ def multiply_block(
             inputs = [_inputs(b, way_, b.add(x, b.mul(x_stride, ir.Constant(I64, t))), loop.index) for t in range(tokens_)]
             if packed_:
                 _prefetch(b, address, kind_)
-                group_masks = _group_masks(b, masks, loop.index)
+                packed_rows, behind = _packed_group(b, address, masks, loop.index, kind_)
+            else:
+                behind = _plus(b, address, BLOCK_ROWS * GROUP * _operand_size(way_))
             for row in range(BLOCK_ROWS):
                 if packed_:
-                    parts = _expand(b, way_, address, group_masks[row], kind_, lambda raw: _to_float_bits(b, raw, kind_))
-                    address = _after(b, address, group_masks[row], kind_)
+                    parts = _expand(b, way_, *packed_rows[row], kind_, lambda raw: _to_float_bits(b, raw, kind_))
                 else:
-                    parts = _inputs(b, way_, address, ir.Constant(I64, 0))
-                    address = _plus(b, address, GROUP * _operand_size(way_))
+                    parts = _inputs(b, way_, address, ir.Constant(I64, row))
                 for t in range(tokens_):
                     for part, other in zip(parts, inputs[t], strict=True):
                         b.store(_dot(b, way_, b.load(sums[t][row]), part, other), sums[t][row])
-            b.store(address, position)
+            b.store(behind, position)
         for t in range(tokens_):
             total = cgutils.alloca_once_value(b, _sums(b, [b.load(place) for place in sums[t]]))
             with b.if_then(b.icmp_signed("!=", bias, ir.Constant(I64, 0))):
@@ -304,14 +306,14 @@ def expand_block(
         with cgutils.for_range(b, groups) as loop:
             address = b.load(position)
             _prefetch(b, address, kind_)
-            for row, mask in enumerate(_group_masks(b, masks, loop.index)):
+            packed_rows, behind = _packed_group(b, address, masks, loop.index, kind_)
+            for row, packed_row in enumerate(packed_rows):
                 target = b.add(b.add(out, b.mul(row_stride, ir.Constant(I64, row))), b.mul(group_stride, loop.index))
-                for part in _expand(b, way_, address, mask, kind_, convert):
+                for part in _expand(b, way_, *packed_row, kind_, convert):
                     numbers = part if part.type.element == element else b.trunc(part, ir.VectorType(element, part.type.count))
                     store(b, numbers, _pointer(b, target, element), ir.Constant(I64, 0))
                     target = _plus(b, target, numbers.type.count * element.width // 8)
-                address = _after(b, address, mask, kind_)
-            b.store(address, position)
+            b.store(behind, position)
         return context.get_dummy_value()
 
     return types.void(way, kind, operand, *(types.int64,) * 6), codegen
