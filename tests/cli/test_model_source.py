@@ -558,7 +558,7 @@ def test_a_calibrated_job_never_writes_into_what_it_reads(tmp_path: Path, comman
 def test_a_function_s_module_and_the_model_that_it_loads_are_never_replaced(beside: Path) -> None:
     llama(num_hidden_layers=1).save_pretrained(beside / "model")
     for folder in (beside, beside / "model"):
-        (folder / "bisparse.json").write_text("{}")
+        (folder / "bisparse.json").write_text('{"schema_version": 1, "layers": []}')
     (beside / "mine_for_tests.py").write_text(
         "import transformers\ndef loads():\n    return transformers.AutoModelForCausalLM.from_pretrained('model')\n"
     )
@@ -639,7 +639,7 @@ def test_a_job_that_cannot_be_saved_goes_on_from_its_journal(
         raise AssertionError("nothing is left to be pruned")
 
     with monkeypatch.context() as context:
-        context.setattr("bisparse.pruning.prune.prune_layer", again)
+        context.setattr("bisparse.pruning.job.prune_layer", again)
         code, report = invoke(*job)
     assert code == 0 and len(report["layers"]) == done
     assert (beside / "out" / "bisparse.json").exists() and not (beside / "journal").exists()

@@ -12,12 +12,12 @@ from typing import Any
 
 from safetensors import safe_open
 
-from bisparse._solve import choose_solver
 from bisparse.apart import check_apart
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
 from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
+from bisparse.checkpoint.permissions import copy_permissions
 from bisparse.checkpoint.reader import Shard, Source, open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
 from bisparse.checkpoint.stored_tensor import DTYPES, MemoryTensor, SafetensorsWriter, StoredTensor, as_bytes
@@ -26,7 +26,7 @@ from bisparse.errors import CheckpointError
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport
-from bisparse.solvers import Solver
+from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import Layout
 
 __all__ = ["CheckpointPlan", "Progress", "copy_others", "plan_checkpoint", "prune_checkpoint", "read_back"]
@@ -64,7 +64,7 @@ def plan_checkpoint(
     exclude: NameFilter | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> CheckpointPlan:
     """Which tensors of a checkpoint would be pruned, as what, and why the others stay dense. Reads headers only.
 
@@ -76,6 +76,7 @@ def plan_checkpoint(
         opened.tensors,
         opened.config,
         parse_pattern(pattern),
+        metadata=opened.metadata,
         include=include,
         exclude=exclude,
         remainder=remainder,
@@ -101,7 +102,7 @@ def prune_checkpoint(
     solver: Solver | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PruneReport:
@@ -120,7 +121,8 @@ def prune_checkpoint(
         remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
             layer; "error".
         patterns: patterns of single layers, by filter; the first that matches counts.
-        layouts: layouts of single layers, by filter, where name and config.json tell too little.
+        layouts: layouts of single layers, by filter, where the file tells too little: "linear", "transposed", "conv",
+            "conv-last", "conv-transposed", "experts", "experts-transposed", "groups:32", "parts:3", or a `Layout`.
         overwrite: replace a target that bisparse wrote.
 
     Raises:
@@ -142,15 +144,20 @@ def prune_checkpoint(
         report = PruneReport(
             str(pattern),
             "magnitude",
-            repr(solver or choose_solver(pattern)),
+            repr(parse_solver(solver)),
             results,
             plan.left_dense,
             {name: str(parse_pattern(one)) for name, one in (patterns or {}).items()},
             notes,
+            sum(tensor.size for tensor in plan.source.tensors.values()),
         )
         step = max(1, -(-len(samples) // SAMPLES))
         sidecar = Sidecar(report, remainder, plan.source.path.resolve().name, samples[::step])
         (folder / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
+        for shard in plan.source.shards:
+            copy_permissions(folder / shard.file, {tensor.path for tensor in shard.tensors})
+        index = [plan.source.index[0]] if plan.source.index else []
+        limit_permissions((folder / name for name in (SIDECAR, MASKS, *index)), plan.source)
     return report
 
 
@@ -238,7 +245,10 @@ def read_back(
 
 
 def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
-    """Copy the source's other files into a folder, config.json without its sparsity_config; returns notes."""
+    """Copy the source's other files into a folder, config.json without its sparsity_config; returns notes.
+
+    Files, and folders with what is in them, keep their permissions; see `copy_permissions`.
+    """
     notes: tuple[str, ...] = ()
     opened = {file.path: file for file in source.inputs}
     for name in source.others:
@@ -253,7 +263,18 @@ def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
             with file.open() as read, place.open("xb") as written:
                 shutil.copyfileobj(read, written)
             file.check_unchanged()
+        copy_permissions(place, [source.path / name])
+    if source.path.is_dir():
+        for path in {parent for name in source.others for parent in Path(name).parents} | {Path()}:
+            copy_permissions(folder / path, [source.path / path])
     return notes
+
+
+def limit_permissions(written: Iterable[Path], source: Source) -> None:
+    """Give files that tell of all of the source's weights the permissions that all of its weight files have."""
+    weights = {tensor.path for shard in source.shards for tensor in shard.tensors}
+    for path in written:
+        copy_permissions(path, weights)
 
 
 def _without_sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

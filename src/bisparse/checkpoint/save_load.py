@@ -18,15 +18,16 @@ from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
 from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.names import named_as_in
-from bisparse.checkpoint.prune import SAMPLES, copy_others, read_back
+from bisparse.checkpoint.prune import SAMPLES, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import open_source
-from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size, read_sidecar
+from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size, read_own_sidecar
 from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build_header, in_file_order, memory_tensor
 from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.results import LayerResult, PruneReport
+from bisparse.results import LayerResult, PruneReport, checksum_of, count_parameters
+from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
 
@@ -105,7 +106,8 @@ def save(
 
     Args:
         pattern: what the layers obey. By default what `report` says, or, in a model in sparse training, its parametrizations.
-        report: what `prune_` returned; its figures go into the sidecar.
+        report: what `prune_` or `Sparsity.report` returned; its figures go into the sidecar, but for those that a training run
+            found on other weights than these.
         state: the weights, instead of the model's own, where these are sharded over ranks.
         include, exclude: the layers that `pattern` is about; see `find_layers`.
         overwrite: replace a folder that bisparse wrote.
@@ -138,11 +140,10 @@ def save(
     if opened is not None:
         weights = named_as_in(opened, weights, keep={one.parameter for one in report})
     folder = Path(folder)
+    report = _about(report, weights)
     stored = {name: memory_tensor(name, weight, folder / WEIGHTS) for name, weight in weights.items()}
     layers = {}
     for result in report:
-        if result.parameter not in stored:
-            raise ValueError(f"{result.name}: the report is about {result.parameter}, which is not among the model's weights")
         own = parse_pattern(result.pattern if pattern is None else pattern)
         verify(weights[result.parameter], own, layout=result.layout, name=result.name).check()
         layers[result.parameter] = StoredLayer(result.name, stored[result.parameter], result.layout, own)
@@ -173,6 +174,8 @@ def save(
         sidecar = replace(sidecar_of(report, weights, named), provenance=dict(provenance or {}))
         (temporary / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
         read_back(temporary / WEIGHTS, ordered, checksums, layers, lambda tensor: None)
+        if opened is not None:
+            limit_permissions((temporary / name for name in (WEIGHTS, MASKS, SIDECAR)), opened)
         if beside is not None:
             beside(temporary)
     return sidecar
@@ -198,7 +201,26 @@ def _report(
         )
     if not results:
         raise ValueError("nothing says which pattern the layers obey: pass pattern, such as '4:8-T', or the report of prune_")
-    return PruneReport(results[0].pattern, "as given", "not recorded", tuple(results), tuple(left))
+    return PruneReport(
+        results[0].pattern, "as given", "not recorded", tuple(results), tuple(left), parameters=count_parameters(model)
+    )
+
+
+def _about(report: PruneReport, weights: Mapping[str, Tensor]) -> PruneReport:
+    """A report without the figures that were found on other weights than these."""
+    results, trained = [], 0
+    for result in report:
+        if result.parameter not in weights:
+            raise ValueError(f"{result.name}: the report is about {result.parameter}, which is not among the model's weights")
+        weight = weights[result.parameter]
+        result = replace(result, density=float((weight != 0).double().mean()) if weight.numel() else result.density)
+        if result.checksum is not None and result.checksum != checksum_of(weight):
+            result, trained = replace(result, retained=None, gap=None, value=None, checksum=None), trained + 1
+        results.append(result)
+    notes = report.notes
+    if trained:
+        notes += (f"{trained} layers were trained after the report was made: what they keep of the score is not known",)
+    return replace(report, layers=tuple(results), notes=notes)
 
 
 def _pattern_of(layer: Layer) -> Structure | None:
@@ -246,8 +268,8 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
         The sidecar, None where there is none.
 
     Raises:
-        CheckpointError: names or shapes that do not fit, or a corrupt file; the model is unchanged. Or a file that changes
-            while it is loaded, after which the model is partly loaded.
+        CheckpointError: names, shapes or dtypes that do not fit, or a corrupt file, or one that changes while it is loaded; the
+            model is unchanged.
         ValueError: the model is accelerated.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
     """
@@ -257,8 +279,8 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
             "yourself and pass them to model.load_state_dict"
         )
     source = open_source(folder)
-    sidecar = read_sidecar(source.path if source.path.is_dir() else source.path.parent)
     state, tensors = model.state_dict(), source.tensors
+    sidecar = read_own_sidecar(source.path, tensors)
     for name, tensor in tensors.items():
         if name in state and tuple(state[name].shape) != tensor.shape:
             raise CheckpointError(
@@ -278,15 +300,25 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
                 "build the plain model of this checkpoint (before sparsify_ or accelerate_), or pass strict=False",
             )
     if sidecar is not None:
-        try:
-            verify_checkpoint(source.path).check()
-        except PatternError as error:
-            raise PatternError(f"{source.path}: {error}; the masks were lost after pruning, prune again") from error
+        checked = verify_checkpoint(source.path)
+        if checked.violations:
+            raise PatternError(f"{source.path}: {checked.message}; the masks were lost after pruning, prune again")
     for name, tensor in tensors.items():
         if name in state:
             tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a checksum that is wrong
-    for name, tensor in tensors.items():
-        if name in state:
-            state[name].copy_(tensor.read().view(tensor.shape))
-    source.check_unchanged()
+    with Rollback() as rollback:
+        for name, tensor in tensors.items():
+            if name in state:
+                new = tensor.read().view(tensor.shape)
+                rollback.touch(state[name])
+                try:
+                    state[name].copy_(new)
+                except (RuntimeError, TypeError) as error:
+                    raise CheckpointError(
+                        tensor.path,
+                        f"cannot be written to the model's {state[name].dtype}: {str(error).splitlines()[0]}",
+                        "build the model in the dtype of the checkpoint",
+                        tensor=name,
+                    ) from error
+        source.check_unchanged()
     return sidecar

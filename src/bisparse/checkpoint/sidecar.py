@@ -9,7 +9,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bisparse.checkpoint.stored_tensor import build_header, read_header
+from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, read_header
 from bisparse.errors import CheckpointError
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
@@ -137,6 +137,7 @@ class Sidecar:
                 tuple(Skipped(entry["name"], entry["reason"]) for entry in document["left_dense"]),
                 dict(document["patterns"]),
                 tuple(document["notes"]),
+                int(document.get("parameters", 0)),
             )
             return cls(
                 report,
@@ -153,6 +154,8 @@ class Sidecar:
 
 def _layer(entry: Mapping[str, Any]) -> LayerResult:
     layout = entry["layout"]
+    if any(type(layout[key]) is not int or layout[key] < 1 for key in ("groups", "parts")):
+        raise ValueError(f"{entry['name']}: layout {layout}")
     return LayerResult(
         **{
             **entry,
@@ -177,6 +180,29 @@ def read_sidecar(folder: str | Path) -> Sidecar | None:
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(path, f"cannot be read ({error})", "check the file and its permissions") from error
     return Sidecar.from_json(text, path)
+
+
+def read_own_sidecar(path: Path, tensors: Mapping[str, StoredTensor], *, needed: bool = True) -> Sidecar | None:
+    """What the sidecar says of a checkpoint: of a folder all of it, of a single file what is about this file's tensors.
+
+    A file's neighbours do not count: entries for tensors of other names or shapes are left out, and with none left there is
+    no sidecar.
+
+    Args:
+        needed: of a single file, whether a damaged sidecar next to it is an error.
+    """
+    if path.is_dir():
+        return read_sidecar(path)
+    try:
+        sidecar = read_sidecar(path.parent)
+    except CheckpointError:
+        if needed:
+            raise
+        return None
+    if sidecar is None:
+        return None
+    own = tuple(one for one in sidecar.report if one.parameter in tensors and tensors[one.parameter].shape == one.shape)
+    return replace(sidecar, report=replace(sidecar.report, layers=own)) if own else None
 
 
 def masks_header(parameters: Mapping[str, tuple[int, ...]]) -> bytes:
