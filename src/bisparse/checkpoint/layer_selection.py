@@ -106,16 +106,18 @@ def choose_layers(
         wanted = include is not None and _meant(include, layer, name)
         included |= wanted
         forced = next((one for one in layouts if _meant(one, layer, name)), None)
-        layout = layouts[forced] if forced else _layout(layer, tensor, transposed)
+        said = tensor.operand
+        found = said if isinstance(said, Layout) else _layout(layer, tensor, transposed)
+        layout = layouts[forced] if forced else found
         structure_key = next((one for one in patterns if _meant(one, layer, name)), None)
         structure = patterns[structure_key] if structure_key else pattern
         unused -= {forced, structure_key}
-        reason = _kind_reason(tensor, layout)
+        reason = _kind_reason(tensor, layout) or (said if isinstance(said, str) and not forced else None)
         if reason is None and exclude is not None and _meant(exclude, layer, name):
             reason = "excluded by the caller"
         if reason is None and include is not None and not wanted:
             reason = "not among the layers asked for"
-        if reason is None and not wanted:
+        if reason is None and not wanted and said is None:
             reason = _name_reason(name, layer, tensor, prefixes_of_experts)
         if reason is None and _inputs_first_experts(layout, config) and not _both_ways(structure):
             reason = "experts stored as (E, inputs, outputs): only transposable patterns are supported"

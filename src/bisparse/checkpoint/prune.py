@@ -65,12 +65,14 @@ def plan_checkpoint(
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    key: str | None = None,
 ) -> CheckpointPlan:
     """Which tensors of a checkpoint would be pruned, as what, and why the others stay dense. Reads headers only.
 
     Arguments and errors are those of `prune_checkpoint`.
     """
-    opened = open_source(source)
+    opened = open_source(source, key)
+    opened.check_writable()
     structures = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
     layers, left = choose_layers(
         opened.tensors,
@@ -102,6 +104,7 @@ def prune_checkpoint(
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    key: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PruneReport:
@@ -121,6 +124,7 @@ def prune_checkpoint(
             layer; "error".
         patterns: patterns of single layers, by filter; the first that matches counts.
         layouts: layouts of single layers, by filter, where name and config.json tell too little.
+        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
         overwrite: replace a target that bisparse wrote.
 
     Raises:
@@ -129,7 +133,7 @@ def prune_checkpoint(
     """
     pattern = parse_pattern(pattern)
     plan = plan_checkpoint(
-        source, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
+        source, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts, key=key
     )
     target = Path(target)
     check_apart(target, {"source": plan.source.path})

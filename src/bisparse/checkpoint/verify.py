@@ -31,6 +31,7 @@ def verify_checkpoint(
     *,
     include: NameFilter | None = None,
     exclude: NameFilter | None = None,
+    key: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
     """Check every layer of a checkpoint, ours or another's: a folder, a safetensors file, or a torch state dict.
@@ -39,6 +40,7 @@ def verify_checkpoint(
         pattern: by default, each layer's own from the sidecar. Without a sidecar, or where layers are named by `include`,
             the layers are those that `prune_checkpoint` would prune.
         include, exclude: layers, by name, glob or ``re:`` pattern.
+        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
         progress: called with the layer's name, the bytes read so far and those there are.
 
     Returns:
@@ -48,7 +50,7 @@ def verify_checkpoint(
         CheckpointError: it cannot be read, has no layers, or lacks a layer that its sidecar names.
         ValueError: neither a pattern nor a sidecar.
     """
-    source = open_source(path)
+    source = open_source(path, key)
     structure = None if pattern is None else parse_pattern(pattern)
     layers = _layers(source, structure, include, exclude)
     total, done, results = sum(layer.tensor.nbytes for layer in layers), 0, []
@@ -182,6 +184,7 @@ def detect_patterns(
     *,
     include: NameFilter | None = None,
     exclude: NameFilter | None = None,
+    key: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Detected]:
     """Which N:M patterns each layer of a checkpoint obeys already; one layer at a time, as they are read.
@@ -191,7 +194,7 @@ def detect_patterns(
     Raises:
         CheckpointError: it cannot be read, or has no layers.
     """
-    source = open_source(path)
+    source = open_source(path, key)
     layers, _ = choose_layers(source.tensors, source.config, Pattern(1, 2), include=include, exclude=exclude)
     if not layers:
         raise CheckpointError(source.path, "has no layer that a pattern applies to", "name tensors with --include")
