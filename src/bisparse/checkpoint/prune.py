@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
@@ -18,6 +17,7 @@ from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
 from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
+from bisparse.checkpoint.model_config import plain_config
 from bisparse.checkpoint.reader import Shard, Source, open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
 from bisparse.checkpoint.stored_tensor import DTYPES, MemoryTensor, SafetensorsWriter, StoredTensor, as_bytes
@@ -72,7 +72,6 @@ def plan_checkpoint(
     Arguments and errors are those of `prune_checkpoint`.
     """
     opened = open_source(source, key)
-    opened.check_writable()
     structures = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
     layers, left = choose_layers(
         opened.tensors,
@@ -135,6 +134,7 @@ def prune_checkpoint(
     plan = plan_checkpoint(
         source, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts, key=key
     )
+    plan.source.check_writable()
     target = Path(target)
     check_apart(target, {"source": plan.source.path})
     with output_folder(target, overwrite=overwrite, ours=SIDECAR) as folder:
@@ -242,15 +242,18 @@ def read_back(
 
 
 def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
-    """Copy the source's other files into a folder, config.json without its sparsity_config; returns notes."""
+    """Copy the source's other files into a folder, config.json as one of plain weights; returns notes."""
     notes: tuple[str, ...] = ()
     opened = {file.path: file for file in source.inputs}
     for name in source.others:
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        if name == "config.json" and (cleaned := _without_sparsity_config(source.config)) is not None:
+        if name == "config.json" and (cleaned := plain_config(source.config)) is not None:
             place.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
-            notes = ("config.json: its sparsity_config was removed, since serving engines reject it and the weights are plain",)
+            notes = (
+                "config.json: its sparsity_config, and a quantization_config that quantises nothing, were removed, since serving "
+                "engines reject them and the weights are plain",
+            )
         else:
             path = source.path / name
             file = opened.get(path) or open_input(path)
@@ -258,15 +261,3 @@ def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
                 shutil.copyfileobj(read, written)
             file.check_unchanged()
     return notes
-
-
-def _without_sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config without that key at any depth; None where it has none."""
-    cleaned = _drop(config)
-    return cleaned if cleaned != config else None
-
-
-def _drop(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _drop(inner) for key, inner in value.items() if key != "sparsity_config"}
-    return [_drop(inner) for inner in value] if isinstance(value, list) else value

@@ -13,6 +13,7 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Key,
     command,
     grouped,
     parse_pattern_option,
@@ -39,6 +40,7 @@ def info(
     ] = None,
     include: Included = None,
     exclude: Excluded = None,
+    key: Key = None,
     as_json: AsJson = False,
 ) -> None:
     """Of a pattern: how many masks it allows (exactly, and by the paper's formula), density, metadata, selectors, sparse GEMMs.
@@ -48,7 +50,7 @@ def info(
     if Path(subject).exists():
         if plot is not None:
             raise typer.BadParameter("a plot is drawn of a pattern, not of a checkpoint", param_hint="--plot")
-        _checkpoint(Path(subject), include, exclude, as_json)
+        _checkpoint(Path(subject), include, exclude, key, as_json)
     else:
         if "/" in subject or subject.endswith((".safetensors", ".pt", ".pth", ".bin")):
             raise typer.BadParameter(f"{subject} does not exist", param_hint="PATTERN|CHECKPOINT")
@@ -131,12 +133,12 @@ def _meaning(structure: Structure) -> str:
     raise AssertionError(structure)
 
 
-def _checkpoint(path: Path, include: list[str] | None, exclude: list[str] | None, as_json: bool) -> None:
+def _checkpoint(path: Path, include: list[str] | None, exclude: list[str] | None, key: str | None, as_json: bool) -> None:
     from bisparse.checkpoint import detect_patterns, plan_checkpoint, read_sidecar
 
     with progress_bar(show=not as_json) as progress:
-        found = list(detect_patterns(path, include=include, exclude=exclude, progress=progress))
-    plan = plan_checkpoint(path, "1:2", include=include, exclude=exclude)
+        found = list(detect_patterns(path, include=include, exclude=exclude, key=key, progress=progress))
+    plan = plan_checkpoint(path, "1:2", include=include, exclude=exclude, key=key)
     sidecar = read_sidecar(path if path.is_dir() else path.parent)
     if as_json:
         layers = [

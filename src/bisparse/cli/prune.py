@@ -29,6 +29,7 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Key,
     Threads,
     command,
     grouped,
@@ -55,8 +56,8 @@ def prune(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A folder of safetensors (sharded or not), or a .safetensors, .pt or .bin file. With --method also .gguf, "
-            "or module:function returning (model, batches)."
+            help="A folder of weights (sharded or not), or a file of safetensors or torch, whatever its name. With --method also "
+            ".gguf, or module:function returning (model, batches)."
         ),
     ],
     target: Annotated[
@@ -67,6 +68,7 @@ def prune(
     ] = "4:8-T",
     include: Included = None,
     exclude: Excluded = None,
+    key: Key = None,
     layer_pattern: Annotated[
         list[str] | None,
         typer.Option("--layer-pattern", metavar="GLOB=PATTERN", help="Another pattern for some layers. May be repeated."),
@@ -110,6 +112,10 @@ def prune(
     chosen_order = parse_order(order)
     set_threads(threads)
     if method != "magnitude" or block_epochs or ":" in str(source):
+        if key is not None:
+            raise typer.BadParameter(
+                "chooses a state dict in a torch file, which only magnitude pruning reads", param_hint="--key"
+            )
         if dry_run or target is None:
             raise typer.BadParameter("only checkpoints pruned by magnitude can be planned ahead", param_hint="--dry-run")
         options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder}
@@ -137,7 +143,10 @@ def prune(
     if not source.exists():
         raise typer.BadParameter(f"{source} does not exist", param_hint="SOURCE")
     if dry_run:
-        plan = plan_checkpoint(source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
+        plan = plan_checkpoint(
+            source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns, key=key
+        )
+        plan.source.check_writable()
         _print_plan(plan, structure, as_json)
         return
     assert target is not None
@@ -152,6 +161,7 @@ def prune(
             solver=parse_solver(solver),
             remainder=remainder,
             patterns=patterns,
+            key=key,
             overwrite=overwrite,
             progress=progress,
         )

@@ -12,6 +12,7 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Key,
     Threads,
     command,
     parse_pattern_option,
@@ -35,13 +36,17 @@ SHOWN = 20
 @command
 def verify(
     path: Annotated[
-        Path, typer.Argument(exists=True, help="A checkpoint: a folder, a .safetensors file, or a .pt or .bin state dict.")
+        Path,
+        typer.Argument(
+            exists=True, help="A checkpoint: a folder, or a file of safetensors, torch, TorchScript or ONNX, whatever its name."
+        ),
     ],
     pattern: Annotated[
         str | None, typer.Option("--pattern", "-p", help="By default what bisparse.json says of each layer.")
     ] = None,
     include: Included = None,
     exclude: Excluded = None,
+    key: Key = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -54,7 +59,7 @@ def verify(
     structure = None if pattern is None else parse_pattern_option(pattern)
     set_threads(threads)
     with progress_bar(show=not as_json) as progress:
-        result = verify_checkpoint(path, structure, include=include, exclude=exclude, progress=progress)
+        result = verify_checkpoint(path, structure, include=include, exclude=exclude, key=key, progress=progress)
     if as_json:
         print_json(_as_dict(result))
     else:
