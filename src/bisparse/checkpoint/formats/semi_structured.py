@@ -61,6 +61,13 @@ def semi_structured(name: str, path: Path, wrapped: Wrapped, parts: Mapping[str,
     for values, metadata, transposed in (("packed", "meta", False), ("packed_t", "meta_t", True)):
         if values in parts and metadata in parts:
             packed, shape = parts[values], wrapped.shape
+            if packed.dtype == "F32":
+                raise CheckpointError(
+                    path,
+                    "is packed in float32 (1:2), which torch's own conversion does not unpack exactly",
+                    "load it on a GPU, replace the weight by weight.to_dense() and save again",
+                    tensor=name,
+                )
             rows = shape[::-1] if transposed else shape
             if len(shape) != 2 or len(packed.shape) != 2 or packed.shape != (rows[0], rows[1] // 2):
                 raise CheckpointError(

@@ -132,7 +132,8 @@ def _module_tensors(module: Any, prefix: str, depth: int = 0) -> Iterator[tuple[
         modules: Any = {name: inner for name, inner in own.items() if _is_script(inner)}
         tensors = own
     elif _is_module(module):
-        left_out = module.state.get("_non_persistent_buffers_set") or ()
+        left_out = module.state.get("_non_persistent_buffers_set")
+        left_out = left_out if isinstance(left_out, set) else set()
         buffers = {name: value for name, value in _mapping(module.state.get("_buffers")).items() if name not in left_out}
         tensors, modules = {**_mapping(module.state["_parameters"]), **buffers}, _mapping(module.state["_modules"])
     else:

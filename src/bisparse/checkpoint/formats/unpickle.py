@@ -1,6 +1,6 @@
 """The pickles inside torch's files, read without running any: tensors become references, unknown classes stubs.
 
-Every global of a pickle is answered here, by a table of a few functions of this file and `collections.OrderedDict`; all others
+Every global of a pickle is answered here, by a table of a few functions of this file, `OrderedDict`, `set` and `tuple`; all others
 become `Stub` classes that record what they are given. None of these can be changed by the pickle.
 """
 
@@ -219,6 +219,8 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {
 }
 KNOWN: dict[str, Any] = {
     "collections.OrderedDict": OrderedDict,
+    "builtins.set": set,
+    "__builtin__.set": set,
     "torch.Size": tuple,
     **{path: _Known(function) for path, function in FUNCTIONS.items()},
 }
@@ -243,7 +245,9 @@ class _Unpickler(pickle.Unpickler):
             self._stubs[path] = type(name.rsplit(".", 1)[-1], (Stub,), {"path": path})
         return self._stubs[path]
 
-    def persistent_load(self, saved: Any) -> StorageRef:
+    def persistent_load(self, saved: Any) -> Any:
+        if saved[0] in ("module", b"module"):  # a class together with its source code, which torch < 1.6 wrote
+            return saved[1]
         kind, storage_type, key, _, count, *views = saved
         if kind not in ("storage", b"storage") or not isinstance(storage_type, _StorageType) or any(views):
             raise pickle.UnpicklingError(f"a reference to {kind!r} instead of a storage")
