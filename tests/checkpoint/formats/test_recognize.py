@@ -111,6 +111,15 @@ def test_a_format_that_is_read_is_read_whatever_the_file_is_called(tmp_path: Pat
     assert open_source(tmp_path / "folder").tensors.keys() == STATE.keys()
 
 
+def test_safetensors_are_recognised_at_every_length_of_their_header(tmp_path: Path) -> None:
+    path, seen = tmp_path / "w", set()
+    for length in range(0, 70_000, 8 * 37):
+        path.write_bytes(save(STATE, {"a": "x" * length}))
+        seen |= {path.read_bytes()[0]}
+        assert open_source(path).tensors.keys() == STATE.keys(), length
+    assert seen == set(range(0, 256, 8)), "every first byte that a header can have"
+
+
 @pytest.mark.parametrize(
     ("source", "written"),
     [

@@ -159,7 +159,7 @@ def test_nothing_in_a_pickle_is_executed_or_changed(tmp_path: Path, legacy: bool
         (os.system, (f"touch {mark}",)),
         (exec, (f"open({str(mark)!r}, 'w')",)),
         (eval, (f"open({str(mark)!r}, 'w')",)),
-        (getattr, (os, "system")) if False else (getattr, (str, "format")),
+        (getattr, (str, "format")),
         (copyreg._reconstructor, (object, object, None)),
         (dict, (), {"__class__": int}),
         (set, ([1, 2],)),

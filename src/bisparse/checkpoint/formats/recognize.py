@@ -86,14 +86,15 @@ def recognize(file: InputFile) -> Format | None:
     head = bytes(file.read(0, min(file.size, HEAD)))
     if not head:
         return Format.EMPTY
+    # First of all, since the length of the header may begin with the mark of another format.
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_SAFETENSORS_HEADER:
+        return Format.SAFETENSORS
     if (found := next((kind for start, kind in STARTS if head.startswith(start)), None)) is not None:
         return found
     if head.startswith(b"PK\x03\x04"):
         return _zip(file)
     if head[0] == 0x80 and head[1:2] in (b"\x01", b"\x02", b"\x03", b"\x04", b"\x05"):
         return Format.TORCH_LEGACY if LEGACY_MAGIC in head[:64] else Format.PICKLE
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_SAFETENSORS_HEADER:
-        return Format.SAFETENSORS
     if head[4:8] == b"TFL3":
         return Format.TFLITE
     if head[257:262] == b"ustar":
