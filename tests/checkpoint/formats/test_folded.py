@@ -170,14 +170,11 @@ def test_checkpoints_of_dynamic_training_are_read_verified_and_loaded(tmp_path: 
 
 
 def test_a_soft_threshold_cannot_be_read_without_its_pattern(tmp_path: Path) -> None:
-    state = {
-        "0.parametrizations.weight.original": torch.randn(16, 16),
-        "0.parametrizations.weight.0.mask": torch.ones(16, 16, dtype=torch.bool),
-        "0.parametrizations.weight.0.scale": torch.ones(()),
-    }
-    save_file(state, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"soft threshold \(S-STE\).*finalize_"):
-        verify_checkpoint(tmp_path, "2:4")
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4))
+    bisparse.sparsify_(model, "2:4", method="s-ste", include="0")
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"0\.parametrizations\.weight\.original .*soft threshold \(S-STE\).*finalize_"):
+        verify_checkpoint(tmp_path / "w.pt", "2:4")
 
 
 def test_parametrizations_of_others_are_left_as_they_are(tmp_path: Path) -> None:

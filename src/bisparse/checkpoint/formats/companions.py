@@ -59,6 +59,7 @@ def companions(folder: Path, used: set[str], ours: set[str]) -> tuple[tuple[str,
         elif name not in used and name not in ours:
             (kept if _belongs(path) else left).append(name)
     if left:
+        left.sort(key=lambda name: not name.endswith("/"))
         notes += (f"not copied, since these may hold the dense weights or are of no model: {_listed(left)}",)
     if dense:
         notes += (f"copied as they are, dense, since modules.json names them as parts of the model: {_listed(dense)}",)
