@@ -100,6 +100,29 @@ def test_a_zero_point_that_is_not_zero_makes_zeros_unknown(tmp_path: Path, point
     assert isinstance(said, str) != holds and (holds or "zero point" in str(said))
 
 
+def test_constants_and_the_graphs_inside_a_graph_are_read(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, numpy_helper
+
+    def branch(values: Tensor, name: str) -> Any:
+        out = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)]
+        weight = numpy_helper.from_array(values.contiguous().numpy(), "w")
+        inner = helper.make_graph([node("MatMul", "x", "w", out=name)], "g", [], out, [weight])
+        return inner
+
+    constant = numpy_helper.from_array(LINEAR.numpy())
+    nodes = [
+        node("Constant", out="c", value=constant), node("MatMul", "c", "x", out="a"), node("MatMul", "outer", "x", out="b"),
+        node("If", "x", out="y", then_branch=branch(LINEAR.t(), "t"), else_branch=branch(torch.ones(16, 32), "e")),
+    ]  # fmt: skip
+    onnx.save(model(nodes, {"outer": LINEAR.numpy()}), tmp_path / "m.onnx")
+    result = verify_checkpoint(tmp_path / "m.onnx", "2:4")
+    inner = {"w", "y.then_branch.w", "y.else_branch.w"}
+    held = {one.layer: bool(one) for one in result.layers}
+    assert held["outer"] and held["c"] and len(held) == 4 and held.keys() - {"outer", "c"} < inner
+    assert sorted(ok for name, ok in held.items() if name in inner) == [False, True]
+    assert result.violations == 16 // 4 * 32
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_external_data_is_read_where_it_is(tmp_path: Path) -> None:
     proto = model([node("MatMul", "x", "w")], {"w": LINEAR.t().contiguous().numpy(), "other": np.ones((64, 64), np.float32)})

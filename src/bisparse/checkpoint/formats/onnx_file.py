@@ -1,14 +1,13 @@
-"""ONNX models: their initializers, and as what the graph multiplies by each.
+"""ONNX models: their initializers and constants, also those of graphs inside the graph, and as what it multiplies by each.
 
-TensorRT looks for 2:4 along the reduction axis of the initializers of MatMul, Gemm and Conv, as the GEMM does. An initializer
-reaches these nodes directly or through nodes that keep its zeros: Identity, Cast, Transpose, and
-DequantizeLinear with a zero point of zero.
+TensorRT looks for 2:4 along the reduction axis of the weights of MatMul, Gemm and Conv, as the GEMM does. A weight reaches these
+nodes directly or through nodes that keep its zeros: Identity, Cast, Transpose, and DequantizeLinear with a zero point of zero.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -59,23 +58,83 @@ def read_onnx(file: InputFile) -> tuple[dict[str, StoredTensor], tuple[InputFile
         model = onnx.load_model_from_string(bytes(file.read(0, file.size)))
     except (DecodeError, ValueError) as error:
         raise CheckpointError(file.path, f"is truncated or no ONNX model ({error})", "fetch or export it again") from error
-    tensors: dict[str, StoredTensor] = {}
-    external: dict[Path, InputFile] = {}
-    for initializer in model.graph.initializer:
-        if (stored := _stored(initializer, file, external)) is not None:
-            tensors[initializer.name] = stored
-    operands = _operands(model.graph, tensors)
-    said = {name: replace(tensor, operand=operands.get(name)) for name, tensor in tensors.items()}
-    return said, (file, *external.values())
+    reading = _Reading(file)
+    reading.read(model.graph, {}, "")
+    return reading.named(), (file, *reading.external.values())
 
 
-def _stored(initializer: Any, file: InputFile, external: dict[Path, InputFile]) -> StoredTensor | None:
-    name, shape = initializer.name, tuple(initializer.dims)
+Place = tuple[str, bool]
+"""The name of a tensor, and whether a value of the graph is its transpose."""
+
+
+class _Reading:
+    """One pass over a graph and those inside it, in whose order of nodes each value is made before it is used."""
+
+    def __init__(self, file: InputFile) -> None:
+        self.file = file
+        self.external: dict[Path, InputFile] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        self.found: dict[str, Layout | str] = {}
+
+    def named(self) -> dict[str, StoredTensor]:
+        """The tensors, each with the layout in which it is multiplied by, or why it is not."""
+        unused = "no MatMul, Gemm or Conv multiplies by it"
+        return {
+            name: replace(tensor, operand=self.found.get(name, unused) if len(tensor.shape) >= 2 else None)
+            for name, tensor in self.tensors.items()
+        }
+
+    def read(self, graph: Any, outer: Mapping[str, Place], prefix: str) -> None:
+        """Add a graph's initializers and constants, and what its nodes do with them and with those of the graphs around it."""
+        scope = dict(outer)
+        for initializer in graph.initializer:
+            self._add(initializer, initializer.name, scope, prefix)
+        for node in graph.node:
+            if node.op_type == "Constant" and len(node.output) == 1:
+                value = _attribute(node, "value", None)
+                if value is not None:
+                    self._add(value, node.output[0], scope, prefix)
+            elif node.op_type in KEEPS_ZEROS and node.input and node.input[0] in scope:
+                self._follow(node, scope)
+            for given, layout in _multiplied(node, scope, self.tensors):
+                if isinstance(before := self.found.get(given), Layout) and before != layout:
+                    layout = f"multiplied by in two ways: as {before} and as {layout}"
+                self.found[given] = layout
+            for attribute in node.attribute:
+                for inner in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+                    self.read(inner, scope, f"{prefix}{node.name or node.output[0]}.{attribute.name}.")
+
+    def _add(self, initializer: Any, value: str, scope: dict[str, Place], prefix: str) -> None:
+        name = value if value not in self.tensors else f"{prefix}{value}"
+        if name in self.tensors:
+            raise CheckpointError(self.file.path, "is there twice", "export it again", tensor=name)
+        if (stored := _stored(initializer, name, self.file, self.external)) is not None:
+            self.tensors[name] = stored
+            scope[value] = (name, False)
+
+    def _follow(self, node: Any, scope: dict[str, Place]) -> None:
+        """Let the result of a node stand for the tensor that it is made from, if it has zeros where that has."""
+        name, transposed = scope[node.input[0]]
+        point = scope.get(node.input[2]) if node.op_type == "DequantizeLinear" and len(node.input) > 2 and node.input[2] else None
+        if point is not None and bool((self.tensors[point[0]].read().float() != 0).any()):
+            self.found[name] = "quantised with a zero point that is not zero: a stored zero is no zero of the weight"
+        elif point is None and node.op_type == "DequantizeLinear" and len(node.input) > 2 and node.input[2]:
+            self.found[name] = "quantised with a zero point that the graph computes"
+        elif node.op_type != "Transpose":
+            scope[node.output[0]] = (name, transposed)
+        elif len(self.tensors[name].shape) == 2 and _attribute(node, "perm", [1, 0]) == [1, 0]:
+            scope[node.output[0]] = (name, not transposed)
+        else:
+            self.found[name] = "transposed in more than two dimensions before it is multiplied by"
+
+
+def _stored(initializer: Any, name: str, file: InputFile, external: dict[Path, InputFile]) -> StoredTensor | None:
+    shape = tuple(initializer.dims)
     code = CODES.get(initializer.data_type)
     if code is None:
         return None  # strings, complex128 and four-bit integers
     if initializer.data_location == EXTERNAL:
-        return _external(initializer, file, external, code)
+        return _external(initializer, name, file, external, code)
     if initializer.HasField("raw_data"):
         data = initializer.raw_data
     else:
@@ -90,8 +149,8 @@ def _stored(initializer: Any, file: InputFile, external: dict[Path, InputFile]) 
     return FileTensor(name, code, shape, file.path, size, 0, _Bytes(data))
 
 
-def _external(initializer: Any, file: InputFile, external: dict[Path, InputFile], code: str) -> StoredTensor:
-    name, shape = initializer.name, tuple(initializer.dims)
+def _external(initializer: Any, name: str, file: InputFile, external: dict[Path, InputFile], code: str) -> StoredTensor:
+    shape = tuple(initializer.dims)
     said = {entry.key: entry.value for entry in initializer.external_data}
     location = said.get("location", "")
     size = _size(code) * math.prod(shape)
@@ -112,56 +171,13 @@ def _size(code: str) -> int:
     return DTYPES[code].itemsize
 
 
-def _operands(graph: Any, tensors: dict[str, StoredTensor]) -> dict[str, Layout | str]:
-    """For each initializer of two or more dimensions the layout in which it is multiplied by, or why it is no layer's weight."""
-    source: dict[str, tuple[str, bool]] = {name: (name, False) for name in tensors}
-    found: dict[str, Layout | str] = {
-        name: "no MatMul, Gemm or Conv multiplies by it" for name, tensor in tensors.items() if len(tensor.shape) >= 2
-    }
-    for node in graph.node:
-        if node.op_type in KEEPS_ZEROS and node.input and node.input[0] in source:
-            name, transposed = source[node.input[0]]
-            reason = _loses_zeros(node, tensors)
-            if reason is not None:
-                found[name] = reason
-                continue
-            swaps = node.op_type == "Transpose" and _permutation(node, len(tensors[name].shape)) == [1, 0]
-            if node.op_type == "Transpose" and not swaps:
-                found[name] = "transposed in more than two dimensions before it is multiplied by"
-                continue
-            source[node.output[0]] = (name, transposed != swaps)
-    for node in graph.node:
-        for name, layout in _multiplied(node, source, tensors):
-            if name in found and isinstance(found[name], Layout) and found[name] != layout:
-                layout = f"multiplied by in two ways: as {found[name]} and as {layout}"
-            if name in found:
-                found[name] = layout
-    return found
-
-
-def _loses_zeros(node: Any, tensors: dict[str, StoredTensor]) -> str | None:
-    """Why a stored zero is no zero after a node; None if it is."""
-    if node.op_type != "DequantizeLinear" or len(node.input) < 3 or not node.input[2]:
-        return None
-    point = tensors.get(node.input[2])
-    if point is None or point.torch_dtype is None or bool((point.read().float() != 0).any()):
-        return "quantised with a zero point that is not zero: a stored zero is no zero of the weight"
-    return None
-
-
 def _attribute(node: Any, name: str, default: Any) -> Any:
     from onnx import helper
 
     return next((helper.get_attribute_value(one) for one in node.attribute if one.name == name), default)
 
 
-def _permutation(node: Any, dimensions: int) -> list[int]:
-    return list(_attribute(node, "perm", range(dimensions - 1, -1, -1)))
-
-
-def _multiplied(
-    node: Any, source: dict[str, tuple[str, bool]], tensors: dict[str, StoredTensor]
-) -> Iterator[tuple[str, Layout | str]]:
+def _multiplied(node: Any, scope: Mapping[str, Place], tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Layout | str]]:
     """The initializers that a node multiplies by, and how."""
     rules: dict[str, Callable[[int], bool | None]] = {
         # Whether the operand is stored as (O, I). The second factor of a MatMul is (I, O), the first (O, I).
@@ -171,9 +187,9 @@ def _multiplied(
         ),
     }
     for place, given in enumerate(node.input):
-        if given not in source:
+        if given not in scope:
             continue
-        name, transposed = source[given]
+        name, transposed = scope[given]
         shape = tensors[name].shape
         if node.op_type in rules:
             if len(shape) != 2:

@@ -15,6 +15,15 @@ LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19."
 MAX_SAFETENSORS_HEADER = 100_000_000
 """Bytes; the library's own limit."""
 HEAD = 4096
+ONNX_GRAPH = 7
+ONNX_FIELDS = {1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26}
+"""Fields of onnx.ModelProto."""
+CORE_ML_TYPES = 200
+"""The fields from this one on hold a Core ML model of one type or another."""
+MAX_FIELDS = 64
+"""Different ones, of a protocol buffer that is looked at."""
+MAX_VARINTS = 20
+"""Bytes of a tag and a length."""
 
 
 class Format(StrEnum):
@@ -38,6 +47,7 @@ class Format(StrEnum):
     KERAS = "a Keras archive (.keras)"
     TFLITE = "a TensorFlow Lite model"
     SAVED_MODEL = "a TensorFlow SavedModel"
+    CORE_ML = "a Core ML model"
     MSGPACK = "a msgpack file (Flax)"
     TAR = "a tar archive"
     COMPRESSED = "a compressed file"
@@ -64,6 +74,7 @@ REMEDIES = {
     Format.KERAS: TO_SAFETENSORS,
     Format.TFLITE: "use the model that it was converted from",
     Format.SAVED_MODEL: TO_SAFETENSORS,
+    Format.CORE_ML: "use the model that it was converted from",
     Format.MSGPACK: "load it with transformers (from_flax=True) or flax and save the weights with safetensors",
     Format.TAR: "unpack it and name what it holds; a torch file of torch < 0.2 has to be loaded and saved again",
     Format.COMPRESSED: "unpack it and name what it holds",
@@ -99,9 +110,8 @@ def recognize(file: InputFile) -> Format | None:
         return Format.TFLITE
     if head[257:262] == b"ustar":
         return Format.TAR
-    # Protocol buffers begin with the version, field 1: of ONNX's IR from 3 on, of a SavedModel's schema always 1.
-    if head[0] == 0x08 and len(head) > 2 and head[2] in b"\x12\x1a\x22\x2a\x32\x3a\x42":
-        return Format.ONNX if 3 <= head[1] < 64 else Format.SAVED_MODEL if head[1] == 1 else None
+    if head[0] == 0x08 and (found := _protobuf(file)) is not None:
+        return found
     if 0x81 <= head[0] <= 0x8F and (0xA1 <= head[1] <= 0xBF or head[1] == 0xD9):
         return Format.MSGPACK
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
@@ -125,6 +135,38 @@ def _zip(file: InputFile) -> Format:
     if names and all(name.endswith(".npy") for name in names):
         return Format.NPZ
     return Format.KERAS if "model.weights.h5" in names else Format.ZIP
+
+
+def _protobuf(file: InputFile) -> Format | None:
+    """The format of a protocol buffer whose first field is a version: by the fields that it has at the outermost level."""
+    fields: dict[int, int] = {}
+    place = 0
+    while place < file.size and len(fields) < MAX_FIELDS:
+        piece = bytes(file.read(place, min(MAX_VARINTS, file.size - place)))
+        tag, length = _varint(piece, 0)
+        kind, field = tag & 7, tag >> 3
+        value, end = _varint(piece, length) if kind in (0, 2) else (0, length)
+        if kind not in (0, 2) or end == 0 or field == 0:
+            return None
+        fields.setdefault(field, value)
+        place += end + (value if kind == 2 else 0)
+    if place != file.size and len(fields) < MAX_FIELDS:
+        return Format.ONNX if ONNX_GRAPH in fields and fields.keys() <= ONNX_FIELDS else None  # truncated
+    if ONNX_GRAPH in fields and fields.keys() <= ONNX_FIELDS:
+        return Format.ONNX
+    if set(fields) == {1, 2} and fields[1] == 1:
+        return Format.SAVED_MODEL
+    return Format.CORE_ML if any(field >= CORE_ML_TYPES for field in fields) else None
+
+
+def _varint(data: bytes, place: int) -> tuple[int, int]:
+    """A number and the place behind it; (0, 0) where there is none."""
+    value = 0
+    for count, byte in enumerate(data[place : place + 10]):
+        value |= (byte & 0x7F) << (7 * count)
+        if byte < 0x80:
+            return value, place + count + 1
+    return 0, 0
 
 
 def is_text(head: bytes) -> bool:

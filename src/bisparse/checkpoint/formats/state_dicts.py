@@ -46,8 +46,8 @@ def find_weights(content: Any, path: Path, key: str | None = None) -> tuple[dict
         notes.append(
             f"{path.name}: only the weights under '{place}' are kept" + (f", not {', '.join(others[:SHOWN])}" if others else "")
         )
-    if (named := _class_name(node)) is not None:
-        notes.append(f"{path.name}: a pickled {named}, of which only the tensors are read; its code was not loaded")
+    if isinstance(node, Stub) and (_is_module(node) or _is_script(node)):
+        notes.append(f"{path.name}: of {node.path} only the tensors are read; its code was not loaded")
     elif dropped := [str(one) for one in _mapping(node) if one not in tensors]:
         notes.append(f"{path.name}: entries that are no tensors are not kept: {', '.join(dropped[:SHOWN])}")
     return tensors, tuple(notes)
@@ -101,10 +101,6 @@ def _is_module(node: Any) -> bool:
 
 def _is_script(node: Any) -> bool:
     return isinstance(node, Stub) and node.path.startswith("__torch__.")
-
-
-def _class_name(node: Any) -> str | None:
-    return node.path if _is_module(node) or _is_script(node) else None
 
 
 def _tensors(node: Any) -> dict[str, Stored]:

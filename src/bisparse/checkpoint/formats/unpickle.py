@@ -1,7 +1,7 @@
 """The pickles inside torch's files, read without running any: tensors become references, unknown classes stubs.
 
-Every global of a pickle is answered here, by a table of a few functions of this file, `OrderedDict`, `set` and `tuple`; all others
-become `Stub` classes that record what they are given. None of these can be changed by the pickle.
+Every global of a pickle is answered here, by a few functions of this file, `OrderedDict`, `set` and `tuple`; all others become
+`Stub` classes that record what they are given. None of these can be changed by the pickle.
 """
 
 from __future__ import annotations
