@@ -46,7 +46,12 @@ __all__ = ["convert"]
 
 @command
 def convert(
-    source: Annotated[str, typer.Argument(help="A transformers folder, or module:function returning (model, batches).")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A transformers folder, or module:function returning (model, batches); with --to-dense any checkpoint."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     to: Annotated[
         str | None, typer.Option("--to", "-t", help="The new pattern: 2:4, 4:8-T, 4:8-paired, ... N is the number KEPT.")
