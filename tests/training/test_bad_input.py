@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import bisparse
 from bisparse import PatternError, Schedule, finalize_, solve, sparsify_
 
 
@@ -160,3 +161,16 @@ def test_weights_that_others_have_changed(mlp):
         sparsify_(mlp.state_dict(), "4:8-T")
     with pytest.raises(ValueError, match=r"torch\.nn\.Linear"):
         sparsify_(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)), "4:8-T", mvue=True)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_weights_without_numbers_are_refused_by_name(mlp, mode, tmp_path):
+    mlp[2].to("meta")
+    with pytest.raises(ValueError, match="2: its weight is on the meta device"):
+        sparsify_(mlp, "4:8-T", mode=mode)
+    assert not hasattr(mlp[0], "parametrizations") and not hasattr(mlp[0], "weight_mask")
+    with pytest.raises(ValueError, match="2 is on the meta device"):
+        bisparse.verify(mlp, "4:8-T")
+    with pytest.raises(ValueError, match=r"2\.weight.*meta device"):
+        bisparse.save(mlp, tmp_path / "saved", "4:8-T")
+    assert not (tmp_path / "saved").exists()

@@ -21,6 +21,7 @@ from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.solution import PatternError, verify
 from bisparse.training import MVUELinear
+from bisparse.training.layer import static_mask
 from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, own_parametrization, trained_parameter
 
 __all__ = ["AcceleratedLayer", "AccelerationReport", "BackendName", "accelerate_", "is_2to4", "layer_reason"]
@@ -250,8 +251,8 @@ def _accelerate(layer: Layer, name: str, dtype: torch.dtype | None, search: bool
     backend = choose_backend(name, parameter.device)
     if isinstance(backend, str):
         return Refusal(f"{backend}; it stays masked-dense")
-    own, static = own_parametrization(module, "weight"), module._buffers.get("weight_mask")
-    mask = static if isinstance(static, Tensor) and static.dtype == torch.bool else parameter
+    own, static = own_parametrization(module, "weight"), static_mask(module, "weight")
+    mask = parameter if static is None else static
     if own is None and (refusal := weight_refusal(mask)) is not None:
         return refusal
     trained = own is not None or mask is static or (parameter.requires_grad and module.training)

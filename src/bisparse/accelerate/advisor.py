@@ -18,6 +18,7 @@ from bisparse.diversity import hardware
 from bisparse.layers import Filter, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.solution import verify
+from bisparse.training.layer import static_mask
 from bisparse.training.parametrizations import own_parametrization, trained_parameter
 
 __all__ = ["advise", "advise_shapes", "layer_shapes", "shape_at"]
@@ -77,7 +78,7 @@ def layer_shapes(
             left.append(Skipped(layer.name, reason))
             continue
         weight = trained_parameter(layer.module, layer.parameter)
-        own, static = own_parametrization(layer.module, layer.parameter), layer.module._buffers.get("weight_mask")
+        own, static = own_parametrization(layer.module, layer.parameter), static_mask(layer.module, layer.parameter)
         size = (weight.shape[0], weight.shape[1])
         if pattern is not None or own is not None:
             shapes.append(shape_at(layer.name, size, own.pattern if pattern is None and own is not None else pattern or "2:4"))

@@ -23,6 +23,7 @@ from bisparse.kernels.sparse24.metadata import MetadataForm, empty_slots, lay_ou
 from bisparse.kernels.sparse24.positions import find_positions, kept_mask
 from bisparse.solution import verify
 from bisparse.training import MVUELinear
+from bisparse.training.layer import static_mask
 from bisparse.training.parametrizations import Masked, own_parametrization, trained_parameter
 from bisparse.training.shared_classes import separate_class, share_class
 
@@ -83,7 +84,7 @@ class SparseLinear(nn.Linear):
         module.input_dtype, module.mvue, module.both_ways, module.warned = dtype, mvue, transposed, False
         module._settle(backend)
         # A mask that nobody else holds does not move: then gradients of pruned weights would be lost work, or worse.
-        module.fixed = own is None and not isinstance(_static_mask(module), Tensor)
+        module.fixed = own is None and static_mask(module, "weight") is None
         module._hold(tensors)
         module._loaded = module.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
 
@@ -233,16 +234,11 @@ def _alike(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and one.device == other.device
 
 
-def _static_mask(module: nn.Module) -> Tensor | None:
-    mask = module._buffers.get("weight_mask")
-    return mask if mask is not None and mask.dtype == torch.bool else None
-
-
 def _mask_of(module: nn.Module) -> Bool[Tensor, "O I"]:
     own = own_parametrization(module, "weight")
     if own is not None:
         return own.mask
-    static = _static_mask(module)
+    static = static_mask(module, "weight")
     return static if static is not None else _nonzero(module)
 
 

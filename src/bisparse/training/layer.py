@@ -14,8 +14,20 @@ from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
 
-__all__ = ["Accelerated", "SparseLayer", "keep_only_", "local", "part_of"]
+__all__ = [
+    "MASK_SUFFIX",
+    "Accelerated",
+    "SparseLayer",
+    "StaticMask",
+    "keep_only_",
+    "local",
+    "part_of",
+    "static_mask",
+    "static_masks",
+]
 
+MASK_SUFFIX = "_mask"
+"""Of the attribute that holds a static mask."""
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the same size as a number of so many bytes."""
 
@@ -56,6 +68,33 @@ def keep_only_(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> None
     tensor.view(bits).bitwise_and_(mask.to(bits).neg_())
 
 
+@dataclass
+class StaticMask:
+    """The mask of a static weight, an attribute of its module beside the parameter.
+
+    No buffer: a state_dict leaves it out, and what averages buffers leaves it alone.
+    """
+
+    mask: Bool[Tensor, "..."]
+    pattern: Structure
+
+
+def static_masks(module: nn.Module) -> list[tuple[str, StaticMask]]:
+    """(parameter, mask) of each static weight of a module."""
+    return [(name.removesuffix(MASK_SUFFIX), held) for name, held in vars(module).items() if isinstance(held, StaticMask)]
+
+
+def static_mask(module: nn.Module, parameter: str) -> Bool[Tensor, "..."] | None:
+    """The mask of a static weight, where the weight is; None for other weights."""
+    held = vars(module).get(f"{parameter}{MASK_SUFFIX}")
+    if not isinstance(held, StaticMask):
+        return None
+    weight = module._parameters.get(parameter)
+    if weight is not None and held.mask.device != weight.device:
+        held.mask = held.mask.to(weight.device)
+    return held.mask
+
+
 @dataclass(frozen=True)
 class SparseLayer:
     """A parameter whose forward value obeys a pattern.
@@ -84,12 +123,12 @@ class SparseLayer:
     @property
     def active(self) -> bool:
         """Whether the layer has its mask still, rather than having been finalized."""
-        return self.parametrization is not None or hasattr(self.module, self.mask_name)
+        return self.parametrization is not None or isinstance(vars(self.module).get(self.mask_name), StaticMask)
 
     @property
     def mask_name(self) -> str:
-        """Name of a static layer's mask, a buffer of the module that state_dict leaves out."""
-        return f"{self.parameter}_mask"
+        """Name of the module's attribute that holds a static layer's mask."""
+        return f"{self.parameter}{MASK_SUFFIX}"
 
     @property
     def weight(self) -> Float[Tensor, "..."]:
@@ -100,8 +139,8 @@ class SparseLayer:
     def mask(self) -> Bool[Tensor, "..."]:
         """The whole mask, on every rank; all True in a dense phase."""
         own = self.parametrization
-        mask = own.mask if own is not None else getattr(self.module, self.mask_name)
-        assert isinstance(mask, Tensor)
+        mask = own.on_device_of(self.weight) if own is not None else static_mask(self.module, self.parameter)
+        assert mask is not None
         return mask
 
     @property
@@ -119,6 +158,11 @@ class SparseLayer:
     def zero_pruned(self) -> None:
         """Set the weight to exactly zero off the mask."""
         keep_only_(local(self.weight.detach()), self.local_mask)
+
+    def follow_nothing(self) -> None:
+        """In a copy of a model: the mask is its own from now on, and no longer that of what it was copied from."""
+        if (own := self.parametrization) is not None:
+            own.origin = own.copied = None
 
     def mask_changed(self, *, proved: bool = False) -> None:
         """Tell the modules, where they keep something that they made from the mask."""
