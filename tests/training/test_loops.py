@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from bisparse import PatternError, finalize_, solve, sparsify_, verify
-from bisparse.training import merge_lora_, merged_weight, plain_state_dict
+from bisparse.training import FixedDecay, merge_lora_, merged_weight, plain_state_dict
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_amp_steps_that_were_skipped_do_not_count(mlp, mode, fused):
-    sparsity = sparsify_(mlp, "4:8-T", mode=mode, refresh=1, decay=0.5)
+    sparsity = sparsify_(mlp, "4:8-T", mode=mode, refresh=1, decay=FixedDecay(0.5))
     optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1, fused=fused)
     sparsity.attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -39,7 +39,7 @@ def test_a_fused_optimizer_that_unscales_gets_the_decay_scaled():
     for fused in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 16))
-        sparsity = sparsify_(model, "4:8-T", decay=0.5)
+        sparsity = sparsify_(model, "4:8-T", decay=FixedDecay(0.5))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
         sparsity.attach(optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)

@@ -1,5 +1,6 @@
 """Sparse training: static and dynamic masks from two lines in anyone's loop."""
 
+from bisparse.training.decay import FixedDecay
 from bisparse.training.finalize import finalize_, plain_state_dict
 from bisparse.training.lora import MergedAdapter, merge_lora_, merged_weight
 from bisparse.training.metrics import MaskChange
@@ -10,6 +11,7 @@ from bisparse.training.sparsify import sparsify_
 from bisparse.training.sparsity import Sparsity
 
 __all__ = [
+    "FixedDecay",
     "MVUELinear",
     "MaskChange",
     "MergedAdapter",

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
+from bisparse.training.decay import FixedDecay
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
 
 __all__ = [
@@ -110,8 +111,8 @@ class SparseLayer:
     pattern: Structure
     key: str
     """The parameter's key in the plain model's state_dict."""
-    decay: float | None = None
-    """Masked decay of this layer; None for the default of the optimizer."""
+    decay: float | FixedDecay | None = None
+    """Masked decay of this layer; None for that of the run."""
     sharing: tuple[nn.Module, ...] = ()
     """Other modules that hold the same parameter, and with it the same mask."""
 

@@ -1,4 +1,4 @@
-"""What sparse training asks of an optimizer: which weights it holds, its decay, and whether it takes this step."""
+"""What sparse training asks of an optimizer: which weights it holds, and whether it takes this step."""
 
 from __future__ import annotations
 
@@ -12,23 +12,13 @@ from torch.optim import Optimizer
 from bisparse.training.layer import SparseLayer
 
 __all__ = [
-    "DEFAULT_DECAY",
-    "DEFAULT_DECAY_ADAM",
     "after_each_step",
-    "default_decay",
     "flattened",
     "held_by",
     "skipped_by_scaler",
     "unwrapped",
     "why_not_followed",
 ]
-
-DEFAULT_DECAY = 2e-4
-"""Decay where none is given: Zhou et al.'s lambda."""
-DEFAULT_DECAY_ADAM = 2e-3
-"""Masked decay where none is given and the optimizer divides gradients by their size, as Adam does: on a small GPT it nearly
-halved the flip rate and lowered the loss at each seed (docs/benchmarks.md). What is right grows with the gradients: watch the
-flip rate."""
 
 
 class Held(NamedTuple):
@@ -58,11 +48,6 @@ def why_not_followed(optimizer: Optimizer, method: str) -> str | None:
     if method == "sr-ste" and any("lr" not in group for group in optimizer.param_groups):
         return f'method="sr-ste" decays by the learning rate, and a parameter group of {kind} has no "lr": use "masked-decay"'
     return None
-
-
-def default_decay(optimizer: Optimizer) -> float:
-    """The masked decay of an optimizer where none is given: Adam and its kin have `betas`."""
-    return DEFAULT_DECAY_ADAM if any("betas" in group for group in optimizer.param_groups) else DEFAULT_DECAY
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:

@@ -119,4 +119,4 @@ def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks) -> None:
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())

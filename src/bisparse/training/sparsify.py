@@ -16,6 +16,7 @@ from bisparse.layers import Filter, Layer, Skipped, find_layers, matches
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
+from bisparse.training.decay import FixedDecay
 from bisparse.training.layer import SparseLayer, StaticMask, local, static_masks
 from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
@@ -37,7 +38,8 @@ def sparsify_(
     method: Method = "masked-decay",
     solver: Solver | None = None,
     refresh: int = 40,
-    decay: float | Mapping[str, float] | None = None,
+    decay: float | FixedDecay | Mapping[str, float | FixedDecay] | None = None,
+    steps: int | None = None,
     schedule: Schedule | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
@@ -70,8 +72,10 @@ def sparsify_(
             formula as printed. "s-ste": a continuous soft threshold, for plain N:M.
         solver: for transposable patterns; by default the exact one.
         refresh: optimizer steps between mask searches.
-        decay: lambda; by default 2e-4, and 2e-3 for masked decay with Adam and its kin. A mapping from layer names or globs:
-            those layers alone decay.
+        decay: how much pruned weights decay over the whole run: lambda times the sum of learning rates. `FixedDecay` gives lambda
+            itself. By default 3 with SGD where `steps` is known, else a lambda of 2e-4; 2e-3 for masked decay with Adam and its
+            kin. A mapping from layer names or globs: those layers alone decay.
+        steps: optimizer steps of the whole run. The callbacks for the transformers Trainer and Lightning set it.
         schedule: dense and frozen phases of a dynamic run, in optimizer steps.
         include, exclude: which layers, by name, glob, ``re:`` or function, as `bisparse.layers.find_layers` takes them.
         remainder: for layers that M does not divide: "pad" as if with zeros, leave "dense" with the reason, or "error".
@@ -89,6 +93,8 @@ def sparsify_(
     """
     pattern = parse_pattern(pattern)
     schedule = schedule or Schedule()
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps={steps!r}: expected the number of optimizer steps of the run, at least 1")
     _check_arguments(model, mode, method, refresh, schedule, masks, decay)
     model = unwrapped_model(model)
     plain = plain_names(model)
@@ -124,6 +130,7 @@ def sparsify_(
         solver=solver,
         refresh=refresh,
         decay=None if isinstance(decay, Mapping) else decay,
+        steps=steps,
         schedule=schedule,
         score=score,
         measure_every=measure_every,
@@ -158,7 +165,7 @@ def _check_arguments(
     refresh: int,
     schedule: Schedule,
     masks: object,
-    decay: float | Mapping[str, float] | None,
+    decay: float | FixedDecay | Mapping[str, float | FixedDecay] | None,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"sparsify_ needs a torch module, not {type(model).__name__}")
@@ -175,8 +182,8 @@ def _check_arguments(
     if isinstance(masks, str) and masks != "nonzero":
         raise ValueError(f"masks={masks!r}: expected a mapping from layer names to masks, or 'nonzero'")
     for number in decay.values() if isinstance(decay, Mapping) else [decay]:
-        if number is not None and not number >= 0:
-            raise ValueError(f"decay={number!r}: expected a number that is 0 or more")
+        if number is not None and not isinstance(number, FixedDecay) and not 0 <= number < float("inf"):
+            raise ValueError(f"decay={number!r}: expected a number that is 0 or more, or FixedDecay(lambda)")
     already = [name for name, *_ in masked_parameters(model)]
     already += [name for name, module in model.named_modules() if static_masks(module)]
     if already:
@@ -241,7 +248,7 @@ def _check_names(argument: str, given: Mapping[str, object], layers: list[tuple[
             )
 
 
-def _decay_of(layer: Layer, decays: Mapping[str, float] | None) -> float | None:
+def _decay_of(layer: Layer, decays: Mapping[str, float | FixedDecay] | None) -> float | FixedDecay | None:
     if decays is None:
         return None
     return next((decay for name, decay in decays.items() if matches(name, layer.name, layer.module)), 0.0)

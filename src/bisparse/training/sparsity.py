@@ -26,6 +26,7 @@ from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import from_matrices
+from bisparse.training.decay import DEFAULT_DECAY, DEFAULT_DECAY_ADAM, DEFAULT_TOTAL, FixedDecay, TotalDecay
 from bisparse.training.facts import layer_facts
 from bisparse.training.forward_hook import RefreshHook, ZerosHook, gathered_again
 from bisparse.training.gradient_check import check_gradients
@@ -66,7 +67,8 @@ class Sparsity:
         pattern: Structure,
         solver: Solver | None,
         refresh: int,
-        decay: float | None,
+        decay: float | FixedDecay | None,
+        steps: int | None,
         schedule: Schedule,
         score: Score,
         measure_every: int,
@@ -77,6 +79,10 @@ class Sparsity:
         self.refresh_every, self.decay, self.measure_every, self.check_gradients = refresh, decay, measure_every, check_gradients
         self.step = 0
         """Optimizer steps done."""
+        self.steps = steps
+        """Optimizer steps of the whole run, None where unknown; trainers' callbacks set it."""
+        self._decays: dict[str, TotalDecay] = {}
+        self._rates: dict[str, float] = {}
         self.changes: dict[str, MaskChange] = {}
         """By layer name: what the last measured refresh did."""
         self.refreshes = 0
@@ -182,6 +188,12 @@ class Sparsity:
                 hold different masks or weights.
         """
         self._check_not_ended("attach an optimizer")
+        totals = [layer.decay if layer.decay is not None else self.decay for layer in self._active]
+        if self.steps is None and any(isinstance(one, float | int) and one > 0 for one in totals):
+            raise ValueError(
+                "decay is a shrink over the whole run, whose length is not known: pass steps= to sparsify_ (or use a trainer's "
+                "callback, which knows it), or give a fixed lambda: decay=FixedDecay(2e-4)"
+            )
         if not optimizers:
             raise ValueError("attach() needs the optimizer that trains the model")
         if self._attached:
@@ -268,7 +280,24 @@ class Sparsity:
             for one in held:
                 mask_gradient(one.layer, one.weight)
         elif self.method == "masked-decay" or (self.method == "sr-ste" and first):
-            decay_pruned(self.method, self.decay, held, own)
+            if first:
+                for one in held:
+                    self._rates[one.layer.name] = self._decay_rate(one.layer, float(one.group.get("lr", 1.0)), own)
+            decay_pruned(self.method, self._rates, held, own)
+
+    def _decay_rate(self, layer: SparseLayer, learning_rate: float, own: Optimizer) -> float:
+        """Lambda of a layer at this step."""
+        given = layer.decay if layer.decay is not None else self.decay
+        if given is None:
+            adaptive = self.method == "masked-decay" and any("betas" in group for group in own.param_groups)
+            if adaptive or self.steps is None:
+                return DEFAULT_DECAY_ADAM if adaptive else DEFAULT_DECAY
+            given = DEFAULT_TOTAL
+        if isinstance(given, FixedDecay) or self.steps is None:
+            return given.rate if isinstance(given, FixedDecay) else 0.0
+        decay = self._decays.setdefault(layer.name, TotalDecay(given, self.steps))
+        decay.steps = self.steps
+        return decay.rate(self.step, learning_rate)
 
     @torch.no_grad()
     def _after_step(self, own: Optimizer, counts: bool) -> None:
@@ -394,6 +423,8 @@ class Sparsity:
                 entry |= {"u": prices.u, "v": prices.v, "exponent": prices.exponent}
             if self.mode == "static":
                 entry["mask"] = layer.mask
+            if layer.name in self._decays:
+                entry["decay"] = [self._decays[layer.name].done, self._decays[layer.name].peak]
             layers[layer.name] = entry
         numbers = {"step": self.step, "refreshes": self.refreshes, "due": self.due, "ended": self.ended}
         return {"version": STATE_VERSION, "mode": self.mode, **numbers, "layers": layers}
@@ -423,6 +454,10 @@ class Sparsity:
                 device = layer.mask.device
                 moved = (entry[side].detach().clone().to(device) for side in ("u", "v", "exponent"))
                 self.search.prices[name] = Prices(*moved)
+            if "decay" in entry:
+                self._decays[name] = TotalDecay.resumed(
+                    entry["decay"], given=layer.decay if layer.decay is not None else self.decay
+                )
             if "mask" in entry:
                 layer.mask.copy_(entry["mask"])
                 layer.zero_pruned()

@@ -81,6 +81,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
                 )
             self.sparsity.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
         self.sparsity.detach()
+        self.sparsity.steps = self.sparsity.steps or state.max_steps
         self.sparsity.attach(loop["optimizer"])
 
     def on_save(self, args: Any, state: Any, control: Any, **loop: Any) -> None:
