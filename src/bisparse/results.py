@@ -184,7 +184,7 @@ class PruneReport:
 
 def checksum_of(weight: Tensor) -> int:
     """CRC-32 of a weight's bytes; -0.0 counts as 0.0, as it comes and goes with a product by a mask."""
-    positive = weight.detach().cpu().contiguous() + 0.0
+    positive = (weight.detach().cpu() + 0.0).contiguous().flatten()  # 1-D: strides of sides of 1 may be anything
     return zlib.crc32(positive.view(torch.uint8).numpy().tobytes())
 
 
