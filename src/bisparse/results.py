@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from bisparse.layers import Skipped
 from bisparse.pattern import Pattern
 from bisparse.solution import Solution
 from bisparse.tiles import Layout
 
-__all__ = ["LayerResult", "PruneReport", "count_parameters", "gap_of", "has_bound"]
+__all__ = ["LayerResult", "PruneReport", "checksum_of", "count_parameters", "gap_of", "has_bound"]
 
 MOSTLY_PRUNED = 0.5
 """Fraction of a model's parameters below which a summary warns that most of it stays dense."""
@@ -68,6 +70,8 @@ class LayerResult:
     """The same of `violated_blocks`."""
     fitted: str = ""
     """The sparsest N:M, of the pattern's M, that 95 % of the groups fitted before a conversion; empty where there was none."""
+    checksum: int | None = None
+    """`checksum_of` the weight that the figures are about, for a weight that may be trained further; None if not recorded."""
 
     @property
     def size(self) -> int:
@@ -159,7 +163,7 @@ class PruneReport:
             "method": self.method,
             "solver": self.solver,
             "layers": [asdict(layer) for layer in self.layers],
-            "left_dense": [asdict(layer) for layer in self.left_dense],
+            "left_dense": [{"name": one.name, "reason": one.reason} for one in self.left_dense],
             "notes": list(self.notes),
             "parameters": self.parameters,
             "fraction": self.fraction,
@@ -170,16 +174,23 @@ class PruneReport:
             return f"nothing pruned to {self.pattern}; {len(self.left_dense)} layers left dense"
         retained = "" if self.retained is None else f", {100 * self.retained:.2f} % of the score kept"
         gap = "" if self.gap is None else f", gap {self.gap:.1e}"
+        time = f", {self.time_s:.2f} s" if self.time_s else ""
         covered = "" if self.fraction is None else f" ({self.fraction:.1%} of all parameters)"
         return (
-            f"{len(self)} layers{covered} pruned to {self.pattern} by {self.method}: density {self.density:.4f}{retained}{gap}, "
-            f"{self.time_s:.2f} s; {len(self.left_dense)} left dense"
+            f"{len(self)} layers{covered} pruned to {self.pattern} by {self.method}: density {self.density:.4f}{retained}{gap}"
+            f"{time}; {len(self.left_dense)} left dense"
         )
 
 
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters of a model; shared ones count once, those without a shape yet not at all."""
     return sum(one.numel() for one in model.parameters() if not nn.parameter.is_lazy(one))
+
+
+def checksum_of(weight: Tensor) -> int:
+    """CRC-32 of a weight's bytes; -0.0 counts as 0.0, as it comes and goes with a product by a mask."""
+    positive = weight.detach().cpu().contiguous() + 0.0
+    return zlib.crc32(positive.view(torch.uint8).numpy().tobytes())
 
 
 def has_bound(solution: Solution) -> bool:

@@ -6,11 +6,13 @@ What a tensor is, `bisparse.layers` says, as it does for models; here are the ca
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bisparse.checkpoint.stored_tensor import FileTensor, MemoryTensor, StoredTensor, StridedTensor
+from bisparse.checkpoint.torch_archive import StorageRecord
 from bisparse.layers import (
+    NOT_NAMED,
     FileEvidence,
     Kind,
     NameFilter,
@@ -27,7 +29,7 @@ from bisparse.layers import (
 from bisparse.pattern import Structure
 from bisparse.tiles import Layout
 
-__all__ = ["NameFilter", "StoredLayer", "choose_layers", "layer_name"]
+__all__ = ["NameFilter", "StoredLayer", "choose_layers", "layer_name", "leave_shared_dense"]
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ def choose_layers(
     evidence = FileEvidence(tensors, config, metadata)
     chosen: list[StoredLayer] = []
     left: dict[str, str] = {}
+    undecided: set[str] = set()
     included = False
     for name, tensor in tensors.items():
         if len(tensor.shape) < 2:
@@ -87,6 +90,8 @@ def choose_layers(
         if given is not None:
             kind = Kind(None, kind.refused, "", kind.default)
         reason = why_dense(kind, included=wanted, excluded=exclude is not None and matches_name(exclude, layer, name))
+        if reason is not None and reason == kind.uncertain != NOT_NAMED:
+            undecided.add(name)
         layout = kind.layout
         structure = own or pattern
         if reason is None:
@@ -109,35 +114,42 @@ def choose_layers(
         raise ValueError(f"exclude={exclude!r} matches no tensor: a layer that should stay dense would be pruned")
     if unused:
         raise ValueError(f"{sorted(unused)} match no tensor; those of two or more dimensions begin with {examples}")
-    apart = _reasons_of_sharing(tensors, chosen)
-    left |= apart
-    chosen = [layer for layer in chosen if layer.tensor.name not in apart]
-    return chosen, [Skipped(layer_name(name), left[name]) for name in tensors if name in left]
+    return chosen, [Skipped(layer_name(name), left[name], name in undecided) for name in tensors if name in left]
 
 
 @dataclass(frozen=True)
 class _Extent:
     """Where the bytes of a tensor are: a file or a storage, the first byte and the one after the last, and how they are read."""
 
-    where: object
+    where: tuple[str, str]
     start: int
     stop: int
-    view: tuple[object, ...] = ()
-    """Offset and strides of a tensor that is not contiguous."""
+    view: tuple[int, ...] = ()
+    """Strides of a tensor that is not contiguous."""
 
 
 def _extent(tensor: StoredTensor) -> _Extent | None:
     match tensor:
         case FileTensor():
-            return _Extent(tensor.path, tensor.offset, tensor.offset + tensor.nbytes)
+            record = tensor.content.name if isinstance(tensor.content, StorageRecord) else ""
+            return _Extent((str(tensor.path), record), tensor.offset, tensor.offset + tensor.nbytes)
         case StridedTensor():
-            view = (tensor.storage_offset, *tensor.stride)
-            return _Extent(tensor.path, tensor.storage.offset, tensor.storage.offset + tensor.storage.nbytes, view)
+            span = _extent(tensor.span)
+            return None if span is None else replace(span, view=tensor.stride)
         case MemoryTensor() if not tensor.tensor.is_meta:
             start = tensor.tensor.data_ptr()
             view = () if tensor.tensor.is_contiguous() else tensor.tensor.stride()
-            return _Extent("memory", start, start + tensor.nbytes, view)
+            return _Extent(("memory", ""), start, start + tensor.nbytes, view)
     return None
+
+
+def leave_shared_dense(
+    tensors: Mapping[str, StoredTensor], chosen: Sequence[StoredLayer], left: Sequence[Skipped]
+) -> tuple[list[StoredLayer], list[Skipped]]:
+    """The choice without tensors that share storage with one that stays dense or that is another view of it."""
+    reasons = _reasons_of_sharing(tensors, chosen)
+    kept = [layer for layer in chosen if layer.tensor.name not in reasons]
+    return kept, [*left, *(Skipped(layer_name(name), reason) for name, reason in reasons.items())]
 
 
 def _reasons_of_sharing(tensors: Mapping[str, StoredTensor], chosen: Iterable[StoredLayer]) -> dict[str, str]:
@@ -168,9 +180,9 @@ def _sharing(tensors: Mapping[str, StoredTensor]) -> list[list[str]]:
     """Groups of two or more tensors whose bytes overlap."""
     places = [(extent, name) for name, tensor in tensors.items() if tensor.size and (extent := _extent(tensor)) is not None]
     groups: list[list[str]] = []
-    where: object = None
+    where: tuple[str, str] | None = None
     stop = 0
-    for extent, name in sorted(places, key=lambda one: (str(one[0].where), one[0].start)):
+    for extent, name in sorted(places, key=lambda one: (one[0].where, one[0].start)):
         if extent.where == where and extent.start < stop:
             groups[-1].append(name)
         else:

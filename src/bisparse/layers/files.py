@@ -15,7 +15,7 @@ from bisparse.layers.kinds import DEPTHWISE, Kind
 from bisparse.layers.names import Names, is_embedding_name, is_transposed_by_name, layer_name, reads_input_by_name
 from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["FileEvidence", "TensorInfo"]
+__all__ = ["NOT_NAMED", "FileEvidence", "TensorInfo"]
 
 PRUNABLE = ("F64", "F32", "F16", "BF16")
 
@@ -34,14 +34,7 @@ CHANNELS_IN_CONFIG = (
 )
 VOCABULARIES_IN_CONFIG = r"vocab.*size|(^|_)vocab$"
 
-QUANTISED = (
-    "weight_integer",
-    "weight_scale",
-    "weight_scale_inv",
-    "weight_scaling_factor",
-    "fc_scaling_factor",
-    "weight_zero_point",
-)
+QUANTISED = ("weight_integer", "weight_scaling_factor", "fc_scaling_factor")
 """Names next to a weight that its module quantises."""
 
 RECURRENT = r"(^|\.)weight_(ih|hh|hr)(_l\d+)?(_reverse)?$"
@@ -49,6 +42,7 @@ MOST_KERNEL = 31
 """The largest odd kernel that a convolution of three dimensions has where nothing else says that it is one."""
 
 
+NOT_NAMED = "not named as a layer's weight; give its layout, such as 'linear', to prune it"
 EMBEDDING = "embedding: looked up, not multiplied"
 
 
@@ -152,7 +146,7 @@ class FileEvidence:
         if len(shape) == 3 and self._is_experts(name):
             return self._experts(name)
         if not (name.endswith(".weight") or name == "weight" or last.endswith("proj_weight")):
-            return Kind(uncertain="not named as a layer's weight; give its layout, such as 'linear', to prune it")
+            return Kind(uncertain=NOT_NAMED)
         if len(shape) == 2:
             bias = self._bias(name)
             inputs_first = self._inputs_first and last in CONV1D_NAMES

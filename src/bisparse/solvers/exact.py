@@ -65,7 +65,7 @@ class Exact(Solver):
         numbers = scores if dtype is torch.float32 or scores.is_cuda else scores.float()
         if (n, m) == (2, 4):
             mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
-            if coarse is not None and ops.any_coarse(coarse):
+            if ops.any_coarse(coarse):
                 mask = self._solve_coarse(scores, mask, coarse, n, m)[0]
             return mask, lambda: self._solve_with_prices(scores, numbers, n, m, None)[1]()
         return self._solve_with_prices(scores, numbers, n, m, warm_start)
@@ -74,12 +74,13 @@ class Exact(Solver):
         self, scores: Real[Tensor, "R C"], numbers: Float[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None
     ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate]]:
         start = None if warm_start is None or warm_start.exactly != self.exactly else _fast_prices(warm_start)
-        mask, prices, coarse = ops.exact_with_prices(numbers, n, m, self.exactly, start)
-        if coarse is None or not ops.any_coarse(coarse):
-            return mask, lambda: Certificate(*prices(), self.exactly)
+        mask, u, v, exponent = ops.exact_solve(numbers, n, m, self.exactly, start)
+        coarse = ops.is_coarse(exponent)
+        if not ops.any_coarse(coarse):
+            return mask, lambda: Certificate(u, v, exponent, self.exactly)
         mask, certificate = self._solve_coarse(scores, mask, coarse, n, m)
         where = coarse.nonzero()[:, 0]
-        u, v, exponent = (part.long() for part in prices())
+        u, v, exponent = u.long(), v.long(), exponent.long()
         u[where], v[where], exponent[where] = certificate.u, certificate.v, certificate.exponent
         wide = {int(where[tile]): exact for tile, exact in certificate.wide.items()}
         return mask, lambda: Certificate(u, v, exponent, self.exactly, wide)

@@ -8,8 +8,12 @@ augmenting paths (Ahuja, Magnanti, Orlin, Network Flows, 1993, section 9.7), whi
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from bisparse.kernels.exact.schema import COARSE, COARSE_BELOW, FAST_BITS, TINY, check_scores
+from bisparse.kernels.registration import ANY_DEVICE, register_kernel
+from bisparse.tiles import from_tiles, to_tiles
 
 ALTERNATIONS = 4
 UNREACHED = 1 << 62
@@ -125,3 +129,62 @@ def _flip_path(x: Tensor, row_from: Tensor, column_from: Tensor, end: Tensor, m:
         row, column = torch.where(at_row, node, previous), torch.where(at_row, previous, node)
         x[tile, row, column] = ~x[tile, row, column]
         node, at_row = previous, ~at_row
+
+
+def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[Tensor, " B"]]:
+    """Scores as integers: times 2**exponent, half to even, the tile's largest in [2**23, 2**24). Exponent 0 for a zero tile.
+
+    A tile with few large outliers over many small scores gets the exponent `COARSE`.
+    """
+    if tiles.shape[0] == 0:
+        return tiles.long(), tiles.new_zeros(0, dtype=torch.int64)
+    tiles = tiles.double()
+    largest = tiles.flatten(1).amax(1)
+    exponent = torch.where(largest > 0, FAST_BITS - torch.frexp(largest).exponent.long(), 0)
+    q = torch.ldexp(tiles, exponent[:, None, None]).round().long()
+    small = ((q < COARSE_BELOW) & (tiles > 0)).sum((1, 2))
+    return q, torch.where((2 * small > (tiles > 0).sum((1, 2))) | ((largest > 0) & (largest < TINY)), COARSE, exponent)
+
+
+@register_kernel("exact_solve", ANY_DEVICE)
+def exact_solve(
+    scores: Tensor, n: int, m: int, exactly: bool, prices: Tensor | None, exponent: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.exact_solve` in plain torch."""
+    check_scores(scores)
+    q, now = quantise(to_tiles(scores, m))
+    u, v = None, None
+    if prices is not None and exponent is not None:
+        usable = (now != COARSE) & (exponent != COARSE)
+        shift = torch.where(usable, now - exponent, 0).clamp(-40, 30)[:, None]
+        u, v = torch.ldexp(prices.double(), shift).round().long() * usable[:, None]
+    q = q * (now != COARSE)[:, None, None]
+    mask, u, v = torch.ops.bisparse.exact_solve_integers(q, n, exactly, u, v)
+    return from_tiles(mask, scores.shape[0], scores.shape[1]), torch.stack([u, v]).int(), now.int()
+
+
+@register_kernel("exact_mask", ANY_DEVICE)
+def exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:
+    """`ops.exact_mask` in plain torch."""
+    mask, _, exponent = exact_solve(scores, n, m, exactly, None, None)
+    return mask, exponent == COARSE
+
+
+@register_kernel("exact_mask_of_magnitudes", ANY_DEVICE)
+def exact_mask_of_magnitudes(weight: Tensor, exactly: bool) -> tuple[Tensor, Tensor]:
+    """`ops.exact_mask_of_magnitudes` in plain torch."""
+    mask, coarse = torch.ops.bisparse.exact_mask(weight.abs().float(), 2, 4, exactly)
+    return mask, coarse
+
+
+@register_kernel("exact_solve_integers", ANY_DEVICE)
+def exact_solve_integers(q: Tensor, n: int, exactly: bool, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """`ops.exact_solve_integers` in plain torch."""
+    return exact_tiles(q, n, exactly, None if u is None or v is None else (u, v))
+
+
+@register_kernel("keep_largest", ANY_DEVICE)
+def keep_largest(groups: Tensor, n: int) -> Tensor:
+    """`ops.keep_largest` in plain torch."""
+    best = groups.sort(stable=True, dim=-1, descending=True).indices[:, :n]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, best, True)

@@ -1,19 +1,16 @@
-"""The exact solver on CPU: numba kernels over bands of tiles, registered for torch's "cpu" device.
+"""The exact solver on CPU: numba kernels over bands of tiles.
 
 Nothing is left to torch's own threads: they spin for a while after their work and take the cores from ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
-from bisparse.kernels.exact import ops
+from bisparse.kernels.exact import reference
 from bisparse.kernels.exact.cpu.bands import (
     BAD,
-    FOUND_COARSE,
     MIDDLE_CHUNK,
     coarse_tiles,
     largest_kernel,
@@ -23,6 +20,7 @@ from bisparse.kernels.exact.cpu.bands import (
 from bisparse.kernels.exact.cpu.enumerate_2to4 import WIDTH
 from bisparse.kernels.exact.cpu.integers import integers_kernel
 from bisparse.kernels.exact.cpu.vectors import LANES
+from bisparse.kernels.exact.schema import COARSE, check_scores
 from bisparse.kernels.exact.sorting_network import sorting_network
 from bisparse.kernels.numba_runtime.memory import empty
 from bisparse.kernels.numba_runtime.thread_pool import over_bands
@@ -35,7 +33,7 @@ PAST_CACHES = 1 << 24
 def _usable(flags: int, scores: torch.Tensor) -> bool:
     """Whether the kernels could use the scores as they are; raises for scores that no solver takes."""
     if flags & BAD:
-        ops.check_scores(scores)
+        check_scores(scores)
         return False  # only -0.0
     return True
 
@@ -51,11 +49,11 @@ def keep_largest(groups: torch.Tensor, n: int) -> torch.Tensor:
     return mask
 
 
-def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.exact_mask` on CPU."""
     if (n, m) != (2, 4):
-        solved, prices, any_coarse = exact_solve(scores, n, m, exactly, None, None)
-        return solved, prices()[2] == ops.COARSE if any_coarse else None
+        solved, _, exponent = exact_solve(scores, n, m, exactly, None, None)
+        return solved, torch.from_numpy(exponent.numpy() == COARSE)
     rows, columns = scores.shape
     # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
     beside = columns < 4 * MIDDLE_CHUNK
@@ -66,13 +64,12 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     arguments = wide, mask, height, width, past_caches, exactly
     count, granule, worth = (width // 4, MIDDLE_CHUNK, 4096) if height == 4 else (height // 4, 1, max(1, 16384 // width))
     flags = over_bands(middle_kernel(), arguments, count, granule, worth)
-    coarse = None
+    found = np.zeros(height * width // 16, np.bool_)
     if flags:
         if not _usable(flags, scores):
             return exact_mask(scores.abs(), n, m, exactly)
-        found = np.zeros(height * width // 16, np.bool_)
         coarse_tiles(wide.numpy(), found)
-        coarse = torch.from_numpy(found[: scores.numel() // 16])
+    coarse = torch.from_numpy(found[: scores.numel() // 16])
     if beside:
         apart = mask.numpy()[:, : rows // 4 * columns].reshape(4, rows // 4, columns).swapaxes(0, 1).reshape(rows, columns)
         mask = torch.from_numpy(np.ascontiguousarray(apart))
@@ -88,11 +85,10 @@ def _side_by_side(scores: torch.Tensor) -> torch.Tensor:
 
 def exact_solve(
     scores: torch.Tensor, n: int, m: int, exactly: bool, start: torch.Tensor | None, start_exponent: torch.Tensor | None
-) -> tuple[torch.Tensor, Callable[[], ops.Prices], bool]:
-    """`ops.exact_solve` on CPU. The last result says whether any tile is coarse."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`ops.exact_solve` on CPU."""
     if m not in VECTOR_SIDES:
-        solved, (u, v), exponent = ops.reference_exact_solve(scores, n, m, exactly, start, start_exponent)
-        return solved, lambda: (u, v, exponent), bool((exponent == ops.COARSE).any())
+        return reference.exact_solve(scores, n, m, exactly, start, start_exponent)
     rows, columns = scores.shape
     scores = scores.contiguous()
     tiles = (rows // m) * (columns // m)
@@ -112,10 +108,8 @@ def exact_solve(
     if not _usable(flags, scores):
         return exact_solve(scores.abs(), n, m, exactly, start, start_exponent)
 
-    def prices() -> ops.Prices:
-        return numbers[:entries].view(tiles, m), numbers[entries : 2 * entries].view(tiles, m), numbers[2 * entries :]
-
-    return mask, prices, bool(flags & FOUND_COARSE)
+    # An operator's results may not share memory.
+    return mask, numbers[: 2 * entries].view(2, tiles, m), numbers[2 * entries :].clone()
 
 
 def exact_solve_integers(
