@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from bisparse.layers.experts import config_parts, config_widths, experts_layout, is_pair
 from bisparse.layers.kinds import DEPTHWISE, Kind
@@ -46,6 +46,7 @@ NOT_NAMED = "not named as a layer's weight; give its layout, such as 'linear', t
 EMBEDDING = "embedding: looked up, not multiplied"
 
 
+@runtime_checkable
 class TensorInfo(Protocol):
     """What is known of a stored tensor before it is read."""
 
