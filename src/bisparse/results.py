@@ -174,23 +174,23 @@ class PruneReport:
             return f"nothing pruned to {self.pattern}; {len(self.left_dense)} layers left dense"
         retained = "" if self.retained is None else f", {100 * self.retained:.2f} % of the score kept"
         gap = "" if self.gap is None else f", gap {self.gap:.1e}"
-        time = f", {self.time_s:.2f} s" if self.time_s else ""
         covered = "" if self.fraction is None else f" ({self.fraction:.1%} of all parameters)"
+        time = f", {self.time_s:.2f} s" if self.time_s else ""
         return (
             f"{len(self)} layers{covered} pruned to {self.pattern} by {self.method}: density {self.density:.4f}{retained}{gap}"
             f"{time}; {len(self.left_dense)} left dense"
         )
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Number of parameters of a model; shared ones count once, those without a shape yet not at all."""
-    return sum(one.numel() for one in model.parameters() if not nn.parameter.is_lazy(one))
-
-
 def checksum_of(weight: Tensor) -> int:
     """CRC-32 of a weight's bytes; -0.0 counts as 0.0, as it comes and goes with a product by a mask."""
     positive = weight.detach().cpu().contiguous() + 0.0
     return zlib.crc32(positive.view(torch.uint8).numpy().tobytes())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters of a model; shared ones count once, those without a shape yet not at all."""
+    return sum(one.numel() for one in model.parameters() if not nn.parameter.is_lazy(one))
 
 
 def has_bound(solution: Solution) -> bool:

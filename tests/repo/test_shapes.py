@@ -10,7 +10,6 @@ CHECKED = [
     "bisparse.kernels.exact.ops",
     "bisparse.kernels.sparse24.positions",
     "bisparse.kernels.exact.reference",
-    "bisparse.kernels.exact.wide",
     "bisparse.layers",
     "bisparse.pattern",
     "bisparse.solution",
@@ -22,7 +21,7 @@ PROGRAM = f"""
 from jaxtyping import install_import_hook
 with install_import_hook({CHECKED!r}, "beartype.beartype"):
     import bisparse.accelerate, bisparse.kernels.mvue.ops, bisparse.kernels.sparse24.positions
-    import bisparse.kernels.exact.ops, bisparse.kernels.exact.reference, bisparse.kernels.exact.wide, bisparse.layers
+    import bisparse.kernels.exact.ops, bisparse.kernels.exact.reference, bisparse.layers
     import bisparse.pattern, bisparse.solution, bisparse._solve, bisparse.solvers, bisparse.tiles
     import bisparse
 import torch

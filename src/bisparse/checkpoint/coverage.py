@@ -18,7 +18,7 @@ from torch import Tensor
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers, layer_name
 from bisparse.checkpoint.sidecar import Sidecar
 from bisparse.checkpoint.stored_tensor import StoredTensor
-from bisparse.layers import Skipped, first_match, parse_layout, sides
+from bisparse.layers import QUANTISED, Skipped, first_match, parse_layout, sides
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.results import LayerResult
 from bisparse.tiles import Layout
@@ -60,8 +60,9 @@ def cover(
     pattern: Structure,
     include: NameFilter | None = None,
     exclude: NameFilter | None = None,
-    layouts: Mapping[str, str | Layout] | None = None,
+    *,
     metadata: Mapping[str, str] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> Coverage:
     """The layers by their names and shapes, of any dtype; arguments as for `choose_layers`.
 
@@ -81,9 +82,11 @@ def cover(
                     shape = (*tensor.shape, 2, 2, 2)[:dimensions]
                     candidates[plain] = replace(_as_float(tensor), name=plain, shape=shape)
                     reasons[plain] = f"{name} {reason}"
-    chosen, left = choose_layers(
-        candidates, config, pattern, metadata=metadata, include=include, exclude=exclude, layouts=layouts
-    )
+    # What makes a weight a quantised one is no evidence here against its being a layer: whether it can be read is asked below.
+    encoded = {name for name in candidates if any(re.search(ending, name) for ending in ENCODED)}
+    companions = {name for name in candidates if name.endswith(tuple(f".{ending}" for ending in QUANTISED))}
+    seen = {name: tensor for name, tensor in candidates.items() if name in reasons or name not in encoded | companions}
+    chosen, left = choose_layers(seen, config, pattern, metadata=metadata, include=include, exclude=exclude, layouts=layouts)
     checked: list[StoredLayer] = []
     unchecked: list[Skipped] = []
     for layer in chosen:
@@ -104,8 +107,9 @@ def cover_by_sidecar(
     config: Mapping[str, Any],
     pattern: Structure | None,
     exclude: NameFilter | None,
-    layouts: Mapping[str, str | Layout] | None = None,
+    *,
     metadata: Mapping[str, str] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> Coverage:
     """The layers that a sidecar names, each with its own pattern unless one is given; others that look like layers are unchecked.
 
@@ -113,7 +117,7 @@ def cover_by_sidecar(
     """
     named: dict[str, LayerResult] = {result.parameter: result for result in sidecar.report}
     stated = pattern or parse_pattern(sidecar.report.pattern)
-    whole = cover(tensors, config, stated, exclude=exclude, layouts=layouts, metadata=metadata)
+    whole = cover(tensors, config, stated, exclude=exclude, metadata=metadata)
     reasons = {one.name: f"left dense by bisparse: {one.reason}" for one in sidecar.report.left_dense}
     excluded = {one.name for one in whole.left_out if one.reason == "excluded by the caller"}
     checked: list[StoredLayer] = []

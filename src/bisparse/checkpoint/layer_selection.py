@@ -6,7 +6,7 @@ What a tensor is, `bisparse.layers` says, as it does for models; here are the ca
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from bisparse.checkpoint.stored_tensor import FileTensor, MemoryTensor, StoredTensor, StridedTensor
@@ -29,7 +29,7 @@ from bisparse.layers import (
 from bisparse.pattern import Structure
 from bisparse.tiles import Layout
 
-__all__ = ["NameFilter", "StoredLayer", "choose_layers", "layer_name", "leave_shared_dense"]
+__all__ = ["NameFilter", "StoredLayer", "choose_layers", "layer_name"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,9 @@ def choose_layers(
         raise ValueError(f"exclude={exclude!r} matches no tensor: a layer that should stay dense would be pruned")
     if unused:
         raise ValueError(f"{sorted(unused)} match no tensor; those of two or more dimensions begin with {examples}")
+    apart = _reasons_of_sharing(tensors, chosen)
+    left |= apart
+    chosen = [layer for layer in chosen if layer.tensor.name not in apart]
     return chosen, [Skipped(layer_name(name), left[name], name in undecided) for name in tensors if name in left]
 
 
@@ -121,35 +124,29 @@ def choose_layers(
 class _Extent:
     """Where the bytes of a tensor are: a file or a storage, the first byte and the one after the last, and how they are read."""
 
-    where: tuple[str, str]
+    where: object
     start: int
     stop: int
-    view: tuple[int, ...] = ()
-    """Strides of a tensor that is not contiguous."""
+    view: tuple[object, ...] = ()
+    """Offset and strides of a tensor that is not contiguous."""
+
+
+def _start(tensor: FileTensor) -> int:
+    """Where the tensor begins in its file."""
+    return tensor.offset + (tensor.content.offset if isinstance(tensor.content, StorageRecord) else 0)
 
 
 def _extent(tensor: StoredTensor) -> _Extent | None:
     match tensor:
         case FileTensor():
-            record = tensor.content.name if isinstance(tensor.content, StorageRecord) else ""
-            return _Extent((str(tensor.path), record), tensor.offset, tensor.offset + tensor.nbytes)
+            return _Extent(tensor.path, _start(tensor), _start(tensor) + tensor.nbytes)
         case StridedTensor():
-            span = _extent(tensor.span)
-            return None if span is None else replace(span, view=tensor.stride)
+            return _Extent(tensor.path, _start(tensor.span), _start(tensor.span) + tensor.span.nbytes, tensor.stride)
         case MemoryTensor() if not tensor.tensor.is_meta:
             start = tensor.tensor.data_ptr()
             view = () if tensor.tensor.is_contiguous() else tensor.tensor.stride()
-            return _Extent(("memory", ""), start, start + tensor.nbytes, view)
+            return _Extent("memory", start, start + tensor.nbytes, view)
     return None
-
-
-def leave_shared_dense(
-    tensors: Mapping[str, StoredTensor], chosen: Sequence[StoredLayer], left: Sequence[Skipped]
-) -> tuple[list[StoredLayer], list[Skipped]]:
-    """The choice without tensors that share storage with one that stays dense or that is another view of it."""
-    reasons = _reasons_of_sharing(tensors, chosen)
-    kept = [layer for layer in chosen if layer.tensor.name not in reasons]
-    return kept, [*left, *(Skipped(layer_name(name), reason) for name, reason in reasons.items())]
 
 
 def _reasons_of_sharing(tensors: Mapping[str, StoredTensor], chosen: Iterable[StoredLayer]) -> dict[str, str]:
@@ -180,9 +177,9 @@ def _sharing(tensors: Mapping[str, StoredTensor]) -> list[list[str]]:
     """Groups of two or more tensors whose bytes overlap."""
     places = [(extent, name) for name, tensor in tensors.items() if tensor.size and (extent := _extent(tensor)) is not None]
     groups: list[list[str]] = []
-    where: tuple[str, str] | None = None
+    where: object = None
     stop = 0
-    for extent, name in sorted(places, key=lambda one: (one[0].where, one[0].start)):
+    for extent, name in sorted(places, key=lambda one: (str(one[0].where), one[0].start)):
         if extent.where == where and extent.start < stop:
             groups[-1].append(name)
         else:

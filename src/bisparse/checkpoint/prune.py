@@ -16,7 +16,7 @@ from bisparse.apart import check_apart
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
 from bisparse.checkpoint.input_file import open_input
-from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers, leave_shared_dense
+from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
 from bisparse.checkpoint.permissions import copy_permissions
 from bisparse.checkpoint.reader import Shard, Source, open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
@@ -83,7 +83,6 @@ def plan_checkpoint(
         patterns=structures,
         layouts=layouts,
     )
-    layers, left = leave_shared_dense(opened.tensors, layers, left)
     if not layers:
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in left[:4])
         raise CheckpointError(opened.path, f"has no layer to prune ({reasons or 'no matrices'})", "name tensors with --include")

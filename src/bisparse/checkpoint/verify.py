@@ -102,10 +102,10 @@ def _cover(
     found = None
     if sidecar is not None and include is None:
         _check_fit(source, sidecar)
-        found = cover_by_sidecar(sidecar, tensors, source.config, pattern, exclude, layouts, source.metadata)
+        found = cover_by_sidecar(sidecar, tensors, source.config, pattern, exclude, metadata=source.metadata, layouts=layouts)
     if found is None or not (found.checked or found.unchecked or pattern is None):
         stated = pattern or parse_pattern(sidecar.report.pattern if sidecar else "")
-        found = cover(tensors, source.config, stated, include, exclude, layouts, source.metadata)
+        found = cover(tensors, source.config, stated, include, exclude, metadata=source.metadata, layouts=layouts)
         if sidecar is not None and pattern is None:
             own = {result.parameter: parse_pattern(result.pattern) for result in sidecar.report}
             kept = tuple(replace(layer, pattern=own.get(layer.tensor.name, layer.pattern)) for layer in found.checked)
@@ -215,7 +215,7 @@ def cover_source(
     Raises:
         CheckpointError: there are none.
     """
-    found = cover(source.tensors, source.config, ANY_PATTERN, include, exclude, layouts, source.metadata)
+    found = cover(source.tensors, source.config, ANY_PATTERN, include, exclude, metadata=source.metadata, layouts=layouts)
     if not found.checked and not found.unchecked:
         raise CheckpointError(source.path, "has no layer that a pattern applies to", "name tensors with --include")
     return found

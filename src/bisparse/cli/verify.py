@@ -47,10 +47,10 @@ def verify(
     ] = None,
     include: Included = None,
     exclude: Excluded = None,
-    layout: Layouts = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail, too, if a layer could not be checked; accept one by --exclude.")
     ] = False,
+    layout: Layouts = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:

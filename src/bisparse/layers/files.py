@@ -15,7 +15,7 @@ from bisparse.layers.kinds import DEPTHWISE, Kind
 from bisparse.layers.names import Names, is_embedding_name, is_transposed_by_name, layer_name, reads_input_by_name
 from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["NOT_NAMED", "FileEvidence", "TensorInfo"]
+__all__ = ["NOT_NAMED", "QUANTISED", "FileEvidence", "TensorInfo"]
 
 PRUNABLE = ("F64", "F32", "F16", "BF16")
 
@@ -34,7 +34,14 @@ CHANNELS_IN_CONFIG = (
 )
 VOCABULARIES_IN_CONFIG = r"vocab.*size|(^|_)vocab$"
 
-QUANTISED = ("weight_integer", "weight_scaling_factor", "fc_scaling_factor")
+QUANTISED = (
+    "weight_integer",
+    "weight_scale",
+    "weight_scale_inv",
+    "weight_scaling_factor",
+    "fc_scaling_factor",
+    "weight_zero_point",
+)
 """Names next to a weight that its module quantises."""
 
 RECURRENT = r"(^|\.)weight_(ih|hh|hr)(_l\d+)?(_reverse)?$"

@@ -10,10 +10,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor, nn
+
 from bisparse.tiles import DIMENSIONS, Layout, LayoutKind
 
-__all__ = ["DEPTHWISE", "Kind", "Skipped", "parse_layout", "parse_layouts", "why_dense"]
+__all__ = ["DEPTHWISE", "Kind", "Skipped", "computed_reason", "dtype_reason", "parse_layout", "parse_layouts", "why_dense"]
 
+CHANGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights that can be scored, masked and fitted; of others, such as float8, torch lacks some of the operations."""
 DEPTHWISE = "depthwise convolution, or one that reads a single channel: one input per filter, no reduction to make sparse"
 
 EXPECTED = (
@@ -120,3 +125,18 @@ def _parse(text: str) -> tuple[Layout, int | None]:
         if not numbers and all(parts) and len(parts) > 1:
             return Layout(LayoutKind.PACKED, parts=len(parts)), None
     raise ValueError(f"{text!r} is no layout: {EXPECTED}")
+
+
+def computed_reason(module: nn.Module, parameter: str) -> str | None:
+    """Why what is written to a module's weight would be lost; None where the weight is the parameter itself."""
+    if getattr(module, parameter) is module._parameters.get(parameter):
+        return None
+    return f"its {parameter} is computed by {type(module).__name__} at each access, so that what is written to it is lost"
+
+
+def dtype_reason(weight: Tensor) -> str | None:
+    """Why a weight of this dtype cannot be made sparse in place; None where it can."""
+    if weight.dtype in CHANGEABLE:
+        return None
+    name = str(weight.dtype).removeprefix("torch.")
+    return f"its weight is {name}, which cannot be made sparse in place: convert the model to bfloat16, or exclude the layer"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.parametrize import ParametrizationList
@@ -18,10 +17,7 @@ from bisparse.layers.own_forward import own_forward_reason
 from bisparse.pattern import Structure
 from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["Layer", "computed_reason", "dtype_reason", "find_layers"]
-
-CHANGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes of weights that can be scored, masked and fitted; of others, such as float8, torch lacks some of the operations."""
+__all__ = ["Layer", "find_layers"]
 
 RECURRENT = ("weight_ih", "weight_hh", "weight_hr")
 """How torch's recurrent layers begin the names of their matrices; the gates are rows of one GEMM operand."""
@@ -148,21 +144,6 @@ def find_layers(
     if unused:
         raise ValueError(f"layouts={sorted(unused)} match no layer of the model; its layers are {names}")
     return layers, skipped
-
-
-def computed_reason(module: nn.Module, parameter: str) -> str | None:
-    """Why what is written to a module's weight would be lost; None where the weight is the parameter itself."""
-    if getattr(module, parameter) is module._parameters.get(parameter):
-        return None
-    return f"its {parameter} is computed by {type(module).__name__} at each access, so that what is written to it is lost"
-
-
-def dtype_reason(weight: Tensor) -> str | None:
-    """Why a weight of this dtype cannot be made sparse in place; None where it can."""
-    if weight.dtype in CHANGEABLE:
-        return None
-    name = str(weight.dtype).removeprefix("torch.")
-    return f"its weight is {name}, which cannot be made sparse in place: convert the model to bfloat16, or exclude the layer"
 
 
 def _weight_reason(weight: Tensor) -> str | None:

@@ -22,14 +22,20 @@ from bisparse.training.forward_hook import remove_hooks
 from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
 from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
-from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, sample_of, trained_parameter
+from bisparse.training.parametrizations import (
+    MASK_SUFFIX,
+    Masked,
+    SoftThreshold,
+    layer_state,
+    masked_parameters,
+    sample_of,
+    trained_parameter,
+)
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.shared_classes import separate_class, share_class
 from bisparse.training.sparsity import Method, Mode, Sparsity, check_mask, live_sparsities
 
 __all__ = ["finalize_", "plain_state_dict", "sparsify_"]
-
-MASK_SUFFIX = "_mask"
 
 
 def sparsify_(
@@ -195,12 +201,9 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _is_static_mask(module: nn.Module, buffer: str) -> bool:
-    return (
-        buffer.endswith(MASK_SUFFIX)
-        and buffer in module._non_persistent_buffers_set
-        and isinstance(module._parameters.get(buffer.removesuffix(MASK_SUFFIX)), Tensor)
-        and getattr(module, buffer).dtype == torch.bool
-    )
+    parameter = buffer.removesuffix(MASK_SUFFIX)
+    held = buffer.endswith(MASK_SUFFIX) and isinstance(module._parameters.get(parameter), Tensor)
+    return held and layer_state(module, parameter).phase == "static"
 
 
 def _choose(
