@@ -73,7 +73,7 @@ def cover(
     candidates: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         # The rules of names see every weight as float32: whether its dtype can be read is asked afterwards.
-        candidates.setdefault(name, _as_float(tensor) if _is_weight(name) else tensor)
+        candidates.setdefault(name, _as_float(tensor) if _is_weight(name) or tensor.operand is not None else tensor)
         for ending, reason in ENCODED.items():
             if re.search(ending, name) and (tensor.dtype in UNSIGNED or not name.endswith("_blocks")):
                 plain = re.sub(r"_blocks$", "", name) if name.endswith("_blocks") else re.sub(ending, ".weight", name)
