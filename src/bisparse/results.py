@@ -163,7 +163,7 @@ class PruneReport:
             "method": self.method,
             "solver": self.solver,
             "layers": [asdict(layer) for layer in self.layers],
-            "left_dense": [asdict(layer) for layer in self.left_dense],
+            "left_dense": [{"name": one.name, "reason": one.reason} for one in self.left_dense],
             "notes": list(self.notes),
             "parameters": self.parameters,
             "fraction": self.fraction,

@@ -253,3 +253,17 @@ def test_a_forward_pass_uses_zeros_whoever_wrote_the_weights_since_the_step(mlp,
         assert not zeros_hold(mlp, masks)
         mlp.train(training)(torch.randn(2, 16))
         assert zeros_hold(mlp, masks)
+
+
+def test_a_recurrent_layer_takes_static_masks_and_no_changing_ones() -> None:
+    def model() -> nn.Module:
+        return nn.ModuleDict({"rnn": nn.LSTM(8, 8), "up": nn.Linear(8, 8)})
+
+    changing = sparsify_(model(), "2:4")
+    assert [layer.name for layer in changing.layers] == ["up"]
+    assert "one flat buffer" in next(one.reason for one in changing.skipped if one.name == "rnn.weight_ih_l0")
+    fixed = model()
+    assert {layer.name for layer in sparsify_(fixed, "2:4", mode="static").layers} == {
+        "rnn.weight_ih_l0", "rnn.weight_hh_l0", "up"
+    }  # fmt: skip
+    assert verify(fixed, "2:4")
