@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import startup
-from bisparse import Exact, Greedy, Pattern, Sinkhorn, Solution, TwoApproximation, solve, verify
+from bisparse import Pattern, Solution, solve, verify
+from bisparse.solvers import Exact, Greedy, Sinkhorn, TwoApproximation
 from inputs import HARD, INPUTS, LAYER, scores
 from record import RESULTS, Record, cores, gaussian
 

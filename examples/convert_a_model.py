@@ -25,7 +25,7 @@ def main(origin: str = "4:8", to: str = "2:4") -> None:
     for regrow in (False, True):
         converted = copy.deepcopy(model)
         # What was pruned stays pruned, unless it may re-grow where the new pattern has room.
-        report = bisparse.convert_(converted, to, batches, regrow=regrow)
+        report = bisparse.convert_(converted, to, batches=batches, regrow=regrow)
         print(f"{origin} -> {to}{', places re-grown' if regrow else ''}")
         for layer in report:
             print(

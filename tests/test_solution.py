@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import oracle
-from bisparse import Certificate, CertificateError, Exact, Greedy, Pattern, PatternError, Solution, prune_, solve, verify
+from bisparse import CertificateError, Pattern, PatternError, Solution, prune_, solve, verify
+from bisparse.solution import Certificate
+from bisparse.solvers import Exact, Greedy
 from bisparse.tiles import Layout, LayoutKind, to_tiles
 
 # ---- verify ----------------------------------------------------------------------------------------------------------
@@ -73,7 +75,7 @@ def test_flattened_tiles_of_a_convolution_break_the_transpose() -> None:
     # The paper's released code cuts M * M consecutive weights of one output row, as if they were a tile.
     weight = torch.randn(16, 16, 3, 3)
     flat = weight.flatten(1).reshape(-1, 4, 4)
-    wrong = (weight.flatten(1).reshape(-1, 4, 4) * Exact()(flat.abs(), 2)).view_as(weight)
+    wrong = (weight.flatten(1).reshape(-1, 4, 4) * Exact().solve_tiles(flat.abs(), 2)).view_as(weight)
     right = weight * solve(weight.abs(), "2:4-T").mask
     assert not verify(wrong, "2:4-T")
     assert verify(right, "2:4-T")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import re
 from fractions import Fraction
 from typing import Any
 
@@ -13,9 +14,12 @@ from torch import Tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 import oracle
-from bisparse import Certificate, Exact, Greedy, Paired, Pattern, Sequential, Solution, Unstructured, choose_solver, solve, verify
+from bisparse import Pattern, Solution, solve, verify
 from bisparse._solve import _start_of
 from bisparse.kernels.exact import ops
+from bisparse.pattern import Paired, Sequential, Unstructured
+from bisparse.solution import Certificate
+from bisparse.solvers import Exact, Greedy
 from bisparse.tiles import Layout, LayoutKind, from_matrices, pad_to_multiple, to_matrices, to_tiles
 
 DTYPES = [
@@ -104,7 +108,7 @@ def test_a_structure_is_taken_wherever_its_text_is() -> None:
     scores = torch.rand(8, 8)
     for text in ("2:4", "4:8-T", "4:8-seq", "4:8-paired", "50%"):
         assert torch.equal(solve(scores, text).mask, solve(scores, Pattern.parse(text)).mask)
-    assert choose_solver(Pattern.parse("4:8-T")) == Exact()
+    assert torch.equal(solve(scores, "4:8-T", "exact").mask, solve(scores, "4:8-T").mask)
 
 
 def test_each_matrix_of_a_weight_has_its_own_unstructured_share() -> None:
@@ -162,7 +166,7 @@ def test_every_tile_of_every_layout_is_the_best(shape: tuple[int, ...], layout: 
 def test_a_bare_3d_tensor_is_a_convolution_and_tiles_can_be_given_as_experts() -> None:
     tiles = torch.rand(5, 4, 4)
     mask = solve(tiles, "2:4-T", layout=Layout(LayoutKind.EXPERTS)).mask
-    assert torch.equal(mask, Exact()(tiles, 2))
+    assert torch.equal(mask, Exact().solve_tiles(tiles, 2))
 
 
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), pattern=st.sampled_from(["2:4-T", "2:3-T", "4:8-T", "2:4", "2:4-seq"]))
@@ -358,13 +362,13 @@ def test_a_start_that_holds_a_tile_of_52_bits_is_a_start_for_the_others(
     certificate = earlier.certificate
     assert certificate is not None and certificate.u.dtype == torch.int64
     started = []
-    given = ops.exact_with_prices
+    given = ops.exact_solve
 
     def noticed(*arguments: Any) -> Any:
         started.append(arguments[4])
         return given(*arguments)
 
-    monkeypatch.setattr(ops, "exact_with_prices", noticed)
+    monkeypatch.setattr(ops, "exact_solve", noticed)
     for other in (scores, scores * 1.001, scores.flip(0)):
         assert solve(other, pattern, warm_start=earlier).check().value == pytest.approx(solve(other, pattern).value, rel=1e-6)
     u, v, exponent = started[0]
@@ -498,11 +502,17 @@ def test_a_view_that_negates_is_read_as_what_it_shows() -> None:
         assert torch.equal(solve(negated, pattern).mask, solve(scores, pattern).mask)
 
 
-def test_names_and_classes_are_no_solvers_layouts_or_solutions() -> None:
+def test_what_is_no_solver_layout_or_solution_is_refused() -> None:
     scores = torch.rand(8, 8)
-    for name, wrong, kind in (("solver", "exact", "Solver"), ("solver", Exact, "Solver"), ("layout", "conv", "Layout")):
-        with pytest.raises(ValueError, match=f"{name}=.*: expected an instance of {kind}"):
-            solve(scores, "2:4-T", **{name: wrong})
+    for wrong, hint in (
+        ("exakt", "did you mean 'exact'?"),
+        ("Greedy", "did you mean 'greedy'?"),
+        (Exact, "expected a Solver or one of 'exact'"),
+    ):
+        with pytest.raises(ValueError, match=f"solver=.*{re.escape(hint)}"):
+            solve(scores, "2:4-T", wrong)
+    with pytest.raises(ValueError, match="layout='conv': expected an instance of Layout"):
+        solve(scores, "2:4-T", layout="conv")
     with pytest.raises(ValueError, match="warm_start=True: expected an instance of Solution"):
         solve(scores, "4:8-T", warm_start=True)
 

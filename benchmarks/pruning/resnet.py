@@ -57,7 +57,7 @@ def converted(dense: nn.Module, to: str, name: str, batches: list[Tensor], image
     method, order = METHODS[name]
     model = copy.deepcopy(dense)
     started, busy = time.perf_counter(), time.process_time()
-    report = convert_(model, to, batches, method=method, order=order, progress=True)
+    report = convert_(model, to, method, batches, order=order, progress=True)
     figures = measured(report, time.perf_counter() - started)
     figures["cpu_seconds"] = round(time.process_time() - busy, 2)
     for layer in report:

@@ -9,10 +9,10 @@ from torch import Tensor
 from bisparse.kernels.exact.ops import BadScoreError, check_scores, keep_largest
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.solution import Certificate, Solution
-from bisparse.solvers import Exact, Solver
+from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import Layout, LayoutKind, default_layout, from_matrices, pad_to_multiple, to_matrices
 
-__all__ = ["choose_solver", "solve"]
+__all__ = ["solve"]
 
 DTYPES = (
     torch.float64, torch.float32, torch.float16, torch.bfloat16,
@@ -20,19 +20,10 @@ DTYPES = (
 )  # fmt: skip
 
 
-EXACT = Exact()
-
-
-def choose_solver(pattern: Structure) -> Solver:
-    """The solver `solve` uses when it is given none: `Exact`, for every pattern, size and device."""
-    del pattern
-    return EXACT
-
-
 def solve(
     scores: Real[Tensor, "..."],
     pattern: str | Structure,
-    solver: Solver | None = None,
+    solver: str | Solver | None = None,
     *,
     layout: Layout | None = None,
     remainder: str = "pad",
@@ -48,7 +39,7 @@ def solve(
         scores: non-negative, finite; float64, float32, float16, bfloat16 or an integer type. 2-D (O, I); 3-D a batch of
             matrices, or of tiles; 4-D and 5-D a convolution's weight; or as `layout` says.
         pattern: the structure or its text, such as ``"4:8-T"``. N is the number kept.
-        solver: for transposable patterns.
+        solver: for transposable patterns: a `Solver`, or its name in `bisparse.solvers.SOLVERS`, such as ``"greedy"``.
         layout: how the tensor stores its matrices.
         remainder: what to do where M does not divide a side. "pad": complete with zeros, solve, crop (the mask still
             obeys the pattern); "dense": keep everything; "error": raise.
@@ -75,8 +66,8 @@ def solve(
         raise ValueError(f"scores of dtype {scores.dtype} cannot be solved; convert them to float32")
     if remainder not in ("pad", "dense", "error"):
         raise ValueError(f"remainder={remainder!r}: expected 'pad', 'dense' or 'error'")
-    if solver is not None or layout is not None or warm_start is not None:
-        for name, given, kind in (("solver", solver, Solver), ("layout", layout, Layout), ("warm_start", warm_start, Solution)):
+    if layout is not None or warm_start is not None:
+        for name, given, kind in (("layout", layout, Layout), ("warm_start", warm_start, Solution)):
             if given is not None and not isinstance(given, kind):
                 raise ValueError(f"{name}={given!r:.60}: expected an instance of {kind.__name__}")
     # On cold caches each call of torch takes as long as the masks of thousands of weights, so a plain matrix takes few.
@@ -103,7 +94,7 @@ def solve(
         mask = from_matrices(select(to_matrices(scores, layout), pattern), layout, scores.shape)
         return Solution(mask, scores, pattern, layout, certify=lambda: _certificate_of_nothing(m) if transposable else None)
     assert isinstance(pattern, Pattern)
-    solver = solver or choose_solver(pattern)
+    solver = parse_solver(solver)
     padded = pad_to_multiple(matrices, m) if ragged else matrices
     if not solver.checks_scores:
         check_scores(scores)

@@ -13,13 +13,27 @@ from torch import Tensor, nn
 from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout, LayoutKind, to_matrices
 
-__all__ = ["Filter", "Layer", "Skipped", "find_layers", "head_reason", "matches", "matrix_sides", "remainder_reason"]
+__all__ = [
+    "Filter",
+    "Layer",
+    "Skipped",
+    "computed_reason",
+    "dtype_reason",
+    "find_layers",
+    "head_reason",
+    "matches",
+    "matrix_sides",
+    "remainder_reason",
+]
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str]
 """A layer name, a glob, ``"re:..."``, a list of these, or a function of (name, module)."""
 
 HEAD_NAMES = ("lm_head", "classifier", "head", "fc", "score", "embed_out", "output_layer", "logits")
 """A layer whose last name is one of these is an output head, in the naming habits of torch, timm and transformers."""
+
+CHANGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes of weights that can be scored, masked and fitted; of others, such as float8, torch lacks some of the operations."""
 
 
 @dataclass(frozen=True)
@@ -199,6 +213,21 @@ def find_layers(
             f"include={include!r} matches no layer of the model; its layers are {[name for name, *_ in _parameters(model)][:20]}"
         )
     return layers, skipped
+
+
+def computed_reason(module: nn.Module, parameter: str) -> str | None:
+    """Why what is written to a module's weight would be lost; None where the weight is the parameter itself."""
+    if getattr(module, parameter) is module._parameters.get(parameter):
+        return None
+    return f"its {parameter} is computed by {type(module).__name__} at each access, so that what is written to it is lost"
+
+
+def dtype_reason(weight: Tensor) -> str | None:
+    """Why a weight of this dtype cannot be made sparse in place; None where it can."""
+    if weight.dtype in CHANGEABLE:
+        return None
+    name = str(weight.dtype).removeprefix("torch.")
+    return f"its weight is {name}, which cannot be made sparse in place: convert the model to bfloat16, or exclude the layer"
 
 
 def matrix_sides(weight: Tensor, layout: Layout) -> tuple[int, int]:

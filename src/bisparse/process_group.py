@@ -5,7 +5,8 @@ Every exchange begins with `Ranks.all`, in which a rank that fails says so: the 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -14,13 +15,17 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-__all__ = ["OtherRankError", "Ranks"]
+__all__ = ["DifferentJobsError", "OtherRankError", "Ranks"]
 
 T = TypeVar("T")
 
 
 class OtherRankError(RuntimeError):
     """Another rank of the job failed."""
+
+
+class DifferentJobsError(ValueError):
+    """The ranks of a group were called with different models, data or arguments."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +64,37 @@ class Ranks:
         found = self._gathered(own)
         if failed := {rank: one for rank, one in enumerate(found) if isinstance(one, _Failed)}:
             rank, failure = next(iter(failed.items()))
-            raise OtherRankError(f"rank {rank} failed: {failure.message}")
+            raise OtherRankError(f"rank {self.name(rank)} failed: {failure.message}")
         return found
 
     def fail(self, error: BaseException) -> None:
         """Tell the others, who are at their next exchange, that this rank has failed."""
         if not isinstance(error, OtherRankError):
             self._gathered(_Failed(f"{type(error).__name__}: {error}"))
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """While open, an error on this rank is an error on all; for a part without exchanges that ends before the next one."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
+    def agree(self, own: Mapping[str, str]) -> None:
+        """Check that all ranks describe their job alike; a description is short, such as an argument's text or a digest.
+
+        Raises:
+            DifferentJobsError: they do not; the same message on every rank.
+        """
+        first, *others = self.all(dict(own))
+        for rank, other in enumerate(others, 1):
+            for key in {**first, **other}:
+                if first.get(key) != other.get(key):
+                    raise DifferentJobsError(
+                        f"{key} is {first.get(key, 'missing')} on rank {self.name(0)} and {other.get(key, 'missing')} on rank "
+                        f"{self.name(rank)}: every rank needs the same model, data and arguments"
+                    )
 
     def _gathered(self, own: Any) -> list[Any]:
         if self.group is None or self.size == 1:

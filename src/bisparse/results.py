@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from bisparse.layers import Skipped
 from bisparse.pattern import Pattern
 from bisparse.solution import Solution
 from bisparse.tiles import Layout
 
-__all__ = ["LayerResult", "PruneReport", "gap_of", "has_bound"]
+__all__ = ["LayerResult", "PruneReport", "checksum_of", "gap_of", "has_bound"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,8 @@ class LayerResult:
     """The same of `violated_blocks`."""
     fitted: str = ""
     """The sparsest N:M, of the pattern's M, that 95 % of the groups fitted before a conversion; empty where there was none."""
+    checksum: int | None = None
+    """`checksum_of` the weight that the figures are about, for a weight that may be trained further; None if not recorded."""
 
     @property
     def size(self) -> int:
@@ -146,10 +152,17 @@ class PruneReport:
             return f"nothing pruned to {self.pattern}; {len(self.left_dense)} layers left dense"
         retained = "" if self.retained is None else f", {100 * self.retained:.2f} % of the score kept"
         gap = "" if self.gap is None else f", gap {self.gap:.1e}"
+        time = f", {self.time_s:.2f} s" if self.time_s else ""
         return (
-            f"{len(self)} layers pruned to {self.pattern} by {self.method}: density {self.density:.4f}{retained}{gap}, "
-            f"{self.time_s:.2f} s; {len(self.left_dense)} left dense"
+            f"{len(self)} layers pruned to {self.pattern} by {self.method}: density {self.density:.4f}{retained}{gap}"
+            f"{time}; {len(self.left_dense)} left dense"
         )
+
+
+def checksum_of(weight: Tensor) -> int:
+    """CRC-32 of a weight's bytes; -0.0 counts as 0.0, as it comes and goes with a product by a mask."""
+    positive = weight.detach().cpu().contiguous() + 0.0
+    return zlib.crc32(positive.view(torch.uint8).numpy().tobytes())
 
 
 def has_bound(solution: Solution) -> bool:

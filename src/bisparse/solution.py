@@ -22,11 +22,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
-from jaxtyping import Bool, Int, Real
+from jaxtyping import Bool, Int, Real, Shaped
 from torch import Tensor, nn
 
 from bisparse.gap import Prices, kept_total, selection_failure, selection_gap, tile_failure, tiles_gap
-from bisparse.layers import Filter, find_layers
+from bisparse.layers import Filter, Skipped, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.tiles import Layout, default_layout, to_matrices
 
@@ -272,18 +272,36 @@ class Verification:
     """Share of non-zero weights."""
     layer: str = ""
     layers: tuple[Verification, ...] = ()
-    """For a model, one entry a layer."""
+    """For a model or a checkpoint, one entry per layer that was checked."""
+    unchecked: tuple[Skipped, ...] = ()
+    """For a checkpoint, the layers whose zeros could not be seen or are not constrained, and why."""
+    left_out: tuple[Skipped, ...] = ()
+    """For a checkpoint, the tensors that are no layers to prune by default, or that the caller left out."""
 
     def __bool__(self) -> bool:
-        return self.violations == 0
+        return self.violations == 0 and not (self.unchecked and not self.layers)
 
     @property
     def message(self) -> str:
-        """One sentence: holds, or how many groups break it and where the first one is."""
+        """One sentence: holds, or how many groups break it and where the first one is; and what was not checked."""
         subject = f"{self.layer}: " if self.layer else ""
-        if self.first is None:
-            return f"{subject}{self.pattern} holds on {self.groups} groups"
-        return f"{subject}{self.violations} of {self.groups} groups break {self.pattern}; the first: {self.first}"
+        patterns = ", ".join(dict.fromkeys(str(one.pattern) for one in self.layers)) or str(self.pattern)
+        if self.unchecked and not self.layers:
+            return f"no layer was checked; {self._not_checked}"
+        if self.first is not None:
+            found = f"{self.violations} of {self.groups} groups break {patterns}; the first: {self.first}"
+        elif self.unchecked:
+            count = len(self.layers)
+            found = f"{patterns} holds on {count} of {count + len(self.unchecked)} layers, {self.groups} groups"
+        else:
+            found = f"{patterns} holds on {self.groups} groups"
+        return f"{subject}{found}; {self._not_checked}" if self.unchecked else f"{subject}{found}"
+
+    @property
+    def _not_checked(self) -> str:
+        examples = "; ".join(f"{one.name} ({one.reason})" for one in self.unchecked[:4])
+        more = f"; and {len(self.unchecked) - 4} more" if len(self.unchecked) > 4 else ""
+        return f"{len(self.unchecked)} {'was' if len(self.unchecked) == 1 else 'were'} not checked: {examples}{more}"
 
     def check(self) -> Verification:
         """Raise `PatternError` unless the structure holds; returns itself."""

@@ -9,8 +9,19 @@ import pytest
 import torch
 from torch import nn
 
-from bisparse import accelerate_, advise, prune_, sparsify_, verify
-from bisparse.accelerate import Grid, GridPoint, Pass, Timing, advise_shapes, advisor, layer_shapes, measure_linear, stored_grids
+from bisparse import accelerate_, prune_, sparsify_, verify
+from bisparse.accelerate import (
+    Grid,
+    GridPoint,
+    Pass,
+    Timing,
+    advise,
+    advise_shapes,
+    advisor,
+    layer_shapes,
+    measure_linear,
+    stored_grids,
+)
 from bisparse.accelerate.timing import random_mask
 
 CPU = torch.device("cpu")

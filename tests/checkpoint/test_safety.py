@@ -19,6 +19,7 @@ from checkpoint_files import State, snapshot, write_folder, write_shards
 from safetensors.torch import load_file, save_file
 
 import bisparse
+from bisparse.apart import check_apart
 from bisparse.checkpoint import CheckpointError, load_masks, prune_checkpoint, read_sidecar, verify_checkpoint
 from bisparse.checkpoint import atomic_folder as output
 
@@ -266,6 +267,67 @@ def test_source_and_target_stand_apart(folder: Path, tmp_path: Path, target: str
     assert snapshot(tmp_path) == before
 
 
+@pytest.fixture
+def named_twice(tmp_path: Path) -> Path:
+    """A place with an input folder, further names of it, and an input whose files are links, as in a cache."""
+    source = tmp_path / "in"
+    (source / "sub").mkdir(parents=True)
+    (source / "weights").write_text("weights")
+    (source / "sub" / "text").write_text("text")
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "sub_link").symlink_to(source / "sub")
+    (tmp_path / "up").symlink_to(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "a1").write_text("weights")
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "weights").symlink_to("../blobs/a1")
+    (tmp_path / "copies").mkdir()
+    os.link(source / "sub" / "text", tmp_path / "copies" / "text")
+    (tmp_path / "apart").mkdir()
+    (tmp_path / "apart" / "text").write_text("text")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "how"),
+    [
+        ("in", "in", "is the source"),
+        ("in", "in/../in/.", "is the source"),
+        ("in", "link", "is the source"),
+        ("link", "in", "is the source"),
+        ("up/in", "in", "is the source"),
+        ("in", "in/new", "is inside the source"),
+        ("in", "link/new/deeper", "is inside the source"),
+        ("link", "in/new", "is inside the source"),
+        ("in", "sub_link/new", "is inside the source"),
+        ("in/sub", "link", "contains the source"),
+        ("sub_link", "in", "contains the source"),
+        ("in/weights", "link", "contains the source"),
+        ("in", ".", "contains the source"),
+        ("in", "up", "contains the source"),
+        ("snapshot", "blobs", "share a file"),
+        ("snapshot/weights", "blobs", "contains the source"),
+        ("in", "copies", "share a file"),
+        ("in", "copies/text", "share a file"),
+        ("in/sub/text", "copies/text", "is the source"),
+        ("in/sub/text", "copies", "share a file"),
+    ],
+)
+def test_an_output_never_overlaps_an_input_whatever_their_names(named_twice: Path, source: str, target: str, how: str) -> None:
+    before = snapshot(named_twice)
+    with pytest.raises(CheckpointError, match=how):
+        check_apart(f"{named_twice}/{target}", {"source": f"{named_twice}/{source}"})
+    assert snapshot(named_twice) == before
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [("in", "in2"), ("in", "apart"), ("in", "new/in"), ("in/sub", "in/new"), ("in/weights", "in/new"), ("snapshot", "blobs/new")],
+)
+def test_an_output_beside_its_input_is_fine(named_twice: Path, source: str, target: str) -> None:
+    check_apart(named_twice / target, {"source": named_twice / source, "other": None})
+
+
 def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file, no folder")
     with pytest.raises(CheckpointError, match="file"):
@@ -283,7 +345,7 @@ def test_an_output_that_cannot_be_written_goes_by_the_name_that_its_user_gave(
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "mkdir", refused)
+        patched.setattr("tempfile.mkdtemp", lambda **where: refused(where["dir"] / where["prefix"]))
         for job in (output.check_writable, lambda target: prune_checkpoint(folder, target, "2:4")):
             with pytest.raises(CheckpointError, match=r"^out could not be written: permission denied"):
                 job(Path("out"))
@@ -295,6 +357,103 @@ def test_an_output_that_cannot_be_written_goes_by_the_name_that_its_user_gave(
         patched.setattr("zlib.crc32", lambda *_: random.random())
         with pytest.raises(CheckpointError, match=r"^out/model\.safetensors: tensor \S+ was not read back"):
             prune_checkpoint(folder, Path("out"), "2:4")
+
+
+def test_folders_of_the_users_are_never_taken_for_leftovers(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    prune_checkpoint(folder, target, "1:4")
+    # Names that earlier versions, and this one, give to what is hidden; one holds a mark for another target.
+    names = (".out.previous", ".out.bisparse-backup", ".out.bisparse-0a1b2c3d", ".out.bisparse-", ".out.bisparse-x.bisparse-7")
+    for name in names:
+        (tmp_path / name / "output").mkdir(parents=True)
+        (tmp_path / name / "previous").mkdir()
+        (tmp_path / name / "thesis.txt").write_text("years of work")
+    (tmp_path / names[-1] / output.MARK).write_text(output._mark(tmp_path / "out.bisparse-x"))
+    (tmp_path / ".out.bisparse-link").symlink_to(names[-1])
+    (tmp_path / ".out.bisparse-file").write_text("no folder")
+    own = {name: snapshot(tmp_path / name) for name in names}
+    with pytest.raises(CheckpointError, match="exists already"):
+        prune_checkpoint(folder, target, "2:4")
+    prune_checkpoint(folder, target, "2:4", overwrite=True)
+    prune_checkpoint(folder, tmp_path / "new", "2:4")
+    assert {name: snapshot(tmp_path / name) for name in names} == own
+    only(tmp_path, "model", "out", "new", ".out.bisparse-link", ".out.bisparse-file", *names)
+
+
+@posix
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_refused_run_deletes_nothing_and_the_next_one_clears_up(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    assert in_child(lambda: prune_checkpoint(folder, target, "2:4", progress=lambda *_: die())) == -signal.SIGKILL
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    before = snapshot(tmp_path)
+    assert any(output.MARK in name for name in before)
+    for overwrite in (False, True):
+        with pytest.raises(CheckpointError):
+            prune_checkpoint(folder, target, "2:4", overwrite=overwrite)
+        assert snapshot(tmp_path) == before
+    (target / "thesis.txt").unlink()
+    prune_checkpoint(folder, target, "2:4", overwrite=True)
+    only(tmp_path, "model", "out")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "", '{"schema_version": 1}', '{"editor": {"theme": "dark"}}', "[" * 100_000])
+def test_a_folder_is_not_ours_because_of_a_files_name(folder: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "bisparse.json").write_text(content)
+    with pytest.raises(CheckpointError, match="not written by bisparse"):
+        prune_checkpoint(folder, tmp_path / "out", "2:4", overwrite=True)
+    assert snapshot(tmp_path / "out") == {"bisparse.json": content.encode()}
+    only(tmp_path, "model", "out")
+
+
+# ---- permissions
+
+
+def modes(folder: Path) -> dict[str, int]:
+    """The permissions of every file and folder below a folder."""
+    return {str(path.relative_to(folder)): path.stat().st_mode & 0o777 for path in [folder, *folder.rglob("*")]}
+
+
+@posix
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_nothing_is_written_with_wider_permissions_than_its_source(tmp_path: Path, kind: str) -> None:
+    states: list[State] = [{"a.weight": torch.randn(8, 8)}, {"b.weight": torch.randn(8, 8)}]
+    source = write_shards(tmp_path / "model", states, kind=kind)
+    first, second = sorted(path.name for path in source.glob(f"*.{kind}"))
+    (source / "config.json").write_text('{"sparsity_config": {}}')  # is written, not copied
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").chmod(0o600)
+    (source / "token").symlink_to(tmp_path / "token")
+    (source / "private").mkdir(mode=0o700)
+    (source / "private" / "run.sh").write_text("true")
+    given = {first: 0o600, second: 0o640, "config.json": 0o600, "private/run.sh": 0o755, ".": 0o750}
+    for name, mode in given.items():
+        (source / name).chmod(mode)
+    prune_checkpoint(source, tmp_path / "out", "2:4")
+    found = modes(tmp_path / "out")
+    written = [name for name in sorted(found) if name.startswith("model-")]
+    assert [found.pop(name) for name in written] == [0o600, 0o640]
+    assert found == {
+        ".": 0o750, "config.json": 0o600, "token": 0o600, "private": 0o700, "private/run.sh": 0o755,
+        "bisparse.json": 0o600, "bisparse-masks.safetensors": 0o600, "model.safetensors.index.json": 0o600,
+    }  # fmt: skip
+
+
+@posix
+def test_a_single_files_permissions_are_kept_too(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.randn(8, 8)}, tmp_path / "weights.pt")
+    (tmp_path / "weights.pt").chmod(0o440)
+    prune_checkpoint(tmp_path / "weights.pt", tmp_path / "out", "2:4")
+    found = modes(tmp_path / "out")
+    assert found.pop(".") == 0o777 & ~umask() and set(found.values()) == {0o440}
+
+
+def umask() -> int:
+    mask = os.umask(0o22)
+    os.umask(mask)
+    return mask
 
 
 # ---- a full disk

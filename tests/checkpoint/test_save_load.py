@@ -1,18 +1,19 @@
 """save and load: plain dense weights that load anywhere, from models that hold theirs in other forms."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoint_files import snapshot
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import bisparse
-from bisparse import CheckpointError, Pattern, PatternError, load, load_masks, prune_, save, verify_checkpoint
-from bisparse.checkpoint import read_sidecar
+from bisparse import CheckpointError, Pattern, PatternError, load, prune_, save, verify_checkpoint
+from bisparse.checkpoint import load_masks, read_sidecar
 
 
 class Tied(nn.Module):
@@ -235,3 +236,20 @@ def test_a_transformers_model_loads_with_equal_outputs(tmp_path: Path) -> None:
     pruned, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", output_loading_info=True)
     assert not any(info.values())
     assert bisparse.verify(pruned, "2:4-T") and bisparse.verify(pruned, "4:8-T")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions")
+def test_nothing_is_saved_with_wider_permissions_than_the_source_has(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    source = tmp_path / "source"
+    (source / "private").mkdir(parents=True, mode=0o700)
+    save_file(model.state_dict(), source / "model.safetensors")
+    (source / "private" / "notes").write_text("text")
+    (source / "token").write_text("secret")
+    for name, mode in {"model.safetensors": 0o640, "token": 0o600, "private/notes": 0o644, ".": 0o750}.items():
+        (source / name).chmod(mode)
+    save(model, tmp_path / "out", report=prune_(model, "2:4", include=["0", "1"]), source=source)
+    found = {str(path.relative_to(tmp_path / "out")): path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
+    written = dict.fromkeys(("model.safetensors", "bisparse.json", "bisparse-masks.safetensors"), 0o640)
+    assert found == {**written, "token": 0o600, "private": 0o700, "private/notes": 0o644}
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750

@@ -19,7 +19,9 @@ from typer.testing import CliRunner, Result
 
 import bisparse
 from bisparse.accelerate import advisor
+from bisparse.checkpoint import CheckpointError
 from bisparse.cli import app
+from bisparse.report import write_report
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals")
 
@@ -57,6 +59,68 @@ def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # ---- prune and verify
+
+
+def test_verify_says_what_it_did_not_check(tmp_path: Path) -> None:
+    weight = torch.randn(16, 16)
+    sparse = weight * bisparse.solve(weight.abs(), "2:4").mask
+    (tmp_path / "m").mkdir()
+
+    def write(state: dict[str, torch.Tensor]) -> None:
+        save_file(state, tmp_path / "m" / "model.safetensors")
+
+    packed = {"p.weight": torch.zeros(16, 8, dtype=torch.uint8), "lm_head.weight": weight}
+    write({"q.weight": sparse, **packed})
+    shown = run("verify", tmp_path / "m", "-p", "2:4")
+    assert shown.exit_code == 0
+    for text in ("2:4 holds on W of 1 of 2 layers", "1 of 2 layers were not checked", "p ", "U8"):
+        assert text in shown.stdout
+    for options, code, ok in (([], 0, True), (["--strict"], 1, False), (["--strict", "--exclude", "p"], 0, True)):
+        found, content = run_json("verify", tmp_path / "m", "-p", "2:4", *options)
+        assert (found, content["ok"]) == (code, ok) and content["checked"] == ["q"]
+        assert [one["name"] for one in content["unchecked"]] == ([] if "--exclude" in options else ["p"])
+        assert "lm_head" in [one["name"] for one in content["left_out"]]
+    write({"q.weight": sparse, "o.weight": weight.to(torch.float8_e4m3fn)})
+    shown = run("verify", tmp_path / "m", "-p", "2:4")
+    assert shown.exit_code == 1 and "is broken in 1 of 2 layers" in shown.stdout and "holds" not in shown.stdout
+    write(packed)
+    shown = run("verify", tmp_path / "m", "-p", "2:4")
+    assert shown.exit_code == 1 and "No layer was checked" in shown.stdout and "holds" not in shown.stdout
+    code, content = run_json("verify", tmp_path / "m", "-p", "2:4")
+    assert code == 1 and not content["ok"] and content["checked"] == []
+
+
+def test_info_of_weights_that_cannot_be_pruned(tmp_path: Path) -> None:
+    weight = torch.randn(64, 64)
+    state = {
+        "q.weight": (weight * bisparse.solve(weight.abs(), "2:4").mask).to(torch.float8_e4m3fn),
+        "small.weight": torch.randn(16, 16),
+        "p.weight": torch.zeros(16, 8, dtype=torch.uint8),
+    }
+    (tmp_path / "m").mkdir()
+    save_file(state, tmp_path / "m" / "model.safetensors")
+    code, content = run_json("info", tmp_path / "m")
+    found = {one["layer"]: one for one in content["layers"]}
+    assert code == 0 and found["q"]["notable"] == ["2:4"] and found["q"]["dtype"] == "F8_E4M3"
+    assert found["small"]["patterns"] == [] and found["small"]["too_large"] == [32, 64], "padding is no sparsity"
+    assert [one["name"] for one in content["unchecked"]] == ["p"]
+    shown = run("info", tmp_path / "m").stdout
+    assert "side shorter than M = 32, 64" in " ".join(shown.split()) and "16:64" not in shown and "not looked at" in shown
+
+
+@posix
+def test_a_report_replaces_no_device_and_no_link(model: Path, tmp_path: Path) -> None:
+    run("prune", model, tmp_path / "out", "-p", "2:4")
+    (tmp_path / "page").write_text("old")
+    (tmp_path / "link").symlink_to("page")
+    assert run("report", tmp_path / "out", "-o", tmp_path / "link").exit_code == 0
+    assert (tmp_path / "link").is_symlink() and "<html" in (tmp_path / "page").read_text()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in (os.devnull, tmp_path / "pipe", tmp_path / "folder"):
+        refused = run("report", tmp_path / "out", "-o", name)
+        assert refused.exit_code == 2 and "name" in refused.stderr
+    assert not Path(os.devnull).is_file() and not (tmp_path / "pipe").is_file()
 
 
 def test_prune_then_verify(model: Path, tmp_path: Path) -> None:
@@ -205,6 +269,21 @@ def test_report_is_one_file_without_links(model: Path, tmp_path: Path) -> None:
     assert not re.search(r"""(src|href)\s*=\s*["']?(https?:)?//""", page)
 
 
+@pytest.mark.parametrize(
+    "place", ["out/page.html", "out/model.safetensors", "model", "model/page.html", "link/page.html", "name"]
+)
+def test_a_page_never_goes_into_what_it_is_about(model: Path, tmp_path: Path, place: str) -> None:
+    run("prune", model, tmp_path / "out", "-p", "2:4")
+    (tmp_path / "link").symlink_to(model)
+    os.link(tmp_path / "out" / "bisparse.json", tmp_path / "name")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    code, content = run_json("report", tmp_path / "out", "--against", model, "-o", tmp_path / place)
+    assert code == 1 and "checkpoint" in str(content["error"])
+    with pytest.raises(CheckpointError, match="checkpoint"):
+        write_report(tmp_path / "out", tmp_path / place, model)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_path: Path) -> None:
     run("prune", model, tmp_path / "out", "-p", "4:8-T")
     state = load_file(tmp_path / "out" / "model.safetensors")
@@ -284,7 +363,7 @@ def test_failed_jobs_are_exit_code_1(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("prune", model, out)
     failed("exists already", "prune", model, out)
-    failed("lies in, around or on the source", "prune", model, model / "inside")
+    failed("is inside the source", "prune", model, model / "inside")
     (model / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes()[:-1])
     for command in (["prune", model, tmp_path / "new"], ["verify", model, "-p", "2:4"], ["info", model], ["bench", "-m", model]):
         failed("truncated", *command)
@@ -339,7 +418,7 @@ def test_stopped_by_a_signal_nothing_is_left(tmp_path: Path, number: signal.Sign
 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as job:
         deadline = time.monotonic() + 120
-        while not list(tmp_path.glob(".out.bisparse-*/model.safetensors")) and time.monotonic() < deadline:
+        while not list(tmp_path.glob(".out.bisparse-*/output/model.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.01)
         job.send_signal(number)
         _, errors = job.communicate()

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import re
 import runpy
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from typer.testing import CliRunner
 
 from bisparse import verify
-from bisparse.checkpoint import CheckpointError, save
+from bisparse.checkpoint import CheckpointError, read_sidecar, save
 from bisparse.cli import app
 from bisparse.cli.model_source import open_source, text_batches, token_batches
 from bisparse.layers import find_layers
@@ -345,16 +349,9 @@ def test_what_magnitude_would_not_use_is_refused_and_so_is_a_target_that_exists_
 
 
 def test_a_language_model_from_folder_to_folder(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = [f"w{i}" for i in range(62)] + ["[UNK]", "</s>"]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", eos_token="</s>")
-    llama(num_hidden_layers=2).save_pretrained(tmp_path / "dense")
-    tokenizer.save_pretrained(tmp_path / "dense")
+    stored(tmp_path / "dense")
     generator = torch.Generator().manual_seed(0)
-    text = " ".join(words[i] for i in torch.randint(62, (2000,), generator=generator).tolist())
+    text = " ".join(f"w{i}" for i in torch.randint(62, (2000,), generator=generator).tolist())
     (tmp_path / "text.txt").write_text(text)
     code, report = invoke(
         "prune", tmp_path / "dense", tmp_path / "sparse", "-p", "4:8-T", "--method", "alps",
@@ -365,6 +362,236 @@ def test_a_language_model_from_folder_to_folder(tmp_path: Path) -> None:
     for layer in report["layers"]:
         verify(loaded.get_parameter(layer["parameter"]), "4:8-T").check()
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "sparse")("w3 w4")["input_ids"] == [3, 4]
+
+
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {f"w{i}": i for i in range(62)} | {"[UNK]": 62, "</s>": 63}
+    raw = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]", eos_token="</s>")
+
+
+def stored(folder: Path, model: nn.Module | None = None, **options: object) -> Path:
+    """A model as it comes from a hub: weights, configurations, tokenizer, and what its authors add."""
+    (model or llama(num_hidden_layers=2)).save_pretrained(folder, **options)
+    tokenizer().save_pretrained(folder)
+    for name in ("README.md", "LICENSE", "assets/logo.svg"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(f"{name} of the authors")
+    (folder.parent / "text.txt").write_text(" ".join(f"w{7 * i % 61}" for i in range(2000)))
+    return folder
+
+
+def described(folder: Path, **changes: object) -> None:
+    """Change a stored configuration; None removes an entry."""
+    content = json.loads((folder / "config.json").read_text()) | changes
+    kept = {key: value for key, value in content.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+
+
+def refused(folder: Path, *options: str) -> str:
+    """What both commands say, the same; nothing is written."""
+    before = {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()}
+    said = []
+    for command in (["prune", "-p", "2:4", "--method", "wanda"], ["convert", "--to", "2:4"]):
+        name, *rest = command
+        text = folder.parent / "text.txt"
+        code, content = invoke(name, folder, folder.parent / "out", *rest, "--calibration", text, "--length", "32", *options)
+        assert code == 1
+        said.append(content["error"])
+    assert said[0] == said[1]
+    assert {path: path.read_bytes() for path in folder.parent.rglob("*") if path.is_file()} == before
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 4}, r"18 missing \(model\.layers\.2\.input_layernorm\.weight, .*, \.\.\.\)"),
+        ({"num_hidden_layers": 1}, r"9 unexpected \(model\.layers\.1\.input_layernorm\.weight, .*, \.\.\.\)"),
+        ({"intermediate_size": 64}, r"6 of another shape \(model\.layers\.0\.mlp\.down_proj\.weight, stored as \(32, 48\), not"),
+        ({"attention_bias": True}, r"8 missing \(model\.layers\.0\.self_attn\.k_proj\.bias"),
+        ({"architectures": ["LlamaModel"]}, r"1 unexpected \(lm_head\.weight\)"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, r"1 missing \(score\.weight\); 1 unexpected \(lm_head\.weight\)"),
+        ({"architectures": None}, r"config\.json names no architectures; add the class"),
+        ({"architectures": []}, r"config\.json names no architectures"),
+        ({"architectures": ["NoSuchModel"]}, r"has architectures \['NoSuchModel'\], which is no model class of transformers"),
+        ({"architectures": ["AutoModel"]}, "is no model class of transformers"),
+        ({"architectures": [5]}, "is no model class of transformers"),
+    ],
+)  # fmt: skip
+def test_a_model_that_its_files_do_not_hold_whole_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
+    folder = stored(tmp_path / "model")
+    described(folder, **changes)
+    assert re.search(message, refused(folder))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_weights_that_a_model_has_no_place_for_are_refused(tmp_path: Path, sharded: bool) -> None:
+    """Some are reported by transformers, others renamed or left out in silence."""
+    options = {"max_shard_size": "20KB"} if sharded else {}
+    folder = stored(tmp_path / "one", gpt2(), **options)
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        state = load_file(file)
+        save_file({name.removeprefix("transformer."): value for name, value in state.items()}, file, {"format": "pt"})
+    if sharded:
+        index = folder / "model.safetensors.index.json"
+        index.write_text(index.read_text().replace('"transformer.', '"'))
+    message = refused(folder)
+    assert "would be lost (h.0." in message and " transformer.h.0." in message.partition("would be added")[2]
+    assert "save_pretrained" in message
+    for number, extra in enumerate(("transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias", "mine")):
+        folder = stored(tmp_path / str(number) / "model", gpt2())
+        file = folder / "model.safetensors"
+        save_file({**load_file(file), extra: torch.ones(3)}, file, {"format": "pt"})
+        assert re.search(rf"1 (unexpected|would be lost) \({re.escape(extra)}\)", refused(folder))
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("command", [("prune", "-p", "2:4", "--method", "wanda"), ("convert", "--to", "2:4")])
+def test_names_shapes_and_all_other_files_are_those_of_the_source(
+    tmp_path: Path, command: tuple[str, ...], tied: bool, sharded: bool
+) -> None:
+    model = llama(num_hidden_layers=2, tie_word_embeddings=tied)
+    model.generation_config.max_new_tokens = 77
+    folder = stored(tmp_path / "model", model, **({"max_shard_size": "20KB"} if sharded else {}))
+    name, *options = command
+    code, _ = invoke(name, folder, tmp_path / "out", *options, "--calibration", tmp_path / "text.txt", "--length", "32")
+    assert code == 0
+    before = {key: value for file in folder.glob("*.safetensors") for key, value in load_file(file).items()}
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert ("lm_head.weight" in before) is not tied
+    assert {key: value.shape for key, value in before.items()} == {key: value.shape for key, value in after.items()}
+    assert invoke("prune", folder, tmp_path / "magnitude", "-p", "2:4")[0] == 0
+
+    def others(place: Path) -> dict[str, bytes]:
+        found = {path.relative_to(place).as_posix(): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+        return {key: value for key, value in found.items() if "safetensors" not in key and key != "bisparse.json"}
+
+    assert {"generation_config.json", "README.md", "LICENSE", "assets/logo.svg", "tokenizer.json"} <= set(others(folder))
+    assert others(tmp_path / "out") == others(tmp_path / "magnitude") == others(folder)
+    loaded, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info.values()) and loaded.generation_config.max_new_tokens == 77
+    assert invoke("verify", tmp_path / "out")[0] == 0
+
+
+def test_a_job_that_changes_names_or_shapes_is_not_written(tmp_path: Path) -> None:
+    """What is said before a job is checked again after it."""
+    folder = stored(tmp_path / "model")
+    for change, message in {
+        "bias": r"1 would be added \(model\.layers\.0\.mlp\.up_proj\.bias\)",
+        "drop": r"1 would be lost \(model\.layers\.0\.mlp\.up_proj\.weight\)",
+        "grow": r"1 would be written in another shape \(lm_head\.weight \(64, 32\) as \(65, 32\)\)",
+    }.items():
+        model = open_source(str(folder)).model
+        report = prune_(model, "2:4", include="*down_proj*")
+        projection = model.model.layers[0].mlp.up_proj
+        if change == "bias":
+            projection.bias = nn.Parameter(torch.zeros(48))
+        elif change == "drop":
+            del projection.weight
+        else:
+            model.lm_head.weight = nn.Parameter(torch.zeros(65, 32))
+        with pytest.raises(CheckpointError, match=message):
+            save(model, tmp_path / "out", report=report, source=folder)
+        assert not (tmp_path / "out").exists()
+
+
+def test_save_writes_the_configuration_of_generation(tmp_path: Path) -> None:
+    model = llama(num_hidden_layers=1)
+    model.generation_config.max_new_tokens = 77
+    report = prune_(model, "2:4")
+    save(model, tmp_path / "out", report=report, beside=tokenizer().save_pretrained)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "out").max_new_tokens == 77
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out")("w3")["input_ids"] == [3]
+
+
+@pytest.mark.parametrize("command", [("prune", "-p", "2:4", "--method", "wanda"), ("convert", "--to", "2:4")])
+def test_a_calibrated_job_never_writes_into_what_it_reads(tmp_path: Path, command: tuple[str, ...]) -> None:
+    model = llama(num_hidden_layers=1)
+    report = prune_(model, "2:4")
+    save(model, tmp_path / "model", report=report, beside=tokenizer().save_pretrained)  # one that --overwrite may replace
+    text = tmp_path / "texts" / "text.txt"
+    text.parent.mkdir()
+    text.write_text(" ".join(f"w{7 * i % 61}" for i in range(2000)))
+    for name in ("texts", "around"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "bisparse.json").write_text("{}")
+    (tmp_path / "around" / "within").mkdir()
+    (tmp_path / "link").symlink_to("model")
+    shutil.copytree(tmp_path / "model", tmp_path / "around" / "within" / "model")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    name, *options = command
+    options += ["--calibration", str(text), "--length", "32", "--sequences", "8"]
+    for source, target, resume, message in (
+        ("model", "model", None, "model is the source"),
+        ("model", "link", None, "link is the source"),
+        ("link", "model", None, "model is the source"),
+        ("model", "model/out", None, "out is inside the source"),
+        ("link", "model/out", None, "out is inside the source"),
+        ("around/within/model", "around", None, "around contains the source"),
+        ("model", "texts", None, "texts contains the calibration text"),
+        ("model", "out", "out", "out is the target"),
+        ("model", "out", "out/journal", "journal is inside the target"),
+        ("model", "out/deeper", "out", "out contains the target"),
+        ("model", "out", "model", "model is the source"),
+        ("model", "out", "link/journal", "journal is inside the source"),
+        ("model", "out", "texts", "texts contains the calibration text"),
+    ):
+        for overwrite in ((), ("--overwrite",)):
+            more = () if resume is None else ("--resume", tmp_path / resume)
+            code, said = invoke(name, tmp_path / source, tmp_path / target, *options, *overwrite, *more)
+            assert code == 1 and message in said["error"], (source, target, resume)
+            assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="is the model's own files"):
+        save(loaded, tmp_path / "link", "2:4", include="*proj", overwrite=True)
+    with pytest.raises(CheckpointError, match="is inside the model's own files"):
+        prune_(loaded, "2:4", Wanda(), tokens(), resume=tmp_path / "model" / "journal")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_function_s_module_and_the_model_that_it_loads_are_never_replaced(beside: Path) -> None:
+    llama(num_hidden_layers=1).save_pretrained(beside / "model")
+    for folder in (beside, beside / "model"):
+        (folder / "bisparse.json").write_text('{"schema_version": 1, "layers": []}')
+    (beside / "mine_for_tests.py").write_text(
+        "import transformers\ndef loads():\n    return transformers.AutoModelForCausalLM.from_pretrained('model')\n"
+    )
+    before = {path: path.read_bytes() for path in beside.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    for target, message in (
+        (".", "contains the source"),
+        ("model", "is the model's own files"),
+        ("model/x", "inside the model's own"),
+    ):
+        code, said = invoke("convert", "mine_for_tests:loads", target, "--to", "2:4", "--overwrite")
+        assert code == 1 and message in said["error"]
+    assert before == {path: path.read_bytes() for path in beside.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+
+
+def test_the_sidecar_says_how_a_job_was_called_and_on_what_data(tmp_path: Path, beside: Path) -> None:
+    folder = stored(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    options = ("--calibration", text, "--sequences", "12", "--length", "32", "--order", "parallel")
+    for command in (("prune", folder, "a b", "-p", "2:4", "--method", "wanda"), ("convert", folder, "c", "--to", "2:4")):
+        assert invoke(*command, *options)[0] == 0
+        said = read_sidecar(command[2]).provenance
+        assert shlex.split(said["command"]) == ["bisparse", *map(str, (*command, *options)), "--json"]
+        assert said["source"] == str(folder) and said["order"] == "parallel"
+        assert said["calibration"] == {
+            "file": str(text),
+            "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+            "sequences": 12,
+            "length": 32,
+            "seed": 0,
+            "batches": 2,
+        }
+    assert invoke("prune", "mine_for_tests:both", "d", "-p", "2:4", "--method", "wanda")[0] == 0
+    assert read_sidecar("d").provenance["calibration"] == {"function": "mine_for_tests:both", "batches": 6}
 
 
 @pytest.mark.parametrize("name", ["adaprune_a_model.py", "convert_a_model.py"])
@@ -412,7 +639,7 @@ def test_a_job_that_cannot_be_saved_goes_on_from_its_journal(
         raise AssertionError("nothing is left to be pruned")
 
     with monkeypatch.context() as context:
-        context.setattr("bisparse.pruning.prune.prune_layer", again)
+        context.setattr("bisparse.pruning.job.prune_layer", again)
         code, report = invoke(*job)
     assert code == 0 and len(report["layers"]) == done
     assert (beside / "out" / "bisparse.json").exists() and not (beside / "journal").exists()

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bisparse.pruning import ALPS, AdaPrune, CalibrationError, GradientAdaPrune, Magnitude, Method, OtherRankError, prune_
+from bisparse.solvers import Greedy
 
 
 class Block(nn.Module):
@@ -44,6 +45,59 @@ def pruned(name: str, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     return model.state_dict()
 
 
+DIFFERENCES = {
+    "pattern": "the pruning of 1.a is 4:8-T",
+    "pattern of one layer": "the pruning of 2.b is 4:8-T",
+    "method": "the pruning of 1.a is 4:8-T by AdaPrune",
+    "solver": "solver=",
+    "order": "order=",
+    "data": "the digest of the data",
+    "layers": "the pruning of 2.b is 4:8-T by AdaPrune",
+    "weight": "the digest of 3.gate.weight",
+    "bias": "the digest of 1.b.bias",
+    "layer that is not pruned": "the digest of 4.weight",
+    "no data": "AdaPrune needs the|adaprune needs the",
+    "bad pattern": "rank 1 failed|5:4",
+}
+"""What rank 1 has otherwise than rank 0, and what the error names."""
+
+
+def differing(name: str, rank: int) -> tuple[str, bool]:
+    """The error, and whether the model is unchanged."""
+    model, batches = build()
+    pattern, how = "4:8-T", {"order": "sequential", "solver": None, "patterns": None, "exclude": ["0", "4"]}
+    method: Method = Magnitude() if name in ("weight", "pattern") else AdaPrune()
+    if rank == 1:
+        if name == "pattern":
+            pattern = "2:4-T"
+        elif name == "pattern of one layer":
+            how["patterns"] = {"2.b": "2:4"}
+        elif name == "method":
+            method = AdaPrune(damping=0.5)
+        elif name == "solver":
+            how["solver"] = Greedy()
+        elif name == "order":
+            how["order"] = "parallel"
+        elif name == "data":
+            batches[3] = batches[3] + 1e-6
+        elif name == "layers":
+            how["exclude"] = ["0", "4", "2.b"]
+        elif name == "bad pattern":
+            pattern = "5:4"
+        elif name != "no data":
+            with torch.no_grad():
+                tensor = {"weight": model[3].gate.weight[:, 5], "bias": model[1].b.bias}.get(name, model[4].weight)
+                tensor[3:4] += 1e-6
+    before = copy.deepcopy(model.state_dict())
+    data = None if method == Magnitude() or (name == "no data" and rank == 1) else batches
+    try:
+        prune_(model, pattern, method, data, group=dist.group.WORLD, **how)
+        error = "none"
+    except (ValueError, OtherRankError) as found:
+        error = str(found)
+    return error, all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
 class Failing(AdaPrune):
     """Fails at a layer that rank 1 gets."""
 
@@ -64,6 +118,7 @@ def main(rank: int, folder: Path) -> None:
     except (CalibrationError, OtherRankError) as error:
         found["error"] = f"{type(error).__name__}: {error}"
     found["unchanged"] = all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    found["differing"] = {name: differing(name, rank) for name in DIFFERENCES}
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

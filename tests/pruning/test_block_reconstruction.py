@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bisparse import verify
 from bisparse.pruning import AdaPrune, BlockReconstruction, Magnitude, Method, Wanda, convert_, prune_
-from bisparse.pruning.calibration.block_runner import FinishedBlock
+from bisparse.pruning.calibration.finished_block import FinishedBlock
 
 
 class Gated(nn.Module):
@@ -176,7 +176,7 @@ def test_a_conversion_keeps_what_was_pruned() -> None:
     model, batches = case()
     prune_(model, "4:8")
     before = {name: weight == 0 for name, weight in model.state_dict().items() if weight.ndim == 2}
-    convert_(model, "2:4", batches, reconstruction=HOW)
+    convert_(model, "2:4", batches=batches, reconstruction=HOW)
     assert all(bool((model.state_dict()[name] == 0)[zeros].all()) for name, zeros in before.items())
 
 

@@ -35,7 +35,7 @@ def test_every_route_ends_in_the_pattern_within_what_was_kept(origin: str, to: s
     model, batches = network()
     prune_(model, origin)
     before = {name: one.clone() for name, one in model.state_dict().items()}
-    report = convert_(model, to, batches if data else None)
+    report = convert_(model, to, batches=batches if data else None)
     for layer in report:
         weight, old = model.state_dict()[layer.parameter], before[layer.parameter]
         verify(weight, to).check()
@@ -91,8 +91,8 @@ def test_regrowth_keeps_what_is_kept_fills_free_places_and_lowers_the_error(to: 
     model, batches = network()
     prune_(model, "30%", Wanda(), batches)
     plain, grown = copy.deepcopy(model), copy.deepcopy(model)
-    without = convert_(plain, to, batches, order="parallel", method=AdaPrune(damping=0.01))
-    with_ = convert_(grown, to, batches, order="parallel", method=AdaPrune(damping=0.01), regrow=True)
+    without = convert_(plain, to, AdaPrune(damping=0.01), batches, order="parallel")
+    with_ = convert_(grown, to, AdaPrune(damping=0.01), batches, order="parallel", regrow=True)
     for name in ("0", "2"):
         old, new = plain.get_submodule(name).weight, grown.get_submodule(name).weight
         verify(new, to).check()
@@ -107,9 +107,9 @@ def test_regrowth_needs_data_and_a_method_that_fits() -> None:
     with pytest.raises(ValueError, match="needs batches"):
         convert_(model, "2:4", regrow=True)
     with pytest.raises(ValueError, match="AdaPrune"):
-        convert_(model, "2:4", batches, method=Magnitude(), regrow=True)
+        convert_(model, "2:4", Magnitude(), batches, regrow=True)
     with pytest.raises(ValueError, match="pass batches"):
-        convert_(model, "2:4", method=Wanda())
+        convert_(model, "2:4", Wanda())
 
 
 def test_layers_get_the_sparsest_pattern_they_fit() -> None:
@@ -118,7 +118,7 @@ def test_layers_get_the_sparsest_pattern_they_fit() -> None:
         model[0].weight.mul_(torch.rand_like(model[0].weight) < 0.08)
     patterns = fitting_patterns(model, 4, confidence=0.9)
     assert set(patterns) == {"0"}
-    report = convert_(model, "2:4", batches, patterns=patterns)
+    report = convert_(model, "2:4", batches=batches, patterns=patterns)
     assert report["0"].pattern == str(patterns["0"]) and report["2"].pattern == "2:4"
     verify(model[0].weight, patterns["0"]).check()
 
@@ -128,5 +128,5 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     before = copy.deepcopy(model.state_dict())
     batches[3][0, 0] = float("nan")
     with pytest.raises(ValueError, match="NaN"):
-        convert_(model, "2:4", batches)
+        convert_(model, "2:4", batches=batches)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())

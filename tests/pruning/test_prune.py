@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from bisparse import AdaPrune, Greedy, Pattern, PruneReport, Wanda, convert_, prune_, solve, verify
+from bisparse import AdaPrune, Pattern, Wanda, convert_, prune_, solve, verify
 from bisparse.layers import find_layers
 from bisparse.pruning import Method
+from bisparse.results import PruneReport
+from bisparse.solvers import Greedy
 from bisparse.tiles import Layout, LayoutKind
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,17 @@ def test_the_failure_of_one_rank_reaches_the_other_and_changes_no_model(results:
         "OtherRankError: rank 1 failed: CalibrationError: 2.gate: on purpose",
     ]
     assert all(one["unchanged"] for one in results)
+
+
+@pytest.mark.parametrize("name", list(worker.DIFFERENCES))
+def test_ranks_with_different_jobs_all_raise_the_same_error_before_they_start(name: str, results: list[dict]) -> None:
+    (one, one_unchanged), (other, other_unchanged) = (result["differing"][name] for result in results)
+    assert one_unchanged and other_unchanged
+    for error in (one, other):
+        assert re.search(worker.DIFFERENCES[name], error), error
+    if name not in ("no data", "bad pattern"):
+        # These are wrong on rank 1 alone, and rank 0 quotes it.
+        assert one == other and "on rank 0 and" in one and "on rank 1" in one
 
 
 def test_one_alone_shares_with_nobody() -> None:

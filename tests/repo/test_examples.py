@@ -46,7 +46,7 @@ def test_prove_a_mask(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def test_the_proof_in_the_example_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Liar(bisparse.Exact):
+    class Liar(bisparse.solvers.Exact):
         """Moves one kept weight: still feasible, no longer the best."""
 
         def solve_matrix(self, scores, n, m, warm_start=None):  # type: ignore[no-untyped-def]

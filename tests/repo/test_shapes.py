@@ -28,8 +28,9 @@ import torch
 torch.set_num_threads(1)
 """
 ENGINE = """
-from bisparse import Exact, Greedy, MinCostFlow, Sinkhorn, TwoApproximation, solve, verify
-from bisparse.kernels.exact import ops
+from bisparse import solve, verify
+from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, TwoApproximation
+from bisparse.kernels.exact import ops, reference
 from bisparse.layers import find_layers
 from bisparse.tiles import Layout, LayoutKind
 
@@ -52,13 +53,14 @@ outlier = torch.rand(8, 8)
 outlier[0, 0] = 1e30
 solve(outlier, "4:8-T").check()
 solve(torch.rand(12, 6, 3, 3), "2:4-T", layout=Layout(LayoutKind.CONV, groups=2)).check()
-q, exponent = ops.quantise(torch.rand(3, 8, 8))
-ops.reference_exact_mask(torch.rand(8, 8), 4, 8, False)
-ops.reference_exact_solve_integers(q, 4, True, None, None)
+q, exponent = reference.quantise(torch.rand(3, 8, 8))
+reference.exact_mask(torch.rand(8, 8), 4, 8, False)
+reference.exact_solve_integers(q, 4, True, None, None)
 find_layers(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Conv2d(4, 4, 3)), pattern=solution.pattern, remainder="dense")
 """
 ACCELERATION = """
-from bisparse import accelerate_, advise, finalize_, prune_, sparsify_
+from bisparse import accelerate_, finalize_, prune_, sparsify_
+from bisparse.accelerate import advise
 for trained in (False, True):
     model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Linear(8, 20)).train(trained)
     if trained:
@@ -74,7 +76,8 @@ for trained in (False, True):
 """
 LIES = """
 import jaxtyping
-for call in (lambda: bisparse.Exact()(torch.rand(4, 4), 2), lambda: bisparse.Exact()(torch.rand(2, 4, 8), 2)):
+solve_tiles = bisparse.solvers.Exact().solve_tiles
+for call in (lambda: solve_tiles(torch.rand(4, 4), 2), lambda: solve_tiles(torch.rand(2, 4, 8), 2)):
     try:
         call()
     except jaxtyping.TypeCheckError:

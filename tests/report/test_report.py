@@ -17,11 +17,12 @@ import scipy
 import torch
 from safetensors.torch import load_file, save_file
 
-from bisparse import Greedy, mask_diversity, prune_, solve
+from bisparse import mask_diversity, prune_, solve
 from bisparse.checkpoint import SIDECAR, CheckpointError, load_masks, prune_checkpoint, read_sidecar, save
 from bisparse.report import Task, plot_diversity, read_figures, write_comparison, write_report
 from bisparse.report.plot import GAUSSIAN_RETAINED, LIGHT, STRUCTURES, _draw, _overlap, diversity_points, diversity_svg
 from bisparse.report.svg import chart_of_layers, picture_of_tile
+from bisparse.solvers import Greedy
 
 INJECTION = "encoder.1.<script>alert(1)</script>\"'&amp;"
 VOID = {"meta", "link", "input", "br", "wbr", "img", "hr"}
@@ -134,7 +135,7 @@ def test_headline_says_what_was_done(page: Page) -> None:
     text = re.sub(r"\s+", " ", page.text)
     assert "tiny <b onclick=x>model at 4:8-T" in text
     assert "At most 4 of every 8 weights are kept, along the rows of each weight matrix and along its columns." in text
-    assert "Each mask is proved to be the best there is." in text
+    assert "Each mask is proved to be the best for its scores." in text
     assert re.search(r"✓W holds on all [\d,]+ groups", text) and re.search(r"✓Wᵀ holds on all [\d,]+ groups", text)
     assert "every kept weight is exactly as it was" in text
 
@@ -452,7 +453,7 @@ def test_figures_of_a_job_with_data_stand_in_the_table(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
     prune_(model, "4:8")
     mixing = torch.randn(32, 32)  # inputs that make good for each other: else there is nothing to fit
-    report = convert_(model, "2:4", [torch.randn(64, 32) @ mixing for _ in range(6)])
+    report = convert_(model, "2:4", batches=[torch.randn(64, 32) @ mixing for _ in range(6)])
     save(model, tmp_path / "out", report=report)
     page = Page(write_report(tmp_path / "out", tmp_path / "report.html"))
     head = [cell.strip() for cell in next(row for row in page.rows if "Damping" in row)]

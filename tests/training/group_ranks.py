@@ -82,7 +82,7 @@ def groups(rank: int, group: dist.ProcessGroup, mesh: DeviceMesh, hybrid: Device
     for name, (model, optimizer, sparsity) in {"ddp": ddp(rank, group), "fsdp": fsdp(mesh), "hsdp": fsdp(hybrid)}.items():
         assert sparsity.search.ranks is not None and sparsity.search.ranks.size == 2
         solved.clear()
-        for number in range(2):
+        for number in range(3):  # the forward passes after the first two steps refresh
             step(model, optimizer, number)
         result[name] = {"masks": masks(sparsity), "solved": sum(solved)}
     search.solve = original  # type: ignore[assignment]
@@ -117,6 +117,7 @@ def failures(rank: int, group: dist.ProcessGroup, mesh: DeviceMesh) -> dict[str,
 
     if rank == 2:
         search.solve = failing  # type: ignore[assignment]
+    step(model, optimizer)
     found["ddp solver"] = error_of(lambda: step(model, optimizer))
     search.solve = original  # type: ignore[assignment]
 
@@ -128,6 +129,7 @@ def failures(rank: int, group: dist.ProcessGroup, mesh: DeviceMesh) -> dict[str,
     scores_fail = False
     model, optimizer, sparsity = ddp(rank, group, score=score)
     scores_fail = True
+    step(model, optimizer)
     found["ddp score"] = error_of(lambda: step(model, optimizer))
 
     model, optimizer, sparsity = ddp(rank, group)

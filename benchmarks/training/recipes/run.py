@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bisparse.apart import check_apart
 from bisparse.checkpoint import SIDECAR
-from bisparse.checkpoint.atomic_folder import written_here
 from bisparse.checkpoint.save_load import sidecar_of
 from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
+from bisparse.training.parametrizations import masked_parameters
 from bisparse.training.rng_state import random_state, restore_random_state
-from bisparse.training.schedule import Phase, Schedule
+from bisparse.training.schedule import Schedule
 from bisparse.training.sparsify import finalize_, plain_state_dict, sparsify_
 from bisparse.training.sparsity import Sparsity
 from recipes.data import Data, load_data
@@ -75,12 +76,15 @@ def run_recipe(recipe: Recipe, folder: str | Path, *, progress: bool = True, sto
         stop_after: stop after this many optimizer steps in this call, as a kill would, and return None.
 
     Raises:
+        CheckpointError: the folder is, contains or is inside the run to start from or the data.
         RecipeError: the folder holds the run of another recipe, or other things and no run, or the data are not there.
         RunError: the loss, a gradient or a weight is no finite number any more, or the checkpoint or the outcome is damaged.
     """
     folder = Path(folder)
+    data = Path(recipe.data.folder).expanduser() if recipe.data.folder else None
+    check_apart(folder, {"run to start from": recipe.model.start or None, "data": data})
     own = json.dumps(recipe.as_dict(), indent=2, sort_keys=True)
-    if folder.exists() and not written_here(folder, RECIPE):
+    if folder.exists() and not (folder.is_dir() and ((folder / RECIPE).exists() or not any(folder.iterdir()))):
         raise RecipeError(
             f"{folder} exists already and holds no run (no {RECIPE}): choose a folder that is new, empty, or a run's"
         )
@@ -235,7 +239,11 @@ class _Run:
         self.model.train()
         total = 0.0
         for batch, right in zip(inputs, labels, strict=True):
-            loss = nn.functional.cross_entropy(self._predict(batch), right) / len(inputs)
+            try:
+                scores = self._predict(batch)
+            except ValueError as error:  # of the sparsity: weights that are not finite
+                raise RunError(f"{self.recipe.name}: {error}") from error
+            loss = nn.functional.cross_entropy(scores, right) / len(inputs)
             loss.backward()
             total += float(loss.detach())
         if not math.isfinite(total):
@@ -244,7 +252,7 @@ class _Run:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.training.clip)
         try:
             self.optimizer.step()
-        except ValueError as error:  # of the sparsity: gradients or weights that are not finite
+        except ValueError as error:  # of the sparsity: gradients that are not finite
             raise RunError(f"{self.recipe.name}: {error}") from error
         self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -325,7 +333,7 @@ class _Run:
         density, refreshes, dense_end = 1.0, 0, False
         if self.sparsity is not None:
             refreshes = self.sparsity.refreshes
-            dense_end = self.sparsity.phase is Phase.DENSE
+            dense_end = any(own.dense for _, _, _, own in masked_parameters(self.model))
             finalize_(self.model)
             weights = [layer.weight for layer in self.sparsity.layers]
             density = sum(int((one != 0).sum()) for one in weights) / sum(one.numel() for one in weights)

@@ -17,7 +17,7 @@ from bisparse.accelerate.backends.base import HALF, Backend, BackendError, choos
 from bisparse.accelerate.linear_packed import PackedLinear
 from bisparse.accelerate.linear_trained import SparseLinear
 from bisparse.diversity import hardware
-from bisparse.layers import Filter, Layer, Skipped, find_layers
+from bisparse.layers import Filter, Layer, Skipped, computed_reason, find_layers
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.solution import PatternError, verify
 from bisparse.training import MVUELinear
@@ -172,6 +172,8 @@ def layer_reason(layer: Layer) -> str | None:
         return "S-STE moves its mask at every step, so that nothing packed would last; it stays masked-dense"
     if parametrize.is_parametrized(module) and not isinstance(own, Masked):
         return "its weight is parametrized by another library"
+    if own is None and (reason := computed_reason(module, "weight")) is not None:
+        return reason
     weight = trained_parameter(module, "weight")
     if isinstance(weight, DTensor):
         return "its weight is sharded already: call accelerate_ before fully_shard"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bisparse.accelerate.timing import Pass, Timing
+from bisparse.atomic_file import atomic_file
 
 __all__ = ["Grid", "GridPoint", "stored_grids"]
 
@@ -73,8 +74,8 @@ class Grid:
     def write(self, path: str | Path) -> None:
         """Write the file that `read` reads."""
         content = {"format": FORMAT, **asdict(self)}
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def predict(self, shape: tuple[int, int], tokens: int, backend: str, *, training: bool, both_ways: bool) -> Timing | None:
         """The times of a layer of shape (out_features, in_features); None where no measured points surround it."""

@@ -1,10 +1,10 @@
 """Checkpoints: the only folder that knows file formats. Prune, verify, save and load plain dense weights with zeros."""
 
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.prune import CheckpointPlan, plan_checkpoint, prune_checkpoint
 from bisparse.checkpoint.save_load import load, save
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, load_masks, read_sidecar
 from bisparse.checkpoint.verify import Detected, detect_patterns, verify_checkpoint
+from bisparse.errors import CheckpointError
 
 __all__ = [
     "MASKS",

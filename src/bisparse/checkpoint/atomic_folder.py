@@ -1,26 +1,34 @@
 """An output folder that is either absent or whole, whenever the process dies.
 
-Everything is written into a hidden folder beside the target, forced to disk, and renamed. The folder's name starts with
-``.TARGET.bisparse-``; one that a killed process left behind is removed by the next run with the same target. A lock on it,
-which the system drops when a process dies, tells it from the folder of a run that is still going.
+Everything is written into a new hidden folder next to the target, ``.TARGET.bisparse-RANDOM``, forced to disk, and renamed:
+
+* `output` is what becomes the target;
+* `previous` is the old target, where two names cannot be exchanged in one step and it has to be moved out of the way;
+* `bisparse-temporary` is the mark that the folder is ours. It names the target.
+
+A folder that a killed process left behind is removed by the next run with the same target, after its `previous` was put
+back. Folders without the mark are never touched, whatever their names. A lock, which the system drops when a process dies,
+tells a leftover from the folder of a run that is still going.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import os
-import secrets
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bisparse.checkpoint.errors import CheckpointError
+from bisparse.errors import CheckpointError
 
 __all__ = ["check_room", "check_target", "check_writable", "output_folder", "written_here"]
 
+MARK, OUTPUT, PREVIOUS = "bisparse-temporary", "output", "previous"
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100
 
@@ -31,23 +39,29 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
 
     Args:
         overwrite: an existing target is replaced, in one step where the system can exchange two names (Linux), in two
-            renames elsewhere. Only an empty folder or one that holds a file named `ours` is.
+            renames elsewhere. Only an empty folder or one that bisparse wrote is; see `written_here`.
 
     Raises:
         CheckpointError: the target exists, cannot be written, another run is writing it, or the disk is full.
     """
     given, target = target, Path(os.path.realpath(target))
-    temporary = _hidden(target.parent, target)
+    hidden: Path | None = None
+    lock: int | None = None
+    # Paths below it are reported as paths below the target.
+    temporary = target
+    leftovers: list[tuple[Path, int | None]] = []
     try:
-        _restore(target)
+        leftovers = _leftovers(target)
+        _restore(target, [folder for folder, _ in leftovers])
         check_target(target, overwrite, ours)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target)
+        hidden = _make_hidden(target.parent, target)
+        temporary = hidden / OUTPUT
+        lock = _lock(hidden)
+        (hidden / MARK).write_text(_mark(target), encoding="utf-8")
         temporary.mkdir()
-    except OSError as error:
-        raise _explained(error, given, temporary) from error
-    lock = _lock(temporary)
-    try:
+        _remove([folder for folder, held in leftovers if held is not None])
+        _unlock(leftovers)
         yield temporary
         _flush(temporary)
         check_target(target, overwrite, ours)
@@ -60,14 +74,25 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
         path = _as_given(error.path, given, temporary)
         raise CheckpointError(path, error.problem, error.remedy, tensor=error.tensor) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        # An old output that could not be put back is not removed either.
+        if hidden is not None and (not (hidden / PREVIOUS).exists() or os.path.lexists(target)):
+            shutil.rmtree(hidden, ignore_errors=True)
+        _unlock([*leftovers, (target, lock)])
 
 
 def written_here(folder: Path, ours: str) -> bool:
-    """Whether a folder may be replaced: it is empty, or holds the file `ours`."""
-    return folder.is_dir() and ((folder / ours).is_file() or not any(folder.iterdir()))
+    """Whether a folder may be replaced: it is empty, or bisparse wrote it, as the content of its file `ours` says."""
+    return folder.is_dir() and (_is_sidecar(folder / ours) or not any(folder.iterdir()))
+
+
+def _is_sidecar(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and {"schema_version", "layers"} <= content.keys()
 
 
 def check_room(folder: Path, needed: int) -> None:
@@ -97,7 +122,7 @@ def check_target(target: Path, overwrite: bool, ours: str) -> None:
     if not written_here(target, ours):
         raise CheckpointError(
             target,
-            f"was not written by bisparse (it holds no {ours})",
+            f"was not written by bisparse (it holds no {ours}, or one that is not ours or damaged)",
             "remove it yourself or choose another name; it is not replaced",
         )
 
@@ -111,17 +136,27 @@ def check_writable(target: Path) -> None:
     existing = next(parent for parent in Path(os.path.realpath(target)).parents if os.path.lexists(parent))
     if not existing.is_dir():
         raise CheckpointError(existing, "is a file, where a folder is needed", f"choose another place than {target}")
-    probe = _hidden(existing, target)
     try:
-        probe.mkdir()
-        probe.rmdir()
+        _make_hidden(existing, target).rmdir()
     except OSError as error:
-        raise _explained(error, target, probe) from error
+        raise _explained(error, target, target) from error
 
 
-def _hidden(folder: Path, target: Path) -> Path:
-    """A name for what is to become the target."""
-    return folder / f".{target.name}.bisparse-{secrets.token_hex(4)}"
+def _make_hidden(folder: Path, target: Path) -> Path:
+    """A new folder that only its owner may enter."""
+    try:
+        return Path(tempfile.mkdtemp(prefix=_prefix(target), dir=folder))
+    except OSError as error:
+        error.filename = str(target)
+        raise
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.bisparse-"
+
+
+def _mark(target: Path) -> str:
+    return f"bisparse writes {json.dumps(target.name)} here; if no such process runs, this folder can be deleted\n"
 
 
 def _as_given(path: Path, target: Path, hidden: Path) -> Path:
@@ -147,36 +182,54 @@ def _lock(folder: Path) -> int | None:
     return handle
 
 
-def _remove_stale(target: Path) -> None:
-    for left in target.parent.glob(f".{_escaped(target.name)}.bisparse-*"):
+def _leftovers(target: Path) -> list[tuple[Path, int | None]]:
+    """The folders that killed runs with this target left behind, each with the lock that holds it, where there are locks.
+
+    Raises:
+        CheckpointError: one of them is still being written.
+    """
+    found: list[tuple[Path, int | None]] = []
+    for folder in target.parent.iterdir() if target.parent.is_dir() else ():
+        if not folder.name.startswith(_prefix(target)) or not _is_ours(folder, target):
+            continue
         try:
-            lock = _lock(left)
+            lock = _lock(folder)
         except BlockingIOError as error:
+            _unlock(found)
             raise CheckpointError(
-                target, f"is being written by another process, in {left}", "wait for it or choose another name"
+                target, f"is being written by another process, in {folder}", "wait for it or choose another name"
             ) from error
         except FileNotFoundError:
             continue  # that process has just finished
-        if lock is not None:
-            shutil.rmtree(left)
+        found.append((folder, lock))
+    return found
+
+
+def _is_ours(folder: Path, target: Path) -> bool:
+    mark = folder / MARK
+    if folder.is_symlink() or mark.is_symlink() or not mark.is_file():
+        return False
+    return mark.read_bytes() == _mark(target).encode()
+
+
+def _unlock(locked: list[tuple[Path, int | None]]) -> None:
+    while locked:
+        if (lock := locked.pop()[1]) is not None:
             os.close(lock)
 
 
-def _aside(target: Path) -> Path:
-    return target.parent / f".{target.name}.previous"
-
-
-def _restore(target: Path) -> None:
+def _restore(target: Path, leftovers: list[Path]) -> None:
     """Undo a replacement that was killed between its two renames."""
-    if _aside(target).exists():
-        if target.exists():
-            shutil.rmtree(_aside(target))
-        else:
-            os.rename(_aside(target), target)
+    for folder in leftovers:
+        if (folder / PREVIOUS).is_dir() and not os.path.lexists(target):
+            os.rename(folder / PREVIOUS, target)
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+def _remove(leftovers: list[Path]) -> None:
+    """Remove leftovers, but for an old output whose place another one took before it was replaced."""
+    for folder in leftovers:
+        if not ((folder / PREVIOUS).exists() and (folder / OUTPUT).exists()):
+            shutil.rmtree(folder)
 
 
 def _flush(folder: Path) -> None:
@@ -201,9 +254,13 @@ def _publish(temporary: Path, target: Path) -> None:
     if not target.exists():
         os.rename(temporary, target)
     elif not _exchange(temporary, target):
-        os.rename(target, _aside(target))
-        os.rename(temporary, target)
-        shutil.rmtree(_aside(target))
+        previous = temporary.with_name(PREVIOUS)
+        os.rename(target, previous)
+        try:
+            os.rename(temporary, target)
+        except OSError:
+            os.rename(previous, target)
+            raise
     _fsync(target.parent)
 
 

@@ -18,10 +18,10 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from bisparse._solve import solve
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.sidecar import SampleTile
 from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
+from bisparse.errors import CheckpointError
 from bisparse.pattern import Structure, Unstructured
 from bisparse.results import LayerResult, has_bound
 from bisparse.scores import magnitude

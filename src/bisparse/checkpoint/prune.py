@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -13,22 +12,24 @@ from typing import Any
 
 from safetensors import safe_open
 
-from bisparse._solve import choose_solver
+from bisparse.apart import check_apart
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
-from bisparse.checkpoint.errors import CheckpointError
+from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
+from bisparse.checkpoint.permissions import copy_permissions
 from bisparse.checkpoint.reader import Shard, Source, open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
 from bisparse.checkpoint.stored_tensor import DTYPES, MemoryTensor, SafetensorsWriter, StoredTensor, as_bytes
 from bisparse.checkpoint.verify import verify_stored
+from bisparse.errors import CheckpointError
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport
-from bisparse.solvers import Solver
+from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import Layout
 
-__all__ = ["CheckpointPlan", "Progress", "plan_checkpoint", "prune_checkpoint", "read_back"]
+__all__ = ["CheckpointPlan", "Progress", "copy_others", "plan_checkpoint", "prune_checkpoint", "read_back"]
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the bytes done and the bytes there are."""
@@ -123,7 +124,7 @@ def prune_checkpoint(
         overwrite: replace a target that bisparse wrote.
 
     Raises:
-        CheckpointError: the source cannot be read or holds NaN, the target exists or cannot be written.
+        CheckpointError: the source cannot be read or holds NaN, the target exists, cannot be written or overlaps the source.
         ValueError: a wrong pattern or filter.
     """
     pattern = parse_pattern(pattern)
@@ -131,16 +132,17 @@ def prune_checkpoint(
         source, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
     )
     target = Path(target)
-    _check_apart(plan.source.path, target)
+    check_apart(target, {"source": plan.source.path})
     with output_folder(target, overwrite=overwrite, ours=SIDECAR) as folder:
         check_room(folder, plan.output_bytes + SLACK)
         job = _Job(plan, folder, solver, progress)
         results, samples = job.run()
-        notes = plan.notes + _copy_others(plan.source, folder)
+        notes = plan.notes + copy_others(plan.source, folder)
+        plan.source.check_unchanged()
         report = PruneReport(
             str(pattern),
             "magnitude",
-            repr(solver or choose_solver(pattern)),
+            repr(parse_solver(solver)),
             results,
             plan.left_dense,
             {name: str(parse_pattern(one)) for name, one in (patterns or {}).items()},
@@ -149,13 +151,11 @@ def prune_checkpoint(
         step = max(1, -(-len(samples) // SAMPLES))
         sidecar = Sidecar(report, remainder, plan.source.path.resolve().name, samples[::step])
         (folder / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
+        for shard in plan.source.shards:
+            copy_permissions(folder / shard.file, {tensor.path for tensor in shard.tensors})
+        index = [plan.source.index[0]] if plan.source.index else []
+        limit_permissions((folder / name for name in (SIDECAR, MASKS, *index)), plan.source)
     return report
-
-
-def _check_apart(source: Path, target: Path) -> None:
-    first, second = Path(os.path.realpath(source)), Path(os.path.realpath(target))
-    if first == second or first in second.parents or second in first.parents:
-        raise CheckpointError(target, f"lies in, around or on the source {source}", "choose a target beside it")
 
 
 class _Job:
@@ -241,8 +241,13 @@ def read_back(
         advance(tensor)
 
 
-def _copy_others(source: Source, folder: Path) -> tuple[str, ...]:
+def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
+    """Copy the source's other files into a folder, config.json without its sparsity_config; returns notes.
+
+    Files, and folders with what is in them, keep their permissions; see `copy_permissions`.
+    """
     notes: tuple[str, ...] = ()
+    opened = {file.path: file for file in source.inputs}
     for name in source.others:
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
@@ -250,8 +255,23 @@ def _copy_others(source: Source, folder: Path) -> tuple[str, ...]:
             place.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
             notes = ("config.json: its sparsity_config was removed, since serving engines reject it and the weights are plain",)
         else:
-            shutil.copyfile(source.path / name, place)
+            path = source.path / name
+            file = opened.get(path) or open_input(path)
+            with file.open() as read, place.open("xb") as written:
+                shutil.copyfileobj(read, written)
+            file.check_unchanged()
+        copy_permissions(place, [source.path / name])
+    if source.path.is_dir():
+        for path in {parent for name in source.others for parent in Path(name).parents} | {Path()}:
+            copy_permissions(folder / path, [source.path / path])
     return notes
+
+
+def limit_permissions(written: Iterable[Path], source: Source) -> None:
+    """Give files that tell of all of the source's weights the permissions that all of its weight files have."""
+    weights = {tensor.path for shard in source.shards for tensor in shard.tensors}
+    for path in written:
+        copy_permissions(path, weights)
 
 
 def _without_sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:

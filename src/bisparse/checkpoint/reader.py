@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bisparse.checkpoint.errors import CheckpointError
+from bisparse.checkpoint.input_file import InputFile, read_json
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR
 from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, in_file_order, read_header
 from bisparse.checkpoint.torch_file import read_state_dict
+from bisparse.errors import CheckpointError
 
 __all__ = ["Shard", "Source", "open_source"]
 
@@ -43,6 +44,17 @@ class Source:
     others: tuple[str, ...] = ()
     """Further files that belong to the model, relative to its folder."""
     notes: tuple[str, ...] = ()
+    inputs: tuple[InputFile, ...] = ()
+    """The files that all this was read from: weights, index and config.json."""
+
+    def check_unchanged(self) -> None:
+        """Raise if the checkpoint changed since it was opened; to be called after its last tensor is read.
+
+        Raises:
+            CheckpointError: weights, index or config.json were changed, replaced or removed.
+        """
+        for file in self.inputs:
+            file.check_unchanged()
 
     @property
     def tensors(self) -> dict[str, StoredTensor]:
@@ -58,7 +70,8 @@ class Source:
 def open_source(path: str | Path) -> Source:
     """Find a checkpoint's weights: a folder of safetensors or of torch files, sharded or not, or a single such file.
 
-    In a folder, safetensors are taken before torch files, and sharded weights need their index.
+    In a folder, safetensors are taken before torch files, and a whole file before an index, as transformers does: what the
+    others are, such as an index left over from a conversion, is not read. Sharded weights need their index.
 
     Raises:
         CheckpointError: no weights, missing shards, an index that does not fit its shards, corrupt files.
@@ -66,29 +79,31 @@ def open_source(path: str | Path) -> Source:
     path = Path(path)
     if not path.exists():
         raise CheckpointError(path, "does not exist", "check the path")
-    if path.is_file():
+    if not path.is_dir():
         return _open_file(path)
-    indices = sorted(path.glob("*.safetensors.index.json")) or sorted(path.glob("*.bin.index.json"))
-    if indices:
-        return _open_sharded(path, indices)
-    single = _single_file(path)
+    single = _find_weights(path)
+    if single.name.endswith(".index.json"):
+        return _open_sharded(path, single)
     opened = _open_file(single)
     shard = opened.shards[0]
     name = shard.file if single.suffix == ".safetensors" else "model.safetensors"
     others, notes = _others(path, {single.name})
-    return Source(path, (Shard(name, shard.header, shard.tensors),), None, _config(path), others, opened.notes + notes)
+    written = Shard(name, shard.header, shard.tensors)
+    return Source(path, (written,), None, opened.config, others, opened.notes + notes, opened.inputs)
 
 
 def _open_file(path: Path) -> Source:
     """A single file, without its neighbours; its config.json is read if there is one."""
-    config = _config(path.parent)
+    config_files, config = _config(path.parent)
     if path.suffix in TORCH_SUFFIXES:
-        tensors, notes = read_state_dict(path)
-        return Source(path, (_converted(f"{path.stem}.safetensors", tensors),), config=config, notes=notes)
+        file, tensors, notes = read_state_dict(path)
+        shard = _converted(f"{path.stem}.safetensors", tensors)
+        return Source(path, (shard,), config=config, notes=notes, inputs=(file, *config_files))
     if path.suffix == ".json":
         raise CheckpointError(path, "is JSON, not weights", "name the folder that it is in")
-    header, tensors = read_header(path)
-    return Source(path, (Shard(path.with_suffix(".safetensors").name, header, tuple(tensors.values())),), config=config)
+    file, header, tensors = read_header(path)
+    shard = Shard(path.with_suffix(".safetensors").name, header, tuple(tensors.values()))
+    return Source(path, (shard,), config=config, inputs=(file, *config_files))
 
 
 def _converted(file: str, tensors: Mapping[str, StoredTensor]) -> Shard:
@@ -97,12 +112,24 @@ def _converted(file: str, tensors: Mapping[str, StoredTensor]) -> Shard:
     return Shard(file, header, tuple(ordered))
 
 
+def _find_weights(folder: Path) -> Path:
+    """The file of weights in a folder, or the index of its shards."""
+    for whole, pattern in (("model.safetensors", "*.safetensors.index.json"), ("pytorch_model.bin", "*.bin.index.json")):
+        if os.path.lexists(folder / whole):
+            return folder / whole
+        indices = sorted(folder.glob(pattern))
+        if len(indices) > 1:
+            raise CheckpointError(folder, f"holds {len(indices)} indices of shards", "keep one checkpoint per folder")
+        if indices:
+            return indices[0]
+    return _single_file(folder)
+
+
 def _single_file(folder: Path) -> Path:
     candidates = [file for file in sorted(folder.glob("*.safetensors")) if file.name != MASKS]
     candidates = candidates or [file for suffix in TORCH_SUFFIXES for file in sorted(folder.glob(f"*{suffix}"))]
-    usual = [file for file in candidates if file.name in ("model.safetensors", "pytorch_model.bin")]
-    if len(usual or candidates) == 1:
-        return (usual or candidates)[0]
+    if len(candidates) == 1:
+        return candidates[0]
     if candidates:
         names = ", ".join(file.name for file in candidates[:6])
         raise CheckpointError(
@@ -117,11 +144,8 @@ def _single_file(folder: Path) -> Path:
     )
 
 
-def _open_sharded(folder: Path, indices: list[Path]) -> Source:
-    if len(indices) > 1:
-        raise CheckpointError(folder, f"holds {len(indices)} indices of shards", "keep one checkpoint a folder")
-    index = indices[0]
-    content = _json(index)
+def _open_sharded(folder: Path, index: Path) -> Source:
+    index_file, content = read_json(index)
     weight_map = content.get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())):
         raise CheckpointError(index, "has no 'weight_map' from tensors to files", "fetch the index again")
@@ -131,6 +155,7 @@ def _open_sharded(folder: Path, indices: list[Path]) -> Source:
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise CheckpointError(folder, f"lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:4])}", "fetch them")
     shards: list[Shard] = []
+    inputs = [index_file]
     notes: tuple[str, ...] = ()
     for file in files:
         opened = _open_file(folder / file)
@@ -150,15 +175,17 @@ def _open_sharded(folder: Path, indices: list[Path]) -> Source:
             )
         shards.append(Shard(_shard_name(file), shard.header, shard.tensors))
         notes += opened.notes
+        inputs.append(opened.inputs[0])
     written = {name: _shard_name(file) for name, file in weight_map.items()}
     name = index.name if index.name.endswith(".safetensors.index.json") else "model.safetensors.index.json"
     text = (
-        index.read_text(encoding="utf-8")
+        index_file.read(0, index_file.size).decode("utf-8")
         if written == weight_map
         else json.dumps({**content, "weight_map": written}, indent=2) + "\n"
     )
     others, left = _others(folder, {*files, index.name})
-    return Source(folder, tuple(shards), (name, text), _config(folder), others, notes + left)
+    config_files, config = _config(folder)
+    return Source(folder, tuple(shards), (name, text), config, others, notes + left, (*inputs, *config_files))
 
 
 def _shard_name(file: str) -> str:
@@ -167,19 +194,12 @@ def _shard_name(file: str) -> str:
     return Path(file).with_suffix(".safetensors").name.replace("pytorch_model", "model")
 
 
-def _config(folder: Path) -> Mapping[str, Any]:
+def _config(folder: Path) -> tuple[tuple[InputFile, ...], Mapping[str, Any]]:
     path = folder / "config.json"
-    return _json(path) if path.is_file() else {}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise CheckpointError(path, f"cannot be read as JSON ({error})", "fetch it again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(path, f"holds a {type(content).__name__}, not an object", "fetch it again")
-    return content
+    if not os.path.lexists(path):
+        return (), {}
+    file, content = read_json(path)
+    return (file,), content
 
 
 def _others(folder: Path, used: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -13,18 +13,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bisparse.apart import check_apart, origin_of
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
-from bisparse.checkpoint.errors import CheckpointError
 from bisparse.checkpoint.layer_selection import StoredLayer
-from bisparse.checkpoint.prune import SAMPLES, read_back
+from bisparse.checkpoint.names import named_as_in
+from bisparse.checkpoint.prune import SAMPLES, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import open_source
-from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size, read_sidecar
+from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size, read_own_sidecar
 from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build_header, in_file_order, memory_tensor
 from bisparse.checkpoint.verify import verify_checkpoint
+from bisparse.errors import CheckpointError
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.results import LayerResult, PruneReport
+from bisparse.results import LayerResult, PruneReport, checksum_of
+from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
 
@@ -50,7 +53,7 @@ class HasPattern(Protocol):
 
 @runtime_checkable
 class HasJson(Protocol):
-    """A transformers configuration."""
+    """A transformers configuration, of a model or of its generation."""
 
     def to_json_string(self) -> str:
         """Itself as JSON."""
@@ -89,25 +92,35 @@ def save(
     include: Filter | None = None,
     exclude: Filter | None = None,
     overwrite: bool = False,
+    source: str | Path | None = None,
+    provenance: Mapping[str, Any] | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> Sidecar:
     """Save a model whose layers obey a pattern: a plain `model.safetensors` that loads anywhere, the sidecar, the masks.
 
     Every name of the model's state_dict is written, tied weights under each of their names. Parametrized weights are
     written as the forward pass sees them, packed ones as their `dense_weight()`. Masks are the weights that are not zero.
-    A transformers model's configuration is written to config.json. The folder is absent or whole at any moment.
+    A transformers model's configuration is written to config.json, and that of its generation to generation_config.json. A
+    tokenizer is no part of a model: pass `source`, or ``beside=tokenizer.save_pretrained``. The folder is absent or whole at any
+    moment.
 
     Args:
         pattern: what the layers obey. By default what `report` says, or, in a model in sparse training, its parametrizations.
-        report: what `prune_` returned; its figures go into the sidecar.
+        report: what `prune_` or `Sparsity.report` returned; its figures go into the sidecar, but for those that a training run
+            found on other weights than these.
         state: the weights, instead of the model's own, where these are sharded over ranks.
         include, exclude: the layers that `pattern` is about; see `find_layers`.
         overwrite: replace a folder that bisparse wrote.
+        source: the checkpoint that the model was loaded from. All its other files (configurations, tokenizer, README, licence)
+            are copied as `prune_checkpoint` copies them, and tensors are written under its names: tied weights only under those
+            that it has.
+        provenance: how the job was called and on what data; goes into the sidecar.
         beside: called with the folder before it appears, to write more into it: a tokenizer's ``save_pretrained``.
 
     Raises:
         PatternError: a layer breaks its pattern; names it. Nothing is written.
-        CheckpointError: the folder exists or cannot be written.
+        CheckpointError: the folder exists, cannot be written, or overlaps the source or what the model was loaded from; names or
+            shapes are not those of the source.
         ValueError: nothing says which pattern the layers obey, or the report is of no layer.
     """
     if report is not None and not report.layers:
@@ -116,18 +129,21 @@ def save(
             f"no layer of the model {type(model).__name__} was pruned, so that nothing is written "
             f"({reasons or 'it has none that a pattern applies to'}); include layers by name"
         )
+    check_apart(folder, {"source": source, "model's own files": origin_of(model)})
+    opened = None if source is None else open_source(source)
     weights = dict(state) if state is not None else plain_weights(model)
     report = report or _report(model, weights, None if pattern is None else parse_pattern(pattern), include, exclude)
     if others := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
         report = replace(
             report, notes=(*report.notes, f"entries of the state_dict that are no tensors are not kept: {others[:8]}")
         )
+    if opened is not None:
+        weights = named_as_in(opened, weights, keep={one.parameter for one in report})
     folder = Path(folder)
+    report = _about(report, weights)
     stored = {name: memory_tensor(name, weight, folder / WEIGHTS) for name, weight in weights.items()}
     layers = {}
     for result in report:
-        if result.parameter not in stored:
-            raise ValueError(f"{result.name}: the report is about {result.parameter}, which is not among the model's weights")
         own = parse_pattern(result.pattern if pattern is None else pattern)
         verify(weights[result.parameter], own, layout=result.layout, name=result.name).check()
         layers[result.parameter] = StoredLayer(result.name, stored[result.parameter], result.layout, own)
@@ -148,11 +164,18 @@ def save(
                 packer = BitPacker(writer.write)
                 packer.add((weights[name] != 0).cpu())
                 packer.finish()
-        if (config := _config_of(model)) is not None:
-            (temporary / "config.json").write_text(config, encoding="utf-8")
-        sidecar = sidecar_of(report, weights, type(model).__name__)
+        if opened is not None:
+            report = replace(report, notes=(*report.notes, *opened.notes, *copy_others(opened, temporary)))
+            opened.check_unchanged()
+        if not (temporary / "config.json").exists():
+            for name, text in _configs_of(model).items():
+                (temporary / name).write_text(text, encoding="utf-8")
+        named = type(model).__name__ if opened is None else opened.path.resolve().name
+        sidecar = replace(sidecar_of(report, weights, named), provenance=dict(provenance or {}))
         (temporary / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
         read_back(temporary / WEIGHTS, ordered, checksums, layers, lambda tensor: None)
+        if opened is not None:
+            limit_permissions((temporary / name for name in (WEIGHTS, MASKS, SIDECAR)), opened)
         if beside is not None:
             beside(temporary)
     return sidecar
@@ -181,6 +204,23 @@ def _report(
     return PruneReport(results[0].pattern, "as given", "not recorded", tuple(results), tuple(left))
 
 
+def _about(report: PruneReport, weights: Mapping[str, Tensor]) -> PruneReport:
+    """A report without the figures that were found on other weights than these."""
+    results, trained = [], 0
+    for result in report:
+        if result.parameter not in weights:
+            raise ValueError(f"{result.name}: the report is about {result.parameter}, which is not among the model's weights")
+        weight = weights[result.parameter]
+        result = replace(result, density=float((weight != 0).double().mean()) if weight.numel() else result.density)
+        if result.checksum is not None and result.checksum != checksum_of(weight):
+            result, trained = replace(result, retained=None, gap=None, value=None, checksum=None), trained + 1
+        results.append(result)
+    notes = report.notes
+    if trained:
+        notes += (f"{trained} layers were trained after the report was made: what they keep of the score is not known",)
+    return replace(report, layers=tuple(results), notes=notes)
+
+
 def _pattern_of(layer: Layer) -> Structure | None:
     if not parametrize.is_parametrized(layer.module, layer.parameter):
         return None
@@ -200,14 +240,17 @@ def sidecar_of(report: PruneReport, weights: Mapping[str, Tensor], source: str) 
     return Sidecar(report, source=source, samples=tuple(samples))
 
 
-def _config_of(model: nn.Module) -> str | None:
-    config = getattr(model, "config", None)
-    if not isinstance(config, HasJson):
-        return None
-    content: dict[str, Any] = json.loads(config.to_json_string())
-    content.pop("sparsity_config", None)
-    content["architectures"] = content.get("architectures") or [type(model).__name__]
-    return json.dumps(content, indent=2) + "\n"
+def _configs_of(model: nn.Module) -> dict[str, str]:
+    """The configurations that a transformers model has, by file name."""
+    found = {}
+    if isinstance(config := getattr(model, "config", None), HasJson):
+        content: dict[str, Any] = json.loads(config.to_json_string())
+        content.pop("sparsity_config", None)
+        content["architectures"] = content.get("architectures") or [type(model).__name__]
+        found["config.json"] = json.dumps(content, indent=2) + "\n"
+    if isinstance(generation := getattr(model, "generation_config", None), HasJson):
+        found["generation_config.json"] = generation.to_json_string().rstrip() + "\n"
+    return found
 
 
 @torch.no_grad()
@@ -223,7 +266,8 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
         The sidecar, None where there is none.
 
     Raises:
-        CheckpointError: names or shapes that do not fit, or a corrupt file; the model is unchanged.
+        CheckpointError: names, shapes or dtypes that do not fit, or a corrupt file, or one that changes while it is loaded; the
+            model is unchanged.
         ValueError: the model is accelerated.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
     """
@@ -233,8 +277,8 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
             "yourself and pass them to model.load_state_dict"
         )
     source = open_source(folder)
-    sidecar = read_sidecar(source.path if source.path.is_dir() else source.path.parent)
     state, tensors = model.state_dict(), source.tensors
+    sidecar = read_own_sidecar(source.path, tensors)
     for name, tensor in tensors.items():
         if name in state and tuple(state[name].shape) != tensor.shape:
             raise CheckpointError(
@@ -254,11 +298,25 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
                 "build the plain model of this checkpoint (before sparsify_ or accelerate_), or pass strict=False",
             )
     if sidecar is not None:
-        try:
-            verify_checkpoint(source.path).check()
-        except PatternError as error:
-            raise PatternError(f"{source.path}: {error}; the masks were lost after pruning, prune again") from error
+        checked = verify_checkpoint(source.path)
+        if checked.violations:
+            raise PatternError(f"{source.path}: {checked.message}; the masks were lost after pruning, prune again")
     for name, tensor in tensors.items():
         if name in state:
-            state[name].copy_(tensor.read().view(tensor.shape))
+            tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a checksum that is wrong
+    with Rollback() as rollback:
+        for name, tensor in tensors.items():
+            if name in state:
+                new = tensor.read().view(tensor.shape)
+                rollback.touch(state[name])
+                try:
+                    state[name].copy_(new)
+                except (RuntimeError, TypeError) as error:
+                    raise CheckpointError(
+                        tensor.path,
+                        f"cannot be written to the model's {state[name].dtype}: {str(error).splitlines()[0]}",
+                        "build the model in the dtype of the checkpoint",
+                        tensor=name,
+                    ) from error
+        source.check_unchanged()
     return sidecar

@@ -9,7 +9,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bisparse.checkpoint.errors import CheckpointError
-from bisparse.checkpoint.stored_tensor import build_header, read_header
+from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, read_header
+from bisparse.errors import CheckpointError
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport
@@ -92,6 +92,8 @@ class Sidecar:
     samples: tuple[SampleTile, ...] = ()
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: Mapping[str, str] = field(default_factory=_versions)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """How a job was called and on what data, as JSON knows values: command line, calibration file, sequences, length, order."""
 
     def to_json(self) -> str:
         """As text; `from_json` is the inverse."""
@@ -101,6 +103,7 @@ class Sidecar:
             "source": self.source,
             "created": self.created,
             "versions": dict(self.versions),
+            "provenance": dict(self.provenance),
             "remainder": self.remainder,
             **self.report.as_dict(),
             "samples": [asdict(sample) for sample in self.samples],
@@ -117,7 +120,7 @@ class Sidecar:
         try:
             document = json.loads(text)
             schema = document["schema_version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CheckpointError(path, f"is not a bisparse sidecar ({error!r})", "delete it, or prune again") from error
         if schema != SCHEMA_VERSION:
             raise CheckpointError(
@@ -142,6 +145,7 @@ class Sidecar:
                 tuple(_sample(entry) for entry in document["samples"]),
                 document["created"],
                 document["versions"],
+                dict(document.get("provenance", {})),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(path, f"lacks or garbles a field ({error!r})", "prune again") from error
@@ -149,6 +153,8 @@ class Sidecar:
 
 def _layer(entry: Mapping[str, Any]) -> LayerResult:
     layout = entry["layout"]
+    if any(type(layout[key]) is not int or layout[key] < 1 for key in ("groups", "parts")):
+        raise ValueError(f"{entry['name']}: layout {layout}")
     return LayerResult(
         **{
             **entry,
@@ -175,6 +181,29 @@ def read_sidecar(folder: str | Path) -> Sidecar | None:
     return Sidecar.from_json(text, path)
 
 
+def read_own_sidecar(path: Path, tensors: Mapping[str, StoredTensor], *, needed: bool = True) -> Sidecar | None:
+    """What the sidecar says of a checkpoint: of a folder all of it, of a single file what is about this file's tensors.
+
+    A file's neighbours do not count: entries for tensors of other names or shapes are left out, and with none left there is
+    no sidecar.
+
+    Args:
+        needed: of a single file, whether a damaged sidecar next to it is an error.
+    """
+    if path.is_dir():
+        return read_sidecar(path)
+    try:
+        sidecar = read_sidecar(path.parent)
+    except CheckpointError:
+        if needed:
+            raise
+        return None
+    if sidecar is None:
+        return None
+    own = tuple(one for one in sidecar.report if one.parameter in tensors and tensors[one.parameter].shape == one.shape)
+    return replace(sidecar, report=replace(sidecar.report, layers=own)) if own else None
+
+
 def masks_header(parameters: Mapping[str, tuple[int, ...]]) -> bytes:
     """Header of a masks file for parameters of these shapes, whose masks are written in this order."""
     tensors = ((name, "U8", (packed_size(shape),), packed_size(shape)) for name, shape in parameters.items())
@@ -194,7 +223,7 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
         CheckpointError: no masks file, or a corrupt one.
     """
     path = Path(folder) / MASKS if Path(folder).is_dir() else Path(folder)
-    header, tensors = read_header(path)
+    _, header, tensors = read_header(path)
     try:
         shapes = json.loads(json.loads(header[8:])["__metadata__"]["shapes"])
         masks = {}

@@ -13,13 +13,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import torch
 from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bisparse.checkpoint.errors import CheckpointError
+from bisparse.checkpoint.input_file import InputFile, open_input
+from bisparse.errors import CheckpointError
 
 __all__ = [
     "DTYPES",
@@ -88,23 +90,22 @@ class StoredTensor(ABC):
             yield self.read_bytes(start, min(start + PIECE, self.nbytes))
 
 
+class Content(Protocol):
+    """Bytes that are read by offset: a file, or a part of one."""
+
+    def read(self, offset: int, length: int, tensor: str = "") -> bytearray:
+        """`length` bytes from `offset` on; errors name `tensor`."""
+
+
 @dataclass(frozen=True)
 class FileTensor(StoredTensor):
-    """A tensor at an offset of a file."""
+    """A tensor at an offset of a file, or of a record inside it."""
 
     offset: int
+    content: Content
 
     def read_bytes(self, start: int, stop: int) -> bytearray:
-        data = bytearray(stop - start)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.offset + start)
-            view, done = memoryview(data), 0
-            while done < len(data):
-                count = file.readinto(view[done:])
-                if not count:
-                    raise CheckpointError(self.path, "ends before its last byte", "fetch the file again", tensor=self.name)
-                done += count
-        return data
+        return self.content.read(self.offset + start, stop - start, self.name)
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,12 @@ class MemoryTensor(StoredTensor):
 class StridedTensor(StoredTensor):
     """A transposed or otherwise strided view, of which no piece is contiguous in the file: read whole each time."""
 
-    storage: FileTensor
+    span: FileTensor
+    """The part of the storage from the view's first entry to its last."""
     stride: tuple[int, ...]
-    storage_offset: int
 
     def read_bytes(self, start: int, stop: int) -> bytearray:
-        view = self.storage.read().as_strided(self.shape, self.stride, self.storage_offset)
+        view = self.span.read().as_strided(self.shape, self.stride)
         return bytearray(as_bytes(view)[start:stop])
 
 
@@ -153,19 +154,21 @@ def in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
     return sorted(tensors, key=lambda one: (-DTYPES[one.dtype].itemsize, one.name))
 
 
-def read_header(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:
-    """A safetensors file's header, its length included, and its tensors in file order.
+def read_header(path: Path) -> tuple[InputFile, bytes, dict[str, StoredTensor]]:
+    """A safetensors file, its header, the length included, and its tensors in file order.
 
     Raises:
-        CheckpointError: missing, truncated or corrupt.
+        CheckpointError: missing, no regular file, truncated or corrupt.
     """
+    file = open_input(path)
     try:
         with safe_open(path, framework="pt"):
             pass  # the library checks the header, and that its tensors cover the file without gaps
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            text = file.read(length)
+        length = int.from_bytes(file.read(0, 8), "little")
+        text = bytes(file.read(8, length))
         entries = json.loads(text)
+    except CheckpointError:
+        raise
     except (SafetensorError, ValueError) as error:
         raise CheckpointError(
             path, f"is truncated or no safetensors file ({error})", "fetch it again, or compare its size and checksum"
@@ -183,11 +186,12 @@ def read_header(path: Path) -> tuple[bytes, dict[str, StoredTensor]]:
             path,
             entry["data_offsets"][1] - entry["data_offsets"][0],
             8 + length + entry["data_offsets"][0],
+            file,
         )
         for name, entry in entries.items()
     ]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    return length.to_bytes(8, "little") + text, {tensor.name: tensor for tensor in tensors}
+    return file, length.to_bytes(8, "little") + text, {tensor.name: tensor for tensor in tensors}
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:

@@ -11,10 +11,11 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from bisparse.checkpoint.bands import Band, bands
-from bisparse.checkpoint.errors import CheckpointError
-from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
+from bisparse.checkpoint.coverage import Coverage, cover, cover_by_sidecar, matrix_sides, nonzero
+from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer
 from bisparse.checkpoint.reader import Source, open_source
-from bisparse.checkpoint.sidecar import read_sidecar
+from bisparse.checkpoint.sidecar import Sidecar, read_own_sidecar
+from bisparse.errors import CheckpointError
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.solution import Verification, Violation, verify
 from bisparse.tiles import LayoutKind, pad_to_multiple, to_matrices
@@ -23,6 +24,7 @@ __all__ = ["Detected", "detect_patterns", "verify_checkpoint", "verify_stored"]
 
 SIZES = (2, 4, 8, 16, 32, 64)
 """Group sizes M that `detect_patterns` looks at."""
+ANY_PATTERN = Pattern(1, 2)
 
 
 def verify_checkpoint(
@@ -37,12 +39,15 @@ def verify_checkpoint(
 
     Args:
         pattern: by default, each layer's own from the sidecar. Without a sidecar, or where layers are named by `include`,
-            the layers are those that `prune_checkpoint` would prune.
+            the layers are those that `prune_checkpoint` would prune, in any dtype. Of a single file, only what the sidecar
+            next to it says about this file's tensors counts.
         include, exclude: layers, by name, glob or ``re:`` pattern.
         progress: called with the layer's name, the bytes read so far and those there are.
 
     Returns:
-        A verification whose `layers` holds one for each layer; truthy when all hold.
+        A verification whose `layers` holds one for each layer that was checked, `unchecked` a reason for each that could
+        not be, and `left_out` what is no layer to prune by default or was excluded. Truthy when at least one layer was
+        checked and all that were hold.
 
     Raises:
         CheckpointError: it cannot be read, has no layers, or lacks a layer that its sidecar names.
@@ -50,88 +55,101 @@ def verify_checkpoint(
     """
     source = open_source(path)
     structure = None if pattern is None else parse_pattern(pattern)
-    layers = _layers(source, structure, include, exclude)
+    found = _cover(source, structure, include, exclude)
+    layers = found.checked
     total, done, results = sum(layer.tensor.nbytes for layer in layers), 0, []
     for layer in layers:
         if progress:
             progress(layer.name, done, total)
         results.append(verify_stored(layer))
         done += layer.tensor.nbytes
+    source.check_unchanged()
     if progress:
         progress("", total, total)
-    return _together(layers, results, structure or layers[0].pattern)
-
-
-def _layers(
-    source: Source, pattern: Structure | None, include: NameFilter | None, exclude: NameFilter | None
-) -> list[StoredLayer]:
-    sidecar = read_sidecar(source.path if source.path.is_dir() else source.path.parent)
-    tensors = source.tensors
-    if sidecar is not None and include is None:
-        known = []
-        for result in sidecar.report:
-            if (tensor := tensors.get(result.parameter)) is None:
-                raise CheckpointError(
-                    source.path,
-                    "is in the sidecar, but not in the weights",
-                    "prune or fetch the checkpoint again",
-                    tensor=result.parameter,
-                )
-            if tensor.shape != result.shape:
-                raise CheckpointError(
-                    source.path,
-                    f"has shape {tensor.shape}, the sidecar says {result.shape}",
-                    "prune again",
-                    tensor=result.parameter,
-                )
-            known.append(StoredLayer(result.name, tensor, result.layout, pattern or parse_pattern(result.pattern)))
-        names = {layer.tensor.name: layer.tensor for layer in known}
-        if exclude is not None:
-            kept = {layer.tensor.name for layer in choose_layers(names, {}, known[0].pattern, include="*", exclude=exclude)[0]}
-            known = [layer for layer in known if layer.tensor.name in kept]
-        if known:
-            return known
-    elif sidecar is not None and pattern is None:
-        own = {result.parameter: parse_pattern(result.pattern) for result in sidecar.report}
-        chosen, _ = choose_layers(tensors, source.config, parse_pattern(sidecar.report.pattern), include=include, exclude=exclude)
-        return [replace(layer, pattern=own.get(layer.tensor.name, layer.pattern)) for layer in chosen]
-    elif pattern is None:
-        raise ValueError(f"{source.path}: no sidecar says which pattern it obeys; pass one, such as --pattern 2:4")
-    if pattern is not None:
-        chosen, _ = choose_layers(tensors, source.config, pattern, include=include, exclude=exclude)
-        if chosen:
-            return chosen
-    raise CheckpointError(source.path, "has no layer that a pattern applies to", "name the tensors to verify with --include")
-
-
-def _together(layers: list[StoredLayer], results: list[Verification], pattern: Structure) -> Verification:
     weights = sum(layer.tensor.size for layer in layers)
     return Verification(
-        pattern,
+        structure or (layers[0].pattern if layers else _stated_pattern(source)),
         sum(result.groups for result in results),
         sum(result.violations for result in results),
         next((result.first for result in results if result.first), None),
         sum(result.density * layer.tensor.size for result, layer in zip(results, layers, strict=True)) / max(weights, 1),
         layers=tuple(results),
+        unchecked=found.unchecked,
+        left_out=found.left_out,
     )
 
 
+def _stated_pattern(source: Source) -> Structure:
+    sidecar = read_own_sidecar(source.path, source.tensors)
+    assert sidecar is not None
+    return parse_pattern(sidecar.report.pattern)
+
+
+def _cover(source: Source, pattern: Structure | None, include: NameFilter | None, exclude: NameFilter | None) -> Coverage:
+    """What is checked: the layers of the sidecar; those that `include` names; or, without either, those found by name."""
+    tensors = source.tensors
+    sidecar = read_own_sidecar(source.path, tensors, needed=pattern is None)
+    if sidecar is None and pattern is None:
+        raise ValueError(f"{source.path}: no sidecar says which pattern it obeys; pass one, such as --pattern 2:4")
+    found = None
+    if sidecar is not None and include is None:
+        _check_fit(source, sidecar)
+        found = cover_by_sidecar(sidecar, tensors, source.config, pattern, exclude)
+    if found is None or not (found.checked or found.unchecked or pattern is None):
+        stated = pattern or parse_pattern(sidecar.report.pattern if sidecar else "")
+        found = cover(tensors, source.config, stated, include, exclude)
+        if sidecar is not None and pattern is None:
+            own = {result.parameter: parse_pattern(result.pattern) for result in sidecar.report}
+            kept = tuple(replace(layer, pattern=own.get(layer.tensor.name, layer.pattern)) for layer in found.checked)
+            found = replace(found, checked=kept)
+    if not found.checked and not found.unchecked:
+        raise CheckpointError(source.path, "has no layer that a pattern applies to", "name the tensors to verify with --include")
+    return found
+
+
+def _check_fit(source: Source, sidecar: Sidecar) -> None:
+    tensors = source.tensors
+    for result in sidecar.report:
+        if (tensor := tensors.get(result.parameter)) is None:
+            raise CheckpointError(
+                source.path,
+                "is in the sidecar, but not in the weights",
+                "prune or fetch the checkpoint again",
+                tensor=result.parameter,
+            )
+        if tensor.shape != result.shape:
+            raise CheckpointError(
+                source.path,
+                f"has shape {tensor.shape}, the sidecar says {result.shape}",
+                "prune again",
+                tensor=result.parameter,
+            )
+
+
 def verify_stored(layer: StoredLayer) -> Verification:
-    """`verify` of one stored weight: the same answer, in the memory of a band."""
+    """`verify` of one stored weight of any dtype that torch can hold: the same answer, in the memory of a band."""
     tensor, pattern = layer.tensor, layer.pattern
     if isinstance(pattern, Unstructured):
-        return verify(tensor.read().view(tensor.shape), pattern, layout=layer.layout, name=layer.name)
+        return verify(nonzero(tensor.read()).view(tensor.shape), pattern, layout=layer.layout, name=layer.name)
     m = getattr(pattern, "m", 1)
-    groups = violations = 0
+    groups = violations = seen = 0
     kept = 0.0
     firsts: list[Violation] = []
     for band in bands(tensor, layer.layout, m):
-        result = verify(band.weight, pattern, layout=band.layout, name=layer.name)
+        result = verify(nonzero(band.weight), pattern, layout=band.layout, name=layer.name)
         groups += result.groups
         violations += result.violations
+        seen += band.weight.numel()
         kept += result.density * band.weight.numel()
         if result.first is not None:
             firsts.append(_moved(result.first, band, m))
+    if seen != tensor.size:
+        raise CheckpointError(
+            tensor.path,
+            f"has shape {tensor.shape}, which the layout {layer.layout} does not cover: {seen} of {tensor.size} weights",
+            "correct the layout, or prune again",
+            tensor=tensor.name,
+        )
     first = min(firsts, key=lambda one: (one.side != "W", one.matrix, one.row, one.group), default=None)
     return Verification(pattern, groups, violations, first, kept / max(tensor.size, 1), layer=layer.name)
 
@@ -156,7 +174,9 @@ class Detected:
     dtype: str
     density: float
     patterns: tuple[Pattern, ...]
-    """For each M the smallest N that holds on W, and on W and W^T; only those with N < M."""
+    """For each M the smallest N that holds on W, and on W and W^T; only those with N < M, and with no side shorter than M."""
+    too_large: tuple[int, ...] = ()
+    """Sizes M that were not judged on W, on W^T or on both, since that side is shorter: a group may fit by its length alone."""
 
     @property
     def notable(self) -> tuple[Pattern, ...]:
@@ -176,6 +196,18 @@ def _implies(strict: Pattern, loose: Pattern) -> bool:
     return strict.m % loose.m == 0 and strict.n <= loose.n
 
 
+def cover_source(source: Source, include: NameFilter | None = None, exclude: NameFilter | None = None) -> Coverage:
+    """The layers that `detect_patterns` looks at, and a reason for each that it does not look at.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    found = cover(source.tensors, source.config, ANY_PATTERN, include, exclude)
+    if not found.checked and not found.unchecked:
+        raise CheckpointError(source.path, "has no layer that a pattern applies to", "name tensors with --include")
+    return found
+
+
 def detect_patterns(
     path: str | Path,
     *,
@@ -191,36 +223,38 @@ def detect_patterns(
         CheckpointError: it cannot be read, or has no layers.
     """
     source = open_source(path)
-    layers, _ = choose_layers(source.tensors, source.config, Pattern(1, 2), include=include, exclude=exclude)
-    if not layers:
-        raise CheckpointError(source.path, "has no layer that a pattern applies to", "name tensors with --include")
+    layers = cover_source(source, include, exclude).checked
     total, done = sum(layer.tensor.nbytes for layer in layers), 0
     for layer in layers:
         if progress:
             progress(layer.name, done, total)
         yield _detect(layer)
         done += layer.tensor.nbytes
+    source.check_unchanged()
 
 
 def _detect(layer: StoredLayer) -> Detected:
     most = {(m, transposed): 0 for m in SIZES for transposed in (False, True)}
     kept = 0
     for band in bands(layer.tensor, layer.layout, max(SIZES)):
-        matrices = to_matrices(band.weight != 0, band.layout)
+        matrices = to_matrices(nonzero(band.weight), band.layout)
         kept += int(matrices.sum())
         for transposed in (False, True):
             side = matrices.transpose(1, 2) if transposed else matrices
             for m in SIZES:
                 most[m, transposed] = max(most[m, transposed], _fullest_group(side, m))
     found = []
+    rows, columns = matrix_sides(layer)
     for m in SIZES:
         n, both = most[m, False], max(most[m, False], most[m, True])
-        if both < m:
+        judged = both < m <= min(rows, columns)
+        if judged:
             found.append(Pattern(max(both, 1), m, transposable=True))
-        if n < min(both, m):
+        if n < m <= columns and (n < both or not judged):
             found.append(Pattern(max(n, 1), m))
     density = kept / max(layer.tensor.size, 1)
-    return Detected(layer.name, layer.tensor.shape, layer.tensor.dtype, density, tuple(found))
+    too_large = tuple(m for m in SIZES if m > min(rows, columns))
+    return Detected(layer.name, layer.tensor.shape, layer.tensor.dtype, density, tuple(found), too_large)
 
 
 def _fullest_group(kept: Shaped[Tensor, "B R C"], m: int) -> int:

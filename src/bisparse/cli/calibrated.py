@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bisparse.cli.console import grouped, print_json, print_left_dense, table, to_stdout
+from bisparse.cli.console import command_line, grouped, print_json, print_left_dense, table, to_stdout
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -30,15 +31,14 @@ __all__ = [
     "Order",
     "Resume",
     "Sequences",
-    "calibration_batches",
-    "check_batches",
-    "check_writable",
     "finish",
     "group_of_ranks",
+    "open_job",
     "parse_device",
     "parse_method",
     "parse_order",
     "parse_reconstruction",
+    "provenance",
     "prune_with_data",
 ]
 
@@ -140,15 +140,11 @@ def prune_with_data(
     **options: Any,
 ) -> None:
     """Build the model, prune it and save it."""
-    from bisparse.cli.model_source import open_source
     from bisparse.pruning import prune_
 
-    check_writable(target, overwrite)
-    source = open_source(name)
-    batches = calibration_batches(source, calibration, sequences, length)
-    check_batches(
-        name, source, batches, {method.name: bool(method.needs), "--block-epochs": options["reconstruction"] is not None}
-    )
+    asked = {method.name: bool(method.needs), "--block-epochs": options["reconstruction"] is not None}
+    source, batches = open_job(name, target, calibration, sequences, length, overwrite=overwrite, resume=resume, asked=asked)
+    made_from = provenance(name, calibration, batches, length, options["order"])
     started = time.perf_counter()
     with group_of_ranks() as group:
         report = prune_(
@@ -162,19 +158,77 @@ def prune_with_data(
             keep_journal=True,
             **options,
         )
-        finish(source, target, report, overwrite, time.perf_counter() - started, as_json, resume, group)
+        finish(source, target, report, made_from, overwrite, time.perf_counter() - started, as_json, resume, group)
 
 
-def check_writable(target: Path, overwrite: bool) -> None:
-    """Refuse a target that exists, or that cannot be written, before the model is pruned, which may take hours."""
+def open_job(
+    name: str,
+    target: Path,
+    calibration: Path | None,
+    sequences: int,
+    length: int,
+    *,
+    overwrite: bool,
+    resume: Path | None,
+    asked: Mapping[str, bool],
+) -> tuple[Source, list[Any] | None]:
+    """The model and its batches, once it is known that the result can be written; a job may take hours.
+
+    Refused: a target or journal that overlaps with what is read or with each other, a target that exists or cannot be written, a
+    model with other tensors than its files, and missing data for those of `asked` that need them.
+    """
+    from bisparse.apart import check_apart, origin_of
     from bisparse.checkpoint import SIDECAR
     from bisparse.checkpoint import atomic_folder as output
+    from bisparse.checkpoint.names import named_as_in
+    from bisparse.checkpoint.reader import open_source as read_headers
+    from bisparse.checkpoint.save_load import plain_weights
+    from bisparse.cli.model_source import open_source, place_of
 
+    inputs = {"source": place_of(name), "calibration text": calibration}
+    check_apart(target, inputs)
+    if resume is not None:
+        check_apart(resume, {**inputs, "target": target})
     output.check_target(target, overwrite, SIDECAR)
     output.check_writable(target)
+    source = open_source(name)
+    for place in (target, resume):
+        if place is not None:
+            check_apart(place, {"model's own files": origin_of(source.model)})
+    if source.folder is not None:
+        named_as_in(read_headers(source.folder), plain_weights(source.model))
+    batches = _batches(source, calibration, sequences, length)
+    _check_batches(name, source, batches, asked)
+    return source, batches
 
 
-def calibration_batches(source: Source, path: Path | None, sequences: int, length: int) -> list[Any] | None:
+def provenance(name: str, calibration: Path | None, batches: list[Any] | None, length: int, order: str) -> dict[str, Any]:
+    """What the sidecar says of how the job was called and what it was calibrated on."""
+    import hashlib
+
+    from bisparse.cli.model_source import SEED
+
+    said: dict[str, Any] = {
+        "command": shlex.join(["bisparse", *command_line()]),
+        "source": name,
+        "order": order,
+        "calibration": None,
+    }
+    if calibration is not None and batches is not None:
+        said["calibration"] = {
+            "file": str(calibration),
+            "sha256": hashlib.sha256(calibration.read_bytes()).hexdigest(),
+            "sequences": sum(len(batch["input_ids"]) for batch in batches),
+            "length": length,
+            "seed": SEED,
+            "batches": len(batches),
+        }
+    elif batches is not None:
+        said["calibration"] = {"function": name, "batches": len(batches)}
+    return said
+
+
+def _batches(source: Source, path: Path | None, sequences: int, length: int) -> list[Any] | None:
     """The batches: from the text file, or those that came with the model."""
     from bisparse.cli.model_source import text_batches
 
@@ -188,7 +242,7 @@ def calibration_batches(source: Source, path: Path | None, sequences: int, lengt
     return text_batches(source.tokenizer, path, causal=causal, sequences=sequences, length=length)
 
 
-def check_batches(name: str, source: Source, batches: list[Any] | None, asked: Mapping[str, bool]) -> None:
+def _check_batches(name: str, source: Source, batches: list[Any] | None, asked: Mapping[str, bool]) -> None:
     """Refuse a job without data where something asked for needs them, and say where they would come from."""
     needing = next((what for what, needs in asked.items() if needs), None)
     if batches is not None or needing is None:
@@ -204,13 +258,14 @@ def finish(
     source: Source,
     target: Path,
     report: PruneReport,
+    made_from: Mapping[str, Any],
     overwrite: bool,
     seconds: float,
     as_json: bool,
     journal: Path | None,
     group: ProcessGroup | None = None,
 ) -> None:
-    """Save the model, the sidecar, the masks and the tokenizer, and show what was done; of several ranks the first does."""
+    """Save the model with all that belongs to it, and show what was done; of several ranks the first does."""
     from torch import distributed
 
     from bisparse.checkpoint import save
@@ -218,7 +273,11 @@ def finish(
 
     if group is not None and distributed.get_rank(group) != 0:
         return
-    save(source.model, target, report=report, overwrite=overwrite, beside=getattr(source.tokenizer, "save_pretrained", None))
+    # The folder's own tokenizer files are copied.
+    beside = getattr(source.tokenizer, "save_pretrained", None) if source.folder is None else None
+    report = save(
+        source.model, target, report=report, overwrite=overwrite, source=source.folder, provenance=made_from, beside=beside
+    ).report
     # Only now: if saving fails, the job goes on from there.
     if journal is not None:
         remove_journal(journal)

@@ -24,11 +24,13 @@ if TYPE_CHECKING:
     from bisparse.solvers import Solver
 
 __all__ = [
-    "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Threads", "command", "fail", "grouped", "parse_pattern_option",
-    "parse_solver", "print_json", "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stderr", "to_stdout",
+    "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Threads", "command", "command_line", "fail", "grouped",
+    "parse_pattern_option", "parse_solver_option", "print_json", "print_left_dense", "progress_bar", "run_app",
+    "set_threads", "table", "to_stderr", "to_stdout",
 ]  # fmt: skip
 
 P = ParamSpec("P")
+_given: list[str] = []
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 Included = Annotated[
@@ -85,8 +87,19 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     return guarded
 
 
+def command_line() -> list[str]:
+    """The arguments that the running command was called with."""
+    return list(_given)
+
+
 class Commands(TyperGroup):
     """The commands of an app; wrong use is told in JSON too where `--json` is among the arguments."""
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        given = list(args)
+        context = super().make_context(info_name, args, parent, **extra)
+        _given[:] = given
+        return context
 
     def invoke(self, ctx: Any) -> Any:
         as_json = "--json" in ctx.args
@@ -155,22 +168,16 @@ def parse_pattern_option(text: str, hint: str = "--pattern") -> Structure:
         raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
-def parse_solver(name: str | None) -> Solver | None:
+def parse_solver_option(name: str | None) -> Solver | None:
     """A solver by its name on the command line."""
-    import bisparse.solvers as solvers
+    from bisparse.solvers import parse_solver
 
     if name is None:
         return None
-    known: dict[str, Callable[[], Solver]] = {
-        "exact": solvers.Exact,
-        "greedy": solvers.Greedy,
-        "two-approximation": solvers.TwoApproximation,
-        "sinkhorn": solvers.Sinkhorn,
-        "min-cost-flow": solvers.MinCostFlow,
-    }
-    if name not in known:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(known)}", param_hint="--solver")
-    return known[name]()
+    try:
+        return parse_solver(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--solver") from error
 
 
 @contextmanager
@@ -211,11 +218,11 @@ def grouped(items: Iterable[Any], name: Callable[[Any], str], alike: Callable[[A
     return [(name(group[0]) if len(group) == 1 else re.sub(r"\d+", "*", name(group[0])), group) for group in groups.values()]
 
 
-def print_left_dense(console: Console, left: Iterable[Any]) -> None:
-    """The layers left dense, each group with its reason."""
+def print_left_dense(console: Console, left: Iterable[Any], heading: str = "left dense") -> None:
+    """The layers left dense, or out of something else, each group with its reason."""
     rows = [
         (name, str(len(group)), group[0].reason) for name, group in grouped(left, lambda one: one.name, lambda one: one.reason)
     ]
     if rows:
         console.print()
-        console.print(table(("left dense", " n", "why"), rows))
+        console.print(table((heading, " n", "why"), rows))

@@ -17,15 +17,14 @@ from bisparse.cli.calibrated import (
     Order,
     Resume,
     Sequences,
-    calibration_batches,
-    check_batches,
-    check_writable,
     finish,
     group_of_ranks,
+    open_job,
     parse_device,
     parse_method,
     parse_order,
     parse_reconstruction,
+    provenance,
 )
 from bisparse.cli.console import (
     AsJson,
@@ -34,7 +33,7 @@ from bisparse.cli.console import (
     Threads,
     command,
     parse_pattern_option,
-    parse_solver,
+    parse_solver_option,
     set_threads,
 )
 
@@ -69,29 +68,27 @@ def convert(
     """
     structure = parse_pattern_option(to, "--to")
     set_threads(threads)
-    from bisparse.cli.model_source import open_source
     from bisparse.pruning import convert_
 
-    check_writable(target, overwrite)
-    opened = open_source(source)
-    batches = calibration_batches(opened, calibration, sequences, length)
+    chosen_order = parse_order(order)
     chosen = None if method is None and damping is None else parse_method(method or "adaprune", damping)
     asked = {"--regrow": regrow, "--block-epochs": block_epochs > 0}
     if chosen is not None:
         asked[chosen.name] = bool(chosen.needs)
-    check_batches(source, opened, batches, asked)
+    opened, batches = open_job(source, target, calibration, sequences, length, overwrite=overwrite, resume=resume, asked=asked)
+    made_from = provenance(source, calibration, batches, length, chosen_order)
     started = time.perf_counter()
     with group_of_ranks() as group:
         report = convert_(
             opened.model,
             structure,
+            chosen,
             batches,
-            method=chosen,
             regrow=regrow,
             include=include,
             exclude=exclude,
-            solver=parse_solver(solver),
-            order=parse_order(order),
+            solver=parse_solver_option(solver),
+            order=chosen_order,
             reconstruction=parse_reconstruction(block_epochs, order),
             device=parse_device(device),
             resume=resume,
@@ -99,4 +96,4 @@ def convert(
             progress=False if as_json else None,
             group=group,
         )
-        finish(opened, target, report, overwrite, time.perf_counter() - started, as_json, resume, group)
+        finish(opened, target, report, made_from, overwrite, time.perf_counter() - started, as_json, resume, group)

@@ -132,32 +132,39 @@ def _meaning(structure: Structure) -> str:
 
 
 def _checkpoint(path: Path, include: list[str] | None, exclude: list[str] | None, as_json: bool) -> None:
-    from bisparse.checkpoint import detect_patterns, plan_checkpoint, read_sidecar
+    from bisparse.checkpoint import detect_patterns
+    from bisparse.checkpoint.reader import open_source
+    from bisparse.checkpoint.sidecar import read_own_sidecar
+    from bisparse.checkpoint.verify import cover_source
 
     with progress_bar(show=not as_json) as progress:
         found = list(detect_patterns(path, include=include, exclude=exclude, progress=progress))
-    plan = plan_checkpoint(path, "1:2", include=include, exclude=exclude)
-    sidecar = read_sidecar(path if path.is_dir() else path.parent)
+    source = open_source(path)
+    covered = cover_source(source, include, exclude)
+    sidecar = read_own_sidecar(path, source.tensors, needed=False)
     if as_json:
         layers = [
             {**asdict(one), "patterns": list(map(str, one.patterns)), "notable": list(map(str, one.notable))} for one in found
         ]
-        left = [asdict(one) for one in plan.left_dense]
+        left, unchecked = ([asdict(one) for one in ones] for ones in (covered.left_out, covered.unchecked))
         said: dict[str, Any] | None = None
         if sidecar is not None:
             said = {"pattern": sidecar.report.pattern, "method": sidecar.report.method, "created": sidecar.created}
-        print_json({"ok": True, "path": str(path), "layers": layers, "left_dense": left, "sidecar": said})
+        print_json({"ok": True, "path": str(path), "layers": layers, "left_dense": left, "unchecked": unchecked, "sidecar": said})
         return
     console = to_stdout()
     rows = []
     for name, group in grouped(found, lambda one: one.layer, lambda one: (one.shape, one.dtype, one.notable)):
         density = sum(one.density for one in group) / len(group)
         patterns = "  ".join(map(str, group[0].notable)) or "none (dense, or unstructured)"
+        if group[0].too_large:
+            patterns += f"; a side shorter than M = {', '.join(map(str, group[0].too_large))}"
         rows.append((name, str(len(group)), " x ".join(map(str, group[0].shape)), group[0].dtype, f"{density:.4f}", patterns))
     console.print(table(("layer", " n", " shape", "dtype", " density", "obeys"), rows))
-    print_left_dense(console, plan.left_dense)
+    print_left_dense(console, covered.unchecked, "not looked at")
+    print_left_dense(console, covered.left_out)
     console.print()
-    for note in plan.notes:
+    for note in source.notes:
         console.print(f"Note: {note}", markup=False)
     if sidecar is not None:
         console.print(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.machinery
 import inspect
 import os
 import re
@@ -17,12 +18,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from bisparse.checkpoint import CheckpointError
+from bisparse.checkpoint.names import some_of
 from bisparse.checkpoint.reader import open_source as read_headers
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.user_errors import ends_the_process, told
 
-__all__ = ["Source", "open_source", "text_batches", "token_batches"]
+__all__ = ["SEED", "Source", "open_source", "place_of", "text_batches", "token_batches"]
 
+SEED = 0
+"""Of the order of calibration samples."""
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -35,13 +40,16 @@ class Source:
     """Of a transformers model."""
     batches: list[Any] | None = None
     """Calibration data, where the source came with some."""
+    folder: Path | None = None
+    """The transformers folder that it was loaded from, whose other files belong to the model; None for .gguf and functions."""
 
 
 def open_source(name: str) -> Source:
     """Load ``module:function``, which returns a model or (model, batches), or a folder or .gguf file of transformers.
 
     Raises:
-        CheckpointError: the folder's files are damaged.
+        CheckpointError: the folder's files are damaged, or are not the whole model and nothing else: config.json names no class
+            of transformers, or asks for tensors that the weights lack, have besides, or have in another shape.
         ValueError: no such thing; it cannot be loaded; or transformers is not installed.
     """
     if FUNCTION.fullmatch(name) and not Path(name).exists():
@@ -63,11 +71,17 @@ def open_source(name: str) -> Source:
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     with _loading(path, "the model"):
         config = transformers.AutoConfig.from_pretrained(folder, **options)
-        architecture = (config.architectures or [""])[0]
-        kind = getattr(transformers, architecture, None)
-        if kind is None:
-            kind = transformers.AutoModelForCausalLM if options else transformers.AutoModel
-        model = kind.from_pretrained(folder, dtype="auto" if not options else torch.float32, **options)
+    kind = transformers.AutoModelForCausalLM if options else _class_of(config, path)
+    with _loading(path, "the model"):
+        # Tensors of another shape are to be named, not just to fail.
+        model, info = kind.from_pretrained(
+            folder,
+            dtype="auto" if not options else torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+        )
+    _check_whole(path, info)
     if options:
         # Weights are plain numbers once they are loaded; the record of their packed form would confuse whoever saves them.
         for attribute in ("hf_quantizer", "quantization_method"):
@@ -78,7 +92,55 @@ def open_source(name: str) -> Source:
             del model.config.quantization_config
     with _loading(path, "the tokenizer"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    return Source(model.eval(), tokenizer)
+    if options:
+        # Its other files are not in that folder, which may hold other models.
+        model.name_or_path = str(path)
+    return Source(model.eval(), tokenizer, folder=None if options else path)
+
+
+def place_of(name: str) -> Path | None:
+    """The folder or file of a source: of a function, the module's or package's file; None if there is none. Imports nothing."""
+    if not FUNCTION.fullmatch(name) or Path(name).exists():
+        return Path(name)
+    module = importlib.machinery.PathFinder.find_spec(name.partition(":")[0].partition(".")[0], [os.getcwd(), *sys.path])
+    return None if module is None or module.origin is None else Path(module.origin)
+
+
+def _class_of(config: Any, path: Path) -> Any:
+    """The transformers class that a configuration names: any other would leave out the head, and rename every tensor."""
+    import transformers
+
+    named = config.architectures
+    name = named[0] if isinstance(named, list | tuple) and named else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise CheckpointError(
+            path / "config.json",
+            "names no architectures" if not named else f"has architectures {named!r}, which is no model class of transformers",
+            'add the class that the weights were saved from, such as "architectures": ["LlamaForCausalLM"], or name a function '
+            "of yours, module:function, that builds and loads the model",
+        )
+    return kind
+
+
+def _check_whole(path: Path, info: Mapping[str, Any]) -> None:
+    """Refuse a model that has tensors which were not in its files, or lacks some that were."""
+    missing = [str(key) for key in info["missing_keys"]]
+    unexpected = [str(key) for key in info["unexpected_keys"]]
+    reshaped = [
+        key if isinstance(key, str) else f"{key[0]}, stored as {tuple(key[1])}, not {tuple(key[2])}"
+        for key in info["mismatched_keys"]
+    ]
+    found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    if said := [f"{len(keys)} {what} ({some_of(keys)})" for what, keys in found.items() if keys]:
+        raise CheckpointError(
+            path,
+            f"does not hold the model that its configuration describes: of its tensors, {'; '.join(said)}",
+            "missing ones would be random numbers and unexpected ones would be dropped: fetch config.json and all weights again, "
+            "or correct config.json (its number of layers, sizes, architectures)",
+        )
+    if info.get("error_msgs"):
+        raise CheckpointError(path, f"could not be loaded whole: {info['error_msgs'][0]}", "fetch its files again")
 
 
 @contextmanager
@@ -176,7 +238,7 @@ def token_batches(
     chosen = torch.linspace(0, available - 1, min(sequences, available)).round().long().unique()
     rows = ids[: available * length].view(available, length)[chosen]
     # Neighbours in the text go to different batches, so that batches held out are of all of it.
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))]
     return [{"input_ids": part} for part in rows.split(batch_size)]
 
 
@@ -198,11 +260,11 @@ def text_batches(
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise CalibrationError(f"{path} holds no text to calibrate on")
-    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(0))[:sequences].tolist()
+    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(SEED))[:sequences].tolist()
     # Lines of like length together, so that little is padding; then in random order again.
     chosen = sorted((lines[i] for i in order), key=len)
     batches = [
         dict(tokenizer(chosen[i : i + batch_size], padding=True, truncation=True, max_length=length, return_tensors="pt"))
         for i in range(0, len(chosen), batch_size)
     ]
-    return [batches[i] for i in torch.randperm(len(batches), generator=torch.Generator().manual_seed(1)).tolist()]
+    return [batches[i] for i in torch.randperm(len(batches), generator=torch.Generator().manual_seed(SEED + 1)).tolist()]

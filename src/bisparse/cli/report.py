@@ -29,6 +29,8 @@ def report(
     """
     if missing := [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]:
         fail(f"reports need {' and '.join(missing)}: pip install 'bisparse[report]'", 2, as_json=as_json)
+    from bisparse.apart import check_apart
+    from bisparse.atomic_file import check_output_file
     from bisparse.checkpoint import SIDECAR
     from bisparse.report import read_figures, write_report
 
@@ -39,6 +41,8 @@ def report(
             as_json=as_json,
         )
 
+    check_apart(output, {"pruned checkpoint": pruned, "dense checkpoint": against})
+    check_output_file(output)
     figures = read_figures(pruned, against)
     write_report(figures, output)
     if as_json:

@@ -14,6 +14,7 @@ from bisparse.cli.console import (
     Included,
     Threads,
     command,
+    grouped,
     parse_pattern_option,
     print_json,
     progress_bar,
@@ -23,6 +24,8 @@ from bisparse.cli.console import (
 )
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from bisparse.pattern import Structure
     from bisparse.solution import Verification, Violation
 
@@ -42,12 +45,16 @@ def verify(
     ] = None,
     include: Included = None,
     exclude: Excluded = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail, too, if a layer could not be checked; accept one by --exclude.")
+    ] = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
     """Check that every layer obeys its pattern, as the GEMMs see W and, for transposable patterns, W^T.
 
-    Exit code 1 if one does not; the first violation of each such layer is named.
+    Weights of any dtype are read. Layers whose zeros cannot be seen, such as packed ones, are listed as not checked, with a
+    reason. Exit code 1 if a layer does not obey, the first violation of each being named, or if none could be checked.
     """
     from bisparse.checkpoint import verify_checkpoint
 
@@ -55,15 +62,16 @@ def verify(
     set_threads(threads)
     with progress_bar(show=not as_json) as progress:
         result = verify_checkpoint(path, structure, include=include, exclude=exclude, progress=progress)
+    passed = bool(result) and not (strict and result.unchecked)
     if as_json:
-        print_json(_as_dict(result))
+        print_json(_as_dict(result, passed))
     else:
         _print(result)
-    if not result:
+    if not passed:
         raise typer.Exit(1)
 
 
-def _as_dict(result: Verification) -> dict[str, object]:
+def _as_dict(result: Verification, passed: bool) -> dict[str, object]:
     layers = [
         {
             "name": one.layer,
@@ -77,7 +85,10 @@ def _as_dict(result: Verification) -> dict[str, object]:
         for one in result.layers
     ]
     totals = {"pattern": str(result.pattern), "groups": result.groups, "violations": result.violations, "density": result.density}
-    return {"ok": bool(result), **totals, "layers": layers}
+    reasons = {
+        key: [asdict(one) for one in ones] for key, ones in (("unchecked", result.unchecked), ("left_out", result.left_out))
+    }
+    return {"ok": passed, **totals, "checked": [one.layer for one in result.layers], **reasons, "layers": layers}
 
 
 def _columns(violation: Violation, pattern: Structure) -> list[int] | None:
@@ -89,17 +100,41 @@ def _columns(violation: Violation, pattern: Structure) -> list[int] | None:
 def _print(result: Verification) -> None:
     console = to_stdout()
     broken = [one for one in result.layers if not one]
-    patterns = ", ".join(dict.fromkeys(str(one.pattern) for one in result.layers))
+    if broken:
+        _print_broken(console, broken)
+    if result.unchecked:
+        rows = grouped(result.unchecked, lambda one: one.name, lambda one: one.reason)
+        shown = [(name, str(len(group)), group[0].reason) for name, group in rows[:SHOWN]]
+        console.print(table(("not checked", " n", "why"), shown))
+        if len(rows) > SHOWN:
+            console.print(f"... and {len(rows) - SHOWN} more rows; --json lists them all.")
+        console.print()
+    console.print(_verdict(result, broken))
+
+
+def _verdict(result: Verification, broken: list[Verification]) -> str:
+    count, total = len(result.layers), len(result.layers) + len(result.unchecked)
+    if not count:
+        return f"[bold red]No layer was checked[/]: nothing is known about {total} of {total} layers."
+    not_checked = f" {len(result.unchecked)} of {total} layers were not checked." if result.unchecked else ""
+    if broken:
+        patterns = ", ".join(dict.fromkeys(str(one.pattern) for one in result.layers))
+        checked = "checked layers" if result.unchecked else "layers"
+        return (
+            f"[bold red]{patterns} is broken[/] in {len(broken)} of {count} {checked}: "
+            f"{result.violations:,} of {result.groups:,} groups, density {result.density:.4f}.{not_checked}"
+        )
     held = []
     for side, both in (("W and W^T", True), ("W", False)):
         own = [one for one in result.layers if getattr(one.pattern, "transposable", False) == both]
         if own:
             names = ", ".join(dict.fromkeys(str(one.pattern) for one in own))
-            many = f"all {len(own)} layers" if len(own) == len(result.layers) else f"{len(own)} of {len(result.layers)} layers"
+            many = f"all {len(own)} layers" if len(own) == total else f"{len(own)} of {total} layers"
             held.append(f"[bold green]{names} holds[/] on {side} of {many}")
-    if not broken:
-        console.print(f"{'; '.join(held)}: {result.groups:,} groups, density {result.density:.4f}.")
-        return
+    return f"{'; '.join(held)}: {result.groups:,} groups, density {result.density:.4f}.{not_checked}"
+
+
+def _print_broken(console: Console, broken: list[Verification]) -> None:
     rows = []
     for one in broken[:SHOWN]:
         first = one.first
@@ -114,7 +149,3 @@ def _print(result: Verification) -> None:
     if len(broken) > SHOWN:
         console.print(f"... and {len(broken) - SHOWN} more layers; --json lists them all.")
     console.print()
-    console.print(
-        f"[bold red]{patterns} is broken[/] in {len(broken)} of {len(result.layers)} layers: "
-        f"{result.violations:,} of {result.groups:,} groups, density {result.density:.4f}."
-    )

@@ -14,6 +14,7 @@ from bisparse.layers import Layer
 from bisparse.pruning.bias import norms_after
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError
+from bisparse.rollback import Rollback
 from bisparse.tiles import Layout
 
 __all__ = ["fold_batch_norms_", "reestimate_batch_norms_"]
@@ -24,7 +25,7 @@ def reestimate_batch_norms_(
 ) -> list[str]:
     """Measure the running mean and variance of every batch norm again, on calibration data: plain averages over the batches.
 
-    Only the batch norms run in train mode: dropout stays off. On an error the old statistics are put back.
+    Only the batch norms run in train mode: dropout stays off. On an error the model is as it was.
 
     Returns:
         The names of the batch norms.
@@ -41,9 +42,9 @@ def reestimate_batch_norms_(
     if norms and not data:
         raise CalibrationError("batch norms cannot be re-estimated from an empty calibration set")
     training = [(module, module.training) for module in model.modules()]
-    saved = [(norm, norm.momentum, {name: one.clone() for name, one in norm.named_buffers()}) for norm in norms.values()]
-    finished = False
-    try:
+    momenta = [(norm, norm.momentum) for norm in norms.values()]
+    with Rollback(model) as rollback:
+        rollback.touch(*(buffer for norm in norms.values() for buffer in norm.buffers()))
         model.eval()
         for norm in norms.values():
             norm.train()
@@ -57,13 +58,8 @@ def reestimate_batch_norms_(
             assert norm.running_mean is not None and norm.running_var is not None
             if not bool(torch.isfinite(norm.running_mean).all() & torch.isfinite(norm.running_var).all()):
                 raise CalibrationError(f"{name}: the calibration data give batch-norm statistics that are not finite")
-        finished = True
-    finally:
-        for norm, momentum, buffers in saved:
+        for norm, momentum in momenta:
             norm.momentum = momentum
-            if not finished:
-                for name, old in buffers.items():
-                    getattr(norm, name).copy_(old)
         for module, mode in training:
             module.training = mode
     return list(norms)
@@ -76,7 +72,7 @@ def fold_batch_norms_(
 
     The layer then has a bias. The model's output on `batch`, in eval mode, is compared before and after; if it differs by
     more than `tolerance` of its largest number (a layer's output that is used in a second place, say), the pairs are tried
-    one by one and those that change the output are left alone.
+    one by one and those that change the output are left alone. On an error the model is as it was.
 
     Returns:
         The names of the layers that took a batch norm in.
@@ -87,10 +83,11 @@ def fold_batch_norms_(
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
     ]
-    found = norms_after(model, layers, batch, forward)
     training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with Rollback(model) as rollback:
+        found = norms_after(model, layers, batch, forward)
+        rollback.touch(*(model.get_submodule(name).weight for name in found))  # type: ignore[arg-type]
+        model.eval()
         before = _outputs(model, batch, forward)
         undo = [_fold_(model, name, norm) for name, norm in found.items()]
         folded = list(found)
@@ -104,7 +101,6 @@ def fold_batch_norms_(
                     folded.append(name)
                 else:
                     back()
-    finally:
         for module, mode in training:
             module.training = mode
     return folded

@@ -23,27 +23,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from bisparse.pruning.calibration.block_runner import FinishedBlock
+from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
 from bisparse.pruning.calibration.moments import token_weights
 
-__all__ = ["BlockFit", "BlockReconstruction"]
+__all__ = ["BlockReconstruction"]
 
 WARM_UP = 0.05
 """Share of an epoch's steps in which the step size rises; then it falls along a cosine."""
-
-
-@dataclass(frozen=True)
-class BlockFit:
-    """What a reconstruction did to a block, in relative errors of the block's output on held-out batches."""
-
-    block: str
-    error_before: float
-    error: float
-
-    @property
-    def changed(self) -> bool:
-        """Whether the fitted weights were kept."""
-        return self.error < self.error_before
 
 
 @dataclass(frozen=True)

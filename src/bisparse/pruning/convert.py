@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from bisparse.layers import Filter, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.process_group import Ranks
 from bisparse.pruning.block_reconstruction import BlockReconstruction
-from bisparse.pruning.calibration.calibrate import Order
+from bisparse.pruning.calibration.options import Options, Order
+from bisparse.pruning.job import Task
 from bisparse.pruning.layer import plan
 from bisparse.pruning.methods.adaprune import AdaPrune
 from bisparse.pruning.methods.base import Method
@@ -30,17 +31,16 @@ from bisparse.pruning.prune import prune_layers_, report_of
 from bisparse.pruning.violation import CONFIDENCE, sparsest_pattern, violation
 from bisparse.results import PruneReport
 from bisparse.solvers import Solver
-from bisparse.tiles import Layout
 
 __all__ = ["convert_", "fitting_patterns"]
 
 
 def convert_(
     model: nn.Module,
-    to: str | Structure,
+    pattern: str | Structure,
+    method: Method | None = None,
     batches: Iterable[Any] | None = None,
     *,
-    method: Method | None = None,
     regrow: bool = False,
     include: Filter | None = None,
     exclude: Filter | None = None,
@@ -63,9 +63,9 @@ def convert_(
     before and after, the method and the time. All layers are changed or, on an error, none.
 
     Args:
-        to: the new pattern or its text.
-        batches: calibration data; see `prune_`. Without, weights are dropped by magnitude and nothing is fitted.
+        pattern: the new one, or its text.
         method: by default `AdaPrune` with data, else `Magnitude`.
+        batches: calibration data; see `prune_`. Without, weights are dropped by magnitude and nothing is fitted.
         regrow: places that the old mask pruned may be kept where the new pattern has room; needs data, and `AdaPrune`.
         patterns: patterns of single layers, by name; `fitting_patterns` proposes some.
         include, exclude, remainder, solver, order, reconstruction, forward, device, resume, keep_journal, progress, group: as for
@@ -77,38 +77,32 @@ def convert_(
     >>> layer.pattern, layer.violated_weights is not None
     ('4:8-T', True)
     """
-    pattern = parse_pattern(to)
-    if method is None:
-        method = AdaPrune() if batches is not None else Magnitude()
-    if regrow:
-        if not isinstance(method, AdaPrune) or batches is None:
-            raise ValueError("regrow=True ranks pruned places by what they would gain: it needs batches and the method AdaPrune")
-        method = Regrow(method)
-    planned, left_dense = plan(model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
-    with torch.no_grad():
-        allowed = {layer.name: layer.weight != 0 for layer, _ in planned}
-    found = {layer.name: _violated(allowed[layer.name], structure, layer.layout) for layer, structure in planned}
-    results, unreached, notes = prune_layers_(
-        model,
-        [(layer, structure, method) for layer, structure in planned],
-        batches,
-        solver=solver,
-        order=order,
-        reconstruction=reconstruction,
-        forward=forward,
-        device=device,
-        resume=resume,
-        keep_journal=keep_journal,
-        progress=progress,
-        allowed=allowed,
-        ranks=Ranks(group),
-    )
-    with_violation = [replace(result, **found[result.name]) for result in results]
-    return report_of(pattern, method, solver, with_violation, [*left_dense, *unreached], patterns, notes)
+    ranks = Ranks(group)
+    with ranks.failing_together():
+        pattern = parse_pattern(pattern)
+        if method is None:
+            method = AdaPrune() if batches is not None else Magnitude()
+        if not isinstance(method, Method):
+            raise ValueError(f"method={method!r:.60}: expected an instance of a method, such as Wanda()")
+        if regrow:
+            if not isinstance(method, AdaPrune) or batches is None:
+                raise ValueError(
+                    "regrow=True ranks pruned places by what they would gain: it needs batches and the method AdaPrune"
+                )
+            method = Regrow(method)
+        options = Options(solver, order, reconstruction, forward, device, resume, keep_journal, progress)
+        planned, left_dense = plan(model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
+        tasks = [Task(layer, structure, method, layer.weight.detach() != 0) for layer, structure in planned]
+        found = {task.layer.name: _violated(task) for task in tasks}
+    outcome = prune_layers_(model, tasks, batches, options, ranks)
+    outcome = replace(outcome, results=tuple(replace(result, **found[result.name]) for result in outcome.results))
+    return report_of(pattern, method, options, outcome, left_dense, patterns)
 
 
-def _violated(kept: Tensor, structure: Structure, layout: Layout) -> dict[str, Any]:
+def _violated(task: Task) -> dict[str, Any]:
     """What a layer's result says of its mask before the conversion."""
+    kept, structure, layout = task.allowed, task.structure, task.layer.layout
+    assert kept is not None
     found = violation(kept, structure, layout=layout)
     m = getattr(structure, "m", None)
     transposable = isinstance(structure, Pattern) and structure.transposable

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from bisparse.atomic_file import atomic_file
 
 __all__ = ["Journal", "JournalError", "remove_journal"]
 
@@ -64,9 +65,8 @@ class Journal:
 
     @staticmethod
     def _write(path: Path, write: Any) -> None:
-        unfinished = path.with_suffix(path.suffix + ".part")
-        write(unfinished)
-        os.replace(unfinished, path)
+        with atomic_file(path) as unfinished:
+            write(unfinished)
 
     def put(self, kind: str, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
         """Write a layer's tensors and a small record that fits JSON."""
@@ -150,7 +150,7 @@ def remove_journal(folder: str | Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    for path in [*folder.glob("*.safetensors"), *folder.glob("*.part"), folder / ABOUT]:
+    for path in [*folder.glob("*.safetensors"), *folder.glob(".*.safetensors.*.part"), folder / ABOUT]:
         path.unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

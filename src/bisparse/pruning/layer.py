@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bisparse.layers import Filter, Layer, Skipped, find_layers, matches, matrix_sides, remainder_reason
+from bisparse.layers import (
+    Filter,
+    Layer,
+    Skipped,
+    computed_reason,
+    dtype_reason,
+    find_layers,
+    matches,
+    matrix_sides,
+    remainder_reason,
+)
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.pruning.bias import Bias, bias_of
 from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, Statistics
@@ -20,7 +30,7 @@ from bisparse.results import LayerResult, gap_of
 from bisparse.solvers import Solver
 from bisparse.tiles import LayoutKind, from_matrices, to_matrices
 
-__all__ = ["Change", "apply_", "layer_problem", "plan", "prune_layer", "record"]
+__all__ = ["Change", "layer_problem", "plan", "prune_layer", "record"]
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def plan(
         chosen = next((name for name in singles if matches(name, layer.name, layer.module)), None)
         unused.discard(chosen or "")
         structure = singles[chosen] if chosen is not None else pattern
-        _check_plain_parameter(layer)
+        _check_can_be_written(layer)
         reason = remainder_reason(matrix_sides(layer.weight, layer.layout), structure, remainder, layer.name)
         if reason is None:
             planned.append((layer, structure))
@@ -142,7 +152,7 @@ def prune_layer(
     allowed: Bool[Tensor, "..."] | None = None,
     norms: Mapping[str, nn.Module] | None = None,
 ) -> tuple[Change, LayerResult]:
-    """Let a method prune one layer; the layer itself is not changed. `apply_` does that.
+    """Let a method prune one layer; the layer itself is not changed.
 
     Args:
         allowed: where weights may be kept, of the weight's shape; None: everywhere.
@@ -165,24 +175,20 @@ def prune_layer(
         return change, record(layer, pattern, pruned, change, time.perf_counter() - start)
 
 
-def apply_(changes: Iterable[Change]) -> None:
-    """Write masks and weights into the model, in place, keeping every parameter's identity, dtype and device."""
-    with torch.no_grad():
-        for change in changes:
-            weight = change.layer.weight
-            if change.weight is not None:
-                weight.copy_(change.weight)
-            weight.masked_fill_(~change.mask.to(weight.device), 0)
-            if change.bias is not None:
-                assert change.bias_at is not None
-                change.bias_at.write_(change.bias)
-
-
-def _check_plain_parameter(layer: Layer) -> None:
+def _check_can_be_written(layer: Layer) -> None:
     if layer.parameter not in layer.module._parameters:
         raise ValueError(
             f"{layer.name}: its weight is computed by a parametrization, so that pruning it in place would be lost; "
             "call finalize_ or torch.nn.utils.parametrize.remove_parametrizations first"
         )
-    if layer.weight.is_meta:
+    if (reason := computed_reason(layer.module, layer.parameter)) is not None:
+        raise ValueError(f"{layer.name}: {reason}; export the model to plain layers first, or exclude the layer")
+    weight = layer.weight
+    if weight.is_meta:
         raise ValueError(f"{layer.name}: its weight is on the meta device and holds no numbers; load the model first")
+    if (reason := dtype_reason(weight)) is not None:
+        raise ValueError(f"{layer.name}: {reason}")
+    if weight.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(
+            f"{layer.name}: its weight was made in inference mode and cannot be changed; load the model outside of it"
+        )

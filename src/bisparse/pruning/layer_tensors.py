@@ -13,9 +13,10 @@ from bisparse.pruning.bias import bias_of
 from bisparse.pruning.journal import Journal, JournalError
 from bisparse.pruning.layer import Change
 from bisparse.results import LayerResult
+from bisparse.rollback import same_bits
 from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["live_tensors", "resumed_result", "tensors_after", "write_"]
+__all__ = ["live_tensors", "restore_", "resumed_result", "tensors_after", "write_"]
 
 
 def live_tensors(layer: Layer, norms: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -36,10 +37,28 @@ def tensors_after(change: Change, norms: Mapping[str, nn.Module]) -> dict[str, T
 
 
 def write_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module]) -> None:
-    """Give the layer other tensors, of the names that `live_tensors` has, in place."""
+    """Give the layer other tensors, of the names that `live_tensors` has, in place, and read them back.
+
+    Raises:
+        RuntimeError: the layer does not hold what was written to it.
+    """
     with torch.no_grad():
         for key, live in live_tensors(layer, norms).items():
             live.copy_(tensors[key])
+    for key, live in live_tensors(layer, norms).items():
+        if not same_bits(live, tensors[key]):
+            raise RuntimeError(
+                f"{layer.name}: its {key} does not hold what was written to it: {type(layer.module).__name__} or "
+                f"{type(live).__name__} changes what it is given; exclude the layer"
+            )
+
+
+def restore_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module]) -> None:
+    """Give the layer back what it had. A tensor that has not changed is left alone: perhaps it cannot be written to."""
+    with torch.no_grad():
+        for key, live in live_tensors(layer, norms).items():
+            if not same_bits(live, tensors[key]):
+                live.copy_(tensors[key])
 
 
 def resumed_result(layer: Layer, journal: Journal, norms: Mapping[str, nn.Module]) -> LayerResult:

@@ -12,6 +12,7 @@ import torch
 
 from bisparse.checkpoint import CheckpointError, SampleTile, Sidecar, read_sidecar
 from bisparse.checkpoint.bands import bands
+from bisparse.checkpoint.coverage import nonzero
 from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.stored_tensor import StoredTensor
@@ -191,6 +192,9 @@ def read_figures(folder: str | Path, against: str | Path | None = None, progress
         change = None if dense is None else _change(tensor, _stored(dense, layer))
         layers.append(LayerFigures(layer, *_verify(tensor, layer), change, _fits(tensor, layer)))
         done += tensor.nbytes
+    for source in (pruned, dense):
+        if source is not None:
+            source.check_unchanged()
     if progress:
         progress("", total, total)
     return PrunedFigures(folder.resolve().name, sidecar, tuple(layers))
@@ -234,7 +238,7 @@ def _fits(tensor: StoredTensor, layer: LayerResult) -> Pattern | None:
     transposable = isinstance(structure, Pattern) and structure.transposable
     counts = torch.zeros(m + 1, dtype=torch.int64)
     for band in bands(tensor, layer.layout, m):
-        counts += kept_counts(band.weight != 0, m, transposable=transposable, layout=band.layout)
+        counts += kept_counts(nonzero(band.weight), m, transposable=transposable, layout=band.layout)
     return sparsest_for(counts, transposable=transposable)
 
 

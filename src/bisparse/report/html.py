@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bisparse.apart import check_apart
+from bisparse.atomic_file import atomic_file, check_output_file
 from bisparse.diversity import Hardware, MaskDiversity, hardware, mask_diversity
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.pruning.violation import CONFIDENCE
@@ -79,10 +79,13 @@ def write_report(
         progress: called with the layer's name, the bytes read so far and those there are.
 
     Raises:
-        CheckpointError: the folder or the dense checkpoint cannot be read, or do not belong together.
+        CheckpointError: the folder or the dense checkpoint cannot be read, do not belong together, or overlap the output.
         ImportError: the extra `report` is not installed.
-        ValueError: the output is a folder.
+        ValueError: the output is no regular file, but a folder, a device or a pipe.
     """
+    read = None if isinstance(pruned, PrunedFigures) else pruned
+    check_apart(output, {"pruned checkpoint": read, "dense checkpoint": against})
+    check_output_file(output)
     environment = _environment()
     figures = pruned if isinstance(pruned, PrunedFigures) else read_figures(pruned, against, progress)
     report, structure = figures.report, figures.structure
@@ -144,6 +147,9 @@ def write_comparison(
             raise ValueError(
                 f"task {task.name!r} has {len(task.scores)} scores for {len(pruned)} folders: one is needed for each"
             )
+    for folder in pruned:
+        check_apart(output, {"pruned checkpoint": folder, "dense checkpoint": against})
+    check_output_file(output)
     environment = _environment()
     figures = [read_figures(folder, against, progress) for folder in pruned]
     compared = [
@@ -229,7 +235,7 @@ def _meaning(figures: PrunedFigures) -> str:
             text = f"At most {100 * structure.density:g} % of each weight matrix is kept."
     gap = figures.report.gap
     if gap is not None and gap < 1e-6:
-        text += " Each mask is proved to be the best there is."
+        text += " Each mask is proved to be the best for its scores."
     return text
 
 
@@ -269,17 +275,6 @@ def _rows_of_tiles(figures: Sequence[PrunedFigures]) -> list[tuple[str, list[tup
 
 def _write(output: str | Path, html: str) -> Path:
     """The file appears whole or not at all."""
-    output = Path(output)
-    if output.is_dir():
-        raise ValueError(f"{output} is a folder; name the HTML file to write, such as {output / 'report.html'}")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
-    try:
+    with atomic_file(output) as temporary:
         temporary.write_text(html, encoding="utf-8")
-        os.replace(temporary, output)
-    except OSError as error:
-        error.filename = str(output)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-    return output
+    return Path(output)

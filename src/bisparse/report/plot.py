@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bisparse._solve import solve
+from bisparse.atomic_file import atomic_file
 from bisparse.diversity import mask_diversity
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, parse_pattern
 
@@ -136,8 +137,9 @@ def plot_diversity(
         DARK_FAMILIES if dark else {},
         "What a structure allows, and what it keeps",
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200, metadata={"Date": None} if path.suffix.lower() == ".svg" else None)
+    kind = path.suffix.lower().removeprefix(".")
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format=kind, dpi=200, metadata={"Date": None} if kind == "svg" else None)
     return path
 
 

@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Real
 from torch import Tensor
 
 from bisparse.kernels.exact import ops
+from bisparse.kernels.exact.reference import quantise_finely
 from bisparse.solution import Certificate
 from bisparse.solvers.solver import Guarantee, Solver
 from bisparse.tiles import from_tiles, to_tiles
@@ -65,7 +66,7 @@ class Exact(Solver):
         numbers = scores if dtype is torch.float32 or scores.is_cuda else scores.float()
         if (n, m) == (2, 4):
             mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
-            if coarse is not None and ops.any_coarse(coarse):
+            if ops.any_coarse(coarse):
                 mask = self._solve_coarse(scores, mask, coarse, n, m)[0]
             version = None if scores.is_inference() else scores._version
 
@@ -81,12 +82,13 @@ class Exact(Solver):
         self, scores: Real[Tensor, "R C"], numbers: Float[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None
     ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate]]:
         start = None if warm_start is None or warm_start.exactly != self.exactly else _fast_prices(warm_start)
-        mask, prices, coarse = ops.exact_with_prices(numbers, n, m, self.exactly, start)
-        if coarse is None or not ops.any_coarse(coarse):
-            return mask, lambda: Certificate(*prices(), self.exactly)
+        mask, u, v, exponent = ops.exact_solve(numbers, n, m, self.exactly, start)
+        coarse = ops.is_coarse(exponent)
+        if not ops.any_coarse(coarse):
+            return mask, lambda: Certificate(u, v, exponent, self.exactly)
         mask, certificate = self._solve_coarse(scores, mask, coarse, n, m)
         where = coarse.nonzero()[:, 0]
-        u, v, exponent = (part.long() for part in prices())
+        u, v, exponent = u.long(), v.long(), exponent.long()
         u[where], v[where], exponent[where] = certificate.u, certificate.v, certificate.exponent
         return mask, lambda: Certificate(u, v, exponent, self.exactly)
 
@@ -100,7 +102,7 @@ class Exact(Solver):
         return from_tiles(masks, *scores.shape), certificate
 
     def _solve_finely(self, tiles: Real[Tensor, "B M M"], n: int) -> tuple[Bool[Tensor, "B M M"], Certificate]:
-        q, exponent = ops.quantise_finely(tiles)
+        q, exponent = quantise_finely(tiles)
         masks, u, v = ops.exact_solve_integers(q, n, self.exactly)
         return masks, Certificate(u, v, exponent, self.exactly)
 
@@ -110,7 +112,7 @@ class Exact(Solver):
             power = torch.frexp(tiles.double().flatten(1).amax(1)).exponent.long() if len(tiles) else tiles.new_zeros(0).long()
             exponent = ops.FAST_BITS - power
         else:
-            exponent = ops.quantise_finely(tiles)[1]
+            exponent = quantise_finely(tiles)[1]
         zeros = torch.zeros(len(tiles), m, dtype=torch.int64, device=scores.device)
         return Certificate(zeros, zeros, exponent, self.exactly)
 

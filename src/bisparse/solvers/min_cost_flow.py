@@ -21,7 +21,8 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
-from bisparse.kernels.exact.ops import COARSE, quantise
+from bisparse.kernels.exact.ops import COARSE
+from bisparse.kernels.exact.reference import quantise
 from bisparse.solvers.rounding import chunks
 from bisparse.solvers.solver import Guarantee, Solver
 

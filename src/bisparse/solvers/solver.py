@@ -59,7 +59,3 @@ class Solver(ABC):
         """
         mask = self.solve_tiles(to_tiles(scores, m), n)
         return from_tiles(mask, scores.shape[0], scores.shape[1]), lambda: None
-
-    def __call__(self, scores: Real[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:
-        """Alias of `solve_tiles`."""
-        return self.solve_tiles(scores, n)

@@ -18,11 +18,11 @@ import torch.distributed
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from bisparse._solve import EXACT, choose_solver, solve
+from bisparse._solve import solve
 from bisparse.pattern import Structure, Unstructured
 from bisparse.process_group import Ranks
 from bisparse.solution import Certificate, Solution
-from bisparse.solvers import Exact, Solver
+from bisparse.solvers import Exact, Solver, parse_solver
 from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
 from bisparse.training.gpu_batch_search import masks_together
 from bisparse.training.layer import SparseLayer, local
@@ -141,7 +141,7 @@ class MaskSearch:
         layers = {place.layer.name: place.layer for gathered in self._gathered for place in gathered.places}
         wanted = set(layers) if names is None else set(names)
         found: dict[str, tuple[Tensor, Callable[[], Tensor]]] = {}
-        solver = self.solver or EXACT
+        solver = parse_solver(self.solver)
         if ranks.size == 1 and self.score is magnitude and type(solver) is Exact and not solver.strict:
             own = [layer for name, layer in layers.items() if name in wanted]
             for name, mask in masks_together(own, solver.exactly).items():
@@ -212,7 +212,7 @@ class MaskSearch:
         return matrix
 
     def _solve_here(self, gathered: _Gathered, matrix: Float[Tensor, "R C"]) -> Bool[Tensor, "R C"]:
-        solver = self.solver or choose_solver(gathered.pattern)
+        solver = parse_solver(self.solver)
         if isinstance(gathered.pattern, Unstructured):
             (place,) = gathered.places
             matrices = matrix.view(place.count, place.rows, -1)
@@ -229,7 +229,7 @@ class MaskSearch:
         self, gathered: _Gathered, matrix: Float[Tensor, "R C"], ranks: Ranks
     ) -> tuple[Bool[Tensor, "R C"], Certificate | None]:
         """Mask and prices of the whole matrix, found in this rank's band alone."""
-        solver = self.solver or choose_solver(gathered.pattern)
+        solver = parse_solver(self.solver)
         rows, tiles = _bands(gathered, ranks.size)[ranks.rank]
         mask = torch.zeros(matrix.shape, dtype=torch.bool, device=matrix.device)
         prices, warm = None, None

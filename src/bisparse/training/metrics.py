@@ -83,7 +83,7 @@ def mean_change(changes: Iterable[MaskChange]) -> MaskChange:
         for entry in fields(MaskChange)
         if entry.name not in ("step", "size")
     }
-    return MaskChange(step=changes[0].step, size=size, **means)
+    return MaskChange(step=max(change.step for change in changes), size=size, **means)
 
 
 def as_metrics(changes: Mapping[str, MaskChange], prefix: str = "sparsity") -> dict[str, float]:
@@ -95,5 +95,5 @@ def as_metrics(changes: Mapping[str, MaskChange], prefix: str = "sparsity") -> d
         f"{place}/{entry.name}": getattr(change, entry.name)
         for place, change in named.items()
         for entry in fields(MaskChange)
-        if entry.name not in ("step", "size")
+        if entry.name != "size"
     }

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
 from torch.optim import Optimizer
 
 from bisparse.training.layer import SparseLayer
 
-__all__ = ["DEFAULT_DECAY", "DEFAULT_DECAY_ADAM", "Attached", "default_decay", "skipped_by_scaler", "unwrapped"]
+__all__ = [
+    "DEFAULT_DECAY",
+    "DEFAULT_DECAY_ADAM",
+    "default_decay",
+    "held_by",
+    "skipped_by_scaler",
+    "unwrapped",
+    "why_not_followed",
+]
 
 DEFAULT_DECAY = 2e-4
 """Decay where none is given: Zhou et al.'s lambda."""
@@ -16,21 +28,33 @@ halved the flip rate and lowered the loss at each seed (docs/benchmarks.md). Wha
 flip rate."""
 
 
-class Attached:
-    """An optimizer that is followed, and the sparse layers whose weights it holds."""
+class Held(NamedTuple):
+    """A sparse layer whose weight an optimizer holds."""
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-        self._parameters = -1
-        self._layers: list[SparseLayer] = []
+    layer: SparseLayer
+    weight: Tensor
+    """The parameter, looked up once."""
+    group: dict[str, Any]
+    """The parameter group that has it."""
 
-    def held(self, layers: list[SparseLayer]) -> list[SparseLayer]:
-        """Those of `layers` that the optimizer holds now: layers that thaw join it while it trains."""
-        parameters = sum(len(group["params"]) for group in self.optimizer.param_groups)
-        if parameters != self._parameters:
-            held = {id(one) for group in self.optimizer.param_groups for one in group["params"]}
-            self._parameters, self._layers = parameters, [layer for layer in layers if id(layer.weight) in held]
-        return self._layers
+
+def held_by(optimizer: Optimizer, layers: Iterable[SparseLayer]) -> list[Held]:
+    """Those of `layers` whose weight the optimizer holds now; groups may change at any step."""
+    groups = {id(held): group for group in optimizer.param_groups for held in group["params"]}
+    pairs = ((layer, layer.weight) for layer in layers)
+    return [Held(layer, weight, group) for layer, weight in pairs if (group := groups.get(id(weight))) is not None]
+
+
+def why_not_followed(optimizer: Optimizer, method: str) -> str | None:
+    """Why sparse training cannot follow an optimizer; None if it can."""
+    kind = type(optimizer).__name__
+    try:
+        optimizer.register_step_pre_hook(lambda *_: None).remove()
+    except AttributeError:
+        return f"{kind} has no step hooks: its __init__ must call super().__init__(params, defaults) of torch.optim.Optimizer"
+    if method == "sr-ste" and any("lr" not in group for group in optimizer.param_groups):
+        return f'method="sr-ste" decays by the learning rate, and a parameter group of {kind} has no "lr": use "masked-decay"'
+    return None
 
 
 def default_decay(optimizer: Optimizer) -> float:

@@ -16,7 +16,8 @@ __all__ = ["separate_class", "share_class"]
 
 _SHARED: WeakValueDictionary[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = WeakValueDictionary()
 """By the class before and the parametrized names."""
-TORCHS_OWN = {"__getstate__", "__deepcopy__", "__module__", "__doc__", "__dict__", "__weakref__"}
+TORCHS_OWN = {"__getstate__", "__deepcopy__", "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__"}
+"""`__annotations__` comes to be when anyone asks a class for it."""
 
 
 class _Shared(type):

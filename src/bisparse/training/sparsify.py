@@ -12,18 +12,20 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from bisparse.layers import Filter, Layer, Skipped, find_layers, matches
+from bisparse.layers import Filter, Layer, Skipped, computed_reason, dtype_reason, find_layers, matches
 from bisparse.pattern import Pattern, Structure, parse_pattern
+from bisparse.rollback import Rollback
 from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
+from bisparse.training.forward_hook import remove_hooks
 from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
 from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, sample_of, trained_parameter
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.shared_classes import separate_class, share_class
-from bisparse.training.sparsity import Method, Mode, Sparsity, check_mask
+from bisparse.training.sparsity import Method, Mode, Sparsity, check_mask, live_sparsities
 
 __all__ = ["finalize_", "plain_state_dict", "sparsify_"]
 
@@ -115,6 +117,7 @@ def sparsify_(
     sparsity = Sparsity(
         sparse,
         skipped,
+        _called(model, sparse),
         mode=mode,
         method=method,
         pattern=pattern,
@@ -126,18 +129,29 @@ def sparsify_(
         measure_every=measure_every,
         check_gradients=check_gradients,
     )
-    if mvue and not any([MVUELinear.install_(layer.module) for layer in sparse]):
+    if mvue and not any(type(layer.module) in (nn.Linear, MVUELinear) for layer in sparse):
         raise ValueError("mvue=True is an option of torch.nn.Linear layers, and none is made sparse")
-    with torch.no_grad():
+    with torch.no_grad(), Rollback(model) as rollback:
         found = _given_masks(sparse, masks) if masks is not None else _first_masks(sparsity)
         for layer in sparse:
+            if mvue:
+                MVUELinear.install_(layer.module)
             mask = found[layer.name].to(layer.weight.device)
             if mode == "static":
                 layer.module.register_buffer(layer.mask_name, mask.contiguous(), persistent=False)
+                rollback.touch(local(layer.weight.detach()))
                 layer.zero_pruned()
             else:
                 _parametrize(model, layer, mask, method, schedule)
+    if mode == "dynamic":
+        sparsity.hook.install(sparsity.called)
     return sparsity
+
+
+def _called(model: nn.Module, layers: list[SparseLayer]) -> list[nn.Module]:
+    """The modules whose forward pass may use a sparse weight: those that hold one, and all that contain these."""
+    holders = {id(module) for layer in layers for module in (layer.module, *layer.sharing)}
+    return [module for module in model.modules() if any(id(inner) in holders for inner in module.modules())]
 
 
 def _check_arguments(
@@ -257,6 +271,10 @@ def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method:
                 f"{layer.name}: its weight is no parameter of the module, as after torch.nn.utils.prune: call prune.remove "
                 "first, or exclude the layer"
             )
+        if (reason := computed_reason(layer.module, layer.parameter)) is not None:
+            raise ValueError(f"{layer.name}: {reason}; remove what computes it first, or exclude the layer")
+        if (reason := dtype_reason(layer.weight)) is not None:
+            raise ValueError(f"{layer.name}: {reason}")
         if hasattr(layer.module, layer.mask_name):
             raise ValueError(f"{layer.name} has an attribute {layer.mask_name!r} already, which the mask needs")
         if mode == "dynamic" and isinstance(layer.weight, DTensor):
@@ -319,8 +337,8 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
 def finalize_(model: nn.Module) -> nn.Module:
     """Turn a sparsified or accelerated model into a plain one: weights hold their zeros, nothing of this library is left.
 
-    Returns the model. The parameters stay the same objects, so optimizers keep them, but for weights that were packed. The masks
-    are checked against their patterns first.
+    Returns the model. Its `Sparsity` ends here: it leaves the optimizers, and training on is dense. The parameters stay the same
+    objects, so optimizers keep them, but for weights that were packed. The masks are checked against their patterns first.
 
     Raises:
         ValueError: the model is neither sparsified nor accelerated, or its weights are sharded over ranks (take
@@ -346,6 +364,7 @@ def finalize_(model: nn.Module) -> nn.Module:
     for name, module, parameter, own in dynamic:
         if not own.dense:
             verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
+    ending = [(sparsity, sparsity.facts_within(model)) for sparsity in live_sparsities()]
     for layer in accelerated:
         layer.restore_()
     now = ((own.start, sample_of(trained_parameter(module, parameter))) for _, module, parameter, own in dynamic)
@@ -377,6 +396,9 @@ def finalize_(model: nn.Module) -> nn.Module:
         )
     for module in model.modules():
         MVUELinear.remove_(module)
+        remove_hooks(module)
+    for sparsity, facts in ending:
+        sparsity.end(facts)
     return model
 
 

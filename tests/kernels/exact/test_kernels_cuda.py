@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from bisparse import Exact, solve
+from bisparse import solve
 from bisparse.kernels.exact import ops
 from bisparse.kernels.sparse24 import pack
+from bisparse.solvers import Exact
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 

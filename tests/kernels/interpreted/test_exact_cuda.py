@@ -5,13 +5,13 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from test_kernels_exact import KINDS, as_matrix, mask_alone, numbers
+from test_kernels_exact import KINDS, as_matrix, numbers
 from test_kernels_metadata import any_form
 from torch import Tensor
 
 import oracle
 from bisparse import Solution, solve
-from bisparse.kernels.exact import ops
+from bisparse.kernels.exact import ops, reference
 from bisparse.kernels.exact.cuda import solve as cuda
 from bisparse.kernels.exact.ops import BadScoreError
 from bisparse.kernels.sparse24 import pack
@@ -45,7 +45,7 @@ def all_kinds(m: int, each: int = 1, seed: int = 0) -> Tensor:
 def check_proof(tiles: Tensor, n: int, exactly: bool, start: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, ...]:
     """Solve, recompute every certificate, and compare the values with the CPU kernels'."""
     m = tiles.shape[-1]
-    q, exponent = ops.quantise(tiles)
+    q, exponent = reference.quantise(tiles)
     prices, powers = start if start is not None else (None, None)
     mask, uv, found = cuda.exact_solve(as_matrix(tiles), n, m, exactly, prices, powers)
     assert (mask.dtype, uv.dtype, found.dtype) == (torch.bool, torch.int32, torch.int32)
@@ -90,7 +90,7 @@ def test_prices_prove_masks_of_side_64(exactly: bool) -> None:
 @PROGRAMS
 def test_against_every_mask_there_is(exactly: bool) -> None:
     tiles = torch.cat([numbers(kind, 2, 4, seed=3) for kind in ("gaussian", "few values", "mostly zeros", "staircase")])
-    q, _ = ops.quantise(tiles)
+    q, _ = reference.quantise(tiles)
     for n in (1, 2):
         masks, _, _ = check_proof(tiles, n, exactly)
         for tile, kept in zip(q, masks, strict=True):
@@ -204,7 +204,7 @@ def test_outliers_and_dust_are_coarse_where_the_specification_says_so() -> None:
         tiles[5] = -0.0
         tiles[6, 0] = 1e8
         tiles[7] = torch.where(torch.rand(m, m) < 0.5, 1e8, 0.0)
-        expected = ops.quantise(tiles)[1] == ops.COARSE
+        expected = reference.quantise(tiles)[1] == ops.COARSE
         assert expected.tolist()[:4] == [False, True, True, True]
         assert torch.equal(cuda.exact_mask(as_matrix(tiles), n, m, False)[1], expected)
         assert torch.equal(cuda.exact_solve(as_matrix(tiles), n, m, False, None, None)[2] == ops.COARSE, expected)
@@ -253,9 +253,9 @@ def test_same_masks_at_2to4_as_on_the_cpu_ties_included(monkeypatch: pytest.Monk
     monkeypatch.setattr(cuda, "MIDDLE_BYTES", 4096)
     tiles = torch.cat([all_kinds(4, each=20), numbers("gaussian", 36, 4, seed=9)])
     matrix = as_matrix(tiles, 256)
-    same(cuda.exact_mask(matrix, 2, 4, exactly), mask_alone(matrix, 2, 4, exactly))
+    same(cuda.exact_mask(matrix, 2, 4, exactly), ops.exact_mask(matrix, 2, 4, exactly))
     half = matrix.half()
-    same(cuda.exact_mask(half, 2, 4, exactly), mask_alone(half.float(), 2, 4, exactly))
+    same(cuda.exact_mask(half, 2, 4, exactly), ops.exact_mask(half.float(), 2, 4, exactly))
 
 
 @PROGRAMS
@@ -275,7 +275,7 @@ def test_2to4_of_widths_that_no_program_divides(monkeypatch: pytest.MonkeyPatch)
     for across in (1, 5, 33):
         monkeypatch.setattr(cuda, "MIDDLE_BYTES", 512)
         matrix = as_matrix(numbers("int4", across, 4), across)
-        same(cuda.exact_mask(matrix, 2, 4, False), mask_alone(matrix, 2, 4, False))
+        same(cuda.exact_mask(matrix, 2, 4, False), ops.exact_mask(matrix, 2, 4, False))
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(torch.float16, marks=pytest.mark.slow), torch.bfloat16], ids=str)
@@ -301,7 +301,7 @@ def test_packed_operands_are_those_of_the_specification_bit_by_bit(dtype: torch.
 def test_the_largest_of_each_group_and_the_lowest_index_of_equals(m: int) -> None:
     for groups in (torch.randint(0, 4, (300, m)), torch.randn(7, m).bfloat16(), torch.zeros(1, m, dtype=torch.float64)):
         for n in (1, m // 2, m):
-            assert torch.equal(cuda.keep_largest(groups, n), ops.reference_keep_largest(groups, n))
+            assert torch.equal(cuda.keep_largest(groups, n), reference.keep_largest(groups, n))
     assert cuda.keep_largest(torch.zeros(0, m), 1).shape == (0, m)
 
 

@@ -12,6 +12,7 @@ from bisparse.layers import find_layers
 from bisparse.pruning import AdaPrune, Statistic, prune_
 from bisparse.pruning.calibration import block_runner as chain_run_module
 from bisparse.pruning.calibration.calibrate import Walk, calibrate
+from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.paused import Paused
 
 
@@ -112,7 +113,7 @@ def test_a_block_runs_once_a_batch_where_there_is_room_and_the_statistics_are_th
     layers, _ = find_layers(model, include="*")
     found = {}
     walk = Walk()
-    for stage in calibrate(model, layers, batches, frozenset({Statistic.GRAM}), progress=False, walk=walk):
+    for stage in calibrate(model, layers, batches, frozenset({Statistic.GRAM}), Options(progress=False), walk=walk):
         inputs: list[Tensor] = []
         handle = stage.layers[0].module.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0]))
         runs = [block.runs for block in model]
@@ -146,7 +147,7 @@ def test_an_input_changed_in_place_is_another_input() -> None:
 
     model, x = InPlace(), torch.randn(16, 8)
     layers, _ = find_layers(model, include="*")
-    stages = list(calibrate(model, layers, [x], frozenset({Statistic.MEAN}), progress=False))
+    stages = list(calibrate(model, layers, [x], frozenset({Statistic.MEAN}), Options(progress=False)))
     means = {layer.name: one.mean[0] for stage in stages for layer, one in zip(stage.layers, stage.statistics, strict=True)}
     torch.testing.assert_close(means["one"], x.mean(0))
     torch.testing.assert_close(means["two"], x.relu().mean(0))

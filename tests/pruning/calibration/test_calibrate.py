@@ -14,6 +14,7 @@ from bisparse.pruning.calibration.block_chain import find_chains
 from bisparse.pruning.calibration.calibrate import Walk, calibrate
 from bisparse.pruning.calibration.execution_order import discover
 from bisparse.pruning.calibration.moments import Moments
+from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.reduction import positions, to_rows
 from bisparse.tiles import to_matrices
 
@@ -32,9 +33,9 @@ CONVOLUTIONS = {
 }
 
 
-def walked(model: nn.Module, batches, needs=ALL, include=None, **options):
+def walked(model: nn.Module, batches, needs=ALL, include=None, walk=None, **options):
     layers, _ = find_layers(model, include)
-    stages = calibrate(model, layers, batches, frozenset(needs), progress=False, **options)
+    stages = calibrate(model, layers, batches, frozenset(needs), Options(progress=False, **options), walk=walk)
     return {layer.name: one for stage in stages for layer, one in zip(stage.layers, stage.statistics, strict=True)}
 
 
@@ -168,7 +169,7 @@ def test_sequential_statistics_are_those_of_the_network_as_changed_so_far(leakin
     calls = {layer.name: 1 for layer in layers}
     assert bool(find_chains(model, layers, calls, batches[0], None)) is not leaking
     order = []
-    for stage in calibrate(model, layers, batches, ALL | {Statistic.CROSS}, order="sequential", progress=False):
+    for stage in calibrate(model, layers, batches, ALL | {Statistic.CROSS}, Options(progress=False)):
         for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
             torch.testing.assert_close(statistics.gram[0], sequential_oracle(model, batches, layer.name), rtol=1e-4, atol=1e-5)
         for layer in stage.layers:
@@ -196,7 +197,7 @@ def test_cross_moments_relate_the_dense_networks_inputs_to_the_present_ones(leak
         return torch.cat(seen)
 
     checked = 0
-    for stage in calibrate(model, layers, batches, ALL | {Statistic.CROSS}, progress=False):
+    for stage in calibrate(model, layers, batches, ALL | {Statistic.CROSS}, Options(progress=False)):
         for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
             z, x = inputs(dense, layer.name), inputs(model, layer.name)
             if statistics.cross is None:
@@ -218,7 +219,7 @@ def test_parallel_statistics_are_those_of_the_dense_network(limit: int, monkeypa
     batches = [torch.randn(4, 8) for _ in range(6)]
     layers, _ = find_layers(model)
     found = 0
-    for stage in calibrate(model, layers, batches, ALL, order="parallel", progress=False, walk=walk):
+    for stage in calibrate(model, layers, batches, ALL, Options(order="parallel", progress=False), walk=walk):
         for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
             found += 1
             torch.testing.assert_close(statistics.gram[0], sequential_oracle(model, batches, layer.name), rtol=1e-4, atol=1e-5)
@@ -231,7 +232,7 @@ def test_raw_inputs_are_held_for_one_stage_only() -> None:
     model, walk = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6))), Walk()
     batches = [torch.randn(4, 8) for _ in range(5)]
     for order in ("parallel", "sequential"):
-        for _ in calibrate(model, find_layers(model)[0], batches, frozenset({Statistic.INPUTS}), order=order, walk=walk):
+        for _ in calibrate(model, find_layers(model)[0], batches, frozenset({Statistic.INPUTS}), Options(order=order), walk=walk):
             pass
     assert walk.statistics_bytes == 5 * 4 * 8 * 4
 
@@ -512,7 +513,7 @@ def test_statistics_of_routed_experts_are_those_of_their_own_tokens(chained: boo
     layers, _ = find_layers(model)
     assert bool(find_chains(model, layers, discover(model, layers, batches, None)[1], batches[0], None)) is chained
     order = []
-    for stage in calibrate(model, layers, batches, ALL | {Statistic.CROSS}, progress=False):
+    for stage in calibrate(model, layers, batches, ALL | {Statistic.CROSS}, Options(progress=False)):
         for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
             order.append(layer.name)
             torch.testing.assert_close(statistics.gram[0], sequential_oracle(model, batches, layer.name), rtol=1e-4, atol=1e-4)

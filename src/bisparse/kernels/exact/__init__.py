@@ -1,1 +1,5 @@
-"""The exact mask solver as torch operators: typed calls, the plain-torch specification, and kernels for CPU and CUDA."""
+"""The exact mask solver as torch operators: typed calls (`ops`), specification (`reference`), kernels (`cpu`, `cuda`)."""
+
+from bisparse.kernels.exact import cpu, cuda, reference
+
+__all__ = ["cpu", "cuda", "reference"]

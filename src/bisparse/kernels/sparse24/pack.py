@@ -9,6 +9,7 @@ CUTLASS and of torch's semi-structured operators, to which the result is bit-equ
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
@@ -178,10 +179,20 @@ def _(weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     return weight.new_empty(weight.shape, dtype=torch.bool), *packed_like(weight)
 
 
+def _on_a_gpu(name: str) -> Callable[..., Any]:
+    def kernel(*arguments: Any) -> Any:
+        from bisparse.kernels.exact.cuda import solve as cuda
+
+        with torch.cuda.device_of(arguments[0]):
+            return getattr(cuda, name)(*arguments)
+
+    return kernel
+
+
 _LIBRARY.impl("pack_2to4", reference_pack_2to4, "CompositeExplicitAutograd")
 _LIBRARY.impl("pack_2to4_transposable", reference_pack_2to4_transposable, "CompositeExplicitAutograd")
 
 
 if find_spec("triton") is not None:
     for _name in ("pack_2to4", "pack_2to4_transposable"):
-        _LIBRARY.impl(_name, ops.triton_kernel(_name), "CUDA")
+        _LIBRARY.impl(_name, _on_a_gpu(_name), "CUDA")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.block_chain import Call, Chain, argument_of, dense_copy, without
 from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, call_model, observed, taking_in
+from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.paused import Paused
 
-__all__ = ["ChainRun", "FinishedBlock"]
+__all__ = ["ChainRun"]
 
 PAUSED_BYTES = 8 << 30
 """What stopped passes may hold together."""
@@ -31,25 +32,6 @@ Attention that writes its scores out can hold more, which is seen once a pass ha
 
 Inputs = list[tuple[Tensor, int | None]]
 """Inputs of a stage, with the part of a packed projection that each belongs to."""
-
-
-@dataclass(frozen=True)
-class FinishedBlock:
-    """A block whose layers are all pruned, before the activations go on to the next one. It may still be changed."""
-
-    name: str
-    module: nn.Module
-    layers: tuple[Layer, ...]
-    output: Callable[[int], Tensor]
-    """What the block, as it is when called, makes of the pruned network's activations, by number of the batch."""
-    target: Callable[[int], Tensor]
-    """What the dense block makes of the dense network's."""
-    keep: Callable[[int], Tensor | None]
-    """Which positions of a batch are real tokens; None: all."""
-    fit: tuple[int, ...]
-    """Batches to fit to."""
-    judge: tuple[int, ...]
-    """Batches held out."""
 
 
 class _Pass:
@@ -78,8 +60,7 @@ class ChainRun:
         chain: Chain,
         model: nn.Module,
         data: Sequence[Any],
-        forward: Callable[..., Any] | None,
-        device: torch.device | str | None,
+        options: Options,
         keep_dense: bool,
         dense: Callable[[Tensor], Tensor | None] | None,
         compare: bool = True,
@@ -87,8 +68,8 @@ class ChainRun:
         self.chain = chain
         self.model = model
         self.data = data
-        self.forward = forward
-        self.device = None if device is None else torch.device(device)
+        self.forward = options.forward
+        self.device = None if options.device is None else torch.device(options.device)
         self.keep_dense = keep_dense
         self.dense = dense
         self.compare = compare
@@ -165,17 +146,10 @@ class ChainRun:
     def block(self, number: int, stages: Sequence[Sequence[Layer]]) -> Iterator[None]:
         """Bring one block to the device, with a dense copy of it if the dense stream is kept, to be stopped before `stages`."""
         block = self.chain.blocks[number]
-        home = next((parameter.device for parameter in block.parameters()), torch.device("cpu"))
         self.current = number
         self._dense_advanced = False
-        if self.device is not None:
-            block.to(self.device)
         firsts = [stage[0] for stage in stages]
         twins: list[Layer] = []
-        if self.keep_dense:
-            self._dense_block = dense_copy(block, self.dense)
-            names = {id(module): name for name, module in block.named_modules()}
-            twins = [replace(layer, module=self._dense_block.get_submodule(names[id(layer.module)])) for layer in firsts]
         number_of = {layer.name: index for index, layer in enumerate(firsts)}
         parts: Inputs = []
 
@@ -188,14 +162,17 @@ class ChainRun:
                 handed, parts[:] = list(parts), []
                 self._running.paused.pause((number_of[layer.name], handed))
 
-        try:
-            with observed(block, firsts, seen), observed(self._dense_block or nn.Identity(), twins, seen):
-                yield
-        finally:
-            self._stop()
-            self._dense_block = None
-            if self.device is not None:
-                block.to(home)
+        with _moved(block, self.device):
+            if self.keep_dense:
+                self._dense_block = dense_copy(block, self.dense)
+                names = {id(module): name for name, module in block.named_modules()}
+                twins = [replace(layer, module=self._dense_block.get_submodule(names[id(layer.module)])) for layer in firsts]
+            try:
+                with observed(block, firsts, seen), observed(self._dense_block or nn.Identity(), twins, seen):
+                    yield
+            finally:
+                self._stop()
+                self._dense_block = None
 
     def inputs_of(self, index: int, stage: int) -> tuple[Inputs, Inputs | None]:
         """What a stage of the present block sees of one batch; and in the dense network, if that is another one by now."""
@@ -285,6 +262,24 @@ class ChainRun:
         else:
             kwargs[argument] = handed
         return block(*args, **kwargs)
+
+
+@contextmanager
+def _moved(module: nn.Module, device: torch.device | None) -> Iterator[None]:
+    """While open, a module's tensors are on the device; then in the memory where they were, with what became of them.
+
+    Parameters and buffers stay the same objects, and their memory the same, however this ends.
+    """
+    homes = {} if device is None else {one: one.data for one in (*module.parameters(), *module.buffers())}
+    try:
+        for one, home in homes.items():
+            one.data = home.to(device)
+        yield
+    finally:
+        for one, home in homes.items():
+            away, one.data = one.data, home
+            if away.device != home.device:
+                home.copy_(away)
 
 
 def _sharing(given: Any, before: Any) -> Any:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +24,18 @@ from tqdm.auto import tqdm
 from bisparse.layers import Layer
 from bisparse.process_group import Ranks
 from bisparse.pruning.calibration.block_chain import Chain, dense_copy, find_chains
-from bisparse.pruning.calibration.block_runner import ChainRun, FinishedBlock
+from bisparse.pruning.calibration.block_runner import ChainRun
 from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Data, Stage
 from bisparse.pruning.calibration.execution_order import discover
+from bisparse.pruning.calibration.finished_block import FinishedBlock
 from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, call_model, observed, taking_in, token_mask
+from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
 from bisparse.pruning.reduction import positions
 from bisparse.tiles import to_matrices
 
-__all__ = ["Order", "Stage", "Walk", "calibrate"]
+__all__ = ["Stage", "Walk", "calibrate"]
 
-Order = Literal["sequential", "parallel"]
 WHOLE_BYTES = 1 << 30
 """Statistics of all layers are collected in one pass if they fit into this; else stage by stage, as in "sequential"."""
 
@@ -60,16 +61,12 @@ def calibrate(
     layers: Sequence[Layer],
     batches: Iterable[Any],
     needs: frozenset[Statistic],
+    options: Options | None = None,
     *,
-    order: Order = "sequential",
-    forward: Callable[[nn.Module, Any], Any] | None = None,
-    device: torch.device | str | None = None,
     done: frozenset[str] = frozenset(),
     dense: Callable[[Tensor], Tensor | None] | None = None,
-    progress: bool | None = None,
     walk: Walk | None = None,
     ranks: Ranks | None = None,
-    blocks: bool = False,
 ) -> Generator[Stage | FinishedBlock]:
     """Yield the layers stage by stage, each with the statistics of its inputs; the caller may change weights in between.
 
@@ -79,16 +76,15 @@ def calibrate(
         batches: calibration data, read once and kept (token ids, images). Passed as ``model(**batch)``, ``model(*batch)``
             or ``model(batch)``, or by `forward`. Positions that a 2-D "attention_mask" hides are not counted.
         needs: what to collect.
-        order: "sequential" or "parallel", see above. CROSS is collected in "sequential" only, where it differs from GRAM. In
-            "parallel" the caller leaves the weights alone until the walk is over.
-        device: run the blocks of a chain there, one block at a time; by default where the model is.
+        options: of these, the order, see above; how to run the model and where; the progress bar; and whether blocks are to be
+            reconstructed: then each block of a chain is yielded too, once its layers have been, and the caller may change it
+            again. CROSS is collected in "sequential" only, where it differs from GRAM. In "parallel" the caller leaves the
+            weights alone until the walk is over.
         done: names of layers changed by an earlier, interrupted walk: they are passed over.
         dense: what a parameter or buffer was before anything was pruned, None for one that is as it was; for the dense network
             that CROSS compares with.
-        progress: a progress bar; None: if a terminal is there to see it.
         walk: filled with costs and with the layers never reached.
         ranks: share the data among these, all of whom call this alike; every one gets the statistics of all data.
-        blocks: in "sequential", yield each block of a chain too, once its layers have been; the caller may change them again.
 
     Raises:
         CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
@@ -97,27 +93,26 @@ def calibrate(
     data = list(batches)
     if not data:
         raise CalibrationError("the calibration set is empty: give at least one batch")
-    if order not in ("sequential", "parallel"):
-        raise ValueError(f"order={order!r}: expected 'sequential' or 'parallel'")
-    if order == "parallel":
+    options = options or Options()
+    if options.order == "parallel":
         needs = needs - {Statistic.CROSS}
     # Raw inputs are not worth sending: each rank runs all of the data then.
-    shared = Data(data, needs, ranks if ranks is not None and Statistic.INPUTS not in needs else Ranks())
-    bar = tqdm(
-        total=len(layers), desc="calibrating", unit="layer", disable=None if progress is None else not progress, smoothing=0.1
-    )
+    ranks = ranks or Ranks()
+    shared = Data(data, needs, ranks if Statistic.INPUTS not in needs else Ranks())
+    hidden = True if ranks.rank > 0 else None if options.progress is None else not options.progress
+    bar = tqdm(total=len(layers), desc="calibrating", unit="layer", disable=hidden, smoothing=0.1)
     with _evaluating(model), bar:
         started = time.perf_counter()
-        stages, calls, forwards = discover(model, layers, data, forward)
+        stages, calls, forwards = discover(model, layers, data, options.forward)
         walk.forwards += forwards
         walk.time_s += time.perf_counter() - started
         reached = {layer.name for stage in stages for layer in stage}
         walk.unreached += [layer.name for layer in layers if layer.name not in reached]
         walker: Iterator[Stage | FinishedBlock]
-        if order == "parallel" and _bytes_of_all(layers, needs) <= WHOLE_BYTES:
-            walker = _walk_whole(model, stages, calls, shared, forward, walk, done)
+        if options.order == "parallel" and _bytes_of_all(layers, needs) <= WHOLE_BYTES:
+            walker = _walk_whole(model, stages, calls, shared, options.forward, walk, done)
         else:
-            walker = _walk_in_order(model, stages, calls, shared, forward, walk, device, done, dense, blocks)
+            walker = _walk_in_order(model, stages, calls, shared, options, walk, done, dense)
         for stage in _timed(walker, walk):
             if isinstance(stage, FinishedBlock):
                 yield stage
@@ -237,14 +232,12 @@ def _walk_in_order(
     stages: list[list[Layer]],
     calls: dict[str, int],
     data: Data,
-    forward: Callable[..., Any] | None,
+    options: Options,
     walk: Walk,
-    device: torch.device | str | None,
     done: frozenset[str],
     dense: Callable[[Tensor], Tensor | None] | None,
-    blocks: bool,
 ) -> Iterator[Stage | FinishedBlock]:
-    chains = find_chains(model, [layer for stage in stages for layer in stage], calls, data.batches[0], forward)
+    chains = find_chains(model, [layer for stage in stages for layer in stage], calls, data.batches[0], options.forward)
     segments: list[Chain | list[Layer]] = []
     for stage in stages:
         # A stage that straddles a chain's end does not exist: its layers share one input.
@@ -253,7 +246,7 @@ def _walk_in_order(
             segments.append(stage)
         elif chain not in segments:
             segments.append(chain)
-    cross = Statistic.CROSS in data.needs
+    cross, blocks = Statistic.CROSS in data.needs, options.reconstruction is not None
     # Blocks keep their own dense copies, one at a time. A dense copy of the whole model is needed only where something
     # else is pruned before a chain; layers after the only chain are fitted to the outputs they have by then.
     alone = len(segments) > 0 and isinstance(segments[0], Chain) and not any(isinstance(s, Chain) for s in segments[1:])
@@ -261,10 +254,10 @@ def _walk_in_order(
     for number, segment in enumerate(segments):
         if isinstance(segment, Chain):
             own = [stage for stage in stages if segment.holds(stage[0])]
-            run = ChainRun(segment, model, [batch for _, batch in data.own], forward, device, cross or blocks, dense, cross)
+            run = ChainRun(segment, model, [batch for _, batch in data.own], options, cross or blocks, dense, cross)
             yield from _walk_chain(run, own, data, walk, done, reference if number else None, blocks)
         elif todo := [layer for layer in segment if layer.name not in done]:
-            yield _run(model, [todo], data, forward, walk, reference if number else None, calls).stage(todo)
+            yield _run(model, [todo], data, options.forward, walk, reference if number else None, calls).stage(todo)
 
 
 def _finished(run: ChainRun, layers: tuple[Layer, ...], data: Data) -> FinishedBlock:

@@ -69,6 +69,11 @@ class ChannelSpace:
     frozen: str = ""
     """Why it cannot be permuted; empty where it can."""
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that `permute_` writes to."""
+        return [*(tensor for tensor, _ in [*self.writers, *self.readers]), *self.vectors]
+
     def permute_(self, order: Tensor) -> None:
         """Put channel ``order[i]`` in place i, in place."""
         with torch.no_grad():

@@ -27,6 +27,7 @@ from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces
 from bisparse.pruning.channels.stripe_search import refine_stripes
+from bisparse.rollback import Rollback
 from bisparse.scores import magnitude
 from bisparse.tiles import LayoutKind, to_matrices
 
@@ -87,6 +88,8 @@ def permute_(
 ) -> PermutationReport:
     """Permute a network's channels, in place, so that masks of the pattern keep more; its outputs stay as they are.
 
+    On an error the model is as it was.
+
     Args:
         example: a batch to trace the network by and to compare outputs on.
         include, exclude: layers that will be pruned; see `find_layers`. Others are permuted along, but do not count.
@@ -108,43 +111,42 @@ def permute_(
     by_weight = {id(layer.weight): layer for layer in layers if layer.layout.kind is not LayoutKind.PACKED}
     score_of = scores or (lambda layer: magnitude(layer.weight))
     training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            spaces, untraced = channel_spaces(model, example, forward)
-            goal = _outputs(model, example, forward)
-            before_all, total = _kept(layers, parsed, score_of)
-            found: list[PermutedSpace] = []
-            # The outputs after a permutation sum in another order; undone ones are those that differ by more.
-            done = {id(space): _reason(space, by_weight) for space in spaces}
-            first = {id(space): _space_value(space, by_weight, parsed, score_of) for space in spaces}
-            last = dict(first)
-            for turn in range(rounds):
-                for space in spaces:
-                    if done[id(space)]:
-                        continue
-                    order = _best_order(space, by_weight, parsed, score_of, steps, seed + turn)
-                    value = last[id(space)]
-                    space.permute_(order)
-                    after = _space_value(space, by_weight, parsed, score_of)
-                    back = torch.argsort(order)
-                    if after <= value:
-                        space.permute_(back)
-                    elif not _close(goal, _outputs(model, example, forward), tolerance):
-                        space.permute_(back)
-                        done[id(space)] = "the outputs changed: the graph hides a use of these channels"
-                    else:
-                        last[id(space)] = after
+    with torch.no_grad(), Rollback(model) as rollback:
+        model.eval()
+        spaces, untraced = channel_spaces(model, example, forward)
+        goal = _outputs(model, example, forward)
+        before_all, total = _kept(layers, parsed, score_of)
+        found: list[PermutedSpace] = []
+        # The outputs after a permutation sum in another order; undone ones are those that differ by more.
+        done = {id(space): _reason(space, by_weight) for space in spaces}
+        first = {id(space): _space_value(space, by_weight, parsed, score_of) for space in spaces}
+        last = dict(first)
+        for turn in range(rounds):
             for space in spaces:
-                names = _names(space, by_weight)
-                value = _space_value(space, by_weight, parsed, score_of)
-                reason = done[id(space)]
-                if not reason and last[id(space)] == first[id(space)]:
-                    reason = "no better order was found"
-                if names:
-                    found.append(PermutedSpace(names, space.size, first[id(space)], value, reason))
-            after_all, _ = _kept(layers, parsed, score_of)
-    finally:
+                if done[id(space)]:
+                    continue
+                order = _best_order(space, by_weight, parsed, score_of, steps, seed + turn)
+                value = last[id(space)]
+                rollback.touch(*space.tensors)
+                space.permute_(order)
+                after = _space_value(space, by_weight, parsed, score_of)
+                back = torch.argsort(order)
+                if after <= value:
+                    space.permute_(back)
+                elif not _close(goal, _outputs(model, example, forward), tolerance):
+                    space.permute_(back)
+                    done[id(space)] = "the outputs changed: the graph hides a use of these channels"
+                else:
+                    last[id(space)] = after
+        for space in spaces:
+            names = _names(space, by_weight)
+            value = _space_value(space, by_weight, parsed, score_of)
+            reason = done[id(space)]
+            if not reason and last[id(space)] == first[id(space)]:
+                reason = "no better order was found"
+            if names:
+                found.append(PermutedSpace(names, space.size, first[id(space)], value, reason))
+        after_all, _ = _kept(layers, parsed, score_of)
         for module, mode in training:
             module.training = mode
     return PermutationReport(

@@ -146,12 +146,12 @@ def make_problem(
 
 
 def refitted_bias(
-    bias: Float[Tensor, "GO"] | None,
+    bias: Float[Tensor, " GO"] | None,
     weight: Float[Tensor, "G O K"],
     new_weight: Float[Tensor, "G O K"],
     mean: Float[Tensor, "G K"],
     dense_mean: Float[Tensor, "G K"] | None = None,
-) -> Float[Tensor, "GO"]:
+) -> Float[Tensor, " GO"]:
     """``b + W E[z] - W' E[x]``: the bias that keeps every output's mean where the dense layer has it."""
     dense_mean = mean if dense_mean is None else dense_mean
     # In float64: the difference of two large numbers where inputs have large means.

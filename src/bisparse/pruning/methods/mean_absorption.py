@@ -77,7 +77,7 @@ class MeanAbsorption(Method):
         mask = selected.solution.mask
         before = problem.weight * mask if selected.weight is None else selected.weight
         after = absorb_mean(before, problem.weight, mask, problem.pattern)
-        if self.always and problem.statistics is None:
+        if self.always and not (problem.statistics and problem.statistics.columns):  # nothing to measure an error on
             return Pruned(selected.solution, after, selected.bias)
         whole = problem.least_squares(centred=False)
         plain, absorbed = problem.rows(before).float(), problem.rows(after).float()

@@ -24,7 +24,7 @@ class SparsityCallback(Callback):  # type: ignore[misc]
 
     def __init__(self, sparsity: Sparsity) -> None:
         self.sparsity = sparsity
-        self._logged = -1
+        self._logged = -1.0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the optimizers, once Lightning has built them and restored a checkpoint."""
@@ -32,10 +32,11 @@ class SparsityCallback(Callback):  # type: ignore[misc]
         self.sparsity.attach(*trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Log what the last refresh did, once."""
-        if self.sparsity.changes and self._logged != self.sparsity.refreshes:
-            self._logged = self.sparsity.refreshes
-            pl_module.log_dict({name: number for name, number in self.sparsity.metrics().items() if name.count("/") == 1})
+        """Log what a measured refresh did, once."""
+        figures = self.sparsity.metrics()
+        if figures and self._logged != figures["sparsity/step"]:
+            self._logged = figures["sparsity/step"]
+            pl_module.log_dict({name: number for name, number in figures.items() if name.count("/") == 1})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop following the optimizers."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from bisparse.atomic_file import atomic_file
 from bisparse.training.sparsity import Sparsity
 
 __all__ = ["SparsityCallback"]
@@ -30,6 +31,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
 
     def __init__(self, sparsity: Sparsity) -> None:
         self.sparsity = sparsity
+        self._logged = -1.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **loop: Any) -> None:
         """Take up the state of the checkpoint that the Trainer resumes from, if any, and attach to its optimizer."""
@@ -48,14 +50,18 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         """Write the state into the checkpoint's folder."""
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{CHECKPOINT}-{state.global_step}"
-            torch.save(self.sparsity.state_dict(), folder / STATE)
+            with atomic_file(folder / STATE) as temporary:
+                torch.save(self.sparsity.state_dict(), temporary)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **loop: Any) -> None:
-        """Add the model-wide figures (flip rate, retained score, ...) to the Trainer's log and its history.
+        """Add the model-wide figures (flip rate, retained score, ...) to the Trainer's log and its history, once per measurement.
 
         Callbacks that report elsewhere see them if they come after this one.
         """
         figures = {name: number for name, number in self.sparsity.metrics().items() if name.count("/") == 1}
+        if not figures or figures["sparsity/step"] == self._logged:
+            return
+        self._logged = figures["sparsity/step"]
         if logs is not None:
             logs |= figures
         if state.log_history:

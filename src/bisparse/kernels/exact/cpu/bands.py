@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from numba import njit
 
-from bisparse.kernels.exact import ops
 from bisparse.kernels.exact.cpu import vectors as vec
 from bisparse.kernels.exact.cpu.enumerate_2to4 import (
     FEW,
@@ -31,6 +30,7 @@ from bisparse.kernels.exact.cpu.enumerate_2to4 import (
 from bisparse.kernels.exact.cpu.prices import balance_prices, coarsen_prices, refine_prices, rescale_prices
 from bisparse.kernels.exact.cpu.repair import repair
 from bisparse.kernels.exact.cpu.vectors import LANES, SMALL
+from bisparse.kernels.exact.schema import COARSE
 from bisparse.kernels.numba_runtime.thread_pool import Kernel, array_at, kernel, numpy_type
 
 COLD_ALTERNATIONS = 5  # before the prices are balanced
@@ -126,7 +126,7 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
             if largest >= UNBOUNDED:
                 scales[t] = np.float32(0)
             elif 0 < largest < (24 << 23):
-                exponent = np.int32(ops.COARSE)
+                exponent = np.int32(COARSE)
             elif largest > 0 and 2 * small < m * m * SMALL:
                 few = 0
                 for i in range(m):
@@ -135,14 +135,14 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                         if score > 0:
                             few += 1 if score * scales[t] < SMALL - 0.5 else -1
                 if few > 0:
-                    exponent = np.int32(ops.COARSE)
-            if exponent == ops.COARSE:
+                    exponent = np.int32(COARSE)
+            if exponent == COARSE:
                 flags |= FOUND_COARSE
                 scales[t] = np.float32(0)
                 source[t * m * m : (t + 1) * m * m] = 0
             if warm:
                 before = exponents[tile]
-                usable = before != ops.COARSE and exponent != ops.COARSE
+                usable = before != COARSE and exponent != COARSE
                 change = min(max(exponent - before, -31), 8) if usable else -31
                 for side_of in (u, v):
                     rescale_prices(prices, side_of + t * m, change, -(1 << 25) if free else 0, side)
@@ -152,7 +152,7 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                 )  # fmt: skip
                 chosen[t] = off != 0
             elif (
-                exponent != ops.COARSE
+                exponent != COARSE
                 and scores[base] == scores[base + columns + 1]
                 and (largest < UNBOUNDED and vec.tile_smallest_bits(scores, base, columns, side) == largest)
             ):  # all equal, as in what was pruned before: one mask for all such tiles, whatever the score, but for zeros
@@ -195,7 +195,7 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
             if off == 0:
                 continue
             if not repair(scores, base, columns, scales[t], prices, row, column, n, free, mask, bits, work, side):
-                exponents[start + t] = ops.COARSE
+                exponents[start + t] = COARSE
                 flags |= FOUND_COARSE
     return flags | BAD if worst >= UNBOUNDED else flags
 

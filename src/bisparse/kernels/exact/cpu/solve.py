@@ -1,20 +1,18 @@
-"""The exact solver on CPU: numba kernels over bands of tiles, registered for torch's "cpu" device.
+"""The exact solver on CPU: numba kernels over bands of tiles.
 
 Nothing is left to torch's own threads: they spin for a while after their work and take the cores from ours.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NoReturn
 
 import numpy as np
 import torch
 
-from bisparse.kernels.exact import ops
+from bisparse.kernels.exact import reference
 from bisparse.kernels.exact.cpu.bands import (
     BAD,
-    FOUND_COARSE,
     MIDDLE_CHUNK,
     coarse_tiles,
     largest_kernel,
@@ -24,6 +22,7 @@ from bisparse.kernels.exact.cpu.bands import (
 from bisparse.kernels.exact.cpu.enumerate_2to4 import WIDTH
 from bisparse.kernels.exact.cpu.integers import integers_kernel
 from bisparse.kernels.exact.cpu.vectors import LANES
+from bisparse.kernels.exact.schema import COARSE, check_integers, check_matrix, check_scores, check_start
 from bisparse.kernels.exact.sorting_network import sorting_network
 from bisparse.kernels.numba_runtime.memory import empty
 from bisparse.kernels.numba_runtime.thread_pool import over_bands
@@ -35,14 +34,14 @@ PAST_CACHES = 1 << 24
 
 def _refuse(scores: torch.Tensor, n: int, m: int) -> NoReturn:
     """Raise what is wrong with the arguments. Callers test in line: on cold caches a call is slow."""
-    ops.check_matrix(scores, n, m)
+    check_matrix(scores, n, m)
     raise ValueError(f"scores of dtype {scores.dtype}: this kernel reads float32")
 
 
 def _usable(flags: int, scores: torch.Tensor) -> bool:
     """Whether the kernels could use the scores as they are; raises for scores that no solver takes."""
     if flags & BAD:
-        ops.check_scores(scores)
+        check_scores(scores)
         return False  # only -0.0
     return True
 
@@ -58,11 +57,11 @@ def keep_largest(groups: torch.Tensor, n: int) -> torch.Tensor:
     return mask
 
 
-def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """`ops.exact_mask` on CPU."""
     if (n, m) != (2, 4):
-        solved, prices, any_coarse = exact_solve(scores, n, m, exactly, None, None)
-        return solved, prices()[2] == ops.COARSE if any_coarse else None
+        solved, _, exponent = exact_solve(scores, n, m, exactly, None, None)
+        return solved, torch.from_numpy(exponent.numpy() == COARSE)
     rows, columns = scores.shape if scores.ndim == 2 else (1, 1)
     if rows & 3 or columns & 3 or scores.dtype is not torch.float32:
         _refuse(scores, n, m)
@@ -75,13 +74,12 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     arguments = wide, mask, height, width, past_caches, exactly
     count, granule, worth = (width // 4, MIDDLE_CHUNK, 4096) if height == 4 else (height // 4, 1, max(1, 16384 // width))
     flags = over_bands(middle_kernel(), arguments, count, granule, worth)
-    coarse = None
+    found = np.zeros(height * width // 16, np.bool_)
     if flags:
         if not _usable(flags, scores):
             return exact_mask(scores.abs(), n, m, exactly)
-        found = np.zeros(height * width // 16, np.bool_)
         coarse_tiles(wide.numpy(), found)
-        coarse = torch.from_numpy(found[: scores.numel() // 16])
+    coarse = torch.from_numpy(found[: scores.numel() // 16])
     if beside:
         apart = mask.numpy()[:, : rows // 4 * columns].reshape(4, rows // 4, columns).swapaxes(0, 1).reshape(rows, columns)
         mask = torch.from_numpy(np.ascontiguousarray(apart))
@@ -97,11 +95,10 @@ def _side_by_side(scores: torch.Tensor) -> torch.Tensor:
 
 def exact_solve(
     scores: torch.Tensor, n: int, m: int, exactly: bool, start: torch.Tensor | None, start_exponent: torch.Tensor | None
-) -> tuple[torch.Tensor, Callable[[], ops.Prices], bool]:
-    """`ops.exact_solve` on CPU. The last result says whether any tile is coarse."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`ops.exact_solve` on CPU."""
     if m not in VECTOR_SIDES:
-        solved, (u, v), exponent = ops.reference_exact_solve(scores, n, m, exactly, start, start_exponent)
-        return solved, lambda: (u, v, exponent), bool((exponent == ops.COARSE).any())
+        return reference.exact_solve(scores, n, m, exactly, start, start_exponent)
     rows, columns = scores.shape if scores.ndim == 2 else (1, 1)
     if rows % m or columns % m or not 1 <= n < m or scores.dtype is not torch.float32:
         _refuse(scores, n, m)
@@ -111,7 +108,7 @@ def exact_solve(
     mask, numbers = empty((rows, columns), torch.bool), empty((2 * entries + tiles,), torch.int32)
     warm = start is not None and start_exponent is not None
     if start is not None and start_exponent is not None:
-        ops.check_start(tiles, m, start, start_exponent)
+        check_start(tiles, m, start, start_exponent)
         np.concatenate([start.numpy().reshape(-1), start_exponent.numpy()], out=numbers.numpy())
     median = 2 * n == m and m in (4, 8, 16, 32)
     network = () if median else sorting_network(m)
@@ -121,17 +118,15 @@ def exact_solve(
     if not _usable(flags, scores):
         return exact_solve(scores.abs(), n, m, exactly, start, start_exponent)
 
-    def prices() -> ops.Prices:
-        return numbers[:entries].view(tiles, m), numbers[entries : 2 * entries].view(tiles, m), numbers[2 * entries :]
-
-    return mask, prices, bool(flags & FOUND_COARSE)
+    # An operator's results may not share memory.
+    return mask, numbers[: 2 * entries].view(2, tiles, m), numbers[2 * entries :].clone()
 
 
 def exact_solve_integers(
     q: torch.Tensor, n: int, exactly: bool, u: torch.Tensor | None, v: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`ops.exact_solve_integers` on CPU."""
-    start = ops.check_integers(q, n, u, v)
+    start = check_integers(q, n, u, v)
     tiles, m, _ = q.shape
     warm = start is not None
     u, v = start or (torch.zeros(tiles, m, dtype=torch.int64), torch.zeros(tiles, m, dtype=torch.int64))

@@ -17,13 +17,13 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import libdevice
 
-from bisparse.kernels.exact import ops
+from bisparse.kernels.exact import schema
 
 __all__ = ["COARSE", "FAR_PRICE", "UNBOUNDED", "bisected_prices", "swept_prices", "to_integers"]
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-COARSE = tl.constexpr(ops.COARSE)
-COARSE_BELOW = tl.constexpr(ops.COARSE_BELOW)
+COARSE = tl.constexpr(schema.COARSE)
+COARSE_BELOW = tl.constexpr(schema.COARSE_BELOW)
 UNBOUNDED = tl.constexpr(0x7F800000)
 """The bit pattern of infinity: NaN and, read as unsigned, every negative number lie above."""
 SMALLEST = tl.constexpr(24 << 23)

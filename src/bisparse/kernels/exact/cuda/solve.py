@@ -1,8 +1,8 @@
-"""The exact solver on a GPU: Triton kernels over all tiles, registered for torch's "cuda" device.
+"""The exact solver on a GPU: Triton kernels over all tiles.
 
-Two launches: prices of all tiles (`cuda_prices`), then the masks they ask for, balanced (`cuda_repair`); at 2:4 one
-(`cuda_middle`). Nothing is copied to the host and nothing waits for the device. So no kernel can raise: a tile with a score that
-is NaN, infinite or negative comes back as `COARSE`, and `Exact`, which solves coarse tiles as they are given, raises there.
+Two launches: prices of all tiles (`prices`), then the masks they ask for, balanced (`repair`); at 2:4 one (`enumerate_2to4`).
+Nothing is copied to the host and nothing waits for the device, so no kernel can raise: a tile with a score that is NaN, infinite
+or negative comes back as `COARSE`, and `Exact`, which solves coarse tiles as they are given, raises there.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import torch
 import triton
 from torch import Tensor
 
-from bisparse.kernels.exact import ops
+from bisparse.kernels.exact import reference
 from bisparse.kernels.exact.cpu.enumerate_2to4 import mask_bits
 from bisparse.kernels.exact.cuda.enumerate_2to4 import middle_masks, packed_tiles
 from bisparse.kernels.exact.cuda.prices import bisected_prices, swept_prices
 from bisparse.kernels.exact.cuda.repair import balanced_masks
 from bisparse.kernels.exact.cuda.top_n import largest_of_groups
+from bisparse.kernels.exact.schema import COARSE, check_integers, check_matrix, check_start
 from bisparse.kernels.exact.sorting_network import sorting_network
 from bisparse.kernels.sparse24.cuda_metadata import write_metadata
 from bisparse.kernels.sparse24.metadata import both_forms
@@ -73,7 +74,7 @@ def exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, T
     """`ops.exact_mask` on a GPU; float16 and bfloat16 are read as they are."""
     if (n, m) != (2, 4) or scores.dtype not in DTYPES:
         mask, _, exponent = exact_solve(scores, n, m, exactly, None, None)
-        return mask, exponent == ops.COARSE
+        return mask, exponent == COARSE
     return _middle(scores, exactly, magnitudes=False)
 
 
@@ -137,8 +138,8 @@ def exact_solve(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.exact_solve` on a GPU; float16 and bfloat16 are read as they are."""
     if m not in SIDES or scores.dtype not in DTYPES:
-        return ops.reference_exact_solve(scores, n, m, exactly, start, start_exponent)
-    ops.check_matrix(scores, n, m)
+        return reference.exact_solve(scores, n, m, exactly, start, start_exponent)
+    check_matrix(scores, n, m)
     scores = scores.contiguous()
     rows, columns = scores.shape
     across, tiles = columns // m, (rows // m) * (columns // m)
@@ -149,7 +150,7 @@ def exact_solve(
         return mask, prices, exponents
     warm = start is not None and start_exponent is not None
     if start is not None and start_exponent is not None:
-        ops.check_start(tiles, m, start, start_exponent)
+        check_start(tiles, m, start, start_exponent)
     start = start.to(torch.int32).contiguous() if warm and start is not None else prices
     start_exponent = start_exponent.to(torch.int32).contiguous() if warm and start_exponent is not None else exponents
     if m in NETWORK_SIDES:
@@ -177,8 +178,8 @@ def exact_solve(
 def exact_solve_integers(q: Tensor, n: int, exactly: bool, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.exact_solve_integers` on a GPU."""
     if q.ndim != 3 or q.shape[1] not in SIDES or len(q) == 0:
-        return ops.reference_exact_solve_integers(q, n, exactly, u, v)
-    given = ops.check_integers(q, n, u, v)
+        return reference.exact_solve_integers(q, n, exactly, u, v)
+    given = check_integers(q, n, u, v)
     tiles, m, _ = q.shape
     q = q.contiguous()
     mask = torch.empty((tiles, m, m), dtype=torch.bool, device=q.device)

@@ -1,4 +1,4 @@
-"""The one error of this folder."""
+"""The error of files: checkpoints, pages, journals."""
 
 from __future__ import annotations
 

@@ -1,0 +1,81 @@
+"""A file that is either as it was or whole, whenever the process dies; nothing but a regular file is ever replaced."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["atomic_file", "check_output_file"]
+
+
+@contextmanager
+def atomic_file(path: str | Path) -> Iterator[Path]:
+    """An empty file to write, which becomes `path` when the block ends without an error, and vanishes otherwise.
+
+    Missing parent folders are made. A link is followed: the file that it points to is replaced and the link stays. A file
+    that is replaced keeps its permissions.
+
+    Raises:
+        ValueError: `path` is a folder, a device, a pipe or a socket; see `check_output_file`.
+        OSError: it cannot be written; names `path`.
+    """
+    given, target = Path(path), check_output_file(path)
+    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.part")
+    created = False
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # O_EXCL: the name is new, so neither a file nor a link of the user's is opened.
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        created = True
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode) & 0o777)
+        yield temporary
+        check_output_file(target)
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.filename is None or Path(os.fsdecode(error.filename)) == temporary:
+            error.filename = str(given)
+            error.filename2 = None
+        raise
+    finally:
+        if created:
+            temporary.unlink(missing_ok=True)
+
+
+def check_output_file(path: str | Path) -> Path:
+    """The file that writing to `path` would create or replace, links followed; a long job asks before it begins.
+
+    Raises:
+        ValueError: `path` is a folder, a device, a pipe, a socket, or a link that cannot be followed to a file.
+    """
+    path, target = Path(path), Path(os.path.realpath(path))
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        if os.path.islink(target):
+            raise ValueError(f"{path} is a link that cannot be followed; name the file to write") from None
+        return target
+    except OSError:
+        if not os.path.islink(path):
+            return target  # writing says what is wrong: no permission, a file where a folder is needed
+        raise ValueError(f"{path} is a link that cannot be followed; name the file to write") from None
+    if stat.S_ISDIR(found.st_mode):
+        raise ValueError(f"{path} is a folder; name the file to write, such as {path / 'report.html'}")
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is {_kind(found.st_mode)}; only a regular file is replaced, name one or a new file")
+    # /dev/stdout and /proc/self/fd/1 lead to open files, which may have no name any more.
+    if not (target.exists() and os.path.samestat(found, target.stat())):
+        raise ValueError(f"{path} is an open file without a name; name the file to write")
+    return target
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISFIFO(mode):
+        return "a pipe"
+    if stat.S_ISSOCK(mode):
+        return "a socket"
+    return "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else "no regular file"

@@ -1,0 +1,139 @@
+"""Input files: regular files that are refused once they are no longer what was opened first."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bisparse.errors import CheckpointError
+
+__all__ = ["InputFile", "open_input", "read_json"]
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """A file that is opened several times and has to be the same file with the same content each time.
+
+    A file counts as changed when its device, inode, size, or time of modification or status change differs. A write that
+    keeps the size and falls into the same tick of the file system's clock as the first opening (milliseconds) is not noticed.
+    """
+
+    path: Path
+    state: tuple[int, ...]
+    """As `_state` gives it, at the first opening."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return self.state[2]
+
+    def open(self) -> io.BufferedReader:
+        """The file, opened for reading.
+
+        Raises:
+            CheckpointError: it has changed, was removed, or cannot be read.
+        """
+        self.check_unchanged()
+        handle, state = _open(self.path)
+        if state != self.state:
+            handle.close()
+            raise self._changed()
+        return handle
+
+    def read(self, offset: int, length: int, tensor: str = "") -> bytearray:
+        """`length` bytes from `offset` on; errors name `tensor`.
+
+        Raises:
+            CheckpointError: the file has changed, cannot be read, or ends before.
+        """
+        data = bytearray(length)
+        with self.open() as file:
+            try:
+                file.seek(offset)
+                count = file.readinto(data)
+            except OSError as error:
+                raise CheckpointError(
+                    self.path, f"cannot be read ({error.strerror or error})", "check the disk", tensor=tensor
+                ) from error
+        if count < length:
+            raise CheckpointError(self.path, "ends before its last byte", "fetch the file again", tensor=tensor)
+        return data
+
+    def check_unchanged(self) -> None:
+        """Raise if the file is no longer what was opened first; asked after the last reading.
+
+        Raises:
+            CheckpointError: it has changed or was removed.
+        """
+        try:
+            state = _state(os.stat(self.path))
+        except OSError as error:
+            raise self._changed() from error
+        if state != self.state:
+            raise self._changed()
+
+    def _changed(self) -> CheckpointError:
+        return CheckpointError(
+            self.path,
+            "was changed, replaced or removed while it was read",
+            "wait until nothing writes to it, then start again; nothing was made of the mixture",
+        )
+
+
+def open_input(path: Path) -> InputFile:
+    """The file at a path, as it is now. Nothing but a regular file is opened: a pipe would wait for its writer for ever.
+
+    Raises:
+        CheckpointError: no regular file, or one that cannot be read.
+    """
+    handle, state = _open(path)
+    handle.close()
+    return InputFile(path, state)
+
+
+def read_json(path: Path) -> tuple[InputFile, dict[str, Any]]:
+    """A JSON file's object, and the file.
+
+    Raises:
+        CheckpointError: it cannot be read, is not JSON, is nested too deeply, or is not an object.
+    """
+    file = open_input(path)
+    try:
+        content = json.loads(file.read(0, file.size).decode("utf-8"))
+    except CheckpointError:
+        raise
+    except RecursionError as error:
+        raise CheckpointError(path, "cannot be read as JSON (nested too deeply)", "fetch it again") from error
+    except ValueError as error:
+        raise CheckpointError(path, f"cannot be read as JSON ({error})", "fetch it again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(path, f"holds a {type(content).__name__}, not an object", "fetch it again")
+    return file, content
+
+
+def _open(path: Path) -> tuple[io.BufferedReader, tuple[int, ...]]:
+    try:
+        # Asked before opening, which already acts on some devices, and again after, when the answer can no longer change.
+        if stat.S_ISREG(os.stat(path).st_mode):
+            flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+            handle = os.fdopen(os.open(path, flags), "rb")
+            status = os.fstat(handle.fileno())
+            if stat.S_ISREG(status.st_mode):
+                return handle, _state(status)
+            handle.close()
+    except OSError as error:
+        raise CheckpointError(
+            path, f"cannot be read ({error.strerror or error})", "check the path and its permissions"
+        ) from error
+    raise CheckpointError(
+        path, "is no regular file, but a folder, pipe, socket or device", "copy what it yields to a file and name that"
+    )
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

@@ -1,0 +1,327 @@
+"""A pruning job as one transaction: every layer of it is changed or, when anything is raised, none.
+
+What a job is about to change is kept first: on disk where it runs on calibration data, so that memory holds one copy of the
+model and an interrupted job can be resumed; in memory otherwise.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bisparse.apart import check_apart, origin_of
+from bisparse.layers import Layer, Skipped
+from bisparse.pattern import Structure
+from bisparse.process_group import Ranks
+from bisparse.pruning.bias import bias_of, norms_after
+from bisparse.pruning.calibration.calibrate import Walk
+from bisparse.pruning.calibration.collector import Stage
+from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
+from bisparse.pruning.calibration.options import Options
+from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
+from bisparse.pruning.fingerprint import fingerprint, stable_repr
+from bisparse.pruning.journal import Journal
+from bisparse.pruning.layer import Change, prune_layer
+from bisparse.pruning.layer_tensors import live_tensors, restore_, resumed_result, tensors_after, write_
+from bisparse.pruning.methods.base import Method
+from bisparse.results import LayerResult
+from bisparse.rollback import Rollback
+from bisparse.tiles import LayoutKind
+
+__all__ = ["Job", "Outcome", "Task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One layer of a job."""
+
+    layer: Layer
+    structure: Structure
+    method: Method
+    allowed: Tensor | None = None
+    """Where weights may be kept, of the weight's shape; None: everywhere."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a job that was committed."""
+
+    results: tuple[LayerResult, ...]
+    """One per layer, in the order of the tasks, without those never reached."""
+    unreached: tuple[Skipped, ...] = ()
+    """Layers that calibration never reached."""
+    notes: tuple[str, ...] = ()
+    """On cost and data."""
+
+
+class Job:
+    """The layers of a job, what they were, what becomes of them, and the ranks that share the work.
+
+    In a ``with`` block, `prune` and `reconstruct` find what is to become of layers, and `commit` ends the job. In the order
+    "sequential" on calibration data a layer is written as soon as it is pruned, so that later ones see it; otherwise `commit`
+    writes all of them. A block that raises is undone by `abort`.
+
+    Raises:
+        DifferentJobsError: the ranks were called with different arguments, data or weights.
+        CalibrationError, ValueError: as for `prune_`; the model is unchanged.
+    """
+
+    def __init__(
+        self, model: nn.Module, tasks: Sequence[Task], batches: Iterable[Any] | None, options: Options, ranks: Ranks
+    ) -> None:
+        self.model = model
+        self.tasks = {task.layer.name: task for task in tasks}
+        self.layers = [task.layer for task in tasks]
+        self.needs: frozenset[Statistic] = frozenset().union(*(task.method.needs for task in tasks))
+        self.uses_data = bool(self.needs) or options.reconstruction is not None
+        self.data: list[Any] = []
+        self.options = options
+        self.ranks = ranks
+        self.walk = Walk()
+        self.results: dict[str, LayerResult] = {}
+        self.fits: list[BlockFit] = []
+        self.norms: dict[str, nn.Module] = {}
+        self.journal: Journal | None = None
+        self._batches = batches
+        self._changes: dict[str, Change] = {}
+        """By layer, what `commit` writes; where there is no journal to hold it."""
+        self._touched: dict[str, Layer] = {}
+        self._changed: dict[int, tuple[str, str]] = {}
+        """By id of a live tensor, the layer and key under which the journal has its original."""
+        self._open = ExitStack()
+
+    def __enter__(self) -> Job:
+        try:
+            self._rollback = self._open.enter_context(Rollback(self.model))
+            if self.uses_data:
+                self._check_data()
+            about = self._description()
+            if self.ranks.size > 1:
+                self.ranks.agree(self._argument_by_argument(about))
+            if self.uses_data:
+                if self.data:
+                    self.norms = norms_after(self.model, self.layers, self.data[0], self.options.forward)
+                self.journal = self._open.enter_context(Journal(self._folder(), about, keep=self.options.keep_journal))
+                self._resume(self.journal)
+        except BaseException as error:
+            self.__exit__(type(error), error, error.__traceback__)
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            self.abort(error)
+        self._open.__exit__(kind, error, trace)
+
+    @property
+    def done(self) -> frozenset[str]:
+        """Layers whose result is known."""
+        return frozenset(self.results)
+
+    def prune(self, stage: Stage) -> None:
+        """Find what is to become of the layers of a stage, each rank of its share of them."""
+        own = {}
+        for layer, statistics in self.ranks.share(list(zip(stage.layers, stage.statistics, strict=True))):
+            if self.uses_data and not statistics.columns:
+                continue
+            task = self.tasks[layer.name]
+            change, result = prune_layer(
+                layer, task.structure, task.method, self.options.solver, statistics, task.allowed, self.norms
+            )
+            own[layer.name] = change.mask, change.weight, change.bias, result
+        found = {name: one for part in self.ranks.all(own) for name, one in part.items()}
+        for layer in stage.layers:
+            if layer.name not in found:
+                self.walk.unreached.append(layer.name)
+                continue
+            mask, weight, bias, result = found[layer.name]
+            self._record(Change(layer, mask, weight, bias, bias_of(layer, self.norms)), result)
+
+    def reconstruct(self, block: FinishedBlock) -> None:
+        """Fit a block whose layers are written, or take over what an interrupted job has made of it."""
+        assert self.options.reconstruction is not None and self.journal is not None
+        if self.journal.has("block", block.name):
+            tensors, saved = self.journal.get("block", block.name)
+            for layer in block.layers:
+                write_(layer, {key: tensors[f"{layer.name}/{key}"] for key in live_tensors(layer, {})}, {})
+            fit = BlockFit(**saved)
+        else:
+            fit = self.options.reconstruction.fit_(block)
+            held = {f"{layer.name}/{key}": live for layer in block.layers for key, live in live_tensors(layer, {}).items()}
+            self.journal.put("block", block.name, held, asdict(fit))
+        self.fits.append(fit)
+        for layer in block.layers:
+            if layer.name in self.results:
+                self.results[layer.name] = _fitted(self.results[layer.name], fit)
+
+    def touch(self, layer: Layer) -> None:
+        """Keep what a layer is, before it is written to."""
+        tensors = live_tensors(layer, self.norms)
+        if self.journal is None:
+            self._rollback.touch(*tensors.values())
+        elif layer.name not in self._touched:
+            # Mapped before anything is changed: going back must not depend on what becomes of the folder.
+            self.journal.hold("dense", layer.name)
+            self._touched[layer.name] = layer
+            self._changed.update({id(live): (layer.name, key) for key, live in tensors.items()})
+
+    def original(self, live: Tensor) -> Tensor | None:
+        """What a parameter or buffer was before this job; None where the job has not touched it."""
+        if self.journal is None or id(live) not in self._changed:
+            return None
+        name, key = self._changed[id(live)]
+        return self.journal.get("dense", name)[0][key]
+
+    def commit(self) -> Outcome:
+        """Write what is not written yet, wait for all ranks, and say what became of the layers."""
+        if self.uses_data and not self.results:
+            raise CalibrationError(
+                f"no calibration batch went through any of the {len(self.layers)} layers to prune, such as "
+                f"{self.layers[0].name}; check that the batches run the part of the model that is to be pruned"
+            )
+        for layer in self.layers:
+            if layer.name in self.results and layer.name not in self._touched:
+                self._write(layer)
+        # No rank is done before all are: one that fails until here takes the others with it.
+        self.ranks.all(None)
+        results = tuple(self.results[layer.name] for layer in self.layers if layer.name in self.results)
+        unreached = tuple(Skipped(name, _why_unreached(self.tasks[name].layer)) for name in self.walk.unreached)
+        return Outcome(results, unreached, self._notes())
+
+    def abort(self, error: BaseException) -> None:
+        """Put everything back as it was, and tell the other ranks. Called for every exception, KeyboardInterrupt included."""
+        try:
+            for name, layer in self._touched.items():
+                assert self.journal is not None
+                restore_(layer, self.journal.held("dense", name), self.norms)
+        finally:
+            self.ranks.fail(error)
+
+    def _check_data(self) -> None:
+        if self.options.reconstruction is not None and self.ranks.size > 1:
+            raise ValueError("blocks are reconstructed on one rank only; leave out group=")
+        if self._batches is None:
+            names = ", ".join(dict.fromkeys(task.method.name for task in self.tasks.values() if task.method.needs))
+            if not names:
+                raise ValueError("reconstruction compares outputs of blocks: pass batches of calibration data")
+            needs = ", ".join(sorted(self.needs))
+            raise ValueError(f"{names} needs the {needs} of each layer's inputs: pass batches of calibration data")
+        self.data = list(self._batches)
+
+    def _description(self) -> dict[str, Any]:
+        """What makes this job another one than the next: a journal is for one of them, and all ranks have the same."""
+        options = self.options
+        fit = "" if options.reconstruction is None else f", {options.reconstruction!r}"
+        return {
+            "jobs": {name: f"{task.structure} by {stable_repr(task.method)}" for name, task in self.tasks.items()},
+            "solver": stable_repr(options.solver),
+            "order": f"{options.order}{fit}",
+            "data": fingerprint(*pytree.tree_leaves(self.data)) if self.uses_data else "none",
+            "weights": fingerprint(*(layer.weight for layer in self.layers)) if self.uses_data else "none",
+        }
+
+    def _argument_by_argument(self, about: Mapping[str, Any]) -> dict[str, str]:
+        """The job with a line per layer and tensor, for ranks to compare."""
+        lines = {f"the pruning of {name}": line for name, line in about["jobs"].items()}
+        lines |= {"solver=": about["solver"], "order=": about["order"], "the digest of the data": about["data"]}
+        tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
+        lines |= {f"the digest of {name}": fingerprint(one) for name, one in tensors.items()}
+        allowed = [(name, task.allowed) for name, task in self.tasks.items() if task.allowed is not None]
+        return lines | {f"the digest of what {name} may keep": fingerprint(one) for name, one in allowed}
+
+    def _folder(self) -> Path | None:
+        if self.options.resume is None:
+            return None
+        check_apart(self.options.resume, {"model's own files": origin_of(self.model)})
+        # Each rank has all of the result, and a journal of its own.
+        own = "" if self.ranks.size == 1 else f"rank-{self.ranks.rank}-of-{self.ranks.size}"
+        return Path(self.options.resume) / own
+
+    def _resume(self, journal: Journal) -> None:
+        """Take over the layers that all ranks have in their journals, looking at all of them before any is written."""
+        journals = self.ranks.all({layer.name for layer in self.layers if journal.has("done", layer.name)})
+        resumed = [layer for layer in self.layers if all(layer.name in names for names in journals)]
+        for layer in resumed:
+            self.results[layer.name] = resumed_result(layer, journal, self.norms)
+        self.ranks.all(None)
+        if self.options.order == "sequential":
+            for layer in resumed:
+                self._write(layer)
+
+    def _record(self, change: Change, result: LayerResult) -> None:
+        layer = change.layer
+        if self.journal is None:
+            self._changes[layer.name] = change
+        else:
+            self.journal.put("dense", layer.name, live_tensors(layer, self.norms))
+            self.journal.put("done", layer.name, tensors_after(change, self.norms), asdict(result))
+        self.results[layer.name] = result
+        if self.uses_data and self.options.order == "sequential":
+            self._write(layer)
+
+    def _write(self, layer: Layer) -> None:
+        self.touch(layer)
+        if self.journal is None:
+            after = tensors_after(self._changes[layer.name], self.norms)
+        else:
+            after = self.journal.get("done", layer.name)[0]
+        write_(layer, after, self.norms)
+
+    def _notes(self) -> tuple[str, ...]:
+        if not self.uses_data:
+            return ()
+        cost = _notes(self.walk, len(self.data), self.options.order)
+        return cost + (_note_of(self.fits) if self.options.reconstruction is not None else ())
+
+
+def _fitted(result: LayerResult, fit: BlockFit) -> LayerResult:
+    """The layer's line, with what has become of it since its error was measured."""
+    done = f"then fitted with its block, whose error fell from {fit.error_before:.4f} to {fit.error:.4f}"
+    note = done if fit.changed else f"fitting its block did not lower the error of {fit.error_before:.4f}"
+    return replace(result, note=f"{result.note}; {note}" if result.note else note)
+
+
+def _note_of(fits: Sequence[BlockFit]) -> tuple[str, ...]:
+    if not fits:
+        return ("no block was reconstructed: the layers are in no chain of blocks",)
+    before, after = (sum(errors) / len(fits) for errors in ([fit.error_before for fit in fits], [fit.error for fit in fits]))
+    return (
+        f"reconstructed {sum(fit.changed for fit in fits)} of {len(fits)} blocks: mean error of their outputs on held-out "
+        f"batches {before:.4f} before, {after:.4f} after",
+    )
+
+
+def _why_unreached(layer: Layer) -> str:
+    if layer.layout.kind is LayoutKind.EXPERTS:
+        return (
+            "calibration sees what modules are called with, and experts in one 3-D parameter are no modules: which tokens each "
+            "one gets is known inside the forward only; prune them by a method that needs no data, such as magnitude"
+        )
+    return "no calibration batch went through this layer"
+
+
+def _notes(walk: Walk, batches: int, order: str) -> tuple[str, ...]:
+    return (
+        f"calibrated on {batches} batches, {order}: {walk.time_s:.1f} s running the model in {walk.forwards} forward passes; at "
+        f"most {walk.statistics_bytes / 1e6:.1f} MB of statistics and, between blocks, {walk.activation_bytes / 1e6:.1f} MB of "
+        f"activations held{_peak()}",
+    )
+
+
+def _peak() -> str:
+    """What the process took at most, with all that is inside of blocks and layers; nothing where the system does not tell."""
+    if find_spec("resource") is None:
+        return ""
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return f"; the process took {most * (1 if sys.platform == 'darwin' else 1024) / 1e6:,.0f} MB at most"

@@ -1,0 +1,109 @@
+"""All or nothing: a model that a failed call has begun to change goes back to what it was, bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Rollback", "same_bits"]
+
+CONTAINERS = (dict, set, list)
+"""Attributes that are changed in place: parameters, buffers, submodules, hooks."""
+
+
+class Rollback:
+    """Undoes, when its ``with`` block raises anything at all, what the block did to a model and to tensors.
+
+    Of the model it restores everything but the numbers in its tensors: classes, parameters, buffers, submodules, hooks,
+    attributes, training mode, ``requires_grad``, gradients; and the state of torch's random number generators. Numbers are
+    restored for the tensors that `touch` was called with, which are copied: call it before each write.
+
+    Args:
+        model: None: only tensors are restored.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> before = layer.weight.detach().clone()
+    >>> try:
+    ...     with Rollback(layer) as rollback:
+    ...         rollback.touch(layer.weight)
+    ...         _ = layer.eval().weight.data.zero_()
+    ...         raise KeyboardInterrupt
+    ... except KeyboardInterrupt:
+    ...     print(bool((layer.weight == before).all()), layer.training)
+    True True
+    """
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
+        self._model = model
+
+    def touch(self, *tensors: Tensor) -> None:
+        """Keep a copy of tensors that are about to be written to; of each the first copy counts."""
+        for one in tensors:
+            if id(one) not in self._tensors:
+                self._tensors[id(one)] = one, one.detach().clone()
+
+    def __enter__(self) -> Rollback:
+        modules = [] if self._model is None else list(self._model.modules())
+        self._modules = [(module, type(module), dict(vars(module)), _contents(module)) for module in modules]
+        self._gradients = [(one, one.requires_grad, one.grad) for module in modules for one in module.parameters(recurse=False)]
+        self._random = _random_state()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is not None:
+            self._restore()
+        self._tensors.clear()
+
+    def _restore(self) -> None:
+        for module, kind, attributes, contents in self._modules:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, held in contents.items():
+                _refill_(attributes[name], held)
+        for parameter, required, gradient in self._gradients:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
+        with torch.no_grad():
+            for live, before in self._tensors.values():
+                # A tensor that could not be written to cannot be restored either, and need not be.
+                if not same_bits(live, before):
+                    live.copy_(before)
+        _set_random_state(self._random)
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bits: NaN equals itself, and 0.0 is not -0.0."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    with torch.no_grad():
+        bits = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, other)]
+        return torch.equal(*(tensor.to(bits[0].device) for tensor in bits))
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    return {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, CONTAINERS)}
+
+
+def _refill_(container: Any, contents: Any) -> None:
+    """Make a container hold what its copy holds, and stay the same object."""
+    container.clear()
+    if isinstance(container, list):
+        container.extend(contents)
+    else:
+        container.update(contents)
+
+
+def _random_state() -> tuple[Tensor, list[Tensor]]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+
+def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+    torch.set_rng_state(state[0])
+    if state[1]:
+        torch.cuda.set_rng_state_all(state[1])

@@ -1,0 +1,77 @@
+"""What an optimizer step does to the weights off the mask: masked decay and SR-STE, for any torch optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from bisparse.training.layer import SparseLayer, keep_only_, local, part_of
+from bisparse.training.optimizer import DEFAULT_DECAY, Held, default_decay
+
+__all__ = ["after_closure", "decay_pruned", "mask_gradient"]
+
+
+def mask_gradient(layer: SparseLayer, weight: Tensor) -> None:
+    """Set the gradient of a layer's weight to zero off the mask."""
+    if weight.grad is not None and layer.active:
+        keep_only_(local(weight.grad.detach()), part_of(layer.mask, weight))
+
+
+def decay_pruned(method: str, decay: float | None, held: Iterable[Held], optimizer: Optimizer) -> None:
+    """Add masked decay to the gradients, or take SR-STE's step on the weights.
+
+    Args:
+        method: "masked-decay" or "sr-ste".
+        decay: lambda of layers without their own; None for the optimizer's default.
+        held: layers whose weights have gradients.
+    """
+    scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale by themselves, after this
+    for layer, weight, group in held:
+        own = layer.decay if layer.decay is not None else decay
+        if own is None:
+            own = default_decay(optimizer) if method == "masked-decay" else DEFAULT_DECAY
+        if own == 0.0:
+            continue
+        dense = local(weight.detach())
+        pruned = dense * ~part_of(layer.mask, weight)
+        if method == "sr-ste":
+            rate = group["lr"]
+            if isinstance(rate, Tensor):  # reading its number would wait for the device
+                dense.sub_(pruned * (rate.to(dense.device, dense.dtype) * own))
+            else:
+                dense.sub_(pruned, alpha=rate * own)
+        else:
+            assert weight.grad is not None
+            sign = -1.0 if group.get("maximize") else 1.0  # such an optimizer negates the gradient
+            local(weight.grad).add_(pruned, alpha=sign * own * (float(scale) if scale is not None else 1.0))
+
+
+def after_closure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[bool], None]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The arguments of `optimizer.step` with a closure that calls `then(first)` on the gradients it made; None without a closure.
+
+    Args:
+        args: as a step hook gets them, the optimizer first.
+    """
+    given = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if not callable(given):
+        return None
+    closure: Callable[[], Any] = given
+    first = True
+
+    def wrapped() -> Any:
+        nonlocal first
+        loss = closure()
+        with torch.no_grad():
+            then(first)
+        first = False
+        return loss
+
+    if "closure" in kwargs:
+        return args, kwargs | {"closure": wrapped}
+    return (args[0], wrapped, *args[2:]), kwargs
