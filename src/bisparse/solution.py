@@ -17,7 +17,7 @@ integers not at all. `Solution.gap` is the gap in the scores as given: what roun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -318,6 +318,7 @@ def verify(
     name: str = "",
     include: Filter | None = None,
     exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> Verification:
     """Check that a mask, a weight or every prunable layer of a model obeys a structure as the GEMMs see it.
 
@@ -330,10 +331,11 @@ def verify(
         name: the layer's name for messages.
         include, exclude: of a module, its layers as `prune_` was told them; by default those that `find_layers` chooses,
             without output heads and the first convolution.
+        layouts: of a module, how single layers store their matrices, as `prune_` was told.
     """
     pattern = parse_pattern(pattern)
     if isinstance(target, nn.Module):
-        found, _ = find_layers(target, include, exclude)
+        found, _ = find_layers(target, include, exclude, layouts=layouts)
         results = tuple(verify(layer.weight, pattern, layout=layer.layout, name=layer.name) for layer in found)
         if not results:
             raise ValueError(
@@ -351,8 +353,8 @@ def verify(
         )
     if not isinstance(target, Tensor):
         raise ValueError(f"verify needs a tensor or a module, not {type(target).__name__}")
-    if include is not None or exclude is not None:
-        raise ValueError("include and exclude choose layers of a module, and this is a tensor")
+    if include is not None or exclude is not None or layouts is not None:
+        raise ValueError("include, exclude and layouts are about layers of a module, and this is a tensor")
     target = target.detach()
     mask = target if target.dtype == torch.bool else target != 0
     matrices = to_matrices(mask, layout or default_layout(mask.ndim))

@@ -191,7 +191,10 @@ def test_torch_state_dicts(tmp_path: Path, state: State, suffix: str, legacy: bo
     report = prune_checkpoint(path, tmp_path / "out", "2:4-T")
     written = load_file(tmp_path / "out" / "weights.safetensors")
     assert written.keys() == state.keys()
-    assert {result.name for result in report} == {"layers.0.up", "layers.0.down", "part", "tied"}
+    assert {result.name for result in report} == {"layers.0.up", "layers.0.down", "part"}
+    reasons = {one.name: one.reason for one in report.left_dense}
+    assert "shares its storage with lm_head.weight, which stays dense" in reasons["tied"]
+    assert torch.equal(written["tied.weight"], written["lm_head.weight"])
     for result in report:
         best = bisparse.solve(state[result.parameter].float().abs(), "2:4-T")
         assert torch.equal(written[result.parameter], state[result.parameter] * best.mask)

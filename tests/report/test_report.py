@@ -148,12 +148,14 @@ def test_layers_left_dense_stand_with_their_reasons(page: Page, pruned: dict[str
 
 
 def test_a_model_with_layers_that_are_never_pruned_is_not_said_to_be_wholly_pruned(tmp_path: Path) -> None:
-    model = torch.nn.ModuleDict({"up": torch.nn.Linear(16, 16), "recurrent": torch.nn.LSTM(16, 16)})
+    model = torch.nn.ModuleDict({"up": torch.nn.Linear(16, 16), "bilinear": torch.nn.Bilinear(16, 16, 16)})
     model.register_parameter("own", torch.nn.Parameter(torch.randn(16, 16)))
     save(model, tmp_path / "all", report=prune_(model, "2:4"))
     text = Page(write_report(tmp_path / "all", tmp_path / "all.html")).text
-    assert "recurrent layer (LSTM): not supported" in text
-    del model["recurrent"]
+    assert "bilinear layer: no single matrix" in text
+    assert "give its layout" in text
+    del model["bilinear"]
+    del model.own
     save(model, tmp_path / "some", report=prune_(model, "2:4"))
     assert "None: every layer of a kind that is pruned was." in Page(write_report(tmp_path / "some", tmp_path / "some.html")).text
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers, layer_name
 from bisparse.checkpoint.sidecar import Sidecar
 from bisparse.checkpoint.stored_tensor import StoredTensor
-from bisparse.layers import Skipped
+from bisparse.layers import Skipped, first_match, parse_layout
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.results import LayerResult
-from bisparse.tiles import LayoutKind
+from bisparse.tiles import Layout, LayoutKind
 
 __all__ = ["Coverage", "cover", "cover_by_sidecar", "nonzero"]
 
@@ -41,7 +41,7 @@ ENCODED = {
 
 NO_WEIGHTS = r"(_blocks|scales?|scale_inv|zero_points?|zeros|bias(es)?|absmax|quant_map|g_idx|ind(ex|ices)|shape)$"
 """Endings of the other tensors that experts have."""
-UNSUPPORTED = "experts stored as"
+UNSUPPORTED = "experts of shape"
 """How the reason begins for layers that are no matter of choice, but not understood."""
 
 
@@ -62,6 +62,9 @@ def cover(
     pattern: Structure,
     include: NameFilter | None = None,
     exclude: NameFilter | None = None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> Coverage:
     """The layers by their names and shapes, of any dtype; arguments as for `choose_layers`.
 
@@ -81,7 +84,9 @@ def cover(
                     shape = (*tensor.shape, 2, 2, 2)[:dimensions]
                     candidates[plain] = replace(_as_float(tensor), name=plain, shape=shape)
                     reasons[plain] = f"{name} {reason}"
-    chosen, left = choose_layers(candidates, config, pattern, include=include, exclude=exclude)
+    chosen, left = choose_layers(
+        candidates, config, pattern, metadata=metadata, include=include, exclude=exclude, layouts=layouts
+    )
     checked: list[StoredLayer] = []
     unchecked: list[Skipped] = []
     for layer in chosen:
@@ -102,13 +107,17 @@ def cover_by_sidecar(
     config: Mapping[str, Any],
     pattern: Structure | None,
     exclude: NameFilter | None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> Coverage:
     """The layers that a sidecar names, each with its own pattern unless one is given; others that look like layers are unchecked.
 
     The sidecar's tensors must be there.
     """
     named: dict[str, LayerResult] = {result.parameter: result for result in sidecar.report}
-    whole = cover(tensors, config, pattern or parse_pattern(sidecar.report.pattern), exclude=exclude)
+    stated = pattern or parse_pattern(sidecar.report.pattern)
+    whole = cover(tensors, config, stated, exclude=exclude, metadata=metadata)
     reasons = {one.name: f"left dense by bisparse: {one.reason}" for one in sidecar.report.left_dense}
     excluded = {one.name for one in whole.left_out if one.reason == "excluded by the caller"}
     checked: list[StoredLayer] = []
@@ -119,7 +128,9 @@ def cover_by_sidecar(
         tensor = tensors[parameter]
         reason = unreadable(tensors, tensor)
         if reason is None:
-            checked.append(StoredLayer(result.name, tensor, result.layout, pattern or parse_pattern(result.pattern)))
+            _, given = first_match(layouts, result.name, parameter)
+            layout = result.layout if given is None else parse_layout(given, tensor.shape, result.name)
+            checked.append(StoredLayer(result.name, tensor, layout, pattern or parse_pattern(result.pattern)))
         else:
             unchecked.append(Skipped(result.name, reason))
     names = {name for parameter, result in named.items() for name in (result.name, layer_name(parameter))}

@@ -64,7 +64,7 @@ def plan_checkpoint(
     exclude: NameFilter | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> CheckpointPlan:
     """Which tensors of a checkpoint would be pruned, as what, and why the others stay dense. Reads headers only.
 
@@ -76,6 +76,7 @@ def plan_checkpoint(
         opened.tensors,
         opened.config,
         parse_pattern(pattern),
+        metadata=opened.metadata,
         include=include,
         exclude=exclude,
         remainder=remainder,
@@ -101,7 +102,7 @@ def prune_checkpoint(
     solver: Solver | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PruneReport:
@@ -120,7 +121,8 @@ def prune_checkpoint(
         remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
             layer; "error".
         patterns: patterns of single layers, by filter; the first that matches counts.
-        layouts: layouts of single layers, by filter, where name and config.json tell too little.
+        layouts: layouts of single layers, by filter, where the file tells too little: "linear", "transposed", "conv",
+            "conv-last", "conv-transposed", "experts", "experts-transposed", "groups:32", "parts:3", or a `Layout`.
         overwrite: replace a target that bisparse wrote.
 
     Raises:
@@ -147,6 +149,7 @@ def prune_checkpoint(
             plan.left_dense,
             {name: str(parse_pattern(one)) for name, one in (patterns or {}).items()},
             notes,
+            sum(tensor.size for tensor in plan.source.tensors.values()),
         )
         step = max(1, -(-len(samples) // SAMPLES))
         sidecar = Sidecar(report, remainder, plan.source.path.resolve().name, samples[::step])

@@ -62,6 +62,14 @@ class Source:
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
 
     @property
+    def metadata(self) -> dict[str, str]:
+        """What the headers of the safetensors files say of them, such as the framework that wrote them."""
+        found: dict[str, str] = {}
+        for shard in self.shards:
+            found |= json.loads(shard.header[8:]).get("__metadata__") or {}
+        return found
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())

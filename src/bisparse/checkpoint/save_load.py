@@ -26,7 +26,7 @@ from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.results import LayerResult, PruneReport, checksum_of
+from bisparse.results import LayerResult, PruneReport, checksum_of, count_parameters
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
@@ -201,7 +201,9 @@ def _report(
         )
     if not results:
         raise ValueError("nothing says which pattern the layers obey: pass pattern, such as '4:8-T', or the report of prune_")
-    return PruneReport(results[0].pattern, "as given", "not recorded", tuple(results), tuple(left))
+    return PruneReport(
+        results[0].pattern, "as given", "not recorded", tuple(results), tuple(left), parameters=count_parameters(model)
+    )
 
 
 def _about(report: PruneReport, weights: Mapping[str, Tensor]) -> PruneReport:

@@ -137,6 +137,7 @@ class Sidecar:
                 tuple(Skipped(entry["name"], entry["reason"]) for entry in document["left_dense"]),
                 dict(document["patterns"]),
                 tuple(document["notes"]),
+                int(document.get("parameters", 0)),
             )
             return cls(
                 report,

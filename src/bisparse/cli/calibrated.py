@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bisparse.cli.console import command_line, grouped, print_json, print_left_dense, table, to_stdout
+from bisparse.cli.console import command_line, grouped, print_coverage, print_json, print_left_dense, table, to_stdout
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -295,6 +295,7 @@ def finish(
     for note in report.notes:
         console.print(f"Note: {note}", markup=False)
     console.print(f"[bold green]{len(report)} layers[/] by {report.method}: density {report.density:.4f}, {seconds:.1f} s.")
+    print_coverage(console, report.coverage)
     console.print(f"Written to {target}. Check it: bisparse verify {target}", markup=False, soft_wrap=True)
 
 

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from bisparse.solvers import Solver
 
 __all__ = [
-    "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Threads", "command", "command_line", "fail", "grouped",
-    "parse_pattern_option", "parse_solver_option", "print_json", "print_left_dense", "progress_bar", "run_app",
-    "set_threads", "table", "to_stderr", "to_stdout",
+    "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Layouts", "Threads", "command", "command_line", "fail",
+    "grouped", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "print_coverage", "print_json",
+    "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stderr", "to_stdout",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -40,6 +40,15 @@ Included = Annotated[
 Excluded = Annotated[
     list[str] | None,
     typer.Option("--exclude", "-x", metavar="GLOB", help="Leave these layers out; it wins over --include. May be repeated."),
+]
+Layouts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layout",
+        metavar="GLOB=LAYOUT",
+        help="How some layers store their matrices, where that is not known: linear, transposed, conv, conv-last, "
+        "conv-transposed, experts, experts-transposed, groups:32, parts:q,k,v. May be repeated.",
+    ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default as many as torch would take.")]
 
@@ -168,6 +177,23 @@ def parse_pattern_option(text: str, hint: str = "--pattern") -> Structure:
         raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
+def parse_layout_options(given: list[str] | None) -> dict[str, str]:
+    """Layouts by layer that the user typed as GLOB=LAYOUT; wrong use if they are none."""
+    from bisparse.layers import parse_layouts
+
+    layouts: dict[str, str] = {}
+    for text in given or ():
+        name, _, layout = text.rpartition("=")
+        if not name:
+            raise typer.BadParameter(f"{text!r}: expected GLOB=LAYOUT, such as '*.experts.*=experts'", param_hint="--layout")
+        layouts[name] = layout
+    try:
+        parse_layouts(layouts)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--layout") from error
+    return layouts
+
+
 def parse_solver_option(name: str | None) -> Solver | None:
     """A solver by its name on the command line."""
     from bisparse.solvers import parse_solver
@@ -216,6 +242,12 @@ def grouped(items: Iterable[Any], name: Callable[[Any], str], alike: Callable[[A
     for item in items:
         groups.setdefault((re.sub(r"\d+", "*", name(item)), alike(item)), []).append(item)
     return [(name(group[0]) if len(group) == 1 else re.sub(r"\d+", "*", name(group[0])), group) for group in groups.values()]
+
+
+def print_coverage(console: Console, coverage: str) -> None:
+    """How much of the model was pruned; a warning in yellow."""
+    if coverage:
+        console.print(coverage, style="yellow" if coverage.startswith("Warning") else None, markup=False, soft_wrap=True)
 
 
 def print_left_dense(console: Console, left: Iterable[Any], heading: str = "left dense") -> None:

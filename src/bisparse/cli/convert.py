@@ -30,8 +30,10 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Layouts,
     Threads,
     command,
+    parse_layout_options,
     parse_pattern_option,
     parse_solver_option,
     set_threads,
@@ -55,6 +57,7 @@ def convert(
     damping: Damping = None,
     include: Included = None,
     exclude: Excluded = None,
+    layout: Layouts = None,
     solver: Annotated[str | None, typer.Option(help="For transposable patterns. Default: exact.")] = None,
     device: Device = None,
     resume: Resume = None,
@@ -67,6 +70,7 @@ def convert(
     What was pruned stays pruned unless it may re-grow. Reports each layer's pattern violation and output error.
     """
     structure = parse_pattern_option(to, "--to")
+    layouts = parse_layout_options(layout)
     set_threads(threads)
     from bisparse.pruning import convert_
 
@@ -87,6 +91,7 @@ def convert(
             regrow=regrow,
             include=include,
             exclude=exclude,
+            layouts=layouts,
             solver=parse_solver_option(solver),
             order=chosen_order,
             reconstruction=parse_reconstruction(block_epochs, order),

@@ -29,11 +29,14 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Layouts,
     Threads,
     command,
     grouped,
+    parse_layout_options,
     parse_pattern_option,
     parse_solver_option,
+    print_coverage,
     print_json,
     print_left_dense,
     progress_bar,
@@ -71,6 +74,7 @@ def prune(
         list[str] | None,
         typer.Option("--layer-pattern", metavar="GLOB=PATTERN", help="Another pattern for some layers. May be repeated."),
     ] = None,
+    layout: Layouts = None,
     remainder: Annotated[str, typer.Option(help="Where M does not divide a layer's sides: pad, dense or error.")] = "pad",
     solver: Annotated[str | None, typer.Option(help=f"For transposable patterns: {', '.join(SOLVERS)}. Default: exact.")] = None,
     method: Annotated[
@@ -103,6 +107,7 @@ def prune(
 
     structure = parse_pattern_option(pattern)
     patterns = dict(_layer_pattern(text) for text in layer_pattern or ())
+    layouts = parse_layout_options(layout)
     if remainder not in ("pad", "dense", "error"):
         raise typer.BadParameter(f"{remainder!r} is not one of pad, dense, error", param_hint="--remainder")
     if target is None and not dry_run:
@@ -112,7 +117,7 @@ def prune(
     if method != "magnitude" or block_epochs or ":" in str(source):
         if dry_run or target is None:
             raise typer.BadParameter("only checkpoints pruned by magnitude can be planned ahead", param_hint="--dry-run")
-        options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder}
+        options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder, "layouts": layouts}
         prune_with_data(
             str(source),
             target,
@@ -137,7 +142,9 @@ def prune(
     if not source.exists():
         raise typer.BadParameter(f"{source} does not exist", param_hint="SOURCE")
     if dry_run:
-        plan = plan_checkpoint(source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
+        plan = plan_checkpoint(
+            source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
+        )
         _print_plan(plan, structure, as_json)
         return
     assert target is not None
@@ -152,6 +159,7 @@ def prune(
             solver=parse_solver_option(solver),
             remainder=remainder,
             patterns=patterns,
+            layouts=layouts,
             overwrite=overwrite,
             progress=progress,
         )
@@ -181,7 +189,7 @@ def _print_plan(plan: CheckpointPlan, pattern: Structure, as_json: bool) -> None
             str(len(group)),
             _shape(group[0].tensor.shape),
             group[0].tensor.dtype,
-            group[0].layout.kind.value,
+            str(group[0].layout),
             str(group[0].pattern),
         )
         for name, group in groups
@@ -245,6 +253,7 @@ def _print_report(report: PruneReport, target: Path, time_s: float, as_json: boo
         f"[bold green]{len(report)} layers[/], {report.weights:,} weights: density {report.density:.4f}, {retained}{proof}; "
         f"{time_s:.1f} s, {report.time_s:.1f} s of it mask search and proof."
     )
+    print_coverage(console, report.coverage)
     console.print(f"Written to {target}. Check it: bisparse verify {target}", markup=False, soft_wrap=True)
 
 

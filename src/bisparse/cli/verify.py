@@ -12,9 +12,11 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Layouts,
     Threads,
     command,
     grouped,
+    parse_layout_options,
     parse_pattern_option,
     print_json,
     progress_bar,
@@ -48,6 +50,7 @@ def verify(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail, too, if a layer could not be checked; accept one by --exclude.")
     ] = False,
+    layout: Layouts = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -59,9 +62,10 @@ def verify(
     from bisparse.checkpoint import verify_checkpoint
 
     structure = None if pattern is None else parse_pattern_option(pattern)
+    layouts = parse_layout_options(layout)
     set_threads(threads)
     with progress_bar(show=not as_json) as progress:
-        result = verify_checkpoint(path, structure, include=include, exclude=exclude, progress=progress)
+        result = verify_checkpoint(path, structure, include=include, exclude=exclude, layouts=layouts, progress=progress)
     passed = bool(result) and not (strict and result.unchecked)
     if as_json:
         print_json(_as_dict(result, passed))

@@ -54,7 +54,7 @@ def bias_of(layer: Layer, norms: Mapping[str, nn.Module] | None = None) -> Bias 
     if isinstance(layer.module, nn.MultiheadAttention):
         # Separate projections share one packed bias; it is left alone.
         name = "in_proj_bias" if layer.parameter == "in_proj_weight" else None
-    elif layer.layout.kind is LayoutKind.EXPERTS or layer.parameter != "weight":
+    elif layer.layout.kind in (LayoutKind.EXPERTS, LayoutKind.EXPERTS_TRANSPOSED) or layer.parameter != "weight":
         name = None
     else:
         name = "bias"

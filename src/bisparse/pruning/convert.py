@@ -29,8 +29,9 @@ from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.methods.regrow import Regrow
 from bisparse.pruning.prune import prune_layers_, report_of
 from bisparse.pruning.violation import CONFIDENCE, sparsest_pattern, violation
-from bisparse.results import PruneReport
+from bisparse.results import PruneReport, count_parameters
 from bisparse.solvers import Solver
+from bisparse.tiles import Layout
 
 __all__ = ["convert_", "fitting_patterns"]
 
@@ -45,6 +46,7 @@ def convert_(
     include: Filter | None = None,
     exclude: Filter | None = None,
     patterns: Mapping[str, str | Structure] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     remainder: str = "pad",
     solver: Solver | None = None,
     order: Order = "sequential",
@@ -68,8 +70,8 @@ def convert_(
         batches: calibration data; see `prune_`. Without, weights are dropped by magnitude and nothing is fitted.
         regrow: places that the old mask pruned may be kept where the new pattern has room; needs data, and `AdaPrune`.
         patterns: patterns of single layers, by name; `fitting_patterns` proposes some.
-        include, exclude, remainder, solver, order, reconstruction, forward, device, resume, keep_journal, progress, group: as for
-            `prune_`.
+        include, exclude, layouts, remainder, solver, order, reconstruction, forward, device, resume, keep_journal, progress,
+            group: as for `prune_`.
 
     >>> model = nn.Sequential(nn.Linear(16, 16))
     >>> _ = convert_(model, "4:8")
@@ -91,12 +93,14 @@ def convert_(
                 )
             method = Regrow(method)
         options = Options(solver, order, reconstruction, forward, device, resume, keep_journal, progress)
-        planned, left_dense = plan(model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
+        planned, left_dense = plan(
+            model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
+        )
         tasks = [Task(layer, structure, method, layer.weight.detach() != 0) for layer, structure in planned]
         found = {task.layer.name: _violated(task) for task in tasks}
     outcome = prune_layers_(model, tasks, batches, options, ranks)
     outcome = replace(outcome, results=tuple(replace(result, **found[result.name]) for result in outcome.results))
-    return report_of(pattern, method, options, outcome, left_dense, patterns)
+    return report_of(pattern, method, options, outcome, left_dense, patterns, count_parameters(model))
 
 
 def _violated(task: Task) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, Statisti
 from bisparse.pruning.reduction import positions
 from bisparse.results import LayerResult, gap_of
 from bisparse.solvers import Solver
-from bisparse.tiles import LayoutKind, from_matrices, to_matrices
+from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
 
 __all__ = ["Change", "layer_problem", "plan", "prune_layer", "record"]
 
@@ -55,6 +55,7 @@ def plan(
     exclude: Filter | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> tuple[list[tuple[Layer, Structure]], list[Skipped]]:
     """The layers to prune, each with its pattern, and a reason for each one left dense. Changes nothing.
 
@@ -62,7 +63,7 @@ def plan(
         ValueError: filters or patterns that match nothing, no layer to prune, or weights that cannot be changed in place.
     """
     singles = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
-    found, left_dense = find_layers(model, include, exclude, remainder=remainder)
+    found, left_dense = find_layers(model, include, exclude, remainder=remainder, layouts=layouts)
     planned = []
     unused = set(singles)
     for layer in found:

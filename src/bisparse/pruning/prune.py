@@ -24,8 +24,9 @@ from bisparse.pruning.job import Job, Outcome, Task
 from bisparse.pruning.layer import plan
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
-from bisparse.results import PruneReport
+from bisparse.results import PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver
+from bisparse.tiles import Layout
 
 __all__ = ["prune_", "prune_layers_", "report_of"]
 
@@ -41,6 +42,7 @@ def prune_(
     solver: Solver | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     order: Order = "sequential",
     reconstruction: BlockReconstruction | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -64,6 +66,8 @@ def prune_(
         remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
             layer; "error".
         patterns: patterns of single layers, by name, glob or ``re:`` pattern; the first that matches counts.
+        layouts: how single layers store their matrices, where their modules do not tell: "linear", "transposed", "conv",
+            "experts", "experts-transposed", "groups:32", "parts:3"; see `bisparse.layers.parse_layout`.
         order: "sequential": each layer is pruned on the inputs that the layers pruned before it deliver; "parallel": on
             the dense network's, as in the paper.
         reconstruction: after the layers of each block of a chain, such as a transformer's, fit what the masks keep of the
@@ -95,10 +99,12 @@ def prune_(
         if not isinstance(method, Method):
             raise ValueError(f"method={method!r:.60}: expected an instance of a method, such as Wanda()")
         options = Options(solver, order, reconstruction, forward, device, resume, keep_journal, progress)
-        planned, left_dense = plan(model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
+        planned, left_dense = plan(
+            model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
+        )
     tasks = [Task(layer, structure, method) for layer, structure in planned]
     outcome = prune_layers_(model, tasks, batches, options, ranks)
-    return report_of(pattern, method, options, outcome, left_dense, patterns)
+    return report_of(pattern, method, options, outcome, left_dense, patterns, count_parameters(model))
 
 
 def prune_layers_(
@@ -131,6 +137,7 @@ def report_of(
     outcome: Outcome,
     left_dense: Sequence[Skipped],
     patterns: Mapping[str, str | Structure] | None,
+    parameters: int,
 ) -> PruneReport:
     """The report of a job."""
     return PruneReport(
@@ -141,4 +148,5 @@ def report_of(
         (*left_dense, *outcome.unreached),
         {glob: str(parse_pattern(one)) for glob, one in (patterns or {}).items()},
         outcome.notes,
+        parameters,
     )

@@ -19,8 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor
 
-from bisparse.kernels.exact import ops
-from bisparse.kernels.exact.reference import quantise_finely
+from bisparse.kernels.exact import ops, reference
 from bisparse.solution import Certificate
 from bisparse.solvers.solver import Guarantee, Solver
 from bisparse.tiles import from_tiles, to_tiles
@@ -102,7 +101,7 @@ class Exact(Solver):
         return from_tiles(masks, *scores.shape), certificate
 
     def _solve_finely(self, tiles: Real[Tensor, "B M M"], n: int) -> tuple[Bool[Tensor, "B M M"], Certificate]:
-        q, exponent = quantise_finely(tiles)
+        q, exponent = reference.quantise_finely(tiles)
         masks, u, v = ops.exact_solve_integers(q, n, self.exactly)
         return masks, Certificate(u, v, exponent, self.exactly)
 
@@ -112,7 +111,7 @@ class Exact(Solver):
             power = torch.frexp(tiles.double().flatten(1).amax(1)).exponent.long() if len(tiles) else tiles.new_zeros(0).long()
             exponent = ops.FAST_BITS - power
         else:
-            exponent = quantise_finely(tiles)[1]
+            exponent = reference.quantise_finely(tiles)[1]
         zeros = torch.zeros(len(tiles), m, dtype=torch.int64, device=scores.device)
         return Certificate(zeros, zeros, exponent, self.exactly)
 

@@ -12,7 +12,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
-from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
+from bisparse.training.parametrizations import (
+    MASK_SUFFIX,
+    Masked,
+    SoftThreshold,
+    layer_state,
+    own_parametrization,
+    trained_parameter,
+)
 
 __all__ = ["Accelerated", "SparseLayer", "keep_only_", "local", "part_of"]
 
@@ -22,13 +29,13 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @runtime_checkable
 class Accelerated(Protocol):
-    """A layer that multiplies by its weight in a form of its own, as `bisparse.accelerate` makes them."""
+    """A layer with its own storage of the weight and its own products, as `bisparse.accelerate` makes them."""
 
     def dense_weight(self) -> Tensor:
         """The weight, dense, with zeros."""
 
     def mask_changed(self, *, proved: bool = False) -> None:
-        """Take up the mask of the weight as it is now; with `proved` it is known to obey the layer's pattern."""
+        """Follow the weight's current mask; with `proved` it is known to obey the layer's pattern."""
 
     def restore_(self) -> None:
         """Become the layer again that it was."""
@@ -89,7 +96,7 @@ class SparseLayer:
     @property
     def mask_name(self) -> str:
         """Name of a static layer's mask, a buffer of the module that state_dict leaves out."""
-        return f"{self.parameter}_mask"
+        return f"{self.parameter}{MASK_SUFFIX}"
 
     @property
     def weight(self) -> Float[Tensor, "..."]:
@@ -99,9 +106,8 @@ class SparseLayer:
     @property
     def mask(self) -> Bool[Tensor, "..."]:
         """The whole mask, on every rank; all True in a dense phase."""
-        own = self.parametrization
-        mask = own.mask if own is not None else getattr(self.module, self.mask_name)
-        assert isinstance(mask, Tensor)
+        mask = layer_state(self.module, self.parameter).mask
+        assert mask is not None
         return mask
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,8 +14,11 @@ from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout, from_matrices, to_matrices
 
 __all__ = [
+    "MASK_SUFFIX",
+    "LayerState",
     "Masked",
     "SoftThreshold",
+    "layer_state",
     "masked_parameters",
     "own_parametrization",
     "sample_of",
@@ -23,6 +27,8 @@ __all__ = [
 ]
 
 
+MASK_SUFFIX = "_mask"
+"""The buffer of a static layer's mask is named like its parameter, with this added; state_dict leaves it out."""
 SAMPLED = 64
 """So many of a weight's entries tell whether it has other values."""
 
@@ -177,6 +183,38 @@ def trained_parameter(module: nn.Module, parameter: str) -> Float[Tensor, "..."]
     weight = getattr(module, parameter) if chain is None else chain.original
     assert isinstance(weight, Tensor)
     return weight
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What sparse training holds for one parameter of a module, now."""
+
+    weight: Float[Tensor, "..."]
+    """The parameter that the optimizer holds; a DTensor where the model is sharded."""
+    mask: Bool[Tensor, "..."] | None
+    """The whole mask; all True in a dense phase, None for a plain layer."""
+    pattern: Structure | None
+    """Of a dynamic layer. The pattern of a static one is known to its Sparsity alone."""
+    phase: Literal["plain", "static", "dynamic", "dense"]
+    """No part of sparse training; a mask that stays; a mask that is found again; or the dense phase of a schedule."""
+    parametrization: Masked | SoftThreshold | None
+    """What computes a dynamic layer's forward weight."""
+
+
+def layer_state(module: nn.Module, parameter: str = "weight") -> LayerState:
+    """Weight, mask, pattern and phase of one parameter of a module, sparsified or not.
+
+    >>> state = layer_state(nn.Linear(4, 4))
+    >>> state.phase, state.mask
+    ('plain', None)
+    """
+    own = own_parametrization(module, parameter)
+    if own is not None:
+        return LayerState(trained_parameter(module, parameter), own.mask, own.pattern, "dense" if own.dense else "dynamic", own)
+    weight, mask = getattr(module, parameter), module._buffers.get(f"{parameter}{MASK_SUFFIX}")
+    if mask is None or mask.dtype != torch.bool or f"{parameter}{MASK_SUFFIX}" not in module._non_persistent_buffers_set:
+        return LayerState(weight, None, None, "plain", None)
+    return LayerState(weight, mask, None, "static", None)
 
 
 def masked_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, Masked | SoftThreshold]]:

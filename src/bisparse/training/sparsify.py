@@ -22,14 +22,20 @@ from bisparse.training.forward_hook import remove_hooks
 from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
 from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
-from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, sample_of, trained_parameter
+from bisparse.training.parametrizations import (
+    MASK_SUFFIX,
+    Masked,
+    SoftThreshold,
+    layer_state,
+    masked_parameters,
+    sample_of,
+    trained_parameter,
+)
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.shared_classes import separate_class, share_class
 from bisparse.training.sparsity import Method, Mode, Sparsity, check_mask, live_sparsities
 
 __all__ = ["finalize_", "plain_state_dict", "sparsify_"]
-
-MASK_SUFFIX = "_mask"
 
 
 def sparsify_(
@@ -93,7 +99,7 @@ def sparsify_(
     schedule = schedule or Schedule()
     _check_arguments(model, mode, method, refresh, schedule, masks, decay)
     structures = {name: None if own == "dense" else parse_pattern(own) for name, own in (patterns or {}).items()}
-    layers, skipped = _choose(model, pattern, structures, include, exclude, remainder)
+    layers, skipped = _choose(model, pattern, structures, include, exclude, remainder, mode)
     decays = dict(decay) if isinstance(decay, Mapping) else None
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -195,12 +201,9 @@ def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def _is_static_mask(module: nn.Module, buffer: str) -> bool:
-    return (
-        buffer.endswith(MASK_SUFFIX)
-        and buffer in module._non_persistent_buffers_set
-        and isinstance(module._parameters.get(buffer.removesuffix(MASK_SUFFIX)), Tensor)
-        and getattr(module, buffer).dtype == torch.bool
-    )
+    parameter = buffer.removesuffix(MASK_SUFFIX)
+    held = buffer.endswith(MASK_SUFFIX) and isinstance(module._parameters.get(parameter), Tensor)
+    return held and layer_state(module, parameter).phase == "static"
 
 
 def _choose(
@@ -210,6 +213,7 @@ def _choose(
     include: Filter | None,
     exclude: Filter | None,
     remainder: str,
+    mode: str,
 ) -> tuple[list[tuple[Layer, Structure]], list[Skipped]]:
     if remainder not in ("pad", "dense", "error"):
         raise ValueError(f"remainder={remainder!r}: expected 'pad', 'dense' or 'error'")
@@ -224,8 +228,10 @@ def _choose(
                 break
         if own is None:
             skipped.append(Skipped(layer.name, "left dense by its pattern"))
-        elif include is None and "lora_" in layer.name:
-            skipped.append(Skipped(layer.name, "LoRA adapter; its base layer is sparse"))
+        elif mode == "dynamic" and isinstance(layer.module, nn.RNNBase):
+            kind = type(layer.module).__name__
+            reason = f"{kind} reads its weights as one flat buffer, which no changing mask reaches; mode='static' can mask it"
+            skipped.append(Skipped(layer.name, reason))
         elif remainder != "pad" and (problem := _remainder(layer, own)):
             if remainder == "error":
                 raise ValueError(f"{layer.name}: {problem}; pass remainder='pad' or 'dense', or exclude the layer")

@@ -416,6 +416,7 @@ def test_experts_in_one_parameter_are_left_dense_with_their_own_reason() -> None
             self.router = nn.Linear(8, 8)
             self.experts = nn.Module()
             self.experts.gate_up_proj = nn.Parameter(torch.randn(2, 8, 8))
+            self.experts.is_transposed = False
 
         def forward(self, x: Tensor) -> Tensor:
             return torch.einsum("ti,eoi->to", self.router(x), self.experts.gate_up_proj)

@@ -113,8 +113,8 @@ def exact_solve(
     median = 2 * n == m and m in (4, 8, 16, 32)
     network = () if median else sorting_network(m)
     where = np.array(network, dtype=np.int64) if network else 0
-    arguments = scores, mask, numbers, where, tiles, columns, len(network), n, exactly, warm
-    flags = over_bands(solve_kernel(m), arguments, tiles, LANES, max(LANES, 16384 // (m * m)))
+    arguments = scores, mask, numbers, where, tiles, columns, len(network), n, exactly
+    flags = over_bands(solve_kernel(m, median, warm), arguments, tiles, LANES, max(LANES, 16384 // (m * m)))
     if not _usable(flags, scores):
         return exact_solve(scores.abs(), n, m, exactly, start, start_exponent)
 
