@@ -229,6 +229,7 @@ def test_dense_copies_in_other_formats_are_not_carried_over(folder: Path, tmp_pa
         (folder / name).write_bytes(b"weights")
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "model.safetensors").write_bytes(b"a part of the model")
+    (folder / "modules.json").write_text('[{"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"}]')
     report = prune_checkpoint(folder, tmp_path / "out", "2:4")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not names & {"pytorch_model.bin", "model.onnx", "tf_model.h5", "flax_model.msgpack"}

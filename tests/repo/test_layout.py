@@ -79,7 +79,7 @@ def test_table_of_contents_test_sees_the_solvers() -> None:
     ("library", "rooms"),
     [
         ("safetensors", ("checkpoint", "pruning/journal.py")),  # the journal holds statistics of a job under way, no checkpoint
-        ("torch.sparse", ("accelerate",)),
+        ("torch.sparse", ("accelerate", "checkpoint/formats/semi_structured.py")),  # reads what torch packed
         ("numba", ("kernels", "pruning/channels/stripe_kernel.py")),  # channel permutation, not the mask problem
         ("triton", ("kernels",)),
         ("ortools", ("solvers/min_cost_flow.py",)),

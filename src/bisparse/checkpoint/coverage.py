@@ -18,7 +18,7 @@ from torch import Tensor
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers, layer_name
 from bisparse.checkpoint.sidecar import Sidecar
 from bisparse.checkpoint.stored_tensor import StoredTensor
-from bisparse.layers import Skipped, first_match, parse_layout
+from bisparse.layers import QUANTISED, Skipped, first_match, parse_layout
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.results import LayerResult
 from bisparse.tiles import Layout, LayoutKind
@@ -75,7 +75,7 @@ def cover(
     candidates: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         # The rules of names see every weight as float32: whether its dtype can be read is asked afterwards.
-        candidates.setdefault(name, _as_float(tensor) if _is_weight(name) else tensor)
+        candidates.setdefault(name, _as_float(tensor) if _is_weight(name) or tensor.operand is not None else tensor)
         for ending, reason in ENCODED.items():
             if re.search(ending, name) and (tensor.dtype in UNSIGNED or not name.endswith("_blocks")):
                 plain = re.sub(r"_blocks$", "", name) if name.endswith("_blocks") else re.sub(ending, ".weight", name)
@@ -84,9 +84,11 @@ def cover(
                     shape = (*tensor.shape, 2, 2, 2)[:dimensions]
                     candidates[plain] = replace(_as_float(tensor), name=plain, shape=shape)
                     reasons[plain] = f"{name} {reason}"
-    chosen, left = choose_layers(
-        candidates, config, pattern, metadata=metadata, include=include, exclude=exclude, layouts=layouts
-    )
+    # What makes a weight a quantised one is no evidence here against its being a layer: whether it can be read is asked below.
+    encoded = {name for name in candidates if any(re.search(ending, name) for ending in ENCODED)}
+    companions = {name for name in candidates if name.endswith(tuple(f".{ending}" for ending in QUANTISED))}
+    seen = {name: tensor for name, tensor in candidates.items() if name in reasons or name not in encoded | companions}
+    chosen, left = choose_layers(seen, config, pattern, metadata=metadata, include=include, exclude=exclude, layouts=layouts)
     checked: list[StoredLayer] = []
     unchecked: list[Skipped] = []
     for layer in chosen:

@@ -9,7 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bisparse.checkpoint.input_file import InputFile
 from bisparse.checkpoint.stored_tensor import FileTensor, MemoryTensor, StoredTensor, StridedTensor
+from bisparse.checkpoint.torch_archive import StorageRecord
 from bisparse.layers import (
     FileEvidence,
     Kind,
@@ -84,6 +86,10 @@ def choose_layers(
         pattern_key, own = first_match(patterns, layer, name)
         unused -= {layout_key, pattern_key}
         kind = evidence.kind(name)
+        if isinstance(tensor.operand, Layout):  # the file says how it is read
+            kind = Kind(tensor.operand, kind.refused)
+        elif tensor.operand is not None:
+            kind = Kind(None, kind.refused, tensor.operand)
         if given is not None:
             kind = Kind(None, kind.refused, "", kind.default)
         reason = why_dense(kind, included=wanted, excluded=exclude is not None and matches_name(exclude, layer, name))
@@ -126,12 +132,22 @@ class _Extent:
     """Offset and strides of a tensor that is not contiguous."""
 
 
+def _extent_of_file(tensor: FileTensor, view: tuple[object, ...] = ()) -> _Extent:
+    content, start = tensor.content, tensor.offset
+    where: object = str(tensor.path)
+    if isinstance(content, StorageRecord):
+        start += content.offset
+    elif not isinstance(content, InputFile):  # bytes that were read already
+        where = id(content)
+    return _Extent(where, start, start + tensor.nbytes, view)
+
+
 def _extent(tensor: StoredTensor) -> _Extent | None:
     match tensor:
         case FileTensor():
-            return _Extent(tensor.path, tensor.offset, tensor.offset + tensor.nbytes)
+            return _extent_of_file(tensor)
         case StridedTensor():
-            return _Extent(tensor.path, tensor.span.offset, tensor.span.offset + tensor.span.nbytes, tensor.stride)
+            return _extent_of_file(tensor.span, tensor.stride)
         case MemoryTensor() if not tensor.tensor.is_meta:
             start = tensor.tensor.data_ptr()
             view = () if tensor.tensor.is_contiguous() else tensor.tensor.stride()

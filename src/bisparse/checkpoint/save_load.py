@@ -21,7 +21,14 @@ from bisparse.checkpoint.names import named_as_in
 from bisparse.checkpoint.prune import SAMPLES, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size, read_own_sidecar
-from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build_header, in_file_order, memory_tensor
+from bisparse.checkpoint.stored_tensor import (
+    SafetensorsWriter,
+    StoredTensor,
+    as_bytes,
+    build_header,
+    in_file_order,
+    memory_tensor,
+)
 from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError
 from bisparse.layers import Filter, Layer, Skipped, find_layers
@@ -131,6 +138,8 @@ def save(
         )
     check_apart(folder, {"source": source, "model's own files": origin_of(model)})
     opened = None if source is None else open_source(source)
+    if opened is not None:
+        opened.check_writable()
     weights = dict(state) if state is not None else plain_weights(model)
     report = report or _report(model, weights, None if pattern is None else parse_pattern(pattern), include, exclude)
     if others := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
@@ -256,13 +265,14 @@ def _configs_of(model: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sidecar | None:
+def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str | None = None) -> Sidecar | None:
     """Load a checkpoint's weights into a plain model, in place, tensor by tensor, once they are known to fit and to obey.
 
     Args:
         folder: what `save` or `prune_checkpoint` wrote, or any checkpoint that `prune_checkpoint` reads.
         strict: every weight of the model must be in the checkpoint and the other way round; weights tied to one that is
-            there need not be.
+            there need not be. Without it tensors of other names are left out on both sides, as long as one has a name in common.
+        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
 
     Returns:
         The sidecar, None where there is none.
@@ -278,7 +288,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
             f"the model is accelerated (at {packed[0]!r}): load into the plain model, then call accelerate_, or read the weights "
             "yourself and pass them to model.load_state_dict"
         )
-    source = open_source(folder)
+    source = open_source(folder, key)
     state, tensors = model.state_dict(), source.tensors
     sidecar = read_own_sidecar(source.path, tensors)
     for name, tensor in tensors.items():
@@ -289,6 +299,13 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
                 "build the model of this checkpoint",
                 tensor=name,
             )
+    if state and not state.keys() & tensors.keys():
+        raise CheckpointError(
+            source.path,
+            f"has none of the model's tensors: its names begin with {list(tensors)[:2]}, the model's with {list(state)[:2]}"
+            + _prefix_hint(state, tensors),
+            "build the model of this checkpoint, or rename its tensors; nothing was loaded",
+        )
     if strict:
         here = {state[name].data_ptr() for name in tensors if name in state}
         missing = [name for name, value in state.items() if name not in tensors and value.data_ptr() not in here]
@@ -322,3 +339,13 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
                     ) from error
         source.check_unchanged()
     return sidecar
+
+
+def _prefix_hint(state: Mapping[str, Tensor], tensors: Mapping[str, StoredTensor]) -> str:
+    """What one side's names have before the other's, where that makes them the same."""
+    for longer, shorter, whose in ((tensors, state, "the checkpoint's"), (state, tensors, "the model's")):
+        for name in longer:
+            for place in (i for i, letter in enumerate(name) if letter == "."):
+                if name[place + 1 :] in shorter:
+                    return f"; {whose} have the prefix {name[: place + 1]!r}"
+    return ""

@@ -34,6 +34,7 @@ def verify_checkpoint(
     include: NameFilter | None = None,
     exclude: NameFilter | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
+    key: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
     """Check every layer of a checkpoint, ours or another's: a folder, a safetensors file, or a torch state dict.
@@ -44,6 +45,7 @@ def verify_checkpoint(
             next to it says about this file's tensors counts.
         include, exclude: layers, by name, glob or ``re:`` pattern.
         layouts: layouts of single layers, by filter, as for `prune_checkpoint`; they overrule the sidecar's.
+        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
         progress: called with the layer's name, the bytes read so far and those there are.
 
     Returns:
@@ -55,7 +57,7 @@ def verify_checkpoint(
         CheckpointError: it cannot be read, has no layers, or lacks a layer that its sidecar names.
         ValueError: neither a pattern nor a sidecar.
     """
-    source = open_source(path)
+    source = open_source(path, key)
     structure = None if pattern is None else parse_pattern(pattern)
     found = _cover(source, structure, include, exclude, layouts)
     layers = found.checked
@@ -227,6 +229,7 @@ def detect_patterns(
     include: NameFilter | None = None,
     exclude: NameFilter | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
+    key: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Detected]:
     """Which N:M patterns each layer of a checkpoint obeys already; one layer at a time, as they are read.
@@ -236,7 +239,7 @@ def detect_patterns(
     Raises:
         CheckpointError: it cannot be read, or has no layers.
     """
-    source = open_source(path)
+    source = open_source(path, key)
     layers = cover_source(source, include, exclude, layouts).checked
     total, done = sum(layer.tensor.nbytes for layer in layers), 0
     for layer in layers:

@@ -19,13 +19,15 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
+from bisparse.errors import printable
+
 if TYPE_CHECKING:
     from bisparse.pattern import Structure
     from bisparse.solvers import Solver
 
 __all__ = [
-    "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Layouts", "Threads", "command", "command_line", "fail",
-    "grouped", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "print_coverage", "print_json",
+    "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Key", "Layouts", "Threads", "command", "command_line",
+    "fail", "grouped", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "print_coverage", "print_json",
     "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stderr", "to_stdout",
 ]  # fmt: skip
 
@@ -50,6 +52,10 @@ Layouts = Annotated[
         "conv-transposed, experts, experts-transposed, groups:32, parts:q,k,v. May be repeated.",
     ),
 ]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", metavar="KEY", help="Where a torch file keeps the state dict: model.state_dict. Found by default."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default as many as torch would take.")]
 
 SOLVERS = ("exact", "greedy", "two-approximation", "sinkhorn", "min-cost-flow")
@@ -60,14 +66,21 @@ WRONG_USE: Any = typer.BadParameter.__mro__[1]
 """What typer raises for arguments that do not parse, whatever is wrong with them; it gives the class no public name."""
 
 
+class _Terminal(Console):
+    """A console to which no name in a file can send an escape sequence or a line of its own."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **options)
+
+
 def to_stdout() -> Console:
     """Where results go. Not a terminal: wide enough that no table is cut."""
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False)
+    return _Terminal(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False)
 
 
 def to_stderr() -> Console:
     """Where messages and progress go."""
-    return Console(stderr=True, highlight=False, emoji=False)
+    return _Terminal(stderr=True, highlight=False, emoji=False)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -221,7 +234,7 @@ def progress_bar(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
         task = bar.add_task("", total=None)
 
         def advance(what: str, done: int, total: int) -> None:
-            bar.update(task, description=escape(what), completed=done, total=total)
+            bar.update(task, description=escape(printable(what)), completed=done, total=total)
 
         yield advance
 
@@ -232,7 +245,7 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]], title: str = ""
     for column in columns:
         made.add_column(column.strip(), justify="right" if column.startswith(" ") else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(escape(cell) for cell in row))
+        made.add_row(*(escape(printable(cell)) for cell in row))
     return made
 
 

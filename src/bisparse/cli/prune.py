@@ -29,6 +29,7 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Key,
     Layouts,
     Threads,
     command,
@@ -58,8 +59,8 @@ def prune(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A folder of safetensors (sharded or not), or a .safetensors, .pt or .bin file. With --method also .gguf, "
-            "or module:function returning (model, batches)."
+            help="A folder of weights (sharded or not), or a file of safetensors or torch, whatever its name. With --method also "
+            ".gguf, or module:function returning (model, batches)."
         ),
     ],
     target: Annotated[
@@ -70,6 +71,7 @@ def prune(
     ] = "4:8-T",
     include: Included = None,
     exclude: Excluded = None,
+    key: Key = None,
     layer_pattern: Annotated[
         list[str] | None,
         typer.Option("--layer-pattern", metavar="GLOB=PATTERN", help="Another pattern for some layers. May be repeated."),
@@ -115,6 +117,10 @@ def prune(
     chosen_order = parse_order(order)
     set_threads(threads)
     if method != "magnitude" or block_epochs or ":" in str(source):
+        if key is not None:
+            raise typer.BadParameter(
+                "chooses a state dict in a torch file, which only magnitude pruning reads", param_hint="--key"
+            )
         if dry_run or target is None:
             raise typer.BadParameter("only checkpoints pruned by magnitude can be planned ahead", param_hint="--dry-run")
         options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder, "layouts": layouts}
@@ -143,8 +149,9 @@ def prune(
         raise typer.BadParameter(f"{source} does not exist", param_hint="SOURCE")
     if dry_run:
         plan = plan_checkpoint(
-            source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
+            source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts, key=key
         )
+        plan.source.check_writable()
         _print_plan(plan, structure, as_json)
         return
     assert target is not None
@@ -160,6 +167,7 @@ def prune(
             remainder=remainder,
             patterns=patterns,
             layouts=layouts,
+            key=key,
             overwrite=overwrite,
             progress=progress,
         )

@@ -12,6 +12,7 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Key,
     Layouts,
     Threads,
     command,
@@ -40,7 +41,10 @@ SHOWN = 20
 @command
 def verify(
     path: Annotated[
-        Path, typer.Argument(exists=True, help="A checkpoint: a folder, a .safetensors file, or a .pt or .bin state dict.")
+        Path,
+        typer.Argument(
+            exists=True, help="A checkpoint: a folder, or a file of safetensors, torch, TorchScript or ONNX, whatever its name."
+        ),
     ],
     pattern: Annotated[
         str | None, typer.Option("--pattern", "-p", help="By default what bisparse.json says of each layer.")
@@ -51,6 +55,7 @@ def verify(
         bool, typer.Option("--strict", help="Fail, too, if a layer could not be checked; accept one by --exclude.")
     ] = False,
     layout: Layouts = None,
+    key: Key = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -65,7 +70,7 @@ def verify(
     layouts = parse_layout_options(layout)
     set_threads(threads)
     with progress_bar(show=not as_json) as progress:
-        result = verify_checkpoint(path, structure, include=include, exclude=exclude, layouts=layouts, progress=progress)
+        result = verify_checkpoint(path, structure, include=include, exclude=exclude, layouts=layouts, key=key, progress=progress)
     passed = bool(result) and not (strict and result.unchecked)
     if as_json:
         print_json(_as_dict(result, passed))

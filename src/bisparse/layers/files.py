@@ -15,7 +15,7 @@ from bisparse.layers.kinds import DEPTHWISE, Kind
 from bisparse.layers.names import Names, is_embedding_name, is_transposed_by_name, layer_name, reads_input_by_name
 from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["FileEvidence", "TensorInfo"]
+__all__ = ["QUANTISED", "FileEvidence", "TensorInfo"]
 
 PRUNABLE = ("F64", "F32", "F16", "BF16")
 
