@@ -373,5 +373,5 @@ def verify(
             span = getattr(pattern, "m", None)
             entries = matrix[index, row, group * span : (group + 1) * span] if span else matrix[index]
             first = Violation(side, index, row, group, int(entries.sum()), name)
-    density = float(mask.double().mean()) if mask.numel() else 0.0
+    density = int(torch.count_nonzero(mask)) / max(mask.numel(), 1)
     return Verification(pattern, groups, violations, first, density, layer=name)
