@@ -1,10 +1,15 @@
-"""The error of files: checkpoints, pages, journals."""
+"""Errors that several packages raise: of files, and of an extra that is not installed."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["CheckpointError"]
+__all__ = ["CheckpointError", "install_extra"]
+
+
+def install_extra(extra: str) -> str:
+    """The command that installs one of the extras in pyproject.toml, for error messages. bisparse is installed from a clone."""
+    return f"install it with: pip install '.[{extra}]' in your clone of bisparse"
 
 
 class CheckpointError(ValueError):
