@@ -399,7 +399,7 @@ def test_without_its_extra_the_command_line_says_what_to_install() -> None:
         "from bisparse.__main__ import main\nmain()"
     )
     done = subprocess.run([sys.executable, "-c", hide, "prune"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "pip install 'bisparse[cli]'" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "pip install '.[cli]'" in done.stderr and "Traceback" not in done.stderr
 
 
 @posix
