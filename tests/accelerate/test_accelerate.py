@@ -729,9 +729,10 @@ def test_no_operator_drops_a_gradient_silently() -> None:
 
 WITHOUT_A_DERIVATIVE = {
     "bisparse::exact_mask", "bisparse::exact_mask_of_magnitudes", "bisparse::exact_solve", "bisparse::exact_solve_integers",
-    "bisparse::keep_largest", "bisparse::find_positions", "bisparse::unpack_2to4",
+    "bisparse::keep_largest", "bisparse::find_positions", "bisparse::unpack_2to4", "bisparse::pack_bitmask",
+    "bisparse::unpack_bitmask",
 }  # fmt: skip
-"""Masks, prices and positions are no floating numbers; what is unpacked is a constant."""
+"""Masks, prices and positions are no floating numbers; what is packed for good, and unpacked again, is a constant."""
 
 
 # ---- all or nothing
