@@ -12,7 +12,7 @@ import bisparse
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "api"
 PAGES = {
-    "masks": ("Masks, patterns and proofs", ("pattern", "solution", "diversity", "results")),
+    "masks": ("Masks, patterns and proofs", ("pattern", "solution", "diversity", "results", "layers")),
     "solvers": ("Solvers", ("solvers",)),
     "pruning": ("Pruning", ("pruning",)),
     "training": ("Training", ("training", "training.integrations.lightning", "training.integrations.transformers")),
