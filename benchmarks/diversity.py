@@ -12,8 +12,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bisparse import hardware, mask_diversity
-from bisparse.diversity import count_tile_masks
+from bisparse import mask_diversity
+from bisparse.diversity import count_tile_masks, hardware
 from record import RESULTS
 
 STRUCTURES = (

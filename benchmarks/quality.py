@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bisparse import Exact, Greedy, Pattern, Sinkhorn, Solver, TwoApproximation, solve, verify
+from bisparse import Pattern, solve, verify
+from bisparse.solvers import Exact, Greedy, Sinkhorn, Solver, TwoApproximation
 from bisparse.tiles import Layout, LayoutKind
 from record import RESULTS, Record, gaussian
 

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 import startup
-from bisparse import Certificate, Exact, Greedy, Pattern, Sinkhorn, Solution, TwoApproximation, solve, verify
+from bisparse import Pattern, Solution, solve, verify
+from bisparse.solvers import Exact, Greedy, Sinkhorn, TwoApproximation
 from inputs import HARD, INPUTS, LAYER, scores
 from record import RESULTS, Record, cores, gaussian
 
@@ -139,13 +140,13 @@ def prepare(matrix: Tensor, pattern: object, text: str) -> list[Contender]:
     n, m = pattern.n, pattern.m
     every = (1, cores()) if cores() > 1 else (1,)
     best = solve(matrix, text)
-    check(best)
+    best.check()
     exactly = solve(matrix, text, Exact(exactly=True))
-    check(exactly)
+    exactly.check()
     noise = gaussian(*matrix.shape, seed=9)
     drifted = (matrix * (1 + DRIFT * noise)).clamp_(min=0)
     warm = solve(drifted, text, warm_start=best)
-    check(warm)
+    warm.check()
     del noise
     proof = "every tile's certificate, in integers"
     size = matrix.numel()
@@ -192,29 +193,6 @@ def prepare(matrix: Tensor, pattern: object, text: str) -> list[Contender]:
 
     contenders.append(Contender("memory pass", memory_pass, size, (1,)))
     return contenders
-
-
-def check(solution: Solution) -> None:
-    """Check the proof band by band, so that the judge's integers fit the memory at 8192 x 8192."""
-    pattern, certificate = solution.pattern, solution.certificate
-    assert isinstance(pattern, Pattern) and certificate is not None
-    m = pattern.m
-    across = solution.scores.shape[1] // m
-    step = max(m, (1 << 23) // solution.scores.shape[1] // m * m)
-    for row in range(0, solution.scores.shape[0], step):
-        tiles = slice(row // m * across, (row + step) // m * across)
-        first = row // m * across
-        part = Certificate(
-            certificate.u[tiles],
-            certificate.v[tiles],
-            certificate.exponent[tiles],
-            certificate.exactly,
-            {tile - first: prices for tile, prices in certificate.wide.items() if tiles.start <= tile < tiles.stop},
-        )
-        band = slice(row, row + step)
-        Solution(
-            solution.mask[band], solution.scores[band], pattern, solution.layout, solution.exactly, lambda part=part: part  # type: ignore[misc]
-        ).check()  # fmt: skip
 
 
 def or_tools(band: Tensor, exactly: Solution, n: int, m: int) -> Contender:

@@ -33,7 +33,8 @@ import sys, time, torch
 torch.set_num_threads(1)
 scores = torch.rand(256, 256)
 start = time.perf_counter()
-from bisparse import Exact, solve
+from bisparse import solve
+from bisparse.solvers import Exact
 first = solve(scores, sys.argv[1]).check()
 solve(scores, sys.argv[1], Exact(exactly=True)).check()
 solve(scores * 1.01, sys.argv[1], warm_start=first).check()

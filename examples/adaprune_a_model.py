@@ -27,7 +27,7 @@ def main(pattern: str = "4:8-T") -> None:
     with torch.inference_mode():
         goal = model(unseen)
 
-    methods: dict[str, bisparse.Method] = {
+    methods: dict[str, bisparse.pruning.Method] = {
         "magnitude": bisparse.Magnitude(),
         "magnitude + mean absorption": MeanAbsorption(),
         "Wanda": bisparse.Wanda(),

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import bisparse
 from bisparse import Pattern, verify
-from bisparse.layers import Layer, Skipped, find_layers, head_reason, matches
-from bisparse.tiles import Layout, LayoutKind
+from bisparse.layers import Layer, Skipped, find_layers, head_reason, matches, parse_layout
+from bisparse.tiles import Layout, LayoutKind, to_matrices
 
 
 class Transformer(nn.Module):
@@ -56,8 +57,7 @@ def test_every_layer_with_a_weight_is_found_or_has_a_reason() -> None:
         Transformer(), nn.Conv2d(3, 4, 3), nn.ConvTranspose2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Bilinear(2, 3, 4),
         nn.LSTM(4, 4, 2), nn.GRU(4, 4), nn.RNNCell(4, 4),
     )  # fmt: skip
-    matrices = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.Bilinear, nn.RNNBase, nn.RNNCellBase)
-    weights = {name for name, module in model.named_modules() if isinstance(module, matrices)}
+    weights = {name.removesuffix(".weight") for name, one in model.named_parameters() if one.ndim >= 2}
     assert weights <= found(model).keys() | reasons(model).keys()
     assert not found(model).keys() & reasons(model).keys()
 
@@ -177,8 +177,207 @@ def test_a_depthwise_first_convolution_is_not_followed_by_another_exception() ->
     assert list(found(model)) == ["1"]
 
 
-def test_transposed_convolutions_are_not_supported() -> None:
-    assert reasons(nn.Sequential(nn.ConvTranspose2d(4, 4, 3))) == {"0": "transposed convolution: not supported"}
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_transposed_convolutions_are_layers_whose_matrices_multiply_their_inputs(dimensions: int, groups: int) -> None:
+    kind = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dimensions - 1]
+    module = kind(8, 4, 1, groups=groups, bias=False)
+    (layer,) = found(nn.Sequential(module)).values()
+    # At a kernel of 1, each group's outputs are its matrix times its inputs.
+    inputs = torch.randn(1, 8, *[1] * dimensions)
+    matrices = to_matrices(layer.weight.detach(), layer.layout)
+    expected = torch.cat([matrix @ part for matrix, part in zip(matrices, inputs.flatten().chunk(groups), strict=True)])
+    torch.testing.assert_close(module(inputs).flatten(), expected)
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_weights_are_layers_and_stay_usable(kind: type[nn.RNNBase]) -> None:
+    model = kind(8, 16, num_layers=2, bidirectional=True)
+    expected = [name for name, one in model.named_parameters() if one.ndim == 2]
+    assert list(found(model)) == expected and len(expected) == 8
+    report = bisparse.prune_(model, "2:4")
+    assert [layer.parameter for layer in report] == expected
+    assert verify(model, "2:4") and len(verify(model, "2:4").layers) == 8
+    # The flat list that the forward pass reads is of the same parameters.
+    inputs = torch.randn(3, 2, 8)
+    again = kind(8, 16, num_layers=2, bidirectional=True)
+    again.load_state_dict(model.state_dict())
+    torch.testing.assert_close(model(inputs)[0], again(inputs)[0])
+
+
+def test_recurrent_cells_are_layers_and_bilinear_layers_are_not() -> None:
+    assert list(found(nn.ModuleDict({"cell": nn.LSTMCell(8, 8)}))) == ["cell.weight_ih", "cell.weight_hh"]
+    assert "bilinear" in reasons(nn.ModuleDict({"both": nn.Bilinear(8, 8, 8)}))["both"]
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        return self._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
+class Ternary(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.sign() * self.weight.abs().mean(), self.bias)
+
+
+class TwoOutputs(nn.Linear):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return super().forward(x), x
+
+
+class Counting(nn.Linear):
+    """Uses its weight as it is, counts its calls, draws a random number, drops in training."""
+
+    calls = 0
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.register_buffer("seen", torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen += torch.rand(1)
+        return nn.functional.dropout(super().forward(x), 0.5, self.training)
+
+
+@pytest.mark.parametrize(
+    ("module", "word"),
+    [
+        (Standardised(8, 8, 3), "does not multiply by its weight as it is"),
+        (Ternary(8, 8), "does not multiply by its weight as it is"),
+        (TwoOutputs(8, 8), "whose output is not that of Linear"),
+    ],
+)
+@pytest.mark.parametrize("include", [None, "1"])
+def test_a_subclass_that_changes_its_weight_is_left_dense_even_if_asked_for(
+    module: nn.Module, word: str, include: str | None
+) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), module)
+    assert word in reasons(model, include=include)["1"]
+    assert "1" in found(model, layouts={"1": "conv" if isinstance(module, nn.Conv2d) else "linear"})
+
+
+def test_trying_a_subclass_changes_nothing_and_runs_no_hook() -> None:
+    model = nn.Sequential(Counting(8, 8))
+    called = []
+    model[0].register_forward_hook(lambda *_: called.append(1))
+    state = torch.random.get_rng_state()
+    assert list(found(model)) == ["0"]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model[0].calls == 0 and model[0].training and not called and float(model[0].seen) == 0
+
+
+class Small(nn.Module):
+    """A network whose head has no name of a head."""
+
+    def __init__(self, head: str, classes: int = 10) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 32))
+        self.add_module(head, nn.Linear(32, classes))
+
+
+@pytest.mark.parametrize("head", ["linear", "to_classes", "last", "out"])
+def test_the_last_linear_is_a_head_whatever_its_name(head: str) -> None:
+    assert list(found(Small(head))) == ["body.0", "body.2"]
+    assert "output head" in reasons(Small(head))[head]
+    assert list(found(Small(head), include=head)) == [head]
+
+
+def test_a_last_linear_whose_outputs_another_layer_takes_is_no_head_by_flow() -> None:
+    assert list(found(Small("down", 16))) == ["body.0", "body.2", "down"]
+
+
+def test_routers_and_adapters_stay_dense_unless_asked_for() -> None:
+    block = nn.ModuleDict({"gate": nn.Linear(8, 4), "experts": nn.ModuleList(nn.Linear(8, 8) for _ in range(4))})
+    plain = nn.ModuleDict({"gate": nn.Linear(8, 8), "lora_A": nn.Linear(8, 4), "base": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"moe": block, "mlp": plain})
+    assert "router" in reasons(model)["moe.gate"] and "adapter" in reasons(model)["mlp.lora_A"]
+    assert list(found(model)) == [*(f"moe.experts.{i}" for i in range(4)), "mlp.gate", "mlp.base"]
+    assert list(found(model, include="moe.gate")) == ["moe.gate"]
+
+
+class Mixture(nn.Module):
+    """Experts as transformers makes them; `flag` is what its modules say of their layout."""
+
+    def __init__(self, up: tuple[int, ...], down: tuple[int, ...], flag: bool | None = None) -> None:
+        super().__init__()
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.randn(up)), nn.Parameter(torch.randn(down))
+        if flag is not None:
+            self.is_transposed = flag
+
+
+@pytest.mark.parametrize(
+    ("experts", "layout"),
+    [
+        (Mixture((2, 16, 8), (2, 8, 8)), LayoutKind.EXPERTS),
+        (Mixture((2, 8, 32), (2, 16, 8)), LayoutKind.EXPERTS_TRANSPOSED),
+        (Mixture((2, 8, 8), (2, 8, 8), True), LayoutKind.EXPERTS_TRANSPOSED),
+        (Mixture((2, 8, 8), (2, 8, 8), False), LayoutKind.EXPERTS),
+        (Mixture((2, 8, 8), (2, 8, 8)), None),
+    ],
+)
+def test_experts_go_by_what_their_module_says_and_by_their_shapes(experts: nn.Module, layout: LayoutKind | None) -> None:
+    model = nn.ModuleDict({"experts": experts})
+    if layout is None:
+        assert "nothing tells inputs from outputs" in reasons(model)["experts.down_proj"]
+        assert len(found(model, layouts={"experts.*": "experts-transposed"})) == 2
+        return
+    assert {one.layout.kind for one in found(model).values()} == {layout}
+    bisparse.prune_(model, "2:4")
+    for weight in (experts.gate_up_proj, experts.down_proj):
+        along_inputs = weight if layout is LayoutKind.EXPERTS else weight.transpose(1, 2)
+        assert bool(((along_inputs.reshape(2, along_inputs.shape[1], -1, 4) != 0).sum(-1) <= 2).all())
+
+
+def test_a_bare_parameter_is_listed_and_pruned_once_its_layout_is_given() -> None:
+    model = nn.ModuleDict({"custom": nn.Module(), "a": nn.Linear(8, 8)})
+    model["custom"].kernel = nn.Parameter(torch.randn(8, 12))
+    assert "does not tell how it is used" in reasons(model)["custom.kernel"]
+    (layer,) = (one for name, one in found(model, layouts={"*.kernel": "transposed"}).items() if name == "custom.kernel")
+    assert layer.layout == Layout(LayoutKind.TRANSPOSED)
+    bisparse.prune_(model, "2:4", layouts={"*.kernel": "transposed"})
+    assert verify(model["custom"].kernel.t(), "2:4")
+    assert verify(model, "2:4", layouts={"*.kernel": "transposed"})
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "layout"),
+    [
+        ("linear", (8, 8), Layout()),
+        ("groups:2", (8, 4, 3, 3), Layout(LayoutKind.CONV, groups=2)),
+        ("parts:3", (24, 8), Layout(LayoutKind.PACKED, parts=3)),
+        ("parts:q,k,v", (24, 8), Layout(LayoutKind.PACKED, parts=3)),
+        ("parts:16,4,4", (24, 8), Layout(LayoutKind.PACKED, parts=6)),
+        ("experts-transposed", (2, 8, 8), Layout(LayoutKind.EXPERTS_TRANSPOSED)),
+    ],
+)
+def test_layouts_as_text(text: str, shape: tuple[int, ...], layout: Layout) -> None:
+    assert parse_layout(text, shape, "a") == layout
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("lineal", "'lineal' is no layout: expected one of linear"),
+        ("groups:0", "is no layout"),
+        ("parts:", "is no layout"),
+        ("parts:0,0", "is no layout"),
+        ("parts:q", "is no layout"),
+        ("packed", "is no layout"),
+        ("conv", "a: a weight of shape .24, 8. cannot have the layout 'conv'"),
+        ("parts:7", "a: 'parts:7' does not divide"),
+        ("parts:8,8", "a: the parts of 'parts:8,8' have 16 outputs together"),
+    ],
+)
+def test_layouts_that_are_none(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_layout(text, (24, 8), "a")
+
+
+def test_a_layout_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"layouts=\['b'\] match no layer of the model"):
+        find_layers(nn.ModuleDict({"a": nn.Linear(4, 4)}), layouts={"b": "linear"})
 
 
 @pytest.mark.transformers

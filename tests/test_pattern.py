@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-from bisparse import Paired, Pattern, Sequential, Structure, Unstructured, solve, verify
-from bisparse.pattern import parse_pattern, row_groups
+from bisparse import Pattern, solve, verify
+from bisparse.pattern import Paired, Sequential, Structure, Unstructured, parse_pattern, row_groups
 
 STRUCTURES = st.integers(2, 64).flatmap(
     lambda m: st.integers(1, m).flatmap(

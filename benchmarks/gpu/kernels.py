@@ -29,7 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from bisparse.kernels.exact.cuda import solve as cuda
 from bisparse.kernels.mvue import cuda as cuda_estimate
-from bisparse.kernels.sparse24 import cuda_metadata, pack
+from bisparse.kernels.sparse24 import cuda_metadata, cuda_pack, pack
 from bisparse.kernels.sparse24.metadata import empty_slots
 from bisparse.pattern import parse_pattern
 from record import RESULTS, Record
@@ -63,17 +63,17 @@ def calls(only: str | None) -> dict[str, Callable[[], Any]]:
     found["2:4-T prices"] = lambda: cuda.exact_solve(torch.rand(8, 64), 2, 4, False, None, None)
     found["2:4-T of magnitudes, float32"] = lambda: cuda.exact_mask_of_magnitudes(torch.rand(32, 64), False)
     weight, mask = torch.rand(32, 64).bfloat16(), torch.zeros(32, 64, dtype=torch.bool)
-    forms = pack.cutlass_form(32, weight.device), pack.cutlass_form(64, weight.device)
-    flat = *forms[0], *forms[1]
-    found["2:4-T packed, bfloat16"] = lambda: cuda.pack_2to4_transposable(weight, *flat)
-    found["2:4 packed under a mask, bfloat16"] = lambda: cuda.pack_2to4(weight, mask, *flat)
+    layouts = pack.cutlass_layout(32, weight.device), pack.cutlass_layout(64, weight.device)
+    flat = *layouts[0], *layouts[1]
+    found["2:4-T packed, bfloat16"] = lambda: cuda_pack.pack_2to4_transposable(weight, *flat)
+    found["2:4 packed under a mask, bfloat16"] = lambda: cuda_pack.pack_2to4(weight, mask, *flat)
     slots, slots_t = empty_slots(32, 64, mask.device), empty_slots(64, 32, mask.device)
     words, words_t = slots[1].view(torch.int16), slots_t[1].view(torch.int16)
     found["2:4-T laid out"] = lambda: cuda_metadata.lay_out(mask, *flat, slots[0], words, slots_t[0], words_t, None)
     seed = torch.zeros(1, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float16):
         found[f"MVUE packed, {str(dtype).removeprefix('torch.')}"] = lambda t=dtype: cuda_estimate.pack_estimate_2to4(
-            torch.rand(256, 64).to(t), seed, 64, *forms[1]
+            torch.rand(256, 64).to(t), seed, 64, *layouts[1]
         )
     found["integers, one tile"] = lambda: cuda.exact_solve_integers(torch.zeros(1, 8, 8, dtype=torch.int64), 4, True, None, None)
     found["integers, 8"] = lambda: cuda.exact_solve_integers(torch.zeros(4, 8, 8, dtype=torch.int64), 4, False, None, None)

@@ -26,7 +26,7 @@ from torch import nn
 
 from bisparse import accelerate_, sparsify_
 from bisparse.accelerate import BackendError, Grid, GridPoint, Pass, SparseLinear, Timing, measure_linear, usable_backends
-from bisparse.accelerate.backends.base import BACKENDS
+from bisparse.accelerate.backends import BACKENDS
 from record import ROOT, commit, versions
 
 SHAPES = ((4096, 4096), (4096, 14336), (14336, 4096))
@@ -94,7 +94,7 @@ def main() -> None:
                 "speedup": ratio,
                 "target": target,
                 "error": errors[name],
-                "form": form(layers[name], device),
+                "metadata_layout": metadata_layout(layers[name], device),
             }
             if record is not None:
                 record.add({**key, "contender": name}, figures)
@@ -127,11 +127,11 @@ def build(shape: tuple[int, int], backends: list[str], device: torch.device) -> 
     return layers
 
 
-def form(layer: nn.Linear, device: torch.device) -> str | None:
+def metadata_layout(layer: nn.Linear, device: torch.device) -> str | None:
     """The block in which the library orders the metadata of W; that it is not known means that every pass compresses anew."""
     if not isinstance(layer, SparseLinear):
         return None
-    found = BACKENDS[layer.backend].form(layer.out_features, layer.in_features, torch.bfloat16, device)
+    found = BACKENDS[layer.products.backend].metadata_layout(layer.out_features, layer.in_features, torch.bfloat16, device)
     return "not known" if found is None else f"{found.height} x {4 * found.width}"
 
 

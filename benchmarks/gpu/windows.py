@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bisparse import verify
 from bisparse.accelerate import usable_backends
-from bisparse.accelerate.backends.base import BACKENDS
+from bisparse.accelerate.backends import BACKENDS
 from record import RESULTS
 
 WINDOWS = (0, 2, 4)

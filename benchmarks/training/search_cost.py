@@ -24,13 +24,13 @@ import bisparse
 from bisparse.training import Sparsity, finalize_, sparsify_
 
 PATTERNS = ("2:4-T", "4:8-T", "16:32-T")
-SOLVERS: dict[str, Callable[[], bisparse.Solver]] = {
-    "exact, warm": bisparse.Exact,  # first: what comes later in a turn would give it prices of the same weights
-    "exact, cold": bisparse.Exact,
-    "greedy": bisparse.Greedy,
-    "2-approximation": bisparse.TwoApproximation,
-    "Sinkhorn": bisparse.Sinkhorn,
-    "OR-tools flow": bisparse.MinCostFlow,
+SOLVERS: dict[str, Callable[[], bisparse.solvers.Solver]] = {
+    "exact, warm": bisparse.solvers.Exact,  # first: what comes later in a turn would give it prices of the same weights
+    "exact, cold": bisparse.solvers.Exact,
+    "greedy": bisparse.solvers.Greedy,
+    "2-approximation": bisparse.solvers.TwoApproximation,
+    "Sinkhorn": bisparse.solvers.Sinkhorn,
+    "OR-tools flow": bisparse.solvers.MinCostFlow,
 }
 CACHES = 1 << 24
 """Numbers that fill the caches."""
@@ -65,7 +65,7 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[
     return now() - start
 
 
-def search_seconds(sparsity: Sparsity, solver: bisparse.Solver, other: torch.Tensor) -> float:
+def search_seconds(sparsity: Sparsity, solver: bisparse.solvers.Solver, other: torch.Tensor) -> float:
     """Of one search, with the caches full of `other` data, as a training step leaves them."""
     other.add_(1)
     sparsity.search.solver = solver

@@ -1,63 +1,44 @@
-"""Neural networks that are sparse both ways: N:M masks, provably optimal, that hold on W and on its transpose."""
+"""Neural networks that are sparse both ways: N:M masks, provably optimal, that hold on W and on its transpose.
+
+What most programs need is here. The rest is in submodules that are available after ``import bisparse``: solvers in
+`bisparse.solvers`, pruning methods in `bisparse.pruning`, and so on.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bisparse._solve import solve
-    from bisparse.accelerate import AccelerationReport, accelerate_, advise
-    from bisparse.checkpoint import CheckpointError, load, load_masks, prune_checkpoint, save, verify_checkpoint
-    from bisparse.diversity import MaskDiversity, hardware, mask_diversity
-    from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
-    from bisparse.pruning import ALPS, AdaPrune, Magnitude, Method, SparseGPT, Wanda, convert_, prune_, violation
-    from bisparse.report import plot_diversity, write_comparison, write_report
-    from bisparse.results import LayerResult, PruneReport
-    from bisparse.solution import Certificate, CertificateError, PatternError, Solution, Verification, Violation, verify
-    from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
+    from bisparse.accelerate import accelerate_
+    from bisparse.checkpoint import load, prune_checkpoint, save, verify_checkpoint
+    from bisparse.diversity import mask_diversity
+    from bisparse.errors import CheckpointError
+    from bisparse.pattern import Pattern
+    from bisparse.pruning import ALPS, AdaPrune, Magnitude, SparseGPT, Wanda, convert_, prune_, violation
+    from bisparse.report import write_report
+    from bisparse.solution import CertificateError, PatternError, Solution, verify
     from bisparse.training import Schedule, Sparsity, finalize_, sparsify_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ALPS",
-    "AccelerationReport",
     "AdaPrune",
-    "Certificate",
     "CertificateError",
     "CheckpointError",
-    "Exact",
-    "Greedy",
-    "LayerResult",
     "Magnitude",
-    "MaskDiversity",
-    "Method",
-    "MinCostFlow",
-    "Paired",
     "Pattern",
     "PatternError",
-    "PruneReport",
     "Schedule",
-    "Sequential",
-    "Sinkhorn",
     "Solution",
-    "Solver",
     "SparseGPT",
     "Sparsity",
-    "Structure",
-    "TwoApproximation",
-    "Unstructured",
-    "Verification",
-    "Violation",
     "Wanda",
     "accelerate_",
-    "advise",
     "convert_",
     "finalize_",
-    "hardware",
     "load",
-    "load_masks",
     "mask_diversity",
-    "plot_diversity",
     "prune_",
     "prune_checkpoint",
     "save",
@@ -66,37 +47,25 @@ __all__ = [
     "verify",
     "verify_checkpoint",
     "violation",
-    "write_comparison",
     "write_report",
 ]
 
-# Names are imported when they are first used: `bisparse --help` need not wait for torch.
-_MODULES = (
-    "diversity",
-    "pattern",
-    "solution",
-    "_solve",
-    "solvers",
-    "results",
-    "checkpoint",
-    "pruning",
-    "training",
-    "accelerate",
-    "report",
-)
+# Names are imported when they are first used: `bisparse --help` does not wait for torch.
+_HOMES = ("pattern", "solution", "_solve", "pruning", "training", "accelerate", "checkpoint", "diversity", "report")
+_SUBMODULES = ("solvers", "results", "layers", "scores", "tiles", *_HOMES)
 
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for module_name in _MODULES:
-            module = import_module(f"bisparse.{module_name}")
+        for home in _HOMES:
+            module = import_module(f"bisparse.{home}")
             if name in module.__all__:
                 globals()[name] = getattr(module, name)
                 return globals()[name]
-    if name in _MODULES:
+    if name in _SUBMODULES:
         return import_module(f"bisparse.{name}")
     raise AttributeError(f"module 'bisparse' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_SUBMODULES} - {"_solve"})

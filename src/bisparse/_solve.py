@@ -149,7 +149,8 @@ def select(matrices: Real[Tensor, "B R C"], pattern: Structure) -> Bool[Tensor, 
         return mask.scatter_(1, best, True).view(batch, rows, columns)
     assert isinstance(pattern, Pattern | Sequential | Paired)
     m, n = pattern.m, pattern.n
-    groups = torch.nn.functional.pad(matrices, (0, -columns % m)).unflatten(-1, (-1, m))
+    padded = torch.nn.functional.pad(matrices, (0, -columns % m)) if columns % m else matrices
+    groups = padded.unflatten(-1, (-1, m))
     if isinstance(pattern, Sequential):
         return _sequential(groups, n).flatten(-2)[..., :columns]
     if isinstance(pattern, Paired):
@@ -173,7 +174,8 @@ def _sequential(groups: Real[Tensor, "B R G M"], n: int) -> Bool[Tensor, "B R G 
 
 def _summable(groups: Real[Tensor, "*B M"]) -> Real[Tensor, "*B M"]:
     """The scores in a type that adds up a group without loss: int64 for integers, unless they are so large that it overflows."""
-    largest = torch.iinfo(torch.int64).max // groups.shape[-1]
-    if groups.is_floating_point() or bool((groups > largest).any()):
-        return groups.double()
-    return groups.long()
+    if not groups.is_floating_point():
+        return groups.double() if bool((groups > torch.iinfo(torch.int64).max // groups.shape[-1]).any()) else groups.long()
+    if groups.dtype == torch.float64 and bool((groups > 2.0**960).any()):
+        return groups * 2.0**-64  # or sums would leave float64
+    return groups.double()

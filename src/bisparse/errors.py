@@ -2,9 +2,24 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
-__all__ = ["CheckpointError", "install_extra"]
+__all__ = ["CheckpointError", "install_extra", "printable"]
+
+INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
+"""Unicode categories of what moves a cursor, reorders text or cannot be encoded: controls, formats, surrogates, separators."""
+
+
+def printable(text: str) -> str:
+    """Text from outside as a terminal may show it: escape sequences, newlines and the like as ``\\x1b``, ``\\n``.
+
+    >>> print(printable("a\\x1b[31m\\nb"))
+    a\\x1b[31m\\nb
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(one.encode("unicode_escape").decode() if unicodedata.category(one) in INVISIBLE else one for one in text)
 
 
 def install_extra(extra: str) -> str:
@@ -18,7 +33,7 @@ class CheckpointError(ValueError):
     def __init__(self, path: str | Path, problem: str, remedy: str, *, tensor: str = "") -> None:
         self.path, self.problem, self.remedy, self.tensor = Path(path), problem, remedy, tensor
         where = f"{path}: tensor {tensor}" if tensor else f"{path}"
-        super().__init__(f"{where} {problem}; {remedy}")
+        super().__init__(printable(f"{where} {problem}; {remedy}"))
 
     def __reduce__(self) -> tuple[object, ...]:
         return _rebuild, (self.path, self.problem, self.remedy, self.tensor)

@@ -8,14 +8,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bisparse.layers import Skipped
 from bisparse.pattern import Pattern
 from bisparse.solution import Solution
 from bisparse.tiles import Layout
 
-__all__ = ["LayerResult", "PruneReport", "checksum_of", "gap_of", "has_bound"]
+__all__ = ["LayerResult", "PruneReport", "checksum_of", "count_parameters", "gap_of", "has_bound"]
+
+MOSTLY_PRUNED = 0.5
+"""Fraction of a model's parameters below which a summary warns that most of it stays dense."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class PruneReport:
     """Patterns of single layers, by glob, where they differ from `pattern`."""
     notes: tuple[str, ...] = ()
     """Things the user should know, in sentences."""
+    parameters: int = 0
+    """How many parameters the model has, pruned or not; 0 where that is not known."""
 
     def __iter__(self) -> Iterator[LayerResult]:
         return iter(self.layers)
@@ -110,6 +115,21 @@ class PruneReport:
     def weights(self) -> int:
         """Number of weights in the pruned layers."""
         return sum(layer.size for layer in self.layers)
+
+    @property
+    def fraction(self) -> float | None:
+        """Fraction of all parameters of the model that are in the pruned layers; None where their number is not known."""
+        return min(1.0, self.weights / self.parameters) if self.parameters else None
+
+    @property
+    def coverage(self) -> str:
+        """A sentence on how much of the model was pruned, with a warning below half; empty where that is not known."""
+        if self.fraction is None:
+            return ""
+        said = f"{self.weights:,} of {self.parameters:,} parameters ({self.fraction:.1%}) are in pruned layers"
+        if self.fraction >= MOSTLY_PRUNED:
+            return f"{said}."
+        return f"Warning: only {said}: more than half of the model stays dense; `left_dense` names each layer and why."
 
     @property
     def density(self) -> float:
@@ -143,8 +163,10 @@ class PruneReport:
             "method": self.method,
             "solver": self.solver,
             "layers": [asdict(layer) for layer in self.layers],
-            "left_dense": [asdict(layer) for layer in self.left_dense],
+            "left_dense": [{"name": one.name, "reason": one.reason} for one in self.left_dense],
             "notes": list(self.notes),
+            "parameters": self.parameters,
+            "fraction": self.fraction,
         }
 
     def __str__(self) -> str:
@@ -152,17 +174,23 @@ class PruneReport:
             return f"nothing pruned to {self.pattern}; {len(self.left_dense)} layers left dense"
         retained = "" if self.retained is None else f", {100 * self.retained:.2f} % of the score kept"
         gap = "" if self.gap is None else f", gap {self.gap:.1e}"
+        covered = "" if self.fraction is None else f" ({self.fraction:.1%} of all parameters)"
         time = f", {self.time_s:.2f} s" if self.time_s else ""
         return (
-            f"{len(self)} layers pruned to {self.pattern} by {self.method}: density {self.density:.4f}{retained}{gap}"
+            f"{len(self)} layers{covered} pruned to {self.pattern} by {self.method}: density {self.density:.4f}{retained}{gap}"
             f"{time}; {len(self.left_dense)} left dense"
         )
 
 
 def checksum_of(weight: Tensor) -> int:
     """CRC-32 of a weight's bytes; -0.0 counts as 0.0, as it comes and goes with a product by a mask."""
-    positive = weight.detach().cpu().contiguous() + 0.0
+    positive = (weight.detach().cpu() + 0.0).contiguous().flatten()  # 1-D: strides of sides of 1 may be anything
     return zlib.crc32(positive.view(torch.uint8).numpy().tobytes())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Number of parameters of a model; shared ones count once, those without a shape yet not at all."""
+    return sum(one.numel() for one in model.parameters() if not nn.parameter.is_lazy(one))
 
 
 def has_bound(solution: Solution) -> bool:

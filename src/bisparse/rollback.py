@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 __all__ = ["Rollback", "same_bits"]
 
@@ -40,12 +42,28 @@ class Rollback:
     def __init__(self, model: nn.Module | None = None) -> None:
         self._tensors: dict[int, tuple[Tensor, Tensor]] = {}
         self._model = model
+        self._modules: list[tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any]]] = []
+        self._gradients: list[tuple[nn.Parameter, bool, Tensor | None]] = []
+        self._released: list[tuple[dict[str, Any], str, TensorWeakRef, Callable[[], nn.Parameter]]] = []
 
     def touch(self, *tensors: Tensor) -> None:
         """Keep a copy of tensors that are about to be written to; of each the first copy counts."""
         for one in tensors:
             if id(one) not in self._tensors:
                 self._tensors[id(one)] = one, one.detach().clone()
+
+    def release(self, module: nn.Module, parameter: str, rebuild: Callable[[], nn.Parameter]) -> None:
+        """Stop holding a parameter that the block has taken from a module; after an error `rebuild` makes it again.
+
+        It stays the same object if anyone else holds it. One that has a gradient, attributes or hooks is held nevertheless.
+        """
+        contents = next(contents for one, _, _, contents in self._modules if one is module)["_parameters"]
+        held = contents[parameter]
+        if held.grad is not None or vars(held) or held._backward_hooks:
+            return
+        self._gradients = [entry for entry in self._gradients if entry[0] is not held]
+        contents[parameter] = None
+        self._released.append((contents, parameter, TensorWeakRef(held), rebuild))
 
     def __enter__(self) -> Rollback:
         modules = [] if self._model is None else list(self._model.modules())
@@ -58,8 +76,12 @@ class Rollback:
         if kind is not None:
             self._restore()
         self._tensors.clear()
+        self._modules, self._gradients, self._released = [], [], []
 
     def _restore(self) -> None:
+        for content, name, reference, rebuild in self._released:
+            live = reference()
+            content[name] = rebuild() if live is None else live
         for module, kind, attributes, contents in self._modules:
             module.__class__ = kind
             vars(module).clear()

@@ -10,7 +10,8 @@ scores q, ::
 Scores are real, the proof is in integers: each tile's scores are multiplied by 2**exponent and rounded half to even. For
 float32, float16 and bfloat16 the exponent puts the tile's largest score in [2**23, 2**24), so a score moves by at most half
 a unit, unit = 2**-exponent <= 2**-23 * max(tile), and the mask is within N * M units of the optimum of the given numbers (in
-practice equal to it). A larger exponent proves more; one at which every score is a whole number proves the mask exactly.
+practice equal to it). float64, integers from 2**52 on, and tiles whose scores span too wide a range are rounded to 52 bits, other
+integers not at all. `Solution.gap` is the gap in the scores as given: what rounding leaves open is in it.
 """
 
 from __future__ import annotations
@@ -18,22 +19,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from functools import cached_property
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Int, Real, Shaped
 from torch import Tensor, nn
 
+from bisparse.gap import Prices, kept_total, selection_failure, selection_gap, tile_failure, tiles_gap
 from bisparse.layers import Filter, Skipped, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
-from bisparse.tiles import Layout, default_layout, pad_to_multiple, to_matrices, to_tiles
+from bisparse.tiles import Layout, default_layout, to_matrices
 
 __all__ = ["Certificate", "CertificateError", "PatternError", "Solution", "Verification", "Violation", "verify"]
-
-FAST_BITS = 24
-"""Bits of a quantised score in the fast mode; `Certificate.exponent` may not be coarser than this implies."""
 
 
 class CertificateError(ValueError):
@@ -59,8 +56,6 @@ class Certificate:
     """Scores are rounded to integers as ``score * 2**exponent``, int64."""
     exactly: bool = False
     """Prices of the "= N" program, which may be negative."""
-    wide: Mapping[int, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
-    """Prices, as Python integers, of the tiles whose scores do not fit 64 bits at their exponent."""
 
     def to(self, device: torch.device) -> Certificate:
         """The same prices on another device; itself where they are there."""
@@ -81,6 +76,15 @@ class Solution:
     exactly: bool = False
     certify: Callable[[], Certificate | None] = field(default=lambda: None, repr=False, compare=False)
     """Makes the certificate when it is first asked for."""
+    _version: int | None = field(default=None, init=False, repr=False, compare=False)
+    """How often torch has seen the scores change when this was made."""
+
+    def __post_init__(self) -> None:
+        known = self.__dict__
+        if self.scores.is_inference():  # whose changes torch does not count
+            known["scores"] = self.scores.clone()
+        else:
+            known["_version"] = self.scores._version
 
     @cached_property
     def certificate(self) -> Certificate | None:
@@ -89,60 +93,120 @@ class Solution:
 
     @cached_property
     def value(self) -> float:
-        """Total score kept."""
-        nothing = torch.zeros((), dtype=self.scores.dtype, device=self.scores.device)
-        return float(torch.where(self.mask, self.scores, nothing).sum(dtype=torch.float64))
+        """Total score kept, with a relative error of about 1e-15.
+
+        Raises:
+            OverflowError: the total exceeds float64.
+            ValueError: the mask is no bool tensor of the scores' shape, or the scores were changed in place after solving. The
+                same for `bound`, `gap`, `relative_gap` and `retained`.
+        """
+        return _float(*self._kept, "value")
+
+    @cached_property
+    def gap(self) -> float:
+        """How much better, at most, any other mask could be in the scores as given: ``bound - value``, without cancellation.
+
+        It has a relative error of about 1e-15 of itself, so 0 means optimal in the scores as given (but for sequential and paired
+        structures, whose sums of floats are rounded: see `bisparse.gap`). The scores are read once, in bands.
+        """
+        scores, mask = self._unchanged()
+        matrices, masks = to_matrices(scores, self.layout), to_matrices(mask, self.layout)
+        if not isinstance(self.pattern, Pattern) or not self.pattern.transposable:
+            gap = selection_gap(matrices, masks, self.pattern)
+        else:
+            prices = self._prices(matrices)
+            try:
+                gap = tiles_gap(matrices, masks, prices, self.pattern.n, self.pattern.m, self.exactly)
+            except ValueError as error:
+                raise CertificateError(str(error)) from None
+        if not math.isfinite(gap):
+            return _float(math.inf, 0, "gap")
+        return gap
 
     @property
     def bound(self) -> float:
-        """An upper bound on the score that any mask of this pattern can keep, from the prices and the scores alone."""
-        matrices = to_matrices(self.scores, self.layout)
-        if not isinstance(self.pattern, Pattern) or not self.pattern.transposable:
-            return _selection_bound(matrices, self.pattern)
-        certificate = self._certificate_or_error()
-        tiles = _tiles_of(matrices, self.pattern.m).double()
-        u, v = _dequantise(certificate)
-        slack = (tiles - u[:, :, None] - v[:, None, :]).clamp(min=0)
-        return float(self.pattern.n * (u.sum() + v.sum()) + slack.sum())
-
-    @property
-    def gap(self) -> float:
-        """``bound - value``: how much better, at most, any other mask could be."""
-        return max(0.0, self.bound - self.value)
+        """An upper bound on the score that any mask of this pattern can keep: ``value + gap``, from prices and scores alone."""
+        return _float(self.value + self.gap, 0, "bound")
 
     @property
     def relative_gap(self) -> float:
-        """`gap` as a share of the bound, 0 for an all-zero matrix."""
-        bound = self.bound
-        return max(0.0, bound - self.value) / bound if bound > 0 else 0.0
+        """`gap` as a fraction of the bound, 0 for an all-zero matrix."""
+        gap = self.gap
+        kept, power = self._kept
+        return gap * 2.0**-power / (kept + gap * 2.0**-power) if gap > 0 else 0.0
 
     @property
     def retained(self) -> float:
-        """Share of the total score kept, in [0, 1]; 1 for an all-zero matrix."""
-        total = float(self.scores.double().sum())
-        return self.value / total if total > 0 else 1.0
+        """Fraction of the total score kept, in [0, 1]; 1 for an all-zero matrix."""
+        kept, power = self._kept
+        total, power_of_total = self._total
+        return kept / total * 2.0 ** (power - power_of_total) if total > 0 else 1.0
 
     def check(self) -> Solution:
         """Check the proof: the mask is feasible, and bound(u, v) equals its value, in integers, on every tile.
 
-        Returns the solution itself.
+        Returns the solution itself. A plain selection is proved by comparing what is kept with what is pruned, group by group.
 
         Raises:
-            PatternError: the mask breaks the pattern.
+            PatternError: the mask breaks the pattern, or is no bool tensor of the scores' shape.
             CertificateError: the prices do not prove optimality; the message names the first tile.
+            ValueError: the scores were changed in place after solving.
         """
-        verify(self.mask, self.pattern, layout=self.layout).check()
-        matrices = to_matrices(self.scores, self.layout)
+        scores, mask = self._unchanged()
+        verify(mask, self.pattern, layout=self.layout).check()
+        matrices, masks = to_matrices(scores, self.layout), to_matrices(mask, self.layout)
         if not isinstance(self.pattern, Pattern) or not self.pattern.transposable:
-            best = _selection_bound(matrices, self.pattern)
-            if not math.isclose(best, self.value, rel_tol=1e-12, abs_tol=0.0):
-                raise CertificateError(f"the mask keeps {self.value!r}, but {best!r} can be kept at {self.pattern}")
+            if scores.numel() and not _all_scores(scores):
+                raise CertificateError("the scores are not all finite and >= 0: nothing is proved about them")
+            if reason := selection_failure(matrices, masks, self.pattern):
+                raise CertificateError(reason)
             return self
-        m = self.pattern.m
-        masks = _tiles_of(to_matrices(self.mask, self.layout), m)
-        cropped = ~_tiles_of(torch.ones_like(matrices, dtype=torch.bool), m).flatten(1).all(1)
-        _check_prices(_tiles_of(matrices, m), masks, cropped, self._certificate_or_error(), self.pattern.n, self.exactly)
+        prices, certificate = self._prices(matrices), self._certificate_or_error()
+        if certificate.exactly and not self.exactly:
+            raise CertificateError('prices of the "exactly N" program prove nothing about "at most N"')
+        if failure := tile_failure(matrices, masks, prices, self.pattern.n, self.pattern.m, self.exactly):
+            raise CertificateError(f"tile {failure.tile}: {failure.reason}")
         return self
+
+    @cached_property
+    def _kept(self) -> tuple[float, int]:
+        return kept_total(*self._unchanged())
+
+    @cached_property
+    def _total(self) -> tuple[float, int]:
+        return kept_total(self._unchanged()[0], None)
+
+    def _unchanged(self) -> tuple[Tensor, Tensor]:
+        """Scores and mask, if they are what was solved."""
+        if not isinstance(self.mask, Tensor) or self.mask.dtype != torch.bool or self.mask.shape != self.scores.shape:
+            given = f"{tuple(self.mask.shape)}, {self.mask.dtype}" if isinstance(self.mask, Tensor) else type(self.mask).__name__
+            raise PatternError(
+                f"the mask is {given}; scores of shape {tuple(self.scores.shape)} need a bool tensor of that shape"
+            )
+        if self._version != _version_of(self.scores):
+            raise ValueError(
+                "the scores were changed in place after solving, so their value, gap and proof are no longer known; solve again, "
+                "or pass solve() a copy, as by scores.clone()"
+            )
+        return self.scores.detach(), self.mask
+
+    def _prices(self, matrices: Real[Tensor, "B O I"]) -> Prices:
+        """The certificate's, if their shapes fit."""
+        certificate = self._certificate_or_error()
+        assert isinstance(self.pattern, Pattern)
+        m = self.pattern.m
+        tiles = len(matrices) * -(-matrices.shape[1] // m) * -(-matrices.shape[2] // m)
+        u, v, exponent = certificate.u, certificate.v, certificate.exponent
+        if u.shape != (tiles, m) or v.shape != (tiles, m) or exponent.shape != (tiles,):
+            raise CertificateError(
+                f"{tiles} tiles of side {m} need prices of shape ({tiles}, {m}) and exponents ({tiles},); the certificate has "
+                f"{tuple(u.shape)}, {tuple(v.shape)} and {tuple(exponent.shape)}"
+            )
+        if any(side.is_floating_point() or side.dtype == torch.bool or side.is_complex() for side in (u, v, exponent)):
+            raise CertificateError(
+                f"prices and exponents must be integers; the certificate has {u.dtype}, {v.dtype}, {exponent.dtype}"
+            )
+        return Prices(u, v, exponent)
 
     def _certificate_or_error(self) -> Certificate:
         if self.certificate is None:
@@ -150,132 +214,25 @@ class Solution:
         return self.certificate
 
 
-def _tiles_of(matrices: Shaped[Tensor, "B O I"], m: int) -> Shaped[Tensor, "T M M"]:
-    padded = pad_to_multiple(matrices, m)
-    return to_tiles(padded.flatten(0, -2), m)
+def _version_of(scores: Tensor) -> int | None:
+    return None if scores.is_inference() else scores._version
 
 
-def _dequantise(certificate: Certificate) -> tuple[Tensor, Tensor]:
-    scale = torch.ldexp(torch.ones_like(certificate.exponent, dtype=torch.float64), -certificate.exponent)[:, None]
-    u, v = certificate.u.double() * scale, certificate.v.double() * scale
-    for tile, (wide_u, wide_v) in certificate.wide.items():
-        unit = Fraction(2) ** -int(certificate.exponent[tile])
-        u[tile] = torch.tensor([float(price * unit) for price in wide_u], dtype=torch.float64)
-        v[tile] = torch.tensor([float(price * unit) for price in wide_v], dtype=torch.float64)
-    return u, v
+def _all_scores(scores: Real[Tensor, "..."]) -> bool:
+    least, largest = torch.aminmax(scores)
+    return bool(least >= 0) and bool(largest < math.inf)
 
 
-def _selection_bound(matrices: Real[Tensor, "B O I"], pattern: Structure) -> float:
-    """Best total score of a structure without coupling between groups, written out independently of the solvers."""
-    from bisparse.pattern import Paired, Sequential, Unstructured
-
-    matrices = matrices.double()
-    if isinstance(pattern, Unstructured):
-        kept = pattern.kept(matrices.shape[-1] * matrices.shape[-2])
-        return float(matrices.flatten(1).sort(-1, descending=True).values[:, :kept].sum())
-    assert isinstance(pattern, Pattern | Sequential | Paired)
-    padded = torch.nn.functional.pad(matrices, (0, -matrices.shape[-1] % pattern.m))
-    groups = padded.reshape(-1, pattern.m)
-    if isinstance(pattern, Sequential):
-        zeros = pattern.m - pattern.n
-        if zeros == 0:
-            return float(groups.sum())
-        windows = torch.stack([groups[:, start : start + zeros].sum(-1) for start in range(pattern.n + 1)])
-        return float((groups.sum(-1) - windows.amin(0)).sum())
-    if isinstance(pattern, Paired):
-        groups = groups.unflatten(1, (-1, 2)).sum(-1)
-        return float(groups.sort(-1, descending=True).values[:, : pattern.n // 2].sum())
-    return float(groups.sort(-1, descending=True).values[:, : pattern.n].sum())
-
-
-def _check_prices(
-    scores: Real[Tensor, "B M M"],
-    masks: Bool[Tensor, "B M M"],
-    cropped: Bool[Tensor, " B"],
-    certificate: Certificate,
-    n: int,
-    exactly: bool,
-) -> None:
-    tiles, m, _ = scores.shape
-    if certificate.u.shape != (tiles, m) or certificate.v.shape != (tiles, m) or certificate.exponent.shape != (tiles,):
-        raise CertificateError(
-            f"{tiles} tiles of side {m} need prices of shape ({tiles}, {m}) and exponents ({tiles},); the certificate has "
-            f"{tuple(certificate.u.shape)}, {tuple(certificate.v.shape)} and {tuple(certificate.exponent.shape)}"
+def _float(number: float, power: int, what: str) -> float:
+    try:
+        number = math.ldexp(number, power)
+    except OverflowError:
+        number = math.inf
+    if math.isinf(number):
+        raise OverflowError(
+            f"the {what} of these scores exceeds float64; scale them by a power of two before solving, which changes no mask"
         )
-    if tiles == 0:
-        return
-    if certificate.exactly and not exactly:
-        raise CertificateError('prices of the "exactly N" program prove nothing about "at most N"')
-    if exactly:
-        # A tile over the edge keeps the rest of its N in the padding, where the scores are zero.
-        sums_hold = cropped | ((masks.sum(-1) == n).all(-1) & (masks.sum(-2) == n).all(-1))
-        if not bool(sums_hold.all()):
-            tile = int((~sums_hold).nonzero()[0])
-            raise CertificateError(f"tile {tile}: a row or column does not keep exactly {n}")
-    numbers = scores.detach().cpu()
-    is_float = numbers.is_floating_point()
-    numbers = numbers.double() if is_float else numbers.long()
-    masks = masks.cpu()
-    u, v, exponent = certificate.u.long().cpu(), certificate.v.long().cpu(), certificate.exponent.long().cpu()
-    largest = numbers.flatten(1).amax(1)
-    if is_float:
-        # frexp writes a number as f * 2**k, 1/2 <= f < 1, so the largest score has the power of two k - 1.
-        power = torch.frexp(largest).exponent.long() - 1
-        coarse = (exponent < FAST_BITS - 1 - power) & (largest > 0)
-    else:
-        coarse = exponent < 0
-    if bool(coarse.any()):
-        tile = int(coarse.nonzero()[0])
-        raise CertificateError(
-            f"tile {tile}: exponent {int(exponent[tile])} rounds the scores more coarsely than {FAST_BITS} bits"
-        )
-
-    # 64-bit integers wherever no sum can overflow, Python's own elsewhere.
-    headroom = 62 - 2 * math.ceil(math.log2(m)) - 1
-    reach = torch.ldexp(largest.double(), exponent.clamp(max=2000)).nan_to_num(posinf=math.inf)
-    price = torch.maximum(u.abs().amax(1), v.abs().amax(1)).double()
-    narrow = (torch.maximum(reach, price) < 2.0**headroom) & (exponent <= 1000)
-    for tile in certificate.wide:
-        narrow[tile] = False
-    q = (
-        torch.ldexp(numbers[narrow].double(), exponent[narrow][:, None, None]).round().long()
-        if is_float
-        else (numbers[narrow] << exponent[narrow][:, None, None])
-    )
-    kept = (q * masks[narrow]).sum((1, 2))
-    slack = (q - u[narrow][:, :, None] - v[narrow][:, None, :]).clamp(min=0)
-    bound = n * (u[narrow].sum(1) + v[narrow].sum(1)) + slack.sum((1, 2))
-    fails = kept != bound
-    if not exactly:
-        fails |= (u[narrow] < 0).any(1) | (v[narrow] < 0).any(1)
-    if bool(fails.any()):
-        where = int(fails.nonzero()[0])
-        tile = int(narrow.nonzero()[where])
-        raise CertificateError(
-            f"tile {tile}: the mask keeps {int(kept[where])}, the prices bound the optimum by {int(bound[where])} "
-            f"(units of 2**-{int(exponent[tile])}): not proved optimal"
-        )
-    for tile in (~narrow).nonzero()[:, 0].tolist():
-        prices = certificate.wide.get(tile, (tuple(u[tile].tolist()), tuple(v[tile].tolist())))
-        _check_wide_tile(tile, numbers[tile], masks[tile], prices, int(exponent[tile]), n, exactly)
-
-
-def _check_wide_tile(
-    tile: int,
-    scores: Tensor,
-    mask: Tensor,
-    prices: tuple[tuple[int, ...], tuple[int, ...]],
-    exponent: int,
-    n: int,
-    exactly: bool,
-) -> None:
-    u, v = (np.array(side, dtype=object) for side in prices)
-    scale = Fraction(2) ** exponent
-    q = np.array([[round(Fraction(x) * scale) for x in row] for row in scores.tolist()], dtype=object)
-    kept = int((q * mask.numpy().astype(object)).sum())
-    bound = int(n * (u.sum() + v.sum()) + np.maximum(q - u[:, None] - v[None, :], 0).sum())
-    if kept != bound or (not exactly and min(*u, *v) < 0):
-        raise CertificateError(f"tile {tile}: the mask keeps {kept}, the prices bound the optimum by {bound}: not proved optimal")
+    return number
 
 
 @dataclass(frozen=True)
@@ -361,6 +318,7 @@ def verify(
     name: str = "",
     include: Filter | None = None,
     exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> Verification:
     """Check that a mask, a weight or every prunable layer of a model obeys a structure as the GEMMs see it.
 
@@ -373,10 +331,11 @@ def verify(
         name: the layer's name for messages.
         include, exclude: of a module, its layers as `prune_` was told them; by default those that `find_layers` chooses,
             without output heads and the first convolution.
+        layouts: of a module, how single layers store their matrices, as `prune_` was told.
     """
     pattern = parse_pattern(pattern)
     if isinstance(target, nn.Module):
-        found, _ = find_layers(target, include, exclude)
+        found, _ = find_layers(target, include, exclude, layouts=layouts)
         results = tuple(verify(layer.weight, pattern, layout=layer.layout, name=layer.name) for layer in found)
         if not results:
             raise ValueError(
@@ -394,8 +353,10 @@ def verify(
         )
     if not isinstance(target, Tensor):
         raise ValueError(f"verify needs a tensor or a module, not {type(target).__name__}")
-    if include is not None or exclude is not None:
-        raise ValueError("include and exclude choose layers of a module, and this is a tensor")
+    if include is not None or exclude is not None or layouts is not None:
+        raise ValueError("include, exclude and layouts are about layers of a module, and this is a tensor")
+    if target.is_meta:
+        raise ValueError(f"{name or 'the tensor'} is on the meta device and holds no numbers to verify; load the model first")
     target = target.detach()
     mask = target if target.dtype == torch.bool else target != 0
     matrices = to_matrices(mask, layout or default_layout(mask.ndim))
@@ -412,5 +373,5 @@ def verify(
             span = getattr(pattern, "m", None)
             entries = matrix[index, row, group * span : (group + 1) * span] if span else matrix[index]
             first = Violation(side, index, row, group, int(entries.sum()), name)
-    density = float(mask.double().mean()) if mask.numel() else 0.0
+    density = int(torch.count_nonzero(mask)) / max(mask.numel(), 1)
     return Verification(pattern, groups, violations, first, density, layer=name)

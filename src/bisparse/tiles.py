@@ -7,7 +7,7 @@ along a row lie on the reduction axis of the forward pass and groups along a col
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
 
@@ -21,6 +21,7 @@ __all__ = [
     "default_layout",
     "from_matrices",
     "from_tiles",
+    "kernel_positions",
     "pad_to_multiple",
     "to_matrices",
     "to_tiles",
@@ -38,16 +39,28 @@ class LayoutKind(StrEnum):
     """(C_out, C_in / groups, *kernel): `nn.Conv1d/2d/3d`; a matrix for each group and kernel position."""
     PACKED = "packed"
     """(parts * O, I): several projections stacked, as attention's `in_proj_weight`; a matrix a part."""
+    CONV_LAST = "conv-last"
+    """(C_out, *kernel, C_in / groups): a convolution with its channels last, as MLX stores it; matrices as for CONV."""
+    CONV_TRANSPOSED = "conv-transposed"
+    """(C_in, C_out / groups, *kernel): `nn.ConvTranspose1d/2d/3d`; a matrix for each group and kernel position."""
     EXPERTS = "experts"
-    """(E, O, I): a mixture's experts in one parameter; a matrix an expert."""
+    """(E, O, I): a mixture's experts in one parameter; a matrix per expert."""
+    EXPERTS_TRANSPOSED = "experts-transposed"
+    """(E, I, O): the same with the inputs first, as GPT-OSS and Llama 4 store it; a matrix per expert, transposed."""
 
+
+CONVOLUTIONS = frozenset({LayoutKind.CONV, LayoutKind.CONV_LAST, LayoutKind.CONV_TRANSPOSED})
+INPUTS_FIRST = frozenset({LayoutKind.TRANSPOSED, LayoutKind.CONV_TRANSPOSED, LayoutKind.EXPERTS_TRANSPOSED})
 
 DIMENSIONS = {
     LayoutKind.LINEAR: (2,),
     LayoutKind.TRANSPOSED: (2,),
     LayoutKind.CONV: (3, 4, 5),
     LayoutKind.PACKED: (2,),
+    LayoutKind.CONV_LAST: (3, 4, 5),
+    LayoutKind.CONV_TRANSPOSED: (3, 4, 5),
     LayoutKind.EXPERTS: (3,),
+    LayoutKind.EXPERTS_TRANSPOSED: (3,),
 }
 """How many dimensions a weight of each layout may have."""
 
@@ -59,6 +72,20 @@ class Layout:
     kind: LayoutKind = LayoutKind.LINEAR
     groups: int = 1
     parts: int = 1
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether the weight has kernel positions, whose products are summed into one output."""
+        return self.kind in CONVOLUTIONS
+
+    @property
+    def inputs_first(self) -> bool:
+        """Whether a row of the stored weight is a column of a GEMM matrix."""
+        return self.kind in INPUTS_FIRST
+
+    def __str__(self) -> str:
+        detail = f", {self.groups} groups" if self.groups > 1 else f", {self.parts} parts" if self.parts > 1 else ""
+        return f"{self.kind}{detail}"
 
 
 @cache
@@ -79,7 +106,8 @@ def to_matrices(weight: Shaped[Tensor, "..."], layout: Layout) -> Shaped[Tensor,
     """The batch of GEMM matrices that a weight holds; a view where strides allow it.
 
     Shapes: linear (O, I) -> (1, O, I); transposed (I, O) -> (1, O, I); conv (C_out, C_in/g, *K) -> (g * prod(K),
-    C_out/g, C_in/g); packed (p * O, I) -> (p, O, I); experts (E, O, I) -> (E, O, I).
+    C_out/g, C_in/g), and so do channels last (C_out, *K, C_in/g) and transposed convolutions (C_in, C_out/g, *K); packed
+    (p * O, I) -> (p, O, I); experts (E, O, I), or transposed (E, I, O), -> (E, O, I).
     """
     _check_layout(tuple(weight.shape), layout)
     match layout.kind:
@@ -94,6 +122,13 @@ def to_matrices(weight: Shaped[Tensor, "..."], layout: Layout) -> Shaped[Tensor,
         case LayoutKind.CONV:
             by_position = weight.unflatten(0, (layout.groups, -1)).flatten(3)  # (g, O, I, P)
             return by_position.permute(0, 3, 1, 2).flatten(0, 1)
+        case LayoutKind.CONV_LAST:
+            return to_matrices(weight.movedim(-1, 1), replace(layout, kind=LayoutKind.CONV))
+        case LayoutKind.CONV_TRANSPOSED:
+            by_position = weight.unflatten(0, (layout.groups, -1)).flatten(3)  # (g, I, O, P)
+            return by_position.permute(0, 3, 2, 1).flatten(0, 1)
+        case LayoutKind.EXPERTS_TRANSPOSED:
+            return weight.transpose(1, 2)
     raise AssertionError(layout.kind)
 
 
@@ -111,7 +146,22 @@ def from_matrices(
         case LayoutKind.CONV:
             by_position = matrices.unflatten(0, (layout.groups, math.prod(shape[2:])))  # (g, P, O, I)
             return by_position.permute(0, 2, 3, 1).reshape(shape).contiguous()
+        case LayoutKind.CONV_LAST:
+            channels_first = (shape[0], shape[-1], *shape[1:-1])
+            return from_matrices(matrices, replace(layout, kind=LayoutKind.CONV), channels_first).movedim(1, -1).contiguous()
+        case LayoutKind.CONV_TRANSPOSED:
+            by_position = matrices.unflatten(0, (layout.groups, math.prod(shape[2:])))  # (g, P, O, I)
+            return by_position.permute(0, 3, 2, 1).reshape(shape).contiguous()
+        case LayoutKind.EXPERTS_TRANSPOSED:
+            return matrices.transpose(1, 2).contiguous()
     raise AssertionError(layout.kind)
+
+
+def kernel_positions(shape: tuple[int, ...] | torch.Size, layout: Layout) -> int:
+    """How many kernel positions a convolution's weight has, which are summed into one output; 1 for any other layout."""
+    if not layout.is_convolution:
+        return 1
+    return math.prod(tuple(shape)[1:-1] if layout.kind is LayoutKind.CONV_LAST else tuple(shape)[2:])
 
 
 def _check_layout(shape: tuple[int, ...], layout: Layout) -> None:
@@ -121,11 +171,11 @@ def _check_layout(shape: tuple[int, ...], layout: Layout) -> None:
             f"a weight of shape {shape} cannot have the layout '{kind}', "
             f"which needs {' or '.join(map(str, DIMENSIONS[kind]))} dimensions"
         )
-    divisor = layout.groups if kind is LayoutKind.CONV else layout.parts
+    divisor = layout.groups if layout.is_convolution else layout.parts
     if divisor < 1 or shape[0] % divisor:
         raise ValueError(
             f"a weight of shape {shape} cannot be split into {divisor} "
-            f"{'groups' if kind is LayoutKind.CONV else 'parts'} along its first dimension"
+            f"{'groups' if layout.is_convolution else 'parts'} along its first dimension"
         )
 
 

@@ -4,7 +4,9 @@ import copy
 import itertools
 import runpy
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import TensorWeakRef
 
 from bisparse import (
     accelerate_,
@@ -23,8 +26,11 @@ from bisparse import (
     verify,
     verify_checkpoint,
 )
-from bisparse.accelerate import BackendError, PackedLinear, SparseLinear
-from bisparse.accelerate.accelerate import held_bytes, is_2to4
+from bisparse.accelerate import BackendError, PackedLinear, SparseLinear, eligibility, linear_trained
+from bisparse.accelerate import accelerate as accelerate_module
+from bisparse.accelerate.accelerate import held_bytes
+from bisparse.accelerate.backends import BACKENDS
+from bisparse.accelerate.eligibility import is_2to4
 from bisparse.kernels.sparse24.positions import find_positions, from_metadata, kept_mask, put_values, take_values, to_metadata
 from bisparse.pattern import parse_pattern
 from bisparse.solution import PatternError
@@ -156,7 +162,8 @@ def test_packed_weights_are_stored_in_half_the_space_and_a_bit() -> None:
     weights = 2 * 32 * 128
     assert (report.bytes_before, report.bytes_after) == (before, before - 2 * weights + 2 * weights * 9 // 16)
     for layer in (model.up, model.down):
-        assert layer.packed.numel() == weights // 4 and layer.metadata.numel() * 8 == weights // 2
+        own = layer.packed_weight
+        assert own.packed.numel() == weights // 4 and own.metadata.numel() * 8 == weights // 2
         assert "weight" not in dict(layer.named_parameters())
     assert sum(one.bytes_before - one.bytes_after for one in report.layers) == report.bytes_before - report.bytes_after
 
@@ -166,8 +173,8 @@ def test_the_product_comes_from_what_is_packed() -> None:
     inputs = torch.randn(4, 32)
     expected = model(inputs)
     accelerate_(model, "reference")
-    model.up.packed.zero_()
-    model.down.packed.mul_(2)
+    model.up.packed_weight.packed.zero_()
+    model.down.packed_weight.packed.mul_(2)
     assert not torch.allclose(model(inputs), expected)
     assert torch.equal(model.up.weight, torch.zeros(128, 32))
 
@@ -269,24 +276,24 @@ def test_deepcopy_dtype_and_pickle_keep_the_numbers(tmp_path: Path) -> None:
     assert torch.equal(torch.load(tmp_path / "model.pt", weights_only=False)(inputs), dense(inputs))
     model.to(torch.bfloat16)
     dense.to(torch.bfloat16)
-    assert model.up.packed.dtype == torch.bfloat16 and torch.equal(model.up.weight, dense.up.weight)
+    assert model.up.packed_weight.packed.dtype == torch.bfloat16 and torch.equal(model.up.weight, dense.up.weight)
     assert torch.equal(model(inputs.to(torch.bfloat16)), dense(inputs.to(torch.bfloat16)))
     assert verify(model.up.weight, "2:4-T")
     model.type(torch.bfloat16)  # which leaves no dtype out
     assert torch.equal(model(inputs.to(torch.bfloat16)), dense(inputs.to(torch.bfloat16)))
 
 
-def test_a_packed_layer_that_cannot_be_packed_anew_keeps_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bisparse.accelerate import linear_packed as packed_linear
+def test_a_packed_layer_that_cannot_be_packed_again_keeps_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bisparse.accelerate.linear_packed import PackedWeight
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     model = block().eval()
     accelerate_(model, "reference")
     before = model.up.weight
     with monkeypatch.context() as short:
-        short.setattr(packed_linear, "_pack", full)
+        short.setattr(PackedWeight, "from_dense", full)
         with pytest.raises(torch.OutOfMemoryError):
             model.up.to(torch.bfloat16)
     assert torch.equal(model.up.weight, before) and model.up(torch.randn(3, 32)).dtype == torch.float32
@@ -403,11 +410,11 @@ def test_operators_obey_torch() -> None:
     ops = torch.ops.bisparse
     torch.library.opcheck(ops.linear_2to4, (inputs, weight, bias, *ways, "reference", False, False, False))
     torch.library.opcheck(ops.linear_2to4, (inputs, weight, None, *ways[:2], None, None, "reference", False, True, False))
-    torch.library.opcheck(ops.product_2to4, (inputs.detach(), weight.detach(), None, *ways[2:], True, "reference", False))
     packed, packed_t = take_values(weight.detach(), positions), take_values(weight.detach().t(), positions_t)
     torch.library.opcheck(ops.packed_linear_2to4, (inputs, packed, metadata, packed_t, metadata_t, bias, 8, "reference", False))
     torch.library.opcheck(ops.packed_linear_2to4, (inputs, packed, metadata, None, None, None, 8, "reference", False))
-    torch.library.opcheck(ops.masked_2to4, (weight.detach(), positions))
+    torch.library.opcheck(ops.masked_2to4, (weight, positions, False))
+    torch.library.opcheck(ops.masked_2to4, (weight, positions, True))
     torch.library.opcheck(ops.unpack_2to4, (packed, metadata, 8, 8, "reference"))
     torch.library.opcheck(
         ops.weight_gradient_2to4,
@@ -493,7 +500,7 @@ def test_patterns_that_are_2to4_are_told_by_their_masks() -> None:
                 row[0, place] = True
                 row[0, place] = not bool(structure.row_violations(row).any())
             broken |= not verify(row, "2:4")
-        assert is_2to4(text)[0] == (not broken), text
+        assert is_2to4(structure)[0] == (not broken), text
 
 
 def test_reasons_by_kind_of_layer() -> None:
@@ -529,15 +536,16 @@ def test_reasons_by_kind_of_layer() -> None:
 
 def test_weights_without_values_and_parametrized_by_others() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)))
-    report = accelerate_(model)
-    assert "parametrized by another library" in report["1"].reason
+    for backend in ("auto", "reference"):
+        left = dict.fromkeys(model.state_dict())
+        with pytest.raises(BackendError) if backend == "reference" else nullcontext():
+            report = accelerate_(model, backend)
+        assert "parametrized by another library" in report["1"].reason and dict.fromkeys(model.state_dict()) == left
     with torch.device("meta"):
         assert "meta device" in accelerate_(nn.Sequential(nn.Linear(16, 16)))["0"].reason
 
 
 def test_nan_weights_and_a_library_that_loses_values_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bisparse.accelerate.backends.base import BACKENDS
-
     model = block().eval()
     with torch.no_grad():
         kept = model.up.weight.nonzero()[0]
@@ -551,8 +559,6 @@ def test_nan_weights_and_a_library_that_loses_values_are_refused(monkeypatch: py
 
 
 def test_out_of_memory_leaves_the_layer_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bisparse.accelerate.backends.base import BACKENDS
-
     def full(self: object, matrix: Tensor) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
@@ -607,7 +613,7 @@ def test_frozen_layers_in_training_mode_are_packed_both_ways() -> None:
     model = block().train().requires_grad_(False)
     report = accelerate_(model, "reference")
     assert all(one.weight == "packed" and one.backward for one in report.layers)
-    assert isinstance(model.up, PackedLinear) and model.up.packed_t is not None
+    assert isinstance(model.up, PackedLinear) and model.up.packed_weight.packed_t is not None
 
 
 def test_the_example_trains_finalizes_and_packs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -630,3 +636,192 @@ def test_tied_weights_are_not_parted_by_packing() -> None:
     assert "another module holds the same weight" in report["0"].reason and model[0].weight is model[2].weight
     trained = accelerate_(model.train(), "reference", include="0")
     assert trained["0"].weight == "trained" and model[0].weight is model[2].weight
+
+
+# ---- second derivatives
+
+
+class Penalised(nn.Module):
+    """A model whose input's gradient is part of the loss."""
+
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.second = nn.Linear(16, 32, bias=bias), nn.Linear(32, 16)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.second(torch.tanh(self.first(inputs)))
+
+
+def trained(model: nn.Module) -> list[Tensor]:
+    return [one for one in model.parameters() if one.requires_grad]
+
+
+def penalty_gradients(model: nn.Module, third: bool = False) -> list[Tensor]:
+    """Gradients of a loss with a gradient penalty, by the inputs and every parameter; with `third` of one more order."""
+    torch.manual_seed(4)
+    inputs = torch.randn(3, 5, 16, dtype=torch.float64, requires_grad=True)
+    output = model(inputs)
+    (slope,) = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)
+    loss = slope.square().sum() + output.sum()
+    if third:
+        (slope,) = torch.autograd.grad(loss, inputs, create_graph=True)
+        loss = slope.square().sum()
+    return list(torch.autograd.grad(loss, [inputs, *trained(model)]))
+
+
+KINDS = ("dynamic 2:4-T", "dynamic 2:4", "static 2:4-T", "own zeros 2:4-T", "own zeros 2:4", "packed 2:4-T", "packed 2:4")
+
+
+@pytest.mark.parametrize("third", [False, True])
+@pytest.mark.parametrize("how", [*KINDS, "evaluated 2:4-T"])
+def test_a_gradient_penalty_equals_that_of_the_masked_dense_model(how: str, third: bool) -> None:
+    dense = Penalised().double()
+    kind, _, pattern = how.rpartition(" ")
+    if kind in ("dynamic", "static"):
+        sparsify_(dense, pattern, mode=kind)
+    else:
+        prune_(dense, pattern)
+        dense.train(kind != "evaluated").requires_grad_(kind == "own zeros")
+    model = copy.deepcopy(dense)
+    report = accelerate_(model, "reference", dtype=torch.float64)
+    assert len(report) == 2 and all(layer.backward == (pattern != "2:4" and kind != "evaluated") for layer in report.layers)
+    found, expected = penalty_gradients(model, third), penalty_gradients(dense, third)
+    if kind == "own zeros":  # the gradients of pruned weights are not computed
+        masks = [one != 0 if one.ndim == 2 else torch.ones_like(one, dtype=torch.bool) for one in trained(dense)]
+        expected[1:] = [torch.where(mask, one, 0) for mask, one in zip(masks, expected[1:], strict=True)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-9 * float(theirs.abs().max() + 1))
+
+
+@pytest.mark.parametrize("accelerated", [False, True])
+def test_a_gradient_penalty_with_mvue_is_right_in_expectation(accelerated: bool) -> None:
+    dense, model = Penalised().double(), Penalised().double()
+    for one in (dense, model):
+        sparsify_(one, "2:4-T", mvue=one is model)
+    if accelerated:
+        assert len(accelerate_(model, "reference", dtype=torch.float64)) == 2
+
+    def curvature(one: nn.Module) -> list[Tensor]:
+        """Gradients of the inputs' gradient, and of the weights' gradients along a direction."""
+        inputs = torch.linspace(-1, 1, 8 * 16, dtype=torch.float64).view(8, 16).requires_grad_()
+        weights = [layer.parametrizations["weight"].original for layer in (one.first, one.second)]
+        slope, *gradients = torch.autograd.grad(one(inputs).square().sum(), [inputs, *weights], create_graph=True)
+        along = [(gradient * torch.linspace(-1, 1, gradient.numel()).view(gradient.shape)).sum() for gradient in gradients]
+        return list(torch.autograd.grad(slope.square().sum() + sum(along), [inputs, *weights]))
+
+    expected = curvature(dense)
+    draws = [torch.stack(one) for one in zip(*(curvature(model) for _ in range(150)), strict=True)]
+    for found, exact in zip(draws, expected, strict=True):
+        error = (found.mean(0) - exact).abs() / (found.std(0) / len(found) ** 0.5 + 1e-9 * exact.abs().max())
+        assert float(error.mean()) < 1.2 and float(error.max()) < 6
+        assert float((found.mean(0) - exact).norm()) < 0.3 * float(exact.norm())
+
+
+def test_no_operator_drops_a_gradient_silently() -> None:
+    """Each operator that maps floating numbers to such has a formula, or raises; torch itself would warn, and give zeros."""
+    names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("bisparse::")}
+    for name in sorted(names):
+        schema = getattr(torch.ops.bisparse, name.removeprefix("bisparse::")).default._schema
+        if name not in WITHOUT_A_DERIVATIVE and any(str(one.type) == "Tensor" for one in schema.returns):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "Autograd"), name
+
+
+WITHOUT_A_DERIVATIVE = {
+    "bisparse::exact_mask", "bisparse::exact_mask_of_magnitudes", "bisparse::exact_solve", "bisparse::exact_solve_integers",
+    "bisparse::keep_largest", "bisparse::find_positions", "bisparse::unpack_2to4", "bisparse::pack_bitmask",
+    "bisparse::unpack_bitmask",
+}  # fmt: skip
+"""Masks, prices and positions are no floating numbers; what is packed for good, and unpacked again, is a constant."""
+
+
+# ---- all or nothing
+
+
+STEPS = (
+    (PackedLinear, "install_"), (SparseLinear, "install_"), (SparseLinear, "_hold"), (nn.Module, "register_buffer"),
+    (nn.Module, "register_load_state_dict_post_hook"), (type(BACKENDS["reference"]), "pack"),
+    (type(BACKENDS["reference"]), "unpack"), (accelerate_module, "held_bytes"),
+    (accelerate_module, "AccelerationReport"), (linear_trained, "_set_class"), (eligibility, "layer_state"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["packed", "own zeros", "dynamic", "static", "mvue"])
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step[1])
+@pytest.mark.parametrize("error", [RuntimeError("the library fails"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_each_step_that_fails_leaves_the_model_as_it_was(
+    kind: str, step: tuple[Any, str], error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32, bias=False), nn.Linear(32, 16))
+        if kind in ("dynamic", "static", "mvue"):
+            sparsify_(model, "2:4-T", mode="static" if kind == "static" else "dynamic", mvue=kind == "mvue")
+        else:
+            prune_(model, "2:4-T")
+            model.train(kind == "own zeros")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter[parameter == 0] = -0.0
+        return model
+
+    owner, name = step
+    honest, calls = getattr(owner, name), []
+    for failing in range(1, 30):
+        model, calls = build(), []
+        bound = name == "install_"
+
+        def fails(*arguments: Any, failing: int = failing, calls: list[int] = calls, **how: Any) -> Any:
+            calls.append(1)
+            if len(calls) == failing:
+                raise error
+            return honest(*arguments, **how)
+
+        before = [
+            (module, type(module), {**vars(module)}, [(key, id(value)) for key, value in vars(module)["_parameters"].items()])
+            for module in model.modules()
+        ]
+        parameters, hooks = dict(model.named_parameters()), [len(one._load_state_dict_post_hooks) for one in model.modules()]
+        values = {key: value.clone() for key, value in model.state_dict().items()}
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, staticmethod(fails) if bound else fails)
+            try:
+                accelerate_(model, "reference")
+            except type(error) as raised:
+                assert raised is error
+            else:
+                assert len(calls) < failing
+                break
+        for module, its_type, attributes, held in before:
+            assert type(module) is its_type and vars(module).keys() == attributes.keys()
+            assert [(key, id(value)) for key, value in module._parameters.items()] == held
+        assert [len(one._load_state_dict_post_hooks) for one in model.modules()] == hooks
+        assert all(value is parameters[key] for key, value in model.named_parameters())
+        for key, value in model.state_dict().items():
+            assert torch.equal(value, values[key]) and torch.equal(value.signbit(), values[key].signbit())
+        report = accelerate_(model, "reference")
+        assert len(report) == 3, "and it can be accelerated afterwards"
+    assert failing < 29, "the last one did not fail"
+
+
+def test_a_failure_gives_weights_back_that_only_the_model_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = block().eval()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    model.up.weight.grad = torch.ones_like(model.up.weight)
+    freed = TensorWeakRef(model.down.weight)
+    honest = PackedLinear.install_
+
+    def last(module: nn.Linear, *plan: Any, **how: Any) -> str:
+        if module is model.head:
+            assert freed() is None, "the dense weights of a whole model are not held until its end"
+            raise KeyboardInterrupt
+        return honest(module, *plan, **how)
+
+    prune_(model, "2:4-T", include="head")
+    expected["head.weight"] = model.head.weight.detach().clone()
+    monkeypatch.setattr(PackedLinear, "install_", last)
+    with pytest.raises(KeyboardInterrupt):
+        accelerate_(model, "reference", include=["up", "down", "head"])
+    assert {type(layer) for layer in (model.up, model.down, model.head)} == {nn.Linear}
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    assert bool(model.up.weight.grad.all()) and model.down.weight.requires_grad

@@ -20,11 +20,11 @@ from torch.sparse._semi_structured_conversions import (
 
 from bisparse import PatternError, accelerate_, finalize_, prune_, sparsify_
 from bisparse.accelerate import BackendError, usable_backends
-from bisparse.accelerate.backends import base as backend
-from bisparse.accelerate.backends import metadata_layout as form
-from bisparse.accelerate.backends import probe as trial
-from bisparse.accelerate.backends.algorithm import search_algorithm
-from bisparse.accelerate.backends.base import BACKENDS
+from bisparse.accelerate.backends import BACKENDS, Refusal, metadata_layout, probe
+from bisparse.accelerate.backends.cusparselt import search_algorithm
+from bisparse.accelerate.eligibility import choose_backend
+from bisparse.accelerate.linear_packed import PackedLinear, PackedWeight
+from bisparse.accelerate.linear_trained import SparseProducts
 from bisparse.accelerate.timing import random_mask
 from bisparse.kernels.mvue.ops import estimate_2to4
 from bisparse.kernels.mvue.philox import draw_seed
@@ -156,12 +156,16 @@ def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch, "_sparse_semi_structured_addmm", stand_in.cutlass_add)
     for name in ("cusparselt", "cutlass"):
         monkeypatch.setattr(type(BACKENDS[name]), "device_reason", lambda self, device: None)
-    caches = (search_algorithm, form.learn_form, trial._shaped_product, trial._other_half)
+    caches = (search_algorithm, metadata_layout.learn_layout, probe._shaped_product, probe._other_half)
     for cache in caches:
         cache.cache_clear()
     yield stand_in
     for cache in caches:
         cache.cache_clear()
+
+
+def how(layer: nn.Module) -> PackedWeight | SparseProducts:
+    return layer.packed_weight if isinstance(layer, PackedLinear) else layer.products
 
 
 def model_of(pattern: str = "2:4-T", dtype: torch.dtype = torch.bfloat16) -> nn.Sequential:
@@ -294,7 +298,7 @@ def test_an_average_elsewhere_that_gets_the_buffers_too_is_right(
     with monkeypatch.context() as elsewhere:
         elsewhere.setattr(type(BACKENDS[name]), "device_reason", lambda self, device: "not here")
         average.to(torch.float32).to(torch.bfloat16 if packed else torch.float32)
-    assert average.module[0].backend == "reference"
+    assert how(average.module[0]).backend == "reference"
     average.update_parameters(model)
     inputs = torch.randn(3, 64, dtype=torch.bfloat16)
     assert close(average(inputs).float(), model(inputs).float())
@@ -317,7 +321,7 @@ LEARNT = {
 def test_the_form_of_a_library_is_learnt_from_what_it_packs(order: str, dtype: torch.dtype, library: Library) -> None:
     library.order, library.values_first = order, order != "values last"
     own, shape = BACKENDS["cusparselt"], (128, 64) if order == "shuffled" else (256, 128)
-    found = own.form(*shape, dtype, torch.device("cpu"))
+    found = own.metadata_layout(*shape, dtype, torch.device("cpu"))
     if order not in LEARNT:
         assert found is None
         return
@@ -342,17 +346,17 @@ def test_a_library_that_packs_now_so_and_now_so_has_no_form(library: Library, mo
     def fickle(matrix: Tensor) -> Tensor:
         calls.append(matrix.shape)
         packed = honest(matrix)
-        if len(calls) == len(calls_of_one):  # the last one, by which the form is judged
+        if len(calls) == len(calls_of_one):  # the last one, by which the layout is judged
             packed[-1] = packed[-2]
         return packed
 
     own, calls_of_one = BACKENDS["cusparselt"], []
     monkeypatch.setattr(torch, "_cslt_compress", lambda matrix: calls_of_one.append(1) or honest(matrix))
-    known = own.form(32, 32, torch.bfloat16, torch.device("cpu"))
+    known = own.metadata_layout(32, 32, torch.bfloat16, torch.device("cpu"))
     assert (known is not None) == library.values_first
-    form.learn_form.cache_clear()
+    metadata_layout.learn_layout.cache_clear()
     monkeypatch.setattr(torch, "_cslt_compress", fickle)
-    assert own.form(32, 32, torch.bfloat16, torch.device("cpu")) is None
+    assert own.metadata_layout(32, 32, torch.bfloat16, torch.device("cpu")) is None
 
 
 def test_short_memory(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -361,11 +365,11 @@ def test_short_memory(library: Library, monkeypatch: pytest.MonkeyPatch) -> None
 
     own, honest, device = BACKENDS["cusparselt"], torch._cslt_compress, torch.device("cpu")
     monkeypatch.setattr(torch, "_cslt_compress", full)
-    assert own.form(32, 32, torch.bfloat16, device) is None
-    assert "out of memory while cusparselt was tried" in str(trial.try_shape(own, 32, 32, torch.bfloat16, device))
+    assert own.metadata_layout(32, 32, torch.bfloat16, device) is None
+    assert "out of memory while probing cusparselt" in str(probe.probe_shape(own, 32, 32, torch.bfloat16, device))
     monkeypatch.setattr(torch, "_cslt_compress", honest)
-    assert own.form(32, 32, torch.bfloat16, device) is None, "not tried again in every pass"
-    assert trial.try_shape(own, 32, 32, torch.bfloat16, device) is None, "tried again"
+    assert own.metadata_layout(32, 32, torch.bfloat16, device) is None, "not tried again in every pass"
+    assert probe.probe_shape(own, 32, 32, torch.bfloat16, device) is None, "tried again"
 
 
 def test_a_report_says_where_the_order_of_metadata_is_not_known(library: Library) -> None:
@@ -383,7 +387,7 @@ def test_an_estimate_is_packed_as_it_is_drawn(library: Library, name: str, searc
     gradient, inputs = torch.randn(70, 32).to(torch.bfloat16), torch.randn(70, 48).to(torch.bfloat16)
     multiply = torch.ops.bisparse.weight_gradient_2to4
     torch.manual_seed(5)
-    multiply(gradient, inputs, name, search)  # the form is learnt once a shape
+    multiply(gradient, inputs, name, search)  # the layout is learnt once a shape
     before = library.compressed
     torch.manual_seed(5)
     found = multiply(gradient, inputs, name, search)
@@ -579,9 +583,9 @@ def test_a_library_whose_half_precisions_differ_takes_one_and_warns(library: Lib
         sparsify_(model, "2:4-T")
         accelerate_(model, "cusparselt")
         if not library.values_first:  # it packs anew in every pass, in any dtype
-            assert model[0].served == (torch.float16, torch.bfloat16)
+            assert model[0].products.dtypes == (torch.float16, torch.bfloat16)
             return
-        assert model[0].served == (torch.bfloat16,)
+        assert model[0].products.dtypes == (torch.bfloat16,)
         torch._dynamo.reset()
         runner = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
         with (
@@ -599,9 +603,9 @@ def test_moving_packs_anew_with_what_runs_there(library: Library, monkeypatch: p
     weight = model[0].weight.detach().clone()
     accelerate_(model, "cusparselt")
     model.to(torch.float32)
-    assert model[0].backend == "reference" and torch.equal(model[0].dense_weight(), weight.float())
+    assert how(model[0]).backend == "reference" and torch.equal(model[0].dense_weight(), weight.float())
     model.to(torch.bfloat16)
-    assert model[0].backend == "cusparselt" and torch.equal(model[0].dense_weight(), weight)
+    assert how(model[0]).backend == "cusparselt" and torch.equal(model[0].dense_weight(), weight)
 
 
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
@@ -612,7 +616,7 @@ def test_layers_in_training_leave_the_device_and_come_back(library: Library, nam
         sparsify_(one, "2:4-T")
     accelerate_(model, name)
     resting = copy.deepcopy(model)
-    resting[0].parametrizations["weight"][0].dense = True
+    resting[0].parametrizations["weight"][0].state.dense = True
     resting[0].mask_changed()
 
     def refuse(*_: object, **__: object) -> Tensor:
@@ -624,20 +628,20 @@ def test_layers_in_training_leave_the_device_and_come_back(library: Library, nam
         for operator in ("_cslt_compress", "_cslt_sparse_mm", "_sparse_semi_structured_mm", "_sparse_semi_structured_addmm"):
             away.setattr(torch, operator, refuse)
         average = copy.deepcopy(model).cpu()
-        assert [average[0].backend, average[2].backend] == ["reference", "reference"]
+        assert [how(average[0]).backend, how(average[2]).backend] == ["reference", "reference"]
         for ours, theirs in zip(run(average, dtype=torch.float32), run(dense, dtype=torch.float32), strict=True):
             assert torch.allclose(ours, theirs, atol=1e-5)
         resting.cpu()
-        resting[0].parametrizations["weight"][0].dense = False
+        resting[0].parametrizations["weight"][0].state.dense = False
         resting[0].mask_changed()
         assert close(run(resting, dtype=torch.float32)[0], run(dense, dtype=torch.float32)[0])
     average.cpu()
-    assert average[0].backend == name
+    assert how(average[0]).backend == name
     with torch.autocast("cpu", torch.bfloat16):
         for ours, theirs in zip(run(average, dtype=torch.float32), run(model, dtype=torch.float32), strict=True):
             assert torch.equal(ours, theirs)
     finalize_(average)
-    assert type(average[0]) is nn.Linear and not hasattr(average[0], "wanted_backend")
+    assert type(average[0]) is nn.Linear and not hasattr(average[0], "products")
 
 
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
@@ -661,7 +665,7 @@ def test_every_buffer_can_be_broadcast_as_ddp_does(library: Library, name: str, 
 def test_cutlass_metadata_are_those_of_torch(shape: tuple[int, int]) -> None:
     own, weight = BACKENDS["cutlass"], torch.randn(shape).to(torch.bfloat16)
     weight *= random_mask(*shape, weight.device) & (torch.rand(shape) < 0.7)
-    found = own.form(*shape, torch.bfloat16, weight.device)
+    found = own.metadata_layout(*shape, torch.bfloat16, weight.device)
     assert found is not None
     positions, metadata = empty_slots(*shape, weight.device)
     lay_out(weight != 0, found, positions, metadata)
@@ -682,7 +686,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
     monkeypatch.setattr(torch.version, "hip", None, raising=False)
-    monkeypatch.setattr(backend, "try_out", lambda backend, device: None)
+    monkeypatch.setattr(probe, "probe_device", lambda backend, device: None)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: True)
     return monkeypatch
 
@@ -690,24 +694,22 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_what_runs_on_which_generation(gpu: pytest.MonkeyPatch) -> None:
     assert usable_backends(CUDA)["cusparselt"] is None
     assert "run on compute capability 8.x, and this device has 9.0" in str(usable_backends(CUDA)["cutlass"])
-    assert backend.choose_backend("auto", CUDA) is BACKENDS["cusparselt"]
+    assert choose_backend("auto", CUDA) is BACKENDS["cusparselt"]
     gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
     assert set(usable_backends(CUDA).values()) == {None}
     assert "not float32" in str(usable_backends(CUDA, torch.float32)["cutlass"])
     gpu.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     assert usable_backends(CUDA)["cusparselt"] == "this torch is built without cuSPARSELt"
-    assert backend.choose_backend("auto", CUDA) is BACKENDS["cutlass"]
+    assert choose_backend("auto", CUDA) is BACKENDS["cutlass"]
     with pytest.raises(BackendError, match="built without cuSPARSELt"):
-        backend.choose_backend("cusparselt", CUDA)
+        choose_backend("cusparselt", CUDA)
 
 
 def test_old_devices_and_other_makers(gpu: pytest.MonkeyPatch) -> None:
     gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    reason = backend.choose_backend("auto", CUDA)
-    assert (
-        isinstance(reason, str)
-        and "needs sparse tensor cores (compute capability 8.0, Ampere), and this device has 7.5" in reason
-    )
+    reason = choose_backend("auto", CUDA)
+    assert isinstance(reason, Refusal)
+    assert "needs sparse tensor cores (compute capability 8.0, Ampere), and this device has 7.5" in reason.reason
     gpu.setattr(torch.version, "hip", "6.2", raising=False)
     assert "built for ROCm" in str(usable_backends(CUDA)["cutlass"])
     gpu.setattr(torch.cuda, "is_available", lambda: False)
@@ -718,8 +720,8 @@ def test_a_library_that_fails_or_lies_is_found_out(library: Library, monkeypatch
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
 
     def tried(name: str) -> str | None:
-        trial._small_product.cache_clear()
-        return trial.try_out(BACKENDS[name], torch.device("cpu"))
+        probe._small_product.cache_clear()
+        return probe.probe_device(BACKENDS[name], torch.device("cpu"))
 
     assert tried("cusparselt") is None and tried("cutlass") is None
 
@@ -771,7 +773,7 @@ def test_on_a_gpu_the_form_is_known_and_metadata_are_the_librarys_own(name: str,
     if (reason := usable_backends(CUDA)[name]) is not None:
         pytest.skip(reason)
     own, mask = BACKENDS[name], random_mask(*shape, CUDA) & (torch.rand(shape, device=CUDA) < 0.9)
-    found = own.form(*shape, torch.bfloat16, CUDA)
+    found = own.metadata_layout(*shape, torch.bfloat16, CUDA)
     assert found is not None, "then every pass compresses anew: right, and slow"
     positions, metadata = empty_slots(*shape, CUDA)
     lay_out(mask, found, positions, metadata)

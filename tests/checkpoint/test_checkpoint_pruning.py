@@ -191,7 +191,10 @@ def test_torch_state_dicts(tmp_path: Path, state: State, suffix: str, legacy: bo
     report = prune_checkpoint(path, tmp_path / "out", "2:4-T")
     written = load_file(tmp_path / "out" / "weights.safetensors")
     assert written.keys() == state.keys()
-    assert {result.name for result in report} == {"layers.0.up", "layers.0.down", "part", "tied"}
+    assert {result.name for result in report} == {"layers.0.up", "layers.0.down", "part"}
+    reasons = {one.name: one.reason for one in report.left_dense}
+    assert "shares its storage with lm_head.weight, which stays dense" in reasons["tied"]
+    assert torch.equal(written["tied.weight"], written["lm_head.weight"])
     for result in report:
         best = bisparse.solve(state[result.parameter].float().abs(), "2:4-T")
         assert torch.equal(written[result.parameter], state[result.parameter] * best.mask)
@@ -226,6 +229,7 @@ def test_dense_copies_in_other_formats_are_not_carried_over(folder: Path, tmp_pa
         (folder / name).write_bytes(b"weights")
     (folder / "2_Dense").mkdir()
     (folder / "2_Dense" / "model.safetensors").write_bytes(b"a part of the model")
+    (folder / "modules.json").write_text('[{"idx": 2, "path": "2_Dense", "type": "sentence_transformers.models.Dense"}]')
     report = prune_checkpoint(folder, tmp_path / "out", "2:4")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert not names & {"pytorch_model.bin", "model.onnx", "tf_model.h5", "flax_model.msgpack"}

@@ -167,7 +167,6 @@ UNREADABLE: dict[str, dict[str, torch.Tensor]] = {
     "gptq": {"q.qweight": torch.zeros(2, 16, dtype=torch.int32), "q.scales": torch.ones(1, 16)},
     "compressed-tensors": {"q.weight_packed": torch.zeros(16, 2, dtype=torch.int32), "q.weight_scale": torch.ones(16, 1)},
     "sparse-24-bitmask": {"q.weight.compressed": torch.ones(128), "q.weight.bitmask": torch.zeros(16, 2, dtype=torch.uint8)},
-    "torch's pruning": {"q.weight_orig": torch.ones(16, 16), "q.weight_mask": torch.zeros(16, 16)},
     "parametrized": {"q.parametrizations.weight.original": torch.ones(16, 16)},
     "weight norm": {"q.weight_v": torch.zeros(16, 16), "q.weight_g": torch.ones(16, 1)},
 }
@@ -241,7 +240,7 @@ def test_a_sidecar_whose_layout_covers_nothing_is_refused(tmp_path: Path, key: s
     sidecar = json.loads((tmp_path / "out" / "bisparse.json").read_text())
     sidecar["layers"][0]["layout"] |= {"kind": "packed" if key == "parts" else "conv", key: value}
     (tmp_path / "out" / "bisparse.json").write_text(json.dumps(sidecar))
-    with pytest.raises(CheckpointError, match="garbles"):
+    with pytest.raises(CheckpointError, match="not what it should be"):
         verify_checkpoint(tmp_path / "out")
 
 
@@ -315,3 +314,10 @@ def test_layouts_of_this_file_are_the_ones_meant() -> None:
     for shape, layout in LAYOUTS.values():
         weight = torch.randn(shape)
         assert torch.equal(from_matrices(to_matrices(weight, layout), layout, shape), weight)
+
+
+@pytest.mark.parametrize(("layout", "shape"), [("experts-transposed", (2, 3, 8)), ("conv-transposed", (3, 8, 1, 1))])
+def test_a_short_reduction_counts_as_unchecked_in_every_layout(tmp_path: Path, layout: str, shape: tuple[int, ...]) -> None:
+    source = write_folder(tmp_path / "model", {"short.weight": torch.ones(shape), "a.weight": torch.zeros(8, 8)})
+    result = verify_checkpoint(source, "3:4", layouts={"short": layout})
+    assert [one.name for one in result.unchecked] == ["short"] and "a 8 x 3 matrix" in result.unchecked[0].reason

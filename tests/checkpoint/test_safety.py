@@ -117,8 +117,6 @@ def torch_file(path: Path, how: str) -> None:
             path.write_bytes(pickle.dumps({"a.weight": Evil()}))
         case "a torch file that runs code":
             torch.save({"a.weight": Evil()}, path)
-        case "a whole model":
-            torch.save(torch.nn.Linear(3, 3), path)
         case "a list":
             torch.save([torch.zeros(3)], path)
         case "no tensors":
@@ -142,7 +140,7 @@ def torch_file(path: Path, how: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "how",
-    ["a pickle that runs code", "a torch file that runs code", "a whole model", "a list", "no tensors", "text", "empty",
+    ["a pickle that runs code", "a torch file that runs code", "a list", "no tensors", "text", "empty",
      "truncated", "legacy, truncated", "sparse", "complex"],
 )  # fmt: skip
 def test_torch_files_that_are_no_state_dicts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
@@ -188,7 +186,7 @@ def test_shards_that_do_not_fit_their_index(tmp_path: Path) -> None:
     index.write_text("{")
     refused(r"index\.json cannot be read as JSON")
     index.write_text("{}")
-    refused("no 'weight_map'")
+    refused("weight_map")
     index.unlink()
     (source / "extra.safetensors").write_bytes((source / "model-00001-of-00002.safetensors").read_bytes())
     refused("several weight files and no index")
@@ -214,7 +212,12 @@ def test_nothing_to_prune_is_an_error_that_says_why(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "not a bisparse sidecar"), ('{"schema_version": 99}', "schema version 99"), ('{"schema_version": 1}', "garbles")],
+    [
+        ("{", "cannot be read as JSON"),
+        ("[]", "not a bisparse sidecar"),
+        ('{"schema_version": 99}', "schema version 99"),
+        ('{"schema_version": 1}', "pattern"),
+    ],
 )
 def test_sidecars_that_are_not_ours(folder: Path, tmp_path: Path, content: str, message: str) -> None:
     prune_checkpoint(folder, tmp_path / "out", "2:4")

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import bisparse
-from bisparse import CheckpointError, Pattern, PatternError, load, load_masks, prune_, save, verify_checkpoint
-from bisparse.checkpoint import read_sidecar
+from bisparse import CheckpointError, Pattern, PatternError, load, prune_, save, verify_checkpoint
+from bisparse.checkpoint import load_masks, read_sidecar
 
 
 class Tied(nn.Module):
@@ -187,6 +187,26 @@ def test_loading_what_fits_in_part(tmp_path: Path) -> None:
         load(part, tmp_path / "out")
     load(part, tmp_path / "out", strict=False)
     assert torch.equal(part[0].weight, model[0].weight)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("prefix", "stripped", "hint"),
+    [
+        ("module.", "", "the checkpoint's have the prefix 'module.'"),
+        ("", "0.", "the model's have the prefix '0.'"),
+        ("x.y.", "", "x.y."),
+    ],
+)
+def test_loading_what_has_no_name_in_common_says_so(tmp_path: Path, prefix: str, stripped: str, hint: str, strict: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    before = model.state_dict()["0.weight"].clone()
+    state = {prefix + name.removeprefix(stripped): torch.ones_like(value) for name, value in model.state_dict().items()}
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"has none of the model's tensors") as caught:
+        load(model, tmp_path / "w.pt", strict=strict)
+    assert hint in str(caught.value) and "nothing was loaded" in str(caught.value)
+    assert torch.equal(model[0].weight, before)
 
 
 def test_any_checkpoint_can_be_loaded(tmp_path: Path) -> None:

@@ -288,8 +288,9 @@ def test_every_damaged_pickle_without_checksums_is_an_error_or_harmless(tmp_path
                 continue
             try:
                 truth = torch.load(path, weights_only=True)
-            except (RuntimeError, ValueError):
-                continue  # torch also refuses a device that does not exist, and checks sizes by other rules
+            except (RuntimeError, ValueError, pickle.UnpicklingError):
+                # torch also refuses a device that does not exist, classes that are stubs here, and checks sizes by other rules
+                continue
             assert all(same(found[name], truth[name]) for name in found)
             read_well += 1
     assert read_well > 50

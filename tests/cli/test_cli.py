@@ -452,3 +452,73 @@ def test_a_reader_that_stops_early_sees_no_traceback(model: Path) -> None:
     command = f"{sys.executable} -m bisparse info {model} --json | head -c 10"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_layouts_from_the_command_line(tmp_path: Path) -> None:
+    source = tmp_path / "experts.safetensors"
+    save_file({"experts.down_proj": torch.randn(2, 8, 8), "embed.weight": torch.randn(99, 8)}, source)
+    refused = run("prune", source, tmp_path / "out", "-p", "2:4")
+    assert refused.exit_code == 1 and "experts-transposed" in refused.output
+    layout = ("--layout", "experts.*=experts-transposed")
+    code, report = run_json("prune", source, tmp_path / "out", "-p", "2:4", *layout)
+    assert code == 0 and report["layers"][0]["layout"]["kind"] == "experts-transposed"
+    assert report["fraction"] == pytest.approx(128 / 920)
+    assert run("verify", tmp_path / "out", "--strict").exit_code == 0
+    weight = load_file(tmp_path / "out" / "experts.safetensors")["experts.down_proj"]
+    save_file({"experts.down_proj": weight}, tmp_path / "alone.safetensors")
+    assert run("verify", tmp_path / "alone.safetensors", "-p", "2:4", *layout).exit_code == 0
+    assert run("verify", tmp_path / "alone.safetensors", "-p", "2:4", "--layout", "experts.*=experts").exit_code == 1
+    assert "2:4" in run("info", tmp_path / "alone.safetensors", *layout).output
+    assert "Warning: only 128 of 920 parameters" in run("prune", source, tmp_path / "two", "-p", "2:4", *layout).output
+    for wrong in ("experts.*", "*=lineal"):
+        assert run("prune", source, tmp_path / "three", "--layout", wrong).exit_code == 2
+
+
+HOSTILE = "layers.\x1b[2J\x1b]0;owned\x07.up\nbisparse: all is well\r\u202eweight\x9b31m"
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_name_in_a_file_reaches_a_terminal_as_it_is(tmp_path: Path, terminal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bisparse.checkpoint.atomic_folder._fsync", lambda path: None)
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+    source = tmp_path / "model"
+    source.mkdir()
+    state = {f"{HOSTILE}.{name}.weight": torch.randn(16, 16) for name in ("a", "b", "lm_head")}
+    save_file(state, source / "model.safetensors")
+    (source / "config.json").write_text(json.dumps({"model_type": HOSTILE}))
+    (source / "evil\x1b[31m.txt").write_text("a file")
+    commands: list[tuple[object, ...]] = [
+        ("prune", source, "--dry-run"), ("prune", source, tmp_path / "out", "-p", "2:4"), ("info", source),
+        ("verify", source, "-p", "2:4"), ("verify", source), ("prune", source, tmp_path / "x", "--include", "nothing"),
+        ("verify", tmp_path / "out", "-p", "1:4"), ("convert", source, tmp_path / "dense", "--to-dense"),
+        ("report", tmp_path / "out", "-o", tmp_path / "page.html"),
+    ]  # fmt: skip
+    for arguments in commands:
+        shown = run(*arguments).output
+        without_colours = re.sub("\x1b\\[[0-9;]*m", "", shown) if terminal else shown
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", without_colours), arguments
+        assert not re.search("^bisparse: all is well", without_colours, re.MULTILINE), arguments
+        code, document = run_json(*arguments, *(["--overwrite"] if "-p" in arguments and "prune" in arguments else []))
+        assert isinstance(document, dict) and code in (0, 1, 2)
+
+
+def test_a_key_chooses_a_state_dict_and_to_dense_writes_plain_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bisparse.checkpoint.atomic_folder._fsync", lambda path: None)
+    weight = torch.randn(16, 16)
+    mask = bisparse.solve(weight.abs(), "2:4").mask
+    torch.save({"g": {"up.weight_orig": weight, "up.weight_mask": mask.float()}, "d": {"up.weight": weight}}, tmp_path / "gan.pt")
+    assert "choose one with --key" in run("verify", tmp_path / "gan.pt", "-p", "2:4").output
+    assert run("verify", tmp_path / "gan.pt", "-p", "2:4", "--key", "g").exit_code == 0
+    assert run("verify", tmp_path / "gan.pt", "-p", "2:4", "--key", "d").exit_code == 1
+    assert run("info", tmp_path / "gan.pt", "--key", "g").exit_code == 0
+    assert run("prune", tmp_path / "gan.pt", tmp_path / "d", "-p", "1:4", "--key", "d").exit_code == 0
+    shown = run("convert", tmp_path / "gan.pt", tmp_path / "g", "--to-dense", "--key", "g")
+    assert shown.exit_code == 0 and "1 weights are stored as weight_orig and weight_mask" in shown.output
+    assert torch.equal(load_file(tmp_path / "g" / "gan.safetensors")["up.weight"], weight * mask)
+    code, document = run_json("convert", tmp_path / "gan.pt", tmp_path / "h", "--to-dense", "--key", "d")
+    assert code == 0 and document["tensors"] == 1
+    for wrong in (["--to-dense", "--to", "2:4"], ["--key", "g", "--to", "2:4"], []):
+        assert run("convert", tmp_path / "gan.pt", tmp_path / "i", *wrong).exit_code == 2
+    assert run("prune", tmp_path / "gan.pt", tmp_path / "i", "--method", "wanda", "--key", "g").exit_code == 2
+    assert not (tmp_path / "i").exists()

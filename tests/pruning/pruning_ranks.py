@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bisparse import Greedy
 from bisparse.pruning import ALPS, AdaPrune, CalibrationError, GradientAdaPrune, Magnitude, Method, OtherRankError, prune_
+from bisparse.solvers import Greedy
 
 
 class Block(nn.Module):

@@ -64,7 +64,7 @@ def test_verification_sees_wrong_outputs_wrong_gradients_and_bias(linear, monkey
     assert set(layers) == {"dense", "sparse by reference", "sparse, MVUE by reference"}
     assert all(linear.verify(layer, inputs, upstream) < linear.TOLERANCE for layer in layers.values())
     from bisparse.accelerate import operators
-    from bisparse.accelerate.backends.base import BACKENDS
+    from bisparse.accelerate.backends import BACKENDS
 
     kind = type(BACKENDS["reference"])
     honest = kind.multiply

@@ -65,7 +65,7 @@ def test_table_of_contents_names_every_file(folder: str) -> None:
 def defines_a_concrete_class(path: Path) -> bool:
     """Whether a file has what users name: a final solver or method. Helpers of the folder have none."""
     module = importlib.import_module(f"bisparse.{path.parent.name}.{path.stem}")
-    bases = {getattr(bisparse, name, None) for name in ("Solver", "Method")} - {None}
+    bases = {bisparse.solvers.Solver, bisparse.pruning.Method}
     own = [item for item in vars(module).values() if inspect.isclass(item) and item.__module__ == module.__name__]
     return any(issubclass(item, tuple(bases)) and not inspect.isabstract(item) for item in own)
 
@@ -78,8 +78,9 @@ def test_table_of_contents_test_sees_the_solvers() -> None:
 @pytest.mark.parametrize(
     ("library", "rooms"),
     [
-        ("safetensors", ("checkpoint", "pruning/journal.py")),  # the journal holds statistics of a job under way, no checkpoint
-        ("torch.sparse", ("accelerate",)),
+        # The journal holds statistics of a job under way; the Trainer rewrites the checkpoint that it has just saved.
+        ("safetensors", ("checkpoint", "pruning/journal.py", "training/integrations/transformers.py")),
+        ("torch.sparse", ("accelerate", "checkpoint/formats/semi_structured.py")),  # reads what torch packed
         ("numba", ("kernels", "pruning/channels/stripe_kernel.py")),  # channel permutation, not the mask problem
         ("triton", ("kernels",)),
         ("ortools", ("solvers/min_cost_flow.py",)),
@@ -113,7 +114,7 @@ def test_no_class_named_after_hidden_state() -> None:
 def test_public_names_are_sorted_documented_and_few() -> None:
     names = [name for name in bisparse.__all__ if name != "__version__"]
     assert names == sorted(names)
-    assert len(names) <= 60
+    assert len(names) <= 28
     for name in names:
         item = getattr(bisparse, name)
         if inspect.isclass(item) or inspect.isfunction(item):

@@ -55,7 +55,7 @@ def test_version_is_stated_once() -> None:
 
 def test_core_dependencies_are_few() -> None:
     core = {requirement.split(">")[0] for requirement in PROJECT["dependencies"]}
-    assert core == {"torch", "numpy", "numba", "safetensors", "jaxtyping", "tqdm"}
+    assert core == {"torch", "numpy", "numba", "safetensors", "jaxtyping", "msgspec", "tqdm"}
 
 
 def test_importing_is_fast_and_brings_no_extra() -> None:

@@ -10,7 +10,6 @@ CHECKED = [
     "bisparse.kernels.exact.ops",
     "bisparse.kernels.sparse24.positions",
     "bisparse.kernels.exact.reference",
-    "bisparse.kernels.exact.wide",
     "bisparse.layers",
     "bisparse.pattern",
     "bisparse.solution",
@@ -22,14 +21,15 @@ PROGRAM = f"""
 from jaxtyping import install_import_hook
 with install_import_hook({CHECKED!r}, "beartype.beartype"):
     import bisparse.accelerate, bisparse.kernels.mvue.ops, bisparse.kernels.sparse24.positions
-    import bisparse.kernels.exact.ops, bisparse.kernels.exact.reference, bisparse.kernels.exact.wide, bisparse.layers
+    import bisparse.kernels.exact.ops, bisparse.kernels.exact.reference, bisparse.layers
     import bisparse.pattern, bisparse.solution, bisparse._solve, bisparse.solvers, bisparse.tiles
     import bisparse
 import torch
 torch.set_num_threads(1)
 """
 ENGINE = """
-from bisparse import Exact, Greedy, MinCostFlow, Sinkhorn, TwoApproximation, solve, verify
+from bisparse import solve, verify
+from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, TwoApproximation
 from bisparse.kernels.exact import ops, reference
 from bisparse.layers import find_layers
 from bisparse.tiles import Layout, LayoutKind
@@ -59,7 +59,8 @@ reference.exact_solve_integers(q, 4, True, None, None)
 find_layers(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Conv2d(4, 4, 3)), pattern=solution.pattern, remainder="dense")
 """
 ACCELERATION = """
-from bisparse import accelerate_, advise, finalize_, prune_, sparsify_
+from bisparse import accelerate_, finalize_, prune_, sparsify_
+from bisparse.accelerate import advise
 for trained in (False, True):
     model = torch.nn.Sequential(torch.nn.Linear(12, 8), torch.nn.Linear(8, 20)).train(trained)
     if trained:
@@ -75,7 +76,7 @@ for trained in (False, True):
 """
 LIES = """
 import jaxtyping
-solve_tiles = bisparse.Exact().solve_tiles
+solve_tiles = bisparse.solvers.Exact().solve_tiles
 for call in (lambda: solve_tiles(torch.rand(4, 4), 2), lambda: solve_tiles(torch.rand(2, 4, 8), 2)):
     try:
         call()

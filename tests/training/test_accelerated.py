@@ -11,6 +11,7 @@ from torch._dynamo.testing import CompileCounter
 from bisparse import PatternError, Schedule, accelerate_, finalize_, prune_, save, solve, sparsify_, verify, verify_checkpoint
 from bisparse.accelerate import SparseLinear
 from bisparse.training import mvue_2_4, plain_state_dict
+from bisparse.training.layer import Accelerated
 
 
 def build() -> nn.Sequential:
@@ -115,11 +116,11 @@ def test_a_mask_that_was_transposable_by_chance_is_checked_again() -> None:
 
 
 def test_metadata_is_made_where_masks_change_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bisparse.accelerate import linear_trained as sparse_linear
+    from bisparse.accelerate.linear_trained import SparseProducts
 
     found = []
-    honest = sparse_linear._find
-    monkeypatch.setattr(sparse_linear, "_find", lambda mask, *how: found.append(mask.shape) or honest(mask, *how))
+    honest = SparseProducts.slots
+    monkeypatch.setattr(SparseProducts, "slots", lambda own, mask, *how: found.append(mask.shape) or honest(own, mask, *how))
     model, _, _ = train(True, steps=9)
     assert len(found) == 3 * (1 + 4), "three layers, at the start and at four refreshes of nine steps"
     del model
@@ -263,6 +264,17 @@ def test_blocks_that_are_compiled_one_by_one_share_their_code(how: str) -> None:
     assert torch.allclose(model(inputs), expected, atol=1e-6)
     assert counter.frame_count == 1
     torch._dynamo.reset()
+
+
+def test_copies_and_type_checks_do_not_part_the_classes_of_equal_layers() -> None:
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(3)])
+    sparsify_(model, "2:4-T")
+    for step in range(2):
+        copied = copy.deepcopy(model)
+        assert not isinstance(copied[0], Accelerated) or step == 1
+        if step == 0:
+            accelerate_(model, "reference")
+        assert len({type(layer) for layer in model}) == 1
 
 
 def test_what_is_left_masked_dense_in_training_and_why() -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bisparse import Exact, Greedy, accelerate_, sparsify_
+from bisparse import accelerate_, sparsify_
 from bisparse.kernels.exact.ops import exact_mask_of_magnitudes
+from bisparse.solvers import Exact, Greedy
 from bisparse.tiles import to_tiles
 from bisparse.training import gpu_batch_search as together
 from bisparse.training import mask_search as search

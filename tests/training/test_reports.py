@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 import bisparse
-from bisparse import Greedy, Schedule, finalize_, prune_, solve, sparsify_, verify
+from bisparse import Schedule, finalize_, prune_, solve, sparsify_, verify
 from bisparse.checkpoint import read_sidecar, save
+from bisparse.solvers import Greedy
 
 
 def trained(steps: int = 9, model: nn.Module | None = None, **how):

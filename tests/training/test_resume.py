@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bisparse import Exact, Schedule, sparsify_
+from bisparse import Schedule, sparsify_
+from bisparse.solvers import Exact
 from bisparse.training import random_state, restore_random_state
 
 STEPS = 9

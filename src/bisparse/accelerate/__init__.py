@@ -3,7 +3,7 @@
 from bisparse.accelerate.accelerate import AcceleratedLayer, AccelerationReport, accelerate_
 from bisparse.accelerate.advice import Advice, LayerAdvice, LayerShape
 from bisparse.accelerate.advisor import advise, advise_shapes, layer_shapes
-from bisparse.accelerate.backends.base import BackendError, usable_backends
+from bisparse.accelerate.backends import BackendError, usable_backends
 from bisparse.accelerate.grid import Grid, GridPoint, stored_grids
 from bisparse.accelerate.linear_packed import PackedLinear
 from bisparse.accelerate.linear_trained import SparseLinear

@@ -1,4 +1,4 @@
-"""What is known of a model's layers, dense and sparse: the answer of `advise`, and what `accelerate_` may follow."""
+"""What is known of a model's layers, dense and sparse: the result of `advise`, which `accelerate_` can follow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Source = Literal["measured", "predicted", "exact"]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """All that advice needs to know of a layer."""
+    """What advice depends on in a layer."""
 
     name: str
     shape: tuple[int, int]
@@ -23,7 +23,7 @@ class LayerShape:
     both_ways: bool = True
     """2:4 on W^T too."""
     reason: str = ""
-    """Why it has no sparse form, whatever the device; empty where it has one."""
+    """Why it cannot run sparse on any device; empty if it can."""
 
 
 @dataclass(frozen=True)
@@ -33,17 +33,17 @@ class LayerAdvice:
     name: str
     shape: tuple[int, int]
     convert: bool | None
-    """None where nobody measured: then it is not known."""
+    """None if this was not measured: then it is not known."""
     reason: str
     """Why not; or by how much it wins."""
     backend: str | None = None
     timing: Timing | None = None
     forward_flops: int = 0
-    """Of the dense product; a sparse one does half."""
+    """Of the dense product; a sparse one takes half."""
     dense_bytes: int = 0
     """Of the weight."""
     sparse_bytes: int = 0
-    """The same packed, or in training with the positions and metadata that are kept beside it."""
+    """The same packed, or in training with the positions and metadata that are kept next to it."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Advice:
     layers: tuple[LayerAdvice, ...]
     left_dense: tuple[Skipped, ...]
     source: Source
-    """Measured here, predicted from a grid, or only what is exact: shapes, bytes, FLOPs."""
+    """Measured here, predicted from a grid, or only exact figures: shapes, bytes, FLOPs."""
     device: str
     tokens: int
     dtype: str
@@ -65,7 +65,7 @@ class Advice:
 
     @property
     def speedup(self) -> float | None:
-        """Of all layers together with the ones that win converted; None where nothing is known."""
+        """Dense time over time with the winning layers converted, of all layers with times; None if there are none."""
         known = [one for one in self.layers if one.timing is not None]
         if not known:
             return None
@@ -74,12 +74,12 @@ class Advice:
         return dense / best
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, as JSON knows values."""
+        """All of it, in values that JSON knows."""
         return asdict(self)
 
     def __str__(self) -> str:
         wins = sum(one.convert is True for one in self.layers)
         if self.source == "exact":
-            return f"{len(self.layers)} layers; nothing is known of their times: {self.note}"
+            return f"{len(self.layers)} layers; their times are not known: {self.note}"
         total = "" if self.speedup is None else f"; {self.speedup:.2f}x on all layers that were {self.source}"
         return f"{wins} of {len(self.layers)} layers win at {self.tokens} tokens on {self.device}, {self.source}{total}"

@@ -1,26 +1,33 @@
-"""Which layers win by running sparse: measured on this device, or predicted from a stored grid; and why the others do not."""
+"""Which layers win by running sparse, measured on this device or predicted from a stored grid; and why the others do not."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from bisparse.accelerate.accelerate import BackendName, is_2to4, layer_reason, weight_refusal
 from bisparse.accelerate.advice import Advice, LayerAdvice, LayerShape, Source
-from bisparse.accelerate.backends.base import BACKENDS, BackendError, choose_backend
+from bisparse.accelerate.backends import BACKENDS, BackendError, Refusal
+from bisparse.accelerate.eligibility import BackendName, choose_backend, directions_of, is_2to4, pattern_refusal
 from bisparse.accelerate.grid import Grid, stored_grids
 from bisparse.accelerate.timing import Timing, measure_linear
 from bisparse.device import usable_device
-from bisparse.diversity import hardware
 from bisparse.layers import Filter, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.solution import verify
-from bisparse.training.parametrizations import own_parametrization, trained_parameter
+from bisparse.training.parametrizations import layer_state
 
 __all__ = ["advise", "advise_shapes", "layer_shapes", "shape_at"]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The fastest backend for a layer, and its times."""
+
+    backend: str
+    timing: Timing
 
 
 def advise(
@@ -37,24 +44,24 @@ def advise(
     exclude: Filter | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Advice:
-    """Say of every layer of a model whether it wins by running sparse, by measuring dense and sparse on this device.
+    """Whether each layer of a model wins by running sparse, from measurements of both, dense and sparse, on this device.
 
-    Without a CUDA device, times are predicted from a grid; without a grid either, only shapes, bytes and FLOPs are given, and
-    that is said. Layers of the same shape are measured once.
+    Without a CUDA device, times are predicted from a grid. Without a grid too, the advice has only shapes, bytes and FLOPs, and
+    its note says so. Layers of the same shape are measured once.
 
     Args:
         tokens: rows of the layers' inputs, all batches and positions together.
         dtype: float16 or bfloat16.
         device: by default CUDA where there is one.
-        backend: measure this one alone; "auto" measures all that run here and takes the fastest.
-        training: both passes count; otherwise the forward pass alone. By default the mode of the model.
-        pattern: as if the layers were pruned to it; by default what their weights, or masks in training, hold now.
-        grid: measured times to predict from, or the file; by default those that come with the package.
-        progress: called with the layer's name, the shapes done and those there are.
+        backend: measure only this one; "auto" measures all that run here and takes the fastest.
+        training: time both passes; otherwise only the forward pass. By default the mode of the model.
+        pattern: assume that the layers are pruned to it; by default judge their weights, or masks in training.
+        grid: measured times to predict from, or their file; by default those that come with the package.
+        progress: called with the layer's name, the number of layers done and their total.
 
     Raises:
         BackendError: the backend that was asked for does not run on this device.
-        ValueError: tokens below 1; a device that is not there; a file that is no grid.
+        ValueError: tokens below 1; a device that does not exist; a file that is not a grid.
     """
     shapes, left = layer_shapes(model, pattern, include, exclude)
     training = model.training if training is None else training
@@ -69,23 +76,22 @@ def layer_shapes(
     include: Filter | None = None,
     exclude: Filter | None = None,
 ) -> tuple[list[LayerShape], list[Skipped]]:
-    """The layers of a model as advice sees them, and those that are no candidates for pruning at all."""
+    """The layers of a model that may run sparse, as `advise_shapes` takes them, and all others with their reasons."""
     layers, left = find_layers(model, include, exclude)
     shapes = []
     for layer in layers:
-        if (reason := layer_reason(layer)) is not None:
-            left.append(Skipped(layer.name, reason))
+        found = directions_of(layer)
+        if isinstance(found, Refusal) and found.cause == "layer":
+            left.append(Skipped(layer.name, found.reason))
             continue
-        weight = trained_parameter(layer.module, layer.parameter)
-        own, static = own_parametrization(layer.module, layer.parameter), layer.module._buffers.get("weight_mask")
+        weight = layer_state(layer.module, layer.parameter).weight
         size = (weight.shape[0], weight.shape[1])
-        if pattern is not None or own is not None:
-            shapes.append(shape_at(layer.name, size, own.pattern if pattern is None and own is not None else pattern or "2:4"))
-            continue
-        mask = weight if static is None else static
-        refusal = weight_refusal(mask)
-        both = refusal is None and bool(verify(mask, "2:4-T"))
-        shapes.append(LayerShape(layer.name, size, both, refusal.reason if refusal is not None else ""))
+        if pattern is not None:
+            shapes.append(shape_at(layer.name, size, pattern))
+        elif isinstance(found, Refusal):
+            shapes.append(LayerShape(layer.name, size, False, found.reason))
+        else:
+            shapes.append(LayerShape(layer.name, size, found.both))
     return shapes, left
 
 
@@ -93,8 +99,7 @@ def shape_at(name: str, shape: tuple[int, int], pattern: str | Structure) -> Lay
     """A layer as if it were pruned to a pattern."""
     pattern = parse_pattern(pattern)
     rows, columns = is_2to4(pattern)
-    reason = "" if rows else f"{pattern} has no path on tensor cores, it stays masked-dense. {hardware(pattern).note}"
-    return LayerShape(name, shape, columns, reason)
+    return LayerShape(name, shape, columns, "" if rows else pattern_refusal(pattern).reason)
 
 
 def advise_shapes(
@@ -127,19 +132,24 @@ def advise_shapes(
     if stored is not None and stored.dtype != str(dtype).removeprefix("torch."):
         raise ValueError(f"the grid was measured in {stored.dtype}, and {str(dtype).removeprefix('torch.')} is asked for")
     names = _candidates(backend, chosen, stored)
-    if isinstance(names, str):
-        note, names = note or names, []
+    if isinstance(names, Refusal):
+        note, names = note or names.reason, []
     source: Source = "predicted" if stored is not None else "measured" if names else "exact"
     where = stored.device if stored is not None else torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else chosen.type
-    known: dict[tuple[tuple[int, int], bool], tuple[str, Timing] | str] = {}
+    known: dict[tuple[tuple[int, int], bool], Measured | Refusal] = {}
     layers, shapes = [], list(shapes)
     for number, one in enumerate(shapes):
         if progress is not None:
             progress(one.name, number, len(shapes))
-        key = (one.shape, one.both_ways)
-        if not one.reason and names and key not in known:
-            known[key] = _fastest(one, tokens, dtype, chosen, names, training, stored)
-        layers.append(_advice(one, tokens, dtype, training, known.get(key) if not one.reason else None, note))
+        if one.reason:
+            found: Measured | Refusal = Refusal(one.reason, "weight")
+        elif not names:
+            found = Refusal(f"not known: {note}", "unmeasured")
+        else:
+            key = (one.shape, one.both_ways)
+            found = known[key] if key in known else _fastest(one, tokens, dtype, chosen, names, training, stored)
+            known[key] = found
+        layers.append(_advice(one, tokens, dtype, training, found))
     return Advice(tuple(layers), tuple(left), source, where, tokens, str(dtype).removeprefix("torch."), training, note)
 
 
@@ -151,17 +161,17 @@ def _device(device: str | torch.device | None) -> torch.device:
     return usable_device(device)
 
 
-def _candidates(backend: BackendName, device: torch.device, grid: Grid | None) -> list[str] | str:
+def _candidates(backend: BackendName, device: torch.device, grid: Grid | None) -> list[str] | Refusal:
     """The backends to compare, or why there are none."""
     if grid is not None:
         measured = sorted({point.backend for point in grid.points})
-        return [one for one in measured if backend in ("auto", one)] or f"the grid has no times of {backend!r}"
+        return [one for one in measured if backend in ("auto", one)] or Refusal(f"the grid has no times of {backend!r}")
     if backend != "auto":
         chosen = choose_backend(backend, device)
-        return chosen if isinstance(chosen, str) else [chosen.name]
+        return chosen if isinstance(chosen, Refusal) else [chosen.name]
     reasons = {name: own.device_reason(device) for name, own in BACKENDS.items() if name != "reference"}
     usable = [name for name, reason in reasons.items() if reason is None]
-    return usable or "; ".join(str(reason) for reason in reasons.values())
+    return usable or Refusal("; ".join(str(reason) for reason in reasons.values()))
 
 
 def _fastest(
@@ -172,52 +182,58 @@ def _fastest(
     names: list[str],
     training: bool,
     grid: Grid | None,
-) -> tuple[str, Timing] | str:
-    """The backend with the least time and its times, or why none has any."""
-    rows, columns = layer.shape
-    found: list[tuple[str, Timing]] = []
-    reasons = []
-    for name in names:
-        backend = BACKENDS[name]
-        both_ways = training and layer.both_ways and backend.shape_reason(columns, rows) is None
-        reason = backend.dtype_reason(dtype) or backend.shape_reason(rows, columns)
-        if reason is None and grid is not None:
-            timing = grid.predict(layer.shape, tokens, name, training=training, both_ways=both_ways)
-            if timing is not None:
-                found.append((name, timing))
-                continue
-            reason = f"{rows} x {columns} at {tokens} tokens lies outside of what was measured with {name}"
-        elif reason is None:
-            try:
-                timing = measure_linear(layer.shape, tokens, dtype, device, name, training=training, both_ways=both_ways)
-                found.append((name, timing))
-                continue
-            except torch.OutOfMemoryError as error:
-                reason = f"out of memory while measuring: {str(error).splitlines()[0]}"
-            except (BackendError, RuntimeError) as error:
-                reason = f"{name} fails on {rows} x {columns} at {tokens} tokens: {str(error).splitlines()[0]}"
-        reasons.append(str(reason))
-    return min(found, key=lambda one: one[1].sparse.total_ms) if found else "; ".join(reasons)
+) -> Measured | Refusal:
+    """The backend with the shortest time, or why none has one."""
+    outcomes = [_timing(name, layer, tokens, dtype, device, training, grid) for name in names]
+    measured = [one for one in outcomes if isinstance(one, Measured)]
+    refused = [one for one in outcomes if isinstance(one, Refusal)]
+    if measured:
+        return min(measured, key=lambda one: one.timing.sparse.total_ms)
+    unmeasured = any(one.cause == "unmeasured" for one in refused)
+    return Refusal("; ".join(one.reason for one in refused), "unmeasured" if unmeasured else "backend")
 
 
-def _advice(
-    layer: LayerShape, tokens: int, dtype: torch.dtype, training: bool, known: tuple[str, Timing] | str | None, note: str
-) -> LayerAdvice:
+def _timing(
+    name: str,
+    layer: LayerShape,
+    tokens: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    training: bool,
+    grid: Grid | None,
+) -> Measured | Refusal:
+    """A layer's times by one backend, or why there are none."""
+    (rows, columns), backend = layer.shape, BACKENDS[name]
+    both_ways = training and layer.both_ways and backend.shape_reason(columns, rows) is None
+    if (reason := backend.dtype_reason(dtype) or backend.shape_reason(rows, columns)) is not None:
+        return Refusal(reason)
+    if grid is not None:
+        timing = grid.predict(layer.shape, tokens, name, training=training, both_ways=both_ways)
+        if timing is None:
+            reason = f"{rows} x {columns} at {tokens} tokens is outside of what was measured with {name}"
+            return Refusal(reason, "unmeasured")
+        return Measured(name, timing)
+    try:
+        timing = measure_linear(layer.shape, tokens, dtype, device, name, training=training, both_ways=both_ways)
+    except torch.OutOfMemoryError as error:
+        return Refusal(f"out of memory while measuring: {str(error).splitlines()[0]}")
+    except (BackendError, RuntimeError) as error:
+        return Refusal(f"{name} fails on {rows} x {columns} at {tokens} tokens: {str(error).splitlines()[0]}")
+    return Measured(name, timing)
+
+
+def _advice(layer: LayerShape, tokens: int, dtype: torch.dtype, training: bool, found: Measured | Refusal) -> LayerAdvice:
     rows, columns = layer.shape
     weights = rows * columns
     ways = 2 if training and layer.both_ways else 1
-    # Positions take a byte a group of four, metadata two bits a kept weight; in training the float32 weight stays.
+    # Positions take a byte per group of four, metadata two bits per kept weight; in training the float32 weight stays.
     dense_bytes = weights * (4 if training else dtype.itemsize)
     sparse_bytes = dense_bytes + ways * weights * 3 // 8 if training else weights * dtype.itemsize * 9 // 16
     exact = (2 * tokens * weights, dense_bytes, dense_bytes if layer.reason else sparse_bytes)
-    if layer.reason:
-        return LayerAdvice(layer.name, layer.shape, False, layer.reason, None, None, *exact)
-    if known is None:
-        return LayerAdvice(layer.name, layer.shape, None, f"not known: {note}", None, None, *exact)
-    if isinstance(known, str):
-        outside = "lies outside" in known
-        return LayerAdvice(layer.name, layer.shape, None if outside else False, known, None, None, *exact)
-    backend, timing = known
-    wins = timing.speedup > 1.0
-    reason = f"{timing.speedup:.2f}x faster" if wins else f"slower by {1 / timing.speedup:.2f}x at {tokens} tokens with {backend}"
-    return LayerAdvice(layer.name, layer.shape, wins, reason, backend, timing, *exact)
+    if isinstance(found, Refusal):
+        convert = None if found.cause == "unmeasured" else False
+        return LayerAdvice(layer.name, layer.shape, convert, found.reason, None, None, *exact)
+    speedup = found.timing.speedup
+    wins = speedup > 1.0
+    reason = f"{speedup:.2f}x faster" if wins else f"slower by {1 / speedup:.2f}x at {tokens} tokens with {found.backend}"
+    return LayerAdvice(layer.name, layer.shape, wins, reason, found.backend, found.timing, *exact)

@@ -1,7 +1,7 @@
-"""Measured times of Linear layers over sizes and tokens, stored, so that a machine without that GPU can predict its own layers.
+"""Stored times of Linear layers over sizes and tokens, from which a machine without that GPU can predict its own layers.
 
-A file is JSON: what was measured on (device, dtype, versions, commit, date), and a row a point. Between points, the logarithm of
-a time is interpolated linearly in the logarithms of out_features, in_features and tokens, which is exact where time is a product
+A file is JSON: device, dtype, versions, commit and date of the measurement, and one row per point. Between points, the logarithm
+of a time is interpolated linearly in the logarithms of out_features, in_features and tokens, which is exact if time is a product
 of powers of the sizes. Nothing is predicted outside of what was measured.
 """
 
@@ -33,7 +33,7 @@ class GridPoint:
     tokens: int
     backend: str
     training: bool
-    """Both passes with float32 weights under autocast; otherwise the forward pass alone."""
+    """Both passes with float32 weights under autocast; otherwise only the forward pass."""
     both_ways: bool
     """The gradient of the input is sparse too."""
     timing: Timing
@@ -41,7 +41,7 @@ class GridPoint:
 
 @dataclass(frozen=True)
 class Grid:
-    """All points of one device."""
+    """The measured points of one device."""
 
     device: str
     dtype: str
@@ -54,7 +54,7 @@ class Grid:
         """A grid from its file.
 
         Raises:
-            ValueError: the file is no grid, or of another version of the format.
+            ValueError: the file is not a grid, or has another version of the format.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -78,7 +78,7 @@ class Grid:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def predict(self, shape: tuple[int, int], tokens: int, backend: str, *, training: bool, both_ways: bool) -> Timing | None:
-        """The times of a layer of shape (out_features, in_features); None where no measured points surround it."""
+        """The times of a layer of shape (out_features, in_features); None if measured points do not surround it."""
         kind = (backend, training, both_ways)
         points = {
             (one.out_features, one.in_features, one.tokens): one.timing
@@ -110,7 +110,7 @@ class Grid:
 
 
 def stored_grids() -> dict[str, Grid]:
-    """The grids that come with the package, by device; there are none until someone with that device has measured one."""
+    """The grids that come with the package, by device name."""
     folder = resources.files("bisparse.accelerate") / "grids"
     if not folder.is_dir():
         return {}
@@ -124,7 +124,7 @@ def stored_grids() -> dict[str, Grid]:
 
 
 def _around(sizes: list[int], size: int) -> list[tuple[int, float]]:
-    """The measured sizes on both sides of a size, and their weights; none where it lies outside."""
+    """The measured sizes on both sides of a size, and their weights; empty if it is outside."""
     place = bisect.bisect_left(sizes, size)
     if place < len(sizes) and sizes[place] == size:
         return [(size, 1.0)]
@@ -136,7 +136,7 @@ def _around(sizes: list[int], size: int) -> list[tuple[int, float]]:
 
 
 def _mean(weighted: Any) -> float:
-    """The weighted geometric mean; 0 where a number is 0."""
+    """The weighted geometric mean; 0 if a number is 0."""
     pairs = list(weighted)
     if any(value <= 0 for _, value in pairs):
         return 0.0

@@ -1,11 +1,14 @@
 """The products as torch operators with gradients: `torch.compile` sees them whole, checkpointing and wrappers need know nothing.
 
 `linear_2to4` multiplies by a weight in training: the dense weight is an argument, its values are taken at the mask's positions in
-every pass, the positions and metadata found only where the mask changes. `packed_linear_2to4` multiplies by a packed constant.
+every pass, and positions and metadata are found when the mask changes. `packed_linear_2to4` multiplies by a packed constant.
 
     y  = x W^T + b         sparse
-    dx = g W               sparse where W^T is 2:4 too (its positions or its packed form are given), dense otherwise
+    dx = g W               sparse if W^T is 2:4 too (its positions or its packed matrix are given), otherwise dense
     dW = g^T x             dense, or sparse by the unbiased 2:4 estimate of g (MVUE)
+
+Second derivatives, as of a gradient penalty, are exact: the backward formulas consist of operators that have formulas of their
+own, dx being the same operator with W^T. The derivative of MVUE's estimate of dW is that of its expectation, g^T x.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
 
-from bisparse.accelerate.backends.base import BACKENDS, HALF
+from bisparse.accelerate.backends import BACKENDS, HALF
 from bisparse.kernels.mvue.ops import estimate_2to4, pack_estimate
 from bisparse.kernels.mvue.philox import draw_seed
 from bisparse.kernels.sparse24.metadata import WORD
@@ -30,11 +33,7 @@ _LIBRARY.define(
     "linear_2to4(Tensor input, Tensor weight, Tensor? bias, Tensor positions, Tensor metadata, Tensor? positions_t,"
     " Tensor? metadata_t, str backend, bool mvue, bool fixed, bool search) -> Tensor"
 )
-_LIBRARY.define(
-    "product_2to4(Tensor input, Tensor weight, Tensor? bias, Tensor positions, Tensor metadata, bool transposed,"
-    " str backend, bool search) -> Tensor"
-)
-_LIBRARY.define("masked_2to4(Tensor weight, Tensor positions) -> Tensor")
+_LIBRARY.define("masked_2to4(Tensor weight, Tensor positions, bool straight_through) -> Tensor")
 _LIBRARY.define(
     "weight_gradient_2to4(Tensor gradient, Tensor input, str backend, bool search) -> Tensor",
     tags=(torch.Tag.nondeterministic_seeded,),
@@ -42,10 +41,6 @@ _LIBRARY.define(
 _LIBRARY.define(
     "packed_linear_2to4(Tensor input, Tensor packed, Tensor metadata, Tensor? packed_t, Tensor? metadata_t, Tensor? bias,"
     " int rows, str backend, bool search) -> Tensor"
-)
-_LIBRARY.define(
-    "packed_product_2to4(Tensor input, Tensor packed, Tensor metadata, Tensor? bias, int rows, str backend, bool search)"
-    " -> Tensor"
 )
 _LIBRARY.define("unpack_2to4(Tensor packed, Tensor metadata, int rows, int columns, str backend) -> Tensor")
 
@@ -68,10 +63,10 @@ def linear_2to4(
     The weight's gradient is in the weight's dtype, of all entries (straight through), or of the kept ones with `fixed`.
 
     Args:
-        positions, metadata: of W: the places of what the mask keeps, and metadata in the backend's `form`; none without one.
-        transposed: the same of W^T, where the mask is transposable: then the input's gradient is a sparse product too.
-        mvue: the weight's gradient by a sparse product with an unbiased estimate of the output's gradient.
-        search: let the backend find its fastest algorithm for these shapes, once.
+        positions, metadata: where the mask keeps entries of W, and metadata in the backend's layout; empty where that is unknown.
+        transposed: the same for W^T, if the mask is transposable: then the gradient of the input is a sparse product too.
+        mvue: compute the weight's gradient as a sparse product with an unbiased estimate of the output's gradient.
+        search: let the backend search for its fastest algorithm, once per shape.
     """
     positions_t, metadata_t = transposed if transposed is not None else (None, None)
     output: Tensor = torch.ops.bisparse.linear_2to4(
@@ -100,7 +95,7 @@ def packed_linear_2to4(
 
 
 def checked_input(input: Tensor, columns: int) -> Tensor:
-    """The input, if a layer of so many inputs takes it."""
+    """The input; ValueError if its last dimension is not `columns`."""
     if input.shape[-1:] != (columns,):
         raise ValueError(f"an input of shape {tuple(input.shape)} does not fit a layer of {columns} inputs")
     return input
@@ -119,51 +114,37 @@ def _linear(
     fixed: bool,
     search: bool,
 ) -> Tensor:
-    return _product(input, weight, bias, positions, metadata, False, backend, search)
-
-
-def _product(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor,
-    metadata: Tensor,
-    transposed: bool,
-    backend: str,
-    search: bool,
-) -> Tensor:
-    matrix = weight.t() if transposed else weight
-    rows = matrix.shape[0]
+    rows = weight.shape[0]
     if input.numel() == 0:
         return _empty_product(input, rows, bias)
-    packed, found = BACKENDS[backend].fill(matrix, positions, metadata, input.dtype)
-    return _multiply(input, packed, found, bias, rows, backend, search)
+    packed, filled = BACKENDS[backend].fill(weight, positions, metadata, input.dtype)
+    return _multiply(input, packed, filled, bias, rows, backend, search)
 
 
-def _masked(weight: Tensor, positions: Tensor) -> Tensor:
+def _masked(weight: Tensor, positions: Tensor, straight_through: bool) -> Tensor:
     output: Tensor = put_values(take_values(weight, positions), positions, weight.shape[1])
     return output
 
 
 def _weight_gradient(gradient: Tensor, input: Tensor, backend: str, search: bool) -> Tensor:
-    """``g~^T x`` with g~ the estimate of g: at most 2 of every 4 tokens in each column."""
+    """``g~^T x`` with g~ the estimate of g, which keeps at most 2 of every 4 tokens in each column."""
     own = BACKENDS[backend]
     tokens, rows = gradient.shape
-    if tokens == 0:  # as of an expert that no token was routed to
+    if tokens == 0:  # as for an expert to which no token was routed
         return input.new_zeros(rows, input.shape[1])
     multiple = max(own.column_multiple, WORD)
     columns = -(-tokens // multiple) * multiple
-    if (reason := own.refusal(rows, columns, gradient.dtype, gradient.device)) is not None:
+    if (reason := own.probed_reason(rows, columns, gradient.dtype, gradient.device)) is not None:
         warnings.warn(f"the weight's gradient is a dense product, without MVUE: {reason}", stacklevel=2)
         return gradient.t() @ input
     seed = draw_seed(gradient.device)
-    # Whoever lets nothing be searched for a shape has many of them.
-    known = gradient.dtype in HALF and (search or not own.learns_forms)
-    form = own.form(rows, columns, gradient.dtype, gradient.device) if known else None
-    if form is None:
+    # search=False says that the number of tokens keeps varying: then learning a layout per shape does not pay.
+    known = gradient.dtype in HALF and (search or not own.learns_layout)
+    layout = own.metadata_layout(rows, columns, gradient.dtype, gradient.device) if known else None
+    if layout is None:
         packed, metadata = own.pack(estimate_2to4(gradient, seed, columns // 4))
     else:
-        packed, metadata = own.split(pack_estimate(gradient, seed, columns // 4, form), rows, columns)
+        packed, metadata = own.split(pack_estimate(gradient, seed, columns // 4, layout), rows, columns)
     if columns > tokens:
         input = torch.nn.functional.pad(input, (0, 0, 0, columns - tokens))
     output: Tensor = own.multiply(packed, metadata, input.contiguous(), rows, search=search)
@@ -181,12 +162,6 @@ def _packed_linear(
     backend: str,
     search: bool,
 ) -> Tensor:
-    return _packed_product(input, packed, metadata, bias, rows, backend, search)
-
-
-def _packed_product(
-    input: Tensor, packed: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, backend: str, search: bool
-) -> Tensor:
     if input.numel() == 0:
         return _empty_product(input, rows, bias)
     return _multiply(input, packed, metadata, bias, rows, backend, search)
@@ -201,8 +176,8 @@ def _multiply(
     input: Tensor, packed: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, backend: str, search: bool
 ) -> Tensor:
     flat = input.reshape(-1, input.shape[-1]).contiguous()
-    number = None if bias is None else bias.to(input.dtype)
-    output: Tensor = BACKENDS[backend].multiply(packed, metadata, flat.t(), rows, number, transposed=True, search=search)
+    cast = None if bias is None else bias.to(input.dtype)
+    output: Tensor = BACKENDS[backend].multiply(packed, metadata, flat.t(), rows, cast, transposed=True, search=search)
     return output.view(*input.shape[:-1], rows)
 
 
@@ -213,11 +188,9 @@ def _empty_product(input: Tensor, rows: int, bias: Tensor | None) -> Tensor:
 
 for _name, _kernel in {
     "linear_2to4": _linear,
-    "product_2to4": _product,
     "masked_2to4": _masked,
     "weight_gradient_2to4": _weight_gradient,
     "packed_linear_2to4": _packed_linear,
-    "packed_product_2to4": _packed_product,
     "unpack_2to4": _unpack,
 }.items():
     _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
@@ -228,15 +201,8 @@ def _(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])
 
 
-@torch.library.register_fake("bisparse::product_2to4")
-def _(
-    input: Tensor, weight: Tensor, bias: Tensor | None, positions: Tensor, metadata: Tensor, transposed: bool, *_: Any
-) -> Tensor:
-    return input.new_empty(*input.shape[:-1], weight.shape[1 if transposed else 0])
-
-
 @torch.library.register_fake("bisparse::masked_2to4")
-def _(weight: Tensor, positions: Tensor) -> Tensor:
+def _(weight: Tensor, positions: Tensor, straight_through: bool) -> Tensor:
     return weight.new_empty(weight.shape)
 
 
@@ -259,43 +225,62 @@ def _(
     return input.new_empty(*input.shape[:-1], rows)
 
 
-@torch.library.register_fake("bisparse::packed_product_2to4")
-def _(input: Tensor, packed: Tensor, metadata: Tensor, bias: Tensor | None, rows: int, *_: Any) -> Tensor:
-    return input.new_empty(*input.shape[:-1], rows)
-
-
 @torch.library.register_fake("bisparse::unpack_2to4")
 def _(packed: Tensor, metadata: Tensor, rows: int, columns: int, backend: str) -> Tensor:
     return packed.new_empty(rows, columns)
 
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, weight, bias, positions, _, positions_t, metadata_t, *ctx.options = inputs
+    input, weight, bias, positions, metadata, positions_t, metadata_t, *ctx.options = inputs
     # The weight itself and not its packed transpose: nothing is held between the passes that would not be held anyway, and a
     # sharded weight may be freed and gathered again.
-    ctx.save_for_backward(input, weight, positions, positions_t, metadata_t)
+    ctx.save_for_backward(input, weight, positions, metadata, positions_t, metadata_t)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _linear_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    input, weight, positions, positions_t, metadata_t = ctx.saved_tensors
+    input, weight, positions, metadata, positions_t, metadata_t = ctx.saved_tensors
     backend, mvue, fixed, search = ctx.options
+    ops = torch.ops.bisparse
     needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     to_input, to_weight, to_bias = None, None, None
     if needs_input and positions_t is not None:
-        to_input = torch.ops.bisparse.product_2to4(gradient, weight, None, positions_t, metadata_t, True, backend, search)
+        sides = (positions_t, metadata_t, positions, metadata)
+        to_input = ops.linear_2to4(gradient, weight.t(), None, *sides, backend, False, fixed, search)
     elif needs_input:
-        to_input = gradient @ torch.ops.bisparse.masked_2to4(weight, positions).to(gradient.dtype)
+        to_input = gradient @ ops.masked_2to4(weight, positions, not fixed).to(gradient.dtype)
     flat = gradient.reshape(-1, gradient.shape[-1])
     if needs_weight:
         inputs = input.reshape(-1, input.shape[-1])
-        to_weight = torch.ops.bisparse.weight_gradient_2to4(flat, inputs, backend, search) if mvue else flat.t() @ inputs
+        to_weight = ops.weight_gradient_2to4(flat, inputs, backend, search) if mvue else flat.t() @ inputs
         to_weight = to_weight.to(weight.dtype)
         if fixed:
-            to_weight = torch.ops.bisparse.masked_2to4(to_weight, positions)
+            to_weight = ops.masked_2to4(to_weight, positions, False)
     if needs_bias:
         to_bias = flat.sum(0).to(ctx.bias_dtype)
     return to_input, to_weight, to_bias, *(None,) * 8
+
+
+def _masked_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, positions, ctx.straight_through = inputs
+    ctx.save_for_backward(positions)
+
+
+def _masked_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.straight_through:
+        return gradient, None, None
+    (positions,) = ctx.saved_tensors
+    return torch.ops.bisparse.masked_2to4(gradient, positions, False), None, None
+
+
+def _weight_gradient_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _weight_gradient_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    """Of the expectation, ``g^T x``: a derivative of the draw itself would be biased."""
+    gradient, input = ctx.saved_tensors
+    return input @ upstream.t(), gradient @ upstream, None, None
 
 
 def _packed_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -307,17 +292,22 @@ def _packed_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _packed_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     packed, metadata, packed_t, metadata_t = ctx.saved_tensors
+    ops = torch.ops.bisparse
     to_input, to_bias = None, None
     if ctx.needs_input_grad[0] and packed_t is not None:
-        to_input = torch.ops.bisparse.packed_product_2to4(
-            gradient, packed_t, metadata_t, None, ctx.columns, ctx.backend, ctx.search
-        )
+        sides = (packed_t, metadata_t, packed, metadata)
+        to_input = ops.packed_linear_2to4(gradient, *sides, None, ctx.columns, ctx.backend, ctx.search)
     elif ctx.needs_input_grad[0]:
-        to_input = gradient @ torch.ops.bisparse.unpack_2to4(packed, metadata, ctx.rows, ctx.columns, ctx.backend)
+        to_input = gradient @ ops.unpack_2to4(packed, metadata, ctx.rows, ctx.columns, ctx.backend)
     if ctx.needs_input_grad[5]:
         to_bias = gradient.reshape(-1, ctx.rows).sum(0).to(ctx.bias_dtype)
     return to_input, None, None, None, None, to_bias, None, None, None
 
 
-torch.library.register_autograd("bisparse::linear_2to4", _linear_backward, setup_context=_linear_context)
-torch.library.register_autograd("bisparse::packed_linear_2to4", _packed_backward, setup_context=_packed_context)
+for _name, _backward, _context in (
+    ("linear_2to4", _linear_backward, _linear_context),
+    ("masked_2to4", _masked_backward, _masked_context),
+    ("weight_gradient_2to4", _weight_gradient_backward, _weight_gradient_context),
+    ("packed_linear_2to4", _packed_backward, _packed_context),
+):
+    torch.library.register_autograd(f"bisparse::{_name}", _backward, setup_context=_context)

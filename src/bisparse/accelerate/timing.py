@@ -1,4 +1,4 @@
-"""How long a Linear takes, dense and sparse, on a device: taking turns, medians, both passes and memory."""
+"""Times and memory of a Linear, dense and sparse, on a device: medians of both passes, measured in turns."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from bisparse.accelerate.backends import BACKENDS
+from bisparse.accelerate.eligibility import Plan
 from bisparse.accelerate.linear_packed import PackedLinear
 from bisparse.accelerate.linear_trained import SparseLinear
 
@@ -20,13 +22,13 @@ __all__ = ["Pass", "Timing", "measure_linear", "random_mask"]
 
 @dataclass(frozen=True)
 class Pass:
-    """One way to run a layer: median times, and the memory it takes at most beyond what is there before."""
+    """One way to run a layer: median times, and its peak memory beyond what was allocated before."""
 
     forward_ms: float
     backward_ms: float
     """Gradients of input and weight; 0 where only the forward pass was asked for."""
     peak_bytes: int | None = None
-    """None on a device that does not count it."""
+    """None on a device that does not report it."""
 
     @property
     def total_ms(self) -> float:
@@ -64,13 +66,13 @@ def measure_linear(
     In training: float32 weights under autocast, gradients of input and weight. Otherwise: the forward pass, weights in `dtype`.
 
     Args:
-        both_ways: the mask is 2:4-T, and the gradient of the input a sparse product.
-        rounds: how often each takes its turn, after three to warm up.
+        both_ways: the mask is 2:4-T, and the gradient of the input is a sparse product.
+        rounds: number of timed runs of each, after three to warm up.
 
     Raises:
-        BackendError, RuntimeError: the backend does not take this, or memory is out (`torch.OutOfMemoryError`).
+        BackendError, RuntimeError: the backend refuses this, or memory runs out (`torch.OutOfMemoryError`).
     """
-    # Events are recorded on a stream of the current device, which need not be the one that is measured.
+    # Events are recorded on a stream of the current device, which may not be the one that is measured.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         contenders = [_contender(shape, tokens, dtype, device, one, training, both_ways, mvue) for one in (None, backend)]
         for _ in range(3):
@@ -89,7 +91,7 @@ def measure_linear(
 
 
 def random_mask(rows: int, columns: int, device: torch.device, seed: int = 0) -> Bool[Tensor, "R C"]:
-    """A 2:4-T mask with exactly two kept in each row and column of a tile, of random rows and columns of one pattern."""
+    """A 2:4-T mask with exactly two kept per row and column of a tile: one tile with its rows and columns permuted at random."""
     generator = torch.Generator(device).manual_seed(seed)
     tiles = (-(-rows // 4), -(-columns // 4))
     first = torch.rand((*tiles, 4), device=device, generator=generator).argsort(-1)
@@ -117,12 +119,12 @@ def _contender(
         with torch.no_grad():
             module.weight.mul_(random_mask(rows, columns, device))
         if training:
-            SparseLinear.install_(module, backend, dtype, transposed=both_ways)
+            SparseLinear.install_(module, Plan("trained", BACKENDS[backend], dtype, both_ways))
             assert isinstance(module, SparseLinear)
             # As in sparse training, where the gradient goes to all of the weight.
-            module.fixed, module.mvue = False, mvue
+            module.products = replace(module.products, fixed=False, mvue=mvue)
         else:
-            PackedLinear.install_(module, backend, transposed=False)
+            PackedLinear.install_(module, Plan("packed", BACKENDS[backend], dtype, both_ways=False))
     if not training:
         return lambda: _timed(lambda: module(inputs), None, device)
     inputs.requires_grad_()
@@ -141,7 +143,7 @@ def _contender(
 
 @torch.enable_grad()
 def _timed(forward: Callable[[], Tensor], upstream: Tensor | None, device: torch.device) -> tuple[float, float]:
-    """Milliseconds of forward and backward: by the device's own clock where it has one."""
+    """Milliseconds of forward and backward, by CUDA events on a GPU."""
     with torch.inference_mode() if upstream is None else nullcontext():
         if device.type != "cuda":
             start = time.perf_counter()

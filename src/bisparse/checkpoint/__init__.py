@@ -3,6 +3,7 @@
 from bisparse.checkpoint.prune import CheckpointPlan, plan_checkpoint, prune_checkpoint
 from bisparse.checkpoint.save_load import load, save
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, load_masks, read_sidecar
+from bisparse.checkpoint.to_dense import to_dense
 from bisparse.checkpoint.verify import Detected, detect_patterns, verify_checkpoint
 from bisparse.errors import CheckpointError
 
@@ -21,5 +22,6 @@ __all__ = [
     "prune_checkpoint",
     "read_sidecar",
     "save",
+    "to_dense",
     "verify_checkpoint",
 ]

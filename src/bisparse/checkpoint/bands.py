@@ -26,7 +26,7 @@ from bisparse.pattern import Structure, Unstructured
 from bisparse.results import LayerResult, has_bound
 from bisparse.scores import magnitude
 from bisparse.solvers import Solver
-from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
+from bisparse.tiles import Layout, LayoutKind, from_matrices, kernel_positions, to_matrices
 
 __all__ = ["Band", "BitPacker", "bands", "prune_stored"]
 
@@ -54,7 +54,7 @@ def bands(tensor: StoredTensor, layout: Layout, m: int, weights: int | None = No
     """Read a stored weight band by band, in the order in which it is stored; a band has about `weights` weights."""
     shape = tensor.shape
     blocks, inner = _blocks(shape, layout)
-    rows, matrices = inner[0], math.prod(inner[2:])
+    rows, matrices = inner[0], kernel_positions(inner, layout)
     row_size = math.prod(inner[1:])
     step = max(m, (weights or BAND_WEIGHTS) // max(row_size, 1) // m * m)
     for block in range(blocks):
@@ -68,17 +68,19 @@ def bands(tensor: StoredTensor, layout: Layout, m: int, weights: int | None = No
 def _blocks(shape: tuple[int, ...], layout: Layout) -> tuple[int, tuple[int, ...]]:
     """How many equal parts, one after the other, a weight has whose tiles are independent, and the shape of one."""
     match layout.kind:
-        case LayoutKind.EXPERTS:
+        case LayoutKind.EXPERTS | LayoutKind.EXPERTS_TRANSPOSED:
             return shape[0], shape[1:]
         case LayoutKind.PACKED:
             return layout.parts, (shape[0] // layout.parts, *shape[1:])
-        case LayoutKind.CONV:
+        case LayoutKind.CONV | LayoutKind.CONV_LAST | LayoutKind.CONV_TRANSPOSED:
             return layout.groups, (shape[0] // layout.groups, *shape[1:])
         case _:
             return 1, shape
 
 
 def _band_kind(kind: LayoutKind) -> LayoutKind:
+    if kind is LayoutKind.EXPERTS_TRANSPOSED:
+        return LayoutKind.TRANSPOSED
     return LayoutKind.LINEAR if kind in (LayoutKind.PACKED, LayoutKind.EXPERTS) else kind
 
 
@@ -186,7 +188,7 @@ def _solved(
 
 def _sample(name: str, band: Band, mask: Bool[Tensor, "..."], pattern: Structure) -> SampleTile:
     weights, kept = (to_matrices(tensor, band.layout)[0] for tensor in (band.weight, mask))
-    row, column = (0, band.row) if band.layout.kind is LayoutKind.TRANSPOSED else (band.row, 0)
+    row, column = (0, band.row) if band.layout.inputs_first else (band.row, 0)
     return SampleTile.middle(name, weights, kept, pattern, (band.matrix, row, column))
 
 
@@ -197,9 +199,9 @@ def _unstructured_chooser(layer: StoredLayer, sums: _Sums) -> Callable[[Band, Fl
     """
     assert isinstance(layer.pattern, Unstructured)
     blocks, inner = _blocks(layer.tensor.shape, layer.layout)
-    size = inner[0] * inner[1]
-    kept = layer.pattern.kept(size)
-    count = blocks * math.prod(inner[2:])
+    matrices = kernel_positions(inner, layer.layout)
+    kept = layer.pattern.kept(math.prod(inner) // max(matrices, 1))
+    count = blocks * matrices
     start = time.perf_counter()
     threshold, ties = _thresholds(layer, kept, count)
     sums.time_s += time.perf_counter() - start

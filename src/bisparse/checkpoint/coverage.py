@@ -18,10 +18,10 @@ from torch import Tensor
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers, layer_name
 from bisparse.checkpoint.sidecar import Sidecar
 from bisparse.checkpoint.stored_tensor import StoredTensor
-from bisparse.layers import Skipped
+from bisparse.layers import QUANTISED, Skipped, first_match, parse_layout, sides
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.results import LayerResult
-from bisparse.tiles import LayoutKind
+from bisparse.tiles import Layout
 
 __all__ = ["Coverage", "cover", "cover_by_sidecar", "nonzero"]
 
@@ -41,8 +41,6 @@ ENCODED = {
 
 NO_WEIGHTS = r"(_blocks|scales?|scale_inv|zero_points?|zeros|bias(es)?|absmax|quant_map|g_idx|ind(ex|ices)|shape)$"
 """Endings of the other tensors that experts have."""
-UNSUPPORTED = "experts stored as"
-"""How the reason begins for layers that are no matter of choice, but not understood."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +60,9 @@ def cover(
     pattern: Structure,
     include: NameFilter | None = None,
     exclude: NameFilter | None = None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> Coverage:
     """The layers by their names and shapes, of any dtype; arguments as for `choose_layers`.
 
@@ -72,7 +73,7 @@ def cover(
     candidates: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
         # The rules of names see every weight as float32: whether its dtype can be read is asked afterwards.
-        candidates.setdefault(name, _as_float(tensor) if _is_weight(name) else tensor)
+        candidates.setdefault(name, _as_float(tensor) if _is_weight(name) or tensor.operand is not None else tensor)
         for ending, reason in ENCODED.items():
             if re.search(ending, name) and (tensor.dtype in UNSIGNED or not name.endswith("_blocks")):
                 plain = re.sub(r"_blocks$", "", name) if name.endswith("_blocks") else re.sub(ending, ".weight", name)
@@ -81,7 +82,11 @@ def cover(
                     shape = (*tensor.shape, 2, 2, 2)[:dimensions]
                     candidates[plain] = replace(_as_float(tensor), name=plain, shape=shape)
                     reasons[plain] = f"{name} {reason}"
-    chosen, left = choose_layers(candidates, config, pattern, include=include, exclude=exclude)
+    # What makes a weight a quantised one is no evidence here against its being a layer: whether it can be read is asked below.
+    encoded = {name for name in candidates if any(re.search(ending, name) for ending in ENCODED)}
+    companions = {name for name in candidates if name.endswith(tuple(f".{ending}" for ending in QUANTISED))}
+    seen = {name: tensor for name, tensor in candidates.items() if name in reasons or name not in encoded | companions}
+    chosen, left = choose_layers(seen, config, pattern, metadata=metadata, include=include, exclude=exclude, layouts=layouts)
     checked: list[StoredLayer] = []
     unchecked: list[Skipped] = []
     for layer in chosen:
@@ -90,9 +95,9 @@ def cover(
             checked.append(replace(layer, tensor=tensors[name]))
         else:
             unchecked.append(Skipped(layer.name, problem))
-    unchecked += [one for one in left if one.reason.startswith(UNSUPPORTED)]
+    unchecked += [one for one in left if one.undecided]
     made = {reason.split(" ", 1)[0] for reason in reasons.values()}
-    left = [one for one in left if not one.reason.startswith(UNSUPPORTED) and one.name not in made]
+    left = [one for one in left if not one.undecided and one.name not in made]
     return _constrained(checked, unchecked, left)
 
 
@@ -102,13 +107,17 @@ def cover_by_sidecar(
     config: Mapping[str, Any],
     pattern: Structure | None,
     exclude: NameFilter | None,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> Coverage:
     """The layers that a sidecar names, each with its own pattern unless one is given; others that look like layers are unchecked.
 
     The sidecar's tensors must be there.
     """
     named: dict[str, LayerResult] = {result.parameter: result for result in sidecar.report}
-    whole = cover(tensors, config, pattern or parse_pattern(sidecar.report.pattern), exclude=exclude)
+    stated = pattern or parse_pattern(sidecar.report.pattern)
+    whole = cover(tensors, config, stated, exclude=exclude, metadata=metadata)
     reasons = {one.name: f"left dense by bisparse: {one.reason}" for one in sidecar.report.left_dense}
     excluded = {one.name for one in whole.left_out if one.reason == "excluded by the caller"}
     checked: list[StoredLayer] = []
@@ -119,7 +128,9 @@ def cover_by_sidecar(
         tensor = tensors[parameter]
         reason = unreadable(tensors, tensor)
         if reason is None:
-            checked.append(StoredLayer(result.name, tensor, result.layout, pattern or parse_pattern(result.pattern)))
+            _, given = first_match(layouts, result.name, parameter)
+            layout = result.layout if given is None else parse_layout(given, tensor.shape, result.name)
+            checked.append(StoredLayer(result.name, tensor, layout, pattern or parse_pattern(result.pattern)))
         else:
             unchecked.append(Skipped(result.name, reason))
     names = {name for parameter, result in named.items() for name in (result.name, layer_name(parameter))}
@@ -170,11 +181,11 @@ def _constrained(checked: Iterable[StoredLayer], unchecked: list[Skipped], left_
     """Layers that a pattern allows every weight of, since their sides are shorter than M, count as unchecked."""
     binding = []
     for layer in checked:
-        sides = matrix_sides(layer)
-        if allows_everything(layer.pattern, sides):
+        matrix = matrix_sides(layer)
+        if allows_everything(layer.pattern, matrix):
             m = getattr(layer.pattern, "m", None)
             short = f"side shorter than M = {m}" if m else "few weights"
-            reason = f"{short}: {layer.pattern} allows every weight of a {sides[0]} x {sides[1]} matrix"
+            reason = f"{short}: {layer.pattern} allows every weight of a {matrix[0]} x {matrix[1]} matrix"
             unchecked.append(Skipped(layer.name, reason))
         else:
             binding.append(layer)
@@ -193,11 +204,4 @@ def allows_everything(pattern: Structure, sides: tuple[int, int]) -> bool:
 
 def matrix_sides(layer: StoredLayer) -> tuple[int, int]:
     """Sides (O, I) of a stored weight's GEMM matrices."""
-    shape, layout = layer.tensor.shape, layer.layout
-    match layout.kind:
-        case LayoutKind.TRANSPOSED:
-            return shape[1], shape[0]
-        case LayoutKind.EXPERTS:
-            return shape[1], shape[2]
-        case _:
-            return shape[0] // (layout.groups * layout.parts), shape[1]
+    return sides(layer.tensor.shape, layer.layout)

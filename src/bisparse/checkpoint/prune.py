@@ -8,7 +8,6 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import safe_open
 
@@ -17,6 +16,7 @@ from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
 from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
+from bisparse.checkpoint.model_config import plain_config
 from bisparse.checkpoint.permissions import copy_permissions
 from bisparse.checkpoint.reader import Shard, Source, open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
@@ -64,18 +64,20 @@ def plan_checkpoint(
     exclude: NameFilter | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
+    key: str | None = None,
 ) -> CheckpointPlan:
     """Which tensors of a checkpoint would be pruned, as what, and why the others stay dense. Reads headers only.
 
     Arguments and errors are those of `prune_checkpoint`.
     """
-    opened = open_source(source)
+    opened = open_source(source, key)
     structures = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
     layers, left = choose_layers(
         opened.tensors,
         opened.config,
         parse_pattern(pattern),
+        metadata=opened.metadata,
         include=include,
         exclude=exclude,
         remainder=remainder,
@@ -101,7 +103,8 @@ def prune_checkpoint(
     solver: Solver | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
-    layouts: Mapping[str, Layout] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
+    key: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> PruneReport:
@@ -120,7 +123,9 @@ def prune_checkpoint(
         remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
             layer; "error".
         patterns: patterns of single layers, by filter; the first that matches counts.
-        layouts: layouts of single layers, by filter, where name and config.json tell too little.
+        layouts: layouts of single layers, by filter, where the file tells too little: "linear", "transposed", "conv",
+            "conv-last", "conv-transposed", "experts", "experts-transposed", "groups:32", "parts:3", or a `Layout`.
+        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
         overwrite: replace a target that bisparse wrote.
 
     Raises:
@@ -129,8 +134,9 @@ def prune_checkpoint(
     """
     pattern = parse_pattern(pattern)
     plan = plan_checkpoint(
-        source, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
+        source, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts, key=key
     )
+    plan.source.check_writable()
     target = Path(target)
     check_apart(target, {"source": plan.source.path})
     with output_folder(target, overwrite=overwrite, ours=SIDECAR) as folder:
@@ -147,6 +153,7 @@ def prune_checkpoint(
             plan.left_dense,
             {name: str(parse_pattern(one)) for name, one in (patterns or {}).items()},
             notes,
+            sum(tensor.size for tensor in plan.source.tensors.values()),
         )
         step = max(1, -(-len(samples) // SAMPLES))
         sidecar = Sidecar(report, remainder, plan.source.path.resolve().name, samples[::step])
@@ -242,7 +249,7 @@ def read_back(
 
 
 def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
-    """Copy the source's other files into a folder, config.json without its sparsity_config; returns notes.
+    """Copy the source's other files into a folder, config.json as one of plain weights; returns notes.
 
     Files, and folders with what is in them, keep their permissions; see `copy_permissions`.
     """
@@ -251,9 +258,12 @@ def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
     for name in source.others:
         place = folder / name
         place.parent.mkdir(parents=True, exist_ok=True)
-        if name == "config.json" and (cleaned := _without_sparsity_config(source.config)) is not None:
+        if name == "config.json" and (cleaned := plain_config(source.config)) is not None:
             place.write_text(json.dumps(cleaned, indent=2) + "\n", encoding="utf-8")
-            notes = ("config.json: its sparsity_config was removed, since serving engines reject it and the weights are plain",)
+            notes = (
+                "config.json: its sparsity_config, and a quantization_config that quantises nothing, were removed, since serving "
+                "engines reject them and the weights are plain",
+            )
         else:
             path = source.path / name
             file = opened.get(path) or open_input(path)
@@ -272,15 +282,3 @@ def limit_permissions(written: Iterable[Path], source: Source) -> None:
     weights = {tensor.path for shard in source.shards for tensor in shard.tensors}
     for path in written:
         copy_permissions(path, weights)
-
-
-def _without_sparsity_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The config without that key at any depth; None where it has none."""
-    cleaned = _drop(config)
-    return cleaned if cleaned != config else None
-
-
-def _drop(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _drop(inner) for key, inner in value.items() if key != "sparsity_config"}
-    return [_drop(inner) for inner in value] if isinstance(value, list) else value

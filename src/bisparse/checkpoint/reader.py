@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from bisparse.checkpoint.input_file import InputFile, read_json
+from bisparse.checkpoint.formats.companions import companions
+from bisparse.checkpoint.formats.folded import fold
+from bisparse.checkpoint.formats.folders import check_kind, resolve_cache
+from bisparse.checkpoint.formats.onnx_file import read_onnx
+from bisparse.checkpoint.formats.recognize import READABLE, Format, recognize, unreadable
+from bisparse.checkpoint.input_file import InputFile, open_input, read_json
+from bisparse.checkpoint.schemas import Config, Index, validate
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR
 from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, in_file_order, read_header
 from bisparse.checkpoint.torch_file import read_state_dict
@@ -17,9 +24,11 @@ from bisparse.errors import CheckpointError
 
 __all__ = ["Shard", "Source", "open_source"]
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-OTHER_FORMATS = (".onnx", ".h5", ".msgpack", ".ot", ".gguf", ".tflite", ".mlmodel")
-"""Weights in formats that are not pruned; copying them would leave a dense model beside the pruned one."""
+WEIGHT_SUFFIXES = (".pth.tar", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".jit", ".onnx", ".safetensors")
+"""Endings that are replaced by ``.safetensors`` in the name of what is written."""
+NO_MODEL = r"optimizer.*|scheduler.*|scaler.*|training_args.*|rng_state.*|random_states.*"
+"""Torch files that training leaves beside the weights."""
+FETCH = "fetch the index again"
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,8 @@ class Source:
     notes: tuple[str, ...] = ()
     inputs: tuple[InputFile, ...] = ()
     """The files that all this was read from: weights, index and config.json."""
+    only_read: Format | None = None
+    """Set for formats that can be verified, and from which no safetensors are written."""
 
     def check_unchanged(self) -> None:
         """Raise if the checkpoint changed since it was opened; to be called after its last tensor is read.
@@ -56,10 +67,31 @@ class Source:
         for file in self.inputs:
             file.check_unchanged()
 
+    def check_writable(self) -> None:
+        """Raise if the checkpoint can be looked at only.
+
+        Raises:
+            CheckpointError: it is an ONNX model or a TorchScript program.
+        """
+        if self.only_read is not None:
+            raise CheckpointError(
+                self.path,
+                f"is {self.only_read}: it can be verified, but not pruned or converted",
+                "prune the model that it was made from, and export that again",
+            )
+
     @property
     def tensors(self) -> dict[str, StoredTensor]:
         """All tensors by name, shard by shard, in file order."""
         return {tensor.name: tensor for shard in self.shards for tensor in shard.tensors}
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the headers of the safetensors files say of them, such as the framework that wrote them."""
+        found: dict[str, str] = {}
+        for shard in self.shards:
+            found |= json.loads(shard.header[8:]).get("__metadata__") or {}
+        return found
 
     @property
     def nbytes(self) -> int:
@@ -67,49 +99,103 @@ class Source:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def open_source(path: str | Path) -> Source:
-    """Find a checkpoint's weights: a folder of safetensors or of torch files, sharded or not, or a single such file.
+def open_source(path: str | Path, key: str | None = None) -> Source:
+    """Find a checkpoint's weights, by the content of files: a folder or a file of safetensors, of torch, or an ONNX model.
 
     In a folder, safetensors are taken before torch files, and a whole file before an index, as transformers does: what the
-    others are, such as an index left over from a conversion, is not read. Sharded weights need their index.
+    others are, such as an index left over from a conversion, is not read. Sharded weights need their index. Weights that are
+    stored in parts, such as bit masks and values, are put together; see `bisparse.checkpoint.formats`.
+
+    Args:
+        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
 
     Raises:
-        CheckpointError: no weights, missing shards, an index that does not fit its shards, corrupt files.
+        CheckpointError: no weights, missing shards, an index that does not fit its shards, corrupt files, or a format that is
+            not read.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(path, "does not exist", "check the path")
+    path = resolve_cache(path)
     if not path.is_dir():
-        return _open_file(path)
+        config_files, config, notes = _config_beside(path)
+        read = _read_file(path, key)
+        notes = (*read.notes, *notes)
+        return _folded(Source(path, (read.shard,), None, config, (), notes, (*read.inputs, *config_files), read.only_read))
     single = _find_weights(path)
     if single.name.endswith(".index.json"):
-        return _open_sharded(path, single)
-    opened = _open_file(single)
-    shard = opened.shards[0]
-    name = shard.file if single.suffix == ".safetensors" else "model.safetensors"
-    others, notes = _others(path, {single.name})
-    written = Shard(name, shard.header, shard.tensors)
-    return Source(path, (written,), None, opened.config, others, opened.notes + notes, opened.inputs)
+        return _folded(_open_sharded(path, single, key))
+    read = _read_file(single, key)
+    others, notes = companions(path, {file.path.name for file in read.inputs}, {SIDECAR, MASKS})
+    config_files, config = _config(path)
+    notes, inputs = (*read.notes, *notes), (*read.inputs, *config_files)
+    return _folded(Source(path, (read.shard,), None, config, others, notes, inputs, read.only_read))
 
 
-def _open_file(path: Path) -> Source:
-    """A single file, without its neighbours; its config.json is read if there is one."""
-    config_files, config = _config(path.parent)
-    if path.suffix in TORCH_SUFFIXES:
-        file, tensors, notes = read_state_dict(path)
-        shard = _converted(f"{path.stem}.safetensors", tensors)
-        return Source(path, (shard,), config=config, notes=notes, inputs=(file, *config_files))
-    if path.suffix == ".json":
-        raise CheckpointError(path, "is JSON, not weights", "name the folder that it is in")
-    file, header, tensors = read_header(path)
-    shard = Shard(path.with_suffix(".safetensors").name, header, tuple(tensors.values()))
-    return Source(path, (shard,), config=config, inputs=(file, *config_files))
+@dataclass(frozen=True)
+class _Weights:
+    """One file of weights."""
+
+    shard: Shard
+    inputs: tuple[InputFile, ...]
+    notes: tuple[str, ...] = ()
+    only_read: Format | None = None
 
 
-def _converted(file: str, tensors: Mapping[str, StoredTensor]) -> Shard:
-    ordered = in_file_order(tensors.values())
+def _read_file(path: Path, key: str | None) -> _Weights:
+    """A file of weights, by its content."""
+    file = open_input(path)
+    found = recognize(file)
+    if found is None and path.suffix == ".safetensors":
+        found = Format.SAFETENSORS  # whose reader says what is wrong
+    if key is not None and found not in (Format.TORCH_ARCHIVE, Format.TORCH_LEGACY, Format.TORCHSCRIPT):
+        raise ValueError(f"key={key!r} (--key) chooses a state dict in a torch file; {path} is {found or 'none'}")
+    name = _written_name(path.name)
+    match found:
+        case Format.SAFETENSORS:
+            header, tensors = read_header(file)
+            return _Weights(Shard(name, header, tuple(tensors.values())), (file,))
+        case Format.TORCH_ARCHIVE | Format.TORCH_LEGACY | Format.TORCHSCRIPT:
+            tensors, notes = read_state_dict(file, key)
+            return _Weights(_shard(name, tensors.values()), (file,), notes, found if found is Format.TORCHSCRIPT else None)
+        case Format.ONNX:
+            tensors, inputs = read_onnx(file)
+            return _Weights(_shard(name, tensors.values()), inputs, (), found)
+    raise unreadable(file, found)
+
+
+def _shard(file: str, tensors: Iterable[StoredTensor]) -> Shard:
+    ordered = in_file_order(tensors)
     header = build_header(((one.name, one.dtype, one.shape, one.nbytes) for one in ordered), {"format": "pt"})
     return Shard(file, header, tuple(ordered))
+
+
+def _written_name(name: str) -> str:
+    """The name under which the weights of a file are written: the same, but for what says that they are torch's."""
+    if name.endswith(".safetensors"):
+        return name
+    ending = next((one for one in WEIGHT_SUFFIXES if name.lower().endswith(one) and len(name) > len(one)), "")
+    stem = name[: len(name) - len(ending)]
+    return f"{stem.removeprefix('pytorch_') if stem.startswith('pytorch_model') else stem}.safetensors"
+
+
+def _folded(source: Source) -> Source:
+    """The source with weights that are stored in parts put together."""
+    replaced, notes = fold(source.tensors)
+    if not replaced:
+        return source
+    shards = []
+    for shard in source.shards:
+        whole = [replaced.get(one.name, one) for one in shard.tensors]
+        kept = [one for one in whole if one is not None]
+        shards.append(shard if kept == list(shard.tensors) else _shard(shard.file, kept))
+    index = source.index
+    if index is not None:
+        weight_map = {one.name: shard.file for shard in shards for one in shard.tensors}
+        total = sum(one.nbytes for shard in shards for one in shard.tensors)
+        content = {**json.loads(index[1]), "metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        index = index[0], json.dumps(content, indent=2) + "\n"
+    return replace(source, shards=tuple(shards), index=index, notes=(*source.notes, *notes))
 
 
 def _find_weights(folder: Path) -> Path:
@@ -122,76 +208,88 @@ def _find_weights(folder: Path) -> Path:
             raise CheckpointError(folder, f"holds {len(indices)} indices of shards", "keep one checkpoint per folder")
         if indices:
             return indices[0]
+    check_kind(folder)
     return _single_file(folder)
 
 
 def _single_file(folder: Path) -> Path:
-    candidates = [file for file in sorted(folder.glob("*.safetensors")) if file.name != MASKS]
-    candidates = candidates or [file for suffix in TORCH_SUFFIXES for file in sorted(folder.glob(f"*{suffix}"))]
-    if len(candidates) == 1:
-        return candidates[0]
-    if candidates:
-        names = ", ".join(file.name for file in candidates[:6])
-        raise CheckpointError(
-            folder,
-            f"holds several weight files and no index ({names})",
-            "name one of them, or add the index that tells its shards",
-        )
+    """The one file of weights in a folder, whatever it is called."""
+    names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_file() and name not in (MASKS, SIDECAR)]
+    found = {name: recognize(open_input(folder / name)) for name in names if not re.fullmatch(NO_MODEL, name)}
+    torch_files = (Format.TORCH_ARCHIVE, Format.TORCH_LEGACY)
+    for kinds in ((Format.SAFETENSORS,), torch_files, (Format.TORCHSCRIPT,), (Format.ONNX,)):
+        candidates = [name for name, kind in found.items() if kind in kinds or (kind is None and _expected(name) in kinds)]
+        if len(candidates) == 1:
+            return folder / candidates[0]
+        if candidates:
+            raise CheckpointError(
+                folder,
+                f"holds several weight files and no index ({', '.join(candidates[:6])})",
+                "name one of them, or add the index that tells its shards",
+            )
+    for name in sorted(os.listdir(folder)):
+        if name.endswith(WEIGHT_SUFFIXES) and name not in names:
+            open_input(folder / name)  # a pipe, a device, a link to nothing: raises
+    ignored = (None, Format.JSON, Format.EMPTY, Format.HTML, *READABLE)
+    if others := [name for name, kind in found.items() if kind not in ignored]:
+        raise unreadable(open_input(folder / others[0]), found[others[0]])
+    inner = sorted(path.parent.name for path in folder.glob("*/*") if path.name.endswith((".safetensors", ".bin", ".index.json")))
     raise CheckpointError(
         folder,
-        "holds no weights",
-        "expected model.safetensors, its shards with model.safetensors.index.json, or pytorch_model.bin",
+        "holds no weights" + (f" itself, but its folders do ({', '.join(dict.fromkeys(inner))})" if inner else ""),
+        "name one of these"
+        if inner
+        else "expected model.safetensors, its shards with model.safetensors.index.json, or pytorch_model.bin",
     )
 
 
-def _open_sharded(folder: Path, index: Path) -> Source:
+def _expected(name: str) -> Format | None:
+    """What a damaged file was meant to be; its reader says what is wrong."""
+    return Format.SAFETENSORS if name.endswith(".safetensors") else None
+
+
+def _open_sharded(folder: Path, index: Path, key: str | None) -> Source:
     index_file, content = read_json(index)
-    weight_map = content.get("weight_map")
-    if not (isinstance(weight_map, dict) and weight_map and all(isinstance(file, str) for file in weight_map.values())):
-        raise CheckpointError(index, "has no 'weight_map' from tensors to files", "fetch the index again")
+    weight_map = validate(content, Index, index, FETCH).weight_map
     files = sorted(set(weight_map.values()))
     if unsafe := [file for file in files if Path(file).name != file]:
-        raise CheckpointError(index, f"names {unsafe[0]}, outside its folder", "fetch the index again")
+        raise CheckpointError(index, f"names {unsafe[0]}, outside its folder", FETCH)
     if missing := [file for file in files if not (folder / file).is_file()]:
         raise CheckpointError(folder, f"lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:4])}", "fetch them")
     shards: list[Shard] = []
     inputs = [index_file]
     notes: tuple[str, ...] = ()
     for file in files:
-        opened = _open_file(folder / file)
-        shard = opened.shards[0]
-        present, expected = {one.name for one in shard.tensors}, {name for name, place in weight_map.items() if place == file}
-        if lacking := sorted(expected - present):
-            raise CheckpointError(
-                folder / file,
-                f"lacks {lacking[0]} ({len(lacking)} in all), which {index.name} places there",
-                "fetch shard and index again",
-            )
-        if unlisted := sorted(present - expected):
-            raise CheckpointError(
-                folder / file,
-                f"holds {unlisted[0]} ({len(unlisted)} in all), which {index.name} does not place there",
-                "fetch both again",
-            )
-        shards.append(Shard(_shard_name(file), shard.header, shard.tensors))
-        notes += opened.notes
-        inputs.append(opened.inputs[0])
-    written = {name: _shard_name(file) for name, file in weight_map.items()}
-    name = index.name if index.name.endswith(".safetensors.index.json") else "model.safetensors.index.json"
+        read = _read_file(folder / file, key)
+        _check_index(folder / file, read.shard, {name for name, place in weight_map.items() if place == file}, index)
+        shards.append(read.shard)
+        notes += read.notes
+        inputs += read.inputs
+    written = {name: _written_name(file) for name, file in weight_map.items()}
     text = (
         index_file.read(0, index_file.size).decode("utf-8")
         if written == weight_map
         else json.dumps({**content, "weight_map": written}, indent=2) + "\n"
     )
-    others, left = _others(folder, {*files, index.name})
+    name = f"{_written_name(index.name.removesuffix('.index.json'))}.index.json"
+    others, left = companions(folder, {*files, index.name}, {SIDECAR, MASKS})
     config_files, config = _config(folder)
     return Source(folder, tuple(shards), (name, text), config, others, notes + left, (*inputs, *config_files))
 
 
-def _shard_name(file: str) -> str:
-    if file.endswith(".safetensors"):
-        return file
-    return Path(file).with_suffix(".safetensors").name.replace("pytorch_model", "model")
+def _check_index(file: Path, shard: Shard, expected: set[str], index: Path) -> None:
+    present = {one.name for one in shard.tensors}
+    if lacking := sorted(expected - present):
+        raise CheckpointError(
+            file, f"lacks {lacking[0]} ({len(lacking)} in all), which {index.name} places there", "fetch shard and index again"
+        )
+    if unlisted := sorted(present - expected):
+        entry = json.dumps({unlisted[0]: file.name})[1:-1]
+        raise CheckpointError(
+            file,
+            f"holds {unlisted[0]} ({len(unlisted)} in all), which {index.name} does not place there",
+            f"if it belongs to the model, add {entry} to the weight_map of {index.name}; otherwise fetch both again",
+        )
 
 
 def _config(folder: Path) -> tuple[tuple[InputFile, ...], Mapping[str, Any]]:
@@ -199,29 +297,14 @@ def _config(folder: Path) -> tuple[tuple[InputFile, ...], Mapping[str, Any]]:
     if not os.path.lexists(path):
         return (), {}
     file, content = read_json(path)
+    for part in (content, *(inner for inner in content.values() if isinstance(inner, dict))):
+        validate(part, Config, path, "correct it, or fetch it again")
     return (file,), content
 
 
-def _others(folder: Path, used: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Files to copy, and a note on those left out: other copies of the weights, which would be dense."""
-    kept: list[str] = []
-    left: list[str] = []
-    for name in _files(folder):
-        suffix = Path(name).suffix
-        if name in used or name in (SIDECAR, MASKS):
-            continue
-        is_copy = "/" not in name and (suffix in (".safetensors", *TORCH_SUFFIXES) or name.endswith(".index.json"))
-        (left if is_copy or suffix in OTHER_FORMATS else kept).append(name)
-    notes: tuple[str, ...] = (f"not copied, since these may hold the dense weights: {', '.join(left)}",) if left else ()
-    if links := sorted(path.name for path in folder.rglob("*") if path.is_symlink() and path.is_dir()):
-        notes += (f"links to folders are not followed, so these are not copied: {', '.join(links)}",)
-    return tuple(kept), notes
-
-
-def _files(folder: Path) -> Iterator[str]:
-    for root, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name != ".git" and ".bisparse-" not in name)
-        for name in sorted(files):
-            path = Path(root) / name
-            if path.is_file():
-                yield path.relative_to(folder).as_posix()
+def _config_beside(path: Path) -> tuple[tuple[InputFile, ...], Mapping[str, Any], tuple[str, ...]]:
+    """The config.json next to a single file, which may be of something else: one that cannot be read is left out."""
+    try:
+        return *_config(path.parent), ()
+    except CheckpointError as error:
+        return (), {}, (f"the config.json next to {path.name} is not used: it {error.problem}",)

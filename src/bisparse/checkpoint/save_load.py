@@ -21,15 +21,23 @@ from bisparse.checkpoint.names import named_as_in
 from bisparse.checkpoint.prune import SAMPLES, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size, read_own_sidecar
-from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build_header, in_file_order, memory_tensor
+from bisparse.checkpoint.stored_tensor import (
+    SafetensorsWriter,
+    StoredTensor,
+    as_bytes,
+    build_header,
+    in_file_order,
+    memory_tensor,
+)
 from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.results import LayerResult, PruneReport, checksum_of
+from bisparse.results import LayerResult, PruneReport, checksum_of, count_parameters
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
+from bisparse.wrappers import is_wrapper, plain_names, unwrapped_model
 
 __all__ = ["load", "plain_weights", "save", "sidecar_of"]
 
@@ -61,8 +69,11 @@ class HasJson(Protocol):
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict that the model would have without parametrizations and packed layers: every weight dense, with zeros."""
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    for prefix, module in _named(model):
+    model = unwrapped_model(model)
+    plain = plain_names(model)
+    state = {plain(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for name, module in _named(model):
+        prefix = f"{plain(name)}." if plain(name) else ""
         if parametrize.is_parametrized(module):
             assert isinstance(module.parametrizations, nn.ModuleDict)
             for parameter in module.parametrizations:
@@ -76,9 +87,9 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if ".parametrizations." not in f".{name}.":
-            yield f"{name}." if name else "", module
+    for name, module in model.named_modules(remove_duplicate=False):  # as state_dict: a module may have two names
+        if ".parametrizations." not in f".{name}." and not is_wrapper(module):
+            yield name, module
 
 
 @torch.no_grad()
@@ -129,9 +140,14 @@ def save(
             f"no layer of the model {type(model).__name__} was pruned, so that nothing is written "
             f"({reasons or 'it has none that a pattern applies to'}); include layers by name"
         )
+    model = unwrapped_model(model)
     check_apart(folder, {"source": source, "model's own files": origin_of(model)})
     opened = None if source is None else open_source(source)
+    if opened is not None:
+        opened.check_writable()
     weights = dict(state) if state is not None else plain_weights(model)
+    if absent := [name for name, value in weights.items() if value.is_meta]:
+        raise ValueError(f"{absent[0]} is on the meta device and holds no numbers to save; load the model first")
     report = report or _report(model, weights, None if pattern is None else parse_pattern(pattern), include, exclude)
     if others := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
         report = replace(
@@ -186,22 +202,24 @@ def _report(
 ) -> PruneReport:
     """What can be said of a model that was not pruned here: which layers obey which pattern, and how dense they are."""
     found, left = find_layers(model, include, exclude)
+    plain = plain_names(model)
     results = []
     for layer in found:
         own = pattern or _pattern_of(layer)
         if own is None:
             left.append(Skipped(layer.name, "no pattern was said to hold on it"))
             continue
-        weight = weights[layer.parameter_name]
+        key = plain(layer.parameter_name)
+        weight = weights[key]
         density = float((weight != 0).double().mean())
         dtype = str(weight.dtype).removeprefix("torch.")
         figures = (density, None, None, None, 0.0)
-        results.append(
-            LayerResult(layer.name, layer.parameter_name, tuple(weight.shape), dtype, layer.layout, str(own), *figures)
-        )
+        results.append(LayerResult(plain(layer.name), key, tuple(weight.shape), dtype, layer.layout, str(own), *figures))
     if not results:
         raise ValueError("nothing says which pattern the layers obey: pass pattern, such as '4:8-T', or the report of prune_")
-    return PruneReport(results[0].pattern, "as given", "not recorded", tuple(results), tuple(left))
+    return PruneReport(
+        results[0].pattern, "as given", "not recorded", tuple(results), tuple(left), parameters=count_parameters(model)
+    )
 
 
 def _about(report: PruneReport, weights: Mapping[str, Tensor]) -> PruneReport:
@@ -254,13 +272,14 @@ def _configs_of(model: nn.Module) -> dict[str, str]:
 
 
 @torch.no_grad()
-def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sidecar | None:
+def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str | None = None) -> Sidecar | None:
     """Load a checkpoint's weights into a plain model, in place, tensor by tensor, once they are known to fit and to obey.
 
     Args:
         folder: what `save` or `prune_checkpoint` wrote, or any checkpoint that `prune_checkpoint` reads.
         strict: every weight of the model must be in the checkpoint and the other way round; weights tied to one that is
-            there need not be.
+            there need not be. Without it tensors of other names are left out on both sides, as long as one has a name in common.
+        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
 
     Returns:
         The sidecar, None where there is none.
@@ -276,7 +295,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
             f"the model is accelerated (at {packed[0]!r}): load into the plain model, then call accelerate_, or read the weights "
             "yourself and pass them to model.load_state_dict"
         )
-    source = open_source(folder)
+    source = open_source(folder, key)
     state, tensors = model.state_dict(), source.tensors
     sidecar = read_own_sidecar(source.path, tensors)
     for name, tensor in tensors.items():
@@ -287,6 +306,13 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
                 "build the model of this checkpoint",
                 tensor=name,
             )
+    if state and not state.keys() & tensors.keys():
+        raise CheckpointError(
+            source.path,
+            f"has none of the model's tensors: its names begin with {list(tensors)[:2]}, the model's with {list(state)[:2]}"
+            + _prefix_hint(state, tensors),
+            "build the model of this checkpoint, or rename its tensors; nothing was loaded",
+        )
     if strict:
         here = {state[name].data_ptr() for name in tensors if name in state}
         missing = [name for name, value in state.items() if name not in tensors and value.data_ptr() not in here]
@@ -320,3 +346,13 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True) -> Sideca
                     ) from error
         source.check_unchanged()
     return sidecar
+
+
+def _prefix_hint(state: Mapping[str, Tensor], tensors: Mapping[str, StoredTensor]) -> str:
+    """What one side's names have before the other's, where that makes them the same."""
+    for longer, shorter, whose in ((tensors, state, "the checkpoint's"), (state, tensors, "the model's")):
+        for name in longer:
+            for place in (i for i, letter in enumerate(name) if letter == "."):
+                if name[place + 1 :] in shorter:
+                    return f"; {whose} have the prefix {name[: place + 1]!r}"
+    return ""

@@ -14,17 +14,20 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bisparse.checkpoint.input_file import open_input
+from bisparse.checkpoint.schemas import MaskShapes, decode, validate
 from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, read_header
 from bisparse.errors import CheckpointError
 from bisparse.layers import Skipped
-from bisparse.pattern import Structure
+from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport
-from bisparse.tiles import Layout, LayoutKind
+from bisparse.tiles import to_matrices
 
 __all__ = ["MASKS", "SCHEMA_VERSION", "SIDECAR", "SampleTile", "Sidecar", "load_masks", "masks_header", "read_sidecar"]
 
@@ -33,6 +36,14 @@ MASKS = "bisparse-masks.safetensors"
 SCHEMA_VERSION = 1
 SAMPLE_SIDE = 16
 """Least side of a sample tile."""
+MAX_SAMPLE_SIDE = 4096
+MAX_WEIGHTS = 1 << 48
+"""In one layer."""
+MAX_FIGURE = 1e40
+"""Of errors, seconds and sample weights, which are drawn; sums of scores may be larger."""
+FRACTIONS = ("density", "retained", "gap")
+ROUNDING = 1e-6
+"""By which a fraction may exceed 1."""
 
 
 @dataclass(frozen=True)
@@ -117,56 +128,79 @@ class Sidecar:
         Raises:
             CheckpointError: no sidecar of ours, or one of a newer version.
         """
-        try:
-            document = json.loads(text)
-            schema = document["schema_version"]
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise CheckpointError(path, f"is not a bisparse sidecar ({error!r})", "delete it, or prune again") from error
+        document = decode(text, path, "delete it, or prune again")
+        schema = document.get("schema_version") if isinstance(document, dict) else None
+        if schema is None:
+            raise CheckpointError(path, "is not a bisparse sidecar", "delete it, or prune again")
         if schema != SCHEMA_VERSION:
             raise CheckpointError(
                 path,
                 f"has schema version {schema}, this bisparse reads {SCHEMA_VERSION}",
                 "use the bisparse that wrote it, or newer",
             )
+        read = validate(document, _Document, path, "prune again")
         try:
-            report = PruneReport(
-                document["pattern"],
-                document["method"],
-                document["solver"],
-                tuple(_layer(entry) for entry in document["layers"]),
-                tuple(Skipped(entry["name"], entry["reason"]) for entry in document["left_dense"]),
-                dict(document["patterns"]),
-                tuple(document["notes"]),
-            )
-            return cls(
-                report,
-                document["remainder"],
-                document["source"],
-                tuple(_sample(entry) for entry in document["samples"]),
-                document["created"],
-                document["versions"],
-                dict(document.get("provenance", {})),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(path, f"lacks or garbles a field ({error!r})", "prune again") from error
+            for result in read.layers:
+                _check_layer(result)
+            for sample in read.samples:
+                _check_sample(sample)
+            for pattern in read.patterns.values():
+                parse_pattern(pattern)
+        except ValueError as error:
+            raise CheckpointError(path, f"is not what it should be ({error})", "prune again") from error
+        report = PruneReport(
+            read.pattern,
+            read.method,
+            read.solver,
+            tuple(read.layers),
+            tuple(read.left_dense),
+            read.patterns,
+            tuple(read.notes),
+            read.parameters,
+        )
+        return cls(report, read.remainder, read.source, tuple(read.samples), read.created, read.versions, read.provenance)
 
 
-def _layer(entry: Mapping[str, Any]) -> LayerResult:
-    layout = entry["layout"]
-    if any(type(layout[key]) is not int or layout[key] < 1 for key in ("groups", "parts")):
-        raise ValueError(f"{entry['name']}: layout {layout}")
-    return LayerResult(
-        **{
-            **entry,
-            "shape": tuple(entry["shape"]),
-            "layout": Layout(LayoutKind(layout["kind"]), layout["groups"], layout["parts"]),
-        }
-    )
+class _Document(msgspec.Struct):
+    """A sidecar as JSON holds it."""
+
+    pattern: str
+    method: str
+    solver: str
+    layers: list[LayerResult]
+    left_dense: list[Skipped]
+    patterns: dict[str, str]
+    notes: list[str]
+    remainder: str
+    source: str
+    samples: list[SampleTile]
+    created: str
+    versions: dict[str, str]
+    provenance: dict[str, Any] = {}
+    parameters: int = 0
 
 
-def _sample(entry: Mapping[str, Any]) -> SampleTile:
-    tiles = {name: tuple(map(tuple, entry[name])) for name in ("weights", "kept")}
-    return SampleTile(**{**entry, **tiles})
+def _check_layer(result: LayerResult) -> None:
+    """Raise unless the layout fits the shape, the pattern is one, and the figures are ones that a job could have written."""
+    shape, layout = result.shape, result.layout
+    if min(layout.groups, layout.parts) < 1 or any(side < 0 for side in shape) or math.prod(shape) >= MAX_WEIGHTS:
+        raise ValueError(f"layer {result.name!r}: shape {shape}, {layout}")
+    to_matrices(torch.empty(shape, device="meta"), layout)
+    parse_pattern(result.pattern)
+    for name, value in asdict(result).items():
+        most = 1 + ROUNDING if name in FRACTIONS else math.inf if name == "value" else MAX_FIGURE
+        if isinstance(value, float | int) and not 0 <= value <= most:
+            raise ValueError(f"layer {result.name!r}: {name} {value}")
+
+
+def _check_sample(sample: SampleTile) -> None:
+    sides = {len(row) for row in (*sample.weights, *sample.kept)}
+    values = {value for row in sample.kept for value in row}
+    small = max((abs(value) for row in sample.weights for value in row), default=0) <= MAX_FIGURE
+    if len(sides) > 1 or len(sample.weights) != len(sample.kept) or values - {0, 1} or not small:
+        raise ValueError(f"sample of layer {sample.layer!r}")
+    if min(sample.matrix, sample.row, sample.column) < 0 or max(*sides, len(sample.kept), 0) > MAX_SAMPLE_SIDE:
+        raise ValueError(f"sample of layer {sample.layer!r}")
 
 
 def read_sidecar(folder: str | Path) -> Sidecar | None:
@@ -223,9 +257,10 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
         CheckpointError: no masks file, or a corrupt one.
     """
     path = Path(folder) / MASKS if Path(folder).is_dir() else Path(folder)
-    _, header, tensors = read_header(path)
+    header, tensors = read_header(open_input(path))
     try:
-        shapes = json.loads(json.loads(header[8:])["__metadata__"]["shapes"])
+        text = json.loads(header[8:])["__metadata__"]["shapes"]
+        shapes = validate(decode(text, path, "prune again"), MaskShapes, path, "prune again")
         masks = {}
         for name, tensor in tensors.items():
             shape = tuple(shapes[name])
@@ -233,6 +268,8 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
                 raise ValueError(f"{name}: {tensor.nbytes} bytes for shape {shape}")
             bits = np.unpackbits(tensor.read().numpy(), count=math.prod(shape))
             masks[name] = torch.from_numpy(bits).view(torch.bool).view(shape)
+    except CheckpointError:
+        raise
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             path, f"is no masks file of bisparse ({error!r})", "prune again, or read the zeros of the weights"

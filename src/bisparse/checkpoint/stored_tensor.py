@@ -10,7 +10,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -20,8 +20,9 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from bisparse.checkpoint.input_file import InputFile, open_input
+from bisparse.checkpoint.input_file import InputFile
 from bisparse.errors import CheckpointError
+from bisparse.tiles import Layout
 
 __all__ = [
     "DTYPES",
@@ -59,6 +60,8 @@ class StoredTensor(ABC):
     shape: tuple[int, ...]
     path: Path
     nbytes: int
+    operand: Layout | str | None = field(default=None, kw_only=True)
+    """The layout in which the file itself says that it is multiplied by, or why it is not; None where files hold tensors only."""
 
     @property
     def size(self) -> int:
@@ -110,7 +113,7 @@ class FileTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class MemoryTensor(StoredTensor):
-    """A tensor of a file that torch reads only as a whole."""
+    """A tensor that is in memory as a whole."""
 
     tensor: Shaped[Tensor, "..."]
 
@@ -154,13 +157,13 @@ def in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
     return sorted(tensors, key=lambda one: (-DTYPES[one.dtype].itemsize, one.name))
 
 
-def read_header(path: Path) -> tuple[InputFile, bytes, dict[str, StoredTensor]]:
-    """A safetensors file, its header, the length included, and its tensors in file order.
+def read_header(file: InputFile) -> tuple[bytes, dict[str, StoredTensor]]:
+    """The header of a safetensors file, the length included, and its tensors in file order.
 
     Raises:
-        CheckpointError: missing, no regular file, truncated or corrupt.
+        CheckpointError: truncated or corrupt.
     """
-    file = open_input(path)
+    path = file.path
     try:
         with safe_open(path, framework="pt"):
             pass  # the library checks the header, and that its tensors cover the file without gaps
@@ -191,7 +194,7 @@ def read_header(path: Path) -> tuple[InputFile, bytes, dict[str, StoredTensor]]:
         for name, entry in entries.items()
     ]
     tensors.sort(key=lambda tensor: (tensor.offset, tensor.nbytes))
-    return file, length.to_bytes(8, "little") + text, {tensor.name: tensor for tensor in tensors}
+    return length.to_bytes(8, "little") + text, {tensor.name: tensor for tensor in tensors}
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:

@@ -120,8 +120,8 @@ def open_archive(file: InputFile) -> Archive:
     """Read an archive's zip directory.
 
     Raises:
-        CheckpointError: no zip directory, names that occur twice, not written by `torch.save`, TorchScript, or written on a
-            big-endian machine.
+        CheckpointError: no zip directory, names that occur twice, not written by `torch.save` or `torch.jit.save`, or written on
+            a big-endian machine.
     """
     path = file.path
     with file.open() as handle:
@@ -143,8 +143,6 @@ def open_archive(file: InputFile) -> Archive:
         for info in infos
         if info.filename.startswith(root) and not info.filename.endswith("/")
     }
-    if "constants.pkl" in entries:
-        raise CheckpointError(path, "is a TorchScript program, not a state dict", SAVE_AGAIN)
     if "data.pkl" not in entries:
         raise CheckpointError(path, "is a zip archive that torch.save did not write (it lacks data.pkl)", SAVE_AGAIN)
     opened = Archive(file, root, entries, directory, any(info.CRC for info in infos))

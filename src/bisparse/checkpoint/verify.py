@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from bisparse.checkpoint.sidecar import Sidecar, read_own_sidecar
 from bisparse.errors import CheckpointError
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.solution import Verification, Violation, verify
-from bisparse.tiles import LayoutKind, pad_to_multiple, to_matrices
+from bisparse.tiles import Layout, pad_to_multiple, to_matrices
 
 __all__ = ["Detected", "detect_patterns", "verify_checkpoint", "verify_stored"]
 
@@ -33,6 +33,8 @@ def verify_checkpoint(
     *,
     include: NameFilter | None = None,
     exclude: NameFilter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
+    key: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
     """Check every layer of a checkpoint, ours or another's: a folder, a safetensors file, or a torch state dict.
@@ -42,6 +44,8 @@ def verify_checkpoint(
             the layers are those that `prune_checkpoint` would prune, in any dtype. Of a single file, only what the sidecar
             next to it says about this file's tensors counts.
         include, exclude: layers, by name, glob or ``re:`` pattern.
+        layouts: layouts of single layers, by filter, as for `prune_checkpoint`; they overrule the sidecar's.
+        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
         progress: called with the layer's name, the bytes read so far and those there are.
 
     Returns:
@@ -53,9 +57,9 @@ def verify_checkpoint(
         CheckpointError: it cannot be read, has no layers, or lacks a layer that its sidecar names.
         ValueError: neither a pattern nor a sidecar.
     """
-    source = open_source(path)
+    source = open_source(path, key)
     structure = None if pattern is None else parse_pattern(pattern)
-    found = _cover(source, structure, include, exclude)
+    found = _cover(source, structure, include, exclude, layouts)
     layers = found.checked
     total, done, results = sum(layer.tensor.nbytes for layer in layers), 0, []
     for layer in layers:
@@ -85,7 +89,13 @@ def _stated_pattern(source: Source) -> Structure:
     return parse_pattern(sidecar.report.pattern)
 
 
-def _cover(source: Source, pattern: Structure | None, include: NameFilter | None, exclude: NameFilter | None) -> Coverage:
+def _cover(
+    source: Source,
+    pattern: Structure | None,
+    include: NameFilter | None,
+    exclude: NameFilter | None,
+    layouts: Mapping[str, str | Layout] | None,
+) -> Coverage:
     """What is checked: the layers of the sidecar; those that `include` names; or, without either, those found by name."""
     tensors = source.tensors
     sidecar = read_own_sidecar(source.path, tensors, needed=pattern is None)
@@ -94,10 +104,10 @@ def _cover(source: Source, pattern: Structure | None, include: NameFilter | None
     found = None
     if sidecar is not None and include is None:
         _check_fit(source, sidecar)
-        found = cover_by_sidecar(sidecar, tensors, source.config, pattern, exclude)
+        found = cover_by_sidecar(sidecar, tensors, source.config, pattern, exclude, metadata=source.metadata, layouts=layouts)
     if found is None or not (found.checked or found.unchecked or pattern is None):
         stated = pattern or parse_pattern(sidecar.report.pattern if sidecar else "")
-        found = cover(tensors, source.config, stated, include, exclude)
+        found = cover(tensors, source.config, stated, include, exclude, metadata=source.metadata, layouts=layouts)
         if sidecar is not None and pattern is None:
             own = {result.parameter: parse_pattern(result.pattern) for result in sidecar.report}
             kept = tuple(replace(layer, pattern=own.get(layer.tensor.name, layer.pattern)) for layer in found.checked)
@@ -156,7 +166,7 @@ def verify_stored(layer: StoredLayer) -> Verification:
 
 def _moved(violation: Violation, band: Band, m: int) -> Violation:
     """A band's violation, where it stands in the whole weight."""
-    along_rows = (violation.side == "W") != (band.layout.kind is LayoutKind.TRANSPOSED)
+    along_rows = (violation.side == "W") != band.layout.inputs_first
     return replace(
         violation,
         matrix=violation.matrix + band.matrix,
@@ -196,13 +206,18 @@ def _implies(strict: Pattern, loose: Pattern) -> bool:
     return strict.m % loose.m == 0 and strict.n <= loose.n
 
 
-def cover_source(source: Source, include: NameFilter | None = None, exclude: NameFilter | None = None) -> Coverage:
+def cover_source(
+    source: Source,
+    include: NameFilter | None = None,
+    exclude: NameFilter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
+) -> Coverage:
     """The layers that `detect_patterns` looks at, and a reason for each that it does not look at.
 
     Raises:
         CheckpointError: there are none.
     """
-    found = cover(source.tensors, source.config, ANY_PATTERN, include, exclude)
+    found = cover(source.tensors, source.config, ANY_PATTERN, include, exclude, metadata=source.metadata, layouts=layouts)
     if not found.checked and not found.unchecked:
         raise CheckpointError(source.path, "has no layer that a pattern applies to", "name tensors with --include")
     return found
@@ -213,6 +228,8 @@ def detect_patterns(
     *,
     include: NameFilter | None = None,
     exclude: NameFilter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
+    key: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Detected]:
     """Which N:M patterns each layer of a checkpoint obeys already; one layer at a time, as they are read.
@@ -222,8 +239,8 @@ def detect_patterns(
     Raises:
         CheckpointError: it cannot be read, or has no layers.
     """
-    source = open_source(path)
-    layers = cover_source(source, include, exclude).checked
+    source = open_source(path, key)
+    layers = cover_source(source, include, exclude, layouts).checked
     total, done = sum(layer.tensor.nbytes for layer in layers), 0
     for layer in layers:
         if progress:

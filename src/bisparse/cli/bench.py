@@ -123,8 +123,8 @@ def _stored(
     plan = plan_checkpoint(path, pattern or "2:4-T", include=include, exclude=exclude)
     shapes, left = [], list(plan.left_dense)
     for layer in plan.layers:
-        if layer.layout.kind is not LayoutKind.LINEAR:
-            left.append(Skipped(layer.name, f"{layer.layout.kind} layout: only Linear layers run sparse so far"))
+        if layer.layout.kind is not LayoutKind.LINEAR or layer.tensor.name.rpartition(".")[2] != "weight":
+            left.append(Skipped(layer.name, f"no nn.Linear ({layer.layout} layout): only these run sparse so far"))
             continue
         size = (layer.tensor.shape[0], layer.tensor.shape[1])
         if pattern is not None:

@@ -19,14 +19,16 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Column, Table
 from typer.core import TyperGroup
 
+from bisparse.errors import printable
+
 if TYPE_CHECKING:
     from bisparse.pattern import Structure
     from bisparse.solvers import Solver
 
 __all__ = [
-    "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Threads", "command", "command_line", "fail", "grouped",
-    "parse_pattern_option", "parse_solver_option", "print_json", "print_left_dense", "progress_bar", "run_app",
-    "set_threads", "table", "to_stderr", "to_stdout",
+    "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Key", "Layouts", "Threads", "command", "command_line",
+    "fail", "grouped", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "print_coverage", "print_json",
+    "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stderr", "to_stdout",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -41,9 +43,21 @@ Excluded = Annotated[
     list[str] | None,
     typer.Option("--exclude", "-x", metavar="GLOB", help="Leave these layers out; it wins over --include. May be repeated."),
 ]
+Layouts = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layout",
+        metavar="GLOB=LAYOUT",
+        help="How some layers store their matrices, where that is not known: linear, transposed, conv, conv-last, "
+        "conv-transposed, experts, experts-transposed, groups:32, parts:q,k,v. May be repeated.",
+    ),
+]
+Key = Annotated[
+    str | None,
+    typer.Option("--key", metavar="KEY", help="Where a torch file keeps the state dict: model.state_dict. Found by default."),
+]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default as many as torch would take.")]
 
-SOLVERS = ("exact", "greedy", "two-approximation", "sinkhorn", "min-cost-flow")
 INTERRUPTED = 130
 TERMINATED = 143
 PIPED_WIDTH = 160
@@ -51,14 +65,21 @@ WRONG_USE: Any = typer.BadParameter.__mro__[1]
 """What typer raises for arguments that do not parse, whatever is wrong with them; it gives the class no public name."""
 
 
+class _Terminal(Console):
+    """A console to which no name in a file can send an escape sequence or a line of its own."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **options)
+
+
 def to_stdout() -> Console:
     """Where results go. Not a terminal: wide enough that no table is cut."""
-    return Console(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False)
+    return _Terminal(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False)
 
 
 def to_stderr() -> Console:
     """Where messages and progress go."""
-    return Console(stderr=True, highlight=False, emoji=False)
+    return _Terminal(stderr=True, highlight=False, emoji=False)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
@@ -168,6 +189,23 @@ def parse_pattern_option(text: str, hint: str = "--pattern") -> Structure:
         raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
+def parse_layout_options(given: list[str] | None) -> dict[str, str]:
+    """Layouts by layer that the user typed as GLOB=LAYOUT; wrong use if they are none."""
+    from bisparse.layers import parse_layouts
+
+    layouts: dict[str, str] = {}
+    for text in given or ():
+        name, _, layout = text.rpartition("=")
+        if not name:
+            raise typer.BadParameter(f"{text!r}: expected GLOB=LAYOUT, such as '*.experts.*=experts'", param_hint="--layout")
+        layouts[name] = layout
+    try:
+        parse_layouts(layouts)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--layout") from error
+    return layouts
+
+
 def parse_solver_option(name: str | None) -> Solver | None:
     """A solver by its name on the command line."""
     from bisparse.solvers import parse_solver
@@ -195,7 +233,7 @@ def progress_bar(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
         task = bar.add_task("", total=None)
 
         def advance(what: str, done: int, total: int) -> None:
-            bar.update(task, description=escape(what), completed=done, total=total)
+            bar.update(task, description=escape(printable(what)), completed=done, total=total)
 
         yield advance
 
@@ -206,7 +244,7 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]], title: str = ""
     for column in columns:
         made.add_column(column.strip(), justify="right" if column.startswith(" ") else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(escape(cell) for cell in row))
+        made.add_row(*(escape(printable(cell)) for cell in row))
     return made
 
 
@@ -216,6 +254,12 @@ def grouped(items: Iterable[Any], name: Callable[[Any], str], alike: Callable[[A
     for item in items:
         groups.setdefault((re.sub(r"\d+", "*", name(item)), alike(item)), []).append(item)
     return [(name(group[0]) if len(group) == 1 else re.sub(r"\d+", "*", name(group[0])), group) for group in groups.values()]
+
+
+def print_coverage(console: Console, coverage: str) -> None:
+    """How much of the model was pruned; a warning in yellow."""
+    if coverage:
+        console.print(coverage, style="yellow" if coverage.startswith("Warning") else None, markup=False, soft_wrap=True)
 
 
 def print_left_dense(console: Console, left: Iterable[Any], heading: str = "left dense") -> None:

@@ -30,11 +30,17 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Key,
+    Layouts,
     Threads,
     command,
+    parse_layout_options,
     parse_pattern_option,
     parse_solver_option,
+    print_json,
+    progress_bar,
     set_threads,
+    to_stdout,
 )
 
 __all__ = ["convert"]
@@ -42,9 +48,25 @@ __all__ = ["convert"]
 
 @command
 def convert(
-    source: Annotated[str, typer.Argument(help="A transformers folder, or module:function returning (model, batches).")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A transformers folder, or module:function returning (model, batches); with --to-dense any checkpoint."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
-    to: Annotated[str, typer.Option("--to", "-t", help="The new pattern: 2:4, 4:8-T, 4:8-paired, ... N is the number KEPT.")],
+    to: Annotated[
+        str | None, typer.Option("--to", "-t", help="The new pattern: 2:4, 4:8-T, 4:8-paired, ... N is the number KEPT.")
+    ] = None,
+    to_dense: Annotated[
+        bool,
+        typer.Option(
+            "--to-dense",
+            help="Change no weight, but write a checkpoint that is stored in packed or masked form as a plain one, which loads "
+            "anywhere.",
+        ),
+    ] = False,
+    key: Key = None,
     method: Annotated[str | None, typer.Option(help="By default adaprune with calibration data, else magnitude.")] = None,
     calibration: Calibration = None,
     sequences: Sequences = 256,
@@ -55,6 +77,7 @@ def convert(
     damping: Damping = None,
     include: Included = None,
     exclude: Excluded = None,
+    layout: Layouts = None,
     solver: Annotated[str | None, typer.Option(help="For transposable patterns. Default: exact.")] = None,
     device: Device = None,
     resume: Resume = None,
@@ -65,8 +88,22 @@ def convert(
     """Convert a model's masks, the non-zeros of its weights, to another pattern, and fit the weights to calibration data.
 
     What was pruned stays pruned unless it may re-grow. Reports each layer's pattern violation and output error.
+
+    With --to-dense, from one form of storage to another: compressed-tensors' bit masks, torch's semi-structured tensors,
+    weight_orig and weight_mask, and training checkpoints become plain weights with zeros.
     """
+    if to_dense:
+        others = {"--to": to, "--method": method, "--calibration": calibration, "--include": include, "--exclude": exclude}
+        if given := [name for name, value in others.items() if value is not None]:
+            raise typer.BadParameter("has no use with --to-dense, which changes no weight", param_hint=given[0])
+        _write_dense(source, target, key, overwrite, as_json)
+        return
+    if to is None:
+        raise typer.BadParameter("missing; name a pattern, or pass --to-dense", param_hint="--to")
+    if key is not None:
+        raise typer.BadParameter("is for --to-dense only", param_hint="--key")
     structure = parse_pattern_option(to, "--to")
+    layouts = parse_layout_options(layout)
     set_threads(threads)
     from bisparse.pruning import convert_
 
@@ -87,6 +124,7 @@ def convert(
             regrow=regrow,
             include=include,
             exclude=exclude,
+            layouts=layouts,
             solver=parse_solver_option(solver),
             order=chosen_order,
             reconstruction=parse_reconstruction(block_epochs, order),
@@ -97,3 +135,19 @@ def convert(
             group=group,
         )
         finish(opened, target, report, made_from, overwrite, time.perf_counter() - started, as_json, resume, group)
+
+
+def _write_dense(source: str, target: Path, key: str | None, overwrite: bool, as_json: bool) -> None:
+    from bisparse.checkpoint import to_dense
+
+    with progress_bar(show=not as_json) as progress:
+        read = to_dense(source, target, key=key, overwrite=overwrite, progress=progress)
+    if as_json:
+        print_json({"ok": True, "target": str(target), "tensors": len(read.tensors), "notes": read.notes})
+        return
+    console = to_stdout()
+    for note in read.notes:
+        console.print(f"Note: {note}", markup=False)
+    console.print(
+        f"{len(read.tensors)} tensors, {read.nbytes / 1e6:,.1f} MB, written to {target} as plain weights.", markup=False
+    )

@@ -13,8 +13,11 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Key,
+    Layouts,
     command,
     grouped,
+    parse_layout_options,
     parse_pattern_option,
     print_json,
     print_left_dense,
@@ -39,6 +42,8 @@ def info(
     ] = None,
     include: Included = None,
     exclude: Excluded = None,
+    layout: Layouts = None,
+    key: Key = None,
     as_json: AsJson = False,
 ) -> None:
     """Of a pattern: how many masks it allows (exactly, and by the paper's formula), density, metadata, selectors, sparse GEMMs.
@@ -48,7 +53,7 @@ def info(
     if Path(subject).exists():
         if plot is not None:
             raise typer.BadParameter("a plot is drawn of a pattern, not of a checkpoint", param_hint="--plot")
-        _checkpoint(Path(subject), include, exclude, as_json)
+        _checkpoint(Path(subject), include, exclude, parse_layout_options(layout), key, as_json)
     else:
         if "/" in subject or subject.endswith((".safetensors", ".pt", ".pth", ".bin")):
             raise typer.BadParameter(f"{subject} does not exist", param_hint="PATTERN|CHECKPOINT")
@@ -131,16 +136,18 @@ def _meaning(structure: Structure) -> str:
     raise AssertionError(structure)
 
 
-def _checkpoint(path: Path, include: list[str] | None, exclude: list[str] | None, as_json: bool) -> None:
+def _checkpoint(
+    path: Path, include: list[str] | None, exclude: list[str] | None, layouts: dict[str, str], key: str | None, as_json: bool
+) -> None:
     from bisparse.checkpoint import detect_patterns
     from bisparse.checkpoint.reader import open_source
     from bisparse.checkpoint.sidecar import read_own_sidecar
     from bisparse.checkpoint.verify import cover_source
 
     with progress_bar(show=not as_json) as progress:
-        found = list(detect_patterns(path, include=include, exclude=exclude, progress=progress))
-    source = open_source(path)
-    covered = cover_source(source, include, exclude)
+        found = list(detect_patterns(path, include=include, exclude=exclude, layouts=layouts, key=key, progress=progress))
+    source = open_source(path, key)
+    covered = cover_source(source, include, exclude, layouts)
     sidecar = read_own_sidecar(path, source.tensors, needed=False)
     if as_json:
         layers = [

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bisparse.cli.calibrated import (
-    METHODS,
     BlockEpochs,
     Calibration,
     Damping,
@@ -25,15 +24,18 @@ from bisparse.cli.calibrated import (
     prune_with_data,
 )
 from bisparse.cli.console import (
-    SOLVERS,
     AsJson,
     Excluded,
     Included,
+    Key,
+    Layouts,
     Threads,
     command,
     grouped,
+    parse_layout_options,
     parse_pattern_option,
     parse_solver_option,
+    print_coverage,
     print_json,
     print_left_dense,
     progress_bar,
@@ -55,8 +57,8 @@ def prune(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A folder of safetensors (sharded or not), or a .safetensors, .pt or .bin file. With --method also .gguf, "
-            "or module:function returning (model, batches)."
+            help="A folder of weights (sharded or not), or a file of safetensors or torch, whatever its name. With --method also "
+            ".gguf, or module:function returning (model, batches)."
         ),
     ],
     target: Annotated[
@@ -67,14 +69,23 @@ def prune(
     ] = "4:8-T",
     include: Included = None,
     exclude: Excluded = None,
+    key: Key = None,
     layer_pattern: Annotated[
         list[str] | None,
         typer.Option("--layer-pattern", metavar="GLOB=PATTERN", help="Another pattern for some layers. May be repeated."),
     ] = None,
+    layout: Layouts = None,
     remainder: Annotated[str, typer.Option(help="Where M does not divide a layer's sides: pad, dense or error.")] = "pad",
-    solver: Annotated[str | None, typer.Option(help=f"For transposable patterns: {', '.join(SOLVERS)}. Default: exact.")] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(help="For transposable patterns: a name in bisparse.solvers.SOLVERS, such as greedy. Default: exact."),
+    ] = None,
     method: Annotated[
-        str, typer.Option(help=f"{', '.join(METHODS)}. All but the first build the model and need calibration data.")
+        str,
+        typer.Option(
+            help="magnitude, wanda, sparsegpt, adaprune, alps or another of bisparse.pruning.METHODS. With all but magnitude "
+            "the model is built and needs calibration data."
+        ),
     ] = "magnitude",
     calibration: Calibration = None,
     sequences: Sequences = 256,
@@ -103,6 +114,7 @@ def prune(
 
     structure = parse_pattern_option(pattern)
     patterns = dict(_layer_pattern(text) for text in layer_pattern or ())
+    layouts = parse_layout_options(layout)
     if remainder not in ("pad", "dense", "error"):
         raise typer.BadParameter(f"{remainder!r} is not one of pad, dense, error", param_hint="--remainder")
     if target is None and not dry_run:
@@ -110,9 +122,13 @@ def prune(
     chosen_order = parse_order(order)
     set_threads(threads)
     if method != "magnitude" or block_epochs or ":" in str(source):
+        if key is not None:
+            raise typer.BadParameter(
+                "chooses a state dict in a torch file, which only magnitude pruning reads", param_hint="--key"
+            )
         if dry_run or target is None:
             raise typer.BadParameter("only checkpoints pruned by magnitude can be planned ahead", param_hint="--dry-run")
-        options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder}
+        options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder, "layouts": layouts}
         prune_with_data(
             str(source),
             target,
@@ -137,7 +153,10 @@ def prune(
     if not source.exists():
         raise typer.BadParameter(f"{source} does not exist", param_hint="SOURCE")
     if dry_run:
-        plan = plan_checkpoint(source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
+        plan = plan_checkpoint(
+            source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts, key=key
+        )
+        plan.source.check_writable()
         _print_plan(plan, structure, as_json)
         return
     assert target is not None
@@ -152,6 +171,8 @@ def prune(
             solver=parse_solver_option(solver),
             remainder=remainder,
             patterns=patterns,
+            layouts=layouts,
+            key=key,
             overwrite=overwrite,
             progress=progress,
         )
@@ -181,7 +202,7 @@ def _print_plan(plan: CheckpointPlan, pattern: Structure, as_json: bool) -> None
             str(len(group)),
             _shape(group[0].tensor.shape),
             group[0].tensor.dtype,
-            group[0].layout.kind.value,
+            str(group[0].layout),
             str(group[0].pattern),
         )
         for name, group in groups
@@ -245,6 +266,7 @@ def _print_report(report: PruneReport, target: Path, time_s: float, as_json: boo
         f"[bold green]{len(report)} layers[/], {report.weights:,} weights: density {report.density:.4f}, {retained}{proof}; "
         f"{time_s:.1f} s, {report.time_s:.1f} s of it mask search and proof."
     )
+    print_coverage(console, report.coverage)
     console.print(f"Written to {target}. Check it: bisparse verify {target}", markup=False, soft_wrap=True)
 
 

@@ -12,9 +12,12 @@ from bisparse.cli.console import (
     AsJson,
     Excluded,
     Included,
+    Key,
+    Layouts,
     Threads,
     command,
     grouped,
+    parse_layout_options,
     parse_pattern_option,
     print_json,
     progress_bar,
@@ -38,7 +41,10 @@ SHOWN = 20
 @command
 def verify(
     path: Annotated[
-        Path, typer.Argument(exists=True, help="A checkpoint: a folder, a .safetensors file, or a .pt or .bin state dict.")
+        Path,
+        typer.Argument(
+            exists=True, help="A checkpoint: a folder, or a file of safetensors, torch, TorchScript or ONNX, whatever its name."
+        ),
     ],
     pattern: Annotated[
         str | None, typer.Option("--pattern", "-p", help="By default what bisparse.json says of each layer.")
@@ -48,6 +54,8 @@ def verify(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail, too, if a layer could not be checked; accept one by --exclude.")
     ] = False,
+    layout: Layouts = None,
+    key: Key = None,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
@@ -59,9 +67,10 @@ def verify(
     from bisparse.checkpoint import verify_checkpoint
 
     structure = None if pattern is None else parse_pattern_option(pattern)
+    layouts = parse_layout_options(layout)
     set_threads(threads)
     with progress_bar(show=not as_json) as progress:
-        result = verify_checkpoint(path, structure, include=include, exclude=exclude, progress=progress)
+        result = verify_checkpoint(path, structure, include=include, exclude=exclude, layouts=layouts, key=key, progress=progress)
     passed = bool(result) and not (strict and result.unchecked)
     if as_json:
         print_json(_as_dict(result, passed))

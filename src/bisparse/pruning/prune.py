@@ -22,10 +22,12 @@ from bisparse.pruning.calibration.options import Options, Order
 from bisparse.pruning.calibration.statistics import Statistics
 from bisparse.pruning.job import Job, Outcome, Task
 from bisparse.pruning.layer import plan
+from bisparse.pruning.methods import parse_method
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
-from bisparse.results import PruneReport
+from bisparse.results import PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver
+from bisparse.tiles import Layout
 
 __all__ = ["prune_", "prune_layers_", "report_of"]
 
@@ -33,14 +35,15 @@ __all__ = ["prune_", "prune_layers_", "report_of"]
 def prune_(
     model: nn.Module,
     pattern: str | Structure,
-    method: Method | None = None,
+    method: str | Method | None = None,
     batches: Iterable[Any] | None = None,
     *,
     include: Filter | None = None,
     exclude: Filter | None = None,
-    solver: Solver | None = None,
+    solver: str | Solver | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     order: Order = "sequential",
     reconstruction: BlockReconstruction | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -56,14 +59,16 @@ def prune_(
 
     Args:
         pattern: the structure or its text, such as ``"4:8-T"``. N is the number kept.
-        method: by default `Magnitude`.
+        method: a method or its name in `bisparse.pruning.METHODS`, such as ``"wanda"``; by default `Magnitude`.
         batches: calibration data, for methods that need statistics: passed to the model as ``model(**batch)``,
             ``model(*batch)`` or ``model(batch)``.
         include, exclude: names, globs, ``re:`` patterns, or functions ``(name, module) -> bool``; see `find_layers`.
-        solver: for transposable patterns; by default `Exact`.
+        solver: for transposable patterns, or its name in `bisparse.solvers.SOLVERS`; by default `Exact`.
         remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
             layer; "error".
         patterns: patterns of single layers, by name, glob or ``re:`` pattern; the first that matches counts.
+        layouts: how single layers store their matrices, where their modules do not tell: "linear", "transposed", "conv",
+            "experts", "experts-transposed", "groups:32", "parts:3"; see `bisparse.layers.parse_layout`.
         order: "sequential": each layer is pruned on the inputs that the layers pruned before it deliver; "parallel": on
             the dense network's, as in the paper.
         reconstruction: after the layers of each block of a chain, such as a transformer's, fit what the masks keep of the
@@ -91,14 +96,14 @@ def prune_(
     ranks = Ranks(group)
     with ranks.failing_together():
         pattern = parse_pattern(pattern)
-        method = Magnitude() if method is None else method
-        if not isinstance(method, Method):
-            raise ValueError(f"method={method!r:.60}: expected an instance of a method, such as Wanda()")
-        options = Options(solver, order, reconstruction, forward, device, resume, keep_journal, progress)
-        planned, left_dense = plan(model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns)
+        method = Magnitude() if method is None else parse_method(method)
+        options = Options(parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress)
+        planned, left_dense = plan(
+            model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
+        )
     tasks = [Task(layer, structure, method) for layer, structure in planned]
     outcome = prune_layers_(model, tasks, batches, options, ranks)
-    return report_of(pattern, method, options, outcome, left_dense, patterns)
+    return report_of(pattern, method, options, outcome, left_dense, patterns, count_parameters(model))
 
 
 def prune_layers_(
@@ -131,14 +136,16 @@ def report_of(
     outcome: Outcome,
     left_dense: Sequence[Skipped],
     patterns: Mapping[str, str | Structure] | None,
+    parameters: int,
 ) -> PruneReport:
     """The report of a job."""
     return PruneReport(
         str(pattern),
         method.name,
-        repr(parse_solver(options.solver)),
+        repr(options.solver),
         outcome.results,
         (*left_dense, *outcome.unreached),
         {glob: str(parse_pattern(one)) for glob, one in (patterns or {}).items()},
         outcome.notes,
+        parameters,
     )

@@ -7,20 +7,18 @@ position outermost. Each run of C_in / g columns is then a row of one of the mat
 
 from __future__ import annotations
 
-import math
-
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
-from bisparse.tiles import Layout, LayoutKind
+from bisparse.tiles import Layout, kernel_positions
 
 __all__ = ["positions", "to_matrices_of_rows", "to_rows"]
 
 
 def positions(layout: Layout, shape: tuple[int, ...] | torch.Size) -> int:
     """How many matrices of the weight share one least-squares problem: the kernel positions of a convolution, else 1."""
-    return math.prod(tuple(shape)[2:]) if layout.kind is LayoutKind.CONV else 1
+    return kernel_positions(shape, layout)
 
 
 def to_rows(matrices: Shaped[Tensor, "B O I"], positions: int) -> Shaped[Tensor, "G O K"]:

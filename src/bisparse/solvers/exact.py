@@ -1,7 +1,8 @@
 """The exact optimum with a proof: min-cost flow, solved primal-dual.
 
-Guarantee: the mask is optimal for the scores as rounded to 24 bits of each tile's largest (see `bisparse.solution`), or for
-the scores as given with ``strict=True`` and for float64 and integer scores; its certificate proves it.
+Guarantee: the mask is optimal for the scores as rounded to 24 bits of each tile's largest, or to 52 bits with ``strict=True``,
+for float64, for integers from 2**52 on, and for tiles whose scores span too wide a range for 24 bits; its certificate proves it,
+and `Solution.gap` says what the rounding leaves open (see `bisparse.solution`).
 Cost: about four sorts of each row and column, and a shortest path for each row or column the sorts leave unbalanced.
 Source: the paper's section 4 reduces the problem to min-cost flow; Ahuja, Magnanti, Orlin, Network Flows (1993), chapter 9.
 Departures: prices start from block coordinate descent on the dual instead of zero; at M = 4 the optimum is found by
@@ -18,8 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor
 
-from bisparse.kernels.exact import ops
-from bisparse.kernels.exact.wide import solve_wide_tiles
+from bisparse.kernels.exact import ops, reference
 from bisparse.solution import Certificate
 from bisparse.solvers.solver import Guarantee, Solver
 from bisparse.tiles import from_tiles, to_tiles
@@ -37,7 +37,7 @@ class Exact(Solver):
 
     Args:
         exactly: keep exactly N in every row and column, instead of at most N.
-        strict: take float32 scores as they are, instead of rounding each tile to 24 bits of its largest score. Slower.
+        strict: round float32, float16 and bfloat16 scores to 52 bits of each tile's largest instead of 24. Slower.
     """
 
     exactly: bool = False
@@ -53,21 +53,28 @@ class Exact(Solver):
 
     def solve_matrix(
         self, scores: Real[Tensor, "R C"], n: int, m: int, warm_start: Certificate | None = None
-    ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate]]:
+    ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate | None]]:
         if n == m:  # everything is kept, which zero prices prove
             ops.check_scores(scores)
             return torch.ones_like(scores, dtype=torch.bool), lambda: self._certificate_of_all(scores, m)
         dtype = scores.dtype
         if self.strict or dtype not in FAST_DTYPES:
             ops.check_scores(scores)
-            masks, certificate = self._solve_as_given(to_tiles(scores, m), n)
+            masks, certificate = self._solve_finely(to_tiles(scores, m), n)
             return from_tiles(masks, *scores.shape), lambda: certificate
         numbers = scores if dtype is torch.float32 or scores.is_cuda else scores.float()
         if (n, m) == (2, 4):
             mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
             if ops.any_coarse(coarse):
                 mask = self._solve_coarse(scores, mask, coarse, n, m)[0]
-            return mask, lambda: self._solve_with_prices(scores, numbers, n, m, None)[1]()
+            version = None if scores.is_inference() else scores._version
+
+            def priced() -> Certificate | None:
+                if version is not None and version != scores._version:
+                    return None  # it would be one of other scores
+                return self._solve_with_prices(scores, numbers, n, m, None)[1]()
+
+            return mask, priced
         return self._solve_with_prices(scores, numbers, n, m, warm_start)
 
     def _solve_with_prices(
@@ -82,21 +89,21 @@ class Exact(Solver):
         where = coarse.nonzero()[:, 0]
         u, v, exponent = u.long(), v.long(), exponent.long()
         u[where], v[where], exponent[where] = certificate.u, certificate.v, certificate.exponent
-        wide = {int(where[tile]): exact for tile, exact in certificate.wide.items()}
-        return mask, lambda: Certificate(u, v, exponent, self.exactly, wide)
+        return mask, lambda: Certificate(u, v, exponent, self.exactly)
 
     def _solve_coarse(
         self, scores: Real[Tensor, "R C"], mask: Bool[Tensor, "R C"], coarse: Bool[Tensor, " B"], n: int, m: int
     ) -> tuple[Bool[Tensor, "R C"], Certificate]:
-        """Solve the tiles that the fast mode would ruin, exactly as given."""
+        """Solve the tiles that the fast mode would ruin with 52 bits."""
         ops.check_scores(scores)  # a kernel on a GPU cannot raise and calls a tile coarse that holds no scores
         masks = to_tiles(mask, m).clone()
-        masks[coarse], certificate = self._solve_as_given(to_tiles(scores, m)[coarse], n)
+        masks[coarse], certificate = self._solve_finely(to_tiles(scores, m)[coarse], n)
         return from_tiles(masks, *scores.shape), certificate
 
-    def _solve_as_given(self, tiles: Real[Tensor, "B M M"], n: int) -> tuple[Bool[Tensor, "B M M"], Certificate]:
-        masks, u, v, exponent, wide = solve_wide_tiles(tiles, n, self.exactly)
-        return masks, Certificate(u, v, exponent, self.exactly, wide)
+    def _solve_finely(self, tiles: Real[Tensor, "B M M"], n: int) -> tuple[Bool[Tensor, "B M M"], Certificate]:
+        q, exponent = reference.quantise_finely(tiles)
+        masks, u, v = ops.exact_solve_integers(q, n, self.exactly)
+        return masks, Certificate(u, v, exponent, self.exactly)
 
     def _certificate_of_all(self, scores: Real[Tensor, "R C"], m: int) -> Certificate:
         tiles = to_tiles(scores, m)
@@ -104,17 +111,16 @@ class Exact(Solver):
             power = torch.frexp(tiles.double().flatten(1).amax(1)).exponent.long() if len(tiles) else tiles.new_zeros(0).long()
             exponent = ops.FAST_BITS - power
         else:
-            exponent = self._solve_as_given(tiles, 1)[1].exponent
+            exponent = reference.quantise_finely(tiles)[1]
         zeros = torch.zeros(len(tiles), m, dtype=torch.int64, device=scores.device)
         return Certificate(zeros, zeros, exponent, self.exactly)
 
 
 def _fast_prices(certificate: Certificate) -> ops.Prices:
-    """Prices as the fast mode reads them. Of tiles that were solved as given they may not fit: those start anew."""
+    """Prices as the fast mode reads them. Of tiles that were solved with 52 bits they may not fit: those start from nothing."""
     u, v, exponent = certificate.u, certificate.v, certificate.exponent
     if u.dtype == torch.int32:
         return u, v, exponent
-    fit = (torch.maximum(u.abs(), v.abs()).amax(1) < LARGEST_PRICE) & (exponent.abs() < -ops.COARSE)
-    fit[list(certificate.wide)] = False
+    fit = ((u.abs() < LARGEST_PRICE) & (v.abs() < LARGEST_PRICE)).all(1) & (exponent.abs() < -ops.COARSE)
     u, v = (torch.where(fit[:, None], side, 0).int() for side in (u, v))
     return u, v, torch.where(fit, exponent, ops.COARSE).int()

@@ -12,9 +12,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
+from bisparse.training.decay import FixedDecay
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
+from bisparse.training.static_mask import MASK_SUFFIX, StaticMask, static_mask
 
-__all__ = ["Accelerated", "SparseLayer", "keep_only_", "local", "part_of"]
+__all__ = [
+    "Accelerated",
+    "SparseLayer",
+    "keep_only_",
+    "local",
+    "part_of",
+]
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the same size as a number of so many bytes."""
@@ -22,13 +30,13 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @runtime_checkable
 class Accelerated(Protocol):
-    """A layer that multiplies by its weight in a form of its own, as `bisparse.accelerate` makes them."""
+    """A layer with its own storage of the weight and its own products, as `bisparse.accelerate` makes them."""
 
     def dense_weight(self) -> Tensor:
         """The weight, dense, with zeros."""
 
     def mask_changed(self, *, proved: bool = False) -> None:
-        """Take up the mask of the weight as it is now; with `proved` it is known to obey the layer's pattern."""
+        """Follow the weight's current mask; with `proved` it is known to obey the layer's pattern."""
 
     def restore_(self) -> None:
         """Become the layer again that it was."""
@@ -71,8 +79,8 @@ class SparseLayer:
     pattern: Structure
     key: str
     """The parameter's key in the plain model's state_dict."""
-    decay: float | None = None
-    """Masked decay of this layer; None for the default of the optimizer."""
+    decay: float | FixedDecay | None = None
+    """Masked decay of this layer; None for that of the run."""
     sharing: tuple[nn.Module, ...] = ()
     """Other modules that hold the same parameter, and with it the same mask."""
 
@@ -84,12 +92,12 @@ class SparseLayer:
     @property
     def active(self) -> bool:
         """Whether the layer has its mask still, rather than having been finalized."""
-        return self.parametrization is not None or hasattr(self.module, self.mask_name)
+        return self.parametrization is not None or isinstance(vars(self.module).get(self.mask_name), StaticMask)
 
     @property
     def mask_name(self) -> str:
-        """Name of a static layer's mask, a buffer of the module that state_dict leaves out."""
-        return f"{self.parameter}_mask"
+        """Name of the module's attribute that holds a static layer's mask."""
+        return f"{self.parameter}{MASK_SUFFIX}"
 
     @property
     def weight(self) -> Float[Tensor, "..."]:
@@ -100,8 +108,8 @@ class SparseLayer:
     def mask(self) -> Bool[Tensor, "..."]:
         """The whole mask, on every rank; all True in a dense phase."""
         own = self.parametrization
-        mask = own.mask if own is not None else getattr(self.module, self.mask_name)
-        assert isinstance(mask, Tensor)
+        mask = own.on_device_of(self.weight) if own is not None else static_mask(self.module, self.parameter)
+        assert mask is not None
         return mask
 
     @property
@@ -119,6 +127,11 @@ class SparseLayer:
     def zero_pruned(self) -> None:
         """Set the weight to exactly zero off the mask."""
         keep_only_(local(self.weight.detach()), self.local_mask)
+
+    def follow_nothing(self) -> None:
+        """In a copy of a model: the mask is its own from now on, and no longer that of what it was copied from."""
+        if (own := self.parametrization) is not None:
+            own.origin = own.copied = None
 
     def mask_changed(self, *, proved: bool = False) -> None:
         """Tell the modules, where they keep something that they made from the mask."""

@@ -5,7 +5,7 @@ With transposable masks the forward pass and the input gradient multiply by a sp
 g of 4 keeps entry i with probability p_i and the value g_i / p_i, which has mean g_i and variance g_i^2 (1 / p_i - 1). Among
 all unbiased estimates with at most two entries kept, ``p_i = min(1, |g_i| / tau)`` with tau such that the p_i sum to 2 has the
 least variance. Systematic sampling draws exactly two entries with these probabilities: entry i is kept when the
-running sum of the p_i passes u or u + 1, for one uniform u a group.
+running sum of the p_i passes u or u + 1, for one uniform u per group.
 
 Source: Chmiel et al., "Minimum Variance Unbiased N:M Sparsity for the Neural Gradients", ICLR 2023, arXiv 2203.10991; systematic
 sampling after Madow (1949). Here the gradient is made sparse and multiplied dense: the arithmetic is what is tested, and the
@@ -39,6 +39,24 @@ def _transposed_estimate(gradient: Float[Tensor, "T O"], generator: torch.Genera
     return estimate_2to4(gradient, draw_seed(gradient.device, generator), -(-tokens // 4))[:, :tokens]
 
 
+class _WeightGradient(torch.autograd.Function):
+    """``g~^T x`` with g~ the estimate of g. Its derivative is that of the expectation, ``g^T x``: the draw's own is biased."""
+
+    @staticmethod
+    def forward(gradient: Tensor, inputs: Tensor) -> Tensor:
+        product: Tensor = _transposed_estimate(gradient) @ inputs
+        return product
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor]:
+        gradient, inputs = ctx.saved_tensors
+        return inputs @ upstream.t(), gradient @ upstream
+
+
 class _MVUEMatmul(torch.autograd.Function):
     """``x W^T + b`` whose weight gradient is computed from the estimate; input and bias gradients are exact."""
 
@@ -57,7 +75,9 @@ class _MVUEMatmul(torch.autograd.Function):
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad
         return (
             gradient @ weight if needs_input else None,
-            _transposed_estimate(flat) @ inputs.reshape(-1, inputs.shape[-1]) if needs_weight else None,
+            _WeightGradient.apply(flat, inputs.reshape(-1, inputs.shape[-1]))  # type: ignore[no-untyped-call]
+            if needs_weight
+            else None,
             flat.sum(0) if needs_bias else None,
         )
 

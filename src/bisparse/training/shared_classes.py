@@ -16,8 +16,10 @@ __all__ = ["separate_class", "share_class"]
 
 _SHARED: WeakValueDictionary[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = WeakValueDictionary()
 """By the class before and the parametrized names."""
-TORCHS_OWN = {"__getstate__", "__deepcopy__", "__module__", "__doc__", "__dict__", "__weakref__", "__annotations__"}
-"""`__annotations__` comes to be when anyone asks a class for it."""
+PYTHONS_OWN = {"__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__slotnames__"}
+"""Of any class; isinstance with a protocol adds `__annotations__`, copying and pickling add `__slotnames__`."""
+TORCHS_OWN = {"__getstate__", "__deepcopy__"} | PYTHONS_OWN
+"""Of a class that torch made for a parametrized module."""
 
 
 class _Shared(type):
@@ -65,7 +67,7 @@ def separate_class(module: nn.Module, base: type[nn.Module] | None = None) -> No
 
 
 def _contents(kind: type[nn.Module]) -> dict[str, Any]:
-    return {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__", "__doc__", "__module__")}
+    return {name: value for name, value in vars(kind).items() if name not in PYTHONS_OWN}
 
 
 def _of_parametrized(name: str, own: property) -> property:

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from bisparse import Exact, solve
+from bisparse import solve
 from bisparse.kernels.exact import ops
 from bisparse.kernels.sparse24 import pack
+from bisparse.solvers import Exact
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -48,7 +49,8 @@ def test_more_of_the_kernels_in_the_interpreter() -> None:
 )
 def test_operators_have_a_kernel_of_their_own_on_cuda(name: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"bisparse::{name}", "CUDA")
-    assert callable(getattr(importlib.import_module("bisparse.kernels.exact.cuda.solve"), name))
+    module = "sparse24.cuda_pack" if name.startswith("pack") else "exact.cuda.solve"
+    assert callable(getattr(importlib.import_module(f"bisparse.kernels.{module}"), name))
 
 
 # ---- compiled without a GPU ------------------------------------------------------------------------------------------
@@ -237,9 +239,9 @@ def test_operators_on_the_device_obey_the_rules_of_torch_library() -> None:
     torch.library.opcheck(torch.ops.bisparse.exact_mask.default, (matrix, 2, 4, False))
     torch.library.opcheck(torch.ops.bisparse.exact_solve.default, (matrix, 4, 8, False, None, None))
     torch.library.opcheck(torch.ops.bisparse.exact_solve.default, (matrix, 4, 8, False, torch.stack([u, v]), exponent))
-    forms = pack._flat(pack._cutlass_forms(weight))
-    torch.library.opcheck(torch.ops.bisparse.pack_2to4_transposable.default, (weight, *forms))
-    torch.library.opcheck(torch.ops.bisparse.pack_2to4.default, (weight, mask, *forms))
+    layouts = pack._flat(pack._cutlass_layouts(weight))
+    torch.library.opcheck(torch.ops.bisparse.pack_2to4_transposable.default, (weight, *layouts))
+    torch.library.opcheck(torch.ops.bisparse.pack_2to4.default, (weight, mask, *layouts))
 
 
 @pytest.mark.gpu

@@ -259,6 +259,47 @@ def test_any_number_of_tiles(m: int, n: int, exactly: bool) -> None:
             assert torch.equal((q * to_tiles(alone, m)).sum((1, 2)), (q * expected[:count]).sum((1, 2)))
 
 
+def test_shapes_and_ranges_are_checked_before_anything_is_written(implementation: str) -> None:
+    q, prices = torch.randint(0, 99, (3, 8, 8)), torch.zeros(3, 8, dtype=torch.int64)
+    for start in (
+        (prices[:2], prices),
+        (prices, prices[:, :7]),
+        (prices.int(), prices),
+        (prices, prices.double()),
+        (prices.flatten(), prices),
+    ):
+        with pytest.raises(ValueError, match=r"start prices: shape .*; expected u and v of shape \(3, 8\), int64"):
+            ops.exact_solve_integers(q, 4, False, start)
+    for wrong, n, message in (
+        (q[:, :7], 4, r"of shape \(3, 7, 8\), torch.int64: expected tiles"),
+        (q[0], 4, "expected tiles"),
+        (q.double(), 4, "torch.float64: expected tiles"),
+        (q - 1000, 4, "integer scores from -.*: expected 0 to"),
+        (q + (1 << 55), 4, "expected 0 to 2"),
+        (q, 8, "N = 8 is not between 1 and M - 1 = 7"),
+        (q, 0, "N = 0 is not between"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.exact_solve_integers(wrong, n, False)
+    scores = torch.rand(16, 16)
+    for operator in (ops.exact_solve, ops.exact_mask):
+        for shape, n, m in (
+            ((16, 12), 4, 8),
+            ((12, 16), 4, 8),
+            ((16, 16, 1), 4, 8),
+            ((16, 16), 8, 8),
+            ((16, 16), 9, 8),
+            ((10, 16), 2, 4),
+        ):
+            with pytest.raises(ValueError, match=r"no matrix whose sides|is not between 1 and M - 1"):
+                operator(torch.rand(shape), n, m, False)
+    start = torch.zeros(4, 8, dtype=torch.int32)
+    exponent = torch.zeros(4, dtype=torch.int32)
+    for wrong_start in ((start[:3], start[:3], exponent), (start, start, exponent[:3]), (start.float(), start.float(), exponent)):
+        with pytest.raises(ValueError, match="a start of"):
+            ops.exact_solve(scores, 4, 8, False, wrong_start)
+
+
 def test_no_tiles(implementation: str) -> None:
     for shape in ((0, 8), (8, 0), (0, 0)):
         mask, u, v, exponent = ops.exact_solve(torch.zeros(shape), 4, 8, False)

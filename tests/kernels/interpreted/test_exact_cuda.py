@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from test_kernels_exact import KINDS, as_matrix, numbers
-from test_kernels_metadata import any_form
+from test_kernels_metadata import any_layout
 from torch import Tensor
 
 import oracle
@@ -14,7 +14,7 @@ from bisparse import Solution, solve
 from bisparse.kernels.exact import ops, reference
 from bisparse.kernels.exact.cuda import solve as cuda
 from bisparse.kernels.exact.ops import BadScoreError
-from bisparse.kernels.sparse24 import pack
+from bisparse.kernels.sparse24 import cuda_pack, pack
 from bisparse.tiles import from_tiles, to_tiles
 
 PROGRAMS = pytest.mark.parametrize("exactly", [False, True], ids=["at most", "exactly"])
@@ -233,7 +233,7 @@ def test_every_output_is_written() -> None:
     calls = [
         lambda: cuda.exact_solve(matrix, 4, 8, False, None, None),
         lambda: cuda.exact_mask(matrix, 2, 4, False),
-        lambda: cuda.pack_2to4_transposable(weight, *pack._flat(pack._cutlass_forms(weight))),
+        lambda: cuda_pack.pack_2to4_transposable(weight, *pack._flat(pack._cutlass_layouts(weight))),
     ]
     expected = [call() for call in calls]
     torch.use_deterministic_algorithms(True)  # fills new tensors with NaN or the largest number
@@ -283,16 +283,16 @@ def test_packed_operands_are_those_of_the_specification_bit_by_bit(dtype: torch.
     weight = torch.randn(32, 96).to(dtype)
     weight[:, :64] = torch.randint(-2, 3, (32, 64)).to(dtype)  # ties, zeros, and groups with fewer than two
     weight[8, 64:68], weight[9, 65] = 0, -0.0
-    other = any_form(32, 96, 5), any_form(96, 32, 6, 8, 8)
-    for forms in (pack._cutlass_forms(weight), other):
-        flat = pack._flat(forms)
-        found = cuda.pack_2to4_transposable(weight, *flat)
+    other = any_layout(32, 96, 5), any_layout(96, 32, 6, 8, 8)
+    for layouts in (pack._cutlass_layouts(weight), other):
+        flat = pack._flat(layouts)
+        found = cuda_pack.pack_2to4_transposable(weight, *flat)
         for one, expected in zip(found, pack.reference_pack_2to4_transposable(weight, *flat), strict=True):
             assert (one.dtype, one.shape) == (expected.dtype, expected.shape)
             assert torch.equal(one.view(torch.uint8), expected.view(torch.uint8))
         changed = weight + torch.randn(32, 96).to(dtype)
         changed[~found[0]] = torch.nan  # what the mask drops is never looked at
-        again = cuda.pack_2to4(changed, found[0], *flat)
+        again = cuda_pack.pack_2to4(changed, found[0], *flat)
         for one, expected in zip(again, pack.reference_pack_2to4(changed, found[0], *flat), strict=True):
             assert torch.equal(one.view(torch.uint8), expected.view(torch.uint8))
 

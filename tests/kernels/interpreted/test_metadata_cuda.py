@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from test_kernels_metadata import any_form, mask_both_ways
+from test_kernels_metadata import any_layout, mask_both_ways
 
 from bisparse.kernels.sparse24 import cuda_metadata
-from bisparse.kernels.sparse24.metadata import NO_FORM, empty_slots, reference_lay_out
+from bisparse.kernels.sparse24.metadata import NO_LAYOUT, empty_slots, reference_lay_out
 
 MORE_SHAPES = ((80, 48), (32, 160))
 
@@ -23,8 +23,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("both_ways", [False, True])
 def test_positions_and_metadata_are_those_of_the_specification(shape: tuple[int, int], both_ways: bool) -> None:
     rows, columns = shape
-    mask, form = mask_both_ways(*shape), any_form(*shape, 5)
-    form_t = any_form(columns, rows, 6)
+    mask, layout = mask_both_ways(*shape), any_layout(*shape, 5)
+    layout_t = any_layout(columns, rows, 6)
     column = mask.clone()
     column[4:8, 3], column[4:8, :3] = torch.tensor([True, True, True, False]), False
     row = mask.clone()
@@ -36,22 +36,22 @@ def test_positions_and_metadata_are_those_of_the_specification(shape: tuple[int,
                 two.fill_(77) for two in (*empty_slots(rows, columns, mask.device), *empty_slots(columns, rows, mask.device))
             ]
             words, words_t = slots[1].view(torch.int16), slots[3].view(torch.int16)
-            sides = (form_t, (slots[2], words_t)) if both_ways else (NO_FORM, (None, None))
+            sides = (layout_t, (slots[2], words_t)) if both_ways else (NO_LAYOUT, (None, None))
             for broken in (None, torch.zeros((), dtype=torch.int32)):
-                kernel(one, *form, *sides[0], slots[0], words, *sides[1], broken)
+                kernel(one, *layout, *sides[0], slots[0], words, *sides[1], broken)
             assert bool(broken) == breaks
             results.append(slots)
-        # What a broken group gets is nobody's business.
+        # What is written of a broken group is undefined.
         assert breaks or all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
 
 
 def test_a_mask_in_strides_and_no_mask() -> None:
-    mask, form = mask_both_ways(48, 32), any_form(32, 48, 5)
+    mask, layout = mask_both_ways(48, 32), any_layout(32, 48, 5)
     results = []
     for kernel in (cuda_metadata.lay_out, reference_lay_out):
         positions, metadata = empty_slots(32, 48, mask.device)
-        kernel(mask.t(), *form, *NO_FORM, positions, metadata.view(torch.int16), None, None, None)
+        kernel(mask.t(), *layout, *NO_LAYOUT, positions, metadata.view(torch.int16), None, None, None)
         results.append((positions, metadata))
     assert all(torch.equal(found, expected) for found, expected in zip(*results, strict=True))
     positions, metadata = empty_slots(0, 32, mask.device)
-    cuda_metadata.lay_out(mask[:0], *form, *NO_FORM, positions, metadata.view(torch.int16), None, None, None)
+    cuda_metadata.lay_out(mask[:0], *layout, *NO_LAYOUT, positions, metadata.view(torch.int16), None, None, None)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from test_kernels_mvue import PACKED_SHAPES, SEEDS, form_of, gradient_of, seed_of
+from test_kernels_mvue import PACKED_SHAPES, SEEDS, gradient_of, layout_of, seed_of
 from test_values_cuda import poisoned
 from torch import Tensor
 
@@ -96,12 +96,12 @@ def test_estimates_are_those_of_the_specification(shape: tuple[int, int], dtype:
 @pytest.mark.parametrize("dtype", [SLOW_HALF, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("tokens", "outputs", "groups"), PACKED_SHAPES)
 def test_packed_estimates_are_those_of_the_specification(tokens: int, outputs: int, groups: int, dtype: torch.dtype) -> None:
-    gradient, form = gradient_of((tokens, outputs), dtype), form_of(outputs, groups // 4, tokens == 64)
+    gradient, layout = gradient_of((tokens, outputs), dtype), layout_of(outputs, groups // 4, tokens == 64)
     gradient[5:6, 1] = float("inf")
     gradient[10:11] = -0.0
     for own in (before_nan(gradient), gradient.t().contiguous().t()):
-        expected = reference_pack_estimate_2to4(own, seed_of(3), groups, *form)
-        found = in_poisoned_memory(cuda_estimate.pack_estimate_2to4, own, seed_of(3), groups, *form)
+        expected = reference_pack_estimate_2to4(own, seed_of(3), groups, *layout)
+        found = in_poisoned_memory(cuda_estimate.pack_estimate_2to4, own, seed_of(3), groups, *layout)
         count = 2 * outputs * groups
         assert torch.equal(found[count:].view(torch.int16), expected[count:].view(torch.int16)), "metadata"
         # The interpreter cuts to bfloat16 where a GPU rounds.

@@ -1,13 +1,21 @@
-"""Positions and metadata in one pass: against torch's own packer, whatever the library's form, and the Triton kernel compiled."""
+"""Positions and metadata in one pass: against torch's own packer, in any metadata layout, and the Triton kernel compiled."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from bisparse import solve
-from bisparse.accelerate.backends.base import BACKENDS
+from bisparse.accelerate.backends import BACKENDS
 from bisparse.kernels.sparse24 import pack
-from bisparse.kernels.sparse24.metadata import CODES, NO_FORM, MetadataForm, empty_slots, form_of_order, kept_sets, lay_out
+from bisparse.kernels.sparse24.metadata import (
+    CODES,
+    NO_LAYOUT,
+    MetadataLayout,
+    empty_slots,
+    kept_sets,
+    lay_out,
+    layout_from_order,
+)
 from bisparse.kernels.sparse24.positions import find_positions, to_metadata
 
 CPU = torch.device("cpu")
@@ -20,8 +28,8 @@ def mask_both_ways(rows: int, columns: int, seed: int = 0) -> Tensor:
     return solve(weight.abs(), "2:4-T").mask & (torch.rand(rows, columns, generator=own) < 0.8)
 
 
-def any_form(rows: int, columns: int, seed: int, height: int = 16, width: int = 4) -> MetadataForm:
-    """A form with slots and codes by chance, in blocks of rows and groups that follow each other, each in an order by chance."""
+def any_layout(rows: int, columns: int, seed: int, height: int = 16, width: int = 4) -> MetadataLayout:
+    """A layout with random slots and codes, in consecutive blocks of rows and groups, each in a random order."""
     own = torch.Generator().manual_seed(seed)
     codes = torch.zeros(16, dtype=torch.uint8)
     for kept in range(16):
@@ -34,25 +42,25 @@ def any_form(rows: int, columns: int, seed: int, height: int = 16, width: int = 
     nibbles = torch.randint(16, (CODES,), generator=own).to(torch.uint8)
     place = torch.randperm(height * width, generator=own).view(height, width)
     size, across = height * width // 4, columns // 4 // width
-    return form_of_order(place, across * size, size, CPU, (codes, nibbles))
+    return layout_from_order(place, across * size, size, CPU, (codes, nibbles))
 
 
 def laid_out(
-    mask: Tensor, form: MetadataForm, form_t: MetadataForm | None, broken: Tensor | None = None
+    mask: Tensor, layout: MetadataLayout, layout_t: MetadataLayout | None, broken: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
     rows, columns = mask.shape
     slots = [one.fill_(77) for one in empty_slots(rows, columns, mask.device)]
     slots_t = [one.fill_(77) for one in empty_slots(columns, rows, mask.device)]
-    lay_out(mask, form, *slots, None if form_t is None else (form_t, *slots_t), broken)
+    lay_out(mask, layout, *slots, None if layout_t is None else (layout_t, *slots_t), broken)
     return (*slots, *slots_t)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (128, 64), (64, 192)])
 def test_cutlass_form_gives_the_metadata_of_the_packer(shape: tuple[int, int]) -> None:
     mask, own = mask_both_ways(*shape), BACKENDS["cutlass"]
-    form, form_t = own.form(*shape, torch.bfloat16, CPU), own.form(*shape[::-1], torch.bfloat16, CPU)
-    assert form is not None and form_t is not None
-    found = laid_out(mask, form, form_t)
+    layout, layout_t = own.metadata_layout(*shape, torch.bfloat16, CPU), own.metadata_layout(*shape[::-1], torch.bfloat16, CPU)
+    assert layout is not None and layout_t is not None
+    found = laid_out(mask, layout, layout_t)
     packed, packed_t = pack.pack_2to4(mask.bfloat16(), mask)
     metadata, metadata_t = pack.split_packed(packed, *shape)[1], pack.split_packed(packed_t, *shape[::-1])[1]
     assert torch.equal(found[0], find_positions(mask)) and torch.equal(found[2], find_positions(mask.t()))
@@ -61,9 +69,9 @@ def test_cutlass_form_gives_the_metadata_of_the_packer(shape: tuple[int, int]) -
 
 def test_plain_form_gives_the_metadata_of_the_reference() -> None:
     mask = mask_both_ways(48, 80)
-    form, form_t = (BACKENDS["reference"].form(*shape, torch.float32, CPU) for shape in ((48, 80), (80, 48)))
-    assert form is not None and form_t is not None
-    found = laid_out(mask, form, form_t)
+    layout, layout_t = (BACKENDS["reference"].metadata_layout(*shape, torch.float32, CPU) for shape in ((48, 80), (80, 48)))
+    assert layout is not None and layout_t is not None
+    found = laid_out(mask, layout, layout_t)
     assert torch.equal(found[1], to_metadata(find_positions(mask)))
     assert torch.equal(found[3], to_metadata(find_positions(mask.t())))
 
@@ -72,24 +80,24 @@ def test_plain_form_gives_the_metadata_of_the_reference() -> None:
 def test_codes_and_places_are_the_forms_own(height: int, width: int) -> None:
     """Group by group, by Python's integers."""
     rows, columns = 32, 64
-    mask, form = mask_both_ways(rows, columns), any_form(rows, columns, 3, height, width)
-    positions, metadata, _, untouched = laid_out(mask, form, None)
+    mask, layout = mask_both_ways(rows, columns), any_layout(rows, columns, 3, height, width)
+    positions, metadata, _, untouched = laid_out(mask, layout, None)
     words = metadata.view(torch.int16).flatten().tolist()
-    place = {int(group): at for at, group in enumerate(form.sources.flatten())}
+    place = {int(group): at for at, group in enumerate(layout.sources.flatten())}
     for row in range(rows):
         for group in range(columns // 4):
             kept = sum(1 << j for j in range(4) if mask[row, 4 * group + j])
             assert int(kept_sets(mask)[row, group]) == kept
-            assert int(positions[row, group]) == int(form.codes[kept])
+            assert int(positions[row, group]) == int(layout.codes[kept])
             at = place[row % height * width + group % width]
-            word = row // height * form.row_stride + group // width * form.group_stride + at // 4
-            assert words[word] >> at % 4 * 4 & 15 == int(form.nibbles[form.codes[kept].long()])
+            word = row // height * layout.row_stride + group // width * layout.group_stride + at // 4
+            assert words[word] >> at % 4 * 4 & 15 == int(layout.nibbles[layout.codes[kept].long()])
     assert bool((untouched == 77).all())
 
 
 def test_a_mask_that_is_not_2to4_is_marked_on_either_side() -> None:
-    form = any_form(32, 32, 0)
-    form_t = any_form(32, 32, 1)
+    layout = any_layout(32, 32, 0)
+    layout_t = any_layout(32, 32, 1)
     fine = mask_both_ways(32, 32)
     row, column = fine.clone(), fine.clone()
     row[7, 4:8] = torch.tensor([True, True, False, True])
@@ -97,29 +105,29 @@ def test_a_mask_that_is_not_2to4_is_marked_on_either_side() -> None:
     column[8:12, 9] = torch.tensor([True, False, True, True])
     column[8:12, [8, 10, 11]] = False
     for mask, both, one_way in ((fine, 0, 0), (row, 1, 1), (column, 1, 0)):
-        for other, expected in ((form_t, both), (None, one_way)):
+        for other, expected in ((layout_t, both), (None, one_way)):
             broken = torch.zeros((), dtype=torch.int32)
-            laid_out(mask, form, other, broken)
+            laid_out(mask, layout, other, broken)
             assert int(broken) == expected
-    laid_out(fine, form, form_t, broken := torch.ones((), dtype=torch.int32))
+    laid_out(fine, layout, layout_t, broken := torch.ones((), dtype=torch.int32))
     assert int(broken) == 1, "what was found before stays"
 
 
 def test_lines_that_are_no_whole_words_or_blocks_are_refused() -> None:
-    form = any_form(24, 16, 0, 8, 4)
-    for mask, other in ((torch.zeros(16, 24), None), (torch.zeros(24, 16), form)):
-        with pytest.raises(ValueError, match=r"lines of 24 cannot be laid out: 16 must divide"):
-            laid_out(mask.bool(), form, other)
-    with pytest.raises(ValueError, match=r"in blocks of 32 rows and 32 columns is not one of 48 x 32"):
-        laid_out(torch.zeros(48, 32).bool(), any_form(64, 32, 0, 32, 8), None)
+    layout = any_layout(24, 16, 0, 8, 4)
+    for mask, other in ((torch.zeros(16, 24), None), (torch.zeros(24, 16), layout)):
+        with pytest.raises(ValueError, match=r"rows of 24 entries have no metadata in whole words: 16 must divide"):
+            laid_out(mask.bool(), layout, other)
+    with pytest.raises(ValueError, match=r"in blocks of 32 x 32 does not tile a 48 x 32 matrix"):
+        laid_out(torch.zeros(48, 32).bool(), any_layout(64, 32, 0, 32, 8), None)
 
 
 def test_the_operator_obeys_torch() -> None:
-    mask, form, form_t = mask_both_ways(32, 64), any_form(32, 64, 0), any_form(64, 32, 1)
+    mask, layout, layout_t = mask_both_ways(32, 64), any_layout(32, 64, 0), any_layout(64, 32, 1)
     slots, slots_t = empty_slots(32, 64, CPU), empty_slots(64, 32, CPU)
-    where = (*form, *form_t, slots[0], slots[1].view(torch.int16), slots_t[0], slots_t[1].view(torch.int16))
+    where = (*layout, *layout_t, slots[0], slots[1].view(torch.int16), slots_t[0], slots_t[1].view(torch.int16))
     torch.library.opcheck(torch.ops.bisparse.lay_out_2to4, (mask, *where, torch.zeros((), dtype=torch.int32)))
-    one_way = (*form, *NO_FORM, slots[0], slots[1].view(torch.int16), None, None, None)
+    one_way = (*layout, *NO_LAYOUT, slots[0], slots[1].view(torch.int16), None, None, None)
     torch.library.opcheck(torch.ops.bisparse.lay_out_2to4, (mask, *one_way))
 
 
@@ -136,7 +144,7 @@ def test_the_kernels_compile_without_a_gpu_and_without_spills(arch: int, name: s
     if name.startswith("positions"):
         kernel = cuda_metadata.positions_kernel
         constants = {"BANDS": cuda_metadata.BANDS, "GROUPS": cuda_metadata.GROUPS, "BOTH_WAYS": True, "CHECK": "checked" in name}
-        pointers = {"mask": "*i32", "codes": "*u8", "codes_t": "*u8", "positions": "*u8", "positions_t": "*u8", "broken": "*i32"}
+        pointers = {"mask": "*i32", "codes": "*u8", "codes_t": "*u8", "positions": "*u8", "positions_t": "*u8", "invalid": "*i32"}
     else:
         kernel = cuda_metadata.metadata_kernel
         constants = dict(zip(("HEIGHT", "WIDTH"), (96, 20) if "odd" in name else (64, 8), strict=True))
@@ -153,11 +161,11 @@ def test_the_kernels_compile_without_a_gpu_and_without_spills(arch: int, name: s
 @pytest.mark.parametrize("shape", [(1024, 1024), (992, 4112), (16, 48)])
 def test_on_a_gpu_all_is_as_specified(shape: tuple[int, int]) -> None:
     mask = mask_both_ways(*shape)
-    form = any_form(*shape, 5)
-    form_t = any_form(*shape[::-1], 6)
-    device = [MetadataForm(*(one.cuda() for one in own[:3]), *own[3:]) for own in (form, form_t)]
+    layout = any_layout(*shape, 5)
+    layout_t = any_layout(*shape[::-1], 6)
+    device = [MetadataLayout(*(one.cuda() for one in own[:3]), *own[3:]) for own in (layout, layout_t)]
     broken = torch.zeros((), dtype=torch.int32, device="cuda")
-    for found, expected in zip(laid_out(mask.cuda(), *device, broken), laid_out(mask, form, form_t), strict=True):
+    for found, expected in zip(laid_out(mask.cuda(), *device, broken), laid_out(mask, layout, layout_t), strict=True):
         assert torch.equal(found.cpu(), expected)
     assert int(broken) == 0
     laid_out(torch.ones_like(mask).cuda(), *device, broken)

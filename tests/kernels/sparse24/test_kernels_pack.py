@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_kernels_metadata import any_form
+from test_kernels_metadata import any_layout
 from torch import Tensor
 from torch.sparse._semi_structured_conversions import (
     sparse_semi_structured_from_dense_cutlass,
@@ -116,13 +116,13 @@ def test_a_mask_of_another_shape_or_dtype_is_refused() -> None:
 
 @HALF
 def test_packed_in_another_librarys_form(dtype: torch.dtype) -> None:
-    """Values and metadata each as that form has them, by the operators that a refresh and every pass use."""
+    """Values and metadata each as that layout has them, by the operators that a refresh and every pass use."""
     weight = torch.randn(64, 96).to(dtype)
-    form = any_form(64, 96, 1)
-    form_t = any_form(96, 64, 2, 8, 8)
-    mask, *packed = pack_2to4_transposable(weight, (form, form_t))
+    layout = any_layout(64, 96, 1)
+    layout_t = any_layout(96, 64, 2, 8, 8)
+    mask, *packed = pack_2to4_transposable(weight, (layout, layout_t))
     slots, slots_t = empty_slots(64, 96, mask.device), empty_slots(96, 64, mask.device)
-    lay_out(mask, form, *slots, (form_t, *slots_t))
+    lay_out(mask, layout, *slots, (layout_t, *slots_t))
     for found, matrix, (positions, metadata) in zip(packed, (weight, weight.t()), (slots, slots_t), strict=True):
         values, words = split_packed(found, *matrix.shape)
         assert torch.equal(values, take_values(matrix, positions)) and torch.equal(words.view(torch.uint8), metadata)
@@ -130,19 +130,19 @@ def test_packed_in_another_librarys_form(dtype: torch.dtype) -> None:
 
 def test_a_form_of_other_matrices_is_refused() -> None:
     weight = torch.zeros(32, 96).half()
-    form, form_t = any_form(32, 96, 0), any_form(96, 32, 1)
-    tall = any_form(64, 96, 0, 64, 8)
-    for forms, which in (((tall, form_t), "32 x 96"), ((form, tall), "96 x 32")):
-        message = f"in blocks of 64 rows and 32 columns is not one of {which}"
+    layout, layout_t = any_layout(32, 96, 0), any_layout(96, 32, 1)
+    tall = any_layout(64, 96, 0, 64, 8)
+    for layouts, which in (((tall, layout_t), "32 x 96"), ((layout, tall), "96 x 32")):
+        message = f"in blocks of 64 x 32 does not tile a {which} matrix"
         with pytest.raises(ValueError, match=message):
-            pack_2to4(weight, weight != 0, forms)
+            pack_2to4(weight, weight != 0, layouts)
         with pytest.raises(ValueError, match=message):
-            pack_2to4_transposable(weight, forms)
+            pack_2to4_transposable(weight, layouts)
 
 
 def test_operators_keep_the_rules_of_torch() -> None:
     weight = torch.randn(32, 64).half()
     mask = pack_2to4_transposable(weight)[0]
-    forms = pack._flat(pack._cutlass_forms(weight))
-    torch.library.opcheck(torch.ops.bisparse.pack_2to4.default, (weight, mask, *forms))
-    torch.library.opcheck(torch.ops.bisparse.pack_2to4_transposable.default, (weight, *forms))
+    layouts = pack._flat(pack._cutlass_layouts(weight))
+    torch.library.opcheck(torch.ops.bisparse.pack_2to4.default, (weight, mask, *layouts))
+    torch.library.opcheck(torch.ops.bisparse.pack_2to4_transposable.default, (weight, *layouts))

@@ -39,7 +39,7 @@ def test_the_kernel_compiles_without_a_gpu_and_without_spills(arch: int) -> None
         (names.index(name),): [["tt.divisibility", 16]] for name in ("weight", "positions", "values", "rows", "columns", "groups")
     }
     for beside, far in (("column_stride", "row_stride"), ("row_stride", "column_stride")):
-        own = {**constants, beside: 1, "LINES": beside == "column_stride"}
+        own = {**constants, beside: 1, "ROW_MAJOR": beside == "column_stride"}
         signature = {
             name: "constexpr" if name in own else {**types, "columns": "i32", "column_stride": "i64"}[name] for name in names
         }
@@ -60,7 +60,7 @@ def test_the_positions_compile_without_a_gpu_and_without_spills(arch: int) -> No
     from bisparse.kernels.sparse24 import cuda_values
 
     names = cuda_values.positions_kernel.arg_names
-    types = {"mask": "*u8", "positions": "*u8", "broken": "*i32", **dict.fromkeys(names[3:8], "i64")}
+    types = {"mask": "*u8", "positions": "*u8", "invalid": "*i32", **dict.fromkeys(names[3:8], "i64")}
     constants = {"BLOCK_ROWS": cuda_values.BLOCK_ROWS, "BLOCK_GROUPS": cuda_values.BLOCK_GROUPS}
     source = ASTSource(
         cuda_values.positions_kernel,

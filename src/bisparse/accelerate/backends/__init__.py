@@ -1,1 +1,41 @@
-"""Libraries that multiply by a 2:4 matrix, and the probe that tests them on a device."""
+"""The libraries that multiply by a 2:4 matrix: cuSPARSELt, CUTLASS, and a reference that runs anywhere."""
+
+from __future__ import annotations
+
+import torch
+
+from bisparse.accelerate.backends.base import HALF, Backend, BackendError, Refusal
+from bisparse.accelerate.backends.cusparselt import CuSparseLt
+from bisparse.accelerate.backends.cutlass import Cutlass
+from bisparse.accelerate.backends.reference import Reference
+
+__all__ = [
+    "BACKENDS",
+    "HALF",
+    "Backend",
+    "BackendError",
+    "Refusal",
+    "backend_or_reference",
+    "usable_backends",
+]
+
+BACKENDS: dict[str, Backend] = {one.name: one for one in (CuSparseLt(), Cutlass(), Reference())}
+"""By name. "auto" takes the first one that runs, and never the reference."""
+
+
+def usable_backends(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
+    """Why each backend cannot run on this device with this dtype; None where it can.
+
+    >>> usable_backends(torch.device("cpu"))["cusparselt"]
+    'cusparselt needs a CUDA device, and the weights are on cpu'
+    """
+    return {
+        name: (None if dtype is None else backend.dtype_reason(dtype)) or backend.device_reason(device)
+        for name, backend in BACKENDS.items()
+    }
+
+
+def backend_or_reference(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The wanted backend where it runs, otherwise the reference, as for a copy on the CPU."""
+    own = BACKENDS[wanted]
+    return wanted if own.device_reason(device) is None and own.dtype_reason(dtype) is None else "reference"

@@ -1,10 +1,10 @@
-"""How a library lays out the metadata that it packs, learnt from what it packs: cuSPARSELt documents it nowhere.
+"""The layout of the metadata that cuSPARSELt packs, learnt from what it packs, since it is documented nowhere.
 
-Matrices whose groups spell their own number in kept sets tell where each group's four bits go; one with all kept sets, what bits
-and slots each set gets. What was learnt is believed only if it foretells, bit by bit, what the library makes of a random matrix.
-So a mask's metadata can be written without the library, which reads and writes whole dense matrices for it.
+Matrices whose groups encode their own number in kept sets show where each group's four bits go; one with all kept sets shows the
+bits and slots of each set. The layout is used only if it predicts, bit by bit, what the library makes of a random matrix. Then a
+mask's metadata can be written without the library, which reads and writes whole dense matrices for it.
 
-What others found by looking, and nothing here assumes: the values come first, group after group; four bits a group follow, on
+Known from other sources, and not assumed here: the values come first, group after group; four bits per group follow, on
 Ampere in blocks of 128 rows and 64 columns, a word for four groups of a row (torch, SparseSemiStructuredTile.cu), on Hopper in
 blocks of 64 rows and 32 columns, a word for two groups of each of two rows (torchao, sparse24_sm90_sparsify.cu).
 """
@@ -19,16 +19,16 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from bisparse.kernels.sparse24.metadata import CODES, MetadataForm, form_of_order, metadata_of
+from bisparse.kernels.sparse24.metadata import CODES, MetadataLayout, layout_from_order, metadata_of
 from bisparse.kernels.sparse24.positions import read_positions, take_values
 
-__all__ = ["learn_form"]
+__all__ = ["learn_layout"]
 
 SETS = tuple(kept for kept in range(16) if kept.bit_count() <= 2)
 DIGITS = (0b0011, 0b0101, 0b1010, 0b1100)
-"""Kept sets that spell the digits of a number in base four."""
+"""Kept sets that encode the digits of a number in base four."""
 TAGS = 63
-"""So many tags of groups, times four places, are whole numbers that bfloat16 tells apart."""
+"""Number of tags of groups: with four places each, integers that bfloat16 represents exactly."""
 HEIGHTS, WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (4, 8, 16, 32, 64)
 """Blocks of rows and groups in which an order may repeat."""
 
@@ -37,11 +37,11 @@ Pack = Callable[[Float[Tensor, "R C"]], Tensor]
 
 
 @functools.lru_cache(maxsize=256)
-def learn_form(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:
-    """The form of (rows, columns) matrices, if the values come first, group after group, and then four bits for each group.
+def learn_layout(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataLayout | None:
+    """The layout of (rows, columns) matrices, if the values come first, group after group, and then four bits for each group.
 
-    It takes some fifteen matrices of this size, once. None where the library stores them in another way, or memory is short: this
-    is remembered too, since a pass that tried again and again would be slower than one that lets the library pack.
+    It packs some fifteen matrices of this size, once. None if the library stores them in another way, or memory is short: this
+    is cached too, since trying in every pass would be slower than letting the library pack.
     """
     try:
         return _learnt(pack, rows, columns, dtype, device)
@@ -49,7 +49,7 @@ def learn_form(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: 
         return None
 
 
-def _learnt(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataForm | None:
+def _learnt(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataLayout | None:
     count = rows * columns // 4
     number = torch.arange(count, dtype=torch.int32, device=device)
 
@@ -82,19 +82,19 @@ def _learnt(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: tor
     positions = read_positions((values - 1).view(-1, 1, 2), (values != 0).view(-1, 1, 2)).flatten()
     codes = torch.zeros(16, dtype=torch.uint8, device=device).scatter_(0, sets, positions)
     nibbles = torch.zeros(CODES, dtype=torch.uint8, device=device).scatter_(0, positions.long(), metadata[place].to(torch.uint8))
-    form = _repeating(place.view(rows, columns // 4), (codes, nibbles))
+    layout = _repeating(place.view(rows, columns // 4), (codes, nibbles))
     own = torch.Generator(device).manual_seed(0)
     sets = torch.tensor(SETS, device=device)[torch.randint(len(SETS), (count,), device=device, generator=own)]
     tags = torch.randint(TAGS, (count,), device=device, generator=own)
     positions = codes[sets].view(rows, -1)
     values = take_values(_image(sets, tags, dtype).view(rows, columns), positions).view(-1, 2)
-    metadata = _nibbles(metadata_of(positions, form).view(torch.uint8))
+    metadata = _nibbles(metadata_of(positions, layout).view(torch.uint8))
     found = packed(sets, tags)
-    return form if found is not None and torch.equal(values, found[0]) and torch.equal(metadata, found[1]) else None
+    return layout if found is not None and torch.equal(values, found[0]) and torch.equal(metadata, found[1]) else None
 
 
 def _image(sets: Int[Tensor, " G"], tags: Int[Tensor, " G"] | int, dtype: torch.dtype) -> Float[Tensor, "G 4"]:
-    """Groups whose kept entries hold their places, 1 to 4, above four times a tag."""
+    """Groups whose kept entries are their places, 1 to 4, plus four times a tag."""
     place = torch.arange(4, dtype=torch.int16, device=sets.device)
     numbers = place + 1 + 4 * (tags.to(torch.int16)[:, None] if isinstance(tags, Tensor) else tags)
     return torch.where((sets.to(torch.int16)[:, None] >> place & 1).bool(), numbers, 0).to(dtype)
@@ -104,8 +104,8 @@ def _nibbles(metadata: UInt8[Tensor, " B"]) -> Int[Tensor, " G"]:
     return torch.stack((metadata & 15, metadata >> 4), -1).flatten().int()
 
 
-def _repeating(place: Int[Tensor, "R G"], slots: tuple[Tensor, Tensor]) -> MetadataForm:
-    """The form of the smallest block that repeats at regular distances and fills its words; of the whole where none does."""
+def _repeating(place: Int[Tensor, "R G"], slots: tuple[Tensor, Tensor]) -> MetadataLayout:
+    """The layout of the smallest block that repeats at regular distances and fills its words; of the whole if none does."""
     rows, groups = place.shape
     blocks = [(height, width) for height, width in itertools.product(HEIGHTS, WIDTHS) if not (rows % height or groups % width)]
     for height, width in (*sorted(blocks, key=lambda block: block[0] * block[1]), (rows, groups)):
@@ -117,5 +117,5 @@ def _repeating(place: Int[Tensor, "R G"], slots: tuple[Tensor, Tensor]) -> Metad
             continue
         row, group = torch.arange(rows, device=place.device)[:, None], torch.arange(groups, device=place.device)
         if torch.equal(inner[row % height, group % width] + row // height * down + group // width * beside, place):
-            return form_of_order(inner, down // 4, beside // 4, place.device, slots)
+            return layout_from_order(inner, down // 4, beside // 4, place.device, slots)
     raise AssertionError("the whole repeats itself")

@@ -1,44 +1,84 @@
-"""A library is tried before it is believed: small products of whole numbers on the device, compared bit by bit."""
+"""Backends on tensor cores, whose library is probed before it is used: small products of integers, compared bit by bit."""
 
 from __future__ import annotations
 
 import functools
+from abc import abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bisparse.accelerate.backends.base import HALF, Backend
 from bisparse.kernels.sparse24.metadata import empty_slots, lay_out
 
-if TYPE_CHECKING:
-    from bisparse.accelerate.backends.base import Backend
+__all__ = ["TensorCoreBackend", "halves_share_metadata", "numbered", "pad_tokens", "probe_device", "probe_shape"]
 
-__all__ = ["halves_share_metadata", "try_out", "try_shape"]
-
-
-def try_out(backend: Backend, device: torch.device) -> str | None:
-    """Why a small product fails on this device, or gives wrong numbers; None where it is right."""
-    return _tried(_small_product, backend, device)
+TOKEN_MULTIPLE = 8
+"""Both libraries take activations whose number of tokens is a multiple of this; others are padded with zeros."""
 
 
-def try_shape(backend: Backend, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str | None:
+class TensorCoreBackend(Backend):
+    """A backend that needs an NVIDIA GPU with sparse tensor cores; usable where a probe of its library succeeds."""
+
+    dtypes = HALF
+
+    def device_reason(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"{self.name} needs a CUDA device, and the weights are on {device.type}"
+        if not torch.cuda.is_available():
+            return f"{self.name} needs a CUDA device, and torch sees none here"
+        if torch.version.hip:
+            return f"{self.name} runs on NVIDIA devices, and this torch is built for ROCm"
+        major, minor = torch.cuda.get_device_capability(device)
+        if major < 8:
+            return f"{self.name} needs sparse tensor cores (compute capability 8.0, Ampere), and this device has {major}.{minor}"
+        return self.library_reason(major, minor) or probe_device(self, numbered(device))
+
+    def probed_reason(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str | None:
+        return probe_shape(self, rows, columns, dtype, numbered(device))
+
+    @abstractmethod
+    def library_reason(self, major: int, minor: int) -> str | None:
+        """Why this build of the library does not serve devices of a compute capability; None where it does."""
+
+
+def probe_device(backend: Backend, device: torch.device) -> str | None:
+    """Why a small product fails on this device, or has wrong numbers; None where it is right."""
+    return _probed(_small_product, backend, device)
+
+
+def probe_shape(backend: Backend, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why the library refuses matrices of this shape, in packing or in multiplying; None where it takes them."""
-    return _tried(_shaped_product, backend, rows, columns, dtype, device)
+    return _probed(_shaped_product, backend, rows, columns, dtype, device)
 
 
 def halves_share_metadata(backend: Backend, device: torch.device) -> bool:
-    """Whether metadata of bfloat16's form serve values in float16 as well."""
-    return _tried(_other_half, backend, device) is None
+    """Whether metadata in bfloat16's layout serve values in float16 too."""
+    return _probed(_other_half, backend, device) is None
 
 
-def _tried(trial: Callable[..., str | None], *arguments: Any) -> str | None:
-    """The outcome of a trial, which is made once; but one that memory was short for counts for nothing later."""
+def numbered(device: torch.device) -> torch.device:
+    """The device with its index, so that "cuda" and "cuda:0" share what is cached."""
+    return torch.device(device.type, device.index or 0)
+
+
+def pad_tokens(dense: Float[Tensor, "C N"]) -> Float[Tensor, "C N8"]:
+    """The matrix with zero columns added up to the libraries' multiple; row-major or column-major."""
+    missing = -dense.shape[1] % TOKEN_MULTIPLE
+    if missing:
+        dense = torch.nn.functional.pad(dense.t(), (0, 0, 0, missing)).t()
+    return dense if dense.is_contiguous() or dense.t().is_contiguous() else dense.contiguous()
+
+
+def _probed(probe: Callable[..., str | None], *arguments: Any) -> str | None:
+    """The result of a probe, which runs once; one that ran out of memory runs again at the next call."""
     try:
-        return trial(*arguments)
+        return probe(*arguments)
     except torch.OutOfMemoryError as error:
-        return f"out of memory while {arguments[0].name} was tried: {str(error).splitlines()[0]}"
+        return f"out of memory while probing {arguments[0].name}: {str(error).splitlines()[0]}"
 
 
 @functools.cache
@@ -71,24 +111,24 @@ def _shaped_product(backend: Backend, rows: int, columns: int, dtype: torch.dtyp
 def _other_half(backend: Backend, device: torch.device) -> str | None:
     matrix, dense, expected = _operands(device, torch.float16)
     rows, columns = matrix.shape
-    mask, form = matrix != 0, backend.form(rows, columns, torch.bfloat16, device)
-    if form is None:
-        return f"{backend.name} tells nothing of its order"
+    layout = backend.metadata_layout(rows, columns, torch.bfloat16, device)
+    if layout is None:
+        return f"the metadata layout of {backend.name} is unknown"
     positions, metadata = empty_slots(rows, columns, device)
-    lay_out(mask, form, positions, metadata)
+    lay_out(matrix != 0, layout, positions, metadata)
     try:
         product = backend.multiply(*backend.fill(matrix, positions, metadata, torch.float16), dense, rows)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         return str(error)
-    return None if torch.equal(product, expected) else f"{backend.name} keeps float16 in another order"
+    return None if torch.equal(product, expected) else f"{backend.name} lays out float16 differently"
 
 
 def _operands(
     device: torch.device, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "64 128"], Float[Tensor, "128 16"], Float[Tensor, "64 16"]]:
-    """A 2:4 matrix with none, one or two kept in a group, a dense one, and their product."""
+    """A 2:4 matrix with zero, one or two kept per group, a dense one, and their product."""
     numbers = torch.Generator(device="cpu").manual_seed(0)
     rank = torch.rand(64, 32, 4, generator=numbers).argsort(-1)
     kept = rank < torch.randint(0, 3, (64, 32, 1), generator=numbers)

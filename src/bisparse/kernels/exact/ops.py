@@ -84,7 +84,11 @@ def exact_solve(
 def exact_solve_integers(
     q: Int[Tensor, "B M M"], n: int, exactly: bool, start: tuple[Int[Tensor, "B M"], Int[Tensor, "B M"]] | None = None
 ) -> tuple[Bool[Tensor, "B M M"], Int[Tensor, "B M"], Int[Tensor, "B M"]]:
-    """Optimal masks and prices (int64) of tiles of integer scores, int64 below 2**55."""
+    """Optimal masks and prices (int64) of tiles of integer scores, int64, non-negative, below 2**55; n < M.
+
+    Raises:
+        ValueError: scores or start prices of another shape or dtype, scores out of range, N not between 1 and M - 1.
+    """
     u, v = start if start is not None else (None, None)
     result = torch.ops.bisparse.exact_solve_integers(q, n, exactly, u, v)
     return result[0], result[1], result[2]

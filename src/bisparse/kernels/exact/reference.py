@@ -8,10 +8,22 @@ augmenting paths (Ahuja, Magnanti, Orlin, Network Flows, 1993, section 9.7), whi
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
-from bisparse.kernels.exact.schema import COARSE, COARSE_BELOW, FAST_BITS, TINY, check_scores
+from bisparse.kernels.exact.schema import (
+    COARSE,
+    COARSE_BELOW,
+    FAST_BITS,
+    FINE_BITS,
+    LARGEST_PRICE,
+    LARGEST_START,
+    TINY,
+    check_integers,
+    check_matrix,
+    check_scores,
+    check_start,
+)
 from bisparse.kernels.registration import ANY_DEVICE, register_kernel
 from bisparse.tiles import from_tiles, to_tiles
 
@@ -146,21 +158,51 @@ def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[T
     return q, torch.where((2 * small > (tiles > 0).sum((1, 2))) | ((largest > 0) & (largest < TINY)), COARSE, exponent)
 
 
+def quantise_finely(tiles: Real[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[Tensor, " B"]]:
+    """Scores as integers: times 2**exponent, half to even, the tile's largest in [2**51, 2**52).
+
+    Integers below 2**52 are taken as they are, with exponent 0, which is also the exponent of a zero tile.
+    """
+    if tiles.shape[0] == 0:
+        return tiles.long(), tiles.new_zeros(0, dtype=torch.int64)
+    largest = tiles.flatten(1).amax(1)
+    if tiles.is_floating_point():
+        exponent = torch.where(largest > 0, FINE_BITS - torch.frexp(largest.double()).exponent.long(), 0)
+        # Two factors, since 2**exponent may leave the range of float64; by their bits, since pow on a GPU need not be exact.
+        half = exponent // 2
+        first, second = (((1023 + power) << 52).view(torch.float64)[:, None, None] for power in (half, exponent - half))
+        return (tiles.double() * first * second).round().long(), exponent
+    bits = torch.frexp((largest.long() >> 12).double()).exponent.long() + 12  # of those from 2**52 on
+    shift = torch.where(largest >= 1 << FINE_BITS, bits - FINE_BITS, 0)[:, None, None] if tiles.dtype == torch.int64 else None
+    if shift is None or not bool(shift.any()):
+        return tiles.long(), torch.zeros_like(largest, dtype=torch.int64)
+    whole = tiles >> shift
+    rest, half_unit = tiles - (whole << shift), (1 << shift) >> 1
+    up = (rest > half_unit) | ((rest == half_unit) & (whole & 1 == 1) & (shift > 0))
+    return whole + up, -shift[:, 0, 0]
+
+
 @register_kernel("exact_solve", ANY_DEVICE)
 def exact_solve(
     scores: Tensor, n: int, m: int, exactly: bool, prices: Tensor | None, exponent: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.exact_solve` in plain torch."""
+    check_matrix(scores, n, m)
     check_scores(scores)
     q, now = quantise(to_tiles(scores, m))
     u, v = None, None
     if prices is not None and exponent is not None:
+        check_start(len(q), m, prices, exponent)
         usable = (now != COARSE) & (exponent != COARSE)
-        shift = torch.where(usable, now - exponent, 0).clamp(-40, 30)[:, None]
-        u, v = torch.ldexp(prices.double(), shift).round().long() * usable[:, None]
+        shift = torch.where(usable, now - exponent.long(), 0).clamp(-40, 30)[:, None]
+        start = torch.ldexp(prices.double(), shift).round().clamp(-LARGEST_START, LARGEST_START)
+        u, v = start.long() * usable[:, None]
     q = q * (now != COARSE)[:, None, None]
     mask, u, v = torch.ops.bisparse.exact_solve_integers(q, n, exactly, u, v)
-    return from_tiles(mask, scores.shape[0], scores.shape[1]), torch.stack([u, v]).int(), now.int()
+    found = torch.stack([u, v])
+    fits = (found.abs() < LARGEST_PRICE).all(-1).all(0)
+    now = torch.where(fits, now, COARSE)
+    return from_tiles(mask, scores.shape[0], scores.shape[1]), torch.where(fits[:, None], found, 0).int(), now.int()
 
 
 @register_kernel("exact_mask", ANY_DEVICE)
@@ -180,7 +222,7 @@ def exact_mask_of_magnitudes(weight: Tensor, exactly: bool) -> tuple[Tensor, Ten
 @register_kernel("exact_solve_integers", ANY_DEVICE)
 def exact_solve_integers(q: Tensor, n: int, exactly: bool, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.exact_solve_integers` in plain torch."""
-    return exact_tiles(q, n, exactly, None if u is None or v is None else (u, v))
+    return exact_tiles(q, n, exactly, check_integers(q, n, u, v))
 
 
 @register_kernel("keep_largest", ANY_DEVICE)

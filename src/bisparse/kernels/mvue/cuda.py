@@ -1,9 +1,9 @@
-"""The 2:4 estimate of the output's gradient, transposed: the gradient is read once, and what is wanted of it written once.
+"""The 2:4 estimate of the output's gradient, transposed: the gradient is read once, and the result written once.
 
-A lane owns 16 consecutive tokens of an output: four groups, which one Philox counter draws. Nothing but the gradient and the seed
-is read: of half precision, 3.6 bytes an entry in all where the estimate is packed, its positions and then its metadata among
-them, while uniforms in memory, a dense estimate and its compression take 9.1 at least. Neighbouring lanes of a warp own
-neighbouring outputs, as the gradient lies; the results, which lie the other way, pass through shared memory.
+A lane owns 16 consecutive tokens of an output: four groups, drawn by one Philox counter. Only the gradient and the seed are
+read. In half precision the packed estimate takes 3.6 bytes per entry in all, with its positions and metadata; uniforms in memory,
+a dense estimate and its compression take 9.1 at least. Adjacent lanes of a warp own adjacent outputs, as in the gradient; the
+results, which are transposed, pass through shared memory.
 """
 
 # Triton reads the source of these functions and types them itself; its tuples grow by addition only.
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bisparse.kernels.sparse24.cuda_metadata import write_metadata
-from bisparse.kernels.sparse24.metadata import MetadataForm
+from bisparse.kernels.sparse24.metadata import MetadataLayout
 
 __all__ = ["estimate_2to4", "pack_estimate_2to4"]
 
@@ -29,7 +29,7 @@ WORDS, OUTPUTS = 4, 64
 
 
 def estimate_2to4(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
-    """`estimate.estimate_2to4` on a GPU."""
+    """`ops.estimate_2to4` on a GPU."""
     gradient = gradient.contiguous()
     tokens, outputs = gradient.shape
     estimate = torch.empty((outputs, 4 * groups), dtype=gradient.dtype, device=gradient.device)
@@ -41,9 +41,9 @@ def estimate_2to4(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
     return estimate
 
 
-def pack_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int, *form: Any) -> Tensor:
-    """`estimate.pack_estimate` on a GPU."""
-    gradient, own = gradient.contiguous(), MetadataForm(*form)
+def pack_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int, *layout: Any) -> Tensor:
+    """`ops.pack_estimate` on a GPU."""
+    gradient, own = gradient.contiguous(), MetadataLayout(*layout)
     (tokens, outputs), words = gradient.shape, groups // 4
     packed = torch.empty(9 * outputs * words, dtype=gradient.dtype, device=gradient.device)
     positions = torch.empty((outputs, groups), dtype=torch.uint8, device=gradient.device)
@@ -80,8 +80,8 @@ def estimate_kernel(  # type: ignore[no-untyped-def]
     sixteen = tl.reshape(tl.join(even, odd), [WORDS, OUTPUTS, 16]).to(estimate.dtype.element_ty)
     token = tl.arange(0, 16)[None, None, :]
     start = (output.to(tl.int64) * groups + 4 * word) * 4
-    there = ((output < outputs)[:, :, None]) & (4 * word[:, :, None] + token // 4 < groups)
-    tl.store(estimate + start[:, :, None] + token, sixteen, mask=there)
+    in_bounds = ((output < outputs)[:, :, None]) & (4 * word[:, :, None] + token // 4 < groups)
+    tl.store(estimate + start[:, :, None] + token, sixteen, mask=in_bounds)
 
 
 @triton.jit
@@ -108,12 +108,12 @@ def pack_kernel(  # type: ignore[no-untyped-def]
         first, second, code = pack_group(g0, g1, g2, g3, uniforms[k], codes)
         v = v + (first, second)
         four |= code << (8 * k)
-    there = (word < words) & (output < outputs)
+    in_bounds = (word < words) & (output < outputs)
     eight = join_eight(v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]).to(values.dtype.element_ty)
     start = (output.to(tl.int64) * words + word) * 8
     slot = tl.arange(0, 8)[None, None, :]
-    tl.store(values + start[:, :, None] + slot, eight, mask=there[:, :, None] & (slot < 8))
-    tl.store(positions + output.to(tl.int64) * words + word, four, mask=there)
+    tl.store(values + start[:, :, None] + slot, eight, mask=in_bounds[:, :, None] & (slot < 8))
+    tl.store(positions + output.to(tl.int64) * words + word, four, mask=in_bounds)
 
 
 @triton.jit
@@ -139,13 +139,13 @@ def draw_uniforms(seed, word, output):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def load_group(gradient, token, output, tokens, outputs):  # type: ignore[no-untyped-def]
-    """The four entries from a token on, zero where there are none."""
-    there = output < outputs
+    """The four entries from a token on, zero beyond the last."""
+    in_bounds = output < outputs
     place = gradient + token.to(tl.int64) * outputs + output
-    g0 = tl.load(place, mask=there & (token < tokens), other=0.0).to(tl.float32)
-    g1 = tl.load(place + outputs, mask=there & (token + 1 < tokens), other=0.0).to(tl.float32)
-    g2 = tl.load(place + 2 * outputs, mask=there & (token + 2 < tokens), other=0.0).to(tl.float32)
-    g3 = tl.load(place + 3 * outputs, mask=there & (token + 3 < tokens), other=0.0).to(tl.float32)
+    g0 = tl.load(place, mask=in_bounds & (token < tokens), other=0.0).to(tl.float32)
+    g1 = tl.load(place + outputs, mask=in_bounds & (token + 1 < tokens), other=0.0).to(tl.float32)
+    g2 = tl.load(place + 2 * outputs, mask=in_bounds & (token + 2 < tokens), other=0.0).to(tl.float32)
+    g3 = tl.load(place + 3 * outputs, mask=in_bounds & (token + 3 < tokens), other=0.0).to(tl.float32)
     return g0, g1, g2, g3
 
 
@@ -158,7 +158,7 @@ def sample_group(g0, g1, g2, g3, uniform):  # type: ignore[no-untyped-def]
     largest, middle = tl.maximum(high, other_high), tl.minimum(high, other_high)
     rest = middle + low + other_low
     total = s0 + s1 + s2 + s3
-    smallest = tl.full([], 2.0**-149, tl.float32)  # as a mere number it would be a double to Triton 3.6
+    smallest = tl.full([], 2.0**-149, tl.float32)  # a plain number would be a double in Triton 3.6
     tau = tl.maximum(tl.where(largest > rest, rest, 0.5 * total), smallest)
     one, two = largest >= tau, tl.maximum(middle, tl.maximum(low, other_low)) >= tau
     certain0, certain1, certain2 = s0 >= tau, s1 >= tau, s2 >= tau

@@ -2,11 +2,11 @@
 
 Each group g of 4 consecutive tokens of a column keeps at most two entries. Entry i is kept with probability
 p_i = min(1, |g_i| / tau), with tau such that the p_i sum to 2, and has the value g_i / p_i, which is g_i or tau with g_i's sign:
-of all unbiased estimates the one with the least variance. One uniform number u a group draws both: of the entries that are not
-certain, the one is kept with which the running sum of the |g_i| passes u tau, and that with which it passes (1 + u) tau. Only
+of all unbiased estimates the one with the least variance. One uniform number u per group draws both: of the entries that are
+not certain, those are kept at which the running sum of the |g_i| passes u tau and (1 + u) tau. Only
 sums and comparisons decide, so that no rounding can keep a third entry; it can move a probability by some 2**-24.
 
-The uniforms are those of `philox.uniforms`: a seed is all that is read of them, and every device keeps the same entries.
+The uniforms are those of `philox.uniforms`: only a seed is read, and every device keeps the same entries.
 
 Source: Chmiel et al., "Minimum Variance Unbiased N:M Sparsity for the Neural Gradients", ICLR 2023, arXiv 2203.10991; systematic
 sampling after Madow (1949).
@@ -14,7 +14,6 @@ sampling after Madow (1949).
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -22,18 +21,21 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from bisparse.kernels.mvue.philox import uniforms
-from bisparse.kernels.sparse24.metadata import FORM, MetadataForm, check_form, kept_sets, metadata_of
+from bisparse.kernels.sparse24.metadata import LAYOUT, MetadataLayout, check_layout, kept_sets, metadata_of
 from bisparse.kernels.sparse24.positions import take_values
 
 __all__ = ["estimate_2to4", "keep_probabilities", "pack_estimate"]
 
+CHUNK_GROUPS = 64
+"""Groups that plain torch estimates at a time: half the time of all at once, at 4096 x 1024."""
+
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
 _LIBRARY.define("estimate_2to4(Tensor gradient, Tensor seed, SymInt groups) -> Tensor")
-_LIBRARY.define(f"pack_estimate_2to4(Tensor gradient, Tensor seed, SymInt groups, {FORM}) -> Tensor")
+_LIBRARY.define(f"pack_estimate_2to4(Tensor gradient, Tensor seed, SymInt groups, {LAYOUT}) -> Tensor")
 
 
 def keep_probabilities(groups: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 4"]:
-    """The probability of keeping each of 4 entries: ``min(1, |g_i| / tau)``, summing to 2, or to the non-zeros where fewer.
+    """The probability of keeping each of 4 entries: ``min(1, |g_i| / tau)``, with sum 2, or the number of non-zeros if less.
 
     >>> keep_probabilities(torch.tensor([[1.0, 1.0, 1.0, 1.0], [9.0, 1.0, 1.0, 0.0]])).tolist()
     [[0.5, 0.5, 0.5, 0.5], [1.0, 0.5, 0.5, 0.0]]
@@ -48,7 +50,7 @@ def _threshold(size: Float[Tensor, "*B 4"]) -> tuple[Float[Tensor, "*B"], Bool[T
     s0, s1, s2, s3 = size.unbind(-1)
     low, high = torch.minimum(s0, s1), torch.maximum(s0, s1)
     other_low, other_high = torch.minimum(s2, s3), torch.maximum(s2, s3)
-    # The sum of all but the largest; that of all less the largest would lose them beside a large one.
+    # The sum of all but the largest; the total less the largest would round them away next to a large one.
     rest = torch.minimum(high, other_high) + low + other_low
     total = s0 + s1 + s2 + s3
     # At most one entry can pass 1: then it is certain, and the others share what is left of the 2.
@@ -59,12 +61,12 @@ def _threshold(size: Float[Tensor, "*B 4"]) -> tuple[Float[Tensor, "*B"], Bool[T
 
 
 def estimate_2to4(gradient: Float[Tensor, "T O"], seed: Int64[Tensor, "1"], groups: int) -> Float[Tensor, "O T4"]:
-    """The estimate, transposed: (O, 4 groups), 2:4 along its rows; tokens beyond the gradient's count as zeros.
+    """The estimate, transposed: (O, 4 groups), 2:4 along its rows; tokens beyond the gradient's are zeros.
 
     Args:
         gradient: tokens by outputs. A group that holds NaN or an infinite number gives NaN.
         seed: of the draw, on the gradient's device; see `philox.draw_seed`.
-        groups: 4 of them at least as many as tokens.
+        groups: at least a quarter of the tokens.
     """
     _check(gradient, seed, groups)
     estimate: Tensor = torch.ops.bisparse.estimate_2to4(gradient, seed, groups)
@@ -72,25 +74,25 @@ def estimate_2to4(gradient: Float[Tensor, "T O"], seed: Int64[Tensor, "1"], grou
 
 
 def pack_estimate(
-    gradient: Float[Tensor, "T O"], seed: Int64[Tensor, "1"], groups: int, form: MetadataForm
+    gradient: Float[Tensor, "T O"], seed: Int64[Tensor, "1"], groups: int, layout: MetadataLayout
 ) -> Float[Tensor, " K"]:
-    """The packed form of `estimate_2to4`, in one pass: its values, (O, 2 groups) row by row, and behind them its metadata.
+    """The packed form of `estimate_2to4`, in one pass: its values, (O, 2 groups) row by row, and then its metadata.
 
-    A slot that is not in use holds zero. The metadata are O * groups / 4 words of 16 bits, seen in the gradient's dtype; the form
-    must give each of them a place of its own. A group that is not finite counts as keeping its first two entries, with NaN.
+    A slot that is not in use holds zero. The metadata are O * groups / 4 words of 16 bits, viewed in the gradient's dtype;
+    the layout must give each of them its own place. A group that is not finite keeps its first two entries, as NaN.
 
     Args:
         gradient: float16 or bfloat16.
         groups: divisible by 4.
-        form: of matrices of the estimate's shape, (O, 4 groups).
+        layout: of matrices of the estimate's shape, (O, 4 groups).
     """
     _check(gradient, seed, groups)
     if gradient.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"an estimate is packed in float16 or bfloat16, not in {gradient.dtype}")
     if groups % 4:
         raise ValueError(f"{groups} groups do not fill words of metadata: 4 must divide them")
-    check_form(form, gradient.shape[1], 4 * groups)
-    packed: Tensor = torch.ops.bisparse.pack_estimate_2to4(gradient, seed, groups, *form)
+    check_layout(layout, gradient.shape[1], 4 * groups)
+    packed: Tensor = torch.ops.bisparse.pack_estimate_2to4(gradient, seed, groups, *layout)
     return packed
 
 
@@ -104,7 +106,11 @@ def _check(gradient: Tensor, seed: Tensor, groups: int) -> None:
 def reference_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
     """The specification of `estimate_2to4`."""
     wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-    estimate: Tensor = estimate_by(uniforms(seed, groups, gradient.shape[1], wide), gradient)
+    start = uniforms(seed, groups, gradient.shape[1], wide)
+    estimate = gradient.new_empty((gradient.shape[1], 4 * groups))
+    for first in range(0, groups, CHUNK_GROUPS):  # so that intermediate results stay in the cache
+        last = first + CHUNK_GROUPS
+        estimate[:, 4 * first : 4 * last] = estimate_by(start[first:last], gradient[4 * first : 4 * last])
     return estimate
 
 
@@ -131,15 +137,15 @@ def estimate_by(start: Float[Tensor, "G O"], gradient: Float[Tensor, "T O"]) -> 
     return estimate.transpose(0, 1).reshape(out, 4 * start.shape[0]).to(gradient.dtype).contiguous()
 
 
-def reference_pack_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int, *form: Any) -> Tensor:
+def reference_pack_estimate_2to4(gradient: Tensor, seed: Tensor, groups: int, *layout: Any) -> Tensor:
     """The specification of `pack_estimate`."""
-    own = MetadataForm(*form)
+    own = MetadataLayout(*layout)
     estimate = torch.ops.bisparse.estimate_2to4(gradient, seed, groups)
     broken = estimate.isnan().unflatten(1, (-1, 4)).all(-1, keepdim=True)
     first_two = torch.arange(4, device=gradient.device) < 2
     kept = torch.where(broken, first_two, estimate.unflatten(1, (-1, 4)) != 0).flatten(1)
     positions = own.codes[kept_sets(kept).long()]
-    packed: Tensor = take_values(estimate, positions, behind=metadata_of(positions, own).view(estimate.dtype))
+    packed: Tensor = take_values(estimate, positions, tail=metadata_of(positions, own).view(estimate.dtype))
     return packed
 
 
@@ -153,31 +159,22 @@ def _(gradient: Tensor, seed: Tensor, groups: int, *_: Any) -> Tensor:
     return gradient.new_empty(gradient.shape[1] * (2 * groups) + gradient.shape[1] * groups // 4)
 
 
-def _on_a_cpu(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
-    from bisparse.kernels.mvue import cpu as cpu_estimate  # numba takes a second to import
-
-    return cpu_estimate.estimate_2to4(gradient, seed, groups)
-
-
-def _on_a_gpu(gradient: Tensor, seed: Tensor, groups: int) -> Tensor:
-    from bisparse.kernels.mvue import cuda as cuda_estimate
-
-    if gradient.dtype == torch.float64:  # for tests of arithmetic, not worth a kernel
-        return reference_estimate_2to4(gradient, seed, groups)
-    with torch.cuda.device_of(gradient):
-        return cuda_estimate.estimate_2to4(gradient, seed, groups)
-
-
-def _packed_on_a_gpu(gradient: Tensor, *how: Any) -> Tensor:
-    from bisparse.kernels.mvue import cuda as cuda_estimate
-
-    with torch.cuda.device_of(gradient):
-        return cuda_estimate.pack_estimate_2to4(gradient, *how)
-
-
 _LIBRARY.impl("estimate_2to4", reference_estimate_2to4, "CompositeExplicitAutograd")
-_LIBRARY.impl("estimate_2to4", _on_a_cpu, "CPU")
 _LIBRARY.impl("pack_estimate_2to4", reference_pack_estimate_2to4, "CompositeExplicitAutograd")
-if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
-    _LIBRARY.impl("estimate_2to4", _on_a_gpu, "CUDA")
-    _LIBRARY.impl("pack_estimate_2to4", _packed_on_a_gpu, "CUDA")
+
+
+def _estimate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.tokens = inputs[0].shape[0]
+
+
+def _estimate_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
+    """Of the expectation, which is the gradient itself: a derivative of the draw would be biased."""
+    return upstream.t()[: ctx.tokens], None, None
+
+
+def _no_gradient(ctx: Any, *gradients: Tensor) -> None:
+    raise RuntimeError("a packed estimate has no derivative: differentiate `estimate_2to4`, or pack gradient.detach()")
+
+
+torch.library.register_autograd("bisparse::estimate_2to4", _estimate_backward, setup_context=_estimate_context)
+torch.library.register_autograd("bisparse::pack_estimate_2to4", _no_gradient)

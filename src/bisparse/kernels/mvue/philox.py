@@ -2,7 +2,7 @@
 
 A key of two and a counter of four 32-bit numbers give four 32-bit numbers. So a kernel draws where it needs a number, instead of
 reading what another wrote, and every device draws the same. A stream is a key, which is a seed in memory: a recorded CUDA graph
-draws anew when the seed is. This is the specification in plain torch; Triton has the generator as `tl.philox`.
+draws other numbers when the seed changes. This is the specification in plain torch; Triton has the generator as `tl.philox`.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3; known answers in their
 library Random123.
@@ -24,7 +24,7 @@ Counter = tuple[Int[Tensor, "..."], Int[Tensor, "..."], Int[Tensor, "..."], Int[
 
 
 def philox(counter: Counter, key: tuple[Int[Tensor, "..."], Int[Tensor, "..."]]) -> Counter:
-    """Four random numbers a counter; all are int64 tensors of numbers in [0, 2**32) that broadcast.
+    """Four random numbers per counter; all are int64 tensors of numbers in [0, 2**32) that broadcast.
 
     >>> zero = torch.tensor(0)
     >>> [hex(int(number)) for number in philox((zero, zero, zero, zero), (zero, zero))]
@@ -32,7 +32,7 @@ def philox(counter: Counter, key: tuple[Int[Tensor, "..."], Int[Tensor, "..."]])
     """
     (c0, c1, c2, c3), (k0, k1) = counter, key
     for _ in range(ROUNDS):
-        # A product may leave int64, which keeps its 64 bits all the same.
+        # A product may overflow int64; its low 64 bits are right all the same.
         first, second = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
         c0, c1 = (second >> 32 & LOW) ^ c1 ^ k0, second & LOW
         c2, c3 = (first >> 32 & LOW) ^ c3 ^ k1, first & LOW

@@ -1,17 +1,15 @@
-"""2:4 matrices in half the space: where the kept weights stand (positions), and their values.
+"""2:4 matrices in half the space: positions of the kept weights, and their values.
 
-A group of four consecutive entries of a row has two slots. `positions` holds a byte a group: bits 0-1 the entry in the first
-slot, bits 2-3 that in the second, which stands to its right, bits 4 and 5 whether each slot is in use. A slot that is not in
-use points where CUTLASS's packer points, so that one set of values serves every layout of the metadata. Positions come from the
-mask, not from the weights' zeros: a kept weight may be zero now and not after the next step.
+A group of four consecutive entries of a row has two slots. `positions` holds one byte per group: bits 0-1 are the entry in the
+first slot, bits 2-3 the entry in the second, which is to its right, bits 4 and 5 whether each slot is in use. A free slot points
+where CUTLASS's packer points, so that one set of values serves every metadata layout. Positions come from the mask, not from the
+weights' zeros: a kept weight may be zero now and not after the next step.
 
-Columns that 4 does not divide count as completed with pruned ones.
+If 4 does not divide the columns, the last group is padded with pruned entries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -23,12 +21,12 @@ __all__ = ["find_positions", "kept_mask", "put_values", "read_positions", "take_
 FIRST_USED, SECOND_USED = 1 << 4, 1 << 5
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
-_LIBRARY.define("find_positions(Tensor mask) -> (Tensor positions, Tensor broken)")
-_LIBRARY.define("take_values(Tensor weight, Tensor positions, ScalarType dtype, Tensor? behind=None) -> Tensor")
+_LIBRARY.define("find_positions(Tensor mask) -> (Tensor positions, Tensor invalid)")
+_LIBRARY.define("take_values(Tensor weight, Tensor positions, ScalarType dtype, Tensor? tail=None) -> Tensor")
 
 
 def find_positions(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:
-    """Where the at most two kept entries of every group stand.
+    """The positions of the kept entries of every group, at most two each.
 
     Raises:
         ValueError: a group keeps more than two.
@@ -36,8 +34,8 @@ def find_positions(mask: Bool[Tensor, "R C"]) -> UInt8[Tensor, "R G"]:
     >>> [bin(p) for p in find_positions(torch.tensor([[True, False, True, False, False, False, True, False]]))[0].tolist()]
     ['0b111000', '0b11110']
     """
-    positions, broken = torch.ops.bisparse.find_positions(mask)
-    if bool(broken):
+    positions, invalid = torch.ops.bisparse.find_positions(mask)
+    if bool(invalid):
         raise ValueError(
             f"a mask of shape {tuple(mask.shape)} keeps more than 2 of 4 in some group: it is not 2:4 along its rows"
         )
@@ -62,27 +60,27 @@ def take_values(
     weight: Shaped[Tensor, "R C"],
     positions: UInt8[Tensor, "R G"],
     dtype: torch.dtype | None = None,
-    behind: Shaped[Tensor, " B"] | None = None,
+    tail: Shaped[Tensor, " B"] | None = None,
 ) -> Shaped[Tensor, "..."]:
-    """The values of the kept entries, two a group, zero in a slot that is not in use; (R, C / 2), contiguous, in `dtype`.
+    """The values of the kept entries, two per group, zero in a slot that is not in use; (R, C / 2), contiguous, in `dtype`.
 
-    The weight may be a transposed view: on a GPU one kernel reads it as it lies.
+    The weight may be a transposed view: on a GPU one kernel reads any strides.
 
     Args:
-        behind: numbers of that dtype that shall lie behind the values in the same memory. Then the result is flat.
+        tail: numbers of that dtype to store after the values in the same memory. Then the result is flat.
     """
-    values: Tensor = torch.ops.bisparse.take_values(weight, positions, dtype or weight.dtype, behind)
+    values: Tensor = torch.ops.bisparse.take_values(weight, positions, dtype or weight.dtype, tail)
     return values
 
 
-def reference_take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype, behind: Tensor | None = None) -> Tensor:
+def reference_take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype, tail: Tensor | None = None) -> Tensor:
     """The specification of `take_values`."""
     values: Tensor = _groups(weight).gather(-1, _slots(positions))
     values = values.masked_fill_(~_used(positions), 0).flatten(-2).to(dtype)
-    if behind is None:
+    if tail is None:
         return values
-    flat = values.new_empty(values.numel() + behind.numel())  # not `cat`, in which autocast has a say
-    flat[: values.numel()], flat[values.numel() :] = values.flatten(), behind
+    flat = values.new_empty(values.numel() + tail.numel())  # not `cat`, in which autocast has a say
+    flat[: values.numel()], flat[values.numel() :] = values.flatten(), tail
     return flat
 
 
@@ -94,7 +92,7 @@ def put_values(values: Shaped[Tensor, "R C2"], positions: UInt8[Tensor, "R G"], 
 
 def kept_mask(positions: UInt8[Tensor, "R G"], columns: int) -> Bool[Tensor, "R C"]:
     """The mask that the positions were found from."""
-    # Without an index: this may run in every pass, and an index takes eight bytes a value.
+    # Without an index: this may run in every pass, and an index takes eight bytes per value.
     code, place = positions.unsqueeze(-1), torch.arange(4, dtype=torch.uint8, device=positions.device)
     first = (code & 3 == place) & (code & FIRST_USED != 0)
     second = (code >> 2 & 3 == place) & (code & SECOND_USED != 0)
@@ -102,7 +100,7 @@ def kept_mask(positions: UInt8[Tensor, "R G"], columns: int) -> Bool[Tensor, "R 
 
 
 def read_positions(places: Shaped[Tensor, "R G 2"], used: Bool[Tensor, "R G 2"]) -> UInt8[Tensor, "R G"]:
-    """Positions by the place in its group that each slot holds, in any order; what is no place from 0 to 3 is not in use.
+    """Positions from the place in its group of each slot's entry, in any order; a place outside 0 to 3 marks a slot not in use.
 
     >>> [bin(p) for p in read_positions(torch.tensor([[[2, 0], [7, 3]]]), torch.tensor([[[True, True], [False, True]]]))[0]]
     ['0b110010', '0b101100']
@@ -110,20 +108,20 @@ def read_positions(places: Shaped[Tensor, "R G 2"], used: Bool[Tensor, "R G 2"])
     used = used & (places >= 0) & (places < 4)
     first, second = torch.where(used, places, 0).to(torch.uint8).unbind(-1)
     first_used, second_used = used.unbind(-1)
-    # A free slot points beside the other one, which it must not hide.
+    # A free slot points next to the other one, which it must not hide.
     first = torch.where(first_used, first, torch.where(second_used, second + 1 & 3, 0))
     second = torch.where(second_used, second, first + 1 & 3)
     return first | second << 2 | first_used.to(torch.uint8) << 4 | second_used.to(torch.uint8) << 5
 
 
 def to_metadata(positions: UInt8[Tensor, "R G"]) -> UInt8[Tensor, "R B"]:
-    """The positions in two bits a slot, two groups a byte, as the reference backend stores them; see `from_metadata`."""
+    """Positions in two bits per slot, two groups per byte, as the reference backend stores them; see `from_metadata`."""
     padded = torch.nn.functional.pad(positions & 15, (0, positions.shape[1] % 2))
     return padded[:, ::2] | padded[:, 1::2] << 4
 
 
 def from_metadata(metadata: UInt8[Tensor, "R B"], groups: int) -> UInt8[Tensor, "R G"]:
-    """Positions from `to_metadata`, every slot counted as in use: the values hold zeros in the others."""
+    """Positions from `to_metadata`, with every slot in use: free slots hold zeros."""
     codes = torch.stack((metadata & 15, metadata >> 4), -1).flatten(-2)[:, :groups]
     return codes | FIRST_USED | SECOND_USED
 
@@ -150,23 +148,28 @@ def _(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.library.register_fake("bisparse::take_values")
-def _(weight: Tensor, positions: Tensor, dtype: torch.dtype, behind: Tensor | None = None) -> Tensor:
+def _(weight: Tensor, positions: Tensor, dtype: torch.dtype, tail: Tensor | None = None) -> Tensor:
     rows, columns = positions.shape[0], 2 * positions.shape[1]
-    return weight.new_empty((rows, columns) if behind is None else rows * columns + behind.shape[0], dtype=dtype)
-
-
-def _on_a_gpu(name: str) -> Callable[..., Any]:
-    def kernel(*arguments: Any) -> Any:
-        from bisparse.kernels.sparse24 import cuda_values
-
-        with torch.cuda.device_of(arguments[0]):
-            return getattr(cuda_values, name)(*arguments)
-
-    return kernel
+    return weight.new_empty((rows, columns) if tail is None else rows * columns + tail.shape[0], dtype=dtype)
 
 
 _LIBRARY.impl("find_positions", reference_find_positions, "CompositeExplicitAutograd")
 _LIBRARY.impl("take_values", reference_take_values, "CompositeExplicitAutograd")
-if find_spec("triton") is not None:  # without it, as on Windows, the specification runs on the GPU too
-    for _name in ("find_positions", "take_values"):
-        _LIBRARY.impl(_name, _on_a_gpu(_name), "CUDA")
+
+
+def _take_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    weight, positions, _, tail = (*inputs, None)[:4]
+    ctx.save_for_backward(positions)
+    ctx.dtype, ctx.columns, ctx.has_tail = weight.dtype, weight.shape[1], tail is not None
+
+
+def _take_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    (positions,) = ctx.saved_tensors
+    count = 2 * positions.numel()
+    values = gradient.flatten()[:count].view(positions.shape[0], -1)
+    used = _used(positions).flatten(-2)
+    to_weight = put_values(torch.where(used, values, 0), positions, ctx.columns).to(ctx.dtype)
+    return to_weight, None, None, gradient[count:] if ctx.has_tail else None
+
+
+torch.library.register_autograd("bisparse::take_values", _take_backward, setup_context=_take_context)

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.layers import Layer
-from bisparse.pruning.calibration.hooks import call_model, observed
-from bisparse.tiles import LayoutKind
+from bisparse.pruning.calibration.hooks import call_model, observed, unseen_reason
 
 __all__ = ["discover"]
 
@@ -29,8 +28,7 @@ def discover(
     """
     stages: list[list[Layer]] = []
     calls: dict[str, int] = {}
-    # Experts in one parameter are no modules: no batch shows them.
-    missing = {layer.name for layer in layers if layer.layout.kind is not LayoutKind.EXPERTS}
+    missing = {layer.name for layer in layers if unseen_reason(layer) is None}
     for index, batch in enumerate(data):
         found, counts = _stages_of(model, layers, batch, forward, index)
         stages = _joined(stages, found)

@@ -14,13 +14,38 @@ from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.tiles import LayoutKind
 from bisparse.user_errors import ends_the_process, told
 
-__all__ = ["LAST_PART", "EnoughSeen", "Seen", "call_model", "observed", "taking_in", "token_mask"]
+__all__ = ["LAST_PART", "EnoughSeen", "Seen", "call_model", "observed", "taking_in", "token_mask", "unseen_reason"]
 
 Seen = Callable[[Layer, Tensor, int | None], None]
 """Called with a layer, its input, and which part of a packed projection the input belongs to (None: all of it)."""
 
+WITHOUT_DATA = "prune it by a method that needs no data, such as magnitude"
+
 LAST_PART = 2
 """The value projection of packed attention, the last to be seen."""
+
+
+def unseen_reason(layer: Layer) -> str | None:
+    """Why calibration cannot see what a layer's weight is multiplied by; None where the layer's module is called with it."""
+    module = layer.module
+    if layer.layout.kind in (LayoutKind.EXPERTS, LayoutKind.EXPERTS_TRANSPOSED):
+        return (
+            "calibration sees what modules are called with, and experts in one 3-D parameter are no modules: which tokens each "
+            f"one gets is known inside the forward only; {WITHOUT_DATA}"
+        )
+    if isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        return (
+            f"a recurrent layer multiplies by its weights inside of one call, which shows calibration no inputs; {WITHOUT_DATA}"
+        )
+    if layer.layout.kind is LayoutKind.CONV_TRANSPOSED:
+        return f"calibration does not unfold the inputs of transposed convolutions; {WITHOUT_DATA}"
+    if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.MultiheadAttention):
+        return None
+    if layer.parameter == "weight" and layer.layout.kind is LayoutKind.TRANSPOSED and type(module).__name__ == "Conv1D":
+        return None
+    return (
+        f"how {type(module).__name__} uses its parameter is not known, so that calibration cannot see its inputs; {WITHOUT_DATA}"
+    )
 
 
 class EnoughSeen(Exception):
@@ -115,7 +140,7 @@ def observed(model: nn.Module, layers: Sequence[Layer], seen: Seen) -> Iterator[
             elif id(layer.module) in attention_of_projection:
                 attention = attention_of_projection[id(layer.module)]
                 handles.append(attention.register_forward_pre_hook(_projection_hook(layer, seen), with_kwargs=True))
-            elif layer.layout.kind is not LayoutKind.EXPERTS:
+            elif unseen_reason(layer) is None:
                 handles.append(layer.module.register_forward_pre_hook(_input_hook(layer, seen), with_kwargs=True))
         yield
     finally:

@@ -41,6 +41,8 @@ MIDDLE_CHUNK = 128
 BAD, FOUND_COARSE = 1, 2
 """Flags: a score may be NaN, infinite or negative; a tile is coarse."""
 MASK_BITS = mask_bits()
+WARM = 1
+"""Passed as `warm` to compile the warm start; None compiles none of it."""
 
 
 @njit(nogil=True, cache=True)
@@ -68,14 +70,15 @@ def sweep_prices(lanes, prices16, alternations, network, n, spare, floor, side):
     """Alternate: row prices from column prices, column prices from row prices. Rows first in `prices16`."""
     vec.never_inline()
     m = len(side)
-    columns = m * LANES
+    # Literals would be types of their own, and each combination of them compiled by itself.
+    rows, columns, across, along = np.int64(0), np.int64(m * LANES), np.int64(m * LANES), np.int64(LANES)
     for _ in range(alternations):
-        if network.shape[0] == 0:
-            median_sweep(lanes, prices16, columns, 0, m * LANES, LANES, floor, side)
-            median_sweep(lanes, prices16, 0, columns, LANES, m * LANES, floor, side)
+        if network is None:
+            median_sweep(lanes, prices16, columns, rows, across, along, floor, side)
+            median_sweep(lanes, prices16, rows, columns, along, across, floor, side)
         else:
-            general_sweep(lanes, prices16, columns, 0, m * LANES, LANES, network, n, spare, floor, side)
-            general_sweep(lanes, prices16, 0, columns, LANES, m * LANES, network, n, spare, floor, side)
+            general_sweep(lanes, prices16, columns, rows, across, along, network, n, spare, floor, side)
+            general_sweep(lanes, prices16, rows, columns, along, across, network, n, spare, floor, side)
 
 
 @njit(nogil=True, cache=True)
@@ -87,9 +90,16 @@ def start_prices(prices16, settled, prices, u, v, chosen, side):  # type: ignore
         for k in range(0, 2 * m, 8):
             vec.transpose_8x8(prices16, k * LANES + t, LANES, settled, t * 2 * m + k, 2 * m)
     for t in range(LANES):
-        if chosen[t]:
+        if chosen[t] != 0:
             refine_prices(settled, t * 2 * m, prices, u + t * m, side)
             refine_prices(settled, t * 2 * m + m, prices, v + t * m, side)
+
+
+@njit(nogil=True, cache=True)
+def clear(array, first, last):  # type: ignore[no-untyped-def]
+    """Zeros from first to last; an assignment to a slice takes numba ten times as long to compile."""
+    for k in range(first, last):
+        array[k] = 0
 
 
 @njit(nogil=True, cache=True)
@@ -98,13 +108,16 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
     m = len(side)
     across, tiles = columns // m, exponents.shape[0]
     source, lanes = np.empty(LANES * m * m, np.int16), np.empty(LANES * m * m, np.int16)
-    prices16, settled, spare = np.zeros(2 * m * LANES, np.int16), np.zeros(2 * m * LANES, np.int16), np.zeros(m * LANES, np.int16)
-    scales, bases = np.zeros(LANES, np.float32), np.zeros(LANES, np.int64)
-    work, bits = np.zeros(2 * m * m + 8 * m, np.int32), np.zeros(4 * m + 1, np.int64)
+    prices16, settled, spare = np.empty(2 * m * LANES, np.int16), np.empty(2 * m * LANES, np.int16), np.empty(m * LANES, np.int16)
+    scales, bases = np.empty(LANES, np.float32), np.empty(LANES, np.int64)
+    work, bits = np.empty(2 * m * m + 8 * m, np.int32), np.empty(4 * m + 1, np.int64)
     kept_row = 2 * m * m + 6 * m
-    chosen = np.zeros(LANES, np.bool_)
-    equal = np.zeros(2 * m, np.int64)  # rows of the mask of a tile of zeros, and of a tile of another number: n a row and column
+    chosen = np.empty(LANES, np.int64)
+    equal = np.empty(
+        2 * m, np.int64
+    )  # rows of the mask of a tile of zeros, and of a tile of another number: n per row and column
     for i in range(m):
+        equal[i] = equal[m + i] = 0
         for k in range(n):
             equal[m + i] |= np.int64(1) << ((i + k) % m)
     floor = -32768 if free else 0
@@ -112,7 +125,9 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
     for start in range(first, last, LANES):
         count = min(LANES, last - start)
         u, v = start * m, (tiles + start) * m
-        chosen[:] = False
+        some = False
+        for t in range(LANES):
+            chosen[t], scales[t], bases[t] = 0, np.float32(0), 0
         for t in range(count):
             tile = start + t
             base = (tile // across) * m * columns + (tile % across) * m
@@ -139,8 +154,8 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
             if exponent == COARSE:
                 flags |= FOUND_COARSE
                 scales[t] = np.float32(0)
-                source[t * m * m : (t + 1) * m * m] = 0
-            if warm:
+                clear(source, t * m * m, (t + 1) * m * m)
+            if warm is not None:
                 before = exponents[tile]
                 usable = before != COARSE and exponent != COARSE
                 change = min(max(exponent - before, -31), 8) if usable else -31
@@ -151,29 +166,30 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                     scores, base, columns, scales[t], prices, row, column, free, n, mask, bits, work, kept_row, side
                 )  # fmt: skip
                 chosen[t] = off != 0
+                some |= off != 0
             elif (
                 exponent != COARSE
                 and scores[base] == scores[base + columns + 1]
                 and (largest < UNBOUNDED and vec.tile_smallest_bits(scores, base, columns, side) == largest)
             ):  # all equal, as in what was pruned before: one mask for all such tiles, whatever the score, but for zeros
                 price = np.int32(scores[base] * scales[t])
-                prices[u + t * m : u + t * m + m] = price >> 1
-                prices[v + t * m : v + t * m + m] = price - (price >> 1)
                 kept = m if price > 0 or free else 0
                 for i in range(m):
+                    prices[u + t * m + i], prices[v + t * m + i] = price >> 1, price - (price >> 1)
                     vec.store_row(mask, base + i * columns, equal[kept + i], side)
             else:
-                chosen[t] = True
+                chosen[t] = 1
+                some = True
             exponents[tile] = exponent
-        if not chosen.any():
+        if not some:
             continue
         if count < LANES:
-            source[count * m * m :] = 0
+            clear(source, count * m * m, LANES * m * m)
         for t in range(0, LANES, 8):
             for k in range(0, m * m, 8):
                 vec.transpose_8x8(source, t * m * m + k, m * m, lanes, k * LANES + t, LANES)
-        if warm:
-            settled[:] = 0
+        if warm is not None:
+            clear(settled, 0, 2 * m * LANES)
             for t in range(count):
                 coarsen_prices(prices, u + t * m, settled, t * 2 * m, side)
                 coarsen_prices(prices, v + t * m, settled, t * 2 * m + m, side)
@@ -181,14 +197,15 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                 for k in range(0, 2 * m, 8):
                     vec.transpose_8x8(settled, t * 2 * m + k, 2 * m, prices16, k * LANES + t, LANES)
         else:
-            prices16[:] = 0
-            sweep_prices(lanes, prices16, COLD_ALTERNATIONS, network, n, spare, -32768, side)
+            clear(prices16, 0, 2 * m * LANES)
+            sweep_prices(lanes, prices16, np.int64(COLD_ALTERNATIONS), network, n, spare, np.int64(-32768), side)
             if not free:
                 balance_prices(prices16, side)
-        sweep_prices(lanes, prices16, WARM_ALTERNATIONS if warm else BALANCED_ALTERNATIONS, network, n, spare, floor, side)
+        more = np.int64(WARM_ALTERNATIONS if warm is not None else BALANCED_ALTERNATIONS)
+        sweep_prices(lanes, prices16, more, network, n, spare, np.int64(floor), side)
         start_prices(prices16, settled, prices, u, v, chosen, side)
         for t in range(count):
-            if not chosen[t]:
+            if chosen[t] == 0:
                 continue
             base, row, column = bases[t], u + t * m, v + t * m
             off = vec.tile_mask(scores, base, columns, scales[t], prices, row, column, free, n, mask, bits, work, kept_row, side)
@@ -300,30 +317,50 @@ def largest_band(groups, n, mask, first, last):  # type: ignore[no-untyped-def]
 
 
 @cache
-def solve_kernel(m: int) -> Kernel:
-    """`solve_band` for tiles of a side.
+def solve_kernel(m: int, median: bool, warm: bool) -> Kernel:
+    """`solve_band` for tiles of a side, at N = M / 2 (`median`) or any N, cold or `warm`; compiles what such a call needs.
 
-    Arguments: scores, mask, prices with the exponents behind them, network; tiles, columns, entries of the network, n, exactly,
-    warm.
+    Arguments: scores, mask, prices with the exponents behind them, network; tiles, columns, entries of the network, n, exactly.
     """
     side = (0,) * m
+    start = WARM if warm else None
 
-    def entry(arguments, first, last):  # type: ignore[no-untyped-def]
-        scores, mask, prices, network, tiles, columns, entries, n, exactly, warm = array_at(arguments, (10,), np.int64)
-        return 1 + solve_band(
-            array_at(scores, (tiles * m * m,), np.float32),
-            columns,
-            array_at(mask, (tiles * m * m,), np.uint8),
-            array_at(prices, (2 * tiles * m,), np.int32),
-            array_at(prices + 4 * 2 * tiles * m, (tiles,), np.int32),
-            n,
-            exactly,
-            warm != 0,
-            array_at(network, (entries, 2), np.int64),
-            side,
-            first,
-            last,
-        )
+    if median:
+
+        def entry(arguments, first, last):  # type: ignore[no-untyped-def]
+            scores, mask, prices, _network, tiles, columns, _entries, n, exactly = array_at(arguments, (9,), np.int64)
+            return 1 + solve_band(
+                array_at(scores, (tiles * m * m,), np.float32),
+                columns,
+                array_at(mask, (tiles * m * m,), np.uint8),
+                array_at(prices, (2 * tiles * m,), np.int32),
+                array_at(prices + 4 * 2 * tiles * m, (tiles,), np.int32),
+                n,
+                exactly,
+                start,
+                None,
+                side,
+                first,
+                last,
+            )
+    else:
+
+        def entry(arguments, first, last):  # type: ignore[no-untyped-def]
+            scores, mask, prices, network, tiles, columns, entries, n, exactly = array_at(arguments, (9,), np.int64)
+            return 1 + solve_band(
+                array_at(scores, (tiles * m * m,), np.float32),
+                columns,
+                array_at(mask, (tiles * m * m,), np.uint8),
+                array_at(prices, (2 * tiles * m,), np.int32),
+                array_at(prices + 4 * 2 * tiles * m, (tiles,), np.int32),
+                n,
+                exactly,
+                start,
+                array_at(network, (entries, 2), np.int64),
+                side,
+                first,
+                last,
+            )
 
     return kernel(entry)
 

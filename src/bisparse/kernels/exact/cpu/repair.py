@@ -15,21 +15,26 @@ from bisparse.kernels.exact.cpu.vectors import FAR
 
 __all__ = ["repair"]
 
+LIMIT = FAR // 2
+"""How far the prices of a tile may move. They start within 2**25."""
+
 
 @njit(nogil=True, cache=True)
 def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-untyped-def]
     """Dijkstra on reduced costs from rows that keep too few and columns that keep too many, until there are none.
 
+    False where prices move by `LIMIT` in all: from there on sums might overflow 32 bits.
     `flip` does the same on the transposed tile; u is then the offset of the column prices.
     """
     vec.never_inline()
     m = len(side)
-    row, column = (m, 0) if flip else (0, m)
-    q, transposed = (m * m, 0) if flip else (0, m * m)
+    row, column = (m, 0) if flip != 0 else (0, m)
+    q, transposed = (m * m, 0) if flip != 0 else (0, m * m)
     near_row, near_column = 2 * m * m + row, 2 * m * m + column
     final_row, final_column = near_row + 2 * m, near_column + 2 * m
     origin_row, origin_column = near_row + 4 * m, near_column + 4 * m
     kept_row, kept_column = near_row + 6 * m, near_column + 6 * m
+    spent = np.int64(0)
     while True:
         sources = vec.start_search(work, near_row, final_row, origin_row, kept_row, prices, u, free, n, side)
         sources |= vec.start_search_surplus(work, near_column, final_column, origin_column, kept_column, n, side)
@@ -67,7 +72,8 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
                     work, transposed + node * m, distance - prices[v + node], -1, prices, u, near_row, origin_row, allowed,
                     node, side,
                 )  # fmt: skip
-        if distance >= FAR // 2:
+        spent += distance
+        if spent >= LIMIT:
             return False
         vec.shift_prices(prices, u, work, final_row, distance, -1, side)
         vec.shift_prices(prices, v, work, final_column, distance, 1, side)
@@ -100,7 +106,8 @@ def fill_ties(bits, work, kept_row, kept_column, n, side):  # type: ignore[no-un
     vec.never_inline()
     m = len(side)
     rooms = 3 * m  # bits[rooms + k]: the columns with room for k more
-    bits[rooms : rooms + n + 1] = 0
+    for k in range(rooms, rooms + n + 1):
+        bits[k] = 0
     for j in range(m):
         room = n - work[kept_column + j]
         if room > 0:
@@ -131,7 +138,11 @@ def repair(scores, base, stride, scale, prices, u, v, n, free, mask, bits, work,
     vec.never_inline()
     m = len(side)
     kept_row, kept_column = 2 * m * m + 6 * m, 2 * m * m + 7 * m
-    tied = vec.tile_integers(scores, base, stride, scale, prices, u, v, work, bits, 2 * m, side)
+    tied = np.int64(0)
+    for i in range(m):
+        equal = vec.row_integers(scores, base + i * stride, scale, prices, u + i, v, work, i * m, side)
+        bits[2 * m + i] = equal
+        tied |= equal
     if tied != 0:
         fill_ties(bits, work, kept_row, kept_column, n, side)
     vec.column_bits(bits, 0, m, side)
@@ -143,9 +154,9 @@ def repair(scores, base, stride, scale, prices, u, v, n, free, mask, bits, work,
         for i in range(m):
             for j in range(m):
                 work[m * m + j * m + i] = work[i * m + j]
-    solved = augment(work, bits, prices, u, v, n, free, False, side)
+    solved = augment(work, bits, prices, u, v, n, free, np.int64(0), side)
     if not free and solved:
-        solved = augment(work, bits, prices, v, u, n, free, True, side)
+        solved = augment(work, bits, prices, v, u, n, free, np.int64(1), side)
     for i in range(m):
         vec.store_row(mask, base + i * stride, bits[i], side)
     return solved

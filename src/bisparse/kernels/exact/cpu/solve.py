@@ -5,6 +5,8 @@ Nothing is left to torch's own threads: they spin for a while after their work a
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 import torch
 
@@ -20,7 +22,7 @@ from bisparse.kernels.exact.cpu.bands import (
 from bisparse.kernels.exact.cpu.enumerate_2to4 import WIDTH
 from bisparse.kernels.exact.cpu.integers import integers_kernel
 from bisparse.kernels.exact.cpu.vectors import LANES
-from bisparse.kernels.exact.schema import COARSE, check_scores
+from bisparse.kernels.exact.schema import COARSE, check_integers, check_matrix, check_scores, check_start
 from bisparse.kernels.exact.sorting_network import sorting_network
 from bisparse.kernels.numba_runtime.memory import empty
 from bisparse.kernels.numba_runtime.thread_pool import over_bands
@@ -28,6 +30,12 @@ from bisparse.kernels.numba_runtime.thread_pool import over_bands
 VECTOR_SIDES = (4, 8, 16, 32, 64)
 PAST_CACHES = 1 << 24
 """Bytes of a mask that is larger than the caches, where it would be read only to be overwritten."""
+
+
+def _refuse(scores: torch.Tensor, n: int, m: int) -> NoReturn:
+    """Raise what is wrong with the arguments. Callers test in line: on cold caches a call is slow."""
+    check_matrix(scores, n, m)
+    raise ValueError(f"scores of dtype {scores.dtype}: this kernel reads float32")
 
 
 def _usable(flags: int, scores: torch.Tensor) -> bool:
@@ -54,7 +62,9 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     if (n, m) != (2, 4):
         solved, _, exponent = exact_solve(scores, n, m, exactly, None, None)
         return solved, torch.from_numpy(exponent.numpy() == COARSE)
-    rows, columns = scores.shape
+    rows, columns = scores.shape if scores.ndim == 2 else (1, 1)
+    if rows & 3 or columns & 3 or scores.dtype is not torch.float32:
+        _refuse(scores, n, m)
     # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
     beside = columns < 4 * MIDDLE_CHUNK
     wide = _side_by_side(scores) if beside else scores.contiguous()
@@ -89,22 +99,22 @@ def exact_solve(
     """`ops.exact_solve` on CPU."""
     if m not in VECTOR_SIDES:
         return reference.exact_solve(scores, n, m, exactly, start, start_exponent)
-    rows, columns = scores.shape
+    rows, columns = scores.shape if scores.ndim == 2 else (1, 1)
+    if rows % m or columns % m or not 1 <= n < m or scores.dtype is not torch.float32:
+        _refuse(scores, n, m)
     scores = scores.contiguous()
     tiles = (rows // m) * (columns // m)
     entries = tiles * m
     mask, numbers = empty((rows, columns), torch.bool), empty((2 * entries + tiles,), torch.int32)
     warm = start is not None and start_exponent is not None
     if start is not None and start_exponent is not None:
-        if start.shape != (2, tiles, m) or start_exponent.shape != (tiles,):
-            given = tuple(start.shape), tuple(start_exponent.shape)
-            raise ValueError(f"a start of shapes {given[0]} and {given[1]}: expected {(2, tiles, m)} and {(tiles,)}")
+        check_start(tiles, m, start, start_exponent)
         np.concatenate([start.numpy().reshape(-1), start_exponent.numpy()], out=numbers.numpy())
     median = 2 * n == m and m in (4, 8, 16, 32)
     network = () if median else sorting_network(m)
     where = np.array(network, dtype=np.int64) if network else 0
-    arguments = scores, mask, numbers, where, tiles, columns, len(network), n, exactly, warm
-    flags = over_bands(solve_kernel(m), arguments, tiles, LANES, max(LANES, 16384 // (m * m)))
+    arguments = scores, mask, numbers, where, tiles, columns, len(network), n, exactly
+    flags = over_bands(solve_kernel(m, median, warm), arguments, tiles, LANES, max(LANES, 16384 // (m * m)))
     if not _usable(flags, scores):
         return exact_solve(scores.abs(), n, m, exactly, start, start_exponent)
 
@@ -116,9 +126,11 @@ def exact_solve_integers(
     q: torch.Tensor, n: int, exactly: bool, u: torch.Tensor | None, v: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`ops.exact_solve_integers` on CPU."""
+    start = check_integers(q, n, u, v)
     tiles, m, _ = q.shape
-    warm = u is not None and v is not None
-    u, v = (torch.zeros(tiles, m, dtype=torch.int64) if start is None else start.clone().contiguous() for start in (u, v))
+    warm = start is not None
+    u, v = start or (torch.zeros(tiles, m, dtype=torch.int64), torch.zeros(tiles, m, dtype=torch.int64))
+    u, v = u.contiguous(), v.contiguous()
     mask = torch.zeros(tiles, m * m, dtype=torch.bool)
     arguments = q.contiguous(), mask, u, v, tiles, m, n, exactly, warm
     over_bands(integers_kernel(), arguments, tiles, 1, max(1, 4096 // (m * m)))

@@ -42,7 +42,8 @@ LANES = 16
 """Tiles that the sweeps take side by side."""
 COARSE_SHIFT = 10
 """The sweeps see scores of 14 bits, so that a lane is 16 bits wide; their prices are only a start."""
-FAR = 1 << 30
+FAR = 1 << 29
+"""Beyond every distance: with prices up to `repair.LIMIT` from their start, row + column + distance stays below 2**31."""
 SMALL = 1 << 12
 
 Codegen = Callable[[Any, Any, Any, Any], Any]
@@ -277,29 +278,21 @@ def tile_mask(
 
 
 @intrinsic
-def tile_integers(
-    typing: Any, scores: Any, base: Any, stride: Any, scale: Any, prices: Any, u: Any, v: Any, work: Any, bits: Any, ties: Any,
-    side: Any,
-) -> tuple[Any, Codegen]:  # fmt: skip
-    """Write a tile's integers to work[:M * M] and, for each row, the bits where q == u + v; return whether there are any."""
+def row_integers(
+    typing: Any, scores: Any, offset: Any, scale: Any, prices: Any, row_price: Any, v: Any, work: Any, to: Any, side: Any
+) -> tuple[Any, Codegen]:
+    """Write the integers of a tile's row to work[to : to + M]; return the bits where q == u + v."""
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        source, price, target, tied = (data_of(context, b, signature, args, k) for k in (0, 4, 7, 8))
-        column_prices = load(b, price, args[6], I32, m)
-        any_tie = ir.Constant(I64, 0)
-        for row in range(m):
-            q = _quantised(b, source, row_of(b, args[1], args[2], row), args[3], m)
-            store(b, q, target, ir.Constant(I64, row * m))
-            row_price = b.load(b.gep(price, [at(b, args[5], row)]))
-            equal = b.icmp_signed("==", q, b.add(column_prices, spread(b, row_price, m)))
-            tie_bits = to_bits(b, equal, m)
-            b.store(tie_bits, b.gep(tied, [at(b, args[9], row)]))
-            any_tie = b.or_(any_tie, tie_bits)
-        return any_tie
+        source, price, target = (data_of(context, b, signature, args, k) for k in (0, 3, 6))
+        q = _quantised(b, source, args[1], args[2], m)
+        store(b, q, target, args[7])
+        sums = b.add(load(b, price, args[5], I32, m), spread(b, b.load(b.gep(price, [args[4]])), m))
+        return to_bits(b, b.icmp_signed("==", q, sums), m)
 
     intp = types.intp
-    return types.int64(scores, intp, intp, types.float32, prices, intp, intp, work, bits, intp, side), codegen
+    return types.int64(scores, intp, types.float32, prices, intp, intp, work, intp, side), codegen
 
 
 @intrinsic

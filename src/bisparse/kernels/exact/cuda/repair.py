@@ -89,12 +89,13 @@ def augmented(
 ):
     """Dijkstra from rows that keep too few and columns that keep too many, path after path, until there are none.
 
-    Called once more with rows and columns exchanged. Last in what it returns: tiles whose distances left their range.
+    Called once more with rows and columns exchanged. Last in what it returns: tiles whose prices might leave their range.
     """
     zero = tl.zeros_like(kept_row)
     one = (zero + 1).to(rows.dtype)
     far = tl.zeros_like(u) + FAR
     failed = zero
+    spent = tl.zeros_like(u)  # no price has moved further than this
     short = (kept_row < N) & inside
     if not FREE:
         short = short & (u > 0)
@@ -122,7 +123,7 @@ def augmented(
             index = tl.where(is_row, nearest, nearest - M)
             grounded = distance >= ground
             kept = tl.where(is_row, tl.gather(kept_row, index, 1), tl.gather(kept_column, index, 1))
-            ended = grounded | tl.where(is_row, kept > N, kept < N)
+            ended = grounded | (distance + spent >= LIMIT) | tl.where(is_row, kept > N, kept < N)
             ending = (searching > 0) & ended
             total = tl.where(ending, tl.minimum(distance, ground), total)
             node = tl.where(ending, tl.where(grounded, ground_row, nearest), node)
@@ -150,8 +151,9 @@ def augmented(
             from_row = tl.where(closer, index, from_row)
             searching = going.to(tl.int32)
 
-        found = (active > 0) & (total < LIMIT)
-        failed = tl.where((active > 0) & (total >= LIMIT), 1, failed)
+        found = (active > 0) & (total + spent < LIMIT)
+        failed = tl.where((active > 0) & (total + spent >= LIMIT), 1, failed)
+        spent = tl.where(found, total + spent, spent)
         u -= tl.where(found & (done_row > 0), total - distance_row, 0)
         v += tl.where(found & (done_column > 0), total - distance_column, 0)
         is_row = node < M

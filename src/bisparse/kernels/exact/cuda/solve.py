@@ -8,7 +8,6 @@ or negative comes back as `COARSE`, and `Exact`, which solves coarse tiles as th
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -16,15 +15,12 @@ from torch import Tensor
 
 from bisparse.kernels.exact import reference
 from bisparse.kernels.exact.cpu.enumerate_2to4 import mask_bits
-from bisparse.kernels.exact.cuda.enumerate_2to4 import middle_masks, packed_tiles
+from bisparse.kernels.exact.cuda.enumerate_2to4 import middle_masks
 from bisparse.kernels.exact.cuda.prices import bisected_prices, swept_prices
 from bisparse.kernels.exact.cuda.repair import balanced_masks
 from bisparse.kernels.exact.cuda.top_n import largest_of_groups
-from bisparse.kernels.exact.schema import COARSE
+from bisparse.kernels.exact.schema import COARSE, check_integers, check_matrix, check_start
 from bisparse.kernels.exact.sorting_network import sorting_network
-from bisparse.kernels.sparse24.cuda_metadata import write_metadata
-from bisparse.kernels.sparse24.metadata import both_forms
-from bisparse.kernels.sparse24.pack import packed_like, split_packed
 
 __all__ = [
     "exact_mask",
@@ -32,8 +28,7 @@ __all__ = [
     "exact_solve",
     "exact_solve_integers",
     "keep_largest",
-    "pack_2to4",
-    "pack_2to4_transposable",
+    "mask_words",
 ]
 
 SIDES = (4, 8, 16, 32, 64)
@@ -45,11 +40,11 @@ CLAMPED_ALTERNATIONS = 3
 WIDE_ALTERNATIONS = 4
 MIDDLE_BYTES = 2048
 """Of each of a band's four rows that a program reads: 16 bytes a thread."""
-PACKED_TILES = 16
 GROUP_ENTRIES = 512
 SWEEP_LANES = 128
 REPAIR_LANES = 32
-FAR, LIMIT = 1 << 30, 1 << 29
+FAR, LIMIT = 1 << 30, 1 << 28
+"""Prices of a tile that move by `LIMIT` in all might overflow 32 bits: it comes back as coarse."""
 WIDE_FAR = 1 << 62
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -91,45 +86,16 @@ def _middle(scores: Tensor, exactly: bool, magnitudes: bool) -> tuple[Tensor, Te
     block = MIDDLE_BYTES // (4 * scores.element_size())
     if coarse.numel():
         middle_masks[(rows // 4, triton.cdiv(across, block))](
-            scores, _words(scores.device), mask.view(torch.int32), coarse.view(torch.int8), columns, across,
+            scores, mask_words(scores.device), mask.view(torch.int32), coarse.view(torch.int8), columns, across,
             BLOCK=block, EXACTLY=exactly, MAGNITUDES=magnitudes, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
     return mask, coarse
 
 
 @cache
-def _words(device: torch.device) -> Tensor:
+def mask_words(device: torch.device) -> Tensor:
+    """The masks of 2:4-T tiles, as bits, on a device; see `mask_bits`."""
     return torch.from_numpy(mask_bits()).to(device)
-
-
-def pack_2to4(weight: Tensor, mask: Tensor, *forms: Any) -> tuple[Tensor, Tensor]:
-    """`pack.pack_2to4` on a GPU."""
-    return _pack(weight, mask.contiguous(), *forms)[1:]
-
-
-def pack_2to4_transposable(weight: Tensor, *forms: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`pack.pack_2to4_transposable` on a GPU."""
-    return _pack(weight, None, *forms)
-
-
-def _pack(weight: Tensor, given: Tensor | None, *forms: Any) -> tuple[Tensor, Tensor, Tensor]:
-    weight = weight.contiguous()
-    rows, columns = weight.shape
-    mask = torch.empty_like(weight, dtype=torch.bool) if given is None else given
-    packed, packed_t = packed_like(weight)
-    if weight.numel():
-        (values, metadata), (values_t, metadata_t) = split_packed(packed, rows, columns), split_packed(packed_t, columns, rows)
-        positions = torch.empty((rows, columns // 4), dtype=torch.uint8, device=weight.device)
-        positions_t = torch.empty((columns, rows // 4), dtype=torch.uint8, device=weight.device)
-        form, form_t = both_forms(*forms)
-        packed_tiles[(rows // 32, triton.cdiv(columns // 4, PACKED_TILES))](
-            weight, _words(weight.device), mask.view(torch.int32), mask.view(torch.int32), form.codes, form_t.codes,
-            values.view(torch.int32), positions, values_t.view(torch.int32), positions_t, rows, columns,
-            BLOCK=PACKED_TILES, GIVEN=given is not None, num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
-        write_metadata(positions, form, metadata)
-        write_metadata(positions_t, form_t, metadata_t)
-    return mask, packed, packed_t
 
 
 def exact_solve(
@@ -138,6 +104,7 @@ def exact_solve(
     """`ops.exact_solve` on a GPU; float16 and bfloat16 are read as they are."""
     if m not in SIDES or scores.dtype not in DTYPES:
         return reference.exact_solve(scores, n, m, exactly, start, start_exponent)
+    check_matrix(scores, n, m)
     scores = scores.contiguous()
     rows, columns = scores.shape
     across, tiles = columns // m, (rows // m) * (columns // m)
@@ -147,6 +114,8 @@ def exact_solve(
     if tiles == 0:
         return mask, prices, exponents
     warm = start is not None and start_exponent is not None
+    if start is not None and start_exponent is not None:
+        check_start(tiles, m, start, start_exponent)
     start = start.to(torch.int32).contiguous() if warm and start is not None else prices
     start_exponent = start_exponent.to(torch.int32).contiguous() if warm and start_exponent is not None else exponents
     if m in NETWORK_SIDES:
@@ -173,14 +142,15 @@ def exact_solve(
 
 def exact_solve_integers(q: Tensor, n: int, exactly: bool, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """`ops.exact_solve_integers` on a GPU."""
-    tiles, m, _ = q.shape
-    if m not in SIDES or tiles == 0:
+    if q.ndim != 3 or q.shape[1] not in SIDES or len(q) == 0:
         return reference.exact_solve_integers(q, n, exactly, u, v)
+    given = check_integers(q, n, u, v)
+    tiles, m, _ = q.shape
     q = q.contiguous()
     mask = torch.empty((tiles, m, m), dtype=torch.bool, device=q.device)
     prices = torch.empty((2, tiles, m), dtype=torch.int64, device=q.device)
-    warm = u is not None and v is not None
-    start = torch.stack([u, v]) if u is not None and v is not None else prices
+    warm = given is not None
+    start = prices if given is None else torch.stack(given)
     # Tiles one below the other are a matrix of one tile across.
     bisected_prices[(tiles,)](
         q, start, prices, prices, prices, tiles, 1, m,

@@ -1,0 +1,200 @@
+"""How a layer can run sparse, or why not: decided from its weight, its mask and the backend, before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Shaped
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
+
+from bisparse.accelerate.backends import BACKENDS, HALF, Backend, BackendError, Refusal
+from bisparse.diversity import hardware
+from bisparse.layers import Layer, computed_reason
+from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
+from bisparse.solution import verify
+from bisparse.training import MVUELinear
+from bisparse.training.layer import Accelerated
+from bisparse.training.parametrizations import LayerState, Masked, SoftThreshold, layer_state
+
+__all__ = ["BackendName", "Directions", "Plan", "choose_backend", "directions_of", "is_2to4", "pattern_refusal", "plan_layer"]
+
+BackendName = Literal["auto", "cusparselt", "cutlass", "reference"]
+
+WIDER_PATTERNS = ("4:8-T", "8:16-T", "16:32-T", "32:64-T", "4:8", "8:16", "16:32", "32:64")
+"""Patterns named in the reason if a weight that is not 2:4 obeys them; the strictest first."""
+MIN_BROKEN_FRACTION = 0.05
+"""Fraction of groups that must break 2:4 before a wider pattern is looked for: a slip here and there is none."""
+
+
+@dataclass(frozen=True)
+class Directions:
+    """Whether a mask is 2:4 along the rows of W^T too; along those of W it is."""
+
+    both: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one layer will run sparse."""
+
+    kind: Literal["packed", "trained"]
+    """Packed for good, or dense in training with its values taken in every pass."""
+    backend: Backend
+    dtype: torch.dtype
+    """Of the weight that is packed, or of the inputs in training."""
+    both_ways: bool
+    """The gradient of the input is a sparse product too."""
+    note: str = ""
+    """Why the gradient of the input stays dense."""
+
+
+def plan_layer(layer: Layer, backend: BackendName | str, dtype: torch.dtype | None, tied: set[int]) -> Plan | Refusal:
+    """How a layer will run sparse, or why it cannot; nothing is changed.
+
+    Args:
+        dtype: of the inputs of layers in training; by default the weight's if it is half precision, otherwise bfloat16.
+        tied: ids of the parameters that more than one module holds.
+
+    Raises:
+        BackendError: the backend does not run on the weight's device.
+        ValueError: the layer is in dynamic training and its weight is sharded.
+    """
+    module, state = layer.module, layer_state(layer.module, layer.parameter)
+    device = state.weight.device
+    chosen, found = choose_backend(backend, device), directions_of(layer)
+    if isinstance(found, Refusal):
+        return found
+    if isinstance(chosen, Refusal):
+        return Refusal(f"{chosen.reason}; it stays masked-dense")
+    trained = state.phase != "plain" or (state.weight.requires_grad and module.training)
+    if not trained and id(state.weight) in tied:
+        return Refusal("another module holds the same weight, and packing would part them; it stays as it is", "layer")
+    used = state.weight.dtype if not trained else dtype or _dtype_of_inputs(state, chosen)
+    if (reason := chosen.dtype_reason(used)) is not None:
+        hint = "pass dtype=torch.bfloat16" if trained else "convert the model first, as with model.to(torch.bfloat16)"
+        return Refusal(f"{reason}; {hint}")
+    rows, columns = state.weight.shape
+    if (reason := chosen.matrix_reason(rows, columns, used, device)) is not None:
+        return Refusal(f"{reason}; it stays masked-dense")
+    note = ""
+    if not found.both:
+        note = "gradient of the input stays dense: the mask is not 2:4 on W^T"
+    elif (reason := chosen.matrix_reason(columns, rows, used, device)) is not None:
+        note = f"gradient of the input stays dense: for W^T, {reason}"
+    elif not trained and not module.training:
+        note = "evaluation mode: W^T is not packed"
+    return Plan("trained" if trained else "packed", chosen, used, not note, note)
+
+
+def choose_backend(name: str, device: torch.device) -> Backend | Refusal:
+    """The backend of a name, or for "auto" the first of cuSPARSELt and CUTLASS that runs on a device; a refusal if neither does.
+
+    cuSPARSELt comes first because it has kernels for every generation and a search for the fastest. `advise` measures both.
+
+    Raises:
+        BackendError: there is no backend of this name, or it does not run on this device.
+    """
+    if name == "auto":
+        reasons = {one: BACKENDS[one].device_reason(device) for one in ("cusparselt", "cutlass")}
+        for one, reason in reasons.items():
+            if reason is None:
+                return BACKENDS[one]
+        return Refusal("; ".join(str(reason) for reason in reasons.values()))
+    if name not in BACKENDS:
+        raise BackendError(f"backend={name!r}: expected 'auto', {', '.join(map(repr, BACKENDS))}")
+    if (reason := BACKENDS[name].device_reason(device)) is not None:
+        raise BackendError(
+            f"backend={name!r}: {reason}. Pass backend='auto' to stay masked-dense there, or 'reference' for the same numbers"
+        )
+    return BACKENDS[name]
+
+
+def directions_of(layer: Layer) -> Directions | Refusal:
+    """Along which sides a layer's mask, or its weight, is 2:4; or why the layer cannot run sparse, whatever the backend."""
+    module = layer.module
+    if (reason := _kind_reason(module)) is not None:
+        return Refusal(reason, "layer")
+    state = layer_state(module)
+    if state.parametrization is None and (reason := computed_reason(module, "weight")) is not None:
+        return Refusal(reason, "layer")
+    if isinstance(state.parametrization, SoftThreshold):
+        return Refusal("S-STE moves its mask at every step, so nothing packed would last; it stays masked-dense", "layer")
+    if isinstance(state.weight, DTensor):
+        if state.phase in ("dynamic", "dense"):
+            raise ValueError(f"{layer.name} is sharded over ranks already: call accelerate_ before fully_shard")
+        return Refusal("its weight is sharded already: call accelerate_ before fully_shard", "layer")
+    if state.weight.is_meta:
+        return Refusal("its weight is on the meta device and has no values yet", "layer")
+    if state.pattern is not None:
+        rows, columns = is_2to4(state.pattern)
+        return Directions(columns) if rows else pattern_refusal(state.pattern)
+    mask = state.weight if state.mask is None else state.mask
+    return _weight_refusal(mask) or Directions(bool(verify(mask, "2:4-T")))
+
+
+def pattern_refusal(pattern: Structure) -> Refusal:
+    """The refusal of a layer whose pattern is not 2:4."""
+    reason = f"{pattern} has no path on tensor cores, it stays masked-dense. {hardware(pattern).note}"
+    return Refusal(reason, "layer")
+
+
+def is_2to4(structure: Structure) -> tuple[bool, bool]:
+    """Whether every mask of a structure is 2:4 along rows, and along columns.
+
+    >>> from bisparse.pattern import parse_pattern
+    >>> [is_2to4(parse_pattern(one)) for one in ("2:4-T", "2:4", "1:4-T", "4:8-T", "4:8-paired", "50%")]
+    [(True, True), (True, False), (True, True), (False, False), (False, False), (False, False)]
+    """
+    if isinstance(structure, Unstructured):
+        return False, False
+    assert isinstance(structure, Pattern | Sequential | Paired)
+    # If 4 divides M, each aligned group of four is part of one group of M. With N = 1 it touches two groups at most.
+    rows = structure.n == 1 or (structure.n == 2 and structure.m % 4 == 0)
+    return rows, rows and isinstance(structure, Pattern) and structure.transposable
+
+
+def _kind_reason(module: nn.Module) -> str | None:
+    """Why layers of this kind do not run sparse; None where they can."""
+    if isinstance(module, Accelerated):
+        return "accelerated already"
+    if type(module).__name__ == "Conv1D":
+        return "Conv1D of GPT-2 stores its weight transposed, which cannot run sparse yet; convert it to nn.Linear"
+    parametrized = parametrize.is_parametrized(module)
+    kind = type(module).__bases__[0] if parametrized else type(module)
+    if kind not in (nn.Linear, MVUELinear):
+        return f"{kind.__name__}: only nn.Linear runs sparse so far, and not its subclasses, which may read the weight themselves"
+    if not parametrized:
+        return None
+    if set(module.parametrizations) != {"weight"}:  # type: ignore[arg-type]
+        return "its bias is parametrized too"
+    if not isinstance(layer_state(module).parametrization, Masked | SoftThreshold):
+        return "its weight is parametrized by another library"
+    return None
+
+
+def _weight_refusal(weight: Shaped[Tensor, "O I"]) -> Refusal | None:
+    """Why a weight, or a mask, cannot run sparse; None where it is 2:4."""
+    found = verify(weight, "2:4")
+    if found:
+        return None
+    if found.density == 1.0:
+        return Refusal("its weight is dense: prune it to 2:4-T first", "weight")
+    first = found.first
+    assert first is not None
+    start = 4 * first.group
+    reason = (
+        f"its weight is not 2:4: row {first.row}, columns {start} to {start + 3} keep {first.kept} "
+        f"({found.violations} of {found.groups} groups keep more than 2), and packing would lose values; it stays masked-dense"
+    )
+    if found.violations > MIN_BROKEN_FRACTION * found.groups:
+        wider = next((pattern for pattern in WIDER_PATTERNS if verify(weight, pattern)), None)
+        reason += "" if wider is None else f". It obeys {wider}. {hardware(wider).note}"
+    return Refusal(reason, "weight")
+
+
+def _dtype_of_inputs(state: LayerState, backend: Backend) -> torch.dtype:
+    return state.weight.dtype if state.weight.dtype in HALF or backend.name == "reference" else torch.bfloat16

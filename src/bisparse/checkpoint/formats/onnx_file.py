@@ -1,0 +1,213 @@
+"""ONNX models: their initializers and constants, also those of graphs inside the graph, and as what it multiplies by each.
+
+TensorRT looks for 2:4 along the reduction axis of the weights of MatMul, Gemm and Conv, as the GEMM does. A weight reaches these
+nodes directly or through nodes that keep its zeros: Identity, Cast, Transpose, and DequantizeLinear with a zero point of zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bisparse.checkpoint.input_file import InputFile, open_input
+from bisparse.checkpoint.stored_tensor import DTYPES, FileTensor, StoredTensor
+from bisparse.errors import CheckpointError, install_extra
+from bisparse.tiles import Layout, LayoutKind
+
+__all__ = ["read_onnx"]
+
+CODES = {
+    1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32", 13: "U64",
+    14: "C64", 16: "BF16", 17: "F8_E4M3", 18: "F8_E4M3FNUZ", 19: "F8_E5M2", 20: "F8_E5M2FNUZ",
+}  # fmt: skip
+"""safetensors' name of each of onnx.TensorProto's data types that it has too."""
+KEEPS_ZEROS = ("Identity", "Cast", "DequantizeLinear", "Transpose")
+EXTERNAL = 1
+
+
+@dataclass(frozen=True)
+class _Bytes:
+    """The data of an initializer inside the model file."""
+
+    data: bytes
+
+    def read(self, offset: int, length: int, tensor: str = "") -> bytearray:
+        """`length` bytes from `offset` on."""
+        return bytearray(self.data[offset : offset + length])
+
+
+def read_onnx(file: InputFile) -> tuple[dict[str, StoredTensor], tuple[InputFile, ...]]:
+    """An ONNX model's initializers, each with the layout in which it is multiplied by or why it is not, and the files read.
+
+    Raises:
+        CheckpointError: the onnx package is missing, the model is damaged, or its external data is not in its folder.
+    """
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise CheckpointError(file.path, "is an ONNX model, which needs the onnx package", install_extra("onnx")) from error
+    try:
+        model = onnx.load_model_from_string(bytes(file.read(0, file.size)))
+    except (DecodeError, ValueError) as error:
+        raise CheckpointError(file.path, f"is truncated or no ONNX model ({error})", "fetch or export it again") from error
+    reading = _Reading(file)
+    reading.read(model.graph, {}, "")
+    return reading.named(), (file, *reading.external.values())
+
+
+Place = tuple[str, bool]
+"""The name of a tensor, and whether a value of the graph is its transpose."""
+
+
+class _Reading:
+    """One pass over a graph and those inside it, in whose order of nodes each value is made before it is used."""
+
+    def __init__(self, file: InputFile) -> None:
+        self.file = file
+        self.external: dict[Path, InputFile] = {}
+        self.tensors: dict[str, StoredTensor] = {}
+        self.found: dict[str, Layout | str] = {}
+
+    def named(self) -> dict[str, StoredTensor]:
+        """The tensors, each with the layout in which it is multiplied by, or why it is not."""
+        unused = "no MatMul, Gemm or Conv multiplies by it"
+        return {
+            name: replace(tensor, operand=self.found.get(name, unused) if len(tensor.shape) >= 2 else None)
+            for name, tensor in self.tensors.items()
+        }
+
+    def read(self, graph: Any, outer: Mapping[str, Place], prefix: str) -> None:
+        """Add a graph's initializers and constants, and what its nodes do with them and with those of the graphs around it."""
+        scope = dict(outer)
+        for initializer in graph.initializer:
+            self._add(initializer, initializer.name, scope, prefix)
+        for node in graph.node:
+            if node.op_type == "Constant" and len(node.output) == 1:
+                value = _attribute(node, "value", None)
+                if value is not None:
+                    self._add(value, node.output[0], scope, prefix)
+            elif node.op_type in KEEPS_ZEROS and node.input and node.input[0] in scope:
+                self._follow(node, scope)
+            for given, layout in _multiplied(node, scope, self.tensors):
+                if isinstance(before := self.found.get(given), Layout) and before != layout:
+                    layout = f"multiplied by in two ways: as {before} and as {layout}"
+                self.found[given] = layout
+            for attribute in node.attribute:
+                for inner in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
+                    self.read(inner, scope, f"{prefix}{node.name or node.output[0]}.{attribute.name}.")
+
+    def _add(self, initializer: Any, value: str, scope: dict[str, Place], prefix: str) -> None:
+        name = value if value not in self.tensors else f"{prefix}{value}"
+        if name in self.tensors:
+            raise CheckpointError(self.file.path, "is there twice", "export it again", tensor=name)
+        if (stored := _stored(initializer, name, self.file, self.external)) is not None:
+            self.tensors[name] = stored
+            scope[value] = (name, False)
+
+    def _follow(self, node: Any, scope: dict[str, Place]) -> None:
+        """Let the result of a node stand for the tensor that it is made from, if it has zeros where that has."""
+        name, transposed = scope[node.input[0]]
+        point = scope.get(node.input[2]) if node.op_type == "DequantizeLinear" and len(node.input) > 2 and node.input[2] else None
+        if point is not None and bool((self.tensors[point[0]].read().float() != 0).any()):
+            self.found[name] = "quantised with a zero point that is not zero: a stored zero is no zero of the weight"
+        elif point is None and node.op_type == "DequantizeLinear" and len(node.input) > 2 and node.input[2]:
+            self.found[name] = "quantised with a zero point that the graph computes"
+        elif node.op_type != "Transpose":
+            scope[node.output[0]] = (name, transposed)
+        elif len(self.tensors[name].shape) == 2 and _attribute(node, "perm", [1, 0]) == [1, 0]:
+            scope[node.output[0]] = (name, not transposed)
+        else:
+            self.found[name] = "transposed in more than two dimensions before it is multiplied by"
+
+
+def _stored(initializer: Any, name: str, file: InputFile, external: dict[Path, InputFile]) -> StoredTensor | None:
+    shape = tuple(initializer.dims)
+    code = CODES.get(initializer.data_type)
+    if code is None:
+        return None  # strings, complex128 and four-bit integers
+    if initializer.data_location == EXTERNAL:
+        return _external(initializer, name, file, external, code)
+    if initializer.HasField("raw_data"):
+        data = initializer.raw_data
+    else:
+        from onnx import numpy_helper
+
+        data = np.ascontiguousarray(numpy_helper.to_array(initializer)).tobytes()
+    size = _size(code) * math.prod(shape)
+    if len(data) != size:
+        raise CheckpointError(
+            file.path, f"has {len(data):,} bytes, its shape {shape} needs {size:,}", "export it again", tensor=name
+        )
+    return FileTensor(name, code, shape, file.path, size, 0, _Bytes(data))
+
+
+def _external(initializer: Any, name: str, file: InputFile, external: dict[Path, InputFile], code: str) -> StoredTensor:
+    shape = tuple(initializer.dims)
+    said = {entry.key: entry.value for entry in initializer.external_data}
+    location = said.get("location", "")
+    size = _size(code) * math.prod(shape)
+    offset = int(said.get("offset") or 0) if said.get("offset", "0").isdecimal() else -1
+    if Path(location).name != location or not location or offset < 0:
+        raise CheckpointError(
+            file.path, f"has its data at {location!r}, outside the model's folder", "export it again", tensor=name
+        )
+    path = file.path.parent / location
+    if path not in external:
+        external[path] = open_input(path)
+    if offset + size > external[path].size:
+        raise CheckpointError(path, "ends before the data of a tensor", "fetch it again", tensor=name)
+    return FileTensor(name, code, shape, path, size, offset, external[path])
+
+
+def _size(code: str) -> int:
+    return DTYPES[code].itemsize
+
+
+def _attribute(node: Any, name: str, default: Any) -> Any:
+    from onnx import helper
+
+    return next((helper.get_attribute_value(one) for one in node.attribute if one.name == name), default)
+
+
+def _multiplied(node: Any, scope: Mapping[str, Place], tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Layout | str]]:
+    """The initializers that a node multiplies by, and how."""
+    rules: dict[str, Callable[[int], bool | None]] = {
+        # Whether the operand is stored as (O, I). The second factor of a MatMul is (I, O), the first (O, I).
+        "MatMul": lambda place: place == 0,
+        "Gemm": lambda place: (
+            None if place > 1 else not _attribute(node, "transA", 0) if place == 0 else bool(_attribute(node, "transB", 0))
+        ),
+    }
+    for place, given in enumerate(node.input):
+        if given not in scope:
+            continue
+        name, transposed = scope[given]
+        shape = tensors[name].shape
+        if node.op_type in rules:
+            if len(shape) != 2:
+                if len(shape) > 2 and place < 2:
+                    yield name, f"a batch of matrices of {len(shape)} dimensions: not supported"
+                continue
+            outputs_first = rules[node.op_type](place)
+            if outputs_first is not None:
+                yield name, Layout(LayoutKind.LINEAR if outputs_first != transposed else LayoutKind.TRANSPOSED)
+        elif node.op_type == "Conv" and place == 1 and len(shape) in (3, 4, 5) and not transposed:
+            groups = int(_attribute(node, "group", 1))
+            if shape[1] == 1 and groups > 1:
+                yield name, "depthwise convolution: one input channel a filter, no reduction to make sparse"
+            elif groups < 1 or shape[0] % groups:
+                yield name, f"a convolution of {groups} groups, which do not divide its {shape[0]} outputs"
+            else:
+                yield name, replace(Layout(LayoutKind.CONV), groups=groups)
+        elif node.op_type == "ConvTranspose" and place == 1:
+            yield name, "transposed convolution: not supported"
+        elif node.op_type in ("LSTM", "GRU", "RNN") and place in (1, 2):
+            yield name, f"recurrent layer ({node.op_type}): not supported"
+        elif node.op_type in ("Gather", "GatherElements") and place == 0:
+            yield name, "embedding: looked up, not multiplied"

@@ -1,0 +1,167 @@
+"""Where a torch file keeps a model's weights: a state dict, nested in a training checkpoint, or in a pickled module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bisparse.checkpoint.formats.unpickle import NotPlain, StorageRef, Stub, TensorRef, Wrapped
+from bisparse.errors import CheckpointError
+
+__all__ = ["Stored", "find_weights"]
+
+Stored = TensorRef | NotPlain | Wrapped
+"""What stands for a tensor."""
+
+NESTED = ("state_dict", "model_state_dict", "model", "module")
+"""Where training checkpoints keep the model's weights, the first that holds tensors counts."""
+MAX_DEPTH = 64
+SHOWN = 8
+SAVE = "save `model.state_dict()` with torch.save, or use safetensors"
+
+
+def find_weights(content: Any, path: Path, key: str | None = None) -> tuple[dict[str, Stored], tuple[str, ...]]:
+    """A model's tensors by name, and notes on what else the file holds.
+
+    Args:
+        key: where they are, such as ``"model.state_dict"``; by default they are found.
+
+    Raises:
+        CheckpointError: there are none, or several state dicts to choose from.
+    """
+    if key is not None:
+        place, node = key, _lookup(content, key)
+        if node is None:
+            raise CheckpointError(path, f"holds no {key!r}; {_outline(content)}", "name one of these with --key (key=)")
+        if not _tensors(node):
+            inner, node = _search(node, path, key)
+            place = ".".join((key, *inner))
+    else:
+        inner, node = _search(content, path)
+        place = ".".join(inner)
+    tensors, notes = _tensors(node), []
+    if place:
+        others = [str(one) for one in _mapping(content) if one != place.partition(".")[0] and one != place]
+        notes.append(
+            f"{path.name}: only the weights under '{place}' are kept" + (f", not {', '.join(others[:SHOWN])}" if others else "")
+        )
+    if isinstance(node, Stub) and (_is_module(node) or _is_script(node)):
+        notes.append(f"{path.name}: of {node.path} only the tensors are read; its code was not loaded")
+    elif dropped := [str(one) for one in _mapping(node) if one not in tensors]:
+        notes.append(f"{path.name}: entries that are no tensors are not kept: {', '.join(dropped[:SHOWN])}")
+    return tensors, tuple(notes)
+
+
+def _search(content: Any, path: Path, under: str = "") -> tuple[tuple[str, ...], Any]:
+    """The state dict in a file's content, and its keys from the outside in."""
+    place: tuple[str, ...] = ()
+    node = content
+    for _ in range(MAX_DEPTH):
+        children = {name: inner for name, inner in _mapping(node).items() if isinstance(name, str) and _holds_tensors(inner)}
+        conventional = next((name for name in NESTED if name in children), None)
+        if conventional is not None and not isinstance(_mapping(node)[conventional], Stored):
+            place, node = (*place, conventional), children[conventional]
+        elif _tensors(node):
+            return place, node
+        elif len(children) == 1:
+            ((name, node),) = children.items()
+            place = (*place, name)
+        elif children:
+            raise CheckpointError(
+                path,
+                f"holds several state dicts: {', '.join('.'.join((*place, name)) for name in list(children)[:SHOWN])}",
+                "choose one with --key (key=)",
+            )
+        else:
+            break
+    raise CheckpointError(path, f"holds no tensors{f' under {under!r}' if under else ''}; {_outline(content)}", SAVE)
+
+
+def _outline(content: Any) -> str:
+    if isinstance(content, Stub):
+        return f"it is a {content.path}"
+    if isinstance(content, Mapping):
+        return f"its keys are {[str(one) for one in list(content)[:SHOWN]]}"
+    return f"it is a {type(content).__name__}, not a state dict"
+
+
+def _mapping(node: Any) -> Mapping[Any, Any]:
+    """What a node holds by name: a dict's items, or the attributes of an object that was not loaded."""
+    if isinstance(node, Mapping):
+        return node
+    if isinstance(node, Stub):
+        return node.items or (node.state if isinstance(node.state, Mapping) else {})
+    return {}
+
+
+def _is_module(node: Any) -> bool:
+    return isinstance(node, Stub) and isinstance(node.state, Mapping) and "_parameters" in node.state and "_modules" in node.state
+
+
+def _is_script(node: Any) -> bool:
+    return isinstance(node, Stub) and node.path.startswith("__torch__.")
+
+
+def _tensors(node: Any) -> dict[str, Stored]:
+    """The tensors of a state dict, or of a module under the names that its state_dict would have."""
+    if _is_module(node) or _is_script(node):
+        return dict(_module_tensors(node, ""))
+    named = ((name, _stored(value)) for name, value in _mapping(node).items() if isinstance(name, str))
+    return {name: value for name, value in named if value is not None}
+
+
+def _stored(value: Any) -> Stored | None:
+    """What stands for a tensor, also where a function that is not known makes one of a storage or of another tensor."""
+    if isinstance(value, Stored):
+        return value
+    if isinstance(value, Stub) and any(isinstance(one, StorageRef | Stored) for one in value.args):
+        return NotPlain(f"is made by {value.path}, not a plain tensor", "save dense tensors")
+    return None
+
+
+def _module_tensors(module: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Stored]]:
+    if depth > MAX_DEPTH:
+        raise ValueError("modules nested too deeply")
+    if _is_script(module):
+        own = _mapping(module)
+        modules: Any = {name: inner for name, inner in own.items() if _is_script(inner)}
+        tensors = own
+    elif _is_module(module):
+        left_out = module.state.get("_non_persistent_buffers_set")
+        left_out = left_out if isinstance(left_out, set) else set()
+        buffers = {name: value for name, value in _mapping(module.state.get("_buffers")).items() if name not in left_out}
+        tensors, modules = {**_mapping(module.state["_parameters"]), **buffers}, _mapping(module.state["_modules"])
+    else:
+        return
+    yield from ((f"{prefix}{name}", stored) for name, value in tensors.items() if (stored := _stored(value)) is not None)
+    for name, inner in modules.items():
+        yield from _module_tensors(inner, f"{prefix}{name}.", depth + 1)
+
+
+def _holds_tensors(node: Any) -> bool:
+    """Whether a node is, or has somewhere inside it, tensors by name; lists, such as an optimizer's, are not looked at."""
+    seen: set[int] = set()
+    waiting = [node]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, Stored):
+            return True
+        if id(one) in seen:
+            continue
+        seen.add(id(one))
+        if _tensors(one):
+            return True
+        waiting.extend(inner for name, inner in _mapping(one).items() if isinstance(name, str) and not isinstance(inner, Stored))
+    return False
+
+
+def _lookup(node: Any, key: str) -> Any:
+    """The node at a path of keys, which may hold dots themselves."""
+    own = _mapping(node)
+    if key in own:
+        return own[key]
+    for place in (i for i, letter in enumerate(key) if letter == "."):
+        if (head := key[:place]) in own and (found := _lookup(own[head], key[place + 1 :])) is not None:
+            return found
+    return None

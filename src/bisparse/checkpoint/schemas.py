@@ -1,0 +1,66 @@
+"""What JSON from outside has to look like before it is used: the index of shards, config.json, the shapes of masks."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from msgspec import Meta
+
+from bisparse.errors import CheckpointError
+
+__all__ = ["Config", "Index", "MaskShapes", "decode", "validate"]
+
+T = TypeVar("T")
+
+MaskShapes = dict[str, Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 48)]], Meta(max_length=8)]]
+"""The shapes of the weights that packed masks are of."""
+
+
+class Index(msgspec.Struct):
+    """``model.safetensors.index.json``: which shard holds which tensor."""
+
+    weight_map: Annotated[dict[str, str], Meta(min_length=1)]
+    metadata: dict[str, Any] = {}
+
+
+class Config(msgspec.Struct):
+    """What is read of config.json."""
+
+    model_type: str | None = None
+    architectures: list[str] | None = None
+
+
+def validate(content: Any, kind: type[T], path: Path, remedy: str) -> T:
+    """Decoded JSON as a value of a type.
+
+    Raises:
+        CheckpointError: it is not one; says where.
+    """
+    try:
+        return msgspec.convert(content, kind)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(path, f"is not what it should be ({error})", remedy) from error
+
+
+def decode(text: str, path: Path, remedy: str) -> Any:
+    """JSON, all of whose numbers are finite.
+
+    Raises:
+        CheckpointError: it is none, is nested too deeply, or has NaN, infinity or a number beyond a float.
+    """
+
+    def refuse(number: str) -> float:
+        raise ValueError(f"{number[:32]} is no finite number")
+
+    def parse(number: str) -> float:
+        return value if math.isfinite(value := float(number)) else refuse(number)
+
+    try:
+        return json.loads(text, parse_constant=refuse, parse_float=parse)
+    except (ValueError, RecursionError) as error:
+        problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise CheckpointError(path, f"cannot be read as JSON ({problem})", remedy) from error

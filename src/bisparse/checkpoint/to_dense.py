@@ -1,0 +1,72 @@
+"""A checkpoint of any form that is read, written as a plain one: dense weights with zeros, which load anywhere."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+from bisparse.apart import check_apart
+from bisparse.checkpoint.atomic_folder import check_room, output_folder
+from bisparse.checkpoint.prune import SLACK, Progress, copy_others, read_back
+from bisparse.checkpoint.reader import Source, open_source
+from bisparse.checkpoint.sidecar import SIDECAR
+from bisparse.checkpoint.stored_tensor import SafetensorsWriter
+
+__all__ = ["to_dense"]
+
+
+def to_dense(
+    source: str | Path,
+    target: str | Path,
+    *,
+    key: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Source:
+    """Write a checkpoint as plain safetensors into a new folder: every weight dense, under its own name, none changed.
+
+    For checkpoints of compressed-tensors (``sparse-24-bitmask``, ``sparse-bitmask``), torch's semi-structured tensors,
+    ``weight_orig`` and ``weight_mask`` of `torch.nn.utils.prune`, and training checkpoints of bisparse. config.json is copied
+    without its sparsity_config and without a quantization_config that quantises nothing, and so are the source's other files.
+    The target is absent or whole at any moment; what was written is read back.
+
+    Args:
+        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
+        overwrite: replace a target that bisparse wrote.
+
+    Returns:
+        What was read; its `notes` say what was put together, copied and left out.
+
+    Raises:
+        CheckpointError: the source cannot be read, or the target exists, cannot be written or overlaps the source.
+    """
+    opened = open_source(source, key)
+    opened.check_writable()
+    target = Path(target)
+    check_apart(target, {"source": source})
+    report = progress or (lambda what, done, total: None)
+    total, done = 2 * opened.nbytes, 0
+    with output_folder(target, overwrite=overwrite, ours=SIDECAR) as folder:
+        check_room(folder, opened.nbytes + sum((opened.path / name).stat().st_size for name in opened.others) + SLACK)
+        checksums: dict[str, int] = {}
+        for shard in opened.shards:
+            with SafetensorsWriter(folder / shard.file, shard.header) as writer:
+                for tensor in shard.tensors:
+                    checksum = 0
+                    for piece in tensor.pieces():
+                        report(tensor.name, done, total)
+                        checksum = zlib.crc32(piece, checksum)
+                        writer.write(piece)
+                        done += len(piece)
+                    checksums[tensor.name] = checksum
+        if opened.index is not None:
+            name, text = opened.index
+            (folder / name).write_text(text, encoding="utf-8")
+        notes = copy_others(opened, folder)
+        opened.check_unchanged()
+        for shard in opened.shards:
+            read_back(
+                folder / shard.file, shard.tensors, checksums, {}, lambda tensor: report(f"check {tensor.name}", done, total)
+            )
+    report("", total, total)
+    return Source(opened.path, opened.shards, opened.index, opened.config, opened.others, (*opened.notes, *notes))

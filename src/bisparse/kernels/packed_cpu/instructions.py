@@ -1,0 +1,319 @@
+"""The inner loops of products with packed matrices, written in LLVM's vectors for AVX-512 and AVX2.
+
+A group of 32 columns is loaded as 32 values or fewer, of which its mask selects the places: AVX-512's expand instruction is the
+selector. AVX2 has none, so 8 places at a time are found by a table of 256 permutations. The three ways:
+
+* `AVX512_BF16`: bfloat16 only; 32 values at once, and the dot product of pairs that adds in float32;
+* `AVX512`: 16 values at a time, as float32, and fused multiply-adds;
+* `AVX2`: 8 values at a time, as float32.
+
+Addresses are int64 and count bytes; nothing is bounds-checked. Sums are float32; the order of additions differs between ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from functools import cache
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from bisparse.kernels.numba_runtime.llvm import BIT, F32, I8, I16, I32, I64, call_llvm, load, number, store
+from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
+
+__all__ = ["MASK_BYTES", "MAX_TOKENS", "NUMBERS", "Way", "expand_block", "multiply_block", "usable_ways"]
+
+Codegen = Callable[[Any, Any, Any, Any], Any]
+
+PREFETCH_AHEAD = 4096
+"""Bytes of values between those that are multiplied and those that are fetched: 2 to 8 KiB were equally fast, without any the
+processor's own prefetching fell behind past the caches."""
+MASK_BYTES = 4 * BLOCK_ROWS
+
+
+class Way(IntEnum):
+    """Instructions that a kernel is made of."""
+
+    AVX512_BF16 = 0
+    AVX512 = 1
+    AVX2 = 2
+
+
+FEATURES = {
+    Way.AVX512_BF16: {"avx512f", "avx512bw", "avx512vl", "avx512bf16", "avx512vbmi2"},
+    Way.AVX512: {"avx512f", "avx512bw", "avx512vl", "avx512dq"},
+    Way.AVX2: {"avx2", "fma", "f16c"},
+}
+LANES = {Way.AVX512_BF16: 16, Way.AVX512: 16, Way.AVX2: 8}
+"""Float32 sums per register."""
+MAX_TOKENS = {Way.AVX512_BF16: 4, Way.AVX512: 4, Way.AVX2: 2}
+"""Tokens that are multiplied at once: the sums of 4 rows times these take half of the registers."""
+
+
+@cache
+def usable_ways(dtype: torch.dtype) -> tuple[Way, ...]:
+    """The ways that numba's target has instructions for, fastest first; none on other processors."""
+    from numba.core.registry import cpu_target
+
+    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
+    there = {one[1:] for one in features if one.startswith("+")}
+    if dtype not in NUMBERS:
+        return ()
+    return tuple(way for way in Way if FEATURES[way] <= there and (dtype == torch.bfloat16 or way != Way.AVX512_BF16))
+
+
+class _BFloat(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat, which llvmlite has no name for."""
+
+    intrinsic_name = "bf16"
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _BFloat)
+
+    def __hash__(self) -> int:
+        return hash(_BFloat)
+
+
+BFLOAT, HALF = _BFloat(), ir.HalfType()
+BF16, F16, F32_NUMBER = range(3)
+NUMBERS = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32_NUMBER}
+"""Dtypes as the kernels know them."""
+
+
+def _pointer(b: Any, address: Any, element: ir.Type) -> Any:
+    return b.inttoptr(address, element.as_pointer())
+
+
+def _load(b: Any, address: Any, element: ir.Type, count: int) -> Any:
+    return load(b, _pointer(b, address, element), ir.Constant(I64, 0), element, count)
+
+
+def _plus(b: Any, address: Any, bytes_: int) -> Any:
+    return b.add(address, ir.Constant(I64, bytes_))
+
+
+def _shuffle(b: Any, x: Any, y: Any, places: Sequence[int]) -> Any:
+    return b.shuffle_vector(x, y, ir.Constant(ir.VectorType(I32, len(places)), list(places)))
+
+
+def _raw(kind: int) -> ir.Type:
+    return I32 if kind == F32_NUMBER else I16
+
+
+def _size(kind: int) -> int:
+    return 4 if kind == F32_NUMBER else 2
+
+
+def _to_float_bits(b: Any, raw: Any, kind: int) -> Any:
+    """Numbers as the int32 bits of float32."""
+    bits = ir.VectorType(I32, raw.type.count)
+    if kind == F32_NUMBER:
+        return raw
+    if kind == BF16:
+        return b.shl(b.zext(raw, bits), number(I32, raw.type.count, 16))
+    wide = b.fpext(b.bitcast(raw, ir.VectorType(HALF, raw.type.count)), ir.VectorType(F32, raw.type.count))
+    return b.bitcast(wide, bits)
+
+
+def _from_float(b: Any, vector: Any, kind: int) -> Any:
+    """Float32 as numbers of a kind, rounded to nearest, ties to even; as integers of their width."""
+    count = vector.type.count
+    if kind == F32_NUMBER:
+        return b.bitcast(vector, ir.VectorType(I32, count))
+    if kind == F16:
+        return b.bitcast(b.fptrunc(vector, ir.VectorType(HALF, count)), ir.VectorType(I16, count))
+    # By integers: not every target has the conversion, and LLVM would call a function that is not there.
+    bits = b.bitcast(vector, ir.VectorType(I32, count))
+    upper = b.lshr(bits, number(I32, count, 16))
+    odd = b.and_(upper, number(I32, count, 1))
+    rounded = b.lshr(b.add(b.add(bits, number(I32, count, 0x7FFF)), odd), number(I32, count, 16))
+    nan = b.fcmp_unordered("uno", vector, vector)
+    return b.trunc(b.select(nan, b.or_(upper, number(I32, count, 0x40)), rounded), ir.VectorType(I16, count))
+
+
+def _permutations(module: Any) -> Any:
+    """A table: for each byte of a mask, where each of 8 places takes its value from, -1 where it is zero."""
+    name = "bisparse.permutations"
+    if name in module.globals:
+        return module.globals[name]
+    rows = []
+    for mask in range(256):
+        kept = iter(range(8))
+        rows += [next(kept) if mask >> place & 1 else -1 for place in range(8)]
+    table = ir.GlobalVariable(module, ir.ArrayType(I8, len(rows)), name)
+    table.linkage, table.global_constant = "internal", True
+    table.initializer = ir.Constant(ir.ArrayType(I8, len(rows)), rows)
+    return table
+
+
+def _expand(b: Any, way: int, address: Any, mask: Any, kind: int, convert: Callable[[Any], Any]) -> list[Any]:
+    """A group of 32 columns from its values and mask, as vectors: one of int16, or several of int32 after `convert`."""
+    if way == Way.AVX512_BF16:
+        flags = b.bitcast(mask, ir.VectorType(BIT, GROUP))
+        vector = ir.VectorType(I16, GROUP)
+        raw = _load(b, address, I16, GROUP)
+        return [call_llvm(b, "llvm.x86.avx512.mask.expand.v32i16", vector, [raw, number(I16, GROUP, 0), flags])]
+    lanes, parts = LANES[Way(way)], []
+    for first in range(0, GROUP, lanes):
+        own = b.trunc(b.lshr(mask, ir.Constant(I32, first)), ir.IntType(lanes))
+        loaded = convert(_load(b, address, _raw(kind), lanes))
+        zeros = number(I32, lanes, 0)
+        if way == Way.AVX512:
+            flags = b.bitcast(own, ir.VectorType(BIT, lanes))
+            parts.append(call_llvm(b, f"llvm.x86.avx512.mask.expand.v{lanes}i32", loaded.type, [loaded, zeros, flags]))
+        else:
+            start = b.ptrtoint(_permutations(b.module), I64)
+            row = _load(b, b.add(start, b.shl(b.zext(own, I64), ir.Constant(I64, 3))), I8, lanes)
+            places = b.sext(row, loaded.type)
+            moved = call_llvm(b, "llvm.x86.avx2.permd", loaded.type, [loaded, places])
+            parts.append(b.select(b.icmp_signed("<", places, zeros), zeros, moved))
+        address = b.add(address, b.mul(b.zext(b.ctpop(own), I64), ir.Constant(I64, _size(kind))))
+    return parts
+
+
+def _packed_group(b: Any, values: Any, masks: Any, group: Any, kind: int) -> tuple[list[tuple[Any, Any]], Any]:
+    """(address of the values, mask) of each row of a group whose values begin at an address; and the address behind them."""
+    first = b.add(masks, b.mul(group, ir.Constant(I64, MASK_BYTES)))
+    rows, before = [], ir.Constant(I64, 0)
+    for row in range(BLOCK_ROWS):
+        mask = b.load(_pointer(b, _plus(b, first, 4 * row), I32), align=4)
+        # The next group waits for one addition only, of the sum of all counts.
+        rows.append((b.add(values, b.mul(before, ir.Constant(I64, _size(kind)))), mask))
+        before = b.add(before, b.zext(b.ctpop(mask), I64))
+    return rows, b.add(values, b.mul(before, ir.Constant(I64, _size(kind))))
+
+
+def _prefetch(b: Any, address: Any, kind: int) -> None:
+    reads, kept, data = (ir.Constant(I32, flag) for flag in (0, 3, 1))
+    for line in range(0, BLOCK_ROWS * GROUP // 2 * _size(kind), 64):
+        ahead = _pointer(b, _plus(b, address, PREFETCH_AHEAD + line), I8)
+        call_llvm(b, "llvm.prefetch.p0", ir.VoidType(), [ahead, reads, kept, data])
+
+
+def _sums(b: Any, vectors: list[Any]) -> Any:
+    """The sum of each of 4 vectors, as one vector of 4."""
+    while len(vectors) > 1:
+        pairs = zip(vectors[::2], vectors[1::2], strict=True)
+        count = vectors[0].type.count
+        vectors = [b.fadd(_shuffle(b, x, y, range(0, 2 * count, 2)), _shuffle(b, x, y, range(1, 2 * count, 2))) for x, y in pairs]
+    total = vectors[0]
+    while (count := total.type.count) > BLOCK_ROWS:
+        total = b.fadd(_shuffle(b, total, total, range(0, count, 2)), _shuffle(b, total, total, range(1, count, 2)))
+    return total
+
+
+@intrinsic(prefer_literal=True)
+def multiply_block(
+    typing: Any, way: Any, kind: Any, tokens: Any, packed: Any, values: Any, masks: Any, groups: Any, x: Any, x_stride: Any,
+    bias: Any, out: Any, out_stride: Any,
+) -> tuple[Any, Codegen]:  # fmt: skip
+    """Write the products of a block of 4 rows with 1 to 4 tokens, plus the bias, or none at address 0.
+
+    The block is packed, or with `packed` 0 expanded by `expand_block`, group by group, as the multiplication reads it. The input
+    is bfloat16 for `AVX512_BF16` and float32 otherwise, rows of whole groups; bias and output are of the matrix's kind.
+    """
+    way_, kind_, tokens_, packed_ = (one.literal_value for one in (way, kind, tokens, packed))
+    lanes = LANES[Way(way_)]
+    zeros = ir.Constant(ir.VectorType(F32, lanes), [0.0] * lanes)
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        values, masks, groups, x, x_stride, bias, out, out_stride = args[4:]
+        sums = [[cgutils.alloca_once(b, zeros.type) for _ in range(BLOCK_ROWS)] for _ in range(tokens_)]
+        for place in (place for row in sums for place in row):
+            b.store(zeros, place)
+        position = cgutils.alloca_once(b, I64)
+        b.store(values, position)
+        with cgutils.for_range(b, groups) as loop:
+            address = b.load(position)
+            inputs = [_inputs(b, way_, b.add(x, b.mul(x_stride, ir.Constant(I64, t))), loop.index) for t in range(tokens_)]
+            if packed_:
+                _prefetch(b, address, kind_)
+                packed_rows, behind = _packed_group(b, address, masks, loop.index, kind_)
+            else:
+                behind = _plus(b, address, BLOCK_ROWS * GROUP * _operand_size(way_))
+            for row in range(BLOCK_ROWS):
+                if packed_:
+                    parts = _expand(b, way_, *packed_rows[row], kind_, lambda raw: _to_float_bits(b, raw, kind_))
+                else:
+                    parts = _inputs(b, way_, address, ir.Constant(I64, row))
+                for t in range(tokens_):
+                    for part, other in zip(parts, inputs[t], strict=True):
+                        b.store(_dot(b, way_, b.load(sums[t][row]), part, other), sums[t][row])
+            b.store(behind, position)
+        for t in range(tokens_):
+            total = cgutils.alloca_once_value(b, _sums(b, [b.load(place) for place in sums[t]]))
+            with b.if_then(b.icmp_signed("!=", bias, ir.Constant(I64, 0))):
+                raw = _to_float_bits(b, _load(b, bias, _raw(kind_), BLOCK_ROWS), kind_)
+                b.store(b.fadd(b.load(total), b.bitcast(raw, ir.VectorType(F32, BLOCK_ROWS))), total)
+            place = _pointer(b, b.add(out, b.mul(out_stride, ir.Constant(I64, t))), _raw(kind_))
+            store(b, _from_float(b, b.load(total), kind_), place, ir.Constant(I64, 0))
+        return context.get_dummy_value()
+
+    return types.void(way, kind, tokens, packed, *(types.int64,) * 8), codegen
+
+
+def _operand_size(way: int) -> int:
+    """Bytes of a number of the input, and of an expanded block that is multiplied with it."""
+    return 2 if way == Way.AVX512_BF16 else 4
+
+
+def _inputs(b: Any, way: int, token: Any, group: Any) -> list[Any]:
+    """A token's group, in the parts of `_expand`."""
+    first, lanes = b.add(token, b.mul(group, ir.Constant(I64, GROUP * _operand_size(way)))), LANES[Way(way)]
+    if way == Way.AVX512_BF16:
+        return [_load(b, first, I16, GROUP)]
+    return [_load(b, _plus(b, first, 4 * part), F32, lanes) for part in range(0, GROUP, lanes)]
+
+
+def _dot(b: Any, way: int, total: Any, part: Any, other: Any) -> Any:
+    if way == Way.AVX512_BF16:
+        numbers = [b.bitcast(one, ir.VectorType(BFLOAT, GROUP)) for one in (other, part)]
+        return call_llvm(b, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, [total, *numbers])
+    return call_llvm(b, f"llvm.fma.v{total.type.count}f32", total.type, [b.bitcast(part, total.type), other, total])
+
+
+@intrinsic(prefer_literal=True)
+def expand_block(
+    typing: Any, way: Any, kind: Any, operand: Any, values: Any, masks: Any, groups: Any, out: Any, row_stride: Any,
+    group_stride: Any,
+) -> tuple[Any, Codegen]:  # fmt: skip
+    """Write a block of 4 rows as dense numbers, whole groups at ``out + row * row_stride + group * group_stride``.
+
+    With `operand` 1 in the type that `multiply_block` multiplies, otherwise in the matrix's own.
+    """
+    way_, kind_, operand_ = (one.literal_value for one in (way, kind, operand))
+    as_float = operand_ and way_ != Way.AVX512_BF16
+    element = I32 if as_float else _raw(kind_)
+
+    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        values, masks, groups, out, row_stride, group_stride = args[3:]
+        position = cgutils.alloca_once(b, I64)
+        b.store(values, position)
+
+        def convert(raw: Any) -> Any:
+            if as_float:
+                return _to_float_bits(b, raw, kind_)
+            return raw if kind_ == F32_NUMBER else b.zext(raw, ir.VectorType(I32, raw.type.count))
+
+        with cgutils.for_range(b, groups) as loop:
+            address = b.load(position)
+            _prefetch(b, address, kind_)
+            packed_rows, behind = _packed_group(b, address, masks, loop.index, kind_)
+            for row, packed_row in enumerate(packed_rows):
+                target = b.add(b.add(out, b.mul(row_stride, ir.Constant(I64, row))), b.mul(group_stride, loop.index))
+                for part in _expand(b, way_, *packed_row, kind_, convert):
+                    numbers = part if part.type.element == element else b.trunc(part, ir.VectorType(element, part.type.count))
+                    store(b, numbers, _pointer(b, target, element), ir.Constant(I64, 0))
+                    target = _plus(b, target, numbers.type.count * element.width // 8)
+            b.store(behind, position)
+        return context.get_dummy_value()
+
+    return types.void(way, kind, operand, *(types.int64,) * 6), codegen

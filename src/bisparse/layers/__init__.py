@@ -1,0 +1,33 @@
+"""The registry of layers: what is a layer, in which layout, by what evidence, and why not. Models and files both ask here."""
+
+from bisparse.layers.files import NOT_NAMED, QUANTISED, FileEvidence, TensorInfo
+from bisparse.layers.filters import Filter, NameFilter, first_match, matches, matches_name, matrix_sides, remainder_reason, sides
+from bisparse.layers.kinds import Kind, Skipped, computed_reason, dtype_reason, parse_layout, parse_layouts, why_dense
+from bisparse.layers.modules import Layer, find_layers
+from bisparse.layers.names import head_reason, layer_name
+
+__all__ = [
+    "NOT_NAMED",
+    "QUANTISED",
+    "FileEvidence",
+    "Filter",
+    "Kind",
+    "Layer",
+    "NameFilter",
+    "Skipped",
+    "TensorInfo",
+    "computed_reason",
+    "dtype_reason",
+    "find_layers",
+    "first_match",
+    "head_reason",
+    "layer_name",
+    "matches",
+    "matches_name",
+    "matrix_sides",
+    "parse_layout",
+    "parse_layouts",
+    "remainder_reason",
+    "sides",
+    "why_dense",
+]

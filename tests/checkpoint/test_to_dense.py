@@ -1,0 +1,128 @@
+"""Packed and masked checkpoints become plain ones that transformers loads, with equal logits and without a warning."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoint_files import State, snapshot, write_folder
+from formats.test_folded import bitmask
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import bisparse
+from bisparse.checkpoint import CheckpointError, to_dense, verify_checkpoint
+
+SPARSITY = {"format": "sparse-24-bitmask", "targets": ["Linear"], "ignore": ["lm_head"], "sparsity_structure": "2:4"}
+
+
+def packed(state: State, kind: str = "sparse-24-bitmask") -> State:
+    """Every projection of a model as compressed-tensors stores it."""
+    result: State = {}
+    for name, weight in state.items():
+        if name.endswith("proj.weight"):
+            result |= bitmask(name, weight, weight != 0, kind=kind)
+        else:
+            result[name] = weight
+    return result
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["sparse-24-bitmask", "sparse-bitmask"])
+def test_transformers_loads_what_was_packed_with_equal_logits(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    bisparse.prune_(model, "2:4")
+    model.save_pretrained(tmp_path / "plain")
+    state = load_file(tmp_path / "plain" / "model.safetensors")
+    content = json.loads((tmp_path / "plain" / "config.json").read_text())
+    content["quantization_config"] = {
+        "quant_method": "compressed-tensors", "format": "dense", "config_groups": {}, "ignore": [], "sparsity_config": SPARSITY,
+    }  # fmt: skip
+    source = tmp_path / "packed"
+    source.mkdir()
+    save_file(packed(state, kind), source / "model.safetensors", {"format": "pt"})
+    (source / "config.json").write_text(json.dumps(content))
+    (source / "generation_config.json").write_bytes((tmp_path / "plain" / "generation_config.json").read_bytes())
+    read = to_dense(source, tmp_path / "out")
+    assert any("14 weights are stored as bit masks" in note for note in read.notes)
+    assert all(torch.equal(value, state[name]) for name, value in load_file(tmp_path / "out" / "model.safetensors").items())
+    text = (tmp_path / "out" / "config.json").read_text()
+    assert "quantization_config" not in text and "sparsity_config" not in text
+    again, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")) and not caplog.records
+    ids = torch.arange(12).view(1, 12)
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+    assert verify_checkpoint(tmp_path / "out", "2:4")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_dynamic_training_checkpoint_becomes_one_that_transformers_loads(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, vocab_size=64
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    bisparse.sparsify_(model, "2:4")
+    source = tmp_path / "checkpoint-20"
+    source.mkdir()
+    torch.save(model.state_dict(), source / "pytorch_model.bin")
+    (source / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
+    torch.save({"state": {}}, source / "optimizer.pt")
+    to_dense(source, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json"}
+    again, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    ids = torch.arange(12).view(1, 12)
+    assert torch.equal(again.eval()(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"a": 1}, {"a": 1}),
+        ({"quantization_config": {"quant_method": "compressed-tensors", "sparsity_config": SPARSITY}}, {}),
+        ({"compression_config": {"sparsity_config": SPARSITY, "format": "dense"}, "b": 2}, {"b": 2}),
+        (
+            {
+                "quantization_config": {
+                    "quant_method": "compressed-tensors",
+                    "config_groups": {"g": {}},
+                    "sparsity_config": SPARSITY,
+                }
+            },
+            {"quantization_config": {"quant_method": "compressed-tensors", "config_groups": {"g": {}}}},
+        ),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+            {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        ),
+    ],
+)
+def test_the_config_says_nothing_of_sparse_storage_and_keeps_what_is_quantised(
+    tmp_path: Path, config: dict[str, object], expected: dict[str, object]
+) -> None:
+    weight = torch.randn(8, 8) * torch.tensor([1.0, 0, 1, 0]).repeat(2)
+    source = write_folder(tmp_path / "model", bitmask("a.weight", weight, weight != 0, kind="sparse-bitmask"), {"x": 1, **config})
+    to_dense(source, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"x": 1, **expected}
+
+
+def test_a_target_that_exists_or_overlaps_is_refused_and_nothing_is_half_written(tmp_path: Path) -> None:
+    weight = torch.randn(8, 8)
+    source = write_folder(tmp_path / "model", {"a.weight_orig": weight, "a.weight_mask": torch.ones(8, 8)})
+    before = snapshot(tmp_path)
+    for target in (source, source / "out", tmp_path):
+        with pytest.raises(CheckpointError):
+            to_dense(source, target)
+    torch.save(torch.jit.script(nn.Linear(2, 2)).state_dict(), tmp_path / "x.pt")
+    save_file({"a.weight_orig": weight, "a.weight_mask": torch.full((8, 8), 2.0)}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match="is no mask"):
+        to_dense(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 2
+    assert snapshot(tmp_path).keys() == before.keys() | {"x.pt"}
