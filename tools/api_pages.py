@@ -12,7 +12,8 @@ import bisparse
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "api"
 PAGES = {
-    "masks": ("Masks, patterns and proofs", ("pattern", "solution", "diversity", "results", "layers")),
+    "masks": ("Masks, patterns and proofs", ("pattern", "solution", "diversity", "results")),
+    "layers": ("Layers: what is pruned, and why not", ("layers",)),
     "solvers": ("Solvers", ("solvers",)),
     "pruning": ("Pruning", ("pruning",)),
     "training": ("Training", ("training", "training.integrations.lightning", "training.integrations.transformers")),

@@ -16,8 +16,8 @@ COLD_S, SECOND_S, IMPORT_S = 30.0, 2.0, 0.3
 
 HOW = """Every tile's certificate was checked before anything was timed. Contenders and thread counts take turns within one run,
 and medians are compared. Exact is `solve(scores, pattern)` as users call it: at most N, mask only, float32, gap zero. OR-tools is
-one SimpleMinCostFlow a tile, all arcs added at once, on the same integers. The memory pass is numpy's abs and a byte written for
-each weight. Where the matrix has more than 2^20 weights, OR-tools and the torch solvers are timed on 2^20 of them and scaled
+one SimpleMinCostFlow per tile, all arcs added at once, on the same integers. The memory pass is numpy's abs and a byte written
+per weight. Where the matrix has more than 2^20 weights, OR-tools and the torch solvers are timed on 2^20 of them and scaled
 (marked ~). `make bench` runs it.
 """
 
@@ -78,7 +78,7 @@ def against_targets(latest: Latest, side: int) -> list[str]:
         body.append(cells)
     if not body:
         return []
-    head = ["pattern", "OR-tools ms", "Exact ms", "faster", "target", "", "ns a weight", "guide (AVX-512)", "all threads", ""]
+    head = ["pattern", "OR-tools ms", "Exact ms", "faster", "target", "", "ns per weight", "guide (AVX-512)", "all threads", ""]
     return [f"**{side} x {side}, Gaussian, one thread**\n", table(head, body)]
 
 
@@ -131,7 +131,7 @@ def by_contender(latest: Latest, side: int) -> list[str]:
         body.append(cells)
     if not body:
         return []
-    title = f"**{side} x {side}, Gaussian: milliseconds on one thread / on all, and the value as a share of the optimum**\n"
+    title = f"**{side} x {side}, Gaussian: milliseconds on one thread / on all, and the value as a fraction of the optimum**\n"
     return [title, table(["", *PATTERNS], body)]
 
 

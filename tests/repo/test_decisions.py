@@ -56,6 +56,13 @@ def holds(kept: tuple[int, ...], windows: tuple[tuple[int, ...], ...]) -> bool:
     return False
 
 
+def test_two_windows_hold_every_4_of_6_and_three_hold_every_6_of_8() -> None:
+    two, three = ((0, 1, 2, 3), (2, 3, 4, 5)), ((0, 1, 2, 3), (2, 3, 4, 5), (4, 5, 6, 7))
+    assert all(holds(kept, two) for kept in combinations(range(6), 4))
+    assert all(holds(kept, three) for kept in combinations(range(8), 6))
+    assert not all(holds(kept, two) for kept in combinations(range(6), 5))
+
+
 def test_two_windows_of_any_kind_do_not() -> None:
     for first, second in product(combinations(range(8), 4), repeat=2):
         assert not all(holds(kept, (first, second)) for kept in combinations(range(8), 4))

@@ -71,8 +71,8 @@ def convert_(
         batches: calibration data; see `prune_`. Without, weights are dropped by magnitude and nothing is fitted.
         regrow: places that the old mask pruned may be kept where the new pattern has room; needs data, and `AdaPrune`.
         patterns: patterns of single layers, by name; `fitting_patterns` proposes some.
-        include, exclude, layouts, remainder, solver, order, reconstruction, forward, device, resume, keep_journal, progress,
-            group: as for `prune_`.
+        include, exclude, layouts, remainder, solver, order: as for `prune_`.
+        reconstruction, forward, device, resume, keep_journal, progress, group: as for `prune_`.
 
     >>> model = nn.Sequential(nn.Linear(16, 16))
     >>> _ = convert_(model, "4:8")
