@@ -166,7 +166,8 @@ def reference_linear(
     """The specification of `linear_bitmask`, without gradients."""
     del max_tokens  # a matter of speed
     bias = None if bias is None else bias.to(input.dtype)
-    output: Tensor = linear(input, reference_unpack(values, masks, starts, rows, input.shape[-1]), bias)
+    with torch.autocast(input.device.type, enabled=False):
+        output: Tensor = linear(input, reference_unpack(values, masks, starts, rows, input.shape[-1]), bias)
     return output
 
 
