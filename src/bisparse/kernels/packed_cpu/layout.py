@@ -187,7 +187,12 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return to_input, None, None, None, to_bias, None, None
 
 
+def _no_gradient(ctx: Any, *gradients: Tensor | None) -> None:
+    raise RuntimeError("a packed matrix is a constant, through which no gradient flows: pack matrix.detach()")
+
+
 torch.library.register_autograd("bisparse::linear_bitmask", _backward, setup_context=_context)
+torch.library.register_autograd("bisparse::pack_bitmask", _no_gradient)
 
 
 @torch.library.register_fake("bisparse::pack_bitmask")
