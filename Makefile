@@ -1,4 +1,4 @@
-# All there is to remember: make demo | test | check | fix | bench | test-gpu | bench-gpu. Each sets up .venv by itself.
+# All there is to remember: make demo | test | check | fix | docs | bench | test-gpu | bench-gpu. Each sets up .venv by itself.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -17,13 +17,14 @@ VENV_4 := .venv-transformers-4
 # 3.6 is the oldest Triton that the kernels are written for; likewise.
 VENV_TRITON := .venv-oldest-triton
 
-.PHONY: help setup demo test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter check fix bench bench-gpu
+.PHONY: help setup demo test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter check fix docs bench bench-gpu
 
 help:
 	@echo "make demo       prune all-MiniLM-L6-v2 to five patterns, check them, and make a report to look at"
 	@echo "make test       the tests; test-slow, test-gpu, test-transformers-4 and test-oldest-triton are the others"
 	@echo "make check      format, lint, types, import contract, doctests, documentation"
-	@echo "make fix        format and repair what can be repaired, and write the generated pages anew"
+	@echo "make fix        format and repair what can be repaired, and write the generated pages again"
+	@echo "make docs       the documentation site, out/site/index.html; warnings are errors"
 	@echo "make bench      the solver benchmark; bench-gpu is the GPU's"
 
 setup: $(READY)
@@ -70,6 +71,8 @@ check: $(READY)
 	$(RUN) -c "from importlinter.cli import lint_imports_command; lint_imports_command()"
 	$(RUN) -m pytest --doctest-modules src
 	$(RUN) tools/cli_reference.py --check
+	$(RUN) tools/api_pages.py --check
+	$(RUN) tools/draw_mask.py --check
 	$(RUN) benchmarks/tables.py --check
 	$(RUN) -m pytest -m docs
 
@@ -77,7 +80,12 @@ fix: $(READY)
 	$(RUN) -m ruff format
 	$(RUN) -m ruff check --fix
 	$(RUN) tools/cli_reference.py
+	$(RUN) tools/api_pages.py
+	$(RUN) tools/draw_mask.py
 	$(RUN) benchmarks/tables.py
+
+docs: $(READY)
+	$(RUN) -m sphinx --fail-on-warning --keep-going -q -b html -d out/doctrees docs out/site
 
 bench: $(READY)
 	$(RUN) benchmarks/solvers.py

@@ -238,7 +238,7 @@ def test_sparse_training_that_fails_to_begin_at_any_layer(options: dict[str, Any
     with pytest.raises(Stop):
         bisparse.sparsify_(model, "2:4-T", score=score, **options)
     assert everything(model) == before
-    name = "register_buffer" if options.get("mode") == "static" else "__setattr__"
+    name = "__setattr__"
     original, seen = getattr(nn.Module, name), 0
 
     def failing(self: nn.Module, *args: Any, **kwargs: Any) -> None:

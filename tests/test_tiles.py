@@ -24,6 +24,7 @@ SHAPES = {
     LayoutKind.LINEAR: st.tuples(st.integers(1, 6), st.integers(1, 6)),
     LayoutKind.TRANSPOSED: st.tuples(st.integers(1, 6), st.integers(1, 6)),
     LayoutKind.EXPERTS: st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)),
+    LayoutKind.EXPERTS_TRANSPOSED: st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 6)),
 }
 LAYOUTS = st.one_of(
     *(st.tuples(st.just(Layout(kind)), shape) for kind, shape in SHAPES.items()),
@@ -32,6 +33,12 @@ LAYOUTS = st.one_of(
     ),
     st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.lists(st.integers(1, 3), min_size=1, max_size=3)).map(
         lambda size: (Layout(LayoutKind.CONV, groups=size[0]), (size[0] * size[1], size[2], *size[3]))
+    ),
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.lists(st.integers(1, 3), min_size=1, max_size=3)).map(
+        lambda size: (Layout(LayoutKind.CONV_TRANSPOSED, groups=size[0]), (size[0] * size[1], size[2], *size[3]))
+    ),
+    st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 5), st.lists(st.integers(1, 3), min_size=1, max_size=3)).map(
+        lambda size: (Layout(LayoutKind.CONV_LAST, groups=size[0]), (size[0] * size[1], *size[3], size[2]))
     ),
 )
 

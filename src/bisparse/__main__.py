@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 
+from bisparse.errors import install_extra
+
 __all__ = ["main"]
 
 
@@ -14,7 +16,7 @@ def main() -> None:
     if missing:
         sys.stderr.write(
             f"bisparse: the command line needs {' and '.join(missing)}, which this installation lacks.\n"
-            "Install it with:  pip install 'bisparse[cli]'\n"
+            f"Please {install_extra('cli')}\n"
         )
         sys.exit(2)
     from bisparse.cli import run

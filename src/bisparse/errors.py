@@ -1,11 +1,11 @@
-"""The error of files: checkpoints, pages, journals."""
+"""Errors that several packages raise: of files, and of an extra that is not installed."""
 
 from __future__ import annotations
 
 import unicodedata
 from pathlib import Path
 
-__all__ = ["CheckpointError", "printable"]
+__all__ = ["CheckpointError", "install_extra", "printable"]
 
 INVISIBLE = ("Cc", "Cf", "Cs", "Zl", "Zp")
 """Unicode categories of what moves a cursor, reorders text or cannot be encoded: controls, formats, surrogates, separators."""
@@ -20,6 +20,11 @@ def printable(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(one.encode("unicode_escape").decode() if unicodedata.category(one) in INVISIBLE else one for one in text)
+
+
+def install_extra(extra: str) -> str:
+    """The command that installs one of the extras in pyproject.toml, for error messages. bisparse is installed from a clone."""
+    return f"install it with: pip install '.[{extra}]' in your clone of bisparse"
 
 
 class CheckpointError(ValueError):

@@ -163,7 +163,7 @@ class PruneReport:
             "method": self.method,
             "solver": self.solver,
             "layers": [asdict(layer) for layer in self.layers],
-            "left_dense": [asdict(layer) for layer in self.left_dense],
+            "left_dense": [{"name": one.name, "reason": one.reason} for one in self.left_dense],
             "notes": list(self.notes),
             "parameters": self.parameters,
             "fraction": self.fraction,
@@ -184,7 +184,7 @@ class PruneReport:
 
 def checksum_of(weight: Tensor) -> int:
     """CRC-32 of a weight's bytes; -0.0 counts as 0.0, as it comes and goes with a product by a mask."""
-    positive = weight.detach().cpu().contiguous() + 0.0
+    positive = (weight.detach().cpu() + 0.0).contiguous().flatten()  # 1-D: strides of sides of 1 may be anything
     return zlib.crc32(positive.view(torch.uint8).numpy().tobytes())
 
 

@@ -355,6 +355,8 @@ def verify(
         raise ValueError(f"verify needs a tensor or a module, not {type(target).__name__}")
     if include is not None or exclude is not None or layouts is not None:
         raise ValueError("include, exclude and layouts are about layers of a module, and this is a tensor")
+    if target.is_meta:
+        raise ValueError(f"{name or 'the tensor'} is on the meta device and holds no numbers to verify; load the model first")
     target = target.detach()
     mask = target if target.dtype == torch.bool else target != 0
     matrices = to_matrices(mask, layout or default_layout(mask.ndim))
@@ -371,5 +373,5 @@ def verify(
             span = getattr(pattern, "m", None)
             entries = matrix[index, row, group * span : (group + 1) * span] if span else matrix[index]
             first = Violation(side, index, row, group, int(entries.sum()), name)
-    density = float(mask.double().mean()) if mask.numel() else 0.0
+    density = int(torch.count_nonzero(mask)) / max(mask.numel(), 1)
     return Verification(pattern, groups, violations, first, density, layer=name)

@@ -616,7 +616,7 @@ def test_layers_in_training_leave_the_device_and_come_back(library: Library, nam
         sparsify_(one, "2:4-T")
     accelerate_(model, name)
     resting = copy.deepcopy(model)
-    resting[0].parametrizations["weight"][0].dense = True
+    resting[0].parametrizations["weight"][0].state.dense = True
     resting[0].mask_changed()
 
     def refuse(*_: object, **__: object) -> Tensor:
@@ -632,7 +632,7 @@ def test_layers_in_training_leave_the_device_and_come_back(library: Library, nam
         for ours, theirs in zip(run(average, dtype=torch.float32), run(dense, dtype=torch.float32), strict=True):
             assert torch.allclose(ours, theirs, atol=1e-5)
         resting.cpu()
-        resting[0].parametrizations["weight"][0].dense = False
+        resting[0].parametrizations["weight"][0].state.dense = False
         resting[0].mask_changed()
         assert close(run(resting, dtype=torch.float32)[0], run(dense, dtype=torch.float32)[0])
     average.cpu()

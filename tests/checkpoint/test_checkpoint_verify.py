@@ -314,3 +314,10 @@ def test_layouts_of_this_file_are_the_ones_meant() -> None:
     for shape, layout in LAYOUTS.values():
         weight = torch.randn(shape)
         assert torch.equal(from_matrices(to_matrices(weight, layout), layout, shape), weight)
+
+
+@pytest.mark.parametrize(("layout", "shape"), [("experts-transposed", (2, 3, 8)), ("conv-transposed", (3, 8, 1, 1))])
+def test_a_short_reduction_counts_as_unchecked_in_every_layout(tmp_path: Path, layout: str, shape: tuple[int, ...]) -> None:
+    source = write_folder(tmp_path / "model", {"short.weight": torch.ones(shape), "a.weight": torch.zeros(8, 8)})
+    result = verify_checkpoint(source, "3:4", layouts={"short": layout})
+    assert [one.name for one in result.unchecked] == ["short"] and "a 8 x 3 matrix" in result.unchecked[0].reason

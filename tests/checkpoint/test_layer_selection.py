@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint are pruned, by names alone: the same as the model's own layers."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ from checkpoint_files import State, write_folder
 from safetensors.torch import load_file, save_file
 from transformers_sweep import disagreements, model_types
 
+import bisparse
 from bisparse.checkpoint import plan_checkpoint, prune_checkpoint, verify_checkpoint
-from bisparse.layers import find_layers
+from bisparse.layers import find_layers, parse_layout
 from bisparse.tiles import Layout, LayoutKind
 
 TINY: dict[str, Any] = {
@@ -342,3 +344,31 @@ def test_the_plan_of_a_config_that_is_no_object(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps([1]))
     with pytest.raises(ValueError, match=r"config.json.*list"):
         plan_checkpoint(source, "2:4")
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout"),
+    [((32, 24, 3, 1), "conv-transposed"), ((16, 3, 2, 24), "conv-last"), ((3, 24, 32), "experts-transposed")],
+)
+@pytest.mark.parametrize("pattern", ["2:4", "4:8-T", "50%"])
+def test_layouts_are_pruned_on_disk_as_in_memory(
+    tmp_path: Path, small_bands: Callable[[], None], shape: tuple[int, ...], layout: str, pattern: str
+) -> None:
+    small_bands()
+    weight = torch.randn(shape)
+    source = write_folder(tmp_path / "model", {"a.weight": weight})
+    prune_checkpoint(source, tmp_path / "out", pattern, layouts={"a": layout})
+    written = load_file(tmp_path / "out" / "model.safetensors")["a.weight"]
+    best = bisparse.solve(weight.abs(), pattern, layout=parse_layout(layout, shape, "a"))
+    assert torch.equal(written, weight * best.mask)
+    assert verify_checkpoint(tmp_path / "out")
+    written.flatten()[:] = 1
+    save_file({"a.weight": written}, tmp_path / "out" / "model.safetensors")
+    assert not verify_checkpoint(tmp_path / "out")
+
+
+def test_verify_does_not_call_checked_what_has_no_known_layout(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "model", {"a.weight": torch.zeros(8, 8), "experts.down_proj": torch.zeros(2, 8, 8)})
+    result = verify_checkpoint(source, "2:4")
+    assert [one.name for one in result.unchecked] == ["experts.down_proj"]
+    assert not verify_checkpoint(source, "2:4", layouts={"experts.*": "experts"}).unchecked

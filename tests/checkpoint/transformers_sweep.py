@@ -24,6 +24,16 @@ MAIN = "MODEL_MAPPING"
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
+class Nothing:
+    """The content of a file that is not read."""
+
+    def read(self, offset: int, length: int, tensor: str = "") -> bytearray:
+        raise AssertionError(f"{tensor} is read")
+
+
+NOTHING = Nothing()
+
+
 @dataclass(frozen=True)
 class Built:
     """A model type: its model on the meta device, or why there is none."""
@@ -101,7 +111,7 @@ def disagreements(built: Built) -> list[str]:
         if id(parameter) not in owners:
             owners.add(id(parameter))
             shape = tuple(parameter.shape)
-            tensors[name] = FileTensor(name, CODES.get(parameter.dtype, "U8"), shape, Path("model.safetensors"), 0, 0)
+            tensors[name] = FileTensor(name, CODES.get(parameter.dtype, "U8"), shape, Path("model.safetensors"), 0, 0, NOTHING)
     chosen, left = choose_layers(tensors, built.config, Pattern(2, 4), metadata={"format": "pt"})
     by_file: dict[str, Layout | str] = {layer.tensor.name: layer.layout for layer in chosen}
     left_dense = {one.name: one.reason for one in left}

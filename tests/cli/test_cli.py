@@ -399,7 +399,7 @@ def test_without_its_extra_the_command_line_says_what_to_install() -> None:
         "from bisparse.__main__ import main\nmain()"
     )
     done = subprocess.run([sys.executable, "-c", hide, "prune"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2 and "pip install 'bisparse[cli]'" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "pip install '.[cli]'" in done.stderr and "Traceback" not in done.stderr
 
 
 @posix
@@ -452,6 +452,26 @@ def test_a_reader_that_stops_early_sees_no_traceback(model: Path) -> None:
     command = f"{sys.executable} -m bisparse info {model} --json | head -c 10"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
+
+
+def test_layouts_from_the_command_line(tmp_path: Path) -> None:
+    source = tmp_path / "experts.safetensors"
+    save_file({"experts.down_proj": torch.randn(2, 8, 8), "embed.weight": torch.randn(99, 8)}, source)
+    refused = run("prune", source, tmp_path / "out", "-p", "2:4")
+    assert refused.exit_code == 1 and "experts-transposed" in refused.output
+    layout = ("--layout", "experts.*=experts-transposed")
+    code, report = run_json("prune", source, tmp_path / "out", "-p", "2:4", *layout)
+    assert code == 0 and report["layers"][0]["layout"]["kind"] == "experts-transposed"
+    assert report["fraction"] == pytest.approx(128 / 920)
+    assert run("verify", tmp_path / "out", "--strict").exit_code == 0
+    weight = load_file(tmp_path / "out" / "experts.safetensors")["experts.down_proj"]
+    save_file({"experts.down_proj": weight}, tmp_path / "alone.safetensors")
+    assert run("verify", tmp_path / "alone.safetensors", "-p", "2:4", *layout).exit_code == 0
+    assert run("verify", tmp_path / "alone.safetensors", "-p", "2:4", "--layout", "experts.*=experts").exit_code == 1
+    assert "2:4" in run("info", tmp_path / "alone.safetensors", *layout).output
+    assert "Warning: only 128 of 920 parameters" in run("prune", source, tmp_path / "two", "-p", "2:4", *layout).output
+    for wrong in ("experts.*", "*=lineal"):
+        assert run("prune", source, tmp_path / "three", "--layout", wrong).exit_code == 2
 
 
 HOSTILE = "layers.\x1b[2J\x1b]0;owned\x07.up\nbisparse: all is well\r\u202eweight\x9b31m"

@@ -218,7 +218,25 @@ def test_a_pattern_that_does_not_exist() -> None:
         prune_(nn.Linear(8, 8), "5:4")
 
 
-@pytest.mark.parametrize("method", ["wanda", Wanda])
-def test_a_method_is_an_instance(method: object) -> None:
-    with pytest.raises(ValueError, match=r"expected an instance of a method, such as Wanda\(\)"):
-        prune_(nn.Sequential(nn.Linear(16, 16)), "4:8-T", method, [])  # type: ignore[arg-type]
+def test_names_serve_where_methods_and_solvers_do() -> None:
+    models = [nn.Sequential(nn.Linear(16, 16)) for _ in range(3)]
+    for model in models[1:]:
+        model.load_state_dict(models[0].state_dict())
+    batches = [torch.randn(32, 16) for _ in range(5)]
+    reports = [
+        prune_(models[0], "4:8-T", "wanda", batches, solver="greedy"),
+        prune_(models[1], "4:8-T", Wanda(), batches, solver=Greedy()),
+    ]
+    converted = convert_(models[2], "4:8-T", "wanda", batches, solver="greedy")
+    assert reports[0].method == reports[1].method == converted.method == "wanda"
+    assert reports[0].solver == reports[1].solver == converted.solver == repr(Greedy())
+    assert torch.equal(models[0][0].weight, models[1][0].weight) and torch.equal(models[0][0].weight, models[2][0].weight)
+
+
+@pytest.mark.parametrize("job", [prune_, convert_])
+@pytest.mark.parametrize(
+    ("method", "hint"), [("Wanda_", "did you mean 'wanda'"), (Wanda, r"did you mean Wanda\(\)"), (3, "expected a Method")]
+)
+def test_what_is_no_method_is_refused(job: Callable[..., PruneReport], method: object, hint: str) -> None:
+    with pytest.raises(ValueError, match=hint):
+        job(nn.Sequential(nn.Linear(16, 16)), "4:8-T", method, [])

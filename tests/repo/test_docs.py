@@ -10,6 +10,7 @@ Pages run in an empty folder that holds `my-model/`, a small BERT as transformer
 
 import contextlib
 import doctest
+import importlib
 import io
 import os
 import re
@@ -28,9 +29,12 @@ import bisparse
 pytestmark = pytest.mark.docs
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "SECURITY", "CODE_OF_CONDUCT")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 FENCE = re.compile(r"(?P<above>[^\n]*)\n?\n(?P<indent> *)```(?P<language>\S*)\n(?P<body>.*?)\n? *```(?=\n|$)", re.DOTALL)
-LANGUAGES = {"python", "console", "text", "toml", "json", "mermaid"}
+LANGUAGES = {"python", "console", "text", "toml", "json", "mermaid", "{eval-rst}"}
 
 
 @dataclass(frozen=True)
@@ -164,3 +168,37 @@ def test_what_the_readme_says_a_transposable_mask_keeps(pattern: str, share: flo
     measured = 100 * bisparse.solve(scores, f"{pattern}-T").value / bisparse.solve(scores, pattern).value
     assert measured == pytest.approx(share, abs=0.08)
     assert f"{pattern}-T {share} %" in (ROOT / "README.md").read_text()
+
+
+def public_modules() -> list[str]:
+    """Modules with an ``__all__`` that are meant to be imported: the subpackages, and those that `bisparse` takes names from."""
+    folder = ROOT / "src" / "bisparse"
+    packages = {path.parent.name for path in folder.glob("*/__init__.py") if "__all__" in path.read_text()} - {"cli"}
+    sources = {getattr(bisparse, name).__module__ for name in bisparse.__all__ if hasattr(getattr(bisparse, name), "__module__")}
+    roots = {source.split(".")[1] for source in sources if source.startswith("bisparse.")}
+    return sorted(packages | {root for root in roots if not root.startswith("_")} - {"errors"})
+
+
+def test_every_public_name_is_on_a_page_of_the_api() -> None:
+    pages = {path.stem: path.read_text() for path in (ROOT / "docs" / "api").glob("*.md")}
+    described = set(re.findall(r"automodule:: (\S+)", "".join(pages.values())))
+    missing = [name for name in bisparse.__all__ if f"{{py:obj}}`{name} <" not in pages["index"]]
+    assert not missing
+    for name, target in re.findall(r"\{py:obj\}`(\w+) <(\S+)>`", pages["index"]):
+        module, _, last = target.rpartition(".")
+        assert target == "bisparse.solve" or (module in described and last in importlib.import_module(module).__all__), name
+    left_out = [name for name in public_modules() if f"bisparse.{name}" not in described]
+    assert not left_out, f"no page of docs/api describes {left_out}: add them to tools/api_pages.py"
+
+
+def test_nothing_tells_users_to_install_from_an_index_that_does_not_have_the_package() -> None:
+    texts = [
+        *PAGES,
+        ROOT / "CHANGELOG.md",
+        *(path for folder in ("src", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")),
+    ]
+    wrong = [path for path in texts if re.search(r"pip install\W+bisparse", path.read_text())]
+    assert not wrong, "the package is installed from a clone: use bisparse.errors.install_extra"
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {name for path in texts for name in re.findall(r"""install_extra\(["'](\w+)""", path.read_text())}
+    assert named and named <= set(extras)

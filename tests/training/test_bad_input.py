@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrizations, prune
 
+import bisparse
 from bisparse import PatternError, Schedule, finalize_, solve, sparsify_
 
 
@@ -160,3 +162,33 @@ def test_weights_that_others_have_changed(mlp):
         sparsify_(mlp.state_dict(), "4:8-T")
     with pytest.raises(ValueError, match=r"torch\.nn\.Linear"):
         sparsify_(nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)), "4:8-T", mvue=True)
+
+
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_weights_without_numbers_are_refused_by_name(mlp, mode, tmp_path):
+    mlp[2].to("meta")
+    with pytest.raises(ValueError, match="2: its weight is on the meta device"):
+        sparsify_(mlp, "4:8-T", mode=mode)
+    assert not hasattr(mlp[0], "parametrizations") and not hasattr(mlp[0], "weight_mask")
+    with pytest.raises(ValueError, match="2 is on the meta device"):
+        bisparse.verify(mlp, "4:8-T")
+    with pytest.raises(ValueError, match=r"2\.weight.*meta device"):
+        bisparse.save(mlp, tmp_path / "saved", "4:8-T")
+    assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_fsdp1_is_refused_before_and_after_wrapping(mlp, tmp_path, mode, use_orig_params):
+    given = copy.deepcopy(mlp)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        how = {"device_id": torch.device("cpu"), "use_orig_params": use_orig_params}
+        with pytest.raises(ValueError, match="fully_shard"):
+            sparsify_(FullyShardedDataParallel(given, **how), "2:4", mode=mode)
+        sparsity = sparsify_(mlp, "2:4", mode=mode)
+        wrapped = FullyShardedDataParallel(mlp, **how)
+        with pytest.raises(ValueError, match=r"FullyShardedDataParallel.*first '0'.*fully_shard"):
+            sparsity.attach(torch.optim.SGD(wrapped.parameters(), lr=0.1))
+    finally:
+        torch.distributed.destroy_process_group()

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrize
 import bisparse
 from bisparse import Schedule, finalize_, solve, sparsify_, verify
 from bisparse.tiles import Layout, LayoutKind
+from bisparse.training import FixedDecay
 from bisparse.training.layer import SparseLayer
 
 PATTERNS = ["2:4", "2:4-T", "4:8-T", "16:32-T", "50%", "4:8-seq", "4:8-paired", "1:4-T"]
@@ -69,7 +70,7 @@ def test_steps_follow_the_formulas(method):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
     weight = model[0].weight.detach().clone()
-    sparsity = sparsify_(model, "2:4-T", method=method, decay=0.05, refresh=2)
+    sparsity = sparsify_(model, "2:4-T", method=method, decay=FixedDecay(0.05), refresh=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
     sparsity.attach(optimizer)
     velocity = torch.zeros_like(weight)
@@ -91,7 +92,7 @@ def test_steps_follow_the_formulas(method):
 def test_adam_sees_the_decay_before_its_moments():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8, bias=False))
-    sparsity = sparsify_(model, "2:4-T", decay=0.1)
+    sparsity = sparsify_(model, "2:4-T", decay=FixedDecay(0.1))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     sparsity.attach(optimizer)
     original, mask = model[0].parametrizations.weight.original, model[0].parametrizations.weight[0].mask
@@ -116,7 +117,7 @@ def test_adam_sees_the_decay_before_its_moments():
 )
 def test_the_default_decay_goes_by_the_optimizer(mlp, step, optimizer_class, method, expected):
     given = copy.deepcopy(mlp)
-    for model, how in ((mlp, {}), (given, {"decay": expected})):
+    for model, how in ((mlp, {}), (given, {"decay": FixedDecay(expected)})):
         optimizer = optimizer_class(model.parameters(), lr=0.01)
         sparsify_(model, "4:8-T", method=method, **how).attach(optimizer)
         for number in range(3):
@@ -202,7 +203,7 @@ def test_dense_then_sparse_then_frozen_then_dense(mlp, step):
 
 
 def test_decay_only_on_what_the_recipe_says(mlp, step):
-    sparsity = sparsify_(mlp, "2:4-T", decay={"0": 0.5}, refresh=40)
+    sparsity = sparsify_(mlp, "2:4-T", decay={"0": FixedDecay(0.5)}, refresh=40)
     optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
     sparsity.attach(optimizer)
     for layer in sparsity.layers:

@@ -7,16 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bisparse import PatternError, finalize_, solve, sparsify_, verify
-from bisparse.training import merge_lora_, merged_weight, plain_state_dict
+from bisparse.training import FixedDecay, merge_lora_, merged_weight, plain_state_dict
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
 @pytest.mark.parametrize("fused", [False, True])
 def test_amp_steps_that_were_skipped_do_not_count(mlp, mode, fused):
-    sparsity = sparsify_(mlp, "4:8-T", mode=mode, refresh=1, decay=0.5)
+    sparsity = sparsify_(mlp, "4:8-T", mode=mode, refresh=1, decay=FixedDecay(0.5))
     optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1, fused=fused)
     sparsity.attach(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -40,7 +39,7 @@ def test_a_fused_optimizer_that_unscales_gets_the_decay_scaled():
     for fused in (False, True):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(16, 16))
-        sparsity = sparsify_(model, "4:8-T", decay=0.5)
+        sparsity = sparsify_(model, "4:8-T", decay=FixedDecay(0.5))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
         sparsity.attach(optimizer)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -114,24 +113,6 @@ def test_finalize_leaves_a_plain_model_that_pickles_and_loads_strictly(model, st
     assert torch.equal(torch.load(pickled, weights_only=False)(torch.ones(2, 3, 8, 8)), expected)
     for layer in sparsity.layers:
         assert verify(layer.weight, "4:8-T", layout=layer.layout)
-
-
-@pytest.mark.parametrize("use_buffers", [False, True])
-def test_averaged_models_keep_the_pattern_or_say_so(mlp, step, use_buffers):
-    sparsity = sparsify_(mlp, "4:8-T", refresh=1)
-    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.5)
-    sparsity.attach(optimizer)
-    averaged = AveragedModel(mlp, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
-    for number in range(6):
-        step(mlp, optimizer, number)
-        averaged.update_parameters(mlp)
-    if use_buffers:  # torch averages the masks too, which makes them a union
-        with pytest.raises(PatternError, match="4:8-T"):
-            finalize_(averaged.module)
-    else:
-        assert not torch.equal(averaged.module[0].weight, mlp[0].weight)
-        finalize_(averaged.module)
-        assert verify(averaged.module, "4:8-T")
 
 
 def test_frozen_layers_keep_weight_and_mask(mlp, step):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from bisparse import finalize_, sparsify_, verify
+from bisparse.training import FixedDecay
 
 
 def norm_off_the_mask(sparsity) -> float:
@@ -24,7 +25,7 @@ def test_a_closure_decays_as_a_plain_step_does(method: str, how: str) -> None:
     for closed in (False, True):
         model = one_layer()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        sparsity = sparsify_(model, "2:4-T", decay=0.5, refresh=1000, method=method).attach(optimizer)
+        sparsity = sparsify_(model, "2:4-T", decay=FixedDecay(0.5), refresh=1000, method=method).attach(optimizer)
 
         def closure(model=model, optimizer=optimizer) -> torch.Tensor:
             optimizer.zero_grad()
@@ -49,7 +50,7 @@ def test_a_closure_decays_as_a_plain_step_does(method: str, how: str) -> None:
 def test_lbfgs_decays_at_each_evaluation_and_refreshes_once_a_step() -> None:
     model = one_layer()
     optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
-    sparsity = sparsify_(model, "2:4-T", decay=0.5, refresh=1).attach(optimizer)
+    sparsity = sparsify_(model, "2:4-T", decay=FixedDecay(0.5), refresh=1).attach(optimizer)
     inputs, calls = torch.randn(8, 16), []
 
     def closure() -> torch.Tensor:
@@ -90,7 +91,7 @@ def test_maximize_shrinks_pruned_weights_too(kind, method: str) -> None:
     for maximize in (False, True):
         model = one_layer()
         optimizer = kind(model.parameters(), lr=0.01, maximize=maximize)
-        sparsity = sparsify_(model, "2:4-T", decay=0.5, refresh=1000, method=method).attach(optimizer)
+        sparsity = sparsify_(model, "2:4-T", decay=FixedDecay(0.5), refresh=1000, method=method).attach(optimizer)
         start = norm_off_the_mask(sparsity)
         inputs = torch.ones(4, 16)
         for _ in range(10):
@@ -120,7 +121,7 @@ class Alpha(torch.optim.Optimizer):
 def test_an_optimizer_without_lr() -> None:
     model = one_layer()
     optimizer = Alpha(model.parameters())
-    sparsity = sparsify_(model, "2:4-T", decay=0.5, refresh=1000).attach(optimizer)
+    sparsity = sparsify_(model, "2:4-T", decay=FixedDecay(0.5), refresh=1000).attach(optimizer)
     start = norm_off_the_mask(sparsity)
     model(torch.zeros(4, 16)).sum().backward()
     optimizer.step()
@@ -135,7 +136,7 @@ def test_the_rate_may_be_a_tensor() -> None:
     for rate in (0.1, torch.tensor(0.1)):
         model = one_layer()
         optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-        sparsify_(model, "2:4-T", decay=0.5, method="sr-ste").attach(optimizer)
+        sparsify_(model, "2:4-T", decay=FixedDecay(0.5), method="sr-ste").attach(optimizer)
         model(torch.ones(4, 16)).sum().backward()
         optimizer.step()
         results.append(model.parametrizations.weight.original.detach().clone())
@@ -146,7 +147,7 @@ def test_the_rate_may_be_a_tensor() -> None:
 def test_a_group_that_is_swapped_for_one_of_equal_length_is_followed(mode: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
-    sparsity = sparsify_(model, "2:4-T", mode=mode, include="*", decay=0.5, refresh=1000)
+    sparsity = sparsify_(model, "2:4-T", mode=mode, include="*", decay=FixedDecay(0.5), refresh=1000)
     first, second = (layer.weight for layer in sparsity.layers)
     optimizer = torch.optim.SGD([first], lr=0.1, momentum=0.9, weight_decay=0.0)
     second.requires_grad_(False)

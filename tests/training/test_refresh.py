@@ -39,7 +39,7 @@ def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
 
 def run(model, forward, steps: int = STEPS, micro: int = 1, **how):
     """Losses, and the masks in each forward pass; between steps the model is evaluated and must not have changed."""
-    sparsity = sparsify_(model, "4:8-T", refresh=2, **how)
+    sparsity = sparsify_(model, "4:8-T", include="*", refresh=2, **how)  # the last layer too
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     sparsity.attach(optimizer)
     generator = torch.Generator().manual_seed(0)

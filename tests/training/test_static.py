@@ -202,3 +202,68 @@ def test_weights_that_moved_without_attach_are_zero_again_after_finalize_with_a_
     with pytest.warns(UserWarning, match=r"Sparsity\.attach"):
         finalize_(model)
     assert verify(model, "4:8-T")
+
+
+class Lookahead:
+    """Lookahead (Zhang et al. 2019) as often written: no torch optimizer, or one without its __init__."""
+
+    def __init__(self, inner, every=2):
+        self.base, self.every, self.count = inner, every, 0
+        self.param_groups = inner.param_groups
+        self.slow = [[one.detach().clone() for one in group["params"]] for group in inner.param_groups]
+
+    def zero_grad(self):
+        self.base.zero_grad()
+
+    def step(self):
+        self.base.step()
+        self.count += 1
+        if self.count % self.every == 0:
+            for group, slow in zip(self.param_groups, self.slow, strict=True):
+                for fast, own in zip(group["params"], slow, strict=True):
+                    own.add_(fast.data - own, alpha=0.5)
+                    fast.data.copy_(own)
+
+
+class TorchLookahead(Lookahead, torch.optim.Optimizer):
+    pass
+
+
+@pytest.mark.parametrize("kind", [Lookahead, TorchLookahead])
+def test_zeros_hold_under_an_optimizer_around_the_optimizer(mlp, step, kind):
+    optimizer = kind(torch.optim.SGD(mlp.parameters(), lr=0.1))  # its slow weights are dense
+    sparsity = sparsify_(mlp, "4:8-T", mode="static").attach(optimizer)
+    masks = {layer.name: layer.mask.clone() for layer in sparsity.layers}
+    for number in range(5):
+        step(mlp, optimizer, number)
+        assert zeros_hold(mlp, masks) and sparsity.step == number + 1
+    sparsity.detach()
+    step(mlp, optimizer, 5)
+    assert not zeros_hold(mlp, masks)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_pass_uses_zeros_whoever_wrote_the_weights_since_the_step(mlp, step, training):
+    inner = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    optimizer = Lookahead(inner, every=1)
+    sparsity = sparsify_(mlp, "4:8-T", mode="static").attach(inner)  # the outer one is not known
+    masks = {layer.name: layer.mask for layer in sparsity.layers}
+    for number in range(3):
+        step(mlp, optimizer, number)
+        assert not zeros_hold(mlp, masks)
+        mlp.train(training)(torch.randn(2, 16))
+        assert zeros_hold(mlp, masks)
+
+
+def test_a_recurrent_layer_takes_static_masks_and_no_changing_ones() -> None:
+    def model() -> nn.Module:
+        return nn.ModuleDict({"rnn": nn.LSTM(8, 8), "up": nn.Linear(8, 8)})
+
+    changing = sparsify_(model(), "2:4")
+    assert [layer.name for layer in changing.layers] == ["up"]
+    assert "one flat buffer" in next(one.reason for one in changing.skipped if one.name == "rnn.weight_ih_l0")
+    fixed = model()
+    assert {layer.name for layer in sparsify_(fixed, "2:4", mode="static").layers} == {
+        "rnn.weight_ih_l0", "rnn.weight_hh_l0", "up"
+    }  # fmt: skip
+    assert verify(fixed, "2:4")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from bisparse.training.optimizer import DEFAULT_DECAY, DEFAULT_DECAY_ADAM
+from bisparse.training.decay import DEFAULT_DECAY, DEFAULT_DECAY_ADAM
 
 __all__ = ["DataRecipe", "ModelRecipe", "Recipe", "RecipeError", "SparsityRecipe", "TrainingRecipe"]
 
@@ -84,7 +84,9 @@ class SparsityRecipe:
     solver: str = "exact"
     refresh: int = 40
     decay: float | None = None
-    """Left out: what `bisparse.sparsify_` takes for the recipe's optimizer, which is then written down here."""
+    """Lambda. Left out: Zhou et al.'s, or what a sweep with AdamW gave, which is then written down here."""
+    total_decay: float = 0.0
+    """Instead: the decay over the whole run, lambda times the sum of learning rates."""
     dense_first: float = 0.0
     """Share of the steps that are dense at the start."""
     frozen_from: float = 1.0

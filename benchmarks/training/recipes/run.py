@@ -20,10 +20,12 @@ from bisparse.apart import check_apart
 from bisparse.checkpoint import SIDECAR
 from bisparse.checkpoint.save_load import sidecar_of
 from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
+from bisparse.training.decay import FixedDecay
+from bisparse.training.finalize import finalize_, plain_state_dict
 from bisparse.training.parametrizations import masked_parameters
 from bisparse.training.rng_state import random_state, restore_random_state
 from bisparse.training.schedule import Schedule
-from bisparse.training.sparsify import finalize_, plain_state_dict, sparsify_
+from bisparse.training.sparsify import sparsify_
 from bisparse.training.sparsity import Sparsity
 from recipes.data import Data, load_data
 from recipes.models import build_model
@@ -175,7 +177,8 @@ class _Run:
             method=how.method,  # type: ignore[arg-type]
             solver=SOLVERS[how.solver](),
             refresh=how.refresh,
-            decay=how.decay,
+            decay=how.total_decay or FixedDecay(how.decay or 0.0),
+            steps=self.total,
             schedule=Schedule() if static else schedule,
             patterns=how.patterns,
             mvue=how.mvue,

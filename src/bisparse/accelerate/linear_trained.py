@@ -177,7 +177,7 @@ class SparseLinear(nn.Linear):
         assert isinstance(module, cls)
         module.products = products
         module._hold(slots)
-        module.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
+        module._loaded = module.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
         slow = products.repacks_every_pass and BACKENDS[plan.backend].learns_layout
         return f"{plan.backend} compresses its weight in every pass: {UNKNOWN_LAYOUT}" if slow else ""
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers, layer_name
 from bisparse.checkpoint.sidecar import Sidecar
 from bisparse.checkpoint.stored_tensor import StoredTensor
-from bisparse.layers import QUANTISED, Skipped, first_match, parse_layout
+from bisparse.layers import QUANTISED, Skipped, first_match, parse_layout, sides
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.results import LayerResult
-from bisparse.tiles import Layout, LayoutKind
+from bisparse.tiles import Layout
 
 __all__ = ["Coverage", "cover", "cover_by_sidecar", "nonzero"]
 
@@ -41,8 +41,6 @@ ENCODED = {
 
 NO_WEIGHTS = r"(_blocks|scales?|scale_inv|zero_points?|zeros|bias(es)?|absmax|quant_map|g_idx|ind(ex|ices)|shape)$"
 """Endings of the other tensors that experts have."""
-UNSUPPORTED = "experts of shape"
-"""How the reason begins for layers that are no matter of choice, but not understood."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +95,9 @@ def cover(
             checked.append(replace(layer, tensor=tensors[name]))
         else:
             unchecked.append(Skipped(layer.name, problem))
-    unchecked += [one for one in left if one.reason.startswith(UNSUPPORTED)]
+    unchecked += [one for one in left if one.undecided]
     made = {reason.split(" ", 1)[0] for reason in reasons.values()}
-    left = [one for one in left if not one.reason.startswith(UNSUPPORTED) and one.name not in made]
+    left = [one for one in left if not one.undecided and one.name not in made]
     return _constrained(checked, unchecked, left)
 
 
@@ -183,11 +181,11 @@ def _constrained(checked: Iterable[StoredLayer], unchecked: list[Skipped], left_
     """Layers that a pattern allows every weight of, since their sides are shorter than M, count as unchecked."""
     binding = []
     for layer in checked:
-        sides = matrix_sides(layer)
-        if allows_everything(layer.pattern, sides):
+        matrix = matrix_sides(layer)
+        if allows_everything(layer.pattern, matrix):
             m = getattr(layer.pattern, "m", None)
             short = f"side shorter than M = {m}" if m else "few weights"
-            reason = f"{short}: {layer.pattern} allows every weight of a {sides[0]} x {sides[1]} matrix"
+            reason = f"{short}: {layer.pattern} allows every weight of a {matrix[0]} x {matrix[1]} matrix"
             unchecked.append(Skipped(layer.name, reason))
         else:
             binding.append(layer)
@@ -206,11 +204,4 @@ def allows_everything(pattern: Structure, sides: tuple[int, int]) -> bool:
 
 def matrix_sides(layer: StoredLayer) -> tuple[int, int]:
     """Sides (O, I) of a stored weight's GEMM matrices."""
-    shape, layout = layer.tensor.shape, layer.layout
-    match layout.kind:
-        case LayoutKind.TRANSPOSED:
-            return shape[1], shape[0]
-        case LayoutKind.EXPERTS:
-            return shape[1], shape[2]
-        case _:
-            return shape[0] // (layout.groups * layout.parts), shape[1]
+    return sides(layer.tensor.shape, layer.layout)

@@ -13,6 +13,7 @@ from bisparse.checkpoint.input_file import InputFile
 from bisparse.checkpoint.stored_tensor import FileTensor, MemoryTensor, StoredTensor, StridedTensor
 from bisparse.checkpoint.torch_archive import StorageRecord
 from bisparse.layers import (
+    NOT_NAMED,
     FileEvidence,
     Kind,
     NameFilter,
@@ -75,6 +76,7 @@ def choose_layers(
     evidence = FileEvidence(tensors, config, metadata)
     chosen: list[StoredLayer] = []
     left: dict[str, str] = {}
+    undecided: set[str] = set()
     included = False
     for name, tensor in tensors.items():
         if len(tensor.shape) < 2:
@@ -93,6 +95,8 @@ def choose_layers(
         if given is not None:
             kind = Kind(None, kind.refused, "", kind.default)
         reason = why_dense(kind, included=wanted, excluded=exclude is not None and matches_name(exclude, layer, name))
+        if reason is not None and reason == kind.uncertain != NOT_NAMED:
+            undecided.add(name)
         layout = kind.layout
         structure = own or pattern
         if reason is None:
@@ -118,7 +122,7 @@ def choose_layers(
     apart = _reasons_of_sharing(tensors, chosen)
     left |= apart
     chosen = [layer for layer in chosen if layer.tensor.name not in apart]
-    return chosen, [Skipped(layer_name(name), left[name]) for name in tensors if name in left]
+    return chosen, [Skipped(layer_name(name), left[name], name in undecided) for name in tensors if name in left]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ from bisparse.results import LayerResult, PruneReport, checksum_of, count_parame
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
+from bisparse.wrappers import is_wrapper, plain_names, unwrapped_model
 
 __all__ = ["load", "plain_weights", "save", "sidecar_of"]
 
@@ -68,8 +69,11 @@ class HasJson(Protocol):
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict that the model would have without parametrizations and packed layers: every weight dense, with zeros."""
-    state = {name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    for prefix, module in _named(model):
+    model = unwrapped_model(model)
+    plain = plain_names(model)
+    state = {plain(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+    for name, module in _named(model):
+        prefix = f"{plain(name)}." if plain(name) else ""
         if parametrize.is_parametrized(module):
             assert isinstance(module.parametrizations, nn.ModuleDict)
             for parameter in module.parametrizations:
@@ -83,9 +87,9 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if ".parametrizations." not in f".{name}.":
-            yield f"{name}." if name else "", module
+    for name, module in model.named_modules(remove_duplicate=False):  # as state_dict: a module may have two names
+        if ".parametrizations." not in f".{name}." and not is_wrapper(module):
+            yield name, module
 
 
 @torch.no_grad()
@@ -136,11 +140,14 @@ def save(
             f"no layer of the model {type(model).__name__} was pruned, so that nothing is written "
             f"({reasons or 'it has none that a pattern applies to'}); include layers by name"
         )
+    model = unwrapped_model(model)
     check_apart(folder, {"source": source, "model's own files": origin_of(model)})
     opened = None if source is None else open_source(source)
     if opened is not None:
         opened.check_writable()
     weights = dict(state) if state is not None else plain_weights(model)
+    if absent := [name for name, value in weights.items() if value.is_meta]:
+        raise ValueError(f"{absent[0]} is on the meta device and holds no numbers to save; load the model first")
     report = report or _report(model, weights, None if pattern is None else parse_pattern(pattern), include, exclude)
     if others := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
         report = replace(
@@ -195,19 +202,19 @@ def _report(
 ) -> PruneReport:
     """What can be said of a model that was not pruned here: which layers obey which pattern, and how dense they are."""
     found, left = find_layers(model, include, exclude)
+    plain = plain_names(model)
     results = []
     for layer in found:
         own = pattern or _pattern_of(layer)
         if own is None:
             left.append(Skipped(layer.name, "no pattern was said to hold on it"))
             continue
-        weight = weights[layer.parameter_name]
+        key = plain(layer.parameter_name)
+        weight = weights[key]
         density = float((weight != 0).double().mean())
         dtype = str(weight.dtype).removeprefix("torch.")
         figures = (density, None, None, None, 0.0)
-        results.append(
-            LayerResult(layer.name, layer.parameter_name, tuple(weight.shape), dtype, layer.layout, str(own), *figures)
-        )
+        results.append(LayerResult(plain(layer.name), key, tuple(weight.shape), dtype, layer.layout, str(own), *figures))
     if not results:
         raise ValueError("nothing says which pattern the layers obey: pass pattern, such as '4:8-T', or the report of prune_")
     return PruneReport(

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from bisparse.results import LayerResult, PruneReport
 
 __all__ = [
-    "METHODS",
     "BlockEpochs",
     "Calibration",
     "Damping",
@@ -41,8 +40,6 @@ __all__ = [
     "provenance",
     "prune_with_data",
 ]
-
-METHODS = ("magnitude", "wanda", "sparsegpt", "alps", "adaprune")
 
 Calibration = Annotated[
     Path | None,
@@ -63,19 +60,26 @@ Resume = Annotated[Path | None, typer.Option(help="A folder to go on from, shoul
 
 
 def parse_method(name: str, damping: float | None = None) -> Method:
-    """A method by its name on the command line."""
-    import bisparse.pruning as pruning
+    """A method by its name in `bisparse.pruning.METHODS`, with the damping of its least squares where one is given."""
+    from dataclasses import fields, is_dataclass
 
-    made: dict[str, Method] = {
-        "magnitude": pruning.Magnitude(),
-        "wanda": pruning.Wanda(),
-        "sparsegpt": pruning.SparseGPT() if damping is None else pruning.SparseGPT(damping=damping),
-        "alps": pruning.ALPS(refit_damping=damping),
-        "adaprune": pruning.AdaPrune(damping=damping),
-    }
-    if name not in made:
-        raise typer.BadParameter(f"{name!r} is not one of {', '.join(made)}", param_hint="--method")
-    return made[name]
+    from bisparse.pruning import METHODS
+    from bisparse.pruning import parse_method as by_name
+
+    try:
+        if damping is None or name not in METHODS:
+            return by_name(name)
+        kind = METHODS[name]
+        settings: set[str] = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+        found = next((setting for setting in ("refit_damping", "damping") if setting in settings), None)
+        if found is None:
+            raise typer.BadParameter(f"{name} has no damping; name another method, such as adaprune", param_hint="--damping")
+        return by_name(name, **{found: damping})
+    except typer.BadParameter:
+        raise
+    except ValueError as error:
+        hint = "--damping" if "damping=" in str(error) else "--method"
+        raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
 def parse_device(name: str | None) -> str | None:

@@ -58,7 +58,6 @@ Key = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default as many as torch would take.")]
 
-SOLVERS = ("exact", "greedy", "two-approximation", "sinkhorn", "min-cost-flow")
 INTERRUPTED = 130
 TERMINATED = 143
 PIPED_WIDTH = 160

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from bisparse.checkpoint import CheckpointError
 from bisparse.checkpoint.names import some_of
 from bisparse.checkpoint.reader import open_source as read_headers
+from bisparse.errors import install_extra
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.user_errors import ends_the_process, told
 
@@ -67,7 +68,7 @@ def open_source(name: str) -> Source:
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f"{name}: loading it needs transformers; pip install 'bisparse[transformers]'") from error
+        raise ValueError(f"{name}: loading it needs transformers; {install_extra('transformers')}") from error
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     with _loading(path, "the model"):
         config = transformers.AutoConfig.from_pretrained(folder, **options)

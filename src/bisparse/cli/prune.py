@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bisparse.cli.calibrated import (
-    METHODS,
     BlockEpochs,
     Calibration,
     Damping,
@@ -25,7 +24,6 @@ from bisparse.cli.calibrated import (
     prune_with_data,
 )
 from bisparse.cli.console import (
-    SOLVERS,
     AsJson,
     Excluded,
     Included,
@@ -78,9 +76,16 @@ def prune(
     ] = None,
     layout: Layouts = None,
     remainder: Annotated[str, typer.Option(help="Where M does not divide a layer's sides: pad, dense or error.")] = "pad",
-    solver: Annotated[str | None, typer.Option(help=f"For transposable patterns: {', '.join(SOLVERS)}. Default: exact.")] = None,
+    solver: Annotated[
+        str | None,
+        typer.Option(help="For transposable patterns: a name in bisparse.solvers.SOLVERS, such as greedy. Default: exact."),
+    ] = None,
     method: Annotated[
-        str, typer.Option(help=f"{', '.join(METHODS)}. All but the first build the model and need calibration data.")
+        str,
+        typer.Option(
+            help="magnitude, wanda, sparsegpt, adaprune, alps or another of bisparse.pruning.METHODS. With all but magnitude "
+            "the model is built and needs calibration data."
+        ),
     ] = "magnitude",
     calibration: Calibration = None,
     sequences: Sequences = 256,

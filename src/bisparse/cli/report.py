@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 
 from bisparse.cli.console import AsJson, command, fail, print_json, to_stderr, to_stdout
+from bisparse.errors import install_extra
 
 __all__ = ["report"]
 
@@ -28,7 +29,7 @@ def report(
     Exit code 1 if a layer does not obey its pattern, as `bisparse verify` has it; the page is written and shows where.
     """
     if missing := [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]:
-        fail(f"reports need {' and '.join(missing)}: pip install 'bisparse[report]'", 2, as_json=as_json)
+        fail(f"reports need {' and '.join(missing)}; {install_extra('report')}", 2, as_json=as_json)
     from bisparse.apart import check_apart
     from bisparse.atomic_file import check_output_file
     from bisparse.checkpoint import SIDECAR

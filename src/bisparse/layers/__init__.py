@@ -1,12 +1,13 @@
 """The registry of layers: what is a layer, in which layout, by what evidence, and why not. Models and files both ask here."""
 
-from bisparse.layers.files import QUANTISED, FileEvidence, TensorInfo
+from bisparse.layers.files import NOT_NAMED, QUANTISED, FileEvidence, TensorInfo
 from bisparse.layers.filters import Filter, NameFilter, first_match, matches, matches_name, matrix_sides, remainder_reason, sides
 from bisparse.layers.kinds import Kind, Skipped, computed_reason, dtype_reason, parse_layout, parse_layouts, why_dense
 from bisparse.layers.modules import Layer, find_layers
 from bisparse.layers.names import head_reason, layer_name
 
 __all__ = [
+    "NOT_NAMED",
     "QUANTISED",
     "FileEvidence",
     "Filter",

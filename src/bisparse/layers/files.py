@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from bisparse.layers.experts import config_parts, config_widths, experts_layout, is_pair
 from bisparse.layers.kinds import DEPTHWISE, Kind
 from bisparse.layers.names import Names, is_embedding_name, is_transposed_by_name, layer_name, reads_input_by_name
 from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["QUANTISED", "FileEvidence", "TensorInfo"]
+__all__ = ["NOT_NAMED", "QUANTISED", "FileEvidence", "TensorInfo"]
 
 PRUNABLE = ("F64", "F32", "F16", "BF16")
 
@@ -49,9 +49,11 @@ MOST_KERNEL = 31
 """The largest odd kernel that a convolution of three dimensions has where nothing else says that it is one."""
 
 
+NOT_NAMED = "not named as a layer's weight; give its layout, such as 'linear', to prune it"
 EMBEDDING = "embedding: looked up, not multiplied"
 
 
+@runtime_checkable
 class TensorInfo(Protocol):
     """What is known of a stored tensor before it is read."""
 
@@ -152,7 +154,7 @@ class FileEvidence:
         if len(shape) == 3 and self._is_experts(name):
             return self._experts(name)
         if not (name.endswith(".weight") or name == "weight" or last.endswith("proj_weight")):
-            return Kind(uncertain="not named as a layer's weight; give its layout, such as 'linear', to prune it")
+            return Kind(uncertain=NOT_NAMED)
         if len(shape) == 2:
             bias = self._bias(name)
             inputs_first = self._inputs_first and last in CONV1D_NAMES

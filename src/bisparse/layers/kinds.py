@@ -33,6 +33,8 @@ class Skipped:
 
     name: str
     reason: str
+    undecided: bool = False
+    """Whether it may well be a layer that a pattern applies to, and only its layout is not known."""
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from bisparse.layers.experts import config_widths, experts_layout, is_pair
@@ -109,7 +111,7 @@ def find_layers(
         name, module, kind = one.name, one.module, one.kind
         wanted = None if include is None else matches(include, name, module)
         included |= bool(wanted)
-        weight = getattr(module, one.parameter)
+        weight = _stored(module, one.parameter)
         chosen, text = first_match(given, name, f"{name}.weight")
         unused.discard(chosen or "")
         default = f"shares its weight with the embedding {tied[id(weight)]}" if id(weight) in tied else kind.default
@@ -251,13 +253,23 @@ def _widths(name: str, module: nn.Module, model: nn.Module, experts: int) -> set
     return known or (config_widths(to_dict()) if callable(to_dict) else set())
 
 
+def _stored(module: nn.Module, parameter: str) -> Any:
+    """The parameter itself, without computing a parametrized weight, which a sharded model cannot do outside a forward pass."""
+    if parametrize.is_parametrized(module, parameter):
+        lists = module.parametrizations
+        assert isinstance(lists, nn.ModuleDict)
+        if hasattr(lists[parameter], "original"):  # some, such as weight norm, have several
+            return lists[parameter].original
+    return getattr(module, parameter)
+
+
 def _first_convolution(found: Sequence[_Candidate]) -> _Candidate | None:
     """The first convolution of the model, if nothing before it delivers its channels: it reads the model's input."""
     delivered: set[int] = set()
     for one in found:
         if isinstance(one.module, _ConvNd):
             return None if one.module.in_channels in delivered else one
-        weight = getattr(one.module, one.parameter)
+        weight = _stored(one.module, one.parameter)
         if isinstance(weight, Tensor) and not nn.parameter.is_lazy(weight) and weight.ndim >= 2:
             # An embedding delivers columns, a Linear rows.
             delivered.add(weight.shape[1] if isinstance(one.module, nn.Embedding) else weight.shape[0])

@@ -1,17 +1,18 @@
-"""One-shot pruning: one file a method, one line here each."""
+"""One-shot pruning of models: `prune_`, `convert_`, the methods and what belongs to them."""
 
 from bisparse.process_group import OtherRankError
 from bisparse.pruning.batch_norm import fold_batch_norms_, reestimate_batch_norms_
-from bisparse.pruning.bias import BiasCorrection, MatchMoments
 from bisparse.pruning.block_reconstruction import BlockReconstruction
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
 from bisparse.pruning.channels.permute import PermutationReport, permute_
 from bisparse.pruning.convert import convert_, fitting_patterns
 from bisparse.pruning.journal import remove_journal
+from bisparse.pruning.methods import METHODS, parse_method
 from bisparse.pruning.methods.adaprune import AdaPrune
 from bisparse.pruning.methods.adaprune_gradient import GradientAdaPrune
 from bisparse.pruning.methods.alps import ALPS
 from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
+from bisparse.pruning.methods.bias_correction import BiasCorrection, MatchMoments
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.methods.mean_absorption import MeanAbsorption, absorb_mean
 from bisparse.pruning.methods.regrow import Regrow
@@ -22,6 +23,7 @@ from bisparse.pruning.violation import PatternViolation, predicted_violation, sp
 
 __all__ = [
     "ALPS",
+    "METHODS",
     "AdaPrune",
     "BiasCorrection",
     "BlockReconstruction",
@@ -45,6 +47,7 @@ __all__ = [
     "convert_",
     "fitting_patterns",
     "fold_batch_norms_",
+    "parse_method",
     "permute_",
     "predicted_violation",
     "prune_",

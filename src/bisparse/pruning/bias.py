@@ -1,16 +1,13 @@
-"""Output bias: where it can be changed, and two repairs that need no reconstruction.
+"""Where the constant added to a layer's outputs is stored: its bias or the running mean of the batch norm after it.
 
-A pruned layer shifts the mean of its outputs. The shift is known from the mean input, and is taken back by the layer's bias
-or, where it has none, by the running mean of the batch norm that follows: BN(y + b) is BN(y) with running mean less b.
-Sources: Nagel et al. 2019 (arXiv 1906.04721), Finkelstein et al. 2019 (1906.03193): bias correction; Banner et al. 2018
-(1810.05723): matching mean and deviation of each channel's weights.
+BN(y + b) equals BN(y) with a running mean smaller by b, so that a batch norm serves as the bias of a layer that has none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.hooks import call_model
-from bisparse.pruning.calibration.statistics import Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
-from bisparse.pruning.methods.least_squares_problem import refitted_bias
-from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.tiles import LayoutKind
 
-__all__ = ["Bias", "BiasCorrection", "MatchMoments", "bias_of", "norms_after"]
+__all__ = ["Bias", "bias_of", "norms_after"]
 
 
 @dataclass(frozen=True)
@@ -112,100 +105,3 @@ def norms_after(
         for name, module in pairs
         if names.count(name) == 1 and norms.count(id(module)) == 1 and called.count(name) == 1
     }
-
-
-@dataclass(frozen=True)
-class BiasCorrection(Method):
-    """After another method: the bias that keeps every output's mean where the dense network has it, ``b + E[y] - E[y']``.
-
-    A layer without a bias, and without a batch norm behind it, stays as the other method left it, with a note.
-    """
-
-    of: Method = field(default_factory=Magnitude)
-
-    @property
-    def name(self) -> str:
-        return f"{self.of.name} + bias correction"
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        return self.of.needs | {Statistic.GRAM, Statistic.MEAN, Statistic.CROSS}
-
-    def prune(self, problem: LayerProblem) -> Pruned:
-        pruned = self.of.prune(problem)
-        statistics = problem.measured.merged()
-        weight = problem.weight * pruned.solution.mask if pruned.weight is None else pruned.weight
-        plain = problem.least_squares(centred=False, statistics=statistics)
-        rows = problem.rows(weight).float()
-        before = plain.error(plain.weight * problem.rows(pruned.solution.mask))
-        if problem.bias is None:
-            return replace(pruned, error=plain.error(rows), error_before=before, note=_joined(pruned.note, "no bias to correct"))
-        assert statistics.mean is not None
-        bias = refitted_bias(problem.bias, plain.weight, rows, statistics.mean, statistics.dense_mean)
-        centred = problem.least_squares(centred=True, statistics=statistics)
-        return replace(pruned, bias=bias, error=centred.error(rows, plain.energy), error_before=before)
-
-
-@dataclass(frozen=True)
-class MatchMoments(Method):
-    """After another method: scale and shift each output channel to the mean and deviation it had dense.
-
-    Args:
-        of: the other method.
-        what: "weights": mean and standard deviation of the kept weights of each channel become those of its dense weights
-            (no data needed); "outputs": the standard deviation of each output, and its mean where there is a bias.
-    """
-
-    of: Method = field(default_factory=Magnitude)
-    what: Literal["weights", "outputs"] = "weights"
-
-    def __post_init__(self) -> None:
-        if self.what not in ("weights", "outputs"):
-            raise ValueError(f"what={self.what!r}: expected 'weights' or 'outputs'")
-
-    @property
-    def name(self) -> str:
-        return f"{self.of.name} + matched {self.what}"
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        own = {Statistic.GRAM, Statistic.MEAN, Statistic.CROSS} if self.what == "outputs" else set()
-        return self.of.needs | own
-
-    def prune(self, problem: LayerProblem) -> Pruned:
-        pruned = self.of.prune(problem)
-        mask = problem.rows(pruned.solution.mask)
-        rows = problem.rows(problem.weight * pruned.solution.mask if pruned.weight is None else pruned.weight).float()
-        dense = problem.rows(problem.weight).float()
-        if self.what == "weights":
-            matched = _match_weights(rows, dense, mask)
-            return replace(pruned, weight=problem.matrices(matched))
-        statistics = problem.measured.merged()
-        centred = problem.least_squares(centred=True, statistics=statistics)
-        variance = ((rows @ centred.gram) * rows).sum(2)
-        # Outputs that vary by no more than rounding have no deviation to match.
-        noise = (rows.square() @ centred.floor[:, :, None])[:, :, 0].clamp(min=1e-30)
-        scale = torch.where(variance > noise, (centred.energy / variance.clamp(min=1e-30)).sqrt(), 1.0)
-        matched = rows * scale[:, :, None]
-        assert statistics.mean is not None
-        plain = problem.least_squares(centred=False, statistics=statistics)
-        before = plain.error(plain.weight * mask)
-        if problem.bias is None:
-            return replace(pruned, weight=problem.matrices(matched), error=plain.error(matched), error_before=before)
-        bias = refitted_bias(problem.bias, dense, matched, statistics.mean, statistics.dense_mean)
-        error = centred.error(matched, plain.energy)
-        return replace(pruned, weight=problem.matrices(matched), bias=bias, error=error, error_before=before)
-
-
-def _match_weights(rows: Tensor, dense: Tensor, mask: Tensor) -> Tensor:
-    number = mask.sum(2, keepdim=True).clamp(min=1)
-    mean = rows.sum(2, keepdim=True) / number
-    deviation = (((rows - mean) * mask).square().sum(2, keepdim=True) / number).sqrt()
-    goal_mean = dense.mean(2, keepdim=True)
-    goal_deviation = (dense - goal_mean).square().mean(2, keepdim=True).sqrt()
-    scale = torch.where(deviation > 0, goal_deviation / deviation.clamp(min=1e-30), 1.0)
-    return ((rows - mean) * scale + goal_mean) * mask
-
-
-def _joined(*notes: str) -> str:
-    return "; ".join(note for note in notes if note)

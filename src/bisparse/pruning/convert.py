@@ -23,6 +23,7 @@ from bisparse.pruning.block_reconstruction import BlockReconstruction
 from bisparse.pruning.calibration.options import Options, Order
 from bisparse.pruning.job import Task
 from bisparse.pruning.layer import plan
+from bisparse.pruning.methods import parse_method
 from bisparse.pruning.methods.adaprune import AdaPrune
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
@@ -30,7 +31,7 @@ from bisparse.pruning.methods.regrow import Regrow
 from bisparse.pruning.prune import prune_layers_, report_of
 from bisparse.pruning.violation import CONFIDENCE, sparsest_pattern, violation
 from bisparse.results import PruneReport, count_parameters
-from bisparse.solvers import Solver
+from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import Layout
 
 __all__ = ["convert_", "fitting_patterns"]
@@ -39,7 +40,7 @@ __all__ = ["convert_", "fitting_patterns"]
 def convert_(
     model: nn.Module,
     pattern: str | Structure,
-    method: Method | None = None,
+    method: str | Method | None = None,
     batches: Iterable[Any] | None = None,
     *,
     regrow: bool = False,
@@ -48,7 +49,7 @@ def convert_(
     patterns: Mapping[str, str | Structure] | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
     remainder: str = "pad",
-    solver: Solver | None = None,
+    solver: str | Solver | None = None,
     order: Order = "sequential",
     reconstruction: BlockReconstruction | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
@@ -66,7 +67,7 @@ def convert_(
 
     Args:
         pattern: the new one, or its text.
-        method: by default `AdaPrune` with data, else `Magnitude`.
+        method: a method or its name; by default `AdaPrune` with data, otherwise `Magnitude`.
         batches: calibration data; see `prune_`. Without, weights are dropped by magnitude and nothing is fitted.
         regrow: places that the old mask pruned may be kept where the new pattern has room; needs data, and `AdaPrune`.
         patterns: patterns of single layers, by name; `fitting_patterns` proposes some.
@@ -84,15 +85,14 @@ def convert_(
         pattern = parse_pattern(pattern)
         if method is None:
             method = AdaPrune() if batches is not None else Magnitude()
-        if not isinstance(method, Method):
-            raise ValueError(f"method={method!r:.60}: expected an instance of a method, such as Wanda()")
+        method = parse_method(method)
         if regrow:
             if not isinstance(method, AdaPrune) or batches is None:
                 raise ValueError(
                     "regrow=True ranks pruned places by what they would gain: it needs batches and the method AdaPrune"
                 )
             method = Regrow(method)
-        options = Options(solver, order, reconstruction, forward, device, resume, keep_journal, progress)
+        options = Options(parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress)
         planned, left_dense = plan(
             model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
         )

@@ -26,6 +26,7 @@ from bisparse.pruning.bias import bias_of, norms_after
 from bisparse.pruning.calibration.calibrate import Walk
 from bisparse.pruning.calibration.collector import Stage
 from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
+from bisparse.pruning.calibration.hooks import unseen_reason
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
 from bisparse.pruning.fingerprint import fingerprint, stable_repr
@@ -35,7 +36,6 @@ from bisparse.pruning.layer_tensors import live_tensors, restore_, resumed_resul
 from bisparse.pruning.methods.base import Method
 from bisparse.results import LayerResult
 from bisparse.rollback import Rollback
-from bisparse.tiles import LayoutKind
 
 __all__ = ["Job", "Outcome", "Task"]
 
@@ -301,12 +301,7 @@ def _note_of(fits: Sequence[BlockFit]) -> tuple[str, ...]:
 
 
 def _why_unreached(layer: Layer) -> str:
-    if layer.layout.kind is LayoutKind.EXPERTS:
-        return (
-            "calibration sees what modules are called with, and experts in one 3-D parameter are no modules: which tokens each "
-            "one gets is known inside the forward only; prune them by a method that needs no data, such as magnitude"
-        )
-    return "no calibration batch went through this layer"
+    return unseen_reason(layer) or "no calibration batch went through this layer"
 
 
 def _notes(walk: Walk, batches: int, order: str) -> tuple[str, ...]:

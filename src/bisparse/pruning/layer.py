@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -169,11 +169,23 @@ def prune_layer(
         pruned = method.prune(problem)
         if pruned.weight is not None and not bool(torch.isfinite(pruned.weight).all()):
             raise ValueError(f"{layer.name}: {method.name} at {pattern} returned weights that are not finite; raise the damping")
+        if not pruned.note and statistics is not None and _all_zero(statistics):
+            pruned = replace(pruned, note="all inputs are 0 in the calibration data")
         weight = layer.weight
         mask = from_matrices(pruned.solution.mask, layer.layout, weight.shape)
         new = None if pruned.weight is None else from_matrices(pruned.weight, layer.layout, weight.shape).to(weight.dtype)
         change = Change(layer, mask, new, pruned.bias, bias_at)
         return change, record(layer, pattern, pruned, change, time.perf_counter() - start)
+
+
+def _all_zero(statistics: Statistics) -> bool:
+    """Whether calibration saw inputs, and all of them were 0."""
+    if statistics.columns == 0:
+        return False
+    everything = statistics.merged()
+    gram = everything.gram
+    size = everything.norm if gram is None else gram.diagonal(dim1=1, dim2=2)
+    return size is not None and not bool(size.any())
 
 
 def _check_can_be_written(layer: Layer) -> None:

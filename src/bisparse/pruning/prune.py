@@ -22,6 +22,7 @@ from bisparse.pruning.calibration.options import Options, Order
 from bisparse.pruning.calibration.statistics import Statistics
 from bisparse.pruning.job import Job, Outcome, Task
 from bisparse.pruning.layer import plan
+from bisparse.pruning.methods import parse_method
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.results import PruneReport, count_parameters
@@ -34,12 +35,12 @@ __all__ = ["prune_", "prune_layers_", "report_of"]
 def prune_(
     model: nn.Module,
     pattern: str | Structure,
-    method: Method | None = None,
+    method: str | Method | None = None,
     batches: Iterable[Any] | None = None,
     *,
     include: Filter | None = None,
     exclude: Filter | None = None,
-    solver: Solver | None = None,
+    solver: str | Solver | None = None,
     remainder: str = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
@@ -58,11 +59,11 @@ def prune_(
 
     Args:
         pattern: the structure or its text, such as ``"4:8-T"``. N is the number kept.
-        method: by default `Magnitude`.
+        method: a method or its name in `bisparse.pruning.METHODS`, such as ``"wanda"``; by default `Magnitude`.
         batches: calibration data, for methods that need statistics: passed to the model as ``model(**batch)``,
             ``model(*batch)`` or ``model(batch)``.
         include, exclude: names, globs, ``re:`` patterns, or functions ``(name, module) -> bool``; see `find_layers`.
-        solver: for transposable patterns; by default `Exact`.
+        solver: for transposable patterns, or its name in `bisparse.solvers.SOLVERS`; by default `Exact`.
         remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
             layer; "error".
         patterns: patterns of single layers, by name, glob or ``re:`` pattern; the first that matches counts.
@@ -95,10 +96,8 @@ def prune_(
     ranks = Ranks(group)
     with ranks.failing_together():
         pattern = parse_pattern(pattern)
-        method = Magnitude() if method is None else method
-        if not isinstance(method, Method):
-            raise ValueError(f"method={method!r:.60}: expected an instance of a method, such as Wanda()")
-        options = Options(solver, order, reconstruction, forward, device, resume, keep_journal, progress)
+        method = Magnitude() if method is None else parse_method(method)
+        options = Options(parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress)
         planned, left_dense = plan(
             model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
         )
@@ -143,7 +142,7 @@ def report_of(
     return PruneReport(
         str(pattern),
         method.name,
-        repr(parse_solver(options.solver)),
+        repr(options.solver),
         outcome.results,
         (*left_dense, *outcome.unreached),
         {glob: str(parse_pattern(one)) for glob, one in (patterns or {}).items()},

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from bisparse.apart import check_apart
 from bisparse.atomic_file import atomic_file, check_output_file
 from bisparse.diversity import Hardware, MaskDiversity, hardware, mask_diversity
+from bisparse.errors import install_extra
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.pruning.violation import CONFIDENCE
 from bisparse.report.figures import FITTING_M, Progress, PrunedFigures, read_figures
@@ -180,7 +181,7 @@ def _environment() -> Environment:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"reports need {error.name}, which is not installed; pip install bisparse[report]", name=error.name
+            f"reports need {error.name}, which is not installed; {install_extra('report')}", name=error.name
         ) from error
     from bisparse import __version__
 

@@ -14,6 +14,7 @@ import torch
 from bisparse._solve import solve
 from bisparse.atomic_file import atomic_file
 from bisparse.diversity import mask_diversity
+from bisparse.errors import install_extra
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, parse_pattern
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def _draw(
         from matplotlib.figure import Figure
         from matplotlib.ticker import MultipleLocator
     except ModuleNotFoundError as error:
-        raise ImportError("plots are drawn by matplotlib, which is not installed; pip install bisparse[report]") from error
+        raise ImportError(f"plots are drawn by matplotlib, which is not installed; {install_extra('report')}") from error
     marked = [parse_pattern(one) for one in highlight]
     points = diversity_points([*structures, *marked])
     colours = {family: family_colours.get(colour, colour) for family, (colour, _) in FAMILIES.items()}

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
+from bisparse.errors import install_extra
 from bisparse.kernels.exact.ops import COARSE
 from bisparse.kernels.exact.reference import quantise
 from bisparse.solvers.rounding import chunks
@@ -34,7 +35,7 @@ Graph = tuple[Int[np.ndarray, " A"], Int[np.ndarray, " A"], Int[np.ndarray, " A"
 
 @dataclass(frozen=True)
 class MinCostFlow(Solver):
-    """The best mask by OR-tools' min-cost flow. Needs the extra `flow`: ``pip install bisparse[flow]``.
+    """The best mask by OR-tools' min-cost flow. Needs OR-tools, the extra `flow`: ``pip install '.[flow]'``.
 
     Args:
         exactly: keep exactly N in every row and column, instead of at most N.
@@ -78,7 +79,7 @@ def _or_tools() -> Any:
         from ortools.graph.python import min_cost_flow
     except ModuleNotFoundError as error:
         raise ImportError(
-            "MinCostFlow runs on OR-tools, which is not installed; pip install bisparse[flow], or use Exact, which needs nothing "
+            f"MinCostFlow runs on OR-tools, which is not installed; {install_extra('flow')}; or use Exact, which needs nothing "
             "more and is faster"
         ) from error
     return min_cost_flow

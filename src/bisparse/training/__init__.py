@@ -1,14 +1,17 @@
 """Sparse training: static and dynamic masks from two lines in anyone's loop."""
 
+from bisparse.training.decay import FixedDecay
+from bisparse.training.finalize import finalize_, plain_state_dict
 from bisparse.training.lora import MergedAdapter, merge_lora_, merged_weight
 from bisparse.training.metrics import MaskChange
 from bisparse.training.mvue import MVUELinear, mvue_2_4
 from bisparse.training.rng_state import random_state, restore_random_state
 from bisparse.training.schedule import Phase, Schedule
-from bisparse.training.sparsify import finalize_, plain_state_dict, sparsify_
+from bisparse.training.sparsify import sparsify_
 from bisparse.training.sparsity import Sparsity
 
 __all__ = [
+    "FixedDecay",
     "MVUELinear",
     "MaskChange",
     "MergedAdapter",

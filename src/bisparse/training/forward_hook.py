@@ -14,7 +14,7 @@ which a graph cannot do for itself, so that compiled models change their phase r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
@@ -22,7 +22,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-__all__ = ["RefreshHook", "Refreshed", "gathered_again", "remove_hooks"]
+from bisparse.training.parametrizations import masked_parameters
+
+__all__ = ["RefreshHook", "Refreshed", "ZerosHook", "gathered_again", "remove_hooks"]
 
 
 class Refreshed(Protocol):
@@ -45,18 +47,23 @@ _REFRESHED: WeakValueDictionary[int, Refreshed] = WeakValueDictionary()
 
 
 class RefreshHook:
-    """A forward pre-hook, without effect until `refreshed` is set; in copies of the model it stays without."""
+    """A forward pre-hook, without effect until `refreshed` is set. In copies of the model it refreshes nothing, but lets
+    layers that keep something made from their mask follow it; others do that by themselves."""
+
+    copied = False
 
     def __init__(self, refreshed: Refreshed) -> None:
         self.refreshed: Refreshed | None = None
         _REFRESHED[refreshed.handle] = refreshed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"refreshed": None}
+        return {"refreshed": None, "copied": True}
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         refreshed = self.refreshed
         if refreshed is None:
+            if self.copied and hasattr(module, "mask_changed"):
+                _follow(module)
             return
         if torch.compiler.is_dynamo_compiling():
             _traced(refreshed.handle)
@@ -75,11 +82,46 @@ class RefreshHook:
             module.register_forward_pre_hook(self, prepend=True)
 
 
-def remove_hooks(module: nn.Module, own: RefreshHook | None = None) -> None:
-    """Remove one hook, and all without effect, from a module; all hooks of this kind if none is named."""
+class ZerosHook:
+    """A forward pre-hook of a static run: the first forward pass after a step looks whether pruned weights are zero still.
+
+    Optimizers around the one that is followed may write after it, as Lookahead does. Compiled code does not look.
+    """
+
+    def __init__(self) -> None:
+        self.check: Callable[[], None] | None = None
+        self.unchecked = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"check": None, "unchecked": True}
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self.check is not None and self.unchecked:
+            self.unchecked = False
+            self.check()
+
+    def install(self, modules: Iterable[nn.Module]) -> None:
+        """Put the hook before all others of these modules."""
+        for module in modules:
+            remove_hooks(module, self)
+            module.register_forward_pre_hook(self, prepend=True)
+
+
+def remove_hooks(module: nn.Module, own: RefreshHook | ZerosHook | None = None) -> None:
+    """Remove one hook, and all without effect, from a module; all hooks of these kinds if none is named."""
     for key, hook in list(module._forward_pre_hooks.items()):
-        if isinstance(hook, RefreshHook) and (own is None or hook is own or hook.refreshed is None):
+        idle = (isinstance(hook, RefreshHook) and hook.refreshed is None) or (isinstance(hook, ZerosHook) and hook.check is None)
+        if hook is own or idle or (own is None and isinstance(hook, RefreshHook | ZerosHook)):
             del module._forward_pre_hooks[key]
+
+
+@torch.compiler.disable
+def _follow(module: nn.Module) -> None:
+    with torch.no_grad():
+        for _, _, _, own in masked_parameters(module):
+            own.follow()
 
 
 def gathered_again(modules: Iterable[nn.Module]) -> None:

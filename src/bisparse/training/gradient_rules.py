@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from bisparse.training.layer import SparseLayer, keep_only_, local, part_of
-from bisparse.training.optimizer import DEFAULT_DECAY, Held, default_decay
+from bisparse.training.optimizer import Held
 
 __all__ = ["after_closure", "decay_pruned", "mask_gradient"]
 
@@ -21,19 +21,17 @@ def mask_gradient(layer: SparseLayer, weight: Tensor) -> None:
         keep_only_(local(weight.grad.detach()), part_of(layer.mask, weight))
 
 
-def decay_pruned(method: str, decay: float | None, held: Iterable[Held], optimizer: Optimizer) -> None:
+def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], optimizer: Optimizer) -> None:
     """Add masked decay to the gradients, or take SR-STE's step on the weights.
 
     Args:
         method: "masked-decay" or "sr-ste".
-        decay: lambda of layers without their own; None for the optimizer's default.
+        rates: lambda by layer name; layers without one do not decay.
         held: layers whose weights have gradients.
     """
     scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale by themselves, after this
     for layer, weight, group in held:
-        own = layer.decay if layer.decay is not None else decay
-        if own is None:
-            own = default_decay(optimizer) if method == "masked-decay" else DEFAULT_DECAY
+        own = rates.get(layer.name, 0.0)
         if own == 0.0:
             continue
         dense = local(weight.detach())

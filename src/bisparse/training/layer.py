@@ -12,16 +12,17 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
-from bisparse.training.parametrizations import (
-    MASK_SUFFIX,
-    Masked,
-    SoftThreshold,
-    layer_state,
-    own_parametrization,
-    trained_parameter,
-)
+from bisparse.training.decay import FixedDecay
+from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
+from bisparse.training.static_mask import MASK_SUFFIX, StaticMask, static_mask
 
-__all__ = ["Accelerated", "SparseLayer", "keep_only_", "local", "part_of"]
+__all__ = [
+    "Accelerated",
+    "SparseLayer",
+    "keep_only_",
+    "local",
+    "part_of",
+]
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers of the same size as a number of so many bytes."""
@@ -78,8 +79,8 @@ class SparseLayer:
     pattern: Structure
     key: str
     """The parameter's key in the plain model's state_dict."""
-    decay: float | None = None
-    """Masked decay of this layer; None for the default of the optimizer."""
+    decay: float | FixedDecay | None = None
+    """Masked decay of this layer; None for that of the run."""
     sharing: tuple[nn.Module, ...] = ()
     """Other modules that hold the same parameter, and with it the same mask."""
 
@@ -91,11 +92,11 @@ class SparseLayer:
     @property
     def active(self) -> bool:
         """Whether the layer has its mask still, rather than having been finalized."""
-        return self.parametrization is not None or hasattr(self.module, self.mask_name)
+        return self.parametrization is not None or isinstance(vars(self.module).get(self.mask_name), StaticMask)
 
     @property
     def mask_name(self) -> str:
-        """Name of a static layer's mask, a buffer of the module that state_dict leaves out."""
+        """Name of the module's attribute that holds a static layer's mask."""
         return f"{self.parameter}{MASK_SUFFIX}"
 
     @property
@@ -106,7 +107,8 @@ class SparseLayer:
     @property
     def mask(self) -> Bool[Tensor, "..."]:
         """The whole mask, on every rank; all True in a dense phase."""
-        mask = layer_state(self.module, self.parameter).mask
+        own = self.parametrization
+        mask = own.on_device_of(self.weight) if own is not None else static_mask(self.module, self.parameter)
         assert mask is not None
         return mask
 
@@ -125,6 +127,11 @@ class SparseLayer:
     def zero_pruned(self) -> None:
         """Set the weight to exactly zero off the mask."""
         keep_only_(local(self.weight.detach()), self.local_mask)
+
+    def follow_nothing(self) -> None:
+        """In a copy of a model: the mask is its own from now on, and no longer that of what it was copied from."""
+        if (own := self.parametrization) is not None:
+            own.origin = own.copied = None
 
     def mask_changed(self, *, proved: bool = False) -> None:
         """Tell the modules, where they keep something that they made from the mask."""

@@ -1,31 +1,24 @@
-"""What sparse training asks of an optimizer: which weights it holds, its decay, and whether it takes this step."""
+"""What sparse training asks of an optimizer: which weights it holds, and whether it takes this step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bisparse.training.layer import SparseLayer
 
 __all__ = [
-    "DEFAULT_DECAY",
-    "DEFAULT_DECAY_ADAM",
-    "default_decay",
+    "after_each_step",
+    "flattened",
     "held_by",
     "skipped_by_scaler",
     "unwrapped",
     "why_not_followed",
 ]
-
-DEFAULT_DECAY = 2e-4
-"""Decay where none is given: Zhou et al.'s lambda."""
-DEFAULT_DECAY_ADAM = 2e-3
-"""Masked decay where none is given and the optimizer divides gradients by their size, as Adam does: on a small GPT it nearly
-halved the flip rate and lowered the loss at each seed (docs/benchmarks.md). What is right grows with the gradients: watch the
-flip rate."""
 
 
 class Held(NamedTuple):
@@ -57,18 +50,53 @@ def why_not_followed(optimizer: Optimizer, method: str) -> str | None:
     return None
 
 
-def default_decay(optimizer: Optimizer) -> float:
-    """The masked decay of an optimizer where none is given: Adam and its kin have `betas`."""
-    return DEFAULT_DECAY_ADAM if any("betas" in group for group in optimizer.param_groups) else DEFAULT_DECAY
-
-
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside a trainer's wrapper, such as accelerate's."""
-    if not isinstance(optimizer, Optimizer) and not isinstance(getattr(optimizer, "optimizer", None), Optimizer):
-        raise ValueError(f"attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+    """The optimizer that takes the steps, inside wrappers such as accelerate's, Lookahead or SAM; they hold it as an attribute.
+
+    An inner optimizer of only a part of the weights, as ZeroRedundancyOptimizer has, is none of these.
+    """
+    while (inner := _inner(optimizer)) is not None:
         optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"attach() needs a torch.optim.Optimizer, not {type(optimizer).__name__}")
     return optimizer
+
+
+def _inner(outer: Any) -> Optimizer | None:
+    held = _weights_of(outer)
+    found = [one for one in vars(outer).values() if isinstance(one, Optimizer)] if hasattr(outer, "__dict__") else []
+    return next((one for one in found if one is not outer and _weights_of(one) >= held), None)
+
+
+def _weights_of(optimizer: Any) -> set[int]:
+    groups = getattr(optimizer, "param_groups", None)
+    return {id(weight) for group in groups for weight in group["params"]} if isinstance(groups, list) else set()
+
+
+def after_each_step(outer: Any, then: Callable[[], None]) -> Callable[[], None]:
+    """Call `then` after each step of a wrapper around an optimizer, whose class may have no step hooks; returns what ends it."""
+    step, on = outer.step, True
+
+    @functools.wraps(step)
+    def stepped(*args: Any, **kwargs: Any) -> Any:
+        result = step(*args, **kwargs)
+        if on:
+            then()
+        return result
+
+    def undo() -> None:
+        nonlocal on
+        on = False
+        if vars(outer).get("step") is stepped:  # a learning rate scheduler may have wrapped it since
+            outer.step = step
+
+    outer.step = stepped
+    return undo
+
+
+def flattened(weight: Tensor) -> bool:
+    """Whether FullyShardedDataParallel (FSDP1) has made a weight a part of a flat one."""
+    return hasattr(weight, "_fsdp_flattened") or not isinstance(weight, nn.Parameter)
 
 
 def skipped_by_scaler(optimizer: Optimizer) -> bool:

@@ -1,21 +1,33 @@
-"""The weight that the forward pass sees: the mask times the dense weight, or its soft threshold."""
+"""The weight that the forward pass sees: the mask times the dense weight, or its soft threshold.
+
+Masks are in the state_dict, but they are no buffers: what averages weights (torch's AveragedModel, Lightning's and timm's moving
+averages) does arithmetic with buffers, and an average of masks is no mask. A copy of a model keeps the masks that it was copied
+with for as long as its weights are what they were then: a snapshot stays what was trained. Once something changes the weights
+of the copy, as an average does at each update, it uses the masks, and the phase, that the model it was copied from has then.
+A copy that is trained follows an optimizer with its own `Sparsity`.
+"""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from bisparse._solve import solve
 from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout, from_matrices, to_matrices
+from bisparse.training.static_mask import static_mask
+from bisparse.wrappers import is_wrapper
 
 __all__ = [
-    "MASK_SUFFIX",
     "LayerState",
+    "MaskState",
     "Masked",
     "SoftThreshold",
     "layer_state",
@@ -27,15 +39,14 @@ __all__ = [
 ]
 
 
-MASK_SUFFIX = "_mask"
-"""The buffer of a static layer's mask is named like its parameter, with this added; state_dict leaves it out."""
 SAMPLED = 64
 """So many of a weight's entries tell whether it has other values."""
 
 
 def sample_of(weight: Float[Tensor, "..."]) -> Float[Tensor, " S"]:
     """Some of a weight's entries, by which one that was trained is told: copies, casts and broadcasts leave them alone."""
-    flat = weight.detach().flatten()
+    own = weight.to_local() if isinstance(weight, DTensor) else weight
+    flat = own.detach().flatten()
     return flat[:: max(1, flat.numel() // SAMPLED)].clone()
 
 
@@ -73,43 +84,145 @@ class _StraightThroughThreshold(torch.autograd.Function):
         return gradient, None
 
 
+@dataclass
+class MaskState:
+    """The mask of a dynamic weight. Copies of the model refer to that of the model they were copied from."""
+
+    mask: Tensor
+    dense: bool = False
+    """The schedule is in a dense phase: the mask is all True."""
+    warm_up: bool = False
+    """It is the dense phase at the start of the run."""
+
+
 class _Parametrization(nn.Module):
     """What makes the forward weight of a dense one that is trained (`torch.nn.utils.parametrize`)."""
 
-    mask: Bool[Tensor, "..."]
     pattern: Structure
     start: Float[Tensor, " S"] | None = None
     """`sample_of` the weight when `sparsify_` found the mask; None where the mask needs no optimizer to follow, and once it
-    follows one, was found anew, or was loaded."""
+    follows one, was found again, or was loaded."""
+    owner: tuple[nn.Module, str] | None = None
+    """The module, in a tuple so that it is no submodule, and its parameter."""
+    origin: MaskState | None = None
+    """In a copy: the state of what it was copied from."""
+    copied: Float[Tensor, " S"] | None = None
+    """In a copy: `sample_of` the weight that the mask belongs to."""
 
-    def __init__(self, pattern: Structure, layout: Layout) -> None:
+    def __init__(self, mask: Bool[Tensor, "..."], pattern: Structure, layout: Layout) -> None:
         super().__init__()
+        self.state = MaskState(mask)
         self.pattern, self.layout = pattern, layout
-        self.dense = False
-        """The schedule is in a dense phase: the mask is all ones."""
+
+    @property
+    def mask(self) -> Bool[Tensor, "..."]:
+        """Where the weight is kept; all True in a dense phase."""
+        return self.state.mask
+
+    @property
+    def dense(self) -> bool:
+        """Whether the schedule is in a dense phase."""
+        return self.state.dense
+
+    def follow(self) -> None:
+        """In a copy whose weights have changed: take over the mask of what it was copied from, as it is now."""
+        if self.origin is None or self.owner is None:
+            return
+        module, parameter = self.owner
+        sample = sample_of(trained_parameter(module, parameter))
+        if self.copied is not None and torch.equal(self.copied.to(sample), sample):
+            return
+        origin = self.origin
+        self.copied = sample
+        self.state.dense, self.state.warm_up = origin.dense, origin.warm_up
+        self.state.mask.copy_(origin.mask)
+        if hasattr(module, "mask_changed"):  # it keeps something that was made from the mask
+            changed: Any = module
+            changed.mask_changed()
+
+    def on_device_of(self, weight: Tensor) -> Bool[Tensor, "..."]:
+        """The mask, moved for good if the weight was moved by other means than the module's own, as FSDP2 does."""
+        if self.state.mask.device != weight.device:
+            self.state.mask = self.state.mask.to(weight.device)
+        return self.state.mask
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Parametrization:
+        twin: _Parametrization = self.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy({name: value for name, value in self.__dict__.items() if name != "origin"}, memo))
+        twin.start = None
+        if self.owner is not None:
+            twin.origin = self.origin or self.state
+            if self.copied is None or self.origin is None:
+                twin.copied = sample_of(trained_parameter(*self.owner))
+        return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, such as an average of the weights, gets its masks from the model that follows the optimizer.
-        return self.__dict__ | {"start": None}
+        return self.__dict__ | {"start": None, "origin": None, "copied": None}
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
-        super()._load_from_state_dict(*arguments)
-        self.start = None
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        with torch.no_grad():
+            self.state.mask = fn(self.state.mask)
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}mask"] = self.state.mask.clone()  # some averages write into what a state_dict holds
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        others: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, others, error_msgs)
+        key = f"{prefix}mask"
+        unexpected_keys += [name for name in others if name != key]
+        mask = state_dict.get(key)
+        if mask is None:
+            if strict:
+                missing_keys.append(key)
+            return
+        if mask.shape != self.mask.shape:
+            error_msgs.append(f"{key}: shape {tuple(mask.shape)} in the checkpoint, {tuple(self.mask.shape)} in the model")
+            return
+        with torch.no_grad():
+            weight = trained_parameter(*self.owner) if self.owner is not None else None  # loaded before its parametrizations
+            if not bool(((mask == 0) | (mask == 1)).all()) and weight is not None and not isinstance(weight, DTensor):
+                # An average of several masks is none: this is the best one for the average of their weights.
+                mask = solve(weight.detach().abs(), self.pattern, layout=self.layout).mask
+            if self.mask.is_meta:
+                self.state.mask = mask.to(torch.bool).clone()
+            else:
+                self.mask.copy_(mask)
+            self.start = None
+            if self.origin is not None and weight is not None:
+                self.copied = sample_of(weight)
 
     def right_inverse(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """Assigning to the weight sets the dense weight."""
         return weight
 
 
+@torch.compiler.disable
+def _follow(own: _Parametrization) -> None:
+    with torch.no_grad():
+        own.follow()
+
+
 class Masked(_Parametrization):
     """A parametrization whose weight is zero off the mask; all of it gets the gradient."""
 
-    def __init__(self, mask: Bool[Tensor, "..."], pattern: Structure, layout: Layout) -> None:
-        super().__init__(pattern, layout)
-        self.register_buffer("mask", mask)
-
     def forward(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        masked: Tensor = _StraightThrough.apply(weight, self.mask)  # type: ignore[no-untyped-call]
+        if self.origin is not None:
+            _follow(self)
+        masked: Tensor = _StraightThrough.apply(weight, self.on_device_of(weight))  # type: ignore[no-untyped-call]
         return masked
 
     def extra_repr(self) -> str:
@@ -128,16 +241,17 @@ class SoftThreshold(_Parametrization):
     pattern: Pattern
 
     def __init__(self, weight: Float[Tensor, "..."], pattern: Structure, layout: Layout) -> None:
-        super().__init__(pattern, layout)
         if not isinstance(pattern, Pattern) or pattern.transposable:
             raise ValueError(f"S-STE's soft threshold is for plain N:M patterns such as '2:4', not '{pattern}'")
         with torch.no_grad():
             thresholded = soft_threshold(weight, pattern, layout)
+            # The mask is what is kept now, for the flip rate only: the forward pass does not read it.
+            super().__init__(thresholded != 0, pattern, layout)
             self.register_buffer("scale", least_squares_scale(weight, thresholded))
-            # What is kept now; for the flip rate only, the forward pass does not read it.
-            self.register_buffer("mask", thresholded != 0)
 
     def forward(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        if self.origin is not None:
+            _follow(self)
         if self.dense:
             return weight
         with torch.no_grad():
@@ -211,17 +325,18 @@ def layer_state(module: nn.Module, parameter: str = "weight") -> LayerState:
     own = own_parametrization(module, parameter)
     if own is not None:
         return LayerState(trained_parameter(module, parameter), own.mask, own.pattern, "dense" if own.dense else "dynamic", own)
-    weight, mask = getattr(module, parameter), module._buffers.get(f"{parameter}{MASK_SUFFIX}")
-    if mask is None or mask.dtype != torch.bool or f"{parameter}{MASK_SUFFIX}" not in module._non_persistent_buffers_set:
-        return LayerState(weight, None, None, "plain", None)
-    return LayerState(weight, mask, None, "static", None)
+    weight, mask = getattr(module, parameter), static_mask(module, parameter)
+    return LayerState(weight, mask, None, "plain" if mask is None else "static", None)
 
 
-def masked_parameters(model: nn.Module) -> list[tuple[str, nn.Module, str, Masked | SoftThreshold]]:
-    """(name of the parameter, module, name inside the module, parametrization) of each dynamic weight."""
+def masked_parameters(model: nn.Module, *, each_name: bool = False) -> list[tuple[str, nn.Module, str, Masked | SoftThreshold]]:
+    """(name of the parameter, module, name inside the module, parametrization) of each dynamic weight.
+
+    With `each_name` a module that the model has under several names is listed under each of them, as in its state_dict.
+    """
     found: list[tuple[str, nn.Module, str, Masked | SoftThreshold]] = []
-    for prefix, module in model.named_modules():
-        if not parametrize.is_parametrized(module):
+    for prefix, module in model.named_modules(remove_duplicate=not each_name):
+        if is_wrapper(module) or not parametrize.is_parametrized(module):
             continue
         for parameter in module.parametrizations:
             if (own := own_parametrization(module, parameter)) is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed
@@ -65,8 +65,10 @@ def raise_together(ranks: Ranks, error: Exception | None, doing: str) -> None:
         raise OtherRankError(f"rank {rank} failed while {doing}: {message}")
 
 
-def check_ranks_agree(layers: Iterable[SparseLayer], ranks: Ranks) -> None:
+def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks) -> None:
     """Compare layers, patterns, masks and replicated weights over the ranks (a collective call).
+
+    Masks that differ where weights do not are those of the first rank from now on: DistributedDataParallel copied its weights.
 
     Raises:
         ValueError: on every rank alike, naming the first layer that differs and a rank that differs from the first.
@@ -97,6 +99,8 @@ def check_ranks_agree(layers: Iterable[SparseLayer], ranks: Ranks) -> None:
                 "that hold the same: attach(..., group=)"
             )
         for mine, others in zip(first, theirs, strict=True):
+            if mine[-1] is not None and mine[:3] == others[:3] and mine[-1] == others[-1]:
+                continue
             for what, one, other in zip(("name", "pattern", "shape", "mask", "weight"), mine, others, strict=True):
                 if one != other:
                     shown = f" ({other} against {one})" if what in ("pattern", "shape") else ""
@@ -105,7 +109,14 @@ def check_ranks_agree(layers: Iterable[SparseLayer], ranks: Ranks) -> None:
                         "same seed or checkpoint, or wrap the model in DistributedDataParallel (which copies one rank's) before "
                         "attach(); where DistributedDataParallel has a process_group, pass it: attach(..., group=)"
                     )
+    unequal = {mine[0] for theirs in everyone for mine, others in zip(first, theirs, strict=True) if mine[3] != others[3]}
+    for layer in layers:
+        if layer.name in unequal:
+            mask = layer.mask.to(torch.uint8).contiguous()
+            torch.distributed.broadcast(mask, ranks.name(0), group=ranks.group)
+            layer.mask.copy_(mask)
+            layer.mask_changed()
 
 
 def _checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())

@@ -1,13 +1,13 @@
-"""The first and the last line of sparse training: `sparsify_` and `finalize_`."""
+"""The first line of sparse training: `sparsify_` chooses the layers and gives them masks."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
@@ -15,27 +15,21 @@ from torch.nn.utils import parametrize
 from bisparse.layers import Filter, Layer, Skipped, computed_reason, dtype_reason, find_layers, matches
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.rollback import Rollback
-from bisparse.solution import verify
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
-from bisparse.training.forward_hook import remove_hooks
-from bisparse.training.layer import Accelerated, SparseLayer, local, part_of
+from bisparse.training.decay import FixedDecay
+from bisparse.training.layer import SparseLayer, local
 from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
-from bisparse.training.parametrizations import (
-    MASK_SUFFIX,
-    Masked,
-    SoftThreshold,
-    layer_state,
-    masked_parameters,
-    sample_of,
-    trained_parameter,
-)
+from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, sample_of
+from bisparse.training.run_state import check_mask
 from bisparse.training.schedule import Phase, Schedule
-from bisparse.training.shared_classes import separate_class, share_class
-from bisparse.training.sparsity import Method, Mode, Sparsity, check_mask, live_sparsities
+from bisparse.training.shared_classes import share_class
+from bisparse.training.sparsity import Method, Mode, Sparsity
+from bisparse.training.static_mask import StaticMask, static_masks
+from bisparse.wrappers import plain_names, unwrapped_model
 
-__all__ = ["finalize_", "plain_state_dict", "sparsify_"]
+__all__ = ["sparsify_"]
 
 
 def sparsify_(
@@ -46,7 +40,8 @@ def sparsify_(
     method: Method = "masked-decay",
     solver: Solver | None = None,
     refresh: int = 40,
-    decay: float | Mapping[str, float] | None = None,
+    decay: float | FixedDecay | Mapping[str, float | FixedDecay] | None = None,
+    steps: int | None = None,
     schedule: Schedule | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
@@ -60,13 +55,14 @@ def sparsify_(
 ) -> Sparsity:
     """Make a model train with sparse weights; the returned `Sparsity` is then attached to the optimizer.
 
+    A compiled or wrapped model is made sparse inside; names are those of the model without its wrapper.
+
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
     >>> sparsity = sparsify_(model, "4:8-T")
     >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     >>> _ = sparsity.attach(optimizer)  # the training loop goes here, unchanged
-    >>> _ = finalize_(model)
-    >>> bool(verify(model, "4:8-T"))
-    True
+    >>> len(sparsity.layers)
+    2
 
     Args:
         pattern: such as ``"4:8-T"``; N is the number kept.
@@ -78,8 +74,10 @@ def sparsify_(
             formula as printed. "s-ste": a continuous soft threshold, for plain N:M.
         solver: for transposable patterns; by default the exact one.
         refresh: optimizer steps between mask searches.
-        decay: lambda; by default 2e-4, and 2e-3 for masked decay with Adam and its kin. A mapping from layer names or globs:
-            those layers alone decay.
+        decay: how much pruned weights decay over the whole run: lambda times the sum of learning rates. `FixedDecay` gives lambda
+            itself. By default 3 with SGD where `steps` is known, else a lambda of 2e-4; 2e-3 for masked decay with Adam and its
+            kin. A mapping from layer names or globs: those layers alone decay.
+        steps: optimizer steps of the whole run. The callbacks for the transformers Trainer and Lightning set it.
         schedule: dense and frozen phases of a dynamic run, in optimizer steps.
         include, exclude: which layers, by name, glob, ``re:`` or function, as `bisparse.layers.find_layers` takes them.
         remainder: for layers that M does not divide: "pad" as if with zeros, leave "dense" with the reason, or "error".
@@ -97,7 +95,11 @@ def sparsify_(
     """
     pattern = parse_pattern(pattern)
     schedule = schedule or Schedule()
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps={steps!r}: expected the number of optimizer steps of the run, at least 1")
     _check_arguments(model, mode, method, refresh, schedule, masks, decay)
+    model = unwrapped_model(model)
+    plain = plain_names(model)
     structures = {name: None if own == "dense" else parse_pattern(own) for name, own in (patterns or {}).items()}
     layers, skipped = _choose(model, pattern, structures, include, exclude, remainder, mode)
     decays = dict(decay) if isinstance(decay, Mapping) else None
@@ -107,12 +109,12 @@ def sparsify_(
             holders.setdefault(id(held), []).append(module)
     sparse = [
         SparseLayer(
-            layer.name,
+            plain(layer.name),
             layer.module,
             layer.parameter,
             layer.layout,
             own,
-            layer.parameter_name,
+            plain(layer.parameter_name),
             _decay_of(layer, decays),
             tuple(module for module in holders.get(id(layer.weight), ()) if module is not layer.module),
         )
@@ -130,6 +132,7 @@ def sparsify_(
         solver=solver,
         refresh=refresh,
         decay=None if isinstance(decay, Mapping) else decay,
+        steps=steps,
         schedule=schedule,
         score=score,
         measure_every=measure_every,
@@ -144,7 +147,7 @@ def sparsify_(
                 MVUELinear.install_(layer.module)
             mask = found[layer.name].to(layer.weight.device)
             if mode == "static":
-                layer.module.register_buffer(layer.mask_name, mask.contiguous(), persistent=False)
+                setattr(layer.module, layer.mask_name, StaticMask(mask.contiguous(), layer.pattern))
                 rollback.touch(local(layer.weight.detach()))
                 layer.zero_pruned()
             else:
@@ -167,7 +170,7 @@ def _check_arguments(
     refresh: int,
     schedule: Schedule,
     masks: object,
-    decay: float | Mapping[str, float] | None,
+    decay: float | FixedDecay | Mapping[str, float | FixedDecay] | None,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"sparsify_ needs a torch module, not {type(model).__name__}")
@@ -184,26 +187,19 @@ def _check_arguments(
     if isinstance(masks, str) and masks != "nonzero":
         raise ValueError(f"masks={masks!r}: expected a mapping from layer names to masks, or 'nonzero'")
     for number in decay.values() if isinstance(decay, Mapping) else [decay]:
-        if number is not None and not number >= 0:
-            raise ValueError(f"decay={number!r}: expected a number that is 0 or more")
+        if number is not None and not isinstance(number, FixedDecay) and not 0 <= number < float("inf"):
+            raise ValueError(f"decay={number!r}: expected a number that is 0 or more, or FixedDecay(lambda)")
     already = [name for name, *_ in masked_parameters(model)]
-    already += [
-        name for name, module in model.named_modules() if any(_is_static_mask(module, own) for own, _ in _buffers(module))
-    ]
+    already += [name for name, module in model.named_modules() if static_masks(module)]
     if already:
         raise ValueError(f"the model is sparsified already (at {already[0]!r}): call finalize_(model) first")
     if mode == "dynamic" and isinstance(model, DistributedDataParallel | DataParallel):
         raise ValueError(f"sparsify_ the model before wrapping it in {type(model).__name__}")
-
-
-def _buffers(module: nn.Module) -> list[tuple[str, Tensor]]:
-    return list(module.named_buffers(recurse=False))
-
-
-def _is_static_mask(module: nn.Module, buffer: str) -> bool:
-    parameter = buffer.removesuffix(MASK_SUFFIX)
-    held = buffer.endswith(MASK_SUFFIX) and isinstance(module._parameters.get(parameter), Tensor)
-    return held and layer_state(module, parameter).phase == "static"
+    if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+        raise ValueError(
+            "FullyShardedDataParallel flattens weights, and masks need whole matrices: sparsify_ the plain model and shard it "
+            "with FSDP2 (torch.distributed.fsdp.fully_shard)"
+        )
 
 
 def _choose(
@@ -260,7 +256,7 @@ def _check_names(argument: str, given: Mapping[str, object], layers: list[tuple[
             )
 
 
-def _decay_of(layer: Layer, decays: Mapping[str, float] | None) -> float | None:
+def _decay_of(layer: Layer, decays: Mapping[str, float | FixedDecay] | None) -> float | FixedDecay | None:
     if decays is None:
         return None
     return next((decay for name, decay in decays.items() if matches(name, layer.name, layer.module)), 0.0)
@@ -268,6 +264,11 @@ def _decay_of(layer: Layer, decays: Mapping[str, float] | None) -> float | None:
 
 def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method: str) -> None:
     for layer in layers:
+        if layer.module._parameters.get(layer.parameter) is not None and layer.weight.is_meta:
+            raise ValueError(
+                f"{layer.name}: its weight is on the meta device and holds no numbers to find a mask for; load the model's "
+                "weights first"
+            )
         if parametrize.is_parametrized(layer.module, layer.parameter):
             raise ValueError(
                 f"{layer.name} is parametrized already (weight_norm and the like): remove that first, or exclude the layer"
@@ -327,7 +328,7 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
         # The memory format of the weight: conv weights may be channels_last.
         own = Masked(torch.empty_like(weight, dtype=torch.bool).copy_(mask), layer.pattern, layer.layout)
     if schedule.phase(0) is Phase.DENSE:
-        own.dense = True
+        own.state.dense = own.state.warm_up = True
         own.mask.fill_(True)
     owners = [
         (module, name) for module in model.modules() for name, held in module.named_parameters(recurse=False) if held is weight
@@ -335,92 +336,6 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
     for module, name in owners:  # all that share the weight see it masked
         parametrize.register_parametrization(module, name, own)
         share_class(module)
+    own.owner = layer.module, layer.parameter
     if method != "s-ste" or schedule != Schedule():  # a soft threshold moves with the weight
         own.start = sample_of(local(weight))
-
-
-@torch.no_grad()
-def finalize_(model: nn.Module) -> nn.Module:
-    """Turn a sparsified or accelerated model into a plain one: weights hold their zeros, nothing of this library is left.
-
-    Returns the model. Its `Sparsity` ends here: it leaves the optimizers, and training on is dense. The parameters stay the same
-    objects, so optimizers keep them, but for weights that were packed. The masks are checked against their patterns first.
-
-    Raises:
-        ValueError: the model is neither sparsified nor accelerated, or its weights are sharded over ranks (take
-            `plain_state_dict` there).
-        PatternError: a mask breaks its pattern, as after averaging masks.
-    """
-    dynamic = masked_parameters(model)
-    accelerated = [module for module in model.modules() if isinstance(module, Accelerated)]
-    static = [(module, buffer) for module in model.modules() for buffer, _ in _buffers(module) if _is_static_mask(module, buffer)]
-    if not dynamic and not static and not accelerated:
-        raise ValueError("the model is not sparsified: there is nothing to finalize")
-    weights = [(name, trained_parameter(module, parameter)) for name, module, parameter, _ in dynamic]
-    own_form = {id(layer) for layer in accelerated}
-    for prefix, module in model.named_modules():
-        if id(module) in own_form:
-            weights += module.named_parameters(prefix, recurse=False)
-    for name, weight in weights:
-        if isinstance(weight, DTensor):
-            raise ValueError(
-                f"{name} is sharded over ranks: save plain_state_dict(model), whose keys and zeros are the finalized model's, or "
-                "gather the state into an unsharded copy and finalize that"
-            )
-    for name, module, parameter, own in dynamic:
-        if not own.dense:
-            verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
-    ending = [(sparsity, sparsity.facts_within(model)) for sparsity in live_sparsities()]
-    for layer in accelerated:
-        layer.restore_()
-    now = ((own.start, sample_of(trained_parameter(module, parameter))) for _, module, parameter, own in dynamic)
-    if any(start is not None and not torch.equal(start.to(sample), sample) for start, sample in now):
-        warnings.warn(
-            "the weights were trained, but the masks are still the first ones, since no step of an optimizer was counted: call "
-            "Sparsity.attach(optimizer) before the first step, or Sparsity.refresh() in a loop of your own",
-            stacklevel=3,  # past no_grad
-        )
-    masked = {id(own): getattr(module, parameter).clone() for _, module, parameter, own in dynamic}
-    for _, module, parameter, own in dynamic:
-        # Copied into the dense weight, whose storage others may share; twice for tied weights, with the same values.
-        trained_parameter(module, parameter).copy_(masked[id(own)])
-        separate_class(module)
-        parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
-    moved = False
-    for module, buffer in static:
-        weight, mask = getattr(module, buffer.removesuffix(MASK_SUFFIX)), getattr(module, buffer)
-        mask, weight = part_of(mask, weight), local(weight)
-        if bool((weight.masked_fill(mask, 0) != 0).any()):
-            moved = True
-            weight.masked_fill_(~mask, 0)
-        delattr(module, buffer)
-    if moved:
-        warnings.warn(
-            "pruned weights had moved from zero, as without Sparsity.attach(optimizer): they are zero again, but what they had "
-            "learned is lost",
-            stacklevel=3,  # past no_grad
-        )
-    for module in model.modules():
-        MVUELinear.remove_(module)
-        remove_hooks(module)
-    for sparsity, facts in ending:
-        sparsity.end(facts)
-    return model
-
-
-@torch.no_grad()
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict that the finalized model would have, without changing the model. Sharded weights are gathered.
-
-    In a sharded run all ranks must call it.
-    """
-    state = {
-        name: value.full_tensor() if isinstance(value, DTensor) else value.detach() for name, value in model.state_dict().items()
-    }
-    for name, _, parameter, own in masked_parameters(model):
-        prefix = f"{name.removesuffix(parameter)}parametrizations.{parameter}"
-        chain = [key for key in state if key.startswith(f"{prefix}.") and key != f"{prefix}.original"]
-        for key in chain:
-            del state[key]
-        state[name] = own(state.pop(f"{prefix}.original"))
-    return state

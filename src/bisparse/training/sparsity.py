@@ -24,30 +24,26 @@ from torch.utils.hooks import RemovableHandle
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport
-from bisparse.solution import verify
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import from_matrices
+from bisparse.training.decay import DEFAULT_DECAY, DEFAULT_DECAY_ADAM, DEFAULT_TOTAL, FixedDecay, TotalDecay
 from bisparse.training.facts import layer_facts
-from bisparse.training.forward_hook import RefreshHook, gathered_again
+from bisparse.training.forward_hook import RefreshHook, ZerosHook, gathered_again
+from bisparse.training.gradient_check import check_gradients
 from bisparse.training.gradient_rules import after_closure, decay_pruned, mask_gradient
 from bisparse.training.layer import Accelerated, SparseLayer, local
 from bisparse.training.mask_search import MaskSearch, Prices, Score
 from bisparse.training.metrics import MaskChange, as_metrics, measure_change
-from bisparse.training.optimizer import (
-    held_by,
-    skipped_by_scaler,
-    unwrapped,
-    why_not_followed,
-)
-from bisparse.training.rank_consistency import check_ranks_agree, is_sharded, raise_together, ranks_of
+from bisparse.training.optimizer import after_each_step, flattened, held_by, skipped_by_scaler, unwrapped, why_not_followed
+from bisparse.training.parametrizations import SAMPLED
+from bisparse.training.rank_consistency import check_ranks_agree, raise_together, ranks_of
+from bisparse.training.run_state import STATE_VERSION, check_state
 from bisparse.training.schedule import Phase, Schedule
 
 __all__ = ["Method", "Mode", "Sparsity"]
 
 Mode = Literal["dynamic", "static"]
 Method = Literal["ste", "sr-ste", "masked-decay", "s-ste"]
-
-STATE_VERSION = 2
 
 _LIVE: WeakSet[Sparsity] = WeakSet()
 _HANDLES = itertools.count()
@@ -71,7 +67,8 @@ class Sparsity:
         pattern: Structure,
         solver: Solver | None,
         refresh: int,
-        decay: float | None,
+        decay: float | FixedDecay | None,
+        steps: int | None,
         schedule: Schedule,
         score: Score,
         measure_every: int,
@@ -82,6 +79,10 @@ class Sparsity:
         self.refresh_every, self.decay, self.measure_every, self.check_gradients = refresh, decay, measure_every, check_gradients
         self.step = 0
         """Optimizer steps done."""
+        self.steps = steps
+        """Optimizer steps of the whole run, None where unknown; trainers' callbacks set it."""
+        self._decays: dict[str, TotalDecay] = {}
+        self._rates: dict[str, float] = {}
         self.changes: dict[str, MaskChange] = {}
         """By layer name: what the last measured refresh did."""
         self.refreshes = 0
@@ -104,8 +105,11 @@ class Sparsity:
     def _begin(self) -> None:
         self.handle = next(_HANDLES)
         self.hook = RefreshHook(self)
+        self.zeros_hook = ZerosHook()
+        self._off: dict[str, Tensor] = {}
         self._attached: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
+        self._undo: list[Callable[[], None]] = []
         _LIVE.add(self)
 
     def __repr__(self) -> str:
@@ -116,7 +120,7 @@ class Sparsity:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks belong to the optimizers and the model of this object, not to those of its copies.
-        own = ("_attached", "_handles", "hook", "handle")
+        own = ("_attached", "_handles", "hook", "zeros_hook", "handle", "_off", "_undo")
         return {name: value for name, value in self.__dict__.items() if name not in own} | {"on_refresh": [], "written": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -170,8 +174,6 @@ class Sparsity:
                 "with zeros since; call sparsify_ again to train on with masks (mode='static', masks='nonzero' keeps the zeros)"
             )
 
-    # -- attaching ---------------------------------------------------------------------------------------------------
-
     def attach(self, *optimizers: Optimizer, group: ProcessGroup | None = None) -> Sparsity:
         """Follow the optimizers that train the model; steps are counted on the first. Returns itself.
 
@@ -186,6 +188,12 @@ class Sparsity:
                 hold different masks or weights.
         """
         self._check_not_ended("attach an optimizer")
+        totals = [layer.decay if layer.decay is not None else self.decay for layer in self._active]
+        if self.steps is None and any(isinstance(one, float | int) and one > 0 for one in totals):
+            raise ValueError(
+                "decay is a shrink over the whole run, whose length is not known: pass steps= to sparsify_ (or use a trainer's "
+                "callback, which knows it), or give a fixed lambda: decay=FixedDecay(2e-4)"
+            )
         if not optimizers:
             raise ValueError("attach() needs the optimizer that trains the model")
         if self._attached:
@@ -193,6 +201,11 @@ class Sparsity:
         plain = [unwrapped(optimizer) for optimizer in optimizers]
         held = {id(held) for one in plain for group in one.param_groups for held in group["params"]}
         weights = {id(layer.weight) for layer in self._active}
+        if names := [one.name for one in self._active if flattened(one.weight)]:
+            raise ValueError(
+                f"FullyShardedDataParallel has flattened the weights of {len(names)} sparse layers, the first {names[0]!r}: "
+                "masks need whole matrices. Shard with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
+            )
         missing = [one.name for one in self._active if one.weight.requires_grad and id(one.weight) not in held]
         error = None
         if missing:
@@ -214,6 +227,8 @@ class Sparsity:
         check_ranks_agree(self._active, ranks)
         self.search.ranks = ranks
         self._attached = plain
+        for layer in self._active:
+            layer.follow_nothing()
         for index, own in enumerate(plain):
             self._handles.append(
                 own.register_step_pre_hook(lambda _, args, kwargs, own=own: self._before_step(own, args, kwargs))  # type: ignore[misc]
@@ -224,6 +239,11 @@ class Sparsity:
             self.hook.refreshed = self
             self.hook.install(self.called)
         else:
+            for outer, inner in zip(optimizers, plain, strict=True):
+                if outer is not inner:  # such as Lookahead, which may write values of its own after the inner step
+                    self._undo.append(after_each_step(outer, self._zero_pruned))
+            self.zeros_hook.check = self._zeros_hold
+            self.zeros_hook.install(self.called)
             # Masked when it is accumulated, so that clipping measures the gradient that is used.
             for layer in self._active:
                 if layer.weight.requires_grad:
@@ -235,10 +255,10 @@ class Sparsity:
         """Stop following the optimizers."""
         for handle in self._handles:
             handle.remove()
-        self._attached, self._handles = [], []
-        self.hook.refreshed = None
-
-    # -- a step ------------------------------------------------------------------------------------------------------
+        for undo in self._undo:
+            undo()
+        self._attached, self._handles, self._undo = [], [], []
+        self.hook.refreshed, self.zeros_hook.check = None, None
 
     def _before_step(
         self, own: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -255,12 +275,29 @@ class Sparsity:
         """Check and complete the gradients that the optimizer is about to use; with a closure, each time it has made them."""
         held = [one for one in held_by(own, self._active) if one.weight.grad is not None]
         if self.check_gradients:
-            self._check_gradients([one.layer for one in held])
+            check_gradients([one.layer for one in held], self.search.ranks, self.step + 1)
         if self.mode == "static":
             for one in held:
                 mask_gradient(one.layer, one.weight)
         elif self.method == "masked-decay" or (self.method == "sr-ste" and first):
-            decay_pruned(self.method, self.decay, held, own)
+            if first:
+                for one in held:
+                    self._rates[one.layer.name] = self._decay_rate(one.layer, float(one.group.get("lr", 1.0)), own)
+            decay_pruned(self.method, self._rates, held, own)
+
+    def _decay_rate(self, layer: SparseLayer, learning_rate: float, own: Optimizer) -> float:
+        """Lambda of a layer at this step."""
+        given = layer.decay if layer.decay is not None else self.decay
+        if given is None:
+            adaptive = self.method == "masked-decay" and any("betas" in group for group in own.param_groups)
+            if adaptive or self.steps is None:
+                return DEFAULT_DECAY_ADAM if adaptive else DEFAULT_DECAY
+            given = DEFAULT_TOTAL
+        if isinstance(given, FixedDecay) or self.steps is None:
+            return given.rate if isinstance(given, FixedDecay) else 0.0
+        decay = self._decays.setdefault(layer.name, TotalDecay(given, self.steps))
+        decay.steps = self.steps
+        return decay.rate(self.step, learning_rate)
 
     @torch.no_grad()
     def _after_step(self, own: Optimizer, counts: bool) -> None:
@@ -269,6 +306,7 @@ class Sparsity:
         if self.mode == "static":
             for one in held_by(own, self._active):
                 one.layer.zero_pruned()
+            self.zeros_hook.unchecked = True
         if not counts:
             return
         if self.step == 0:
@@ -284,6 +322,23 @@ class Sparsity:
         self._expect(missed or turns or (now is Phase.SPARSE and self.step % self.refresh_every == 0))
         if missed or (turns and self.in_compiled_code):
             self.refresh_due()
+
+    def _zero_pruned(self) -> None:
+        for layer in self._active:
+            layer.zero_pruned()
+
+    @torch.no_grad()
+    def _zeros_hold(self) -> None:
+        """Zero pruned weights again that something else than a followed optimizer has written; a sample of them tells."""
+        moved = []
+        for layer in self._active:
+            weight = local(layer.weight.detach())
+            if layer.name not in self._off:
+                off = (~layer.local_mask).flatten().nonzero().flatten()
+                self._off[layer.name] = off[:: max(1, off.numel() // SAMPLED)]
+            moved.append((weight.take(self._off[layer.name].to(weight.device)) != 0).any())
+        if moved and bool(torch.stack([one.to(moved[0].device) for one in moved]).any()):
+            self._zero_pruned()
 
     def _expect(self, due: bool) -> None:
         self.due, self.written = due, []
@@ -309,31 +364,6 @@ class Sparsity:
             self.refresh()
         self._expect(False)
 
-    def _check_gradients(self, layers: list[SparseLayer]) -> None:
-        gradients = {layer.name: local(layer.weight.grad) for layer in layers if layer.weight.grad is not None}
-        if not gradients:
-            return
-        sums = [gradient.sum(dtype=torch.float32) for gradient in gradients.values()]
-        wrong = (~torch.isfinite(torch.stack([one.to(sums[0].device) for one in sums]))).any().int()
-        # A replicated weight has the same gradient on every rank; that of a shard is known to its own rank alone.
-        ranks = self.search.ranks if any(is_sharded(layer) for layer in layers) else None
-        if ranks is not None and ranks.size > 1:
-            torch.distributed.all_reduce(wrong, group=ranks.group)
-        if not bool(wrong):
-            return
-        own = {name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())}
-        everyone = [own] if ranks is None else ranks.all(own)
-        for name in gradients:
-            holders = [rank for rank, found in enumerate(everyone) if name in found]
-            if holders:
-                where = "" if ranks is None else f" on rank {', '.join(str(ranks.name(rank)) for rank in holders)}"
-                raise ValueError(
-                    f"the gradient of {name} holds NaN or infinite numbers{where} at optimizer step {self.step + 1}; the step "
-                    "was not taken. Skip such steps (torch.amp.GradScaler does), lower the learning rate, or clip gradients."
-                )
-
-    # -- masks -------------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def refresh(self) -> None:
         """Find the masks of the present weights now. In a distributed run, all ranks must call it.
@@ -341,6 +371,8 @@ class Sparsity:
         What was trained so far was trained with the masks before: train on before you evaluate, save or finalize.
         """
         self._check_not_ended("refresh the masks")
+        for layer in self._active:
+            layer.follow_nothing()
         layers = [layer for layer in self._active if (layer.weight.requires_grad or self._is_dense(layer))]
         start = time.perf_counter()
         found = self.search.masks([layer.name for layer in layers], share=True)
@@ -358,7 +390,7 @@ class Sparsity:
             layer.mask.copy_(mask)
             own = layer.parametrization
             if own is not None:
-                own.dense, own.start = False, None
+                own.state.dense, own.state.warm_up, own.start = False, False, None
             layer.mask_changed(proved=solver is None)  # the library's own: a check would wait for the device
         self._expect(False)
         if measured:
@@ -374,11 +406,9 @@ class Sparsity:
         for layer in self._active:
             own = layer.parametrization
             if own is not None:
-                own.dense = True
+                own.state.dense = True
                 own.mask.fill_(True)
                 layer.mask_changed()
-
-    # -- state -------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What the model's state_dict lacks: counter, prices, static masks. Tensors, numbers and texts only.
@@ -393,6 +423,8 @@ class Sparsity:
                 entry |= {"u": prices.u, "v": prices.v, "exponent": prices.exponent}
             if self.mode == "static":
                 entry["mask"] = layer.mask
+            if layer.name in self._decays:
+                entry["decay"] = [self._decays[layer.name].done, self._decays[layer.name].peak]
             layers[layer.name] = entry
         numbers = {"step": self.step, "refreshes": self.refreshes, "due": self.due, "ended": self.ended}
         return {"version": STATE_VERSION, "mode": self.mode, **numbers, "layers": layers}
@@ -410,30 +442,11 @@ class Sparsity:
             ValueError: the state is of other layers, patterns, shapes, or of the other mode, or one of both has ended.
         """
         self._check_not_ended("load a state")
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(f"sparsity state of version {state.get('version')!r}: this release reads version {STATE_VERSION}")
-        if state["mode"] != self.mode:
-            raise ValueError(f"the checkpoint is of a {state['mode']} run, this one is {self.mode}: pass mode={state['mode']!r}")
-        if state["ended"] is not None:
-            raise ValueError(
-                f"the checkpoint is of a run that ended with finalize_ after optimizer step {state['ended']}: load the model's "
-                "weights alone, and sparsify_ it with mode='static', masks='nonzero' to keep its zeros"
-            )
+        check_state(state, self._active, self.mode)
         saved, own = state["layers"], {layer.name: layer for layer in self._active}
-        if saved.keys() != own.keys():
-            missing, surplus = sorted(saved.keys() - own.keys()), sorted(own.keys() - saved.keys())
-            raise ValueError(
-                f"the checkpoint has other sparse layers: {missing[:3]} are sparse there and not here, {surplus[:3]} here and "
-                "not there; call sparsify_ with the include, exclude and patterns of the run that saved it"
-            )
-        for name, entry in saved.items():
-            layer = own[name]
-            if entry["pattern"] != str(layer.pattern):
-                raise ValueError(f"{name}: the checkpoint has pattern {entry['pattern']}, this run {layer.pattern}")
-            if list(entry["shape"]) != list(layer.mask.shape):
-                raise ValueError(f"{name}: the checkpoint has shape {tuple(entry['shape'])}, this run {tuple(layer.mask.shape)}")
-            if "mask" in entry:
-                check_mask(name, entry["mask"], layer.pattern, layer)
+        self._off.clear()
+        for layer in self._active:
+            layer.follow_nothing()
         self.step, self.refreshes = int(state["step"]), int(state["refreshes"])
         for name, entry in saved.items():
             layer = own[name]
@@ -441,6 +454,10 @@ class Sparsity:
                 device = layer.mask.device
                 moved = (entry[side].detach().clone().to(device) for side in ("u", "v", "exponent"))
                 self.search.prices[name] = Prices(*moved)
+            if "decay" in entry:
+                self._decays[name] = TotalDecay.resumed(
+                    entry["decay"], given=layer.decay if layer.decay is not None else self.decay
+                )
             if "mask" in entry:
                 layer.mask.copy_(entry["mask"])
                 layer.zero_pruned()
@@ -448,7 +465,8 @@ class Sparsity:
         for layer in self._active:
             parametrization = layer.parametrization
             if parametrization is not None:
-                parametrization.dense, parametrization.start = dense, None
+                parametrization.state.dense, parametrization.start = dense, None
+                parametrization.state.warm_up = dense and self.step <= self.schedule.dense_until
             layer.mask_changed()
         self._expect(bool(state["due"]))
 
@@ -456,13 +474,3 @@ class Sparsity:
 def live_sparsities() -> list[Sparsity]:
     """Those that no `finalize_` has ended."""
     return list(_LIVE)
-
-
-def check_mask(name: str, mask: Tensor, pattern: Structure, layer: SparseLayer) -> None:
-    """Raise ValueError unless a mask has the layer's shape and obeys its pattern."""
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        found = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"{name}: a mask must be a bool tensor, True = kept; this one is of {found}")
-    if mask.shape != layer.weight.shape:
-        raise ValueError(f"{name}: the mask has shape {tuple(mask.shape)}, the weight {tuple(layer.weight.shape)}")
-    verify(mask, pattern, layout=layer.layout, name=name).check()

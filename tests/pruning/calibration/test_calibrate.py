@@ -567,3 +567,20 @@ def test_inputs_of_other_tokens_than_the_dense_networks_are_not_compared_with_th
     x = torch.cat([x for x, _ in pairs])
     assert found.cross is None and found.dense_mean is None and found.columns == 12
     torch.testing.assert_close(found.gram[0], x.T @ x / 12)
+
+
+def test_layers_whose_inputs_no_hook_sees_are_left_dense_with_their_reason() -> None:
+    class Speech(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = nn.LSTM(8, 8)
+            self.up = nn.ConvTranspose1d(8, 8, 2)
+            self.inner = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.inner(self.up(self.rnn(x)[0].transpose(1, 2)).transpose(1, 2))
+
+    report = prune_(Speech(), "2:4", Wanda(), [torch.randn(6, 2, 8)])
+    assert [layer.name for layer in report] == ["inner"]
+    reasons = {one.name: one.reason for one in report.left_dense}
+    assert "recurrent layer" in reasons["rnn.weight_ih_l0"] and "transposed convolutions" in reasons["up"]

@@ -61,6 +61,11 @@ def test_transformers_resumes_bit_by_bit(tmp_path):
     assert other.step == 8
     for name, value in model.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+    loaded = BertForSequenceClassification.from_pretrained(tmp_path / "checkpoint-8")
+    assert verify(loaded, "4:8-T", exclude="*pooler*")
+    inputs = torch.arange(12)[None]
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(inputs).logits, model.eval()(inputs).logits)
     (tmp_path / "checkpoint-5" / "sparsity.pt").unlink()
     with pytest.raises(FileNotFoundError, match="SparsityCallback"):
         run(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
@@ -126,3 +131,30 @@ def test_the_sidecar_keeps_which_layers_stayed_dense_and_why(model, tmp_path, mo
     fresh = type(model)()
     bisparse.checkpoint.load(fresh, tmp_path / "saved")
     assert verify(fresh.down.weight, "4:8-T") and torch.equal(fresh.up.weight, model.up.weight)
+
+
+@pytest.mark.parametrize("kind", ["EMAWeightAveraging", "WeightAveraging"])
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_lightning_averages(kind, mode):
+    import lightning
+    from lightning.pytorch import callbacks
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from bisparse.training.integrations.lightning import SparsityCallback
+
+    inputs = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(inputs, (inputs.sum(1) > 0).long()), batch_size=8)
+    torch.manual_seed(0)
+    module = example("train_lightning.py").Classifier()
+    sparsity = sparsify_(module, "4:8-T", mode=mode, refresh=3)
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[SparsityCallback(sparsity), getattr(callbacks, kind)()],
+    )  # fmt: skip
+    trainer.fit(module, data)
+    masks = [layer.mask.clone() for layer in sparsity.layers]
+    finalize_(module)
+    assert verify(module, "4:8-T")
+    weights = [getattr(layer.module, layer.parameter) for layer in sparsity.layers]
+    assert all(bool((weight[~mask] == 0).all()) for weight, mask in zip(weights, masks, strict=True))
+    assert all(float((weight != 0).float().mean()) > 0.4 for weight in weights)

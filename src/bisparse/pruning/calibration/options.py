@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bisparse.pruning.calibration.finished_block import BlockFitter
-from bisparse.solvers import Solver
+from bisparse.solvers import Exact, Solver
 
 __all__ = ["Options", "Order"]
 
@@ -26,7 +26,7 @@ class Options:
         ValueError: an unknown order, a device that cannot hold numbers, or a reconstruction in the order "parallel".
     """
 
-    solver: Solver | None = None
+    solver: Solver = field(default_factory=Exact)
     order: Order = "sequential"
     reconstruction: BlockFitter | None = None
     forward: Callable[[nn.Module, Any], Any] | None = None

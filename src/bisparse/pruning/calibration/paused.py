@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from bisparse.errors import install_extra
+
 __all__ = ["Paused"]
 
 DEVICES = ("cpu", "cuda")
@@ -37,7 +39,7 @@ def _greenlet() -> Any:
         from greenlet import greenlet
     except ImportError as error:
         raise ImportError(
-            "pruning stage by stage (order='sequential') needs greenlet: pip install bisparse[calibration]"
+            f"pruning stage by stage (order='sequential') needs greenlet; {install_extra('calibration')}"
         ) from error
     return greenlet
 

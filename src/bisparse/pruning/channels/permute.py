@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bisparse._solve import solve
+from bisparse.errors import install_extra
 from bisparse.layers import Filter, Layer, find_layers
 from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.calibration.hooks import call_model
@@ -263,7 +264,7 @@ def _linear_sum_assignment() -> Callable[..., Any]:
     try:
         from scipy.optimize import linear_sum_assignment
     except ImportError as error:
-        raise ImportError("channel permutation needs SciPy: pip install 'bisparse[calibration]'") from error
+        raise ImportError(f"channel permutation needs SciPy; {install_extra('calibration')}") from error
     assignment: Callable[..., Any] = linear_sum_assignment
     return assignment
 

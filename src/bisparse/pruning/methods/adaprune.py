@@ -23,13 +23,24 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bisparse.pruning.calibration.statistics import Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
+from bisparse.pruning.methods.base import (
+    LayerProblem,
+    Method,
+    Pruned,
+    check_choice,
+    check_flag,
+    check_method,
+    check_number,
+)
 from bisparse.pruning.methods.least_squares import choose_damping, reconstruct
 from bisparse.pruning.methods.least_squares_problem import Problem, refitted_bias
 from bisparse.pruning.methods.wanda import Wanda
 from bisparse.solution import Solution
 
-__all__ = ["AdaPrune", "fit"]
+__all__ = ["DAMPING_UNIT", "LINEAR_SOLVERS", "AdaPrune", "fit"]
+
+DAMPING_UNIT = "in units of the mean square of an input"
+LINEAR_SOLVERS = ("auto", "factorisation", "conjugate gradient")
 
 DEFAULT_DAMPING = 0.01
 """Where nothing can be held out to choose one."""
@@ -57,8 +68,12 @@ class AdaPrune(Method):
     linear_solver: Literal["auto", "factorisation", "conjugate gradient"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.damping is not None and not (self.damping >= 0 and math.isfinite(self.damping)):
-            raise ValueError(f"damping={self.damping!r}: expected a finite number >= 0, in units of the mean square of an input")
+        check_method("selection", self.selection)
+        if self.damping is not None:
+            check_number("damping", self.damping, least=0, unit=DAMPING_UNIT)
+        check_flag("refit_bias", self.refit_bias)
+        check_flag("correct_upstream", self.correct_upstream)
+        check_choice("linear_solver", self.linear_solver, LINEAR_SOLVERS)
 
     @property
     def needs(self) -> frozenset[Statistic]:

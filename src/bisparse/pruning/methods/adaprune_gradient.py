@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_count, check_method, check_number
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.methods.mean_absorption import absorb_mean
 
@@ -37,6 +37,14 @@ class GradientAdaPrune(Method):
     rate: float = 1e-3
     bias_rate: float = 1e-2
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_method("selection", self.selection)
+        check_count("steps", self.steps)
+        check_count("batch_size", self.batch_size)
+        check_number("rate", self.rate, above=0)
+        check_number("bias_rate", self.bias_rate, least=0)
+        check_count("seed", self.seed, least=0)
 
     @property
     def name(self) -> str:

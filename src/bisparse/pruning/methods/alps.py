@@ -22,8 +22,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bisparse.pruning.calibration.statistics import Statistic
-from bisparse.pruning.methods.adaprune import fit
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
+from bisparse.pruning.methods.adaprune import DAMPING_UNIT, LINEAR_SOLVERS, fit
+from bisparse.pruning.methods.base import (
+    LayerProblem,
+    Method,
+    Pruned,
+    check_choice,
+    check_count,
+    check_flag,
+    check_number,
+)
 from bisparse.pruning.methods.least_squares import reconstruct, some_rows
 from bisparse.pruning.methods.least_squares_problem import Problem
 from bisparse.solution import Solution
@@ -61,6 +69,17 @@ class ALPS(Method):
     refit_bias: bool = True
     correct_upstream: bool = True
     linear_solver: Literal["auto", "factorisation", "conjugate gradient"] = "auto"
+
+    def __post_init__(self) -> None:
+        check_number("damping", self.damping, least=0, unit=DAMPING_UNIT)
+        if self.refit_damping is not None:
+            check_number("refit_damping", self.refit_damping, least=0, unit=DAMPING_UNIT)
+        check_number("rho", self.rho, above=0)
+        check_count("rho_every", self.rho_every)
+        check_count("iterations", self.iterations)
+        check_flag("refit_bias", self.refit_bias)
+        check_flag("correct_upstream", self.correct_upstream)
+        check_choice("linear_solver", self.linear_solver, LINEAR_SOLVERS)
 
     @property
     def needs(self) -> frozenset[Statistic]:

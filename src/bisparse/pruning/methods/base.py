@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -18,7 +20,19 @@ from bisparse.solution import Solution
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["MATRICES", "LayerProblem", "Method", "Pruned", "Statistic", "Statistics"]
+__all__ = [
+    "MATRICES",
+    "LayerProblem",
+    "Method",
+    "Pruned",
+    "Statistic",
+    "Statistics",
+    "check_choice",
+    "check_count",
+    "check_flag",
+    "check_method",
+    "check_number",
+]
 
 MATRICES = Layout(LayoutKind.EXPERTS)
 """How `LayerProblem.weight` stores its matrices: one after the other."""
@@ -128,3 +142,36 @@ class Method(ABC):
         Raises:
             ValueError: weights that are NaN or infinite, or statistics that are missing or do not fit; names the layer.
         """
+
+
+def check_method(name: str, value: Any, kind: type[Method] = Method) -> None:
+    """Refuse a setting that is no instance of a method."""
+    if not isinstance(value, kind):
+        example = "AdaPrune" if kind is not Method else "Magnitude"
+        raise ValueError(f"{name}={value!r:.60}: expected an instance of {kind.__name__}, such as {example}()")
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a setting that is none of some texts."""
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(f"{name}={value!r:.60}: expected one of {', '.join(map(repr, choices))}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse a setting that is no whole number, or below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r:.60}: expected a whole number >= {least}")
+
+
+def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None, unit: str = "") -> None:
+    """Refuse a setting that is no finite number, not above `above`, or below `least`."""
+    numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not numeric or (above is not None and value <= above) or (least is not None and value < least):
+        bound = "" if above is None and least is None else f" > {above:g}" if above is not None else f" >= {least:g}"
+        raise ValueError(f"{name}={value!r:.60}: expected a finite number{bound}{unit and f', {unit}'}")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Refuse a setting that is neither True nor False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r:.60}: expected True or False")

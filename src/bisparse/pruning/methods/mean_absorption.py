@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bisparse.pattern import Structure
 from bisparse.pruning.calibration.statistics import Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_flag, check_method
 from bisparse.pruning.methods.magnitude import Magnitude
 
 __all__ = ["MeanAbsorption", "absorb_mean"]
@@ -63,6 +63,10 @@ class MeanAbsorption(Method):
 
     selection: Method = field(default_factory=Magnitude)
     always: bool = False
+
+    def __post_init__(self) -> None:
+        check_method("selection", self.selection)
+        check_flag("always", self.always)
 
     @property
     def name(self) -> str:

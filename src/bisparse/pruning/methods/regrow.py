@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bisparse.pruning.calibration.statistics import Statistic
 from bisparse.pruning.methods.adaprune import AdaPrune, fit
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_method
 from bisparse.solution import Solution
 
 __all__ = ["Regrow"]
@@ -30,6 +30,9 @@ class Regrow(Method):
     """
 
     of: AdaPrune = field(default_factory=AdaPrune)
+
+    def __post_init__(self) -> None:
+        check_method("of", self.of, AdaPrune)
 
     @property
     def name(self) -> str:

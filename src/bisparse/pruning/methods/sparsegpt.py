@@ -20,8 +20,8 @@ from torch import Tensor
 
 from bisparse._solve import solve
 from bisparse.pruning.calibration.statistics import Statistic
-from bisparse.pruning.methods.adaprune import fit
-from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned
+from bisparse.pruning.methods.adaprune import DAMPING_UNIT, fit
+from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned, check_flag, check_number
 from bisparse.pruning.methods.least_squares_problem import Problem
 from bisparse.scores import hessian
 from bisparse.solution import Solution
@@ -45,6 +45,11 @@ class SparseGPT(Method):
     damping: float = 0.01
     refit: bool = False
     correct_upstream: bool = False
+
+    def __post_init__(self) -> None:
+        check_number("damping", self.damping, least=0, unit=DAMPING_UNIT)
+        check_flag("refit", self.refit)
+        check_flag("correct_upstream", self.correct_upstream)
 
     @property
     def needs(self) -> frozenset[Statistic]:

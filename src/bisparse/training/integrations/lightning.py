@@ -29,6 +29,9 @@ class SparsityCallback(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Attach to the optimizers, once Lightning has built them and restored a checkpoint."""
         self.sparsity.detach()
+        total = trainer.estimated_stepping_batches
+        if self.sparsity.steps is None and 0 < total < float("inf"):
+            self.sparsity.steps = int(total)
         self.sparsity.attach(*trainer.optimizers)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

@@ -15,8 +15,8 @@ from bisparse.kernels.exact.cpu.vectors import FAR
 
 __all__ = ["repair"]
 
-LIMIT = FAR // 4
-"""How far the prices of a tile may move: they start below 2**25, so that row + column + distance stays below 2**31."""
+LIMIT = FAR // 2
+"""How far the prices of a tile may move. They start within 2**25."""
 
 
 @njit(nogil=True, cache=True)
@@ -45,8 +45,6 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
         while True:
             packed = vec.nearest(work, near_row, near_column, side)
             distance, node = packed >> 8, packed & 255
-            if min(distance, ground) + spent >= LIMIT:
-                return False
             if distance >= ground:
                 distance, node = ground, ground_row
                 break
@@ -75,6 +73,8 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
                     node, side,
                 )  # fmt: skip
         spent += distance
+        if spent >= LIMIT:
+            return False
         vec.shift_prices(prices, u, work, final_row, distance, -1, side)
         vec.shift_prices(prices, v, work, final_column, distance, 1, side)
         in_rows = node < m

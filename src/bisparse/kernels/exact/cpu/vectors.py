@@ -42,7 +42,8 @@ LANES = 16
 """Tiles that the sweeps take side by side."""
 COARSE_SHIFT = 10
 """The sweeps see scores of 14 bits, so that a lane is 16 bits wide; their prices are only a start."""
-FAR = 1 << 30
+FAR = 1 << 29
+"""Beyond every distance: with prices up to `repair.LIMIT` from their start, row + column + distance stays below 2**31."""
 SMALL = 1 << 12
 
 Codegen = Callable[[Any, Any, Any, Any], Any]

@@ -1,0 +1,45 @@
+"""Sphinx configuration of the documentation site: `make docs` writes it to out/site."""
+
+import re
+from typing import Any
+
+from pygments.lexers.special import TextLexer
+
+import bisparse
+
+project = "bisparse"
+author = "the bisparse authors"
+release = version = bisparse.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
+exclude_patterns = ["conf.py"]
+html_theme = "furo"
+html_title = f"bisparse {release}"
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+# Pages also link to files of the repository, which are no pages of the site: README, CONTRIBUTING, examples, folders.
+suppress_warnings = ["myst.xref_missing", "myst.header"]
+
+default_role = "code"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+autodoc_default_options = {"members": True}
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+
+# Docstrings are prose with code in backticks, not reStructuredText: |w| is a magnitude, prune_ a name, *args an argument.
+CODE = re.compile(r"(``.*?``|`[^`]*`)", re.DOTALL)
+MARKUP = re.compile(r"\||(?<=\w)_(?!\w)|(?<![\w*\s])\*|\*(?=[\w(])")
+
+
+def escape_markup(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
+    """Escape what reStructuredText would read as markup outside of code."""
+    pieces = CODE.split("\n".join(lines))
+    lines[:] = "".join(piece if piece.startswith("`") else MARKUP.sub(r"\\\g<0>", piece) for piece in pieces).split("\n")
+
+
+def setup(app: Any) -> None:
+    """Called by Sphinx. Mermaid charts, which GitHub draws, are shown as text."""
+    app.add_lexer("mermaid", TextLexer)
+    app.connect("autodoc-process-docstring", escape_markup, priority=900)

@@ -1,0 +1,141 @@
+"""The last line of sparse training: `finalize_` makes a plain model of a sparsified one."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import parametrize
+
+from bisparse.solution import verify
+from bisparse.training.forward_hook import remove_hooks
+from bisparse.training.layer import Accelerated, local, part_of
+from bisparse.training.mvue import MVUELinear
+from bisparse.training.parametrizations import masked_parameters, sample_of, trained_parameter
+from bisparse.training.shared_classes import separate_class
+from bisparse.training.sparsity import live_sparsities
+from bisparse.training.static_mask import MASK_SUFFIX, static_masks
+from bisparse.wrappers import plain_names, unwrapped_model
+
+__all__ = ["finalize_", "plain_state_dict"]
+
+
+@torch.no_grad()
+def finalize_(model: nn.Module) -> nn.Module:
+    """Turn a sparsified or accelerated model into a plain one: weights hold their zeros, nothing of this library is left.
+
+    Returns the model. Its `Sparsity` ends here: it leaves the optimizers, and training on is dense. The parameters stay the same
+    objects, so optimizers keep them, but for weights that were packed. The masks are checked against their patterns first.
+    Parametrizations that were added after `sparsify_`, such as a spectral norm, stay. Of an average of the weights
+    (a copy of the model, such as `AveragedModel`) the masks are those that the model it averages has.
+
+    Raises:
+        ValueError: the model is neither sparsified nor accelerated, or its weights are sharded over ranks (take
+            `plain_state_dict` there).
+        PatternError: a mask breaks its pattern, as after averaging masks.
+    """
+    given, model = model, unwrapped_model(model)
+    dynamic = masked_parameters(model)
+    accelerated = [module for module in model.modules() if isinstance(module, Accelerated)]
+    static = [(module, parameter, held) for module in model.modules() for parameter, held in static_masks(module)]
+    if not dynamic and not static and not accelerated:
+        raise ValueError("the model is not sparsified: there is nothing to finalize")
+    weights = [(name, trained_parameter(module, parameter)) for name, module, parameter, _ in dynamic]
+    own_form = {id(layer) for layer in accelerated}
+    for prefix, module in model.named_modules():
+        if id(module) in own_form:
+            weights += module.named_parameters(prefix, recurse=False)
+    for name, weight in weights:
+        if isinstance(weight, DTensor):
+            raise ValueError(
+                f"{name} is sharded over ranks: save plain_state_dict(model), whose keys and zeros are the finalized model's, or "
+                "gather the state into an unsharded copy and finalize that"
+            )
+    for name, module, parameter, own in dynamic:
+        own.follow()
+        if not own.dense:
+            verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
+    ending = [(sparsity, sparsity.facts_within(model)) for sparsity in live_sparsities()]
+    for layer in accelerated:
+        layer.restore_()
+    now = ((own.start, sample_of(trained_parameter(module, parameter))) for _, module, parameter, own in dynamic)
+    if any(start is not None and not torch.equal(start.to(sample), sample) for start, sample in now):
+        warnings.warn(
+            "the weights were trained, but the masks are still the first ones, since no step of an optimizer was counted: call "
+            "Sparsity.attach(optimizer) before the first step, or Sparsity.refresh() in a loop of your own",
+            stacklevel=3,  # past no_grad
+        )
+    elif dense := [name for name, _, _, own in dynamic if own.state.warm_up]:
+        warnings.warn(
+            f"the run ends in the dense phase at its start (Schedule.dense_until): {len(dense)} layers stay dense, the first "
+            f"{dense[0]!r}. prune_(model, pattern) makes them sparse",
+            stacklevel=3,  # past no_grad
+        )
+    masked = {id(own): own(trained_parameter(module, parameter)).clone() for _, module, parameter, own in dynamic}
+    for _, module, parameter, own in dynamic:
+        # Copied into the dense weight, whose storage others may share; twice for tied weights, with the same values.
+        trained_parameter(module, parameter).copy_(masked[id(own)])
+        _remove(module, parameter, own)
+    moved = False
+    for module, parameter, held in static:
+        weight = getattr(module, parameter)
+        mask, weight = part_of(held.mask.to(weight.device), weight), local(weight)
+        if bool((weight.masked_fill(mask, 0) != 0).any()):
+            moved = True
+            weight.masked_fill_(~mask, 0)
+        delattr(module, f"{parameter}{MASK_SUFFIX}")
+    if moved:
+        warnings.warn(
+            "pruned weights had moved from zero, as without Sparsity.attach(optimizer): they are zero again, but what they had "
+            "learned is lost",
+            stacklevel=3,  # past no_grad
+        )
+    for module in model.modules():
+        MVUELinear.remove_(module)
+        remove_hooks(module)
+    for sparsity, facts in ending:
+        sparsity.end(facts)
+    return given
+
+
+def _remove(module: nn.Module, parameter: str, own: nn.Module) -> None:
+    """Take a parametrization away; others of the same parameter stay."""
+    chain: Any = module.parametrizations[parameter]  # type: ignore[index]
+    if len(chain) > 1:
+        del chain[next(index for index, one in enumerate(chain) if one is own)]
+    else:
+        separate_class(module)
+        parametrize.remove_parametrizations(module, parameter, leave_parametrized=False)
+
+
+@torch.no_grad()
+def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict that the finalized model would have, without changing the model or naming its wrappers.
+
+    Sharded weights are gathered: in a sharded run all ranks must call it.
+    """
+    model = unwrapped_model(model)
+    plain = plain_names(model)
+    state = {
+        plain(name): value.full_tensor() if isinstance(value, DTensor) else value.detach()
+        for name, value in model.state_dict().items()
+    }
+    for full_name, module, parameter, own in masked_parameters(model, each_name=True):
+        own.follow()
+        name = plain(full_name)
+        prefix = f"{name.removesuffix(parameter)}parametrizations.{parameter}"
+        weight = own(state.pop(f"{prefix}.original"))
+        others = {key: state.pop(key) for key in list(state) if key.startswith(f"{prefix}.")}
+        chain: Any = module.parametrizations[parameter]  # type: ignore[index]
+        kept = [str(index) for index, one in enumerate(chain) if one is not own]
+        if not kept:
+            state[name] = weight
+            continue
+        state[f"{prefix}.original"] = weight
+        for number, index in enumerate(kept):
+            inside = f"{prefix}.{index}."
+            state |= {f"{prefix}.{number}.{key[len(inside) :]}": value for key, value in others.items() if key.startswith(inside)}
+    return state

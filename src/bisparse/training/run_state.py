@@ -1,0 +1,55 @@
+"""Whether the saved state of a run fits another run: version, mode, layers, patterns, shapes, masks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bisparse.pattern import Structure
+from bisparse.solution import verify
+from bisparse.training.layer import SparseLayer
+
+__all__ = ["STATE_VERSION", "check_mask", "check_state"]
+
+STATE_VERSION = 2
+
+
+def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: str) -> None:
+    """Raise ValueError unless a run of these layers and this mode can take up what `Sparsity.state_dict` gave."""
+    if state.get("version") != STATE_VERSION:
+        raise ValueError(f"sparsity state of version {state.get('version')!r}: this release reads version {STATE_VERSION}")
+    if state["mode"] != mode:
+        raise ValueError(f"the checkpoint is of a {state['mode']} run, this one is {mode}: pass mode={state['mode']!r}")
+    if state["ended"] is not None:
+        raise ValueError(
+            f"the checkpoint is of a run that ended with finalize_ after optimizer step {state['ended']}: load the model's "
+            "weights alone, and sparsify_ it with mode='static', masks='nonzero' to keep its zeros"
+        )
+    saved, own = state["layers"], {layer.name: layer for layer in layers}
+    if saved.keys() != own.keys():
+        missing, surplus = sorted(saved.keys() - own.keys()), sorted(own.keys() - saved.keys())
+        raise ValueError(
+            f"the checkpoint has other sparse layers: {missing[:3]} are sparse there and not here, {surplus[:3]} here and "
+            "not there; call sparsify_ with the include, exclude and patterns of the run that saved it"
+        )
+    for name, entry in saved.items():
+        layer = own[name]
+        if entry["pattern"] != str(layer.pattern):
+            raise ValueError(f"{name}: the checkpoint has pattern {entry['pattern']}, this run {layer.pattern}")
+        if list(entry["shape"]) != list(layer.mask.shape):
+            raise ValueError(f"{name}: the checkpoint has shape {tuple(entry['shape'])}, this run {tuple(layer.mask.shape)}")
+        if "mask" in entry:
+            check_mask(name, entry["mask"], layer.pattern, layer)
+
+
+def check_mask(name: str, mask: Tensor, pattern: Structure, layer: SparseLayer) -> None:
+    """Raise ValueError unless a mask has the layer's shape and obeys its pattern."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        found = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"{name}: a mask must be a bool tensor, True = kept; this one is of {found}")
+    if mask.shape != layer.weight.shape:
+        raise ValueError(f"{name}: the mask has shape {tuple(mask.shape)}, the weight {tuple(layer.weight.shape)}")
+    verify(mask, pattern, layout=layer.layout, name=name).check()

@@ -1,0 +1,42 @@
+"""The mask of a static weight: an attribute of its module next to the parameter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from bisparse.pattern import Structure
+
+__all__ = ["MASK_SUFFIX", "StaticMask", "static_mask", "static_masks"]
+
+MASK_SUFFIX = "_mask"
+"""A static weight's mask is the attribute of its module with this ending."""
+
+
+@dataclass
+class StaticMask:
+    """The mask of a static weight, an attribute of its module beside the parameter.
+
+    No buffer: a state_dict leaves it out, and what averages buffers leaves it alone.
+    """
+
+    mask: Bool[Tensor, "..."]
+    pattern: Structure
+
+
+def static_masks(module: nn.Module) -> list[tuple[str, StaticMask]]:
+    """(parameter, mask) of each static weight of a module."""
+    return [(name.removesuffix(MASK_SUFFIX), held) for name, held in vars(module).items() if isinstance(held, StaticMask)]
+
+
+def static_mask(module: nn.Module, parameter: str) -> Bool[Tensor, "..."] | None:
+    """The mask of a static weight, where the weight is; None for other weights."""
+    held = vars(module).get(f"{parameter}{MASK_SUFFIX}")
+    if not isinstance(held, StaticMask):
+        return None
+    weight = module._parameters.get(parameter)
+    if weight is not None and held.mask.device != weight.device:
+        held.mask = held.mask.to(weight.device)
+    return held.mask

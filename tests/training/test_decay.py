@@ -1,0 +1,94 @@
+"""Decay in units of the whole run: lambda times the learning rates sums up to it, whatever the schedule and the length."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from bisparse import sparsify_
+from bisparse.training import FixedDecay
+from bisparse.training.decay import TotalDecay
+
+SCHEDULES = {
+    "constant": lambda share: 0.1,
+    "cosine": lambda share: 0.1 * 0.5 * (1 + math.cos(math.pi * share)),
+    "warm-up": lambda share: 0.1 * min(1.0, share / 0.2),
+    "steps": lambda share: 0.1 if share < 0.5 else 0.01,
+}
+
+
+@pytest.mark.parametrize("steps", [20, 1000])
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_lambda_times_the_learning_rates_sums_up_to_the_total(name, steps):
+    decay = TotalDecay(3.0, steps)
+    rates = [SCHEDULES[name](step / steps) for step in range(steps)]
+    found = [decay.rate(step, rate) for step, rate in enumerate(rates)]
+    total = sum(own * rate for own, rate in zip(found, rates, strict=True))
+    assert total <= 3.0 + 1e-9
+    assert total == pytest.approx(3.0, rel=1e-9) if name in ("constant", "warm-up") else total > 1.5
+    assert decay.rate(steps, 0.1) == 0.0  # a run that goes on beyond its length does not decay on
+
+
+def trained(method: str, decay: object, steps: int, length: int, rate: float = 0.1) -> float:
+    """How much pruned weights have shrunk under a loss whose gradient is zero."""
+    torch.manual_seed(0)
+    model = nn.Linear(16, 16, bias=False)
+    sparsity = sparsify_(model, "2:4-T", method=method, decay=decay, steps=length, refresh=10_000)
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    sparsity.attach(optimizer)
+    layer = sparsity.layers[0]
+    before = layer.weight.detach()[~layer.mask].norm()
+    for _ in range(steps):
+        (0 * model(torch.ones(1, 16))).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return float(layer.weight.detach()[~layer.mask].norm() / before)
+
+
+@pytest.mark.parametrize("method", ["masked-decay", "sr-ste"])
+def test_pruned_weights_shrink_by_the_total_whatever_the_length_and_the_rate(method):
+    found = [trained(method, 3.0, steps, steps, rate) for steps, rate in ((100, 0.1), (400, 0.1), (400, 0.001))]
+    expected = [(1 - 3.0 / steps) ** steps for steps in (100, 400, 400)]
+    assert found == pytest.approx(expected, rel=1e-3)
+    assert trained(method, None, 100, 100) == pytest.approx(expected[0], rel=1e-3)  # the default of SGD
+    assert trained(method, FixedDecay(0.5), 10, 100) == pytest.approx((1 - 0.05) ** 10, rel=1e-4)
+
+
+def test_a_total_needs_to_know_the_run(mlp):
+    sparsity = sparsify_(mlp, "2:4-T", decay=3.0)
+    with pytest.raises(ValueError, match="pass steps="):
+        sparsity.attach(torch.optim.SGD(mlp.parameters(), lr=0.1))
+    sparsity.steps = 10  # as trainers' callbacks do
+    sparsity.attach(torch.optim.SGD(mlp.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("steps", [0, -1, 2.5, True])
+def test_a_run_has_a_length(mlp, steps):
+    with pytest.raises(ValueError, match=f"steps={steps}"):
+        sparsify_(mlp, "2:4-T", steps=steps)
+
+
+def test_a_resumed_run_decays_on_where_it_was(mlp, step):
+    given = copy.deepcopy(mlp)
+
+    def begin(model):
+        sparsity = sparsify_(model, "2:4-T", decay=3.0, steps=8)
+        return sparsity, torch.optim.SGD(model.parameters(), lr=0.1)
+
+    sparsity, optimizer = begin(mlp)
+    sparsity.attach(optimizer)
+    for number in range(8):
+        optimizer.param_groups[0]["lr"] = 0.1 / (number + 1)
+        step(mlp, optimizer, number)
+        if number == 3:
+            saved = copy.deepcopy((mlp.state_dict(), sparsity.state_dict()))
+    resumed, other = begin(given)
+    given.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    resumed.attach(other)
+    for number in range(4, 8):
+        other.param_groups[0]["lr"] = 0.1 / (number + 1)
+        step(given, other, number)
+    assert all(torch.equal(value, given.state_dict()[name]) for name, value in mlp.state_dict().items())
