@@ -1,4 +1,4 @@
-"""Acceleration on NVIDIA GPUs: products with 2:4 weights on sparse tensor cores, forward and backward."""
+"""Sparse products: 2:4 weights on the tensor cores of NVIDIA GPUs, forward and backward; any zeros on CPUs, for inference."""
 
 from bisparse.accelerate.accelerate import AcceleratedLayer, AccelerationReport, accelerate_
 from bisparse.accelerate.advice import Advice, LayerAdvice, LayerShape

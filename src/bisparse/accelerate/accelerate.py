@@ -1,4 +1,4 @@
-"""`accelerate_`: every layer that a sparse tensor core can take runs on it, and every other one has a reason."""
+"""`accelerate_`: every layer that can run sparse on its device does, and every other one has a reason."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class AcceleratedLayer:
     """Of the module's tensors."""
     bytes_after: int
     note: str = ""
-    """Why the gradient of the input stays dense, and the like."""
+    """Why the gradient of the input stays dense, what a timing found, and the like."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def accelerate_(
     dtype: torch.dtype | None = None,
     search: bool = True,
 ) -> AccelerationReport:
-    """Run the Linear layers whose weights are 2:4, or 2:4-T, on sparse tensor cores. In place; returns what became of each layer.
+    """Run Linear layers sparse: 2:4 or 2:4-T weights on tensor cores, any zeros on CPUs. In place; returns what became of each.
 
     >>> import bisparse
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
@@ -97,11 +97,14 @@ def accelerate_(
     packed, and the dense ones freed. Gradients of the input are sparse products too where the weight is 2:4 on W^T, except in
     packed layers of a model in evaluation mode, for which W^T is not packed.
 
+    On a CPU, weights that are not trained are packed whatever their pattern, if at most 0.8 of their entries are not zero: as
+    their non-zeros and a bit mask. Each layer is timed with 1 token, and packed only if it is faster then.
+
     All or nothing: after an error the model is as it was, its parameters the same objects.
 
     Args:
-        backend: "cusparselt" or "cutlass"; "reference" packs weights the same way on any device, and is no faster than dense;
-            "auto" takes what the device has, and leaves the model masked-dense where it has nothing.
+        backend: "cusparselt" or "cutlass" on a GPU, "cpu" on a CPU; "reference" packs weights like the first two on any device,
+            and is no faster than dense; "auto" takes what the device has, and leaves the model masked-dense where it has nothing.
         advice: the result of `advise` for this model: layers that do not win stay as they are, the others take the backend that
             was fastest. Layers that it does not know are converted as without it.
         include, exclude: which layers, by name, glob, ``re:`` or function.
@@ -112,7 +115,7 @@ def accelerate_(
     Raises:
         BackendError: the backend that was asked for does not run here; or it can take none of the layers, or not one that was
             asked for by name, and this says why.
-        PatternError: a layer that was asked for by name, with a backend, is not 2:4: names the layer, row and columns.
+        PatternError: a layer that was asked for by name, with a backend, is not 2:4, or for "cpu" has too few zeros.
         ValueError: weights in dynamic training are sharded over ranks already.
     """
     before, tied = held_bytes(model), _tied_parameters(model)
@@ -184,4 +187,4 @@ def _install(layer: Layer, plan: Plan, search: bool) -> AcceleratedLayer | Refus
     except (BackendError, PatternError) as error:
         return Refusal(str(error), "weight" if isinstance(error, PatternError) else "backend")
     note, shape = "; ".join(filter(None, (plan.note, slow))), (module.out_features, module.in_features)
-    return AcceleratedLayer(layer.name, shape, plan.backend.name, plan.kind, plan.both_ways, before, held_bytes(module), note)
+    return AcceleratedLayer(layer.name, shape, plan.backend, plan.kind, plan.both_ways, before, held_bytes(module), note)

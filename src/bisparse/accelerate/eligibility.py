@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from bisparse.accelerate.backends import BACKENDS, HALF, Backend, BackendError, Refusal
+from bisparse.accelerate.backends.cpu import CPU, cpu_reason, density_refusal, measured
 from bisparse.diversity import hardware
 from bisparse.layers import Layer, computed_reason
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
@@ -22,7 +23,7 @@ from bisparse.training.parametrizations import LayerState, Masked, SoftThreshold
 
 __all__ = ["BackendName", "Directions", "Plan", "choose_backend", "directions_of", "is_2to4", "pattern_refusal", "plan_layer"]
 
-BackendName = Literal["auto", "cusparselt", "cutlass", "reference"]
+BackendName = Literal["auto", "cusparselt", "cutlass", "cpu", "reference"]
 
 WIDER_PATTERNS = ("4:8-T", "8:16-T", "16:32-T", "32:64-T", "4:8", "8:16", "16:32", "32:64")
 """Patterns named in the reason if a weight that is not 2:4 obeys them; the strictest first."""
@@ -43,13 +44,15 @@ class Plan:
 
     kind: Literal["packed", "trained"]
     """Packed for good, or dense in training with its values taken in every pass."""
-    backend: Backend
+    backend: str
     dtype: torch.dtype
     """Of the weight that is packed, or of the inputs in training."""
     both_ways: bool
     """The gradient of the input is a sparse product too."""
     note: str = ""
-    """Why the gradient of the input stays dense."""
+    """Why the gradient of the input stays dense, or what a timing found."""
+    max_tokens: int = 0
+    """By "cpu": up to so many tokens the weight is multiplied as it is stored."""
 
 
 def plan_layer(layer: Layer, backend: BackendName | str, dtype: torch.dtype | None, tied: set[int]) -> Plan | Refusal:
@@ -60,19 +63,21 @@ def plan_layer(layer: Layer, backend: BackendName | str, dtype: torch.dtype | No
         tied: ids of the parameters that more than one module holds.
 
     Raises:
-        BackendError: the backend does not run on the weight's device.
+        BackendError: the backend does not run on the weight's device, or is "cpu" and this processor has no kernels for it.
         ValueError: the layer is in dynamic training and its weight is sharded.
     """
     module, state = layer.module, layer_state(layer.module, layer.parameter)
     device = state.weight.device
+    if backend == CPU or (backend == "auto" and device.type == "cpu"):
+        return _plan_on_cpu(layer, state, backend, tied)
     chosen, found = choose_backend(backend, device), directions_of(layer)
     if isinstance(found, Refusal):
         return found
     if isinstance(chosen, Refusal):
         return Refusal(f"{chosen.reason}; it stays masked-dense")
-    trained = state.phase != "plain" or (state.weight.requires_grad and module.training)
-    if not trained and id(state.weight) in tied:
-        return Refusal("another module holds the same weight, and packing would part them; it stays as it is", "layer")
+    trained = _is_trained(layer, state)
+    if not trained and (refusal := _tied_refusal(state, tied)) is not None:
+        return refusal
     used = state.weight.dtype if not trained else dtype or _dtype_of_inputs(state, chosen)
     if (reason := chosen.dtype_reason(used)) is not None:
         hint = "pass dtype=torch.bfloat16" if trained else "convert the model first, as with model.to(torch.bfloat16)"
@@ -87,11 +92,42 @@ def plan_layer(layer: Layer, backend: BackendName | str, dtype: torch.dtype | No
         note = f"gradient of the input stays dense: for W^T, {reason}"
     elif not trained and not module.training:
         note = "evaluation mode: W^T is not packed"
-    return Plan("trained" if trained else "packed", chosen, used, not note, note)
+    return Plan("trained" if trained else "packed", chosen.name, used, not note, note)
+
+
+def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int]) -> Plan | Refusal:
+    """How a layer of a model on the CPU will run sparse, whatever its pattern, or why not; it is timed at 1 token."""
+    weight = state.weight
+    if backend == CPU and (reason := cpu_reason(weight.device)) is not None and not weight.is_meta:
+        raise BackendError(f"backend={CPU!r}: {reason}. Pass backend='auto' for what the device has")
+    if (refusal := _layer_refusal(layer)) is not None:
+        return refusal
+    if _is_trained(layer, state):
+        reason = "its weight is trained, and on CPUs only weights that stay are packed; it stays masked-dense"
+        return Refusal(f"{reason}. For inference: finalize_ where it is in sparse training, then model.eval()", "layer")
+    if (reason := cpu_reason(weight.device, weight.dtype)) is not None:
+        return Refusal(f"{reason}; it stays masked-dense")
+    if (refusal := _tied_refusal(state, tied) or density_refusal(weight)) is not None:
+        return refusal
+    found = measured(weight)
+    if found.speedup <= 1.0:
+        return Refusal(f"packed it was slower by {1 / found.speedup:.2f}x at 1 token, when timed here; it stays masked-dense")
+    note = f"{found.speedup:.2f}x faster at 1 token, when timed here; expanded in bands beyond {found.max_tokens} tokens"
+    return Plan("packed", CPU, weight.dtype, both_ways=False, note=note, max_tokens=found.max_tokens)
+
+
+def _is_trained(layer: Layer, state: LayerState) -> bool:
+    return state.phase != "plain" or (state.weight.requires_grad and layer.module.training)
+
+
+def _tied_refusal(state: LayerState, tied: set[int]) -> Refusal | None:
+    if id(state.weight) not in tied:
+        return None
+    return Refusal("another module holds the same weight, and packing would part them; it stays as it is", "layer")
 
 
 def choose_backend(name: str, device: torch.device) -> Backend | Refusal:
-    """The backend of a name, or for "auto" the first of cuSPARSELt and CUTLASS that runs on a device; a refusal if neither does.
+    """The 2:4 backend of a name, or for "auto" the first of cuSPARSELt and CUTLASS that runs on a device, or a refusal.
 
     cuSPARSELt comes first because it has kernels for every generation and a search for the fastest. `advise` measures both.
 
@@ -104,8 +140,10 @@ def choose_backend(name: str, device: torch.device) -> Backend | Refusal:
             if reason is None:
                 return BACKENDS[one]
         return Refusal("; ".join(str(reason) for reason in reasons.values()))
+    if name == CPU:
+        raise BackendError(f"backend={name!r} is for accelerate_ alone, which times each layer itself")
     if name not in BACKENDS:
-        raise BackendError(f"backend={name!r}: expected 'auto', {', '.join(map(repr, BACKENDS))}")
+        raise BackendError(f"backend={name!r}: expected 'auto', {', '.join(map(repr, (*BACKENDS, CPU)))}")
     if (reason := BACKENDS[name].device_reason(device)) is not None:
         raise BackendError(
             f"backend={name!r}: {reason}. Pass backend='auto' to stay masked-dense there, or 'reference' for the same numbers"
@@ -115,6 +153,18 @@ def choose_backend(name: str, device: torch.device) -> Backend | Refusal:
 
 def directions_of(layer: Layer) -> Directions | Refusal:
     """Along which sides a layer's mask, or its weight, is 2:4; or why the layer cannot run sparse, whatever the backend."""
+    if (refusal := _layer_refusal(layer)) is not None:
+        return refusal
+    state = layer_state(layer.module)
+    if state.pattern is not None:
+        rows, columns = is_2to4(state.pattern)
+        return Directions(columns) if rows else pattern_refusal(state.pattern)
+    mask = state.weight if state.mask is None else state.mask
+    return _weight_refusal(mask) or Directions(bool(verify(mask, "2:4-T")))
+
+
+def _layer_refusal(layer: Layer) -> Refusal | None:
+    """Why a layer cannot run sparse, whatever its zeros and the backend; None where it can."""
     module = layer.module
     if (reason := _kind_reason(module)) is not None:
         return Refusal(reason, "layer")
@@ -129,11 +179,7 @@ def directions_of(layer: Layer) -> Directions | Refusal:
         return Refusal("its weight is sharded already: call accelerate_ before fully_shard", "layer")
     if state.weight.is_meta:
         return Refusal("its weight is on the meta device and has no values yet", "layer")
-    if state.pattern is not None:
-        rows, columns = is_2to4(state.pattern)
-        return Directions(columns) if rows else pattern_refusal(state.pattern)
-    mask = state.weight if state.mask is None else state.mask
-    return _weight_refusal(mask) or Directions(bool(verify(mask, "2:4-T")))
+    return None
 
 
 def pattern_refusal(pattern: Structure) -> Refusal:

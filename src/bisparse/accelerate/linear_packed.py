@@ -1,4 +1,4 @@
-"""A Linear layer whose weight is packed for good: half the memory, and products on sparse tensor cores.
+"""A Linear layer whose weight is packed for good: less memory, and products on sparse tensor cores or by kernels for CPUs.
 
 Installed in place, by changing a Linear's class: hooks, names and references to the module stay as they are. Its `state_dict`
 holds a plain dense weight, and `restore_` makes it the Linear again that it was.
@@ -15,6 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from bisparse.accelerate.backends import BACKENDS, BackendError, backend_or_reference
+from bisparse.accelerate.backends.cpu import CPU, BitmaskWeight
 from bisparse.accelerate.eligibility import Plan
 from bisparse.accelerate.operators import checked_input, packed_linear_2to4
 from bisparse.solution import PatternError, verify
@@ -73,8 +74,13 @@ class PackedWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is stored."""
+        """All that is stored; the first one has the weight's dtype."""
         return tuple(one for one in (self.packed, self.metadata, self.packed_t, self.metadata_t) if one is not None)
+
+    @property
+    def description(self) -> str:
+        """How the weight is stored, for `repr`."""
+        return f"packed 2:4 by {self.backend}{'' if self.packed_t is None else ', both ways'}"
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "O I"]:
@@ -92,8 +98,9 @@ class PackedWeight:
             input, self.packed, self.metadata, transposed, bias, self.shape[0], self.backend, search=self.search
         )
 
-    def repacked(self, weight: Float[Tensor, "O I"], backend: str, name: str = "") -> PackedWeight:
-        """Another weight, dense, packed the same way by a backend."""
+    def repacked(self, weight: Float[Tensor, "O I"], name: str = "") -> PackedWeight:
+        """Another weight, dense, packed the same way: by the wanted backend where it runs, otherwise by the reference."""
+        backend = backend_or_reference(self.wanted_backend, weight.device, weight.dtype)
         found = self.from_dense(weight, backend, transposed=self.packed_t is not None, search=self.search, name=name)
         return replace(found, wanted_backend=self.wanted_backend, trainable=self.trainable)
 
@@ -111,20 +118,24 @@ class PackedLinear(nn.Linear):
     """A Linear whose weight is a constant, stored as its kept values and their positions.
 
     `weight` is the dense weight, unpacked at each access; so is the entry of `state_dict`, which loads into a plain Linear.
-    Loading takes a plain Linear's entry if it is 2:4. What is packed is no buffer: it belongs to a device and a library, and
-    averaging or copying buffers between models would mix them up.
+    Loading takes a plain Linear's entry: a 2:4 one for a 2:4 library, any for the CPU's kernels. What is packed is no buffer: it
+    belongs to a device and a library, and averaging or copying buffers between models would mix them up.
     """
 
-    packed_weight: PackedWeight
+    packed_weight: PackedWeight | BitmaskWeight
 
     @classmethod
     def install_(cls, module: nn.Linear, plan: Plan, *, search: bool = True, name: str = "") -> str:
         """Turn a Linear into this class, with its weight packed; the dense parameter is dropped. Returns a note: there is none.
 
         Raises:
-            PatternError, BackendError: as `PackedWeight.from_dense`. The module is unchanged then.
+            PatternError, BackendError: as `from_dense` of the packed weight. The module is unchanged then.
         """
-        packed = PackedWeight.from_dense(module.weight, plan.backend.name, transposed=plan.both_ways, search=search, name=name)
+        packed: PackedWeight | BitmaskWeight
+        if plan.backend == CPU:
+            packed = BitmaskWeight.from_dense(module.weight, max_tokens=plan.max_tokens, name=name)
+        else:
+            packed = PackedWeight.from_dense(module.weight, plan.backend, transposed=plan.both_ways, search=search, name=name)
         del module._parameters["weight"]
         module.__class__ = cls
         assert isinstance(module, cls)
@@ -160,8 +171,7 @@ class PackedLinear(nn.Linear):
         self._parameters["bias"] = self._parameters.pop("bias")  # in Linear's own order
 
     def extra_repr(self) -> str:
-        backward = "" if self.packed_weight.packed_t is None else ", both ways"
-        return f"{super().extra_repr()}, packed 2:4 by {self.packed_weight.backend}{backward}"
+        return f"{super().extra_repr()}, {self.packed_weight.description}"
 
     def _checked(self, input: Tensor) -> Tensor:
         dtype = self.packed_weight.dtype
@@ -174,13 +184,11 @@ class PackedLinear(nn.Linear):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         own = self.packed_weight
-        found = fn(own.packed.new_empty(1))
-        if found.dtype == own.dtype and found.device == own.packed.device:
-            moved = own.mapped(fn)  # as for sharing memory
-        else:
-            # A packed matrix belongs to a device and a dtype. The old one is dropped only once the new one exists.
-            weight = fn(own.dense())
-            moved = own.repacked(weight, backend_or_reference(own.wanted_backend, weight.device, weight.dtype))
+        held = own.tensors[0]
+        found = fn(held.new_empty(1))
+        # A packed matrix belongs to a device and a dtype. The old one is dropped only once the new one exists.
+        same = found.dtype == own.dtype and found.device == held.device  # as for sharing memory
+        moved = own.mapped(fn) if same else own.repacked(fn(own.dense()))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.packed_weight = moved
         return self
@@ -210,6 +218,6 @@ class PackedLinear(nn.Linear):
             error_msgs.append(f"{key}: shape {tuple(weight.shape)}, expected {own.shape}")
         else:
             try:
-                self.packed_weight = own.repacked(weight.detach().to(own.packed.device, own.dtype), own.backend, key)
+                self.packed_weight = own.repacked(weight.detach().to(own.tensors[0].device, own.dtype), key)
             except (BackendError, PatternError) as error:
                 error_msgs.append(str(error))

@@ -69,7 +69,7 @@ class SparseProducts:
     def of(cls, module: nn.Linear, plan: Plan, *, search: bool = True, name: str = "") -> SparseProducts:
         """The planned products of a Linear, plain or in sparse training; `name` is the layer's, for messages."""
         # A mask that nothing else holds does not move: gradients of its pruned weights would be lost work, or worse.
-        state, backend = layer_state(module), plan.backend.name
+        state, backend = layer_state(module), plan.backend
         mvue, fixed = isinstance(module, MVUELinear), state.phase == "plain"
         own = cls(backend, backend, plan.dtype, (), plan.both_ways, mvue, fixed, search, False, name)
         return own.on(backend, state.weight)
@@ -178,8 +178,8 @@ class SparseLinear(nn.Linear):
         module.products = products
         module._hold(slots)
         module._loaded = module.register_load_state_dict_post_hook(_after_loading)  # type: ignore[no-untyped-call]
-        slow = products.repacks_every_pass and plan.backend.learns_layout
-        return f"{plan.backend.name} compresses its weight in every pass: {UNKNOWN_LAYOUT}" if slow else ""
+        slow = products.repacks_every_pass and BACKENDS[plan.backend].learns_layout
+        return f"{plan.backend} compresses its weight in every pass: {UNKNOWN_LAYOUT}" if slow else ""
 
     @property
     def slots(self) -> Slots:

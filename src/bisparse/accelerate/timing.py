@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
-from bisparse.accelerate.backends import BACKENDS
 from bisparse.accelerate.eligibility import Plan
 from bisparse.accelerate.linear_packed import PackedLinear
 from bisparse.accelerate.linear_trained import SparseLinear
@@ -119,12 +118,12 @@ def _contender(
         with torch.no_grad():
             module.weight.mul_(random_mask(rows, columns, device))
         if training:
-            SparseLinear.install_(module, Plan("trained", BACKENDS[backend], dtype, both_ways))
+            SparseLinear.install_(module, Plan("trained", backend, dtype, both_ways))
             assert isinstance(module, SparseLinear)
             # As in sparse training, where the gradient goes to all of the weight.
             module.products = replace(module.products, fixed=False, mvue=mvue)
         else:
-            PackedLinear.install_(module, Plan("packed", BACKENDS[backend], dtype, both_ways=False))
+            PackedLinear.install_(module, Plan("packed", backend, dtype, both_ways=False))
     if not training:
         return lambda: _timed(lambda: module(inputs), None, device)
     inputs.requires_grad_()

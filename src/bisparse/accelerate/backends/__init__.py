@@ -1,4 +1,4 @@
-"""The libraries that multiply by a 2:4 matrix: cuSPARSELt, CUTLASS, and a reference that runs anywhere."""
+"""The libraries that multiply by a 2:4 matrix: cuSPARSELt, CUTLASS, and a reference; `cpu` is for CPUs and any pattern."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = [
 ]
 
 BACKENDS: dict[str, Backend] = {one.name: one for one in (CuSparseLt(), Cutlass(), Reference())}
-"""By name. "auto" takes the first one that runs, and never the reference."""
+"""Those of 2:4 matrices, by name. "auto" takes the first one that runs, and never the reference."""
 
 
 def usable_backends(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
-    """Why each backend cannot run on this device with this dtype; None where it can.
+    """Why each backend of 2:4 matrices cannot run on this device with this dtype; None where it can.
 
     >>> usable_backends(torch.device("cpu"))["cusparselt"]
     'cusparselt needs a CUDA device, and the weights are on cpu'

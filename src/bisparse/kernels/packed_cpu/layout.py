@@ -166,7 +166,8 @@ def reference_linear(
     """The specification of `linear_bitmask`, without gradients."""
     del max_tokens  # a matter of speed
     bias = None if bias is None else bias.to(input.dtype)
-    output: Tensor = linear(input, reference_unpack(values, masks, starts, rows, input.shape[-1]), bias)
+    with torch.autocast(input.device.type, enabled=False):
+        output: Tensor = linear(input, reference_unpack(values, masks, starts, rows, input.shape[-1]), bias)
     return output
 
 
@@ -186,7 +187,12 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
     return to_input, None, None, None, to_bias, None, None
 
 
+def _no_gradient(ctx: Any, *gradients: Tensor | None) -> None:
+    raise RuntimeError("a packed matrix is a constant, through which no gradient flows: pack matrix.detach()")
+
+
 torch.library.register_autograd("bisparse::linear_bitmask", _backward, setup_context=_context)
+torch.library.register_autograd("bisparse::pack_bitmask", _no_gradient)
 
 
 @torch.library.register_fake("bisparse::pack_bitmask")

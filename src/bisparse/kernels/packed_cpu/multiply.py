@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
@@ -82,10 +83,11 @@ def multiply_bands(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: T
     step = max(1, WORKSPACE_BYTES // max(1, BLOCK_ROWS * GROUP * groups * values.element_size()))
     step = -(-blocks // -(-blocks // step)) if blocks else 1  # bands of equal height
     workspace = values.new_empty(min(step, blocks) * BLOCK_ROWS, groups * GROUP)
-    for first in range(0, blocks, step):
-        last = min(first + step, blocks)
-        expand(way, values, masks, starts, workspace, first, last - first)
-        top, bottom = first * BLOCK_ROWS, min(last * BLOCK_ROWS, rows)
-        band = workspace[: bottom - top, :columns]
-        output[:, top:bottom] = linear(x, band, None if bias is None else bias[top:bottom])
+    with torch.autocast("cpu", enabled=False):  # numbers must not depend on which way a product takes
+        for first in range(0, blocks, step):
+            last = min(first + step, blocks)
+            expand(way, values, masks, starts, workspace, first, last - first)
+            top, bottom = first * BLOCK_ROWS, min(last * BLOCK_ROWS, rows)
+            band = workspace[: bottom - top, :columns]
+            output[:, top:bottom] = linear(x, band, None if bias is None else bias[top:bottom])
     return output

@@ -1,0 +1,196 @@
+"""Weights with any pattern of zeros on CPUs: stored as non-zeros and a bit mask, packed where a timing says that it is faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from bisparse.accelerate.backends.base import BackendError, Refusal
+from bisparse.kernels.packed_cpu.layout import BitmaskPacked, linear_bitmask, pack_bitmask, unpack_bitmask
+from bisparse.rollback import same_bits
+
+__all__ = ["CPU", "MAX_DENSITY", "BitmaskWeight", "CPUTiming", "cpu_reason", "density_refusal", "measured"]
+
+CPU = "cpu"
+"""The backend's name."""
+MAX_DENSITY = 0.8
+"""Fraction of non-zeros up to which packing is tried: beyond that it saves less than a seventh of a half-precision weight."""
+DENSITY_STEPS = 20
+"""Weights of one shape share a timing if their densities agree when rounded to 1 / this."""
+TOKENS = (4, 8, 16, 32, 64)
+"""Numbers of tokens at which the two ways to multiply by a packed weight are compared."""
+MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 50, 0.03
+"""Timed runs of each contender: as many as fit into so many seconds, within these bounds."""
+
+
+@dataclass(frozen=True)
+class BitmaskWeight:
+    """A constant weight with any pattern of zeros, stored as its non-zeros and one bit per entry."""
+
+    shape: tuple[int, int]
+    """(out_features, in_features)."""
+    trainable: bool
+    """Whether the dense weight required a gradient."""
+    max_tokens: int
+    """Up to so many tokens the weight is multiplied as it is stored; beyond that, bands of it are expanded."""
+    packed: BitmaskPacked
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(cls, weight: Float[Tensor, "O I"], *, max_tokens: int, name: str = "") -> BitmaskWeight:
+        """The weight, packed. What was packed is unpacked once and compared.
+
+        Raises:
+            BackendError: the weight has no values, or unpacking does not give it back.
+        """
+        trainable, weight = weight.requires_grad, weight.detach()
+        shape = (weight.shape[0], weight.shape[1])
+        if weight.is_meta:
+            raise BackendError(f"{name or 'a weight'} of shape {shape} is on the meta device: there are no values to pack")
+        packed = pack_bitmask(weight)
+        if not same_bits(unpack_bitmask(packed, *shape), torch.where(weight == 0, 0.0, weight)):
+            raise BackendError(
+                f"{name or 'a weight'} of shape {shape} and {weight.dtype}: unpacking what was packed does not give it back; "
+                "it is not packed"
+            )
+        return cls(shape, trainable, max_tokens, packed)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weight's dtype."""
+        dtype: torch.dtype = self.packed.values.dtype
+        return dtype
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that is stored; the first one has the weight's dtype."""
+        return tuple(self.packed)
+
+    @property
+    def description(self) -> str:
+        """How the weight is stored, for `repr`."""
+        return f"packed with a bit mask, expanded beyond {self.max_tokens} tokens"
+
+    @torch.no_grad()
+    def dense(self) -> Float[Tensor, "O I"]:
+        """The weight that was packed. All its zeros are 0.0: the packed storage has no sign for them."""
+        return unpack_bitmask(self.packed, *self.shape)
+
+    def parameter(self) -> nn.Parameter:
+        """The dense weight as a parameter."""
+        return nn.Parameter(self.dense(), self.trainable)
+
+    def linear(self, input: Float[Tensor, "*T I"], bias: Float[Tensor, " O"] | None) -> Float[Tensor, "*T O"]:
+        """``x W^T + b``, in the weight's dtype."""
+        return linear_bitmask(input, self.packed, bias, self.shape[0], self.max_tokens)
+
+    def repacked(self, weight: Float[Tensor, "O I"], name: str = "") -> BitmaskWeight:
+        """Another weight, dense, packed the same way; on another device or in float64 its products expand all of it."""
+        return replace(self.from_dense(weight, max_tokens=self.max_tokens, name=name), trainable=self.trainable)
+
+    def mapped(self, fn: Callable[[Tensor], Tensor]) -> BitmaskWeight:
+        """With a function applied to all tensors that keeps the weight's dtype, and the bits."""
+
+        def apply(tensor: Shaped[Tensor, "..."]) -> Tensor:
+            # As numbers of the weight's dtype: a function such as `.type(bfloat16)` would round integers.
+            return fn(tensor.view(self.dtype)).view(tensor.dtype)
+
+        return replace(self, packed=BitmaskPacked(*(apply(one) for one in self.packed)))
+
+
+@dataclass(frozen=True)
+class CPUTiming:
+    """Seconds of a product with 1 token, dense and packed, and the most tokens for which a packed one need not expand."""
+
+    dense_s: float
+    packed_s: float
+    max_tokens: int
+
+    @property
+    def speedup(self) -> float:
+        """Dense time over packed time, at 1 token."""
+        return self.dense_s / self.packed_s
+
+
+def cpu_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
+    """Why packed weights of this dtype have no compiled product on this device; None where they have."""
+    from bisparse.kernels.packed_cpu.instructions import NUMBERS, usable_ways
+
+    if device.type != "cpu":
+        return f"{CPU} packs weights that are on the CPU, and they are on {device.type}"
+    if not usable_ways(torch.float32):
+        return f"{CPU} needs AVX-512 or AVX2, which this processor does not have or numba does not use"
+    if dtype is not None and dtype not in NUMBERS:
+        taken = ", ".join(str(one).removeprefix("torch.") for one in NUMBERS)
+        return f"{CPU} takes {taken}, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def density_refusal(weight: Float[Tensor, "O I"]) -> Refusal | None:
+    """Why a weight has too few zeros to be packed; None where it has enough."""
+    density = _density(weight)
+    if density == 1.0:
+        return Refusal("its weight is dense: prune it first", "weight")
+    if density > MAX_DENSITY:
+        return Refusal(
+            f"its weight keeps {density:.1%} of its entries, and at most {MAX_DENSITY:.0%} are worth packing; it stays as it is",
+            "weight",
+        )
+    return None
+
+
+_timings: dict[tuple[tuple[int, int], torch.dtype, int, int], CPUTiming] = {}
+"""By shape, dtype, density in steps, and threads."""
+
+
+@torch.no_grad()
+def measured(weight: Float[Tensor, "O I"]) -> CPUTiming:
+    """Times of products with a weight, dense and packed, on this CPU; measured once per shape, dtype, density and threads.
+
+    The same product is repeated: a weight that fits into the caches is timed there.
+    """
+    weight = weight.detach()
+    rows, columns = weight.shape
+    key = (rows, columns), weight.dtype, round(DENSITY_STEPS * _density(weight)), torch.get_num_threads()
+    if key not in _timings:
+        packed, generator = pack_bitmask(weight), torch.Generator().manual_seed(0)
+        inputs = torch.randn(max(TOKENS), columns, generator=generator).to(weight.dtype)
+
+        def product(tokens: int, max_tokens: int) -> Callable[[], Tensor]:
+            return lambda: linear_bitmask(inputs[:tokens], packed, None, rows, max_tokens)
+
+        dense_s, packed_s = _fastest(lambda: linear(inputs[:1], weight), product(1, 1))
+        most = 1
+        for tokens in TOKENS if packed_s < dense_s else ():
+            as_stored, expanded = _fastest(product(tokens, tokens), product(tokens, 0))
+            if as_stored > expanded:
+                break
+            most = tokens
+        _timings[key] = CPUTiming(dense_s, packed_s, most)
+    return _timings[key]
+
+
+def _density(weight: Tensor) -> float:
+    return int(weight.detach().count_nonzero()) / max(1, weight.numel())
+
+
+def _fastest(*contenders: Callable[[], Tensor]) -> list[float]:
+    """The shortest time of each contender in seconds, measured in turns: other work on the machine only ever adds time."""
+    for run in contenders:  # compiles, and fills caches
+        run()
+    times: list[list[float]] = [[] for _ in contenders]
+    began = time.perf_counter()
+    for number in range(MAX_ROUNDS):
+        if number >= MIN_ROUNDS and time.perf_counter() - began > SECONDS * len(contenders):
+            break
+        for own, run in zip(times, contenders, strict=True):
+            start = time.perf_counter()
+            run()
+            own.append(time.perf_counter() - start)
+    return [min(own) for own in times]
