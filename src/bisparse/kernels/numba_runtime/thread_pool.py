@@ -306,9 +306,11 @@ def over_bands(code: Kernel, arguments: Sequence[Argument], count: int, granule:
     threads = max(1, min(torch.get_num_threads(), count // max(worth, 1), MOST_WORKERS + 1))
     bands = 1 if threads == 1 else min(BANDS_A_THREAD * threads, count // max(worth, 1))
     size = -(-count // (bands * granule)) * granule
-    try:
-        team = _idle.pop()
-    except IndexError:
+    # No calls here: after a call CPython may raise Ctrl-C or switch threads, and the team would be lost, or taken twice.
+    if _idle:
+        team = _idle[-1]
+        del _idle[-1]
+    else:
         team = _Team()
     try:
         flags = team.run(code.address, size, count, arguments, threads - 1)
