@@ -18,7 +18,7 @@ from bisparse.rollback import Rollback
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
 from bisparse.training.decay import FixedDecay
-from bisparse.training.layer import SparseLayer, local
+from bisparse.training.layer import Accelerated, SparseLayer, local
 from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, sample_of
@@ -273,6 +273,10 @@ def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method:
             raise ValueError(
                 f"{layer.name}: its weight is on the meta device and holds no numbers to find a mask for; load the model's "
                 "weights first"
+            )
+        if isinstance(layer.module, Accelerated):
+            raise ValueError(
+                f"{layer.name} is accelerated, its weight packed: call finalize_(model) first, and accelerate_ after sparsify_"
             )
         if parametrize.is_parametrized(layer.module, layer.parameter):
             raise ValueError(
