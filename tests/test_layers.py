@@ -268,6 +268,23 @@ def test_trying_a_subclass_changes_nothing_and_runs_no_hook() -> None:
     assert model[0].calls == 0 and model[0].training and not called and float(model[0].seen) == 0
 
 
+class Constrained(nn.Linear):
+    """Writes to its weight as it runs, in both of the ways there are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = torch.renorm(self.weight.data, p=2, dim=0, maxnorm=0.1)
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return super().forward(x)
+
+
+def test_trying_a_subclass_that_writes_to_its_weight_leaves_the_weight_as_it_was() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Constrained(8, 8))
+    before = model[1].weight.detach().clone()
+    assert list(found(model)) == ["0"]
+    assert torch.equal(model[1].weight, before)
+
+
 class Small(nn.Module):
     """A network whose head has no name of a head."""
 

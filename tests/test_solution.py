@@ -511,3 +511,13 @@ def test_figures_do_not_depend_on_the_bands(pattern: str, shape: tuple[int, ...]
     assert figures[0][3] == figures[1][3] == figures[2][3]
     for other in figures[1:]:
         assert other[:3] == pytest.approx(figures[0][:3], rel=1e-12, abs=0)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_tensor_of_a_sparse_layout_is_refused_with_what_to_do(layout: torch.layout) -> None:
+    weight = torch.tensor([[1.0, 0.0, 2.0, 0.0]] * 4)
+    stored = weight.to_sparse_csr() if layout == torch.sparse_csr else weight.to_sparse()
+    with pytest.raises(ValueError, match=r"fc is stored as torch.sparse_(coo|csr).*to_dense"):
+        verify(stored, "2:4", name="fc")
+    assert verify(stored.to_dense(), "2:4", name="fc")

@@ -357,6 +357,8 @@ def verify(
         raise ValueError("include, exclude and layouts are about layers of a module, and this is a tensor")
     if target.is_meta:
         raise ValueError(f"{name or 'the tensor'} is on the meta device and holds no numbers to verify; load the model first")
+    if target.layout != torch.strided:
+        raise ValueError(f"{name or 'the tensor'} is stored as {target.layout}: verify its dense form, tensor.to_dense()")
     target = target.detach()
     mask = target if target.dtype == torch.bool else target != 0
     matrices = to_matrices(mask, layout or default_layout(mask.ndim))

@@ -179,6 +179,46 @@ def test_loading_what_does_not_fit_leaves_the_model_as_it_was(tmp_path: Path, da
     assert all(torch.equal(tensor, before[name]) for name, tensor in fresh.state_dict().items())
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_model_on_the_meta_device_is_refused_not_passed_over(tmp_path: Path, strict: bool) -> None:
+    model = mlp()
+    save(model, tmp_path / "out", report=prune_(model, "2:4"))
+    half = mlp()
+    half[2].to("meta")
+    before = half[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"2\.weight is on the meta device"):
+        load(half, tmp_path / "out", strict=strict)
+    assert torch.equal(half[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("stored", "own", "fits"),
+    [
+        (torch.float32, torch.int8, False),
+        (torch.complex64, torch.float32, False),
+        (torch.float32, torch.bool, False),
+        (torch.uint8, torch.bool, True),
+        (torch.float64, torch.float16, True),
+        (torch.int64, torch.float32, True),
+    ],
+)
+def test_values_that_the_models_dtype_does_not_have_are_refused(
+    tmp_path: Path, stored: torch.dtype, own: torch.dtype, fits: bool
+) -> None:
+    model = nn.Linear(8, 8)
+    model.register_buffer("table", torch.zeros(4, dtype=own))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    new = nn.Linear(8, 8).state_dict() | {"table": torch.tensor([0, 1, 1, 0]).to(stored)}
+    save_file(new, tmp_path / "model.safetensors")
+    if fits:
+        load(model, tmp_path)
+        assert model.table.tolist() == [0, 1, 1, 0]
+        return
+    with pytest.raises(CheckpointError, match="does not have"):
+        load(model, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_loading_what_fits_in_part(tmp_path: Path) -> None:
     model = mlp()
     save(model, tmp_path / "out", report=prune_(model, "2:4"))

@@ -49,6 +49,8 @@ CHANGES: dict[str, Change] = {
     },
     **{f"sample kept {str(value)[:9]}": set_in_sample("kept", value) for value in ([[2] * 16] * 16, [[1]], None)},
     **{f"sample row {value!r}": set_in_sample("row", value) for value in (-1, 0.5)},
+    "a layer twice": lambda document: document["layers"].append(document["layers"][0]),
+    "fewer parameters than none": lambda document: document.update(parameters=-1),
     "layers a number": lambda document: document.update(layers=5),
     "a layer a number": lambda document: document.update(layers=[5]),
     "notes a text": lambda document: document.update(notes="note"),
@@ -84,6 +86,14 @@ def test_json_that_python_reads_and_others_do_not_is_an_error(folder: Path, tmp_
     (tmp_path / "out" / "bisparse.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"bisparse\.json (cannot be read as JSON|is not a bisparse sidecar)"):
         verify_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize("depth", [150, 900, 5000])
+def test_a_configuration_nested_too_deeply_is_an_error(folder: Path, tmp_path: Path, depth: int) -> None:
+    (folder / "config.json").write_text('{"part": ' * depth + "{}" + "}" * depth, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config\.json.*nested too deeply"):
+        prune_checkpoint(folder, tmp_path / "out", "2:4")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_was_written_is_read_back_the_same(folder: Path, tmp_path: Path) -> None:

@@ -518,7 +518,15 @@ def test_a_key_chooses_a_state_dict_and_to_dense_writes_plain_weights(tmp_path: 
     assert torch.equal(load_file(tmp_path / "g" / "gan.safetensors")["up.weight"], weight * mask)
     code, document = run_json("convert", tmp_path / "gan.pt", tmp_path / "h", "--to-dense", "--key", "d")
     assert code == 0 and document["tensors"] == 1
-    for wrong in (["--to-dense", "--to", "2:4"], ["--key", "g", "--to", "2:4"], []):
+    unused = (
+        ["--to", "2:4"],
+        ["--regrow"],
+        ["--layout", "up=linear"],
+        ["--damping", "1"],
+        ["--block-epochs", "2"],
+        ["--solver", "exact"],
+    )
+    for wrong in (*(["--to-dense", "--key", "g", *one] for one in unused), ["--key", "g", "--to", "2:4"], []):
         assert run("convert", tmp_path / "gan.pt", tmp_path / "i", *wrong).exit_code == 2
     assert run("prune", tmp_path / "gan.pt", tmp_path / "i", "--method", "wanda", "--key", "g").exit_code == 2
     assert not (tmp_path / "i").exists()

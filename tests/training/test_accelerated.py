@@ -287,3 +287,12 @@ def test_what_is_left_masked_dense_in_training_and_why() -> None:
     sparsify_(soft, "2:4", method="s-ste")
     assert "S-STE moves its mask at every step" in accelerate_(soft)["0"].reason
     assert soft(torch.randn(2, 16)).shape == (2, 8)
+
+
+def test_layers_accelerated_for_inference_are_refused_with_what_to_do() -> None:
+    model = build().to(torch.bfloat16).eval()
+    prune_(model, "2:4")
+    accelerate_(model, "reference")
+    with pytest.raises(ValueError, match=r"0 is accelerated.*finalize_"):
+        sparsify_(model, "2:4")
+    sparsify_(finalize_(model), "2:4")

@@ -22,6 +22,10 @@ from bisparse import PatternError, Schedule, finalize_, solve, sparsify_
         ({"refresh": 2.5}, "number of optimizer steps"),
         ({"decay": -1.0}, "0 or more"),
         ({"decay": float("nan")}, "0 or more"),
+        ({"decay": True}, "0 or more"),
+        ({"decay": "3"}, "0 or more"),
+        ({"measure_every": -1}, "0 for never"),
+        ({"measure_every": 1.5}, "0 for never"),
         ({"decay": {"nowhere": 0.1}}, "'nowhere' matches no layer"),
         ({"patterns": {"nowhere": "2:4"}}, "'nowhere' matches no layer"),
         ({"include": "nowhere"}, "matches no layer"),
@@ -119,6 +123,38 @@ def test_a_resume_with_other_layers_or_another_pattern(mlp):
         sparsify_(wider, "4:8-T").load_state_dict(state)
     with pytest.raises(ValueError, match="version 2"):
         sparsify_(copy.deepcopy(mlp), "4:8-T").load_state_dict(state | {"version": 7})
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        (("step",), -5),
+        (("step",), 1.5),
+        (("step",), "3"),
+        (("refreshes",), None),
+        (("layers",), None),
+        (("layers", "0", "u"), "text"),
+        (("layers", "0", "u"), torch.zeros(1, 8, dtype=torch.int32)),
+        (("layers", "0", "v"), torch.zeros(8, 8)),
+        (("layers", "0", "exponent"), None),
+    ],
+)
+def test_a_state_with_wrong_values_is_refused_before_anything_is_taken_from_it(mlp, place, value):
+    sparsity = sparsify_(mlp, "4:8-T")
+    sparsity.refresh()
+    before = sparsity.state_dict()
+    assert before["layers"]["0"]["u"].shape == (8, 8)
+    state = copy.deepcopy(before) | {"step": 7}
+    inner = state
+    for key in place[:-1]:
+        inner = inner[key]
+    inner[place[-1]] = value
+    with pytest.raises(ValueError, match="the checkpoint"):
+        sparsity.load_state_dict(state)
+    assert sparsity.step == 0
+    assert all(
+        torch.equal(sparsity.state_dict()["layers"]["0"][one], before["layers"]["0"][one]) for one in ("u", "v", "exponent")
+    )
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static"])

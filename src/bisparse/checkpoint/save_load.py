@@ -287,7 +287,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
     Raises:
         CheckpointError: names, shapes or dtypes that do not fit, or a corrupt file, or one that changes while it is loaded; the
             model is unchanged.
-        ValueError: the model is accelerated.
+        ValueError: the model is accelerated, or has tensors on the meta device.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
     """
     if packed := [name for name, module in model.named_modules() if isinstance(module, HasDenseWeight)]:
@@ -297,6 +297,11 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
         )
     source = open_source(folder, key)
     state, tensors = model.state_dict(), source.tensors
+    if absent := [name for name, value in state.items() if value.is_meta]:
+        raise ValueError(
+            f"{absent[0]} is on the meta device and has no place for numbers: call model.to_empty(device='cpu') first, and fill "
+            "what the checkpoint lacks"
+        )
     sidecar = read_own_sidecar(source.path, tensors)
     for name, tensor in tensors.items():
         if name in state and tuple(state[name].shape) != tensor.shape:
@@ -304,6 +309,13 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
                 tensor.path,
                 f"has shape {tensor.shape}, the model's is {tuple(state[name].shape)}",
                 "build the model of this checkpoint",
+                tensor=name,
+            )
+        if name in state and not _keeps_values(tensor.torch_dtype, state[name].dtype):
+            raise CheckpointError(
+                tensor.path,
+                f"is {tensor.dtype}, whose values the model's {state[name].dtype} does not have",
+                "build the model in the dtype of the checkpoint",
                 tensor=name,
             )
     if state and not state.keys() & tensors.keys():
@@ -346,6 +358,14 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
                     ) from error
         source.check_unchanged()
     return sidecar
+
+
+def _keeps_values(stored: torch.dtype | None, own: torch.dtype) -> bool:
+    """Whether one dtype holds the values of another, but for precision and range: fractions are no integers, for instance.
+
+    Masks of 0 and 1 count as bool. What torch lacks is refused when it is read.
+    """
+    return stored is None or torch.can_cast(stored, own) or (own == torch.bool and stored in (torch.uint8, torch.int8))
 
 
 def _prefix_hint(state: Mapping[str, Tensor], tensors: Mapping[str, StoredTensor]) -> str:

@@ -12,9 +12,12 @@ from msgspec import Meta
 
 from bisparse.errors import CheckpointError
 
-__all__ = ["Config", "Index", "MaskShapes", "decode", "validate"]
+__all__ = ["Config", "Index", "MaskShapes", "check_depth", "decode", "validate"]
 
 T = TypeVar("T")
+
+MAX_DEPTH = 100
+"""So deep may JSON be nested: what uses it goes through it by recursion."""
 
 MaskShapes = dict[str, Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 48)]], Meta(max_length=8)]]
 """The shapes of the weights that packed masks are of."""
@@ -60,7 +63,21 @@ def decode(text: str, path: Path, remedy: str) -> Any:
         return value if math.isfinite(value := float(number)) else refuse(number)
 
     try:
-        return json.loads(text, parse_constant=refuse, parse_float=parse)
+        content = json.loads(text, parse_constant=refuse, parse_float=parse)
+        check_depth(content)
+        return content
     except (ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(path, f"cannot be read as JSON ({problem})", remedy) from error
+
+
+def check_depth(content: Any) -> None:
+    """Raise ValueError if decoded JSON is nested more deeply than `MAX_DEPTH`."""
+    level = [content]
+    for _ in range(MAX_DEPTH):
+        level = [
+            inner for one in level if isinstance(one, dict | list) for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return
+    raise ValueError("nested too deeply")

@@ -142,6 +142,10 @@ class Sidecar:
         try:
             for result in read.layers:
                 _check_layer(result)
+            if len({result.parameter for result in read.layers}) < len(read.layers):
+                raise ValueError("a parameter is there twice")
+            if read.parameters < 0:
+                raise ValueError(f"parameters {read.parameters}")
             for sample in read.samples:
                 _check_sample(sample)
             for pattern in read.patterns.values():

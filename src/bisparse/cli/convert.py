@@ -93,8 +93,12 @@ def convert(
     weight_orig and weight_mask, and training checkpoints become plain weights with zeros.
     """
     if to_dense:
-        others = {"--to": to, "--method": method, "--calibration": calibration, "--include": include, "--exclude": exclude}
-        if given := [name for name, value in others.items() if value is not None]:
+        others = {
+            "--to": to, "--method": method, "--calibration": calibration, "--include": include, "--exclude": exclude,
+            "--layout": layout, "--damping": damping, "--solver": solver, "--device": device, "--resume": resume,
+            "--regrow": regrow or None, "--block-epochs": block_epochs or None,
+        }  # fmt: skip
+        if given := [name for name, value in others.items() if value not in (None, [])]:
             raise typer.BadParameter("has no use with --to-dense, which changes no weight", param_hint=given[0])
         _write_dense(source, target, key, overwrite, as_json)
         return

@@ -78,6 +78,8 @@ def parse_layouts(layouts: Mapping[str, str | Layout] | None) -> dict[str, str |
     for one in (layouts or {}).values():
         if isinstance(one, str):
             _parse(one)
+        elif not isinstance(one, Layout):
+            raise ValueError(f"{one!r} is no layout: {EXPECTED}")
     return dict(layouts or {})
 
 

@@ -83,10 +83,13 @@ def _inputs(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """The module with the same parameters, but buffers and parts of its own, in evaluation mode."""
+    """The module with parameters, buffers and parts of its own, in evaluation mode: some write to their weight as they run."""
     twin = copy.copy(module)
     twin._buffers = {name: None if one is None else one.clone() for name, one in module._buffers.items()}
-    twin._parameters = dict(module._parameters)
+    twin._parameters = {
+        name: None if one is None else nn.Parameter(one.detach().clone(), requires_grad=False)
+        for name, one in module._parameters.items()
+    }
     twin._modules = copy.deepcopy(module._modules)
     return twin.eval()
 

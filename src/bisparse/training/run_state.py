@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bisparse.pattern import Structure
 from bisparse.solution import verify
+from bisparse.tiles import to_matrices
 from bisparse.training.layer import SparseLayer
 
 __all__ = ["STATE_VERSION", "check_mask", "check_state"]
@@ -28,6 +29,11 @@ def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: s
             f"the checkpoint is of a run that ended with finalize_ after optimizer step {state['ended']}: load the model's "
             "weights alone, and sparsify_ it with mode='static', masks='nonzero' to keep its zeros"
         )
+    for key in ("step", "refreshes"):
+        if isinstance(state[key], bool) or not isinstance(state[key], int) or state[key] < 0:
+            raise ValueError(f"the checkpoint has {key}={state[key]!r}: expected an integer that is 0 or more")
+    if not isinstance(state["layers"], Mapping):
+        raise ValueError(f"the checkpoint has layers of type {type(state['layers']).__name__}, not a mapping by name")
     saved, own = state["layers"], {layer.name: layer for layer in layers}
     if saved.keys() != own.keys():
         missing, surplus = sorted(saved.keys() - own.keys()), sorted(own.keys() - saved.keys())
@@ -41,8 +47,22 @@ def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: s
             raise ValueError(f"{name}: the checkpoint has pattern {entry['pattern']}, this run {layer.pattern}")
         if list(entry["shape"]) != list(layer.mask.shape):
             raise ValueError(f"{name}: the checkpoint has shape {tuple(entry['shape'])}, this run {tuple(layer.mask.shape)}")
+        if "u" in entry:
+            _check_prices(name, entry, layer)
         if "mask" in entry:
             check_mask(name, entry["mask"], layer.pattern, layer)
+
+
+def _check_prices(name: str, entry: Mapping[str, Any], layer: SparseLayer) -> None:
+    """Raise ValueError unless the next search of the layer's masks can start from these prices."""
+    m = getattr(layer.pattern, "m", 1)
+    matrices, rows, columns = to_matrices(torch.empty(layer.mask.shape, device="meta"), layer.layout).shape
+    tiles = matrices * -(-rows // m) * -(-columns // m)
+    for side, shape in (("u", (tiles, m)), ("v", (tiles, m)), ("exponent", (tiles,))):
+        given = entry.get(side)
+        if not isinstance(given, Tensor) or given.dtype != torch.int32 or tuple(given.shape) != shape:
+            found = f"{given.dtype} of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"{name}: the checkpoint's prices {side!r} are {found}; expected int32 of shape {shape}")
 
 
 def check_mask(name: str, mask: Tensor, pattern: Structure, layer: SparseLayer) -> None:

@@ -18,7 +18,7 @@ from bisparse.rollback import Rollback
 from bisparse.solvers import Solver
 from bisparse.tiles import to_matrices
 from bisparse.training.decay import FixedDecay
-from bisparse.training.layer import SparseLayer, local
+from bisparse.training.layer import Accelerated, SparseLayer, local
 from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, sample_of
@@ -97,7 +97,7 @@ def sparsify_(
     schedule = schedule or Schedule()
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps={steps!r}: expected the number of optimizer steps of the run, at least 1")
-    _check_arguments(model, mode, method, refresh, schedule, masks, decay)
+    _check_arguments(model, mode, method, refresh, measure_every, schedule, masks, decay)
     model = unwrapped_model(model)
     plain = plain_names(model)
     structures = {name: None if own == "dense" else parse_pattern(own) for name, own in (patterns or {}).items()}
@@ -168,6 +168,7 @@ def _check_arguments(
     mode: str,
     method: str,
     refresh: int,
+    measure_every: int,
     schedule: Schedule,
     masks: object,
     decay: float | FixedDecay | Mapping[str, float | FixedDecay] | None,
@@ -180,6 +181,8 @@ def _check_arguments(
         raise ValueError(f"method={method!r}: expected 'ste', 'sr-ste', 'masked-decay' or 's-ste'")
     if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
         raise ValueError(f"refresh={refresh!r}: expected a number of optimizer steps, at least 1")
+    if isinstance(measure_every, bool) or not isinstance(measure_every, int) or measure_every < 0:
+        raise ValueError(f"measure_every={measure_every!r}: expected a number of optimizer steps, or 0 for never")
     if mode == "static" and schedule != Schedule():
         raise ValueError("a static run has its masks fixed throughout: a schedule is for mode='dynamic'")
     if mode == "dynamic" and masks is not None:
@@ -187,7 +190,9 @@ def _check_arguments(
     if isinstance(masks, str) and masks != "nonzero":
         raise ValueError(f"masks={masks!r}: expected a mapping from layer names to masks, or 'nonzero'")
     for number in decay.values() if isinstance(decay, Mapping) else [decay]:
-        if number is not None and not isinstance(number, FixedDecay) and not 0 <= number < float("inf"):
+        if number is None or isinstance(number, FixedDecay):
+            continue
+        if isinstance(number, bool) or not isinstance(number, float | int) or not 0 <= number < float("inf"):
             raise ValueError(f"decay={number!r}: expected a number that is 0 or more, or FixedDecay(lambda)")
     already = [name for name, *_ in masked_parameters(model)]
     already += [name for name, module in model.named_modules() if static_masks(module)]
@@ -268,6 +273,10 @@ def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method:
             raise ValueError(
                 f"{layer.name}: its weight is on the meta device and holds no numbers to find a mask for; load the model's "
                 "weights first"
+            )
+        if isinstance(layer.module, Accelerated):
+            raise ValueError(
+                f"{layer.name} is accelerated, its weight packed: call finalize_(model) first, and accelerate_ after sparsify_"
             )
         if parametrize.is_parametrized(layer.module, layer.parameter):
             raise ValueError(

@@ -160,6 +160,49 @@ def test_an_onnx_model_is_not_pruned_and_a_damaged_one_is_an_error(tmp_path: Pat
         verify_checkpoint(path, "2:4")
 
 
+def _negative(made: Any) -> None:
+    made.graph.initializer[0].dims[:] = [-8, -8]
+
+
+def _short(made: Any) -> None:
+    made.graph.initializer[0].ClearField("raw_data")
+    made.graph.initializer[0].float_data.extend([1.0] * 5)
+
+
+def _group_is_a_text(made: Any) -> None:
+    made.graph.initializer[0].dims[:] = [8, 8, 1, 1]
+    made.graph.node[0].CopyFrom(node("Conv", "x", "w", group="a"))
+
+
+def _null(made: Any) -> None:
+    first = made.graph.initializer[0]
+    first.ClearField("raw_data")
+    first.data_location = 1
+    entry = first.external_data.add()
+    entry.key, entry.value = "location", "a\x00"
+
+
+@pytest.mark.parametrize("damage", [_negative, _short, _group_is_a_text, _null])
+def test_values_that_onnx_does_not_allow_are_errors_that_name_the_file(tmp_path: Path, damage: Any) -> None:
+    made = model([node("MatMul", "x", "w")], {"w": np.ones((8, 8), np.float32)})
+    damage(made)
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+    with pytest.raises(CheckpointError, match=r"m\.onnx"):
+        verify_checkpoint(tmp_path / "m.onnx", "2:4")
+
+
+def test_nodes_without_results_are_passed_over(tmp_path: Path) -> None:
+    inner = onnx.helper.make_graph([], "inner", [], [])
+    nodes = [
+        onnx.helper.make_node("If", ["x"], [], then_branch=inner, else_branch=inner),
+        onnx.helper.make_node("Identity", ["w"], []),
+        node("MatMul", "x", "w"),
+    ]
+    made = model(nodes, {"w": LINEAR.t().numpy()})
+    (tmp_path / "m.onnx").write_bytes(made.SerializeToString())
+    assert verify_checkpoint(tmp_path / "m.onnx", "2:4")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_exported_by_torch(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.Unflatten(1, (4, 2, 2)), nn.Conv2d(4, 8, 1))

@@ -4,6 +4,7 @@ import copyreg
 import io
 import os
 import pickle
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -195,6 +196,27 @@ def test_crafted_pickles_are_errors(tmp_path: Path, pickled: bytes) -> None:
     with pytest.raises(CheckpointError):
         open_source(tmp_path / "w.pt")
     assert torch.load(tmp_path / "whole.pt", weights_only=True)["a.weight"].sum() == 16
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_modules_that_each_hold_the_next_one_twice_are_refused_in_time(tmp_path: Path) -> None:
+    module: nn.Module = nn.Linear(4, 4)
+    for _ in range(40):  # 2 ** 40 names
+        outer = nn.Module()
+        outer.one = outer.two = module
+        module = outer
+    torch.save(module, tmp_path / "model.pt")
+    started = time.perf_counter()
+    with pytest.raises(CheckpointError, match="modules"):
+        open_source(tmp_path / "model.pt")
+    assert time.perf_counter() - started < 20
+
+
+def test_a_name_that_is_no_text_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    torch.save({"\ud800.weight": torch.rand(8, 8)}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="no Unicode text"):
+        prune_checkpoint(tmp_path / "model.pt", tmp_path / "out", "2:4")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_tensor_that_an_unknown_function_makes_is_refused_not_dropped(tmp_path: Path) -> None:

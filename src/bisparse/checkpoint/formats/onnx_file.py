@@ -57,7 +57,10 @@ def read_onnx(file: InputFile) -> tuple[dict[str, StoredTensor], tuple[InputFile
     except (DecodeError, ValueError) as error:
         raise CheckpointError(file.path, f"is truncated or no ONNX model ({error})", "fetch or export it again") from error
     reading = _Reading(file)
-    reading.read(model.graph, {}, "")
+    try:
+        reading.read(model.graph, {}, "")
+    except ValueError as error:  # attributes and data that are not what their node or shape needs
+        raise CheckpointError(file.path, f"is damaged or no valid ONNX model ({error})", "fetch or export it again") from error
     return reading.named(), (file, *reading.external.values())
 
 
@@ -92,7 +95,7 @@ class _Reading:
                 value = _attribute(node, "value", None)
                 if value is not None:
                     self._add(value, node.output[0], scope, prefix)
-            elif node.op_type in KEEPS_ZEROS and node.input and node.input[0] in scope:
+            elif node.op_type in KEEPS_ZEROS and node.input and node.output and node.input[0] in scope:
                 self._follow(node, scope)
             for given, layout in _multiplied(node, scope, self.tensors):
                 if isinstance(before := self.found.get(given), Layout) and before != layout:
@@ -100,7 +103,7 @@ class _Reading:
                 self.found[given] = layout
             for attribute in node.attribute:
                 for inner in (*([attribute.g] if attribute.HasField("g") else ()), *attribute.graphs):
-                    self.read(inner, scope, f"{prefix}{node.name or node.output[0]}.{attribute.name}.")
+                    self.read(inner, scope, f"{prefix}{node.name or next(iter(node.output), node.op_type)}.{attribute.name}.")
 
     def _add(self, initializer: Any, value: str, scope: dict[str, Place], prefix: str) -> None:
         name = value if value not in self.tensors else f"{prefix}{value}"
@@ -128,6 +131,8 @@ class _Reading:
 
 def _stored(initializer: Any, name: str, file: InputFile, external: dict[Path, InputFile]) -> StoredTensor | None:
     shape = tuple(initializer.dims)
+    if any(side < 0 for side in shape):
+        raise CheckpointError(file.path, f"has the shape {shape}", "export it again", tensor=name)
     code = CODES.get(initializer.data_type)
     if code is None:
         return None  # strings, complex128 and four-bit integers

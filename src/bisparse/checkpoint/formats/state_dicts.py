@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ Stored = TensorRef | NotPlain | Wrapped
 NESTED = ("state_dict", "model_state_dict", "model", "module")
 """Where training checkpoints keep the model's weights, the first that holds tensors counts."""
 MAX_DEPTH = 64
+MAX_MODULES = 1 << 17
 SHOWN = 8
 SAVE = "save `model.state_dict()` with torch.save, or use safetensors"
 
@@ -41,6 +42,9 @@ def find_weights(content: Any, path: Path, key: str | None = None) -> tuple[dict
         inner, node = _search(content, path)
         place = ".".join(inner)
     tensors, notes = _tensors(node), []
+    for name in tensors:
+        if any("\ud800" <= letter <= "\udfff" for letter in name):
+            raise CheckpointError(path, f"has a tensor named {name!a}, which is no Unicode text", "rename it and save again")
     if place:
         others = [str(one) for one in _mapping(content) if one != place.partition(".")[0] and one != place]
         notes.append(
@@ -106,7 +110,7 @@ def _is_script(node: Any) -> bool:
 def _tensors(node: Any) -> dict[str, Stored]:
     """The tensors of a state dict, or of a module under the names that its state_dict would have."""
     if _is_module(node) or _is_script(node):
-        return dict(_module_tensors(node, ""))
+        return _module_tensors(node)
     named = ((name, _stored(value)) for name, value in _mapping(node).items() if isinstance(name, str))
     return {name: value for name, value in named if value is not None}
 
@@ -120,23 +124,37 @@ def _stored(value: Any) -> Stored | None:
     return None
 
 
-def _module_tensors(module: Any, prefix: str, depth: int = 0) -> Iterator[tuple[str, Stored]]:
-    if depth > MAX_DEPTH:
-        raise ValueError("modules nested too deeply")
+def _module_tensors(module: Any) -> dict[str, Stored]:
+    """The tensors of a module and those in it, in the order of its state_dict.
+
+    Raises:
+        ValueError: more modules than a model has, counted under each of their names, as where each holds the next one twice.
+    """
+    found: dict[str, Stored] = {}
+    waiting = [("", module, 0)]
+    for _ in range(MAX_MODULES):
+        if not waiting:
+            return found
+        prefix, one, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError("modules nested too deeply")
+        tensors, modules = _parts(one)
+        found |= {f"{prefix}{name}": stored for name, value in tensors.items() if (stored := _stored(value)) is not None}
+        waiting += [(f"{prefix}{name}.", inner, depth + 1) for name, inner in reversed(modules.items())]
+    raise ValueError(f"more than {MAX_MODULES:,} modules")
+
+
+def _parts(module: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
+    """What a module holds of its own, by name, and the modules in it."""
     if _is_script(module):
-        own = _mapping(module)
-        modules: Any = {name: inner for name, inner in own.items() if _is_script(inner)}
-        tensors = own
-    elif _is_module(module):
-        left_out = module.state.get("_non_persistent_buffers_set")
-        left_out = left_out if isinstance(left_out, set) else set()
-        buffers = {name: value for name, value in _mapping(module.state.get("_buffers")).items() if name not in left_out}
-        tensors, modules = {**_mapping(module.state["_parameters"]), **buffers}, _mapping(module.state["_modules"])
-    else:
-        return
-    yield from ((f"{prefix}{name}", stored) for name, value in tensors.items() if (stored := _stored(value)) is not None)
-    for name, inner in modules.items():
-        yield from _module_tensors(inner, f"{prefix}{name}.", depth + 1)
+        own = dict(_mapping(module))
+        return own, {name: inner for name, inner in own.items() if _is_script(inner)}
+    if not _is_module(module):
+        return {}, {}
+    left_out = module.state.get("_non_persistent_buffers_set")
+    left_out = left_out if isinstance(left_out, set) else set()
+    buffers = {name: value for name, value in _mapping(module.state.get("_buffers")).items() if name not in left_out}
+    return {**_mapping(module.state["_parameters"]), **buffers}, dict(_mapping(module.state["_modules"]))
 
 
 def _holds_tensors(node: Any) -> bool:
