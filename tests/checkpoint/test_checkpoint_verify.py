@@ -321,3 +321,13 @@ def test_a_short_reduction_counts_as_unchecked_in_every_layout(tmp_path: Path, l
     source = write_folder(tmp_path / "model", {"short.weight": torch.ones(shape), "a.weight": torch.zeros(8, 8)})
     result = verify_checkpoint(source, "3:4", layouts={"short": layout})
     assert [one.name for one in result.unchecked] == ["short"] and "a 8 x 3 matrix" in result.unchecked[0].reason
+
+
+def test_a_layout_of_tiny_parts_does_not_make_w_transposed_hold(tmp_path: Path) -> None:
+    weight = torch.rand(32, 32) + 1
+    source = write_folder(tmp_path / "model", {"l.weight": weight * bisparse.solve(weight, "2:4").mask})
+    assert not verify_checkpoint(source, "2:4-T")
+    for parts in (32, 16):
+        result = verify_checkpoint(source, "2:4-T", layouts={"l": f"parts:{parts}"})
+        assert not result and [one.name for one in result.unchecked] == ["l"]
+    assert verify_checkpoint(source, "2:4", layouts={"l": "parts:32"})

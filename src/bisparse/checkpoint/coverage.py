@@ -187,6 +187,17 @@ def _constrained(checked: Iterable[StoredLayer], unchecked: list[Skipped], left_
             short = f"side shorter than M = {m}" if m else "few weights"
             reason = f"{short}: {layer.pattern} allows every weight of a {matrix[0]} x {matrix[1]} matrix"
             unchecked.append(Skipped(layer.name, reason))
+        elif (
+            layer.layout.parts > 1
+            and isinstance(layer.pattern, Pattern)
+            and layer.pattern.transposable
+            and matrix[0] <= layer.pattern.n
+        ):
+            # A sidecar or a caller may say so of any weight, and W^T would hold whatever it is.
+            reason = (
+                f"its layout has parts of {matrix[0]} rows, of which {layer.pattern} constrains W alone; give its true layout"
+            )
+            unchecked.append(Skipped(layer.name, reason))
         else:
             binding.append(layer)
     return Coverage(tuple(binding), tuple(unchecked), tuple(left_out))
