@@ -100,10 +100,11 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1, as_json=as_json)
         except ValueError as error:
             from bisparse.checkpoint import CheckpointError
+            from bisparse.pruning.journal import JournalError
             from bisparse.solution import PatternError
 
             # Other ValueErrors are arguments that do not fit: a pattern, a filter that matches nothing.
-            fail(str(error), 1 if isinstance(error, CheckpointError | PatternError) else 2, as_json=as_json)
+            fail(str(error), 1 if isinstance(error, CheckpointError | JournalError | PatternError) else 2, as_json=as_json)
 
     return guarded
 
