@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bisparse.checkpoint import verify_checkpoint
 from bisparse.process_group import Ranks
@@ -63,6 +64,32 @@ def test_one_alone_shares_with_nobody() -> None:
     sums = {"a": torch.ones(2)}
     alone.sum_(sums)
     assert torch.equal(sums["a"], torch.ones(2))
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bisparse"]
+
+
+def test_what_one_process_does_alone_the_first_rank_does(tmp_path: Path) -> None:
+    save_file({f"l{i}.weight": torch.randn(64, 64) for i in range(4)}, tmp_path / "model.safetensors")
+    command = [*LAUNCH, "prune", "model.safetensors", "out", "-p", "4:8-T"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Written to out") == 1 and "another process" not in done.stderr
+    assert verify_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["prune", "-p", "2:4"], ["convert", "--to-dense"]])
+def test_when_the_first_rank_fails_alone_all_end_without_a_traceback(command: list[str], tmp_path: Path) -> None:
+    save_file({"l.weight": torch.full((64, 64), torch.nan)}, tmp_path / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    command = [*LAUNCH, command[0], "model.safetensors", "out", *command[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1 and "exists already" in done.stderr
+    ours = done.stderr.partition("ChildFailedError")[0].partition("failed (exitcode")[0]
+    assert "bisparse/cli" not in ours
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def prune_(
         resume: a folder for the journal of this job. An interrupted job called again with the same arguments goes on at the
             layer where it stopped; the folder is removed at the end.
         keep_journal: leave that folder, for a caller who has yet to save the model; `remove_journal` removes it.
-        progress: a progress bar; None: if a terminal is there to see it.
+        progress: a progress bar, or lines with the time where no terminal shows one; None: a bar if a terminal is there.
         group: ranks that share the job, such as ``torch.distributed.group.WORLD`` under torchrun: each calls this with the same
             model and the same batches, runs a part of the batches, prunes a part of the layers, and ends with the whole result.
 
