@@ -11,7 +11,10 @@ __all__ = ["main"]
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 a violation or a failed job, 2 wrong use, 130 interrupted."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 a violation or a failed job, 2 wrong use, 130 interrupted, 143 stopped by SIGTERM.
+    """
     missing = [package for package in ("typer", "rich") if importlib.util.find_spec(package) is None]
     if missing:
         sys.stderr.write(

@@ -15,6 +15,8 @@ import torch.distributed
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from bisparse.user_errors import ends_the_process
+
 __all__ = ["DifferentJobsError", "OtherRankError", "Ranks"]
 
 T = TypeVar("T")
@@ -68,8 +70,11 @@ class Ranks:
         return found
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others, who are at their next exchange, that this rank has failed."""
-        if not isinstance(error, OtherRankError):
+        """Tell the others, who are at their next exchange, that this rank has failed.
+
+        After SIGTERM nobody is told: it may have come in the middle of an exchange, and whoever sends it ends all ranks.
+        """
+        if not isinstance(error, OtherRankError) and not ends_the_process(error):
             self._gathered(_Failed(f"{type(error).__name__}: {error}"))
 
     @contextmanager

@@ -21,6 +21,7 @@ import bisparse
 from bisparse.accelerate import advisor
 from bisparse.checkpoint import CheckpointError
 from bisparse.cli import app
+from bisparse.progress_lines import ProgressLines
 from bisparse.report import write_report
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals")
@@ -405,7 +406,7 @@ def test_without_its_extra_the_command_line_says_what_to_install() -> None:
 @posix
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+    [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)],
     ids=["ctrl-c", "terminate"],
 )
 def test_stopped_by_a_signal_nothing_is_left(tmp_path: Path, number: signal.Signals, code: int) -> None:
@@ -424,6 +425,7 @@ def test_stopped_by_a_signal_nothing_is_left(tmp_path: Path, number: signal.Sign
         _, errors = job.communicate()
     assert job.returncode == code, errors
     assert "Traceback" not in errors
+    assert f"bisparse: {'stopped by SIGTERM' if code == 143 else 'interrupted'}; nothing was left behind" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -442,8 +444,53 @@ def test_a_terminal_sees_a_bar_with_an_eta(model: Path, tmp_path: Path) -> None:
     assert b"eta" in seen and b"%" in seen
 
 
-def test_where_there_is_no_terminal_there_is_no_bar(model: Path, tmp_path: Path) -> None:
-    assert run("prune", model, tmp_path / "out", "-p", "2:4").stderr == ""
+@pytest.mark.parametrize("method", ["magnitude", "adaprune"])
+def test_where_there_is_no_terminal_progress_is_lines_with_the_time(method: str, tmp_path: Path) -> None:
+    (tmp_path / "lined.py").write_text(
+        "from torch import nn, ones\ndef both(): return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), [ones(8, 16)]"
+    )
+    save_file({"evil\x1b[31m\nname.weight": torch.randn(16, 16)}, tmp_path / "model.safetensors")
+    source = "model.safetensors" if method == "magnitude" else "lined:both"
+    for as_json in ([], ["--json"]):
+        command = [sys.executable, "-m", "bisparse", "prune", source, f"out{len(as_json)}", "-p", "2:4", "--method", method]
+        done = subprocess.run([*command, *as_json], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
+        if as_json:
+            assert done.stderr == "" and json.loads(done.stdout)["ok"]
+        else:
+            assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  [ \d]{3} %  [ -~]+", line) for line in lines), lines
+            assert len(lines) >= 2 and lines[-1].endswith("100 %  " + ("done" if method == "magnitude" else "calibrating  done"))
+            assert done.stderr.replace("\n", "").isprintable()
+
+
+def test_lines_come_at_the_start_every_few_seconds_and_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    lines = ProgressLines("checking")
+    for done in range(101):
+        now += 1
+        lines(f"layer {done}", done, 100)
+    lines("again", 100, 100)
+    said = [line.split("  ", 1)[1].strip() for line in capsys.readouterr().err.splitlines()]
+    assert said == [*(f"{at} %  checking  layer {at}" for at in range(0, 100, 10)), "100 %  checking  done"]
+
+
+@posix
+def test_a_full_disk_under_a_journal_is_a_message_with_exit_code_1(tmp_path: Path) -> None:
+    (tmp_path / "full.py").write_text(
+        "import resource, torch\n"
+        "def both():\n"
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))\n"
+        "    return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), [torch.randn(8, 64)]\n"
+    )
+    command = [sys.executable, "-m", "bisparse", "prune", "full:both", "out", "-p", "2:4", "--method", "wanda"]
+    done = subprocess.run([*command, "--resume", "journal"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "the journal" in done.stderr and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.slow

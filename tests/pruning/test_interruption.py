@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from failing import Failing
 from torch import Tensor, nn
 
 from bisparse.pruning import AdaPrune, SparseGPT, Wanda, prune_
-from bisparse.pruning.journal import Journal, JournalError
+from bisparse.pruning.journal import Journal, JournalError, remove_journal
+from bisparse.rollback import same_bits
 
 
 class Network(nn.Module):
@@ -189,7 +191,7 @@ def test_a_damaged_journal_is_named_with_what_to_do(damage: str, tmp_path: Path)
         damaged.write_bytes(next(file for file in (tmp_path / "journal").glob("done-*") if file != damaged).read_bytes())
     else:
         damaged.write_bytes(damaged.read_bytes()[: 0 if damage == "empty" else 50])
-    with pytest.raises(JournalError, match=re.escape(str(damaged)) + ".*delete .*journal.* begin anew"):
+    with pytest.raises(JournalError, match=re.escape(str(damaged)) + ".*delete .*journal.* begin again"):
         prune_(model, "2:4", Failing(2, KeyboardInterrupt), batches, resume=tmp_path / "journal")
     assert same(before, model.state_dict())
 
@@ -282,3 +284,145 @@ def test_results_that_are_not_the_layers_own_are_refused_before_anything_changes
     prune_(model, "2:4", AdaPrune(), batches, order=order, resume=journal)
     for key, value in whole.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_one_flipped_bit_anywhere_in_an_entry_is_found(tmp_path: Path) -> None:
+    with Journal(tmp_path / "journal", {"job": "x"}, keep=True) as journal:
+        tensors = {"weight": torch.randn(6, 8).bfloat16(), "bias": torch.randn(6), "none": torch.empty(0, 3)}
+        journal.put("done", "layer", tensors, {"error": 0.5, "note": "fitted"})
+        path = next(journal.folder.glob("done-*"))
+        content, refused = path.read_bytes(), 0
+        for bit in range(0, 8 * len(content), 7):  # in every byte, and each of the eight
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << (bit % 8)
+            path.write_bytes(damaged)
+            try:
+                found, about = journal.get("done", "layer")
+            except JournalError:
+                refused += 1
+            else:  # such as a space between two words of the header
+                assert found.keys() == tensors.keys() and about == {"error": 0.5, "note": "fitted"}
+                assert all(same_bits(found[key], value) for key, value in tensors.items())
+        assert refused > 0.9 * len(content)
+
+
+@pytest.mark.parametrize("order", ["sequential", "parallel"])
+def test_one_flipped_bit_in_a_journal_never_gives_other_weights(order: str, tmp_path: Path) -> None:
+    model, batches = interrupted(tmp_path / "journal", order)
+    before = copy.deepcopy(model.state_dict())
+    for name in [next((tmp_path / "journal").glob("done-*")).name, "about.json"]:
+        content = (tmp_path / "journal" / name).read_bytes()
+        for at in (20, len(content) // 2, len(content) - 1):
+            journal = tmp_path / "damaged"
+            shutil.copytree(tmp_path / "journal", journal)
+            damaged = bytearray(content)
+            damaged[at] ^= 128
+            (journal / name).write_bytes(damaged)
+            with pytest.raises(JournalError, match=r"damaged.*delete .* again"):
+                prune_(model, "2:4", AdaPrune(), batches, order=order, resume=journal)
+            assert same(before, model.state_dict())
+            shutil.rmtree(journal)
+
+
+def test_originals_damaged_while_a_job_runs_are_not_put_back(tmp_path: Path) -> None:
+    model, batches = case("chain")
+    before = copy.deepcopy(model.state_dict())
+
+    def damage() -> BaseException:
+        # In place, as a disk does it; the file is mapped.
+        path = Journal._path(Journal(None, {}), "dense", "blocks.0.0").name
+        with (tmp_path / "journal" / path).open("r+b") as file:
+            file.seek(-5, 2)
+            file.write(b"\x7f")
+        return KeyboardInterrupt()
+
+    with pytest.raises(JournalError, match=r"blocks\.0\.0 had been was damaged on disk .* load the model again"):
+        prune_(model, "2:4", Failing(4, damage), batches, resume=tmp_path / "journal")
+    after = model.state_dict()
+    assert [key for key in before if not torch.equal(before[key], after[key])] in (["blocks.0.0.weight"], [
+        "blocks.0.0.weight", "blocks.0.0.bias"])  # fmt: skip
+
+
+@pytest.mark.parametrize("keep", [False, True], ids=["by the job", "by remove_journal"])
+def test_only_files_of_ours_are_deleted_at_the_end(keep: bool, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    model, batches = interrupted(journal, "sequential")
+    own = ["weights.safetensors", ".hidden.safetensors.swp.part", "done-mine.safetensors", "about.json.bak", "notes.txt"]
+    for name in own:
+        (journal / name).write_text("mine")
+    (journal / "rank-0-of-2-mine").mkdir()
+    (journal / "rank-of-plants-of-mine").mkdir()
+    leftover = f"done-{24 * '0'}.safetensors"
+    (journal / f".{leftover}.0123456789abcdef.part").write_text("ours, of a process that was killed")
+    prune_(model, "2:4", AdaPrune(), batches, resume=journal, keep_journal=keep)
+    if keep:
+        remove_journal(journal)
+    assert sorted(path.name for path in journal.iterdir()) == sorted([*own, "rank-0-of-2-mine", "rank-of-plants-of-mine"])
+
+
+def test_a_folder_with_somebody_elses_record_is_not_removed(tmp_path: Path) -> None:
+    (tmp_path / "about.json").write_text('{"name": "a web site"}')
+    name = f"done-{24 * 'a'}.safetensors"
+    (tmp_path / name).write_text("mine")
+    remove_journal(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["about.json", name]
+    with pytest.raises(JournalError, match="is damaged"):
+        Journal(tmp_path, {"job": "x"})
+
+
+def test_a_job_killed_before_its_first_line_can_be_begun_again(tmp_path: Path) -> None:
+    (tmp_path / ".about.json.0123456789abcdef.part").write_text("{")
+    with Journal(tmp_path, {"job": "x"}) as journal:
+        journal.put("done", "layer", {"x": torch.ones(2)})
+    assert not tmp_path.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no such locks")
+def test_a_journal_is_held_by_one_job_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "journal"
+    code = (
+        "import sys; from bisparse.pruning.journal import Journal\n"
+        "journal = Journal(sys.argv[1], {'job': 'x'}, keep=True); print('held', flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", code, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        model, batches = case("chain")
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(JournalError, match=r"journal of a job that is running.*wait for it to end, or give another folder"):
+            prune_(model, "2:4", AdaPrune(), batches, resume=folder)
+        assert same(before, model.state_dict())
+        remove_journal(folder)
+        assert (folder / "about.json").exists(), "a journal that is in use stays"
+        holder.kill()
+    with Journal(folder, {"job": "x"}), pytest.raises(JournalError, match="in this one"):
+        Journal(folder, {"job": "x"})
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on files")
+@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("room", [100, 1000])
+def test_a_full_disk_ends_a_job_with_a_message_and_the_model_unchanged(resume: bool, room: int, tmp_path: Path) -> None:
+    script = """
+import copy, resource, sys
+sys.path.insert(0, sys.argv[1])
+from test_interruption import *
+model, batches = case("chain")
+before = copy.deepcopy(model.state_dict())
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    prune_(model, "2:4", AdaPrune(), batches, resume=sys.argv[2] or None)
+except JournalError as error:
+    print(error)
+assert same(before, model.state_dict())
+"""
+    folder = str(tmp_path / "journal") if resume else ""
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), folder, str(room)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert "the journal" in run.stdout and "cannot be written (" in run.stdout and "The model is unchanged" in run.stdout
+    assert not list(tmp_path.rglob("*.part"))
+    if resume:
+        model, batches = case("chain")
+        prune_(model, "2:4", AdaPrune(), batches, resume=folder)

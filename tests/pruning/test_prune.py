@@ -240,3 +240,52 @@ def test_names_serve_where_methods_and_solvers_do() -> None:
 def test_what_is_no_method_is_refused(job: Callable[..., PruneReport], method: object, hint: str) -> None:
     with pytest.raises(ValueError, match=hint):
         job(nn.Sequential(nn.Linear(16, 16)), "4:8-T", method, [])
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "4:8-T"])
+@pytest.mark.parametrize("kind", ["tensors", "function"])
+def test_masks_by_scores_of_the_callers_keep_the_largest_total_score(kind: str, pattern: str) -> None:
+    model = Zoo()
+    before = copy.deepcopy(model)
+    scores = {layer.name: torch.rand_like(layer.weight.detach()) for layer in find_layers(model)[0]}
+
+    def function(name: str, weight: torch.Tensor) -> torch.Tensor:
+        assert torch.equal(weight, dict(before.named_parameters())[weights[name]])
+        weight.zero_()  # a copy
+        return scores[name]
+
+    weights = {layer.name: layer.parameter_name for layer in find_layers(model)[0]}
+    report = prune_(model, pattern, scores=scores if kind == "tensors" else function)
+    assert {layer.name for layer in report} == PRUNED and report.method == "scores"
+    layouts = {layer.name: layer.layout for layer in find_layers(before)[0]}
+    for name, own in scores.items():
+        mask = solve(own, pattern, layout=layouts[name]).mask
+        dense, pruned = (dict(one.named_parameters())[weights[name]] for one in (before, model))
+        assert torch.equal(pruned, dense * mask)
+
+
+BAD_SCORES = {
+    "of another shape": (
+        lambda name, weight: weight[:1].abs(),
+        r"scores= gives a tensor of shape .* expected .* shape \(16, 16\)",
+    ),
+    "no tensor": (lambda name, weight: 1.0, "scores= gives a float"),
+    "negative": (lambda name, weight: -torch.ones_like(weight), "0"),
+    "NaN": (lambda name, weight: torch.full_like(weight, torch.nan), "0"),
+    "complex": (lambda name, weight: weight.to(torch.complex64), "0"),
+    "for a layer that is not there": ({"0": torch.ones(16, 16), "1": torch.ones(16, 16), "9": torch.ones(2)}, r"has \['9'\]"),
+    "for some layers only": ({"0": torch.ones(16, 16)}, r"has none for \['1'\]"),
+    "neither": (torch.ones(16, 16), "expected a dict"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SCORES)
+def test_scores_that_do_not_fit_are_refused_and_the_model_is_unchanged(kind: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    before = copy.deepcopy(model)
+    scores, message = BAD_SCORES[kind]
+    with pytest.raises(ValueError, match=message):
+        prune_(model, "2:4", scores=scores)
+    with pytest.raises(ValueError, match="leave out one of them"):
+        prune_(model, "2:4", "magnitude", scores=lambda name, weight: weight.abs())
+    assert equal(before, model)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bisparse.checkpoint import verify_checkpoint
 from bisparse.process_group import Ranks
@@ -63,6 +66,58 @@ def test_one_alone_shares_with_nobody() -> None:
     sums = {"a": torch.ones(2)}
     alone.sum_(sums)
     assert torch.equal(sums["a"], torch.ones(2))
+
+
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "bisparse"]
+
+
+def test_what_one_process_does_alone_the_first_rank_does(tmp_path: Path) -> None:
+    save_file({f"l{i}.weight": torch.randn(64, 64) for i in range(4)}, tmp_path / "model.safetensors")
+    command = [*LAUNCH, "prune", "model.safetensors", "out", "-p", "4:8-T"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Written to out") == 1 and "another process" not in done.stderr
+    assert verify_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [["prune", "-p", "2:4"], ["convert", "--to-dense"]])
+def test_when_the_first_rank_fails_alone_all_end_without_a_traceback(command: list[str], tmp_path: Path) -> None:
+    save_file({"l.weight": torch.full((64, 64), torch.nan)}, tmp_path / "model.safetensors")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    command = [*LAUNCH, command[0], "model.safetensors", "out", *command[1:]]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 1 and "exists already" in done.stderr
+    ours = done.stderr.partition("ChildFailedError")[0].partition("failed (exitcode")[0]
+    assert "bisparse/cli" not in ours
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+@pytest.mark.parametrize("method", ["magnitude", "alps"])
+def test_sigterm_ends_all_ranks_with_a_message_and_nothing_half_written(method: str, tmp_path: Path) -> None:
+    (tmp_path / "large.py").write_text(
+        "import torch\n"
+        "def both():\n"
+        "    torch.manual_seed(0)\n"
+        "    return torch.nn.Sequential(*[torch.nn.Linear(512, 512) for _ in range(40)]), 8 * [torch.randn(64, 512)]\n"
+    )
+    save_file({f"l{i}.weight": torch.randn(512, 512) for i in range(300)}, tmp_path / "large.safetensors")
+    source = "large.safetensors" if method == "magnitude" else "large:both"
+    begun = ".out.bisparse-*/output/*.safetensors" if method == "magnitude" else "journal/rank-*/done-*"
+    options = ["--method", method, *([] if method == "magnitude" else ["--resume", "journal"])]
+    command = [*LAUNCH, "prune", source, "out", "-p", "4:8-T", *options]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as job:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob(begun)) and job.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        job.send_signal(signal.SIGTERM)
+        _, errors = job.communicate()
+    assert errors.count("bisparse: stopped by SIGTERM; ") == 2, errors
+    assert "gloo::EnforceNotMet" not in errors
+    assert not list(tmp_path.glob("*out*")) and not list(tmp_path.rglob("*.part"))
 
 
 @pytest.mark.slow

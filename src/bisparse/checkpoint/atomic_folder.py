@@ -25,6 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from bisparse.errors import CheckpointError
+from bisparse.folder_lock import lock_folder
 
 __all__ = ["check_room", "check_target", "check_writable", "output_folder", "written_here"]
 
@@ -57,7 +58,7 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
         target.parent.mkdir(parents=True, exist_ok=True)
         hidden = _make_hidden(target.parent, target)
         temporary = hidden / OUTPUT
-        lock = _lock(hidden)
+        lock = lock_folder(hidden)
         (hidden / MARK).write_text(_mark(target), encoding="utf-8")
         temporary.mkdir()
         _remove([folder for folder, held in leftovers if held is not None])
@@ -164,24 +165,6 @@ def _as_given(path: Path, target: Path, hidden: Path) -> Path:
     return target / path.relative_to(hidden) if path.is_relative_to(hidden) else path
 
 
-def _lock(folder: Path) -> int | None:
-    """Hold a folder for this process; None where the system or file system has no such locks."""
-    if sys.platform == "win32":
-        return None
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
 def _leftovers(target: Path) -> list[tuple[Path, int | None]]:
     """The folders that killed runs with this target left behind, each with the lock that holds it, where there are locks.
 
@@ -193,7 +176,7 @@ def _leftovers(target: Path) -> list[tuple[Path, int | None]]:
         if not folder.name.startswith(_prefix(target)) or not _is_ours(folder, target):
             continue
         try:
-            lock = _lock(folder)
+            lock = lock_folder(folder)
         except BlockingIOError as error:
             _unlock(found)
             raise CheckpointError(

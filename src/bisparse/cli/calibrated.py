@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -32,6 +33,7 @@ __all__ = [
     "Sequences",
     "finish",
     "group_of_ranks",
+    "on_first_rank",
     "open_job",
     "parse_device",
     "parse_method",
@@ -115,18 +117,35 @@ def parse_reconstruction(epochs: int, order: str) -> BlockReconstruction | None:
 
 
 @contextmanager
-def group_of_ranks() -> Iterator[ProcessGroup | None]:
-    """All ranks of a torchrun, to share the job; None without torchrun."""
+def group_of_ranks(timeout: timedelta | None = None) -> Iterator[ProcessGroup | None]:
+    """All ranks of a torchrun, to share the job; None without torchrun.
+
+    Args:
+        timeout: for how long a rank waits for another; None: as long as torch does.
+    """
     from torch import distributed
 
     if not (distributed.is_available() and distributed.is_torchelastic_launched()):
         yield None
         return
-    distributed.init_process_group()
+    distributed.init_process_group(timeout=timeout)
     try:
         yield distributed.group.WORLD
     finally:
         distributed.destroy_process_group()
+
+
+def on_first_rank(job: Callable[[], None]) -> None:
+    """Run a job that one process does alone: of several ranks the first. The others wait for it, and fail if it does."""
+    from bisparse.process_group import Ranks
+
+    # A large checkpoint takes longer than torch lets ranks wait for each other; where one dies, torchrun ends the others.
+    with group_of_ranks(timedelta(days=7)) as group:
+        ranks = Ranks(group)
+        if ranks.rank == 0:
+            with ranks.failing_together():
+                job()
+        ranks.all(None)
 
 
 def prune_with_data(
@@ -156,7 +175,7 @@ def prune_with_data(
             pattern,
             method,
             batches,
-            progress=False if as_json else None,
+            progress=not as_json,
             group=group,
             resume=resume,
             keep_journal=True,

@@ -20,6 +20,8 @@ from rich.table import Column, Table
 from typer.core import TyperGroup
 
 from bisparse.errors import printable
+from bisparse.progress_lines import ProgressLines
+from bisparse.user_errors import TERMINATED, ends_the_process
 
 if TYPE_CHECKING:
     from bisparse.pattern import Structure
@@ -59,7 +61,6 @@ Key = Annotated[
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default as many as torch would take.")]
 
 INTERRUPTED = 130
-TERMINATED = 143
 PIPED_WIDTH = 160
 WRONG_USE: Any = typer.BadParameter.__mro__[1]
 """What typer raises for arguments that do not parse, whatever is wrong with them; it gives the class no public name."""
@@ -83,7 +84,7 @@ def to_stderr() -> Console:
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """A command whose errors are messages: exit code 1 for a failed job, 2 for wrong use, 130 when interrupted."""
+    """A command whose errors are messages: exit code 1 for a failed job, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM."""
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -98,12 +99,24 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             fail(str(error), 2, as_json=as_json)
         except OSError as error:
             fail(f"{error.filename or 'input or output'}: {error.strerror or error}", 1, as_json=as_json)
+        except SystemExit as error:
+            if not ends_the_process(error):
+                raise
+            fail(f"stopped by SIGTERM; {_left_behind(kwargs.get('resume'))}", TERMINATED, as_json=as_json)
+        except RuntimeError as error:
+            from bisparse.process_group import OtherRankError
+
+            if not isinstance(error, OtherRankError):
+                raise
+            # The rank that failed prints the JSON.
+            fail(str(error), 1)
         except ValueError as error:
             from bisparse.checkpoint import CheckpointError
+            from bisparse.pruning.journal import JournalError
             from bisparse.solution import PatternError
 
             # Other ValueErrors are arguments that do not fit: a pattern, a filter that matches nothing.
-            fail(str(error), 1 if isinstance(error, CheckpointError | PatternError) else 2, as_json=as_json)
+            fail(str(error), 1 if isinstance(error, CheckpointError | JournalError | PatternError) else 2, as_json=as_json)
 
     return guarded
 
@@ -153,6 +166,8 @@ def run_app(app: typer.Typer) -> None:
     """Run an app as a process: SIGTERM unwinds the stack as Ctrl-C does, so that nothing half written stays behind."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
+        # A launcher may send it again; that must not interrupt the cleaning up.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(TERMINATED)
 
     signal.signal(signal.SIGTERM, stop)
@@ -220,7 +235,13 @@ def parse_solver_option(name: str | None) -> Solver | None:
 
 @contextmanager
 def progress_bar(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, total) that moves a bar on standard error, where a terminal shows it."""
+    """A function (what, done, total) that moves a bar on standard error; without a terminal it prints lines with the time."""
+    if not show:
+        yield lambda what, done, total: None
+        return
+    if not sys.stderr.isatty():
+        yield ProgressLines()
+        return
     columns = (
         BarColumn(bar_width=24, table_column=Column(min_width=24)),
         TaskProgressColumn(),
@@ -229,7 +250,7 @@ def progress_bar(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis")),
     )
-    with Progress(*columns, console=to_stderr(), transient=True, disable=not (show and sys.stderr.isatty())) as bar:
+    with Progress(*columns, console=to_stderr(), transient=True) as bar:
         task = bar.add_task("", total=None)
 
         def advance(what: str, done: int, total: int) -> None:

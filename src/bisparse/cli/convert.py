@@ -19,6 +19,7 @@ from bisparse.cli.calibrated import (
     Sequences,
     finish,
     group_of_ranks,
+    on_first_rank,
     open_job,
     parse_device,
     parse_method,
@@ -100,7 +101,7 @@ def convert(
         }  # fmt: skip
         if given := [name for name, value in others.items() if value not in (None, [])]:
             raise typer.BadParameter("has no use with --to-dense, which changes no weight", param_hint=given[0])
-        _write_dense(source, target, key, overwrite, as_json)
+        on_first_rank(lambda: _write_dense(source, target, key, overwrite, as_json))
         return
     if to is None:
         raise typer.BadParameter("missing; name a pattern, or pass --to-dense", param_hint="--to")
@@ -135,7 +136,7 @@ def convert(
             device=parse_device(device),
             resume=resume,
             keep_journal=True,
-            progress=False if as_json else None,
+            progress=not as_json,
             group=group,
         )
         finish(opened, target, report, made_from, overwrite, time.perf_counter() - started, as_json, resume, group)

@@ -17,6 +17,7 @@ from bisparse.cli.calibrated import (
     Order,
     Resume,
     Sequences,
+    on_first_rank,
     parse_device,
     parse_method,
     parse_order,
@@ -159,24 +160,29 @@ def prune(
         plan.source.check_writable()
         _print_plan(plan, structure, as_json)
         return
-    assert target is not None
-    start = time.perf_counter()
-    with progress_bar(show=not as_json) as progress:
-        report = prune_checkpoint(
-            source,
-            target,
-            structure,
-            include=include,
-            exclude=exclude,
-            solver=parse_solver_option(solver),
-            remainder=remainder,
-            patterns=patterns,
-            layouts=layouts,
-            key=key,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    _print_report(report, target, time.perf_counter() - start, as_json)
+    destination = target
+    assert destination is not None
+
+    def job() -> None:
+        start = time.perf_counter()
+        with progress_bar(show=not as_json) as progress:
+            report = prune_checkpoint(
+                source,
+                destination,
+                structure,
+                include=include,
+                exclude=exclude,
+                solver=parse_solver_option(solver),
+                remainder=remainder,
+                patterns=patterns,
+                layouts=layouts,
+                key=key,
+                overwrite=overwrite,
+                progress=progress,
+            )
+        _print_report(report, destination, time.perf_counter() - start, as_json)
+
+    on_first_rank(job)
 
 
 def _layer_pattern(text: str) -> tuple[str, Structure]:

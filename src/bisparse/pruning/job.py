@@ -30,7 +30,7 @@ from bisparse.pruning.calibration.hooks import unseen_reason
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
 from bisparse.pruning.fingerprint import fingerprint, stable_repr
-from bisparse.pruning.journal import Journal
+from bisparse.pruning.journal import Journal, JournalError
 from bisparse.pruning.layer import Change, prune_layer
 from bisparse.pruning.layer_tensors import live_tensors, restore_, resumed_result, tensors_after, write_
 from bisparse.pruning.methods.base import Method
@@ -118,9 +118,11 @@ class Job:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None:
-            self.abort(error)
-        self._open.__exit__(kind, error, trace)
+        try:
+            if error is not None:
+                self.abort(error)
+        finally:
+            self._open.__exit__(kind, error, trace)
 
     @property
     def done(self) -> frozenset[str]:
@@ -198,13 +200,28 @@ class Job:
         return Outcome(results, unreached, self._notes())
 
     def abort(self, error: BaseException) -> None:
-        """Put everything back as it was, and tell the other ranks. Called for every exception, KeyboardInterrupt included."""
+        """Put everything back as it was, and tell the other ranks. Called for every exception, KeyboardInterrupt included.
+
+        Raises:
+            JournalError: what some layers were was damaged on disk while the job ran; all others are put back.
+        """
+        damaged = []
         try:
             for name, layer in self._touched.items():
                 assert self.journal is not None
-                restore_(layer, self.journal.held("dense", name), self.norms)
+                try:
+                    original = self.journal.held("dense", name)
+                except JournalError:
+                    damaged.append(name)
+                    continue
+                restore_(layer, original, self.norms)
         finally:
             self.ranks.fail(error)
+        if damaged:
+            raise JournalError(
+                f"the job failed ({error or type(error).__name__}), and what {', '.join(damaged)} had been was damaged on disk "
+                "meanwhile: load the model again. All other layers are as they were"
+            ) from error
 
     def _check_data(self) -> None:
         if self.options.reconstruction is not None and self.ranks.size > 1:

@@ -1,77 +1,109 @@
 """A journal of what is being done to a model: originals to go back to, and finished layers to resume from.
 
-One safetensors file a layer, in a folder. A file appears whole or not at all: it is written under another name and renamed. Each
-says whose it is and of which job: one that was damaged, or copied from elsewhere, is refused.
+One safetensors file per layer, in a folder that one process holds at a time. A file appears whole or not at all: it is written
+under another name and renamed. Each says whose it is and of which job, and has a digest of all that it holds: one that was
+damaged, or copied from elsewhere, is refused. Only files with names of ours are ever deleted.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from bisparse.atomic_file import atomic_file
+from bisparse.errors import printable
+from bisparse.folder_lock import lock_folder
 
 __all__ = ["Journal", "JournalError", "remove_journal"]
 
 ABOUT = "about.json"
+DIGEST = "sha256"
+OURS = re.compile(r"(dense|done|block)-[0-9a-f]{24}\.safetensors")
+UNFINISHED = re.compile(rf"\.({OURS.pattern}|about\.json)\.[0-9a-f]{{16}}\.part")
+"""What `atomic_file` leaves when the process is killed."""
+OF_A_RANK = re.compile(r"rank-\d+-of-\d+")
 
 
 class JournalError(ValueError):
-    """The folder holds the journal of another job, or a damaged one."""
+    """A journal cannot be used: it is another job's, damaged or held by another process, or it cannot be written."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Journal:
-    """Layers' tensors on disk, by kind and name.
+    """Layers' tensors on disk, by kind ("dense", "done" or "block") and name.
 
     Args:
         folder: kept after an interruption, so that the same job resumes from it; None: a temporary folder.
         about: what the job is; a journal that was begun with something else is refused.
         keep: leave the folder at the end of a job that succeeds, too.
+
+    Raises:
+        JournalError: the folder is another job's, is damaged, is held by another process, or cannot be written.
     """
 
     def __init__(self, folder: str | Path | None, about: Mapping[str, Any], *, keep: bool = False) -> None:
-        self._temporary = tempfile.TemporaryDirectory(prefix="bisparse-") if folder is None else None
-        self.folder = Path(self._temporary.name if self._temporary else str(folder))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(about, sort_keys=True, indent=1)
-        self._job = hashlib.sha256(text.encode()).hexdigest()
+        with _explaining(Path(tempfile.gettempdir()) if folder is None else Path(folder), resumes=False):
+            self._temporary = tempfile.TemporaryDirectory(prefix="bisparse-") if folder is None else None
+            self.folder = Path(self._temporary.name if self._temporary else str(folder))
+            self._lock = None if self._temporary else _make_and_lock(self.folder)
         self._keep = keep
+        self._job = _digest_of_job(about)
         self._held: dict[tuple[str, str], Any] = {}
+        try:
+            self._begin(about)
+        except BaseException:
+            self.close(remove=False)
+            raise
+
+    def _begin(self, about: Mapping[str, Any]) -> None:
+        """Check that the folder is this job's, or make it so."""
         path = self.folder / ABOUT
         if path.exists():
-            if path.read_text() != text:
-                before, now = _record(path), json.loads(text)
+            before, now = _record(path), json.loads(json.dumps(about))
+            if before != now:
                 differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
                 raise JournalError(
                     f"{self.folder} is the journal of another job (it differs in {', '.join(differing)}): resume with the same "
                     "model, data, pattern and method, or give another folder"
                 )
-        else:
-            if any(self.folder.iterdir()):
+            return
+        with _explaining(self.folder, resumes=False):
+            if not all(UNFINISHED.fullmatch(one.name) for one in self.folder.iterdir()):
                 raise JournalError(f"{self.folder} is not empty and holds no journal: give a new or empty folder")
-            self._write(path, lambda to: to.write_text(text))
+        text = json.dumps({**about, DIGEST: self._job}, sort_keys=True, indent=1)
+        self._write(path, lambda to: to.write_text(text, encoding="utf-8"))
 
     def _path(self, kind: str, name: str) -> Path:
         return self.folder / f"{kind}-{hashlib.sha256(name.encode()).hexdigest()[:24]}.safetensors"
 
-    @staticmethod
-    def _write(path: Path, write: Any) -> None:
-        with atomic_file(path) as unfinished:
+    def _write(self, path: Path, write: Callable[[Path], object]) -> None:
+        with _explaining(path, resumes=self._temporary is None), atomic_file(path) as unfinished:
             write(unfinished)
 
     def put(self, kind: str, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
-        """Write a layer's tensors and a small record that fits JSON."""
+        """Write a layer's tensors and a small record that fits JSON.
+
+        Raises:
+            JournalError: they cannot be written, such as to a full disk; nothing is left half written.
+        """
         held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         metadata = {"name": name, "job": self._job, "about": json.dumps(about or {})}
+        metadata[DIGEST] = _digest(metadata, held)
         self._write(self._path(kind, name), lambda to: save_file(held, to, metadata=metadata))
 
     def has(self, kind: str, name: str) -> bool:
@@ -84,36 +116,57 @@ class Journal:
         Raises:
             JournalError: the file is missing or damaged, or was written for another layer or by another job.
         """
-        return self._read(self._open(kind, name))
+        return self._read(kind, name, self._open(kind, name))
 
     def hold(self, kind: str, name: str) -> None:
         """Keep a layer's file mapped: `held` finds what it holds even when the file is gone. Costs no memory until it is read.
 
         Raises:
-            JournalError: as for `get`.
+            JournalError: as for `get`, but for damage that only reading it would find.
         """
         self._held[kind, name] = self._open(kind, name)
 
     def held(self, kind: str, name: str) -> dict[str, Tensor]:
-        """The tensors of a layer whose file is on hold."""
-        return self._read(self._held[kind, name])[0]
+        """The tensors of a layer whose file is on hold.
 
-    @staticmethod
-    def _read(file: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {key: file.get_tensor(key) for key in file.keys()}, json.loads(file.metadata()["about"])  # noqa: SIM118
+        Raises:
+            JournalError: the file was damaged after it was written.
+        """
+        return self._read(kind, name, self._held[kind, name])[0]
+
+    def _read(self, kind: str, name: str, file: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        try:
+            metadata = file.metadata()
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise self._damaged(kind, name, f"({error})") from error
+        if metadata.get(DIGEST) != _digest(metadata, tensors):
+            raise self._damaged(kind, name, "(what it holds does not have its checksum)")
+        about: dict[str, Any] = json.loads(metadata["about"])
+        return tensors, about
 
     def _open(self, kind: str, name: str) -> Any:
         path = self._path(kind, name)
-        advice = f"delete {path.name} to have {name} done again, or all of {self.folder} to begin anew"
         try:
             file: Any = safe_open(path, framework="pt")
             metadata = file.metadata() or {}
         except (OSError, SafetensorError) as error:
-            raise JournalError(f"{path}, which the journal has for {name}, is missing or damaged ({error}): {advice}") from error
-        if metadata.get("name") != name or metadata.get("job") != self._job:
-            whose = f"of {metadata.get('name')!r}" if metadata.get("name") != name else "of another job"
-            raise JournalError(f"{path} should hold what was done to {name}, but is {whose}: {advice}")
+            raise self._damaged(kind, name, f"({error})") from error
+        if not {"name", "job", "about", DIGEST} <= metadata.keys():
+            raise self._damaged(kind, name, "(it does not say whose it is)")
+        if metadata["name"] != name or metadata["job"] != self._job:
+            whose = f"of {metadata['name']!r}" if metadata["name"] != name else "of another job"
+            raise JournalError(
+                f"{path} should hold what was done to {name}, but is {whose}, or damaged: {self._advice(kind, name)}"
+            )
         return file
+
+    def _damaged(self, kind: str, name: str, how: str) -> JournalError:
+        path = self._path(kind, name)
+        return JournalError(f"{path}, which the journal has for {name}, is missing or damaged {how}: {self._advice(kind, name)}")
+
+    def _advice(self, kind: str, name: str) -> str:
+        return f"delete {self._path(kind, name).name} to have {name} done again, or all of {self.folder} to begin again"
 
     def close(self, *, remove: bool) -> None:
         """Forget everything (`remove`, and always for a temporary folder) or leave the folder to resume from."""
@@ -123,6 +176,9 @@ class Journal:
             self._temporary.cleanup()
         elif remove:
             _remove(self.folder)
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def __enter__(self) -> Journal:
         return self
@@ -131,26 +187,116 @@ class Journal:
         self.close(remove=kind is None and not self._keep)
 
 
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of every bit of an entry: whose it is, its record, and its tensors with their names, shapes and dtypes."""
+    digest = hashlib.sha256(json.dumps([metadata["name"], metadata["job"], metadata["about"]]).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _digest_of_job(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+
+
 def _record(path: Path) -> dict[str, Any]:
-    """What a journal says of its job."""
+    """What a journal says of its job.
+
+    Raises:
+        JournalError: it is damaged.
+    """
+    advice = f"delete {path.parent} and begin again"
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise JournalError(f"{path} is damaged ({error}): delete {path.parent} and begin anew") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise JournalError(f"{path} is damaged ({error}): {advice}") from error
     if not isinstance(found, dict):
-        raise JournalError(f"{path} holds a {type(found).__name__}, not a job: delete {path.parent} and begin anew")
+        raise JournalError(f"{path} holds a {type(found).__name__}, not a job: {advice}")
+    if found.pop(DIGEST, None) != _digest_of_job(found):
+        raise JournalError(f"{path} is damaged (what it holds does not have its checksum): {advice}")
     return found
 
 
+def _make_and_lock(folder: Path) -> int | None:
+    """Make a folder and hold it.
+
+    Raises:
+        JournalError: another process holds it.
+    """
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = lock_folder(folder)
+            if lock is None or os.path.samestat(os.fstat(lock), folder.stat()):
+                return lock
+            os.close(lock)
+        except FileNotFoundError:
+            continue  # the process that held it has just removed it
+        except BlockingIOError as error:
+            raise JournalError(
+                f"{folder} is the journal of a job that is running, in another process or in this one: wait for it to end, or "
+                "give another folder"
+            ) from error
+
+
+@contextmanager
+def _explaining(path: Path, *, resumes: bool) -> Iterator[None]:
+    """Errors of the system while a journal is written, as those of the journal.
+
+    Args:
+        resumes: whether there is a folder with finished layers, from which the job goes on.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+        later = "; the layers finished so far are kept, and the same call goes on from there" if resumes else ""
+        raise JournalError(
+            f"{path}: the journal, which keeps what layers were and what they become, cannot be written ({reason}): free space, "
+            f"or choose another folder (resume=, --resume; without it, TMPDIR). The model is unchanged{later}"
+        ) from error
+
+
 def remove_journal(folder: str | Path) -> None:
-    """Remove the journal of a job that was to keep it, those of its ranks included; what else is in the folder stays."""
-    for one in [*Path(folder).glob("rank-*-of-*"), Path(folder)]:
-        if (one / ABOUT).exists() or (one.is_dir() and not any(one.iterdir())):
-            _remove(one)
+    """Remove the journal of a job that was to keep it, those of its ranks included; what else is in the folder stays.
+
+    A journal that another process holds is left to it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return
+    ranks = [one for one in folder.iterdir() if OF_A_RANK.fullmatch(one.name) and one.is_dir() and not one.is_symlink()]
+    for one in [*ranks, folder]:
+        try:
+            lock = lock_folder(one)
+        except BlockingIOError:
+            continue
+        try:
+            if _is_journal(one):
+                _remove(one)
+            elif not any(one.iterdir()):
+                one.rmdir()
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+
+def _is_journal(folder: Path) -> bool:
+    try:
+        _record(folder / ABOUT)
+    except JournalError:
+        return False
+    return True
 
 
 def _remove(folder: Path) -> None:
-    for path in [*folder.glob("*.safetensors"), *folder.glob(".*.safetensors.*.part"), folder / ABOUT]:
-        path.unlink(missing_ok=True)
+    """Remove the files of a journal, its record last, and the folder if nothing else is in it."""
+    if not folder.is_dir():
+        return
+    for path in folder.iterdir():
+        if OURS.fullmatch(path.name) or UNFINISHED.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    (folder / ABOUT).unlink(missing_ok=True)
     if not any(folder.iterdir()):
         folder.rmdir()

@@ -24,6 +24,7 @@ from bisparse.pruning.job import Job, Outcome, Task
 from bisparse.pruning.layer import plan
 from bisparse.pruning.methods import parse_method
 from bisparse.pruning.methods.base import Method
+from bisparse.pruning.methods.given_scores import Scores, methods_of
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.results import PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver
@@ -38,6 +39,7 @@ def prune_(
     method: str | Method | None = None,
     batches: Iterable[Any] | None = None,
     *,
+    scores: Scores | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
     solver: str | Solver | None = None,
@@ -62,6 +64,9 @@ def prune_(
         method: a method or its name in `bisparse.pruning.METHODS`, such as ``"wanda"``; by default `Magnitude`.
         batches: calibration data, for methods that need statistics: passed to the model as ``model(**batch)``,
             ``model(*batch)`` or ``model(batch)``.
+        scores: in place of a method, what each weight is worth keeping: ``{layer name: tensor}`` or a function
+            ``(name, weight) -> tensor``, of the weight's shape, non-negative and finite; see `bisparse.scores`. Each mask keeps
+            the largest total score.
         include, exclude: names, globs, ``re:`` patterns, or functions ``(name, module) -> bool``; see `find_layers`.
         solver: for transposable patterns, or its name in `bisparse.solvers.SOLVERS`; by default `Exact`.
         remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
@@ -78,7 +83,7 @@ def prune_(
         resume: a folder for the journal of this job. An interrupted job called again with the same arguments goes on at the
             layer where it stopped; the folder is removed at the end.
         keep_journal: leave that folder, for a caller who has yet to save the model; `remove_journal` removes it.
-        progress: a progress bar; None: if a terminal is there to see it.
+        progress: a progress bar, or lines with the time where no terminal shows one; None: a bar if a terminal is there.
         group: ranks that share the job, such as ``torch.distributed.group.WORLD`` under torchrun: each calls this with the same
             model and the same batches, runs a part of the batches, prunes a part of the layers, and ends with the whole result.
 
@@ -96,14 +101,17 @@ def prune_(
     ranks = Ranks(group)
     with ranks.failing_together():
         pattern = parse_pattern(pattern)
+        if scores is not None and method is not None:
+            raise ValueError(f"both scores= and method={method!r:.60} choose the masks: leave out one of them")
         method = Magnitude() if method is None else parse_method(method)
         options = Options(parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress)
         planned, left_dense = plan(
             model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
         )
-    tasks = [Task(layer, structure, method) for layer, structure in planned]
+        methods = [method for _ in planned] if scores is None else methods_of([layer for layer, _ in planned], scores)
+    tasks = [Task(layer, structure, own) for (layer, structure), own in zip(planned, methods, strict=True)]
     outcome = prune_layers_(model, tasks, batches, options, ranks)
-    return report_of(pattern, method, options, outcome, left_dense, patterns, count_parameters(model))
+    return report_of(pattern, methods[0], options, outcome, left_dense, patterns, count_parameters(model))
 
 
 def prune_layers_(

@@ -11,6 +11,7 @@ walk costs a few passes; what is no chain is run from the start up to each stage
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +24,7 @@ from tqdm.auto import tqdm
 
 from bisparse.layers import Layer
 from bisparse.process_group import Ranks
+from bisparse.progress_lines import ProgressLines
 from bisparse.pruning.calibration.block_chain import Chain, dense_copy, find_chains
 from bisparse.pruning.calibration.block_runner import ChainRun
 from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Data, Stage
@@ -99,9 +101,12 @@ def calibrate(
     # Raw inputs are not worth sending: each rank runs all of the data then.
     ranks = ranks or Ranks()
     shared = Data(data, needs, ranks if Statistic.INPUTS not in needs else Ranks())
-    hidden = True if ranks.rank > 0 else None if options.progress is None else not options.progress
+    hidden, lines = _shown(options.progress) if ranks.rank == 0 else (True, None)
     bar = tqdm(total=len(layers), desc="calibrating", unit="layer", disable=hidden, smoothing=0.1)
     with _evaluating(model), bar:
+        passed = len(done)
+        if lines:
+            lines("", passed, len(layers))
         started = time.perf_counter()
         stages, calls, forwards = discover(model, layers, data, options.forward)
         walk.forwards += forwards
@@ -118,9 +123,22 @@ def calibrate(
                 yield stage
                 continue
             bar.set_postfix_str(stage.layers[-1].name)
+            if lines:
+                lines(stage.layers[-1].name, passed, len(layers))
             yield stage
+            passed += len(stage.layers)
             bar.update(len(stage.layers))
         bar.update(bar.total - bar.n)
+        if lines:
+            lines("", len(layers), len(layers))
+
+
+def _shown(progress: bool | None) -> tuple[bool | None, ProgressLines | None]:
+    """Whether the bar is hidden (None: where there is no terminal), and the lines that take its place."""
+    notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+    if progress and not notebook and not sys.stderr.isatty():
+        return True, ProgressLines("calibrating")
+    return (None if progress is None else not progress), None
 
 
 def _timed(stages: Iterator[Stage | FinishedBlock], walk: Walk) -> Iterator[Stage | FinishedBlock]:

@@ -5,6 +5,9 @@
 W' solves a ridge regression drawn to D, D is the best mask of W' + V / rho (scores: squares, so that the projection is the
 nearest point), V the multipliers; rho grows until the mask stands still. Then the weights are refitted on the mask.
 Inputs are scaled to unit mean square first, so that the first projection is Wanda's.
+Sensitive to rounding: its masks depend on the last bits of its inputs. In one check, inputs times (1 + 1e-7), batches in reversed
+order or two ranks instead of one changed 13 % of a mask's places at equal error; the masks of SparseGPT and AdaPrune did not
+change. Compare the errors of two runs, not their masks.
 Guarantee: none for the whole; a mask is not returned if the first projection's has the smaller error after the refit, on 64 rows.
 Cost: one eigendecomposition of K x K, then two products (O, K) x (K, K) and a mask solve an iteration.
 Source: Meng, Behdin, Wang, Mazumder, "ALPS", NeurIPS 2024, arXiv 2406.07831, algorithm 1 and its schedule of rho; TSENOR
@@ -50,6 +53,8 @@ FLOOR = 1e-7
 @dataclass(frozen=True)
 class ALPS(Method):
     """Mask and weights by ADMM.
+
+    The mask is sensitive to rounding: inputs times (1 + 1e-7) changed 13 % of its places in one check, at equal error.
 
     Args:
         damping: ridge of the mask search, in units of the mean square of an input.

@@ -1,0 +1,64 @@
+"""Pruning by scores of the caller's: keep the mask of largest total score; kept weights stay as they are. Needs no data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from jaxtyping import Real
+from torch import Tensor
+
+from bisparse.layers import Layer
+from bisparse.pruning.fingerprint import fingerprint
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
+from bisparse.tiles import to_matrices
+
+__all__ = ["GivenScores", "Scores", "methods_of"]
+
+Scores: TypeAlias = Mapping[str, Tensor] | Callable[[str, Tensor], Tensor]
+"""By layer name, or a function of the layer's name and a copy of its weight; of the weight's shape."""
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class GivenScores(Method):
+    """Keep the weights of one layer whose given scores are largest, as far as the pattern allows."""
+
+    scores: Real[Tensor, "B O I"]
+
+    def __repr__(self) -> str:
+        return f"scores({fingerprint(self.scores)})"
+
+    @property
+    def name(self) -> str:
+        return "scores"
+
+    def prune(self, problem: LayerProblem) -> Pruned:
+        return Pruned(problem.solve(self.scores))
+
+
+def methods_of(layers: Sequence[Layer], scores: Scores) -> list[Method]:
+    """A method per layer.
+
+    Raises:
+        ValueError: scores for no layer to prune, a layer without scores, or scores that are no tensor of the weight's shape.
+    """
+    if not isinstance(scores, Mapping) and not callable(scores):
+        raise ValueError(f"scores={scores!r:.60}: expected a dict {{layer name: tensor}} or a function (name, weight) -> tensor")
+    if isinstance(scores, Mapping):
+        names = [layer.name for layer in layers]
+        if unknown := sorted(str(name) for name in scores if name not in names):
+            raise ValueError(f"scores= has {unknown[:20]}, which are none of the layers to prune: {names[:20]}")
+        if missing := [name for name in names if name not in scores]:
+            raise ValueError(f"scores= has none for {missing[:20]}: give them, or exclude these layers")
+    return [GivenScores(_of_layer(layer, scores)) for layer in layers]
+
+
+def _of_layer(layer: Layer, scores: Scores) -> Tensor:
+    weight = layer.weight.detach()
+    found = scores[layer.name] if isinstance(scores, Mapping) else scores(layer.name, weight.clone())
+    if not isinstance(found, Tensor) or found.shape != weight.shape:
+        given = f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+        raise ValueError(f"{layer.name}: scores= gives {given}; expected a tensor of the weight's shape {tuple(weight.shape)}")
+    matrices: Tensor = to_matrices(found.detach().to(weight.device), layer.layout)
+    return matrices
