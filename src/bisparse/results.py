@@ -56,18 +56,18 @@ class LayerResult:
     violated_weights: float | None = None
     """Share of what was kept before that the pattern had to drop, for a conversion; an unstructured one, what was beyond its
     density."""
-    violated_blocks: float | None = None
+    violated_groups: float | None = None
     """Share of the pattern's groups that kept too many before, for a conversion."""
     unstructured_weights: float | None = None
     """What `violated_weights` would have been of a random unstructured mask of the same density; None without such a chance."""
-    unstructured_blocks: float | None = None
-    """The same of `violated_blocks`."""
+    unstructured_groups: float | None = None
+    """The same of `violated_groups`."""
     origin: str = ""
     """The N:M that was obeyed, and filled, before a conversion; empty where there was none."""
     origin_weights: float | None = None
     """What `violated_weights` would have been of a random mask of `origin`."""
-    origin_blocks: float | None = None
-    """The same of `violated_blocks`."""
+    origin_groups: float | None = None
+    """The same of `violated_groups`."""
     fitted: str = ""
     """The sparsest N:M, of the pattern's M, that 95 % of the groups fitted before a conversion; empty where there was none."""
     checksum: int | None = None

@@ -463,8 +463,8 @@ def test_figures_of_a_job_with_data_stand_in_the_table(tmp_path: Path) -> None:
         cells = dict(zip(head, page.row(layer.name), strict=True))
         chance = f"unstructured {100 * layer.unstructured_weights:.1f} %, 4:8 {100 * 9 / 70:.1f} %"
         assert cells["Violation"] == f"{100 * layer.violated_weights:.1f} %{chance}"
-        chance = f"unstructured {100 * layer.unstructured_blocks:.1f} %, 4:8 {100 * 17 / 70:.1f} %"
-        assert cells["Groups violated"] == f"{100 * layer.violated_blocks:.1f} %{chance}"
+        chance = f"unstructured {100 * layer.unstructured_groups:.1f} %, 4:8 {100 * 17 / 70:.1f} %"
+        assert cells["Groups violated"] == f"{100 * layer.violated_groups:.1f} %{chance}"
         assert (cells["Fits"], cells["Fitted before"]) == ("2:4", layer.fitted)
         assert cells["Error masked"] == f"{100 * layer.error_before:.1f} %"
         assert cells["Output error"] == f"{100 * layer.error:.1f} %"

@@ -113,12 +113,12 @@ def _violated(task: Task) -> dict[str, Any]:
     fitted = None if m is None else sparsest_pattern(kept, m, transposable=transposable, layout=layout)
     return {
         "violated_weights": found.weights,
-        "violated_blocks": found.blocks,
+        "violated_groups": found.groups,
         "unstructured_weights": found.predicted_weights,
-        "unstructured_blocks": found.predicted_blocks,
+        "unstructured_groups": found.predicted_groups,
         "origin": str(found.origin or ""),
         "origin_weights": found.origin_weights,
-        "origin_blocks": found.origin_blocks,
+        "origin_groups": found.origin_groups,
         "fitted": str(fitted or ""),
     }
 

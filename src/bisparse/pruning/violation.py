@@ -49,17 +49,17 @@ class PatternViolation:
     pattern: Structure
     weights: float
     """v_w: share of what the mask keeps (of its score, where scores were given) that the pattern must drop."""
-    blocks: float
+    groups: float
     """v_b: share of the pattern's groups, of W and of W^T where it is transposable, that keep too many."""
     predicted_weights: float | None
     """v_w of a random unstructured mask of the same density; None where the pattern is unstructured too."""
-    predicted_blocks: float | None
+    predicted_groups: float | None
     """v_b of a random unstructured mask of the same density; None where the pattern is unstructured too."""
     origin: Pattern | None = None
     """The N:M that the mask obeys and fills, of the smallest M; None where there is none."""
     origin_weights: float | None = None
     """v_w of a random mask of `origin`."""
-    origin_blocks: float | None = None
+    origin_groups: float | None = None
     """v_b of a random mask of `origin`."""
 
 
@@ -79,7 +79,7 @@ def violation(
 
     >>> mask = torch.tensor([[True, True, True, False], [False, True, True, False]])
     >>> found = violation(mask, "2:4")
-    >>> round(found.weights, 3), found.blocks
+    >>> round(found.weights, 3), found.groups
     (0.2, 0.5)
     """
     pattern = parse_pattern(pattern)
@@ -91,14 +91,14 @@ def violation(
     lost = 1 - solution.value / total if total > 0 else 0.0
     found = verify(kept, pattern, layout=layout)
     density = float(kept.double().mean()) if kept.numel() else 0.0
-    blocks = found.violations / max(1, found.groups)
+    groups = found.violations / max(1, found.groups)
     origin = _origin(kept, layout, density)
     if isinstance(pattern, Unstructured):
-        return PatternViolation(pattern, max(0.0, lost), blocks, None, None, origin)
+        return PatternViolation(pattern, max(0.0, lost), groups, None, None, origin)
     chance = predicted_violation(density, pattern)
     if origin is None:
-        return PatternViolation(pattern, max(0.0, lost), blocks, *chance)
-    return PatternViolation(pattern, max(0.0, lost), blocks, *chance, origin, *predicted_violation(origin, pattern))
+        return PatternViolation(pattern, max(0.0, lost), groups, *chance)
+    return PatternViolation(pattern, max(0.0, lost), groups, *chance, origin, *predicted_violation(origin, pattern))
 
 
 def _origin(kept: Bool[Tensor, "..."], layout: Layout, density: float) -> Pattern | None:
@@ -138,15 +138,15 @@ def predicted_violation(origin: float | str | Structure, pattern: str | Structur
     chances = _count_chances(origin, pattern.m)
     over = {count: chance for count, chance in chances.items() if count > pattern.n}
     mean = sum(count * chance for count, chance in chances.items())
-    blocks = sum(over.values())
+    groups = sum(over.values())
     weights = sum((count - pattern.n) * chance for count, chance in over.items()) / mean if mean else 0.0
     if pattern.transposable:
         # Along the columns, rows that obey a plain N:M are independent of each other.
         plain = isinstance(origin, Pattern) and not origin.transposable
         columns = _count_chances(origin.density, pattern.m) if plain and isinstance(origin, Pattern) else chances
-        blocks = (blocks + sum(chance for count, chance in columns.items() if count > pattern.n)) / 2
-        weights = _simulated(origin, pattern)[0] if blocks > 0 else 0.0
-    return weights, blocks
+        groups = (groups + sum(chance for count, chance in columns.items() if count > pattern.n)) / 2
+        weights = _simulated(origin, pattern)[0] if groups > 0 else 0.0
+    return weights, groups
 
 
 def _count_chances(origin: float | Pattern, m: int) -> dict[int, float]:

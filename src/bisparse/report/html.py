@@ -105,7 +105,7 @@ def write_report(
         chart=chart_of_layers([figures], [gaussian]),
         mixed=len({layer.pattern for layer in report}) > 1,
         has_output_error=any(layer.error is not None for layer in report),
-        has_violation=any(layer.violated_blocks is not None for layer in report),
+        has_violation=any(layer.violated_groups is not None for layer in report),
         unstructured=any(isinstance(parse_pattern(layer.pattern), Unstructured) for layer in report),
         fitting_m=FITTING_M,
         confidence=CONFIDENCE,

@@ -121,6 +121,6 @@ def _fast_prices(certificate: Certificate) -> ops.Prices:
     u, v, exponent = certificate.u, certificate.v, certificate.exponent
     if u.dtype == torch.int32:
         return u, v, exponent
-    fit = ((u.abs() < LARGEST_PRICE) & (v.abs() < LARGEST_PRICE)).all(1) & (exponent.abs() < -ops.COARSE)
+    fit = ((u.abs() < LARGEST_PRICE) & (v.abs() < LARGEST_PRICE)).all(1) & (exponent.abs() < -ops.NEEDS_EXACT)
     u, v = (torch.where(fit[:, None], side, 0).int() for side in (u, v))
-    return u, v, torch.where(fit, exponent, ops.COARSE).int()
+    return u, v, torch.where(fit, exponent, ops.NEEDS_EXACT).int()

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from bisparse.errors import install_extra
-from bisparse.kernels.exact.ops import COARSE
+from bisparse.kernels.exact.ops import NEEDS_EXACT
 from bisparse.kernels.exact.reference import quantise
 from bisparse.solvers.rounding import chunks
 from bisparse.solvers.solver import Guarantee, Solver
@@ -107,7 +107,7 @@ def _integers(scores: Real[Tensor, "B M M"]) -> Int[Tensor, "B M M"]:
     if scores.dtype == torch.float64:
         return _wide(scores)
     q, exponent = quantise(scores)
-    return torch.where((exponent == COARSE)[:, None, None], _wide(scores.double()), q)
+    return torch.where((exponent == NEEDS_EXACT)[:, None, None], _wide(scores.double()), q)
 
 
 def _wide(scores: Float[Tensor, "B M M"]) -> Int[Tensor, "B M M"]:

@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
-from bisparse.kernels.exact.schema import COARSE, FAST_BITS, BadScoreError, check_scores
+from bisparse.kernels.exact.schema import FAST_BITS, NEEDS_EXACT, BadScoreError, check_scores
 
 __all__ = [
-    "COARSE",
     "FAST_BITS",
+    "NEEDS_EXACT",
     "BadScoreError",
     "Prices",
     "any_coarse",
@@ -32,7 +32,11 @@ def stack(x: Tensor, y: Tensor) -> Tensor:
 
 def is_coarse(exponent: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
     """Which tiles are; on CPU without torch's threads."""
-    return torch.from_numpy(exponent.numpy() == COARSE) if type(exponent) is Tensor and exponent.is_cpu else exponent == COARSE
+    return (
+        torch.from_numpy(exponent.numpy() == NEEDS_EXACT)
+        if type(exponent) is Tensor and exponent.is_cpu
+        else exponent == NEEDS_EXACT
+    )
 
 
 def any_coarse(coarse: Bool[Tensor, " B"]) -> bool:
@@ -47,7 +51,7 @@ def keep_largest(groups: Real[Tensor, "G M"], n: int) -> Bool[Tensor, "G M"]:
 
 
 def exact_mask(scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"]]:
-    """Optimal mask of the tiles of a float32 matrix whose sides m divides, and which tiles were too `COARSE` to trust.
+    """Optimal mask of the tiles of a float32 matrix whose sides m divides, and which tiles were too `NEEDS_EXACT` to trust.
 
     On a GPU float16 and bfloat16 are read as they are, and a tile with a bad score is coarse: nothing waits for the device.
 
@@ -71,7 +75,7 @@ Prices = tuple[Int[Tensor, "B M"], Int[Tensor, "B M"], Int[Tensor, " B"]]
 def exact_solve(
     scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool, start: Prices | None = None
 ) -> tuple[Bool[Tensor, "R C"], Int[Tensor, "B M"], Int[Tensor, "B M"], Int[Tensor, " B"]]:
-    """Mask, u, v and exponent; of a tile whose exponent is `COARSE` the others are not to be trusted.
+    """Mask, u, v and exponent; of a tile whose exponent is `NEEDS_EXACT` the others are not to be trusted.
 
     Args:
         start: the prices of an earlier solve of nearly the same scores.

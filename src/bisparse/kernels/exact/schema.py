@@ -10,12 +10,12 @@ from torch import Tensor
 from bisparse.kernels.registration import define
 
 __all__ = [
-    "COARSE",
-    "COARSE_BELOW",
     "FAST_BITS",
     "FINE_BITS",
     "LARGEST_PRICE",
     "LARGEST_START",
+    "MIN_FINE_INTEGER",
+    "NEEDS_EXACT",
     "TINY",
     "BadScoreError",
     "check_integers",
@@ -25,8 +25,8 @@ __all__ = [
 ]
 
 FAST_BITS = 24
-COARSE = -(1 << 30)
-"""In place of an exponent: the fast mode would ruin this tile; solve it with `FINE_BITS` instead."""
+NEEDS_EXACT = -(1 << 30)
+"""Returned as exponent of a tile that 24 bits quantise too coarsely: solve it with `FINE_BITS` instead."""
 FINE_BITS = 52
 LARGEST_INTEGER = 1 << 55
 """What `exact_solve_integers` takes is below this, so that no shortest path overflows 64 bits."""
@@ -36,8 +36,8 @@ LARGEST_PRICE = 1 << 30
 """A tile whose prices reach this is coarse: they would not fit 32 bits."""
 TINY = 2.0**-103
 """A tile whose largest score is below this counts as coarse too: its scale would overflow float32."""
-COARSE_BELOW = 1 << 12
-"""A quantised score below this has lost precision; a tile where that holds for over half of its non-zero scores is coarse."""
+MIN_FINE_INTEGER = 1 << 12
+"""A quantised score below this has lost precision; a tile with more than half of its non-zero scores below it is coarse."""
 
 
 class BadScoreError(ValueError):

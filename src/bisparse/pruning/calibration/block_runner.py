@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.block_chain import Call, Chain, argument_of, dense_copy, without
-from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, call_model, observed, taking_in
+from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, batch_error_context, call_model, observed
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.paused import Paused
 
@@ -224,7 +224,7 @@ class ChainRun:
 
     def _finish(self, index: int, dense: bool) -> Tensor:
         one = self._pass(index, dense)
-        with taking_in(self.data[index], index, f"the block {self.chain.name}.{self.current}"):
+        with batch_error_context(self.data[index], index, f"the block {self.chain.name}.{self.current}"):
             while not one.paused.finished:
                 self._resumed(one, one.paused.resume)
         home = (self.dense_inputs if dense else self.inputs)[index].device

@@ -28,7 +28,7 @@ from bisparse.pruning.calibration.block_runner import ChainRun
 from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Data, Stage
 from bisparse.pruning.calibration.execution_order import discover
 from bisparse.pruning.calibration.finished_block import FinishedBlock
-from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, call_model, observed, taking_in, token_mask
+from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, batch_error_context, call_model, observed, token_mask
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
 from bisparse.pruning.reduction import positions
@@ -298,7 +298,7 @@ def _walk_chain(
                 collector = Collector([todo], {}, data)
                 for own_index, (index, batch) in enumerate(data.own):
                     keep = token_mask(batch)
-                    with taking_in(batch, index, f"the layer {todo[0].name}"):
+                    with batch_error_context(batch, index, f"the layer {todo[0].name}"):
                         inputs, dense_inputs = run.inputs_of(own_index, position)
                         for at, (x, part) in enumerate(inputs):
                             for layer in todo:

@@ -11,7 +11,7 @@ from torch import Tensor
 from bisparse.layers import Layer
 from bisparse.process_group import Ranks
 from bisparse.pruning.calibration.moments import Moments
-from bisparse.pruning.calibration.statistics import Statistic, Statistics, reading_of
+from bisparse.pruning.calibration.statistics import Statistic, Statistics, input_key
 
 __all__ = ["HOLD_OUT_EVERY", "Collector", "Data", "Stage"]
 
@@ -57,7 +57,7 @@ class Collector:
             for layer in stage:
                 # One that is called more than once sees more than the input that they share.
                 shared = calls.get(layer.name, 1) == 1
-                leader = reading.setdefault(reading_of(layer), layer.name) if shared else layer.name
+                leader = reading.setdefault(input_key(layer), layer.name) if shared else layer.name
                 self._shared[layer.name] = leader
                 if leader == layer.name:
                     leaders.append(layer)

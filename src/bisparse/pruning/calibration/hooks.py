@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.tiles import LayoutKind
-from bisparse.user_errors import ends_the_process, told
+from bisparse.user_errors import ends_the_process, error_in_one_line
 
-__all__ = ["LAST_PART", "EnoughSeen", "Seen", "call_model", "observed", "taking_in", "token_mask", "unseen_reason"]
+__all__ = ["LAST_PART", "EnoughSeen", "Seen", "batch_error_context", "call_model", "observed", "token_mask", "unseen_reason"]
 
 Seen = Callable[[Layer, Tensor, int | None], None]
 """Called with a layer, its input, and which part of a packed projection the input belongs to (None: all of it)."""
@@ -62,7 +62,7 @@ def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
         "Batches are passed as model(**batch), model(*batch) or model(batch); pass forward=lambda model, batch: ... for anything "
         "else, such as (inputs, labels) pairs"
     )
-    with taking_in(batch, index, f"the model {type(model).__name__}", ways), _without_cache(model):
+    with batch_error_context(batch, index, f"the model {type(model).__name__}", ways), _without_cache(model):
         if forward is not None:
             return forward(model, batch)
         if isinstance(batch, Mapping):
@@ -73,8 +73,8 @@ def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
 
 
 @contextmanager
-def taking_in(batch: Any, index: int, taker: str, remedy: str = "") -> Iterator[None]:
-    """While open, whatever goes wrong is told as a batch that does not fit `taker`: a model may raise anything.
+def batch_error_context(batch: Any, index: int, taker: str, remedy: str = "") -> Iterator[None]:
+    """Turn any error inside into one that names the batch and `taker`: a model may raise anything.
 
     Raises:
         CalibrationError: something went wrong.
@@ -88,7 +88,7 @@ def taking_in(batch: Any, index: int, taker: str, remedy: str = "") -> Iterator[
         if ends_the_process(error):
             raise
         described = {key: _describe(value) for key, value in batch.items()} if isinstance(batch, Mapping) else _describe(batch)
-        problem = f"calibration batch {index} ({described}) does not fit {taker}: {told(error)}"
+        problem = f"calibration batch {index} ({described}) does not fit {taker}: {error_in_one_line(error)}"
         raise CalibrationError(f"{problem}. {remedy}" if remedy else problem) from error
 
 

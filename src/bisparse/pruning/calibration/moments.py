@@ -37,7 +37,7 @@ ABOUT = {
 }
 """The means that the factors of each second moment are about."""
 DENSE = frozenset({"cross_covariance", "dense_covariance", "dense_mean"})
-HEAVY = 32.0
+MAX_TOKEN_ENERGY_RATIO = 32.0
 """Columns of more than this many times the usual energy count as if they had that much."""
 SPLIT_COLUMNS = 512
 """From this many columns on, second moments are computed by halves."""
@@ -67,7 +67,7 @@ def token_weights(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G T 1"] | None:
         return None
     energy = x.square().sum(2, keepdim=True)
     usual = (energy.sum(1, keepdim=True) - energy.topk(largest, dim=1).values.sum(1, keepdim=True)) / (columns - largest)
-    limit = HEAVY * usual.clamp(min=0)
+    limit = MAX_TOKEN_ENERGY_RATIO * usual.clamp(min=0)
     heavy = (energy > limit) & (limit > 0)
     return torch.where(heavy, limit / energy, torch.ones_like(energy)) if bool(heavy.any()) else None
 
@@ -76,7 +76,7 @@ class Moments:
     """Accumulates a layer's statistics, batch by batch; sums in float32, means and weights in float64, count exact.
 
     Second moments and norms are what masks and weights are fitted to: with them, columns of very much energy count less (see
-    `HEAVY`). Means alone are plain.
+    `MAX_TOKEN_ENERGY_RATIO`). Means alone are plain.
     """
 
     def __init__(self, layer: Layer, needs: frozenset[Statistic]) -> None:

@@ -25,7 +25,7 @@ from torch.nn import functional
 from bisparse.layers import Layer
 from bisparse.tiles import LayoutKind
 
-__all__ = ["CalibrationError", "Statistic", "Statistics", "full_precision", "input_columns", "precise", "reading_of"]
+__all__ = ["CalibrationError", "Statistic", "Statistics", "full_precision", "input_columns", "input_key", "precise"]
 
 
 class Statistic(StrEnum):
@@ -166,7 +166,7 @@ def input_columns(layer: Layer, inputs: Float[Tensor, "..."], keep: Bool[Tensor,
         yield piece.float().unsqueeze(0)
 
 
-def reading_of(layer: Layer) -> Hashable:
+def input_key(layer: Layer) -> Hashable:
     """Layers for which this is equal make the same columns of the same input."""
     module = layer.module
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):

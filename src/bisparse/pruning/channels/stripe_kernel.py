@@ -28,7 +28,7 @@ LANES = 16
 PAIRS = tuple(combinations(range(8), 2))
 DIVISIONS = tuple((0, *rest, *(k for k in range(1, 8) if k not in rest)) for rest in combinations(range(1, 8), 3))
 """Which of eight columns go to the first group of four, and which to the second; as they are first."""
-WORTH = 1 << 16
+MIN_WORK_PER_THREAD = 1 << 16
 
 
 @intrinsic
@@ -133,5 +133,5 @@ def best_divisions(
     smallest = torch.tensor([least], dtype=torch.float64)
     (count, rows), stripes, number = columns.shape, len(members), len(pairs)
     arguments = columns, members, pairs, gains, choices, smallest, count, rows, stripes, number
-    over_bands(divide_kernel(n), arguments, number, 1, max(1, WORTH // max(rows, 1)))
+    over_bands(divide_kernel(n), arguments, number, 1, max(1, MIN_WORK_PER_THREAD // max(rows, 1)))
     return gains, choices

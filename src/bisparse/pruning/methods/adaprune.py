@@ -33,7 +33,7 @@ from bisparse.pruning.methods.base import (
     check_number,
 )
 from bisparse.pruning.methods.least_squares import choose_damping, reconstruct
-from bisparse.pruning.methods.least_squares_problem import Problem, refitted_bias
+from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem, refitted_bias
 from bisparse.pruning.methods.wanda import Wanda
 from bisparse.solution import Solution
 
@@ -147,7 +147,9 @@ def fit(
     )
 
 
-def _no_worse(whole: Problem, fitted: Float[Tensor, "G O K"], mask: Bool[Tensor, "G O K"]) -> tuple[Float[Tensor, "G O K"], int]:
+def _no_worse(
+    whole: LeastSquaresProblem, fitted: Float[Tensor, "G O K"], mask: Bool[Tensor, "G O K"]
+) -> tuple[Float[Tensor, "G O K"], int]:
     """The fitted weights, but the masked dense ones in rows where those have the smaller error; and how many rows these are.
 
     In exact arithmetic there are none.

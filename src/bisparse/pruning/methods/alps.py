@@ -33,18 +33,18 @@ from bisparse.pruning.methods.base import (
     check_number,
 )
 from bisparse.pruning.methods.least_squares import reconstruct, some_rows
-from bisparse.pruning.methods.least_squares_problem import Problem
+from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem
 from bisparse.solution import Solution
 
 __all__ = ["ALPS"]
 
 
-SETTLED = 1e-3
-"""The mask stands still when no more than this share of it changes between two updates of rho: the refit does the rest."""
-LEAST = 6
-"""Iterations before that is believed: the first ones may change little."""
-FLOOR = 1e-7
-"""Scores below this share of the largest count as this."""
+MAX_SETTLED_CHANGE = 1e-3
+"""The mask has settled when at most this fraction of it changes between two updates of rho; the refit does the rest."""
+MIN_ITERATIONS = 6
+"""Iterations before the mask may count as settled: the first ones may change little."""
+MIN_RELATIVE_SCORE = 1e-7
+"""Scores below this fraction of the largest are raised to it."""
 
 
 @dataclass(frozen=True)
@@ -115,14 +115,16 @@ class ALPS(Method):
             f"{pruned.note}; {note}" if pruned.note else note,
         )
 
-    def _refitted_error(self, whole: Problem, mask: Bool[Tensor, "G O K"]) -> float:
+    def _refitted_error(self, whole: LeastSquaresProblem, mask: Bool[Tensor, "G O K"]) -> float:
         """The error of a mask after the refit, by some of the rows: they do not depend on each other."""
         index = some_rows(mask)
         part = whole.rows(index)
         fitted = reconstruct(part, mask[:, index], damping=self.damping, method="conjugate gradient", tolerance=1e-2)
         return part.damped(self.damping).error(fitted.weight)
 
-    def _search(self, damped: Problem, problem: LayerProblem) -> tuple[Solution, Solution, Float[Tensor, "G O K"], int]:
+    def _search(
+        self, damped: LeastSquaresProblem, problem: LayerProblem
+    ) -> tuple[Solution, Solution, Float[Tensor, "G O K"], int]:
         """The first projection, the last one, its weights, and how many iterations it took."""
         scale = damped.gram.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
         gram = damped.gram / (scale[:, :, None] * scale[:, None, :])
@@ -134,7 +136,7 @@ class ALPS(Method):
         def project(weight: Float[Tensor, "G O K"]) -> tuple[Solution, Float[Tensor, "G O K"]]:
             scores = weight.square()
             # Late in the search what is pruned is all but zero; a range that no weight needs costs the solver its time.
-            scores = scores.clamp(min=FLOOR * float(scores.amax()) if scores.numel() else 0.0)
+            scores = scores.clamp(min=MIN_RELATIVE_SCORE * float(scores.amax()) if scores.numel() else 0.0)
             solution = problem.solve(problem.matrices(scores))
             return solution, weight * problem.rows(solution.mask)
 
@@ -154,7 +156,7 @@ class ALPS(Method):
                 mask = problem.rows(last.mask)
                 changed = int((mask != before).sum()) / 2
                 before = mask
-                if step >= LEAST and changed <= SETTLED * kept:
+                if step >= MIN_ITERATIONS and changed <= MAX_SETTLED_CHANGE * kept:
                     break
                 rho *= 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1
         return first, last, point / scale[:, None, :], step

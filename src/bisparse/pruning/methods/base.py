@@ -14,7 +14,7 @@ from torch import Tensor
 from bisparse._solve import solve
 from bisparse.pattern import Structure
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
-from bisparse.pruning.methods.least_squares_problem import Problem, make_problem
+from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem, make_problem
 from bisparse.pruning.reduction import to_matrices_of_rows, to_rows
 from bisparse.solution import Solution
 from bisparse.solvers import Solver
@@ -94,7 +94,7 @@ class LayerProblem:
             )
         return self.statistics
 
-    def least_squares(self, *, centred: bool, statistics: Statistics | None = None) -> Problem:
+    def least_squares(self, *, centred: bool, statistics: Statistics | None = None) -> LeastSquaresProblem:
         """The layer's output error as a function of its weights; see `make_problem`."""
         return make_problem(self.rows(self.weight), statistics or self.measured, centred=centred, name=self.name)
 

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bisparse.pruning.methods.least_squares_problem import Problem
+from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem
 
 __all__ = ["DAMPINGS", "Reconstruction", "choose_damping", "reconstruct", "some_rows"]
 
@@ -50,7 +50,7 @@ class Reconstruction:
 
 
 def reconstruct(
-    problem: Problem,
+    problem: LeastSquaresProblem,
     mask: Bool[Tensor, "G O K"],
     *,
     damping: float,
@@ -85,7 +85,7 @@ def reconstruct(
     return Reconstruction(weight, damping, method, iterations, residual)
 
 
-def _factorised(problem: Problem, mask: Bool[Tensor, "G O K"], largest: int) -> Float[Tensor, "G O K"]:
+def _factorised(problem: LeastSquaresProblem, mask: Bool[Tensor, "G O K"], largest: int) -> Float[Tensor, "G O K"]:
     base = problem.weight * mask
     if largest == 0:
         return base
@@ -117,7 +117,7 @@ def _factorised(problem: Problem, mask: Bool[Tensor, "G O K"], largest: int) -> 
 
 
 def _conjugate_gradient(
-    problem: Problem, mask: Bool[Tensor, "G O K"], tolerance: float, max_iterations: int, start: Tensor | None
+    problem: LeastSquaresProblem, mask: Bool[Tensor, "G O K"], tolerance: float, max_iterations: int, start: Tensor | None
 ) -> tuple[Float[Tensor, "G O K"], int, float]:
     support = mask.to(problem.weight.dtype)
     weight = (problem.weight if start is None else start) * support
@@ -157,8 +157,8 @@ def some_rows(mask: Bool[Tensor, "G O K"], count: int = 64) -> Int[Tensor, " R"]
 
 
 def choose_damping(
-    problem: Problem,
-    held_out: Problem,
+    problem: LeastSquaresProblem,
+    held_out: LeastSquaresProblem,
     mask: Bool[Tensor, "G O K"],
     *,
     candidates: Sequence[float] = DAMPINGS,

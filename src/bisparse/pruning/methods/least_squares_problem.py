@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistics, precise
 
-__all__ = ["Problem", "make_problem"]
+__all__ = ["LeastSquaresProblem", "make_problem"]
 
 EPSILON = torch.finfo(torch.float32).eps
 RESOLUTION = 4.0
@@ -29,7 +29,7 @@ SILENT = 1e-30
 
 
 @dataclass(frozen=True)
-class Problem:
+class LeastSquaresProblem:
     """G least-squares problems of O outputs over K inputs each, float32."""
 
     weight: Float[Tensor, "G O K"]
@@ -79,7 +79,7 @@ class Problem:
         which = "no input" if silent == len(self.gram) else f"no input of {silent} of {len(self.gram)} groups"
         return f"{which} varies in the calibration data: nothing to fit, the kept weights stay"
 
-    def damped(self, damping: float) -> Problem:
+    def damped(self, damping: float) -> LeastSquaresProblem:
         """The problem with ``damping * scale * |W' - W|^2`` added: weights are pulled to the dense ones, not to zero."""
         if damping == 0:
             return self
@@ -96,14 +96,14 @@ class Problem:
             energy=self.energy + (ridge[:, None, :] * self.weight.square()).sum(2),
         )
 
-    def rows(self, index: Tensor) -> Problem:
+    def rows(self, index: Tensor) -> LeastSquaresProblem:
         """The same problems with only some of the outputs."""
         return replace(self, weight=self.weight[:, index], target=self.target[:, index], energy=self.energy[:, index])
 
 
 def make_problem(
     weight: Float[Tensor, "G O K"], statistics: Statistics, *, centred: bool = False, name: str = "layer"
-) -> Problem:
+) -> LeastSquaresProblem:
     """The least-squares problem of a layer with the given dense weight, from its calibration statistics.
 
     Args:
@@ -139,7 +139,7 @@ def make_problem(
     gram, cross, dense_gram = (moment.expand(problems, -1, -1).to(weight.device) for moment in (gram, cross, dense_gram))
     target = weight @ cross
     energy = ((weight @ dense_gram) * weight).sum(2).clamp(min=0)
-    problem = Problem(weight, gram, target, energy, floor)
+    problem = LeastSquaresProblem(weight, gram, target, energy, floor)
     if not bool(torch.isfinite(problem.energy).all() & torch.isfinite(gram).all()):
         raise CalibrationError(f"{name}: input moments are not finite; the inputs overflow float32")
     return problem

@@ -22,7 +22,7 @@ from bisparse._solve import solve
 from bisparse.pruning.calibration.statistics import Statistic
 from bisparse.pruning.methods.adaprune import DAMPING_UNIT, fit
 from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned, check_flag, check_number
-from bisparse.pruning.methods.least_squares_problem import Problem
+from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem
 from bisparse.scores import hessian
 from bisparse.solution import Solution
 
@@ -79,7 +79,7 @@ class SparseGPT(Method):
             note=whole.note,
         )
 
-    def _sweep(self, whole: Problem, problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
+    def _sweep(self, whole: LeastSquaresProblem, problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, mask and scores, each (G, O, K)."""
         damped = whole.damped(self.damping)
         scores = torch.zeros_like(whole.weight)

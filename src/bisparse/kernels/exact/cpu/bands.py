@@ -30,7 +30,7 @@ from bisparse.kernels.exact.cpu.enumerate_2to4 import (
 from bisparse.kernels.exact.cpu.prices import balance_prices, coarsen_prices, refine_prices, rescale_prices
 from bisparse.kernels.exact.cpu.repair import repair
 from bisparse.kernels.exact.cpu.vectors import LANES, SMALL
-from bisparse.kernels.exact.schema import COARSE
+from bisparse.kernels.exact.schema import NEEDS_EXACT
 from bisparse.kernels.numba_runtime.thread_pool import Kernel, array_at, kernel, numpy_type
 
 COLD_ALTERNATIONS = 5  # before the prices are balanced
@@ -38,7 +38,7 @@ BALANCED_ALTERNATIONS = 3
 WARM_ALTERNATIONS = 2
 UNBOUNDED = 0x7F800000  # the bit pattern of infinity: NaN and, read as unsigned, every negative number lie above
 MIDDLE_CHUNK = 128
-BAD, FOUND_COARSE = 1, 2
+BAD, FOUND_NEEDS_EXACT = 1, 2
 """Flags: a score may be NaN, infinite or negative; a tile is coarse."""
 MASK_BITS = mask_bits()
 WARM = 1
@@ -141,7 +141,7 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
             if largest >= UNBOUNDED:
                 scales[t] = np.float32(0)
             elif 0 < largest < (24 << 23):
-                exponent = np.int32(COARSE)
+                exponent = np.int32(NEEDS_EXACT)
             elif largest > 0 and 2 * small < m * m * SMALL:
                 few = 0
                 for i in range(m):
@@ -150,14 +150,14 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                         if score > 0:
                             few += 1 if score * scales[t] < SMALL - 0.5 else -1
                 if few > 0:
-                    exponent = np.int32(COARSE)
-            if exponent == COARSE:
-                flags |= FOUND_COARSE
+                    exponent = np.int32(NEEDS_EXACT)
+            if exponent == NEEDS_EXACT:
+                flags |= FOUND_NEEDS_EXACT
                 scales[t] = np.float32(0)
                 clear(source, t * m * m, (t + 1) * m * m)
             if warm is not None:
                 before = exponents[tile]
-                usable = before != COARSE and exponent != COARSE
+                usable = before != NEEDS_EXACT and exponent != NEEDS_EXACT
                 change = min(max(exponent - before, -31), 8) if usable else -31
                 for side_of in (u, v):
                     rescale_prices(prices, side_of + t * m, change, -(1 << 25) if free else 0, side)
@@ -168,7 +168,7 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                 chosen[t] = off != 0
                 some |= off != 0
             elif (
-                exponent != COARSE
+                exponent != NEEDS_EXACT
                 and scores[base] == scores[base + columns + 1]
                 and (largest < UNBOUNDED and vec.tile_smallest_bits(scores, base, columns, side) == largest)
             ):  # all equal, as in what was pruned before: one mask for all such tiles, whatever the score, but for zeros
@@ -212,8 +212,8 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
             if off == 0:
                 continue
             if not repair(scores, base, columns, scales[t], prices, row, column, n, free, mask, bits, work, side):
-                exponents[start + t] = COARSE
-                flags |= FOUND_COARSE
+                exponents[start + t] = NEEDS_EXACT
+                flags |= FOUND_NEEDS_EXACT
     return flags | BAD if worst >= UNBOUNDED else flags
 
 
@@ -272,7 +272,7 @@ def middle_band(scores, mask, past_caches, exactly, first, last):  # type: ignor
                 for t in range(0, count, WIDTH):
                     fetch_to_write(mask, offset + 4 * min(t, count - WIDTH), columns)
             if middle_tiles(scores, offset, ahead, columns, count, bits, flags, exactly, extremes) and flags[:count].any():
-                seen |= FOUND_COARSE
+                seen |= FOUND_NEEDS_EXACT
             for t in range(0, count, WIDTH):
                 k = min(t, count - WIDTH)
                 if past_caches:

@@ -22,7 +22,7 @@ from bisparse.kernels.exact.cpu.bands import (
 from bisparse.kernels.exact.cpu.enumerate_2to4 import WIDTH
 from bisparse.kernels.exact.cpu.integers import integers_kernel
 from bisparse.kernels.exact.cpu.vectors import LANES
-from bisparse.kernels.exact.schema import COARSE, check_integers, check_matrix, check_scores, check_start
+from bisparse.kernels.exact.schema import NEEDS_EXACT, check_integers, check_matrix, check_scores, check_start
 from bisparse.kernels.exact.sorting_network import sorting_network
 from bisparse.kernels.numba_runtime.memory import empty
 from bisparse.kernels.numba_runtime.thread_pool import over_bands
@@ -61,7 +61,7 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     """`ops.exact_mask` on CPU."""
     if (n, m) != (2, 4):
         solved, _, exponent = exact_solve(scores, n, m, exactly, None, None)
-        return solved, torch.from_numpy(exponent.numpy() == COARSE)
+        return solved, torch.from_numpy(exponent.numpy() == NEEDS_EXACT)
     rows, columns = scores.shape if scores.ndim == 2 else (1, 1)
     if rows & 3 or columns & 3 or scores.dtype is not torch.float32:
         _refuse(scores, n, m)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from bisparse.kernels.exact.cpu.enumerate_2to4 import COMBINATIONS, FIRST_HOLDS_0, PAIRS, TAG_BITS, TAGS, Profile
-from bisparse.kernels.exact.cuda.prices import COARSE_BELOW, SMALLEST, UNBOUNDED, to_integers
+from bisparse.kernels.exact.cuda.prices import MIN_FINE_INTEGER, SMALLEST, UNBOUNDED, to_integers
 
 __all__ = ["middle_masks", "packed_tiles"]
 
@@ -96,10 +96,10 @@ def best_words(scores, words, EXACTLY: tl.constexpr):
         integer = to_integers(tl.where(bad, 0.0, scores[k]), scale).to(tl.uint32) * TAG_ROOM
         untagged = untagged + (integer,)
         integers = integers + (integer | TAG[k // 4][k % 4],)
-    if tl.max((least * scale < COARSE_BELOW).to(tl.int32)) > 0:
+    if tl.max((least * scale < MIN_FINE_INTEGER).to(tl.int32)) > 0:
         balance = tl.zeros_like(biased)
         for k in tl.static_range(16):
-            balance += tl.where(scores[k] > 0, tl.where(untagged[k] < COARSE_BELOW * TAG_ROOM, 1, -1), 0)
+            balance += tl.where(scores[k] > 0, tl.where(untagged[k] < MIN_FINE_INTEGER * TAG_ROOM, 1, -1), 0)
         coarse = coarse | (balance > 0)
     upper = half_values(integers[0:4], integers[4:8], untagged[4:8], EXACTLY)
     lower = half_values(integers[8:12], integers[12:16], untagged[12:16], EXACTLY)

@@ -19,11 +19,11 @@ from triton.language.extra.cuda import libdevice
 
 from bisparse.kernels.exact import schema
 
-__all__ = ["COARSE", "FAR_PRICE", "UNBOUNDED", "bisected_prices", "swept_prices", "to_integers"]
+__all__ = ["FAR_PRICE", "NEEDS_EXACT", "UNBOUNDED", "bisected_prices", "swept_prices", "to_integers"]
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-COARSE = tl.constexpr(schema.COARSE)
-COARSE_BELOW = tl.constexpr(schema.COARSE_BELOW)
+NEEDS_EXACT = tl.constexpr(schema.NEEDS_EXACT)
+MIN_FINE_INTEGER = tl.constexpr(schema.MIN_FINE_INTEGER)
 UNBOUNDED = tl.constexpr(0x7F800000)
 """The bit pattern of infinity: NaN and, read as unsigned, every negative number lie above."""
 SMALLEST = tl.constexpr(24 << 23)
@@ -106,11 +106,11 @@ def swept_prices(
     for k in tl.static_range(M):
         score = tl.where(fine, columns[k], 0.0)
         integers = to_integers(score, scale)
-        balance += tl.where(score > 0, tl.where(integers < COARSE_BELOW, 1, -1), 0)
+        balance += tl.where(score > 0, tl.where(integers < MIN_FINE_INTEGER, 1, -1), 0)
         whole = whole + (integers,)
     balance = tl.sum(balance, axis=1, keep_dims=True) + zero
     coarse = (balance > 0) | ((largest > 0) & (largest < SMALLEST)) | (largest >= UNBOUNDED)
-    exponent = tl.where(coarse, COARSE, exponent)
+    exponent = tl.where(coarse, NEEDS_EXACT, exponent)
     scale = tl.where(coarse, 0.0, scale)
     columns = ()
     rows = ()
@@ -123,8 +123,8 @@ def swept_prices(
     v = zero
     astray = (tile < tiles) & (lane >= 0)
     if WARM:
-        before = tl.load(start_exponents + tile, mask=tile < tiles, other=COARSE) + zero
-        usable = (before != COARSE) & (exponent != COARSE)
+        before = tl.load(start_exponents + tile, mask=tile < tiles, other=NEEDS_EXACT) + zero
+        usable = (before != NEEDS_EXACT) & (exponent != NEEDS_EXACT)
         change = exponent - before
         u = tl.load(start + tile64 * M + lane, mask=inside, other=0)
         v = tl.load(start + (tiles + tile64) * M + lane, mask=inside, other=0)
@@ -224,10 +224,10 @@ def bisected_prices(
         scale = ((277 - biased) << 23).to(tl.float32, bitcast=True)
         score = tl.where(largest < UNBOUNDED, score, 0.0)
         q = to_integers(score, scale)
-        balance = tl.sum(tl.where(score > 0, tl.where(q < COARSE_BELOW, 1, -1), 0))
+        balance = tl.sum(tl.where(score > 0, tl.where(q < MIN_FINE_INTEGER, 1, -1), 0))
         coarse = (balance > 0) | ((largest > 0) & (largest < SMALLEST)) | (largest >= UNBOUNDED)
         q = tl.where(coarse, 0, q)
-        exponent = tl.where(coarse, COARSE, tl.where(largest > 0, 150 - biased, 0))
+        exponent = tl.where(coarse, NEEDS_EXACT, tl.where(largest > 0, 150 - biased, 0))
         tl.store(exponents + tile, exponent)
     u = tl.zeros([M], q.dtype)
     v = tl.zeros([M], q.dtype)
@@ -236,7 +236,7 @@ def bisected_prices(
         v = tl.load(start + (tiles + tile64) * M + lane)
         if not WIDE:
             before = tl.load(start_exponents + tile)
-            usable = (before != COARSE) & (exponent != COARSE)
+            usable = (before != NEEDS_EXACT) & (exponent != NEEDS_EXACT)
             u = rescaled_price(u, exponent - before, usable, FREE)
             v = rescaled_price(v, exponent - before, usable, FREE)
     for _ in range(ALTERNATIONS):

@@ -14,7 +14,7 @@ Source: Dijkstra with potentials (Ahuja, Magnanti, Orlin, Network Flows, 1993, s
 import triton
 import triton.language as tl
 
-from bisparse.kernels.exact.cuda.prices import COARSE, to_integers
+from bisparse.kernels.exact.cuda.prices import NEEDS_EXACT, to_integers
 
 __all__ = ["balanced_masks"]
 
@@ -214,9 +214,9 @@ def balanced_masks(
     v = tl.load(prices + (tiles + tile64) * M + lane, mask=inside, other=0)
     scale = zero.to(tl.float32)
     if not WIDE:
-        exponent = tl.load(exponents + tile, mask=tile < tiles, other=COARSE) + zero
+        exponent = tl.load(exponents + tile, mask=tile < tiles, other=NEEDS_EXACT) + zero
         bits = (tl.minimum(tl.maximum(exponent, -126), 127) + 127) << 23
-        scale = tl.where(exponent == COARSE, 0.0, bits.to(tl.float32, bitcast=True))
+        scale = tl.where(exponent == NEEDS_EXACT, 0.0, bits.to(tl.float32, bitcast=True))
 
     columns = zero.to(tl.int64) if M > 32 else zero
     tied = columns
@@ -248,4 +248,4 @@ def balanced_masks(
     tl.store(prices + tile64 * M + lane, u, mask=inside)
     tl.store(prices + (tiles + tile64) * M + lane, v, mask=inside)
     if not WIDE:
-        tl.store(exponents + tile + zero, zero + COARSE, mask=inside & (lane == 0) & (failed > 0))
+        tl.store(exponents + tile + zero, zero + NEEDS_EXACT, mask=inside & (lane == 0) & (failed > 0))

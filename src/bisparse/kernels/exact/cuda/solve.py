@@ -2,7 +2,7 @@
 
 Two launches: prices of all tiles (`prices`), then the masks they ask for, balanced (`repair`); at 2:4 one (`enumerate_2to4`).
 Nothing is copied to the host and nothing waits for the device, so no kernel can raise: a tile with a score that is NaN, infinite
-or negative comes back as `COARSE`, and `Exact`, which solves coarse tiles as they are given, raises there.
+or negative comes back as `NEEDS_EXACT`, and `Exact`, which solves coarse tiles as they are given, raises there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bisparse.kernels.exact.cuda.enumerate_2to4 import middle_masks
 from bisparse.kernels.exact.cuda.prices import bisected_prices, swept_prices
 from bisparse.kernels.exact.cuda.repair import balanced_masks
 from bisparse.kernels.exact.cuda.top_n import largest_of_groups
-from bisparse.kernels.exact.schema import COARSE, check_integers, check_matrix, check_start
+from bisparse.kernels.exact.schema import NEEDS_EXACT, check_integers, check_matrix, check_start
 from bisparse.kernels.exact.sorting_network import sorting_network
 
 __all__ = [
@@ -68,7 +68,7 @@ def exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, T
     """`ops.exact_mask` on a GPU; float16 and bfloat16 are read as they are."""
     if (n, m) != (2, 4) or scores.dtype not in DTYPES:
         mask, _, exponent = exact_solve(scores, n, m, exactly, None, None)
-        return mask, exponent == COARSE
+        return mask, exponent == NEEDS_EXACT
     return _middle(scores, exactly, magnitudes=False)
 
 
