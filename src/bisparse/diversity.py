@@ -225,7 +225,7 @@ class Hardware:
 
     structure: Structure
     density: float
-    """Largest share of weights kept."""
+    """Largest fraction of weights kept."""
     selectors: int | None
     """Multiplexers a group needs to fetch the inputs of its kept weights; None for an unstructured mask."""
     selector_inputs: int | None

@@ -29,7 +29,7 @@ class Structure(ABC):
     @property
     @abstractmethod
     def density(self) -> float:
-        """Largest share of weights kept, in (0, 1]."""
+        """Largest fraction of weights kept, in (0, 1]."""
 
     @abstractmethod
     def row_violations(self, mask: Bool[Tensor, "*B R C"]) -> Bool[Tensor, "*B R G"]:
@@ -141,7 +141,7 @@ class Paired(Structure):
 
 @dataclass(frozen=True)
 class Unstructured(Structure):
-    """Any entries, at most a share `fraction` of each matrix: a matrix of T weights keeps at most round(fraction * T)."""
+    """Any entries, at most a fraction `fraction` of each matrix: a matrix of T weights keeps at most round(fraction * T)."""
 
     fraction: float
 

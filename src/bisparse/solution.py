@@ -269,7 +269,7 @@ class Verification:
     first: Violation | None
     """The first one, in the order W before W^T, matrix, row, group."""
     density: float
-    """Share of non-zero weights."""
+    """Fraction of non-zero weights."""
     layer: str = ""
     layers: tuple[Verification, ...] = ()
     """For a model or a checkpoint, one entry per layer that was checked."""

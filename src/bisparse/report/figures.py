@@ -47,7 +47,7 @@ class Side:
 
     @property
     def share(self) -> float:
-        """Share of groups that break the structure."""
+        """Fraction of groups that break the structure."""
         return self.violations / self.groups if self.groups else 0.0
 
 
@@ -80,7 +80,7 @@ class Change:
 
     @property
     def retained(self) -> float:
-        """Share of the dense weight's total magnitude that stands where the mask keeps."""
+        """Fraction of the dense weight's total magnitude that stands where the mask keeps."""
         return self.kept_magnitude / self.magnitude if self.magnitude > 0 else 1.0
 
 

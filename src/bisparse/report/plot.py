@@ -41,7 +41,7 @@ GAUSSIAN_RETAINED = {
     "32:64-T": 0.7890, "16:32-T": 0.7817, "8:16-T": 0.7678, "4:8-T": 0.7429, "2:4-T": 0.7028,
     "2:4-seq": 0.6781, "4:8-seq": 0.6461, "4:8-paired": 0.6756,
 }  # fmt: skip
-"""Share of the total |w| that each structure's best mask keeps of Gaussian weights; `benchmarks/quality.py` measures it."""
+"""Fraction of the total |w| that each structure's best mask keeps of Gaussian weights; `benchmarks/quality.py` measures it."""
 
 WEIGHTS_ACROSS = 1024
 """Side of the tensor whose diversity is shown. Structures do not depend on it, and unstructured masks hardly."""
@@ -86,7 +86,7 @@ class Point:
 
 
 def retained_on_gaussian(pattern: str | Structure) -> float:
-    """Share of the total score that the best mask keeps of |N(0,1)| scores: what to expect of weights without structure.
+    """Fraction of the total score that the best mask keeps of |N(0,1)| scores: what to expect of weights without structure.
 
     From `GAUSSIAN_RETAINED`, or else measured on 512 x 512 scores (to about 0.001).
     """

@@ -41,7 +41,7 @@ class Sinkhorn(Solver):
     Args:
         exactly: keep exactly N in every row and column, instead of at most N.
         iterations: turns of (rows, columns, entries). More is better and slower, and pays for a lower temperature.
-        temperature: the last temperature, as a share of each tile's range of scores.
+        temperature: the last temperature, as a fraction of each tile's range of scores.
         initial_temperature: the first one.
         relaxation: step length of the prices, above 0 and below 2; 1 is the plain iteration.
 

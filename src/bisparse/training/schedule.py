@@ -47,7 +47,7 @@ class Schedule:
     def shares(
         cls, total_steps: int, *, dense_first: float = 0.0, frozen_from: float | None = None, dense_last: float = 0.0
     ) -> Schedule:
-        """A schedule from shares of a run of `total_steps` optimizer steps.
+        """A schedule from fractions of a run of `total_steps` optimizer steps.
 
         >>> Schedule.shares(1000, dense_first=0.1, dense_last=0.2)
         Schedule(dense_until=100, freeze_at=None, dense_from=800)
@@ -55,7 +55,7 @@ class Schedule:
         shares = {"dense_first": dense_first, "frozen_from": frozen_from, "dense_last": dense_last}
         for name, share in shares.items():
             if share is not None and not 0.0 <= share <= 1.0:
-                raise ValueError(f"Schedule.shares({name}={share!r}): expected a share between 0 and 1")
+                raise ValueError(f"Schedule.shares({name}={share!r}): expected a fraction between 0 and 1")
         if total_steps < 1:
             raise ValueError(f"Schedule.shares(total_steps={total_steps!r}): expected at least one optimizer step")
         return cls(

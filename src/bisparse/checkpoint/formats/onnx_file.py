@@ -51,9 +51,7 @@ def read_onnx(file: InputFile) -> tuple[dict[str, StoredTensor], tuple[InputFile
         import onnx
         from google.protobuf.message import DecodeError
     except ImportError as error:
-        raise CheckpointError(
-            file.path, "is an ONNX model, which needs the onnx package", install_extra("onnx")
-        ) from error
+        raise CheckpointError(file.path, "is an ONNX model, which needs the onnx package", install_extra("onnx")) from error
     try:
         model = onnx.load_model_from_string(bytes(file.read(0, file.size)))
     except (DecodeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""Observing the inputs of layers while a model runs, by hooks that know kinds of modules but no architecture."""
+"""Hooks that record the inputs of layers while a model runs; they depend on module types, not on the architecture."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAST_PART = 2
 
 
 def unseen_reason(layer: Layer) -> str | None:
-    """Why calibration cannot see what a layer's weight is multiplied by; None where the layer's module is called with it."""
+    """Why calibration cannot observe the inputs of a layer's weight; None if it can."""
     module = layer.module
     if layer.layout.kind in (LayoutKind.EXPERTS, LayoutKind.EXPERTS_TRANSPOSED):
         return (
@@ -49,7 +49,7 @@ def unseen_reason(layer: Layer) -> str | None:
 
 
 class EnoughSeen(Exception):
-    """Stops a forward pass whose remaining layers nobody asked about."""
+    """Raised to stop a forward pass once all requested layers were seen."""
 
 
 def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None, index: int = 0) -> Any:
@@ -82,7 +82,7 @@ def batch_error_context(batch: Any, index: int, taker: str, remedy: str = "") ->
     try:
         yield
     except (CalibrationError, EnoughSeen, ImportError, MemoryError):
-        # These say what they are; none of them is the batch's fault.
+        # These have clear messages and are not caused by the batch.
         raise
     except (Exception, SystemExit) as error:
         if ends_the_process(error):
@@ -94,7 +94,7 @@ def batch_error_context(batch: Any, index: int, taker: str, remedy: str = "") ->
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """A transformers model's key-value cache off: blocks that are run again would find their own tokens in it."""
+    """Disable a transformers model's key-value cache: blocks that run again would find their own tokens in it."""
     config = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     if not before:

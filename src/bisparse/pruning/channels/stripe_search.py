@@ -1,10 +1,10 @@
-"""Better groups of four columns by trying every way to divide eight: two stripes at a time, the best first, with escapes.
+"""Better groups of four columns: tries every division of two stripes, best pairs first, with random escapes.
 
 Guarantee: the score kept never falls, and at the end no division of two stripes is better, nor was one after `MAX_ESCAPES` swaps
-drawn at random. Cost: (C / 4)^2 / 2 pairs of stripes, 35 divisions each, over R rows; later sweeps see only pairs that changed.
-Of more rows than a sweep of some seconds takes, evenly spaced ones are looked at.
+drawn at random. Cost: (C / 4)^2 / 2 pairs of stripes, 35 divisions each, over R rows; later sweeps visit only changed pairs. If a
+sweep would exceed `MAX_WORK`, it uses a subset of evenly spaced rows.
 Source: Pool and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021: stripe groups of two, bounded regressions.
-Departures: it starts from several divisions; a regression is taken back if what follows does not make up for it.
+Departures: it starts from several divisions; an escape is undone if the search after it does not recover the loss.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ class _Stripes:
             self.look_again(changed)
 
     def kept(self, stripes: Int[Tensor, " S"]) -> float:
-        """What some stripes keep."""
+        """The score that some stripes keep."""
         return float(self.columns[self.members[stripes]].topk(self.n, dim=1).values.sum(dtype=torch.float64))
 
 
 def refine_stripes(
     scores: Float[Tensor, "R C"], starts: Int[Tensor, "K S 4"], n: int, generator: torch.Generator
 ) -> Int[Tensor, "S 4"]:
-    """Better stripes of four columns for n kept of four, from the start that leads furthest; deterministic for a generator.
+    """Stripes of four columns that keep more at n of four, refined from the best start; deterministic for a generator.
 
     Args:
         scores: non-negative.

@@ -2,11 +2,11 @@
 
     min over W', D of error(W')    with W' = D, D obeying the pattern
 
-W' solves a ridge regression drawn to D, D is the best mask of W' + V / rho (scores: squares, so that the projection is the
-nearest point), V the multipliers; rho grows until the mask stands still. Then the weights are refitted on the mask.
+W' solves a ridge regression towards D; D is W' + V / rho on its best mask (scores: squares, so that the projection is the nearest
+point); V are the multipliers. rho grows until the mask has settled. Then the weights are refitted on the mask.
 Inputs are scaled to unit mean square first, so that the first projection is Wanda's.
-Guarantee: none for the whole; a mask is not returned if the first projection's has the smaller error after the refit, on 64 rows.
-Cost: one eigendecomposition of K x K, then two products (O, K) x (K, K) and a mask solve an iteration.
+Guarantee: none overall; the first projection's mask is returned instead if its error after the refit, on 64 rows, is smaller.
+Cost: one eigendecomposition of K x K, then two products (O, K) x (K, K) and one mask solve per iteration.
 Source: Meng, Behdin, Wang, Mazumder, "ALPS", NeurIPS 2024, arXiv 2406.07831, algorithm 1 and its schedule of rho; TSENOR
 (arXiv 2505.23949) for transposable masks.
 Departures: any pattern; targets of the dense network; the refit's damping is chosen by held-out data; the safeguard above.
@@ -55,9 +55,9 @@ class ALPS(Method):
         damping: ridge of the mask search, in units of the mean square of an input.
         refit_damping: ridge of the final least squares; None: chosen by held-out calibration data.
         rho: first penalty, on inputs scaled to unit mean square.
-        rho_every: iterations between two updates of rho. 3 is the source's; 1 ends in a third of the time, at an error that is
-            about one per cent larger.
-        iterations: at most.
+        rho_every: iterations between two updates of rho. 3 is the source's; 1 takes a third of the time, at an error about one
+            per cent larger.
+        iterations: maximum.
         refit_bias, correct_upstream, linear_solver: as for `AdaPrune`.
     """
 
@@ -116,7 +116,7 @@ class ALPS(Method):
         )
 
     def _refitted_error(self, whole: LeastSquaresProblem, mask: Bool[Tensor, "G O K"]) -> float:
-        """The error of a mask after the refit, by some of the rows: they do not depend on each other."""
+        """The error of a mask after the refit, estimated on a subset of rows, which are independent."""
         index = some_rows(mask)
         part = whole.rows(index)
         fitted = reconstruct(part, mask[:, index], damping=self.damping, method="conjugate gradient", tolerance=1e-2)
@@ -125,7 +125,7 @@ class ALPS(Method):
     def _search(
         self, damped: LeastSquaresProblem, problem: LayerProblem
     ) -> tuple[Solution, Solution, Float[Tensor, "G O K"], int]:
-        """The first projection, the last one, its weights, and how many iterations it took."""
+        """The first projection, the last one, its weights, and the number of iterations."""
         scale = damped.gram.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
         gram = damped.gram / (scale[:, :, None] * scale[:, None, :])
         target = damped.target / scale[:, None, :]

@@ -23,9 +23,9 @@ __all__ = ["LeastSquaresProblem", "make_problem"]
 
 EPSILON = torch.finfo(torch.float32).eps
 RESOLUTION = 4.0
-"""Roundings by which a moment may be wrong, or the outputs of weights that are fitted to it."""
+"""Rounding errors, in units of `EPSILON`, that a moment or a fitted output may accumulate."""
 SILENT = 1e-30
-"""Mean squares below this leave float32 no room for a ridge: they count as zero."""
+"""Mean squares below this are too small for a ridge in float32: they count as zero."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LeastSquaresProblem:
     energy: Float[Tensor, "G O"]
     """Mean square of each dense output (variance if centred)."""
     floor: Float[Tensor, "G K"]
-    """The mean square of an input below which the moments cannot tell it from rounding."""
+    """The mean square of an input below which it cannot be distinguished from rounding."""
 
     @property
     def scale(self) -> Float[Tensor, " G"]:
@@ -72,7 +72,7 @@ class LeastSquaresProblem:
 
     @property
     def note(self) -> str:
-        """What the user should know of inputs that give nothing to fit; empty where there is nothing to say."""
+        """A note for the report on inputs that give nothing to fit; empty if there are none."""
         silent = int(self.silent.sum())
         if silent == 0:
             return ""
@@ -83,7 +83,7 @@ class LeastSquaresProblem:
         """The problem with ``damping * scale * |W' - W|^2`` added: weights are pulled to the dense ones, not to zero."""
         if damping == 0:
             return self
-        # Without a scale, where no input of a problem ever varies, any ridge gives the same: the weights as they were.
+        # Where no input of a problem varies there is no scale; any ridge leaves the weights unchanged.
         scale = torch.where(self.scale > SILENT, self.scale, 1.0)
         ridge = damping * scale[:, None] + self.floor
         gram = self.gram.clone(memory_format=torch.contiguous_format)
@@ -133,7 +133,7 @@ def make_problem(
         cross, dense_gram = between, dense
     floor = RESOLUTION * EPSILON * gram.diagonal(dim1=1, dim2=2)
     if centred and statistics.mean is not None:
-        # What float32 inputs of this size, and the sums they go into, can vary by without meaning anything.
+        # The rounding error of float32 inputs of this size, and of their sums.
         floor = floor + (RESOLUTION * EPSILON * statistics.mean).square()
     floor = floor.expand(problems, -1).to(weight.device)
     gram, cross, dense_gram = (moment.expand(problems, -1, -1).to(weight.device) for moment in (gram, cross, dense_gram))
