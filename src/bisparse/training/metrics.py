@@ -1,4 +1,4 @@
-"""What a mask refresh did to a layer: flip rate, retained score, distance to the optimum, fraction of changed tiles."""
+"""Metrics of a layer's mask refresh: flip rate, retained score, distance to the optimum, fraction of changed tiles."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class MaskChange:
     distance: float
     """How far the new mask is below the optimum, as a fraction of it; 0 for an exact solver."""
     stale_distance: float
-    """How far the old mask had fallen below the optimum of the present scores."""
+    """How far the old mask is below the optimum of the present scores, as a fraction of it."""
     changed_tiles: float
     """Fraction of tiles (of groups, where the pattern is not transposable) in which an entry changed."""
 

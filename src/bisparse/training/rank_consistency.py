@@ -68,7 +68,7 @@ def raise_together(ranks: Ranks, error: Exception | None, doing: str) -> None:
 def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks) -> None:
     """Compare layers, patterns, masks and replicated weights over the ranks (a collective call).
 
-    Masks that differ where weights do not are those of the first rank from now on: DistributedDataParallel copied its weights.
+    Masks that differ while weights are equal are replaced by the first rank's: DistributedDataParallel copied its weights.
 
     Raises:
         ValueError: on every rank alike, naming the first layer that differs and a rank that differs from the first.

@@ -1,4 +1,4 @@
-"""When a run is dense, sparse, and sparse with a frozen mask; counted in optimizer steps."""
+"""Schedule of the dense, sparse and frozen phases of a run, in optimizer steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Phase", "Schedule"]
 
 
 class Phase(StrEnum):
-    """What the forward pass uses, and whether masks move."""
+    """Which weights the forward pass uses, and whether masks change."""
 
     DENSE = "dense"
     SPARSE = "sparse"
@@ -29,9 +29,9 @@ class Schedule:
     dense_until: int = 0
     """The first `dense_until` optimizer steps are dense."""
     freeze_at: int | None = None
-    """Once this many steps are done, masks stay as they are."""
+    """After this many steps, masks no longer change."""
     dense_from: int | None = None
-    """Once this many steps are done, the rest is dense; the model ends dense."""
+    """After this many steps, the rest of the run is dense; the model ends dense."""
 
     def __post_init__(self) -> None:
         marks = [("dense_until", self.dense_until), ("freeze_at", self.freeze_at), ("dense_from", self.dense_from)]

@@ -1,8 +1,8 @@
 """The exact solver in plain torch, for every device: the specification that the fast kernels are tested against.
 
-Min-cost flow, solved primal-dual. Prices u (rows) and v (columns) are first set by block coordinate descent on the dual;
-the mask is then what the prices ask for, and rows and columns that keep too few or too many are repaired along shortest
-augmenting paths (Ahuja, Magnanti, Orlin, Network Flows, 1993, section 9.7), which keeps complementary slackness at each step.
+Min-cost flow, solved primal-dual. Prices u (rows) and v (columns) are first set by block coordinate descent on the dual. The mask
+keeps entries above u + v; rows and columns that then keep too few or too many are repaired along shortest augmenting paths
+(Ahuja, Magnanti, Orlin, Network Flows, 1993, section 9.7), which keeps complementary slackness at each step.
 """
 
 from __future__ import annotations
@@ -77,8 +77,8 @@ def repair(
 ) -> tuple[Bool[Tensor, "B M M"], Int[Tensor, "B M"], Int[Tensor, "B M"]]:
     """Augment from rows that keep too few and columns that keep too many until there are none.
 
-    At most N: a row may also stop short once its price is zero, a column takes more while it has room. What is left, the
-    same on the transpose, is the caller's second call.
+    At most N: a row may also keep fewer once its price is zero, and a column more while it has room. The caller then repeats this
+    on the transpose.
     """
     x, u, v = x.clone(), u.clone(), v.clone()
     while True:
@@ -161,7 +161,7 @@ def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[T
 def quantise_finely(tiles: Real[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[Tensor, " B"]]:
     """Scores as integers: times 2**exponent, half to even, the tile's largest in [2**51, 2**52).
 
-    Integers below 2**52 are taken as they are, with exponent 0, which is also the exponent of a zero tile.
+    Integers below 2**52 are unchanged, with exponent 0, which is also the exponent of a zero tile.
     """
     if tiles.shape[0] == 0:
         return tiles.long(), tiles.new_zeros(0, dtype=torch.int64)

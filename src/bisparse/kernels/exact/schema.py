@@ -29,9 +29,9 @@ NEEDS_EXACT = -(1 << 30)
 """Returned as exponent of a tile that 24 bits quantise too coarsely: solve it with `FINE_BITS` instead."""
 FINE_BITS = 52
 LARGEST_INTEGER = 1 << 55
-"""What `exact_solve_integers` takes is below this, so that no shortest path overflows 64 bits."""
+"""Scores of `exact_solve_integers` are below this, so that no shortest path overflows 64 bits."""
 LARGEST_START = 1 << 25
-"""Start prices of 24-bit scores are cut to this: no optimal price needs to be larger, and no sum of them overflows."""
+"""Start prices of 24-bit scores are clamped to this: no optimal price needs to be larger, and no sum of them overflows."""
 LARGEST_PRICE = 1 << 30
 """A tile whose prices reach this is coarse: they would not fit 32 bits."""
 TINY = 2.0**-103
@@ -81,9 +81,9 @@ def check_start(tiles: int, m: int, prices: Tensor, exponent: Tensor) -> None:
 
 
 def check_integers(q: Tensor, n: int, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """What every kernel of `exact_solve_integers` checks first; returns the start prices cut to the range of the scores.
+    """Check the arguments of `exact_solve_integers`; returns the start prices clamped to the range of the scores.
 
-    Optimal prices exist within the range of a tile's scores, and larger ones would let sums overflow.
+    Optimal prices exist within the range of a tile's scores, and larger ones could overflow sums.
     """
     if q.ndim != 3 or q.shape[1] != q.shape[2] or q.dtype != torch.int64:
         raise ValueError(f"integer scores of shape {tuple(q.shape)}, {q.dtype}: expected tiles (B, M, M) of int64")

@@ -1,7 +1,7 @@
-"""Exact 2:4-T masks on a GPU, by meeting in the middle, alone or fused with the packing of W and W^T; one thread a tile.
+"""Exact 2:4-T masks on a GPU, by meeting in the middle, alone or fused with the packing of W and W^T; one thread per tile.
 
-The same integers, profiles and candidates as `middle` on the CPU, in the same order: the same masks, ties included. Everything
-happens in registers; a table gives the mask of the winning code. See `pack` for the layout of what is packed.
+It uses the same integers, profiles and candidates as `enumerate_2to4` on the CPU, in the same order, and gives the same masks,
+ties included. All work is in registers; a table maps the winning code to its mask. See `pack` for the packed layout.
 """
 
 # Triton reads the source of these functions and types them itself; its tuples grow by addition only.
@@ -59,7 +59,7 @@ def half_values(first, second, untagged, EXACTLY: tl.constexpr):
     for k in tl.static_range(PROFILES):
         if PROFILE[k][0] == 0:
             value = columns[PROFILE[k][1]] + crossing[PROFILE[k][2]]
-            if not EXACTLY:  # a row may keep one only: then the doubled column is held once
+            if not EXACTLY:  # a row may keep one only: then the doubled column is kept once
                 value = tl.maximum(value, first_pairs[PROFILE[k][2]] + untagged[PROFILE[k][1]])
                 value = tl.maximum(value, second_pairs[PROFILE[k][2]] + first[PROFILE[k][1]])
         elif PROFILE[k][0] == 1:
@@ -86,7 +86,7 @@ def best_words(scores, words, EXACTLY: tl.constexpr):
     biased = tl.minimum(tl.maximum((largest >> 23).to(tl.int32), 23), 254)
     scale = ((277 - biased) << 23).to(tl.float32, bitcast=True)
     coarse = bad | ((largest > 0) & (largest < SMALLEST))
-    # Over half of sixteen cannot be small without two of a pair being so.
+    # If more than half of sixteen scores are small, some pair has two small ones.
     least = tl.maximum(scores[0], scores[1])
     for k in tl.static_range(1, 8):
         least = tl.minimum(least, tl.maximum(scores[2 * k], scores[2 * k + 1]))

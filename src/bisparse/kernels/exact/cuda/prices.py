@@ -1,9 +1,9 @@
-"""Prices of all tiles on a GPU: block coordinate descent on the dual, one thread a row and column, without shared memory.
+"""Prices of all tiles on a GPU: block coordinate descent on the dual, one thread per row and column, without shared memory.
 
 A warp holds 32 / M tiles. Lane (tile, k) keeps row k and column k of its tile in registers, as 24-bit integers. A half-sweep
-takes the other side's prices from the neighbouring lanes by shuffles and picks the n-th and the next largest of its line by a
-sorting network, of which the compiler removes what does not lead to those two. Larger tiles and 64-bit integers do not fit
-the registers of a thread: there the price is found by bisection, counting entries above it.
+takes the other side's prices from the neighbouring lanes by shuffles and selects the n-th and the next largest of its line by a
+sorting network, of which the compiler removes comparators that do not affect these two. Larger tiles and 64-bit integers do not
+fit a thread's registers: their prices are found by bisection, counting entries above the price.
 
 Source: see `reference` for the algorithm. "At most N" is swept as "exactly N", then prices move between rows and columns until
 none is negative, as on the CPU (docs/decisions/0003).
@@ -25,12 +25,12 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 NEEDS_EXACT = tl.constexpr(schema.NEEDS_EXACT)
 MIN_FINE_INTEGER = tl.constexpr(schema.MIN_FINE_INTEGER)
 UNBOUNDED = tl.constexpr(0x7F800000)
-"""The bit pattern of infinity: NaN and, read as unsigned, every negative number lie above."""
+"""The bit pattern of infinity: NaN and, read as unsigned, every negative number are larger."""
 SMALLEST = tl.constexpr(24 << 23)
 """A tile whose largest score has a smaller bit pattern, below 2**-103, is coarse."""
 NO_FLOOR = tl.constexpr(1 << 30)
 FAR_PRICE = tl.constexpr(1 << 25)
-"""Start prices are cut to this: no optimal price of 24-bit scores is larger."""
+"""Start prices are clamped to this: no optimal price of 24-bit scores is larger."""
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def swept_prices(
     FREE: tl.constexpr,
     WARM: tl.constexpr,
 ):
-    """Prices (2, tiles, M) and exponents of T tiles a program. FREE: prices may be negative ("exactly N")."""
+    """Prices (2, tiles, M) and exponents of T tiles per program. FREE: prices may be negative ("exactly N")."""
     tile = tl.program_id(0) * T + tl.arange(0, T)[:, None]
     tile64 = tile.to(tl.int64)  # a large model has 2**31 prices
     lane = tl.arange(0, M)[None, :]
@@ -207,7 +207,7 @@ def bisected_prices(
     WARM: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Prices (2, tiles, M) of one tile a program, by bisection. WIDE: scores are int64 and used as they are."""
+    """Prices (2, tiles, M) of one tile per program, by bisection. WIDE: scores are int64 and used unchanged."""
     tile = tl.program_id(0)
     tile64 = tile.to(tl.int64)  # a large model has 2**31 prices
     row = tl.arange(0, M)[:, None]
@@ -252,7 +252,7 @@ def bisected_prices(
 
 @triton.jit
 def counted_prices(entries, AXIS: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
-    """For each line a price with n entries above it, midway to the next, or the n-th largest itself where it has equals."""
+    """A price per line: midway between the n-th and the next largest entry, or the n-th largest itself if they are equal."""
     low = tl.min(entries, axis=AXIS)
     high = tl.max(entries, axis=AXIS)
     top = high
