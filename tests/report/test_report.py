@@ -157,7 +157,7 @@ def test_a_model_with_layers_that_are_never_pruned_is_not_said_to_be_wholly_prun
     del model["bilinear"]
     del model.own
     save(model, tmp_path / "some", report=prune_(model, "2:4"))
-    assert "None: every layer of a kind that is pruned was." in Page(write_report(tmp_path / "some", tmp_path / "some.html")).text
+    assert "None: every prunable layer was pruned." in Page(write_report(tmp_path / "some", tmp_path / "some.html")).text
 
 
 def test_a_damaged_weight_is_found_and_named(pruned: dict[str, Path], dense: Path, tmp_path: Path) -> None:
