@@ -1,7 +1,7 @@
 """Weight <-> matrices <-> tiles: the only file that reshapes weights.
 
 A weight is pruned as the matrix that the GEMM multiplies by: rows are outputs, columns are inputs, so that groups
-along a row lie on the reduction axis of the forward pass and groups along a column on that of the backward pass.
+along a row are on the reduction axis of the forward pass and groups along a column on that of the backward pass.
 """
 
 from __future__ import annotations

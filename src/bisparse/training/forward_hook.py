@@ -48,7 +48,7 @@ _REFRESHED: WeakValueDictionary[int, Refreshed] = WeakValueDictionary()
 
 class RefreshHook:
     """A forward pre-hook, without effect until `refreshed` is set. In copies of the model it refreshes nothing, but lets
-    layers that keep something made from their mask follow it; others do that by themselves."""
+    layers that cache something derived from their mask update it; in the original that needs no hook."""
 
     copied = False
 

@@ -18,7 +18,7 @@ __all__ = ["check_ranks_agree", "is_sharded", "raise_together", "ranks_of"]
 
 
 def ranks_of(layers: Iterable[SparseLayer], group: ProcessGroup | None = None) -> Ranks:
-    """The ranks that hold these layers: of the group, if one is given; else those that the weights are sharded over; else all.
+    """The ranks that hold these layers: those of `group` if given, otherwise of the weights' device mesh, otherwise all.
 
     Raises:
         ValueError: weights are sharded over meshes of different ranks.

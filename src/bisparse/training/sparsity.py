@@ -182,7 +182,7 @@ class Sparsity:
 
         Args:
             group: the ranks that hold the same model, as given to DistributedDataParallel as process_group; by default those of
-                the device mesh that the weights are sharded over, else all.
+                the device mesh that the weights are sharded over, or all ranks.
 
         Raises:
             ValueError: an optimizer is attached already, a sparse parameter that needs gradients is in none of them, or ranks

@@ -65,7 +65,9 @@ def check_scores(scores: Tensor) -> None:
 def check_matrix(scores: Tensor, n: int, m: int) -> None:
     """Raise ValueError unless a kernel may read and write by these shapes: a matrix whose sides M divides, 1 <= N < M."""
     if scores.ndim != 2 or m < 1 or scores.shape[0] % m or scores.shape[1] % m:
-        raise ValueError(f"scores of shape {tuple(scores.shape)} are no matrix whose sides {m} divides; pad them first")
+        raise ValueError(
+            f"scores of shape {tuple(scores.shape)} are not a matrix whose sides are multiples of {m}; pad them first"
+        )
     if not 1 <= n < m:
         raise ValueError(f"N = {n} is not between 1 and M - 1 = {m - 1}; N = M keeps everything and needs no solver")
 

@@ -60,7 +60,7 @@ class Chain:
 
 
 def dense_copy(module: nn.Module, dense: Callable[[Tensor], Tensor | None] | None) -> nn.Module:
-    """A copy of a module with every tensor as it was before anything was pruned."""
+    """A copy of a module with every tensor's value before pruning."""
     twin = copy.deepcopy(module)
     if dense is not None:
         with torch.no_grad():

@@ -30,7 +30,7 @@ def unseen_reason(layer: Layer) -> str | None:
     module = layer.module
     if layer.layout.kind in (LayoutKind.EXPERTS, LayoutKind.EXPERTS_TRANSPOSED):
         return (
-            "calibration sees what modules are called with, and experts in one 3-D parameter are no modules: which tokens each "
+            "calibration records the inputs of modules, and experts in one 3-D parameter are not modules: which tokens each "
             f"one gets is known inside the forward only; {WITHOUT_DATA}"
         )
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
