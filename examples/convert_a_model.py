@@ -29,7 +29,7 @@ def main(origin: str = "4:8", to: str = "2:4") -> None:
         print(f"{origin} -> {to}{', places re-grown' if regrow else ''}")
         for layer in report:
             print(
-                f"  {layer.name}: {layer.violated_blocks:.1%} of groups overfull, {layer.violated_weights:.1%} of weights drop, "
+                f"  {layer.name}: {layer.violated_groups:.1%} of groups overfull, {layer.violated_weights:.1%} of weights drop, "
                 f"output error {layer.error_before:.3f} -> {layer.error:.3f}, {layer.time_s:.2f} s"
             )
             bisparse.verify(converted.get_parameter(layer.parameter), to, layout=layer.layout).check()

@@ -373,7 +373,7 @@ def test_a_start_that_holds_a_tile_of_52_bits_is_a_start_for_the_others(
         assert solve(other, pattern, warm_start=earlier).check().value == pytest.approx(solve(other, pattern).value, rel=1e-6)
     u, v, exponent = started[0]
     assert u.dtype == v.dtype == exponent.dtype == torch.int32
-    assert not bool((exponent[1:] == ops.COARSE).any())
+    assert not bool((exponent[1:] == ops.NEEDS_EXACT).any())
     assert torch.equal(u[1:].long(), certificate.u[1:])
 
 

@@ -63,7 +63,7 @@ def converted(dense: nn.Module, to: str, name: str, batches: list[Tensor], image
     for layer in report:
         verify(model.get_parameter(layer.parameter), to).check()
     figures["violated_weights"] = sum(x.violated_weights * x.size for x in report) / report.weights
-    figures["violated_blocks"] = sum(x.violated_blocks * x.size for x in report) / report.weights
+    figures["violated_groups"] = sum(x.violated_groups * x.size for x in report) / report.weights
     errors = held_out_errors(dense, model, [layer.name for layer in report], images[:HELD_OUT])
     figures |= {"held_out_error": round(errors[0], 5), "held_out_error_own_inputs": round(errors[1], 5)}
     return model, figures

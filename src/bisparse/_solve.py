@@ -43,7 +43,7 @@ def solve(
         layout: how the tensor stores its matrices.
         remainder: what to do where M does not divide a side. "pad": complete with zeros, solve, crop (the mask still
             obeys the pattern); "dense": keep everything; "error": raise.
-        warm_start: an earlier solution of nearly the same scores, whose prices are a good start. The value does not
+        warm_start: an earlier solution of nearly the same scores, whose prices make this one faster. The value does not
             depend on it.
 
     Raises:
@@ -70,7 +70,7 @@ def solve(
         for name, given, kind in (("layout", layout, Layout), ("warm_start", warm_start, Solution)):
             if given is not None and not isinstance(given, kind):
                 raise ValueError(f"{name}={given!r:.60}: expected an instance of {kind.__name__}")
-    # On cold caches each call of torch takes as long as the masks of thousands of weights, so a plain matrix takes few.
+    # On cold caches each call of torch takes as long as the masks of thousands of weights, so a plain matrix uses few calls.
     if type(scores) is not Tensor or scores.requires_grad:
         scores = scores.detach()
     matrices, shape = scores, scores.shape
@@ -140,7 +140,7 @@ def _start_of(solution: Solution | None, scores: Tensor, pattern: Pattern) -> Ce
 
 
 def select(matrices: Real[Tensor, "B R C"], pattern: Structure) -> Bool[Tensor, "B R C"]:
-    """The best mask where every group stands alone; of equal scores the one with the lower index is kept."""
+    """The best mask of a structure whose groups are independent; of equal scores the one with the lower index is kept."""
     batch, rows, columns = matrices.shape
     if isinstance(pattern, Unstructured):
         flat = matrices.reshape(batch, rows * columns)

@@ -1,4 +1,4 @@
-"""How many masks a structure allows, and what it asks of hardware: the figures that tell structures apart before any training.
+"""The number of masks that a structure allows, and its hardware cost: properties that need no training.
 
 Mask diversity counts the masks that keep exactly N of M (of a tensor with T weights); a larger number leaves the optimum
 less constrained. Per weight, in bits, it does not depend on the tensor.
@@ -22,7 +22,7 @@ from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructure
 __all__ = ["Hardware", "MaskDiversity", "count_tile_masks", "hardware", "mask_diversity"]
 
 COUNT_BITS = 1 << 20
-"""A count with more bits than this is given by its logarithm alone: the integer would fill megabytes."""
+"""A count with more bits than this is given only as its logarithm: the integer would take megabytes."""
 EXACT_EFFORT = 4_000_000
 """Largest `_effort` at which the masks of a tile are counted, a second or two of work: 7:16 and 4:32 are below, 9:18 is above."""
 HALF_OF_16 = 34812290428176298285394893936773707951192224124239796250
@@ -48,7 +48,7 @@ class MaskDiversity:
 
     @property
     def log2_per_weight(self) -> float:
-        """Bits a weight, at most 1."""
+        """Bits per weight, at most 1."""
         return self.log2 / self.size
 
     @property
@@ -181,7 +181,7 @@ def _count_by_rows(n: int, m: int) -> int:
 def _column_sums(rows: int, m: int, n: int) -> dict[int, int]:
     """Matrices of `rows` rows that keep n of m each, no column above n, counted by the multiset of their column sums.
 
-    A multiset is an integer: the number of columns with sum s stands in the s-th field of ``m.bit_length()`` bits.
+    A multiset is encoded as an integer: its s-th field of ``m.bit_length()`` bits is the number of columns with sum s.
     """
     bits = m.bit_length()
     choose = [[math.comb(size, chosen) for chosen in range(size + 1)] for size in range(m + 1)]
@@ -221,25 +221,25 @@ def _log2_tile_masks(n: int, m: int) -> float:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What a structure asks of, and gives to, the hardware that multiplies by it."""
+    """Cost and benefit of a structure for hardware that multiplies by it."""
 
     structure: Structure
     density: float
-    """Largest share of weights kept."""
+    """Largest fraction of weights kept."""
     selectors: int | None
-    """Multiplexers a group needs to fetch the inputs of its kept weights; None for an unstructured mask."""
+    """Multiplexers per group to fetch the inputs of its kept weights; None for an unstructured mask."""
     selector_inputs: int | None
     """Inputs of each: the k-th kept entry of N:M sits in one of M - N + 1 places, a (M-N+1):1 selector."""
     metadata_bits_packed: float | None
-    """Bits a weight to store which entries are kept, every group numbered among those its structure allows."""
+    """Bits per weight of the index of each group's kept set among those that the structure allows."""
     metadata_bits_per_kept: int | None
-    """Bits a kept entry (a kept pair, for paired patterns) to store its place in the group: the form hardware reads."""
+    """Bits per kept entry (per kept pair, for paired patterns) of its position in the group, as hardware stores it."""
     sparse_gemms: int
     """How many of a training step's three GEMMs (forward, input gradient, weight gradient) the weight's mask makes sparse."""
     sparse_gemms_with_gradient: int
     """The same where the output gradient is itself made 2:4 by an unbiased estimator (MVUE, Chmiel et al., arXiv 2203.10991)."""
     tensor_cores: bool
-    """Whether a sparse tensor core sold today takes it."""
+    """Whether today's sparse tensor cores support it."""
     note: str
     """What that means, in a sentence or two."""
 

@@ -1,10 +1,10 @@
-"""How far a mask is from the best one: the arithmetic of the judge, in bands of bounded memory. Nothing here calls a solver.
+"""How far a mask is from the best one: the arithmetic of `Solution`, in bands of bounded memory. Nothing here calls a solver.
 
 For any prices u (rows) and v (columns) of a tile with scores w, LP duality bounds the value of every feasible mask, ::
 
     bound(u, v) = N sum(u) + N sum(v) + sum_ij max(0, w_ij - u_i - v_j)
 
-(u, v >= 0 for "at most N", free for "exactly N"). What the bound leaves above the value of a mask x is a sum of small terms ::
+(u, v >= 0 for "at most N", free for "exactly N"). The difference between the bound and the value of a mask x is a sum of terms ::
 
     gap = sum_i u_i (N - row_i(x)) + sum_j v_j (N - column_j(x))
         + sum_kept max(0, u_i + v_j - w_ij) + sum_pruned max(0, w_ij - u_i - v_j)
@@ -12,7 +12,7 @@ For any prices u (rows) and v (columns) of a tile with scores w, LP duality boun
 none of them negative where x is feasible. Summed in this form nothing cancels: each term and so the sum has a relative error of
 about 1e-15 of the gap itself, and it is zero only where every term is.
 
-Tiles are worked on side by side, with the tile as the last dimension: (M, M, T).
+Tensors of tiles have the tile as the last dimension: (M, M, T).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from bisparse.tiles import pad_to_multiple
 __all__ = ["Failure", "Prices", "kept_total", "selection_failure", "selection_gap", "tile_failure", "tiles_gap"]
 
 BAND = 1 << 16
-"""Weights that are worked on at a time."""
+"""Weights that are processed at a time."""
 FAST_BITS, FINE_BITS = 24, 52
 """Bits of a quantised score: at least as many are needed for a proof, and at most as many fit its arithmetic."""
 EXPONENTS = 1200
@@ -50,7 +50,7 @@ class Prices(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """Where a proof fails, and why."""
+    """The tile where a proof fails, and the reason."""
 
     tile: int
     reason: str
@@ -190,7 +190,7 @@ def _exact_sum(prices: Int[Tensor, "M T"], lacking: Int[Tensor, "M T"]) -> Float
 
 
 def _terms(band: _Band, n: int, exactly: bool, rounded: bool) -> tuple[Float[Tensor, " T"], Float[Tensor, " T"]]:
-    """Of every tile the terms of its entries, and those of its rows and columns in units of 2**-exponent."""
+    """Per tile, the terms of its entries, and the terms of its rows and columns in units of 2**-exponent."""
     u, v, exponent = band.prices
     if not exactly:
         u, v = u.clamp(min=0), v.clamp(min=0)
@@ -205,7 +205,7 @@ def _terms(band: _Band, n: int, exactly: bool, rounded: bool) -> tuple[Float[Ten
 
 
 def tiles_gap(scores: Real[Tensor, "B O I"], mask: Bool[Tensor, "B O I"], prices: Prices, n: int, m: int, exactly: bool) -> float:
-    """What the prices leave above the value of the mask, of the scores as given, in score units.
+    """The difference between the prices' bound and the mask's value, for the scores as given, in score units.
 
     Negative prices count as zero for "at most N", where they prove nothing.
 
@@ -267,7 +267,7 @@ def _out_of_range(band: _Band) -> Failure | None:
 
 
 def _unfit_exponent(band: _Band) -> Failure | None:
-    """Scores that are none, and exponents that round them more coarsely than a proof allows or so finely that sums overflow."""
+    """Invalid scores, and exponents that round them more coarsely than a proof allows or so finely that sums overflow."""
     scores, exponent = band.scores, band.prices.exponent
     least, largest = scores.flatten(0, 1).amin(0), scores.flatten(0, 1).amax(0)
     if (tile := _first(~((least >= 0) & (largest < math.inf)))) is not None:
@@ -292,7 +292,7 @@ def _unfit_exponent(band: _Band) -> Failure | None:
 
 
 def _story(band: _Band, tile: int, n: int) -> str:
-    """What the mask keeps and what the prices bound, in Python's integers."""
+    """The value of the mask and the bound by the prices, in Python integers."""
     one = _Band(
         0, band.scores[..., tile : tile + 1], band.mask, None, Prices(*(side[..., tile : tile + 1] for side in band.prices))
     )
@@ -313,18 +313,18 @@ def _story(band: _Band, tile: int, n: int) -> str:
 
 
 class _Poor(NamedTuple):
-    """Groups of a band that keep less than they could."""
+    """Groups of a band that keep less than the best selection."""
 
     place: str
     best: float
     kept: float
     """Of the first one."""
     more: float
-    """What all of them could keep in addition."""
+    """The total that all of them could keep in addition."""
 
 
 def selection_failure(matrices: Real[Tensor, "B O I"], mask: Bool[Tensor, "B O I"], pattern: Structure) -> str | None:
-    """The first group whose mask keeps less than it could, in words; None where all keep the most.
+    """A sentence about the first group whose mask keeps less than it could; None if all are optimal.
 
     N:M and unstructured masks are judged by comparing scores, exactly. Sums of pairs and windows are exact for integers below
     2**57; those of other scores have a relative error of up to M * 2**-52 of their group's sum, and no less is called a failure.
@@ -413,7 +413,7 @@ def _best_and_own(scores: Real[Tensor, "M G"], mask: Bool[Tensor, "M G"], n: int
 def _sums(
     scores: Real[Tensor, "M G"], mask: Bool[Tensor, "M G"], pattern: Sequential | Paired
 ) -> tuple[Real[Tensor, " G"], Real[Tensor, " G"], Real[Tensor, " G"]]:
-    """Of each group the largest sum that can be kept, the sum that is kept, and how far rounding may have moved them."""
+    """Per group: the largest sum that can be kept, the sum that is kept, and the bound on their rounding errors."""
     m, n = pattern.m, pattern.n
     if scores.is_floating_point() or int(scores.amax()) >= 1 << 57:
         scores = scores.double()

@@ -29,7 +29,7 @@ class Structure(ABC):
     @property
     @abstractmethod
     def density(self) -> float:
-        """Largest share of weights kept, in (0, 1]."""
+        """Largest fraction of weights kept, in (0, 1]."""
 
     @abstractmethod
     def row_violations(self, mask: Bool[Tensor, "*B R C"]) -> Bool[Tensor, "*B R G"]:
@@ -91,7 +91,7 @@ class Pattern(Structure):
 
 @dataclass(frozen=True)
 class Sequential(Structure):
-    """N:M whose `m - n` zeros stand next to each other in every group ("sequential" in the paper, section 3)."""
+    """N:M whose `m - n` zeros are adjacent in every group ("sequential" in the paper, section 3)."""
 
     n: int
     m: int
@@ -111,7 +111,7 @@ class Sequential(Structure):
         zeros = self.m - self.n
         if zeros == 0:
             return torch.zeros(groups.shape[:-1], dtype=torch.bool, device=mask.device)
-        # A group holds if one window of `zeros` entries has nothing kept in it.
+        # A group obeys if some window of `zeros` entries has nothing kept.
         return groups.unfold(-1, zeros, 1).any(-1).all(-1)
 
 
@@ -141,7 +141,7 @@ class Paired(Structure):
 
 @dataclass(frozen=True)
 class Unstructured(Structure):
-    """Any entries, at most a share `fraction` of each matrix: a matrix of T weights keeps at most round(fraction * T)."""
+    """Any entries, at most a fraction `fraction` of each matrix: a matrix of T weights keeps at most round(fraction * T)."""
 
     fraction: float
 
@@ -198,4 +198,4 @@ def _parse_text(text: str) -> Structure:
                 return Paired(n, m)
             case suffix:
                 return Pattern(n, m, transposable=suffix == "T")
-    raise ValueError(f"pattern {text!r} is not one I know: expected {_FORMS}")
+    raise ValueError(f"pattern {text!r} is unknown: expected {_FORMS}")

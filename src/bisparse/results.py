@@ -36,11 +36,11 @@ class LayerResult:
     layout: Layout
     pattern: str
     density: float
-    """Share of weights that are not zero. A mask may keep more: weights that were zero already."""
+    """Fraction of weights that are not zero. A mask may keep more: weights that were zero already."""
     retained: float | None
-    """Share of the total score kept; None where the scores are not known, as for a model pruned elsewhere."""
+    """Fraction of the total score kept; None where the scores are not known, as for a model pruned elsewhere."""
     gap: float | None
-    """How much better another mask could be, at most, as a share of the bound; None without a certificate."""
+    """How much better another mask could be, at most, as a fraction of the bound; None without a certificate."""
     value: float | None
     """Total score kept."""
     time_s: float
@@ -54,20 +54,20 @@ class LayerResult:
     note: str = ""
     """What the user should know about this layer."""
     violated_weights: float | None = None
-    """Share of what was kept before that the pattern had to drop, for a conversion; an unstructured one, what was beyond its
+    """Fraction of what was kept before that the pattern had to drop, for a conversion; an unstructured one, what was beyond its
     density."""
-    violated_blocks: float | None = None
-    """Share of the pattern's groups that kept too many before, for a conversion."""
+    violated_groups: float | None = None
+    """Fraction of the pattern's groups that kept too many before, for a conversion."""
     unstructured_weights: float | None = None
     """What `violated_weights` would have been of a random unstructured mask of the same density; None without such a chance."""
-    unstructured_blocks: float | None = None
-    """The same of `violated_blocks`."""
+    unstructured_groups: float | None = None
+    """The same of `violated_groups`."""
     origin: str = ""
     """The N:M that was obeyed, and filled, before a conversion; empty where there was none."""
     origin_weights: float | None = None
     """What `violated_weights` would have been of a random mask of `origin`."""
-    origin_blocks: float | None = None
-    """The same of `violated_blocks`."""
+    origin_groups: float | None = None
+    """The same of `violated_groups`."""
     fitted: str = ""
     """The sparsest N:M, of the pattern's M, that 95 % of the groups fitted before a conversion; empty where there was none."""
     checksum: int | None = None
@@ -133,12 +133,12 @@ class PruneReport:
 
     @property
     def density(self) -> float:
-        """Share of weights that are not zero in the pruned layers."""
+        """Fraction of weights that are not zero in the pruned layers."""
         return sum(layer.density * layer.size for layer in self.layers) / max(self.weights, 1)
 
     @property
     def retained(self) -> float | None:
-        """Share of score kept, layers weighted by their size; None where a layer's is not known."""
+        """Fraction of score kept, layers weighted by their size; None where a layer's is not known."""
         shares = [layer.retained for layer in self.layers]
         if not shares or None in shares:
             return None

@@ -1,4 +1,4 @@
-"""Scores: how much each weight is worth keeping. Pure functions of the weight and of what calibration measured.
+"""Scores: the value of keeping each weight. Pure functions of the weight and of calibration statistics.
 
 Every score is non-negative and finite for finite inputs, float32 (float64 for float64 weights), and of the weight's shape.
 """

@@ -1,4 +1,4 @@
-"""The judge: what a solution is, how its optimality is proved, and whether a mask obeys its structure.
+"""Solutions, proofs of their optimality, and the check of a mask against its structure.
 
 Nothing here calls a solver. The proof is LP duality: for any prices u (rows) and v (columns) of a tile with integer
 scores q, ::
@@ -11,7 +11,7 @@ Scores are real, the proof is in integers: each tile's scores are multiplied by 
 float32, float16 and bfloat16 the exponent puts the tile's largest score in [2**23, 2**24), so a score moves by at most half
 a unit, unit = 2**-exponent <= 2**-23 * max(tile), and the mask is within N * M units of the optimum of the given numbers (in
 practice equal to it). float64, integers from 2**52 on, and tiles whose scores span too wide a range are rounded to 52 bits, other
-integers not at all. `Solution.gap` is the gap in the scores as given: what rounding leaves open is in it.
+integers not at all. `Solution.gap` refers to the scores as given, so it includes what rounding may have lost.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class CertificateError(ValueError):
 
 
 class PatternError(ValueError):
-    """A mask breaks the structure it was said to obey."""
+    """A mask breaks its structure."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Solution:
     certify: Callable[[], Certificate | None] = field(default=lambda: None, repr=False, compare=False)
     """Makes the certificate when it is first asked for."""
     _version: int | None = field(default=None, init=False, repr=False, compare=False)
-    """How often torch has seen the scores change when this was made."""
+    """torch's version counter of the scores when this was made."""
 
     def __post_init__(self) -> None:
         known = self.__dict__
@@ -269,7 +269,7 @@ class Verification:
     first: Violation | None
     """The first one, in the order W before W^T, matrix, row, group."""
     density: float
-    """Share of non-zero weights."""
+    """Fraction of non-zero weights."""
     layer: str = ""
     layers: tuple[Verification, ...] = ()
     """For a model or a checkpoint, one entry per layer that was checked."""
@@ -329,9 +329,9 @@ def verify(
         pattern: the structure or its text.
         layout: how a bare tensor stores its matrices, where the default above does not fit.
         name: the layer's name for messages.
-        include, exclude: of a module, its layers as `prune_` was told them; by default those that `find_layers` chooses,
+        include, exclude: of a module, its layers, as passed to `prune_`; by default those that `find_layers` chooses,
             without output heads and the first convolution.
-        layouts: of a module, how single layers store their matrices, as `prune_` was told.
+        layouts: of a module, how single layers store their matrices, as passed to `prune_`.
     """
     pattern = parse_pattern(pattern)
     if isinstance(target, nn.Module):

@@ -1,7 +1,7 @@
 """Weight <-> matrices <-> tiles: the only file that reshapes weights.
 
 A weight is pruned as the matrix that the GEMM multiplies by: rows are outputs, columns are inputs, so that groups
-along a row lie on the reduction axis of the forward pass and groups along a column on that of the backward pass.
+along a row are on the reduction axis of the forward pass and groups along a column on that of the backward pass.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class LayoutKind(StrEnum):
     TRANSPOSED = "transposed"
     """(I, O): GPT-2's `Conv1D`; one matrix, transposed."""
     CONV = "conv"
-    """(C_out, C_in / groups, *kernel): `nn.Conv1d/2d/3d`; a matrix for each group and kernel position."""
+    """(C_out, C_in / groups, *kernel): `nn.Conv1d/2d/3d`; one matrix per group and kernel position."""
     PACKED = "packed"
-    """(parts * O, I): several projections stacked, as attention's `in_proj_weight`; a matrix a part."""
+    """(parts * O, I): several projections stacked, as attention's `in_proj_weight`; one matrix per part."""
     CONV_LAST = "conv-last"
     """(C_out, *kernel, C_in / groups): a convolution with its channels last, as MLX stores it; matrices as for CONV."""
     CONV_TRANSPOSED = "conv-transposed"
-    """(C_in, C_out / groups, *kernel): `nn.ConvTranspose1d/2d/3d`; a matrix for each group and kernel position."""
+    """(C_in, C_out / groups, *kernel): `nn.ConvTranspose1d/2d/3d`; one matrix per group and kernel position."""
     EXPERTS = "experts"
     """(E, O, I): a mixture's experts in one parameter; a matrix per expert."""
     EXPERTS_TRANSPOSED = "experts-transposed"
@@ -158,7 +158,7 @@ def from_matrices(
 
 
 def kernel_positions(shape: tuple[int, ...] | torch.Size, layout: Layout) -> int:
-    """How many kernel positions a convolution's weight has, which are summed into one output; 1 for any other layout."""
+    """The number of kernel positions, which are summed into one output; 1 for layouts other than convolutions."""
     if not layout.is_convolution:
         return 1
     return math.prod(tuple(shape)[1:-1] if layout.kind is LayoutKind.CONV_LAST else tuple(shape)[2:])

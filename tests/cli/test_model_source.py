@@ -258,7 +258,7 @@ def test_prune_then_convert_by_commands(beside: Path) -> None:
     code, _ = invoke("verify", beside / "out", "-p", "4:8")
     assert code == 0
     code, report = invoke("convert", "mine_for_tests:both", beside / "converted", "--to", "2:4-T", "--regrow")
-    assert code == 0 and all(layer["violated_blocks"] == 1.0 for layer in report["layers"])
+    assert code == 0 and all(layer["violated_groups"] == 1.0 for layer in report["layers"])
     assert all(layer["unstructured_weights"] > 0.3 and layer["fitted"] == "" for layer in report["layers"])
     assert invoke("verify", beside / "converted", "-p", "2:4-T")[0] == 0
     command = ["convert", "mine_for_tests:half", "shown", "--to", "2:4"]

@@ -40,7 +40,7 @@ def test_every_route_ends_in_the_pattern_within_what_was_kept(origin: str, to: s
         weight, old = model.state_dict()[layer.parameter], before[layer.parameter]
         verify(weight, to).check()
         assert not ((weight != 0) & (old == 0)).any(), "nothing may re-grow"
-        assert layer.violated_blocks is not None and layer.time_s > 0
+        assert layer.violated_groups is not None and layer.time_s > 0
         if data:
             assert layer.error is not None and layer.error <= layer.error_before + 1e-6
         else:
@@ -54,14 +54,14 @@ def test_the_report_holds_the_violation_of_the_mask_as_it_was() -> None:
     expected = {name: violation(model.get_submodule(name).weight, "2:4") for name in ("0", "2")}
     report = convert_(model, "2:4")
     for layer in report:
-        assert (layer.violated_weights, layer.violated_blocks) == (expected[layer.name].weights, expected[layer.name].blocks)
+        assert (layer.violated_weights, layer.violated_groups) == (expected[layer.name].weights, expected[layer.name].groups)
         assert layer.violated_weights > 0
         found = expected[layer.name]
-        assert (layer.unstructured_weights, layer.unstructured_blocks) == (found.predicted_weights, found.predicted_blocks)
+        assert (layer.unstructured_weights, layer.unstructured_groups) == (found.predicted_weights, found.predicted_groups)
         assert (layer.origin, layer.origin_weights) == (
             "4:8",
             pytest.approx(9 / 70),
-        ) and layer.origin_blocks == found.origin_blocks
+        ) and layer.origin_groups == found.origin_groups
         assert layer.fitted == "3:4"
     again = convert_(model, "2:4")
     assert all(layer.violated_weights == 0 and layer.density == report[layer.name].density for layer in again)

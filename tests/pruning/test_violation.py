@@ -36,7 +36,7 @@ def test_from_4_8_to_2_4_by_enumeration() -> None:
         row[list(kept)] = True
     found = violation(rows, "2:4")
     assert found.weights == pytest.approx(9 / 70)
-    assert found.blocks == pytest.approx(17 / 70)
+    assert found.groups == pytest.approx(17 / 70)
     assert predicted_violation("4:8", "2:4") == pytest.approx((9 / 70, 17 / 70))
     # Of the 8-blocks, 17 of 35 hold an overfull half.
     halves = rows.unflatten(1, (2, 4)).sum(2)
@@ -45,8 +45,8 @@ def test_from_4_8_to_2_4_by_enumeration() -> None:
 
 def test_a_mask_that_fits_has_no_violation_and_2_4_always_fits_4_8() -> None:
     mask = solve(torch.rand(32, 32), "2:4").mask
-    assert violation(mask, "2:4").weights == 0 and violation(mask, "2:4").blocks == 0
-    assert violation(mask, "4:8").blocks == 0
+    assert violation(mask, "2:4").weights == 0 and violation(mask, "2:4").groups == 0
+    assert violation(mask, "4:8").groups == 0
     assert predicted_violation("2:4", "4:8") == (0.0, 0.0)
 
 
@@ -54,7 +54,7 @@ def test_a_mask_that_fits_has_no_violation_and_2_4_always_fits_4_8() -> None:
 def test_random_masks_violate_as_predicted(pattern: str) -> None:
     mask = torch.rand(256, 256) < 0.4
     found = violation(mask, pattern)
-    assert found.blocks == pytest.approx(found.predicted_blocks, abs=0.02)
+    assert found.groups == pytest.approx(found.predicted_groups, abs=0.02)
     assert found.weights == pytest.approx(found.predicted_weights, abs=0.02)
     assert found.weights > 0
 
@@ -62,9 +62,9 @@ def test_random_masks_violate_as_predicted(pattern: str) -> None:
 def test_transposable_violation_counts_columns_too() -> None:
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[:, 0] = True  # every row holds, one column keeps four
-    assert violation(mask, "2:4").blocks == 0
+    assert violation(mask, "2:4").groups == 0
     found = violation(mask, "2:4-T")
-    assert (found.weights, found.blocks) == (0.5, 1 / 8)
+    assert (found.weights, found.groups) == (0.5, 1 / 8)
 
 
 def test_scores_weigh_what_is_lost_and_a_weights_nonzeros_are_its_mask() -> None:
@@ -75,7 +75,7 @@ def test_scores_weigh_what_is_lost_and_a_weights_nonzeros_are_its_mask() -> None
 
 def test_empty_masks_violate_nothing() -> None:
     found = violation(torch.zeros(8, 8, dtype=torch.bool), "2:4")
-    assert (found.weights, found.blocks, found.predicted_weights) == (0, 0, 0)
+    assert (found.weights, found.groups, found.predicted_weights) == (0, 0, 0)
 
 
 def test_the_sparsest_pattern_fits_and_the_next_sparser_does_not() -> None:
@@ -108,9 +108,9 @@ def test_random_n_m_masks_violate_as_predicted(origin: str, pattern: str) -> Non
     mask = solve(torch.rand(512, 512), origin).mask
     found = violation(mask, pattern)
     assert str(found.origin) == origin
-    assert (found.origin_weights, found.origin_blocks) == predicted_violation(origin, pattern)
+    assert (found.origin_weights, found.origin_groups) == predicted_violation(origin, pattern)
     assert found.weights == pytest.approx(found.origin_weights, abs=0.015)
-    assert found.blocks == pytest.approx(found.origin_blocks, abs=0.02)
+    assert found.groups == pytest.approx(found.origin_groups, abs=0.02)
 
 
 def test_the_origin_is_the_n_m_that_a_mask_obeys_and_fills() -> None:
@@ -128,7 +128,7 @@ def test_what_has_to_go_is_known_at_every_structure(to: str) -> None:
     found = violation(kept, to)
     # Every kept weight counts nearly the same in those scores, so that their best mask keeps as many as can be.
     assert found.weights == pytest.approx(1 - float(best.sum() / kept.sum()), abs=0.01)
-    assert 0 < found.weights < 1 and found.blocks > 0
+    assert 0 < found.weights < 1 and found.groups > 0
     assert (found.predicted_weights is None) == (to == "30%")
 
 
@@ -140,7 +140,7 @@ def test_the_guide_says_what_share_of_the_groups_has_to_fit():
 def test_an_unstructured_pattern_is_violated_by_what_is_beyond_its_density() -> None:
     kept = torch.arange(64).view(8, 8) < 32
     assert violation(kept, "25%").weights == pytest.approx(0.5)
-    assert violation(kept, "50%").weights == 0 and violation(kept, "50%").blocks == 0
+    assert violation(kept, "50%").weights == 0 and violation(kept, "50%").groups == 0
 
 
 def test_only_patterns_have_a_prediction() -> None:

@@ -157,7 +157,7 @@ def test_a_model_with_layers_that_are_never_pruned_is_not_said_to_be_wholly_prun
     del model["bilinear"]
     del model.own
     save(model, tmp_path / "some", report=prune_(model, "2:4"))
-    assert "None: every layer of a kind that is pruned was." in Page(write_report(tmp_path / "some", tmp_path / "some.html")).text
+    assert "None: every prunable layer was pruned." in Page(write_report(tmp_path / "some", tmp_path / "some.html")).text
 
 
 def test_a_damaged_weight_is_found_and_named(pruned: dict[str, Path], dense: Path, tmp_path: Path) -> None:
@@ -463,8 +463,8 @@ def test_figures_of_a_job_with_data_stand_in_the_table(tmp_path: Path) -> None:
         cells = dict(zip(head, page.row(layer.name), strict=True))
         chance = f"unstructured {100 * layer.unstructured_weights:.1f} %, 4:8 {100 * 9 / 70:.1f} %"
         assert cells["Violation"] == f"{100 * layer.violated_weights:.1f} %{chance}"
-        chance = f"unstructured {100 * layer.unstructured_blocks:.1f} %, 4:8 {100 * 17 / 70:.1f} %"
-        assert cells["Groups violated"] == f"{100 * layer.violated_blocks:.1f} %{chance}"
+        chance = f"unstructured {100 * layer.unstructured_groups:.1f} %, 4:8 {100 * 17 / 70:.1f} %"
+        assert cells["Groups violated"] == f"{100 * layer.violated_groups:.1f} %{chance}"
         assert (cells["Fits"], cells["Fitted before"]) == ("2:4", layer.fitted)
         assert cells["Error masked"] == f"{100 * layer.error_before:.1f} %"
         assert cells["Output error"] == f"{100 * layer.error:.1f} %"

@@ -36,7 +36,7 @@ from bisparse import PatternError, Schedule, finalize_, solve, sparsify_
         ({"masks": "nonzero"}, "mode='static'"),
         ({"mode": "static", "masks": "zeros"}, "'nonzero'"),
         ({"method": "s-ste"}, "plain N:M"),
-        ({"score": lambda name, weight: weight.abs().sum()}, "one score a weight"),
+        ({"score": lambda name, weight: weight.abs().sum()}, "one score per weight"),
         ({"score": lambda name, weight: weight}, "magnitudes"),
         ({"score": lambda name, weight: weight.abs() * float("nan")}, "0: its scores"),
     ],

@@ -23,7 +23,7 @@ from bisparse.checkpoint.names import some_of
 from bisparse.checkpoint.reader import open_source as read_headers
 from bisparse.errors import install_extra
 from bisparse.pruning.calibration.statistics import CalibrationError
-from bisparse.user_errors import ends_the_process, told
+from bisparse.user_errors import ends_the_process, error_in_one_line
 
 __all__ = ["SEED", "Source", "open_source", "place_of", "text_batches", "token_batches"]
 
@@ -155,7 +155,7 @@ def _loading(path: Path, what: str) -> Iterator[None]:
         if path.is_dir():
             # Our own reader tells which file is damaged, and how.
             read_headers(path)
-        raise ValueError(f"{path}: transformers cannot load {what}: {told(error)}") from error
+        raise ValueError(f"{path}: transformers cannot load {what}: {error_in_one_line(error)}") from error
 
 
 def _call(name: str) -> Source:
@@ -164,7 +164,7 @@ def _call(name: str) -> Source:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        with _yours(f"{name}: importing {module_name} failed"):
+        with user_code_errors(f"{name}: importing {module_name} failed"):
             module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         raise ValueError(f"{name}: there is no module {error.name!r} to import") from error
@@ -172,7 +172,7 @@ def _call(name: str) -> Source:
     if not callable(function):
         raise ValueError(f"{name}: {module_name} has no function {function_name!r}")
     _check_needs_nothing(name, function)
-    with _yours(f"{name}() failed"):
+    with user_code_errors(f"{name}() failed"):
         made = function()
     if isinstance(made, nn.Module):
         return Source(made)
@@ -185,13 +185,13 @@ def _call(name: str) -> Source:
             f"{name}() must return a model and its calibration batches, an iterable such as a list or a DataLoader, not "
             f"{_described(batches)}; a single batch is returned as [batch]"
         )
-    with _yours(f"{name}(): reading its calibration batches failed"):
+    with user_code_errors(f"{name}(): reading its calibration batches failed"):
         return Source(model, batches=list(batches))
 
 
 @contextmanager
-def _yours(doing: str) -> Iterator[None]:
-    """While open, errors of the user's own code are told in a line, whatever they are."""
+def user_code_errors(doing: str) -> Iterator[None]:
+    """While open, errors of the user's own code become a `ValueError` of one line."""
     try:
         yield
     except (MemoryError, ModuleNotFoundError):
@@ -199,7 +199,7 @@ def _yours(doing: str) -> Iterator[None]:
     except (Exception, SystemExit) as error:
         if ends_the_process(error):
             raise
-        raise ValueError(f"{doing}: {told(error)}") from error
+        raise ValueError(f"{doing}: {error_in_one_line(error)}") from error
 
 
 def _check_needs_nothing(name: str, function: Callable[..., Any]) -> None:

@@ -1,7 +1,7 @@
 """How a kernel registers itself for an operator: `@register_kernel("exact_mask", "CPU")`.
 
-torch dispatches by device. A schema defines an operator and knows no backend; a backend registers functions that import what is
-expensive (numba, Triton) when they are first called.
+torch dispatches by device. A schema defines an operator without any backend; a backend registers functions that import expensive
+packages (numba, Triton) at their first call.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from bisparse.user_errors import ends_the_process, told
+from bisparse.user_errors import ends_the_process, error_in_one_line
 
 __all__ = ["own_forward_reason"]
 
@@ -49,7 +49,8 @@ def own_forward_reason(module: nn.Module) -> str | None:
         except (Exception, SystemExit) as error:
             if ends_the_process(error):
                 raise
-            return f"{kind} has a forward pass of its own that takes other inputs than {base.__name__}'s ({told(error)})"
+            problem = error_in_one_line(error)
+            return f"{kind} has a forward pass of its own that takes other inputs than {base.__name__}'s ({problem})"
     if not isinstance(output, Tensor) or output.shape != expected.shape:
         return f"{kind} has a forward pass of its own whose output is not that of {base.__name__}"
     scale = float(expected.abs().max()) or 1.0

@@ -1,4 +1,4 @@
-"""One-shot pruning of models: `prune_`, `convert_`, the methods and what belongs to them."""
+"""One-shot pruning of models: `prune_`, `convert_`, the methods and their helpers."""
 
 from bisparse.process_group import OtherRankError
 from bisparse.pruning.batch_norm import fold_batch_norms_, reestimate_batch_norms_

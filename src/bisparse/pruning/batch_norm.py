@@ -1,4 +1,4 @@
-"""Batch norms around pruning: statistics of the pruned network instead of the dense one, and folding into the layer before."""
+"""Batch norms of pruned networks: re-estimated statistics, and folding into the layer before."""
 
 from __future__ import annotations
 
@@ -75,9 +75,9 @@ def fold_batch_norms_(
     one by one and those that change the output are left alone. On an error the model is as it was.
 
     Returns:
-        The names of the layers that took a batch norm in.
+        The names of the layers that a batch norm was folded into.
     """
-    # Depthwise convolutions are not pruned, but fold all the same: every layer of these kinds, not only those found to prune.
+    # All layers of these types, not only those to prune: depthwise convolutions are not pruned, but can be folded into.
     layers = [
         Layer(name, module, "weight", Layout())
         for name, module in model.named_modules()

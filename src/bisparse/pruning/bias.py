@@ -65,7 +65,7 @@ def bias_of(layer: Layer, norms: Mapping[str, nn.Module] | None = None) -> Bias 
 def norms_after(
     model: nn.Module, layers: Iterable[Layer], batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> dict[str, nn.Module]:
-    """The batch norm that takes each layer's output as its input, by what happens to one batch.
+    """The batch norm that takes each layer's output as its input, found by running one batch.
 
     A norm that serves several layers, or a layer called more than once, is left out.
     """

@@ -4,12 +4,13 @@ Once the layers of a block are pruned one by one, with x the block's inputs in t
 
     min over W' of sum over tokens of weight * |dense block(z) - block(x; S * W')|^2       S the masks, fixed
 
-What a layer-by-layer fit cannot see, such as an attention's softmax, the gate of an MLP, and one layer making good for
-another, this one can. Adam, because a block is not linear; its steps are relative to the size of each parameter.
-Guarantee: masks stay; the error on every fifth batch, held out, never grows: else the block is left as it was. Deterministic.
-Cost: about three forward passes of the block an epoch, and float32 copies and moments of one block's parameters.
+Unlike a fit per layer, this sees an attention's softmax, the gate of an MLP, and that one layer can compensate for another. It
+uses Adam, because a block is not linear, with steps relative to the size of each parameter.
+Guarantee: masks stay; the error on held-out batches (every fifth) never grows: otherwise the block is left as it was.
+Deterministic.
+Cost: about three forward passes of the block per epoch, and float32 copies and moments of one block's parameters.
 Source: the objective is that of BRECQ (Li et al., ICLR 2021, arXiv 2102.05426), for pruned models EBFT (Guo et al., 2024, arXiv
-2402.12419). Departures: held-out data decide; tokens of very much energy count less, as in all statistics here.
+2402.12419). Departures: held-out data decides; tokens of very high energy count less, as in all statistics here.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bisparse.pruning.calibration.moments import token_weights
 __all__ = ["BlockReconstruction"]
 
 WARM_UP = 0.05
-"""Share of an epoch's steps in which the step size rises; then it falls along a cosine."""
+"""Fraction of an epoch's steps in which the step size rises; then it falls along a cosine."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +39,9 @@ class BlockReconstruction:
 
     Args:
         epochs: passes over the calibration batches, at most.
-        learning_rate: first step of Adam, as a share of the root mean square of a parameter's kept weights.
-        worthwhile: another epoch follows only while the last one took at least this share off the error on held-out batches.
-            First blocks gain for long, and what is lost there all later ones inherit; later blocks soon gain nothing more.
+        learning_rate: first step of Adam, as a fraction of the root mean square of a parameter's kept weights.
+        worthwhile: another epoch follows only if the last one reduced the held-out error by at least this fraction. First blocks
+            keep improving for many epochs, and all later blocks inherit their error; later blocks soon stop improving.
     """
 
     epochs: int = 8

@@ -1,7 +1,7 @@
-"""From one mask type to another without training: every conversion is one verb.
+"""Conversion of masks to another pattern without training.
 
-What is pruned already stays pruned, unless it may re-grow; of what is kept, the new pattern keeps the best, and the weights are
-fitted to restore each layer's output on calibration data.
+Pruned weights stay pruned unless `regrow` is set; the new pattern keeps the best of the kept ones, and those are fitted to
+restore each layer's output on calibration data.
 Source: Hubara et al., NeurIPS 2021, arXiv 2102.08124, section 5.
 """
 
@@ -59,17 +59,17 @@ def convert_(
     progress: bool | None = None,
     group: ProcessGroup | None = None,
 ) -> PruneReport:
-    """Convert the masks of a model, which are the non-zeros of its weights, to another pattern, in place.
+    """Convert the masks of a model (the non-zeros of its weights) to another pattern, in place.
 
-    Dense to anything, unstructured to N:M, 4:8 to 2:4, 2:4 to 2:4-T, 4:8 to 4:8-T, N:M to 4:8-paired: all are this call. The
-    report holds a layer's pattern violation beside what chance would give, the sparsest N:M that it fitted, its output error
-    before and after, the method and the time. All layers are changed or, on an error, none.
+    Any mask to any pattern: dense to N:M, unstructured to N:M, 4:8 to 2:4, 4:8 to 4:8-T, N:M to 4:8-paired. The report holds
+    per layer the pattern violation and that of random masks, the sparsest N:M that it fitted, the output error before and after,
+    the method and the time. All layers are changed or, on an error, none.
 
     Args:
         pattern: the new one, or its text.
         method: a method or its name; by default `AdaPrune` with data, otherwise `Magnitude`.
-        batches: calibration data; see `prune_`. Without, weights are dropped by magnitude and nothing is fitted.
-        regrow: places that the old mask pruned may be kept where the new pattern has room; needs data, and `AdaPrune`.
+        batches: calibration data; see `prune_`. Without it, weights are dropped by magnitude and nothing is fitted.
+        regrow: weights that the old mask pruned may be kept again where the new pattern has room; needs data and `AdaPrune`.
         patterns: patterns of single layers, by name; `fitting_patterns` proposes some.
         include, exclude, layouts, remainder, solver, order: as for `prune_`.
         reconstruction, forward, device, resume, keep_journal, progress, group: as for `prune_`.
@@ -104,7 +104,7 @@ def convert_(
 
 
 def _violated(task: Task) -> dict[str, Any]:
-    """What a layer's result says of its mask before the conversion."""
+    """The fields of a layer's result that describe its mask before the conversion."""
     kept, structure, layout = task.allowed, task.structure, task.layer.layout
     assert kept is not None
     found = violation(kept, structure, layout=layout)
@@ -113,12 +113,12 @@ def _violated(task: Task) -> dict[str, Any]:
     fitted = None if m is None else sparsest_pattern(kept, m, transposable=transposable, layout=layout)
     return {
         "violated_weights": found.weights,
-        "violated_blocks": found.blocks,
+        "violated_groups": found.groups,
         "unstructured_weights": found.predicted_weights,
-        "unstructured_blocks": found.predicted_blocks,
+        "unstructured_groups": found.predicted_groups,
         "origin": str(found.origin or ""),
         "origin_weights": found.origin_weights,
-        "origin_blocks": found.origin_blocks,
+        "origin_groups": found.origin_groups,
         "fitted": str(fitted or ""),
     }
 
@@ -132,7 +132,7 @@ def fitting_patterns(
     include: Filter | None = None,
     exclude: Filter | None = None,
 ) -> dict[str, Pattern]:
-    """For each layer the sparsest N:M that its zeros fit already, with a share `confidence` of its groups; for ``patterns=``.
+    """The sparsest N:M per layer that a fraction `confidence` of its groups fit already; for ``patterns=`` of `convert_`.
 
     A layer that fits no pattern below M:M is not listed.
     """

@@ -35,14 +35,14 @@ __all__ = ["Change", "layer_problem", "plan", "prune_layer", "record"]
 
 @dataclass(frozen=True)
 class Change:
-    """What is to become of one layer, in its parameter's shape and dtype; small enough to hold for a whole model."""
+    """The planned change of one layer, in its parameter's shape and dtype; small enough to hold for a whole model."""
 
     layer: Layer
     mask: Bool[Tensor, "..."]
     weight: Float[Tensor, "..."] | None = None
-    """None: the kept weights stay."""
+    """None: kept weights are unchanged."""
     bias: Float[Tensor, " O"] | None = None
-    """None: it stays."""
+    """None: unchanged."""
     bias_at: Bias | None = None
     """Where the bias is stored."""
 
@@ -95,14 +95,14 @@ def layer_problem(
     allowed: Bool[Tensor, "..."] | None = None,
     bias_at: Bias | None = None,
 ) -> LayerProblem:
-    """A layer as the problem that methods take."""
+    """The `LayerProblem` of a layer."""
     weight = layer.weight.detach()
     matrices = to_matrices(weight, layer.layout)
 
     def output(inputs: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
         own = from_matrices(matrices, layer.layout, weight.shape)
         if isinstance(layer.module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            # The convolution's own way, which knows its padding mode.
+            # The convolution's own method, because it handles the padding mode.
             result: Tensor = layer.module._conv_forward(inputs, own, bias)
             return result
         return functional.linear(inputs, own.t() if layer.layout.kind is LayoutKind.TRANSPOSED else own, bias)
@@ -121,7 +121,7 @@ def layer_problem(
 
 
 def record(layer: Layer, pattern: Structure, pruned: Pruned, change: Change, seconds: float) -> LayerResult:
-    """The line of the report."""
+    """The layer's record in the report."""
     weight = layer.weight if change.weight is None else change.weight
     # A mask may keep weights that were zero already.
     kept = change.mask.to(weight.device) & (weight != 0)

@@ -1,4 +1,4 @@
-"""What of a layer a pruning job changes: as it is, as it will be, and as a journal has it."""
+"""The tensors of a layer that a pruning job changes: current, future, and as stored in a journal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def live_tensors(layer: Layer, norms: Mapping[str, nn.Module]) -> dict[str, Tens
 
 
 def tensors_after(change: Change, norms: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """The same as they will be."""
+    """The values of `live_tensors` after a change; the layer itself is not written."""
     after = live_tensors(change.layer, norms)
     weight = after["weight"] if change.weight is None else change.weight
     after["weight"] = weight.masked_fill(~change.mask.to(weight.device), 0)
@@ -37,7 +37,7 @@ def tensors_after(change: Change, norms: Mapping[str, nn.Module]) -> dict[str, T
 
 
 def write_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module]) -> None:
-    """Give the layer other tensors, of the names that `live_tensors` has, in place, and read them back.
+    """Overwrite a layer's tensors in place, by the names of `live_tensors`, and check them by reading back.
 
     Raises:
         RuntimeError: the layer does not hold what was written to it.
@@ -49,12 +49,12 @@ def write_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.M
         if not same_bits(live, tensors[key]):
             raise RuntimeError(
                 f"{layer.name}: its {key} does not hold what was written to it: {type(layer.module).__name__} or "
-                f"{type(live).__name__} changes what it is given; exclude the layer"
+                f"{type(live).__name__} changes the values written to it; exclude the layer"
             )
 
 
 def restore_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module]) -> None:
-    """Give the layer back what it had. A tensor that has not changed is left alone: perhaps it cannot be written to."""
+    """Restore a layer's tensors. One that has not changed is not written: it may not be writable."""
     with torch.no_grad():
         for key, live in live_tensors(layer, norms).items():
             if not same_bits(live, tensors[key]):
@@ -62,7 +62,7 @@ def restore_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn
 
 
 def resumed_result(layer: Layer, journal: Journal, norms: Mapping[str, nn.Module]) -> LayerResult:
-    """What an interrupted job has made of a layer that is still as it was.
+    """The result that an interrupted job stored for a layer, which itself is still unchanged.
 
     Raises:
         JournalError: it does not fit the layer, or its file is damaged.
@@ -74,7 +74,7 @@ def resumed_result(layer: Layer, journal: Journal, norms: Mapping[str, nn.Module
         raise JournalError(
             f"{layer.name}: {journal.folder} holds {kinds} for it, and the layer is {expected}; begin a new journal"
         )
-    # As the model has it: whatever became of the file that the interrupted job wrote.
+    # The model's own values, whatever the interrupted job stored.
     journal.put("dense", layer.name, live)
     return _result_from(result)
 

@@ -1,4 +1,4 @@
-"""One-shot pruning of a model in place: all layers or, on bad input or an interruption, none."""
+"""One-shot pruning of a model in place; on bad input or an interruption, no layer is changed."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def prune_(
     progress: bool | None = None,
     group: ProcessGroup | None = None,
 ) -> PruneReport:
-    """Prune the layers of a model in place, and report what was done to each and which were left dense, and why.
+    """Prune the layers of a model in place; returns a report of each layer, and of those left dense with the reason.
 
-    Either every chosen layer is changed or, when an error is raised, none.
+    All chosen layers are changed or, on an error, none.
 
     Args:
         pattern: the structure or its text, such as ``"4:8-T"``. N is the number kept.
@@ -69,21 +69,21 @@ def prune_(
             the largest total score.
         include, exclude: names, globs, ``re:`` patterns, or functions ``(name, module) -> bool``; see `find_layers`.
         solver: for transposable patterns, or its name in `bisparse.solvers.SOLVERS`; by default `Exact`.
-        remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
-            layer; "error".
+        remainder: what to do if M does not divide a layer's sides. "pad": prune as if padded with zeros; "dense": leave the
+            layer dense; "error": raise.
         patterns: patterns of single layers, by name, glob or ``re:`` pattern; the first that matches counts.
-        layouts: how single layers store their matrices, where their modules do not tell: "linear", "transposed", "conv",
+        layouts: how single layers store their matrices, if their modules do not determine it: "linear", "transposed", "conv",
             "experts", "experts-transposed", "groups:32", "parts:3"; see `bisparse.layers.parse_layout`.
-        order: "sequential": each layer is pruned on the inputs that the layers pruned before it deliver; "parallel": on
-            the dense network's, as in the paper.
-        reconstruction: after the layers of each block of a chain, such as a transformer's, fit what the masks keep of the
-            whole block to the dense block's output. Needs the order "sequential".
-        forward: how to run the model on a batch, where none of the three ways above fits.
-        device: run transformer blocks there, one at a time; by default where the model is.
-        resume: a folder for the journal of this job. An interrupted job called again with the same arguments goes on at the
-            layer where it stopped; the folder is removed at the end.
-        keep_journal: leave that folder, for a caller who has yet to save the model; `remove_journal` removes it.
-        progress: a progress bar, or lines with the time where no terminal shows one; None: a bar if a terminal is there.
+        order: "sequential": each layer is pruned on its inputs in the network pruned so far; "parallel": on the dense network's
+            inputs, as in the paper.
+        reconstruction: after the layers of each block of a chain, such as a transformer's, fit the kept weights of the whole
+            block to the dense block's output. Needs the order "sequential".
+        forward: ``forward(model, batch)``, if none of the three ways above fits.
+        device: run transformer blocks there, one at a time; by default on the model's device.
+        resume: a folder for the journal of this job. An interrupted job that is called again with the same arguments continues
+            at the layer where it stopped; the folder is removed at the end.
+        keep_journal: keep that folder until the caller has saved the model; `remove_journal` removes it.
+        progress: show a progress bar, or lines with the time where there is no terminal; None: a bar, on a terminal only.
         group: ranks that share the job, such as ``torch.distributed.group.WORLD`` under torchrun: each calls this with the same
             model and the same batches, runs a part of the batches, prunes a part of the layers, and ends with the whole result.
 
@@ -117,7 +117,7 @@ def prune_(
 def prune_layers_(
     model: nn.Module, tasks: Sequence[Task], batches: Iterable[Any] | None, options: Options, ranks: Ranks
 ) -> Outcome:
-    """Prune layers, each to its own structure by its own method; all or, on any error, none."""
+    """Prune layers, each to its own structure by its own method; on any error, none is changed."""
     with Job(model, tasks, batches, options, ranks) as job, closing(_stages(job)) as stages:
         for stage in stages:
             if isinstance(stage, FinishedBlock):

@@ -1,9 +1,9 @@
 """Pattern violation: how far a mask is from a pattern, what chance alone would give, and the sparsest pattern that fits.
 
-    v_w = share of the kept weights (or of their score) that the best mask of the pattern must drop
-    v_b = share of the pattern's groups that keep too many
+    v_w = fraction of the kept weights (or of their score) that the best mask of the pattern must drop
+    v_b = fraction of the pattern's groups that keep too many
 
-Both are compared with what random masks give: unstructured ones of the same density, and ones of the N:M that the mask obeys.
+Both are compared with random masks: unstructured ones of the same density, and ones of the N:M that the mask obeys.
 
 Source: Hubara et al., NeurIPS 2021, arXiv 2102.08124, section 5: conversion without training works for small violation.
 """
@@ -35,31 +35,31 @@ __all__ = [
 
 SIMULATED_TILES = 256
 CONFIDENCE = 0.95
-"""Share of groups that have to fit a pattern for it to be proposed."""
+"""Fraction of groups that have to fit a pattern for it to be proposed."""
 ORIGINS = (2, 4, 8, 16, 32, 64)
-"""Group sizes M that a mask is looked at for."""
+"""Group sizes M at which an N:M in the mask is looked for."""
 FULL = 0.98
-"""A mask that keeps this share of what an N:M allows, and obeys it, is one of that N:M."""
+"""A mask that obeys an N:M and keeps at least this fraction of what it allows counts as a mask of that N:M."""
 
 
 @dataclass(frozen=True)
 class PatternViolation:
-    """How far a mask is from a pattern. All figures are shares in [0, 1]."""
+    """How far a mask is from a pattern. All figures are fractions in [0, 1]."""
 
     pattern: Structure
     weights: float
-    """v_w: share of what the mask keeps (of its score, where scores were given) that the pattern must drop."""
-    blocks: float
-    """v_b: share of the pattern's groups, of W and of W^T where it is transposable, that keep too many."""
+    """v_w: fraction of what the mask keeps (of its score, where scores were given) that the pattern must drop."""
+    groups: float
+    """v_b: fraction of the pattern's groups, of W and of W^T where it is transposable, that keep too many."""
     predicted_weights: float | None
     """v_w of a random unstructured mask of the same density; None where the pattern is unstructured too."""
-    predicted_blocks: float | None
+    predicted_groups: float | None
     """v_b of a random unstructured mask of the same density; None where the pattern is unstructured too."""
     origin: Pattern | None = None
-    """The N:M that the mask obeys and fills, of the smallest M; None where there is none."""
+    """The N:M of smallest M that the mask obeys and fills; None where there is none."""
     origin_weights: float | None = None
     """v_w of a random mask of `origin`."""
-    origin_blocks: float | None = None
+    origin_groups: float | None = None
     """v_b of a random mask of `origin`."""
 
 
@@ -74,12 +74,12 @@ def violation(
 
     Args:
         mask: bool, or a weight whose non-zeros are the mask.
-        pattern: where to go. At an unstructured one v_w is what is kept beyond its density, and no chance is involved.
-        scores: what each weight is worth; by default every kept weight counts the same.
+        pattern: the target. For an unstructured one v_w is the excess over its density, and there is no comparison with chance.
+        scores: the value of each weight; by default every kept weight counts the same.
 
     >>> mask = torch.tensor([[True, True, True, False], [False, True, True, False]])
     >>> found = violation(mask, "2:4")
-    >>> round(found.weights, 3), found.blocks
+    >>> round(found.weights, 3), found.groups
     (0.2, 0.5)
     """
     pattern = parse_pattern(pattern)
@@ -91,14 +91,14 @@ def violation(
     lost = 1 - solution.value / total if total > 0 else 0.0
     found = verify(kept, pattern, layout=layout)
     density = float(kept.double().mean()) if kept.numel() else 0.0
-    blocks = found.violations / max(1, found.groups)
+    groups = found.violations / max(1, found.groups)
     origin = _origin(kept, layout, density)
     if isinstance(pattern, Unstructured):
-        return PatternViolation(pattern, max(0.0, lost), blocks, None, None, origin)
+        return PatternViolation(pattern, max(0.0, lost), groups, None, None, origin)
     chance = predicted_violation(density, pattern)
     if origin is None:
-        return PatternViolation(pattern, max(0.0, lost), blocks, *chance)
-    return PatternViolation(pattern, max(0.0, lost), blocks, *chance, origin, *predicted_violation(origin, pattern))
+        return PatternViolation(pattern, max(0.0, lost), groups, *chance)
+    return PatternViolation(pattern, max(0.0, lost), groups, *chance, origin, *predicted_violation(origin, pattern))
 
 
 def _origin(kept: Bool[Tensor, "..."], layout: Layout, density: float) -> Pattern | None:
@@ -114,12 +114,12 @@ def _origin(kept: Bool[Tensor, "..."], layout: Layout, density: float) -> Patter
 
 
 def predicted_violation(origin: float | str | Structure, pattern: str | Structure) -> tuple[float, float]:
-    """(v_w, v_b) that chance gives: for random masks of a density, or random masks that obey an N:M.
+    """Expected (v_w, v_b) of random masks of a density, or of random masks that obey an N:M.
 
     With Z = M - N zeros needed and every weight pruned with probability p, a group fits with probability
     ``sum over i >= Z of C(M, i) p^i (1-p)^(M-i)``; from an N:M mask the counts are hypergeometric. For a transposable
-    pattern v_w has no closed form and is that of random tiles (seeded, solved exactly), as both are for a paired or
-    sequential one.
+    pattern v_w has no closed form and is measured on random tiles (seeded, solved exactly); so are both for paired and
+    sequential patterns.
 
     >>> [round(share, 4) for share in predicted_violation(0.5, "2:4")]  # density 0.5
     [0.1875, 0.3125]
@@ -138,15 +138,15 @@ def predicted_violation(origin: float | str | Structure, pattern: str | Structur
     chances = _count_chances(origin, pattern.m)
     over = {count: chance for count, chance in chances.items() if count > pattern.n}
     mean = sum(count * chance for count, chance in chances.items())
-    blocks = sum(over.values())
+    groups = sum(over.values())
     weights = sum((count - pattern.n) * chance for count, chance in over.items()) / mean if mean else 0.0
     if pattern.transposable:
         # Along the columns, rows that obey a plain N:M are independent of each other.
         plain = isinstance(origin, Pattern) and not origin.transposable
         columns = _count_chances(origin.density, pattern.m) if plain and isinstance(origin, Pattern) else chances
-        blocks = (blocks + sum(chance for count, chance in columns.items() if count > pattern.n)) / 2
-        weights = _simulated(origin, pattern)[0] if blocks > 0 else 0.0
-    return weights, blocks
+        groups = (groups + sum(chance for count, chance in columns.items() if count > pattern.n)) / 2
+        weights = _simulated(origin, pattern)[0] if groups > 0 else 0.0
+    return weights, groups
 
 
 def _count_chances(origin: float | Pattern, m: int) -> dict[int, float]:
@@ -183,7 +183,7 @@ def kept_counts(
 
 
 def sparsest_for(counts: Int[Tensor, " M+1"], confidence: float = CONFIDENCE, *, transposable: bool = False) -> Pattern | None:
-    """The sparsest N:M that at least a share `confidence` of the groups fit, of which `kept_counts` has told; None: no N < M."""
+    """The sparsest N:M that at least a fraction `confidence` of the groups in `kept_counts` fit; None: no N < M fits."""
     total, fitting = int(counts.sum()), counts.cumsum(0).tolist()
     m = len(fitting) - 1
     return next((Pattern(n, m, transposable) for n in range(1, m) if total and fitting[n] >= confidence * total), None)
@@ -197,11 +197,11 @@ def sparsest_pattern(
     transposable: bool = False,
     layout: Layout | None = None,
 ) -> Pattern | None:
-    """The sparsest N:M that what is pruned already fits: at least a share `confidence` of the groups keep N or fewer.
+    """The sparsest N:M that existing zeros fit: at least a fraction `confidence` of the groups keep N or fewer.
 
     Args:
-        zeros: the share of zeros, which gives the chance for random positions (the `extract_topk` idea of the paper's
-            code); or a mask or weight, whose own groups are counted.
+        zeros: the fraction of zeros, at random positions (the `extract_topk` idea of the paper's code); or a mask or weight,
+            whose own groups are counted.
 
     Returns:
         The pattern, or None where even M - 1 kept of M does not fit.
@@ -210,7 +210,7 @@ def sparsest_pattern(
     '4:8'
     """
     if not 0 < confidence <= 1:
-        raise ValueError(f"confidence={confidence!r}: expected a share above 0 and at most 1")
+        raise ValueError(f"confidence={confidence!r}: expected a fraction above 0 and at most 1")
     if isinstance(zeros, Tensor):
         kept = zeros if zeros.dtype == torch.bool else zeros != 0
         return sparsest_for(kept_counts(kept, m, transposable=transposable, layout=layout), confidence, transposable=transposable)

@@ -1,4 +1,4 @@
-"""What a person looks at: one self-contained HTML page about a pruned checkpoint, or several, and the diversity plot."""
+"""Self-contained HTML reports about one or several pruned checkpoints, and the diversity plot."""
 
 from bisparse.report.figures import PrunedFigures, read_figures
 from bisparse.report.html import Task, write_comparison, write_report

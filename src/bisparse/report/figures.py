@@ -1,4 +1,4 @@
-"""What a report shows, read from pruned folders: the sidecar, a new check of W and W^T, and what changed in the weights."""
+"""The data of a report, read from pruned folders: the sidecar, a new check of W and W^T, and the changes of the weights."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from bisparse.solution import Verification
 __all__ = ["Change", "LayerFigures", "Progress", "PrunedFigures", "Side", "read_figures"]
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the bytes done and the bytes there are."""
+"""Called with the current step, the bytes done and the total bytes."""
 
 PIECE = 1 << 21
 """Weights compared at a time."""
 FITTING_M = 8
-"""The M at which layers of an unstructured pattern are looked at."""
+"""The M at which layers with an unstructured pattern are checked for N:M."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """How one side, W or W^T, fares against a structure."""
+    """The check of one side, W or W^T, against a structure."""
 
     groups: int
     violations: int
@@ -47,13 +47,13 @@ class Side:
 
     @property
     def share(self) -> float:
-        """Share of groups that break the structure."""
+        """Fraction of groups that break the structure."""
         return self.violations / self.groups if self.groups else 0.0
 
 
 @dataclass(frozen=True)
 class Change:
-    """What pruning did to a weight, against the dense one."""
+    """The changes of a weight by pruning, relative to the dense one."""
 
     squared_error: float
     """Sum of (pruned - dense)**2."""
@@ -62,7 +62,7 @@ class Change:
     """Sum of the dense weight's |w| where the pruned one is not zero."""
     magnitude: float
     altered: int
-    """Weights that were kept, but not as they were."""
+    """Number of kept weights whose value changed."""
 
     def __add__(self, other: Change) -> Change:
         return Change(
@@ -80,7 +80,7 @@ class Change:
 
     @property
     def retained(self) -> float:
-        """Share of the dense weight's total magnitude that stands where the mask keeps."""
+        """Fraction of the dense weight's total magnitude at the kept positions."""
         return self.kept_magnitude / self.magnitude if self.magnitude > 0 else 1.0
 
 
@@ -98,13 +98,13 @@ class LayerFigures:
 
     @property
     def holds(self) -> bool:
-        """Whether the weight, as it lies in the file, obeys the layer's own pattern."""
+        """Whether the weight in the file obeys the layer's own pattern."""
         structure = parse_pattern(self.result.pattern)
         asked = isinstance(structure, Pattern) and structure.transposable
         return not self.rows.violations and not (asked and self.columns is not None and self.columns.violations)
 
     def as_dict(self) -> dict[str, Any]:
-        """What was written down about the layer and what was found, as JSON knows values."""
+        """The recorded and the measured figures of the layer, as JSON values."""
         found = {"holds": self.holds, "fits": None if self.fits is None else str(self.fits)}
         change = None if self.change is None else {"weight_error": self.change.error, "altered": self.change.altered}
         return {**asdict(self.result), **found, **(change or {})}
@@ -121,7 +121,7 @@ class PrunedFigures:
 
     @property
     def report(self) -> PruneReport:
-        """What the pruning run wrote down."""
+        """The record of the pruning run."""
         return self.sidecar.report
 
     @property
@@ -166,7 +166,7 @@ class PrunedFigures:
 
 
 def read_figures(folder: str | Path, against: str | Path | None = None, progress: Progress | None = None) -> PrunedFigures:
-    """Read a pruned folder, check every layer anew, and compare it with the dense checkpoint where there is one.
+    """Read a pruned folder, check every layer again, and compare it with the dense checkpoint if one is given.
 
     Args:
         folder: written by `prune_checkpoint` or `save`.

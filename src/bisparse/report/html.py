@@ -1,4 +1,4 @@
-"""The pages: what `read_figures` found, poured into the templates; one file without a network, scripts for sorting only."""
+"""HTML pages made from `read_figures` and the templates: one file that needs no network, with scripts for sorting only."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Task:
     name: str
     dense: float
     scores: tuple[float, ...]
-    """One for each folder, in their order."""
+    """One score per folder, in their order."""
     note: str = ""
-    """What was measured, in a sentence."""
+    """A sentence about the measurement."""
     digits: int = 3
 
     def text(self, score: float) -> str:
@@ -70,11 +70,11 @@ def write_report(
 ) -> Path:
     """Write a page about a pruned checkpoint: one HTML file that needs no network.
 
-    What each layer keeps and how far that is from the optimum, pictures of real tiles, a new verification of W and W^T,
-    what was left dense and why, and what the structure means for masks and hardware.
+    It shows the retained score and the gap of each layer, pictures of real tiles, a new verification of W and W^T, the layers
+    left dense with reasons, and the properties of the structure for masks and hardware.
 
     Args:
-        pruned: a folder with a `bisparse.json`, or what `read_figures` has found in it.
+        pruned: a folder with a `bisparse.json`, or the result of `read_figures`.
         output: the HTML file; replaced if it is there.
         against: the dense checkpoint; adds the change of each layer's weights.
         progress: called with the layer's name, the bytes read so far and those there are.
@@ -105,7 +105,7 @@ def write_report(
         chart=chart_of_layers([figures], [gaussian]),
         mixed=len({layer.pattern for layer in report}) > 1,
         has_output_error=any(layer.error is not None for layer in report),
-        has_violation=any(layer.violated_blocks is not None for layer in report),
+        has_violation=any(layer.violated_groups is not None for layer in report),
         unstructured=any(isinstance(parse_pattern(layer.pattern), Unstructured) for layer in report),
         fitting_m=FITTING_M,
         confidence=CONFIDENCE,
@@ -135,7 +135,7 @@ def write_comparison(
         pruned: folders with a `bisparse.json` each.
         output: the HTML file; replaced if it is there.
         against: the dense checkpoint.
-        tasks: what the models score, a column each.
+        tasks: scores of the models, one column per task.
         progress: as for `write_report`, folder after folder.
 
     Raises:
@@ -146,7 +146,7 @@ def write_comparison(
     for task in tasks:
         if len(task.scores) != len(pruned):
             raise ValueError(
-                f"task {task.name!r} has {len(task.scores)} scores for {len(pruned)} folders: one is needed for each"
+                f"task {task.name!r} has {len(task.scores)} scores for {len(pruned)} folders: expected one per folder"
             )
     for folder in pruned:
         check_apart(output, {"pruned checkpoint": folder, "dense checkpoint": against})
@@ -229,7 +229,7 @@ def _meaning(figures: PrunedFigures) -> str:
         case Pattern(n, m):
             text = f"At most {n} of every {m} weights are kept, along the rows of each weight matrix."
         case Sequential(n, m):
-            text = f"At most {n} of every {m} weights are kept, and the zeros stand together."
+            text = f"At most {n} of every {m} weights are kept, and the zeros are adjacent."
         case Paired(n, m):
             text = f"At most {n} of every {m} weights are kept, in adjacent pairs."
         case structure:
@@ -263,7 +263,7 @@ def _rows(figures: Sequence[PrunedFigures]) -> list[_Row]:
 
 
 def _rows_of_tiles(figures: Sequence[PrunedFigures]) -> list[tuple[str, list[tuple[str, Any]]]]:
-    """The sample tiles of a few layers that all folders have one of, cropped alike."""
+    """The sample tiles of a few layers that all folders have, cropped to the same size."""
     samples = [{sample.layer: sample for sample in one.samples} for one in figures]
     common = [name for name in samples[0] if all(name in one for one in samples)]
     step = max(1, math.ceil(len(common) / LAYERS_COMPARED))
@@ -275,7 +275,7 @@ def _rows_of_tiles(figures: Sequence[PrunedFigures]) -> list[tuple[str, list[tup
 
 
 def _write(output: str | Path, html: str) -> Path:
-    """The file appears whole or not at all."""
+    """Write the file atomically."""
     with atomic_file(output) as temporary:
         temporary.write_text(html, encoding="utf-8")
     return Path(output)

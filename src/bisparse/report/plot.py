@@ -1,4 +1,4 @@
-"""The plot of mask diversity against retained score: what a structure allows, and what it keeps."""
+"""The plot of mask diversity against retained score of structures."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ GAUSSIAN_RETAINED = {
     "32:64-T": 0.7890, "16:32-T": 0.7817, "8:16-T": 0.7678, "4:8-T": 0.7429, "2:4-T": 0.7028,
     "2:4-seq": 0.6781, "4:8-seq": 0.6461, "4:8-paired": 0.6756,
 }  # fmt: skip
-"""Share of the total |w| that each structure's best mask keeps of Gaussian weights; `benchmarks/quality.py` measures it."""
+"""Fraction of the total |w| that each structure's best mask keeps of Gaussian weights; `benchmarks/quality.py` measures it."""
 
 WEIGHTS_ACROSS = 1024
 """Side of the tensor whose diversity is shown. Structures do not depend on it, and unstructured masks hardly."""
@@ -65,7 +65,7 @@ class Point:
     structure: Structure
     retained: float
     exact: float
-    """log2 of the number of masks a weight."""
+    """log2 of the number of masks, per weight."""
     paper: float
     """The same by the paper's formula."""
 
@@ -86,9 +86,9 @@ class Point:
 
 
 def retained_on_gaussian(pattern: str | Structure) -> float:
-    """Share of the total score that the best mask keeps of |N(0,1)| scores: what to expect of weights without structure.
+    """Fraction of the total score that the best mask keeps of |N(0,1)| scores, the expectation for weights without structure.
 
-    From `GAUSSIAN_RETAINED`, or else measured on 512 x 512 scores (to about 0.001).
+    From `GAUSSIAN_RETAINED`; other structures are measured on 512 x 512 scores (to about 0.001).
     """
     structure = parse_pattern(pattern)
     if (known := GAUSSIAN_RETAINED.get(str(structure))) is not None:
@@ -196,13 +196,13 @@ def _draw(
     axes.set_ylim(low - 0.022, high + 0.026)
     axes.yaxis.set_major_locator(MultipleLocator(0.02 if high - low > 0.05 else 0.01))
     axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.0f} %")
-    axes.set_xlabel("mask diversity: log2 of the number of masks, a weight", color=theme["ink"], fontsize=10.5, labelpad=8)
+    axes.set_xlabel("mask diversity: log2 of the number of masks, per weight", color=theme["ink"], fontsize=10.5, labelpad=8)
     axes.set_ylabel("kept of the total |w|, Gaussian weights", color=theme["ink"], fontsize=10.5, labelpad=8)
 
-    # A mask is one bit a weight: whatever counts more than 2**T masks counts some of them twice.
+    # A mask is one bit per weight: a count above 2**T counts some masks twice.
     axes.axvspan(1, right, color=theme["band"], zorder=0, linewidth=0)
     axes.text(
-        right - 0.012, axes.get_ylim()[0] + 0.004, "more masks than there are\n(1 bit a weight)",
+        right - 0.012, axes.get_ylim()[0] + 0.004, "more masks than there are\n(1 bit per weight)",
         ha="right", va="bottom", fontsize=8.5, color=theme["faint"], linespacing=1.35,
     )  # fmt: skip
 

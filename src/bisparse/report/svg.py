@@ -31,7 +31,7 @@ class TilePicture:
 
     @property
     def place(self) -> str:
-        """Where the square lies in the layer."""
+        """The square's position in the layer."""
         sample = self.sample
         rows, columns = len(sample.kept), len(sample.kept[0]) if sample.kept else 0
         where = f"rows {sample.row}–{sample.row + rows - 1}, columns {sample.column}–{sample.column + columns - 1}"
@@ -39,7 +39,7 @@ class TilePicture:
 
 
 def picture_of_tile(sample: SampleTile, structure: Structure, rows: int | None = None) -> TilePicture:
-    """A cell a weight, darker for a larger magnitude, with a gap between tiles; cropped to `rows` x `rows` if given."""
+    """One cell per weight, darker for a larger magnitude, with a gap between tiles; cropped to `rows` x `rows` if given."""
     m = getattr(structure, "m", 0)
     weights, kept = sample.weights, sample.kept
     if rows is not None:
@@ -117,7 +117,7 @@ class Chart:
 
 
 def chart_of_layers(pruned: Sequence[PrunedFigures], gaussian: Sequence[float]) -> Chart | None:
-    """A dot a layer and folder; None where no layer's retained score is known.
+    """One dot per layer and folder; None if no layer's retained score is known.
 
     Args:
         pruned: folders with the same layers, or nearly.

@@ -24,7 +24,7 @@ EXACT = Exact()
 
 
 def parse_solver(solver: str | Solver | None) -> Solver:
-    """A solver from its name in `SOLVERS`; a `Solver` is returned as it is, and None gives `Exact()`, the default.
+    """A solver from its name in `SOLVERS`; a `Solver` is returned unchanged, and None gives `Exact()`, the default.
 
     Raises:
         ValueError: no solver has that name, or it is neither a name nor a solver.

@@ -2,8 +2,8 @@
 
 Guarantee: the mask is optimal for the scores as rounded to 24 bits of each tile's largest, or to 52 bits with ``strict=True``,
 for float64, for integers from 2**52 on, and for tiles whose scores span too wide a range for 24 bits; its certificate proves it,
-and `Solution.gap` says what the rounding leaves open (see `bisparse.solution`).
-Cost: about four sorts of each row and column, and a shortest path for each row or column the sorts leave unbalanced.
+and `Solution.gap` bounds what rounding may have lost (see `bisparse.solution`).
+Cost: about four sorts per row and column, and a shortest path per row or column that is then still unbalanced.
 Source: the paper's section 4 reduces the problem to min-cost flow; Ahuja, Magnanti, Orlin, Network Flows (1993), chapter 9.
 Departures: prices start from block coordinate descent on the dual instead of zero; at M = 4 the optimum is found by
 meeting in the middle, without prices, which are computed when the certificate is first asked for.
@@ -28,12 +28,12 @@ __all__ = ["Exact"]
 
 FAST_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LARGEST_PRICE = 1 << 26
-"""No optimal price of 24-bit scores reaches it."""
+"""Every optimal price of 24-bit scores is below this."""
 
 
 @dataclass(frozen=True)
 class Exact(Solver):
-    """The best mask there is, and the proof.
+    """The optimal mask, with a proof.
 
     Args:
         exactly: keep exactly N in every row and column, instead of at most N.
@@ -94,7 +94,7 @@ class Exact(Solver):
     def _solve_coarse(
         self, scores: Real[Tensor, "R C"], mask: Bool[Tensor, "R C"], coarse: Bool[Tensor, " B"], n: int, m: int
     ) -> tuple[Bool[Tensor, "R C"], Certificate]:
-        """Solve the tiles that the fast mode would ruin with 52 bits."""
+        """Solve with 52 bits the tiles that 24 bits quantise too coarsely."""
         ops.check_scores(scores)  # a kernel on a GPU cannot raise and calls a tile coarse that holds no scores
         masks = to_tiles(mask, m).clone()
         masks[coarse], certificate = self._solve_finely(to_tiles(scores, m)[coarse], n)
@@ -117,10 +117,10 @@ class Exact(Solver):
 
 
 def _fast_prices(certificate: Certificate) -> ops.Prices:
-    """Prices as the fast mode reads them. Of tiles that were solved with 52 bits they may not fit: those start from nothing."""
+    """Prices as start values of the fast mode. Those of tiles solved with 52 bits may not fit: these tiles start cold."""
     u, v, exponent = certificate.u, certificate.v, certificate.exponent
     if u.dtype == torch.int32:
         return u, v, exponent
-    fit = ((u.abs() < LARGEST_PRICE) & (v.abs() < LARGEST_PRICE)).all(1) & (exponent.abs() < -ops.COARSE)
+    fit = ((u.abs() < LARGEST_PRICE) & (v.abs() < LARGEST_PRICE)).all(1) & (exponent.abs() < -ops.NEEDS_EXACT)
     u, v = (torch.where(fit[:, None], side, 0).int() for side in (u, v))
-    return u, v, torch.where(fit, exponent, ops.COARSE).int()
+    return u, v, torch.where(fit, exponent, ops.NEEDS_EXACT).int()

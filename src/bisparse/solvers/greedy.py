@@ -3,8 +3,8 @@
 Guarantee: keeps at least half of what the best "at most N" mask keeps; filling never lowers it.
 Cost: one sort of the M * M scores of a tile and M * M steps, each over all tiles at once.
 Source: the rule that the code of Hubara et al. (2021, arXiv 2102.08124) runs in training, in place of the paper's Algorithm 1.
-Departures: ``fill=True`` completes what the rule leaves half empty; ``fill=False`` is their rule as it is. Ties are broken
-by place: of equal scores, the lower row, then the lower column.
+Departures: ``fill=True`` completes rows and columns that the rule leaves short; ``fill=False`` is their rule unchanged. Of equal
+scores, the lower row comes first, then the lower column.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Greedy(Solver):
 
     Args:
         exactly: keep exactly N in every row and column, instead of at most N. Needs `fill`.
-        fill: complete rows and columns that the rule leaves short, where the total gains by it.
+        fill: complete rows and columns that the rule leaves short, where that raises the total.
 
     >>> import torch
     >>> from bisparse import solve

@@ -1,12 +1,12 @@
 """The paper's reduction to min-cost flow, solved by OR-tools one tile at a time: the reference, and the baseline for speed.
 
 A unit of flow from row i to column j keeps the entry (i, j), at cost -w_ij and capacity 1; each row sends N units and each
-column takes N. For "at most N" one more node, joined to all rows and columns at no cost, carries what they do not use.
+column takes N. For "at most N" an additional node, joined to all rows and columns at no cost, carries the unused flow.
 
 Guarantee: optimal for the scores as rounded to integers: float32, float16 and bfloat16 to 24 bits of each tile's largest score,
 half to even, as the exact solver does; float64, integers, and tiles whose scores span too wide a range for that, to 48 bits
 (integers below 2**48 are as given, larger ones rounded down). OR-tools' costs must leave room in 64 bits.
-Cost: a graph of M * M + 2 M arcs is built and solved for each tile (cost scaling), on the CPU whatever the device.
+Cost: a graph of M * M + 2 M arcs per tile, built and solved (cost scaling) on the CPU whatever the device.
 Source: Hubara et al. (2021, arXiv 2102.08124), section 4; OR-tools' SimpleMinCostFlow.
 Departures: rows and columns supply and demand flow themselves, in place of a source and a sink; flow keeps instead of pruning.
 """
@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from bisparse.errors import install_extra
-from bisparse.kernels.exact.ops import COARSE
+from bisparse.kernels.exact.ops import NEEDS_EXACT
 from bisparse.kernels.exact.reference import quantise
 from bisparse.solvers.rounding import chunks
 from bisparse.solvers.solver import Guarantee, Solver
@@ -107,7 +107,7 @@ def _integers(scores: Real[Tensor, "B M M"]) -> Int[Tensor, "B M M"]:
     if scores.dtype == torch.float64:
         return _wide(scores)
     q, exponent = quantise(scores)
-    return torch.where((exponent == COARSE)[:, None, None], _wide(scores.double()), q)
+    return torch.where((exponent == NEEDS_EXACT)[:, None, None], _wide(scores.double()), q)
 
 
 def _wide(scores: Float[Tensor, "B M M"]) -> Int[Tensor, "B M M"]:

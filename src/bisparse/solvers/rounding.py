@@ -1,7 +1,7 @@
 """From an order of entries to a mask: keep or prune in order, then fill what is left. All tiles advance together.
 
-Tensors inside have the tile as their last dimension, so that every step is elementwise over tiles: no answer depends on
-which tiles stand beside it.
+Tensors here have the tile as their last dimension, so that every step is elementwise over tiles: no result depends on the
+other tiles of the batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["chunks", "fill", "fill_chunks", "heavy_to_light", "keep_in_order", "
 
 SWEEP_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 26}
 FILL_ENTRIES = {"cpu": 1 << 17, "cuda": 1 << 26}
-"""Entries in work at a time: enough for long vector operations, little enough to stay in the cache."""
+"""Entries processed at a time: enough for long vector operations, few enough to stay in the cache."""
 
 
 def _pieces(tiles: Shaped[Tensor, "B M M"], entries: dict[str, int]) -> tuple[Shaped[Tensor, "b M M"], ...]:
@@ -28,7 +28,7 @@ def chunks(tiles: Shaped[Tensor, "B M M"]) -> tuple[Shaped[Tensor, "b M M"], ...
 
 
 def fill_chunks(tiles: Shaped[Tensor, "B M M"]) -> tuple[Shaped[Tensor, "b M M"], ...]:
-    """Smaller pieces, for work that goes over all entries many times."""
+    """Smaller pieces, for loops that read all entries many times."""
     return _pieces(tiles, FILL_ENTRIES)
 
 
@@ -38,12 +38,12 @@ def heavy_to_light(scores: Real[Tensor, "B M M"]) -> Int[Tensor, "K B"]:
 
 
 def keep_in_order(order: Int[Tensor, "K B"], n: int, m: int) -> Bool[Tensor, "B M M"]:
-    """Keep each entry in turn while its row AND its column keep fewer than n. Nothing can be added to the mask."""
+    """Keep each entry in turn while its row AND its column keep fewer than n. No entry can then be added to the mask."""
     return _sweep(order, n, m, both=True)
 
 
 def prune_in_order(order: Int[Tensor, "K B"], zeros: int, m: int) -> Bool[Tensor, "B M M"]:
-    """Prune each entry in turn while its row OR its column has fewer than `zeros` pruned; what is left is kept."""
+    """Prune each entry in turn while its row OR its column has fewer than `zeros` pruned; the rest is kept."""
     return ~_sweep(order, zeros, m, both=False)
 
 
@@ -64,13 +64,12 @@ def _sweep(order: Int[Tensor, "K B"], capacity: int, m: int, both: bool) -> Bool
 def fill(scores: Real[Tensor, "B M M"], mask: Bool[Tensor, "B M M"], n: int, exactly: bool = False) -> Bool[Tensor, "B M M"]:
     """Add to masks to which no single entry can be added, each time by the best swap of one kept entry for two.
 
-    A row r and a column c with room already keep (r, c). Dropping a kept (i, j) makes place for (r, j) and (i, c): the
-    augmenting path r -> j -> i -> c, which gains ``w_rj + w_ic - w_ij``. Such a path always exists: the rows that do not
-    keep an entry of c are full, at least M - N + 1 of them, so not all their kept entries avoid the M - N + 1 columns or
-    more that r does not keep.
+    A row r and a column c that keep fewer than n already keep (r, c). Dropping a kept (i, j) makes room for (r, j) and (i, c):
+    the augmenting path r -> j -> i -> c, which gains ``w_rj + w_ic - w_ij``. Such a path always exists: at least M - N + 1 rows
+    keep no entry of c, and all are full, so not all their kept entries avoid the M - N + 1 or more columns that r does not keep.
 
-    "At most N" stops at a tile whose best path gains nothing, so the value never falls; ``exactly=True`` goes on until every row
-    and column keeps n. Of equal gains the lowest entry (i, j) is dropped.
+    "At most N" stops at a tile whose best path gains nothing, so the value never falls; ``exactly=True`` continues until every
+    row and column keeps n. Of equal gains the lowest entry (i, j) is dropped.
     """
     pieces = zip(fill_chunks(scores), fill_chunks(mask), strict=True)
     return torch.cat([_fill_piece(w, x, n, exactly) for w, x in pieces])

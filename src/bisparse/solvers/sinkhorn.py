@@ -5,10 +5,11 @@ At a temperature T the fractional mask that maximises ``<w, x> + T entropy(x)`` 
     x_ij = exp((w_ij - u_i - v_j - c_ij) / T)      u, v: prices of full rows and columns, c: of full entries (x_ij = 1)
 
 and its prices are found by setting u, v and c in turn, while T falls. Entries are then kept from the largest margin
-``w_ij - u_i - v_j`` down while their row and their column have room, and what is left is filled by swaps, as in `Greedy`.
+``w_ij - u_i - v_j`` down while neither their row nor their column is full, and short rows and columns are filled by swaps, as in
+`Greedy`.
 
-Guarantee: none on the value; the mask is always feasible. As T falls and the iterations grow it nears the optimum.
-Cost: two exponentials an entry and iteration, then as `Greedy`.
+Guarantee: none on the value; the mask is always feasible. It approaches the optimum as T falls and the iterations increase.
+Cost: two exponentials per entry and iteration, then as `Greedy`.
 Source: Meng, Makni, Mazumder, TSENOR (2025, arXiv 2505.23949), whose rounding this is too; the turns are Dykstra's projections
 in the log domain, Benamou et al., SIAM J. Sci. Comput. 37 (2015).
 Departures: T falls geometrically and the prices are over-relaxed, which needs fewer iterations (``relaxation=1`` and equal
@@ -31,7 +32,7 @@ from bisparse.solvers.solver import Solver
 __all__ = ["Sinkhorn"]
 
 COLDEST = -80.0
-"""Exponents are cut here: below, float32 would go through subnormal numbers, which are slow and change nothing."""
+"""Exponents are clamped to this: below it float32 results are subnormal, which is slow and changes nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Sinkhorn(Solver):
 
     Args:
         exactly: keep exactly N in every row and column, instead of at most N.
-        iterations: turns of (rows, columns, entries). More is better and slower, and pays for a lower temperature.
-        temperature: the last temperature, as a share of each tile's range of scores.
+        iterations: number of (rows, columns, entries) updates. More are slower and better, and permit a lower temperature.
+        temperature: the last temperature, as a fraction of each tile's range of scores.
         initial_temperature: the first one.
         relaxation: step length of the prices, above 0 and below 2; 1 is the plain iteration.
 
@@ -112,7 +113,7 @@ def _price(reduced: Float[Tensor, "M M B"], side: int, n: int, temperature: floa
 
 
 def _fixed_order_sum(terms: Float[Tensor, "M M B"], side: int) -> Float[Tensor, "..."]:
-    """Sum over a dimension by halves: elementwise, so that it rounds the same wherever a tile stands in the batch."""
+    """Sum over a dimension by halves: elementwise, so that rounding does not depend on a tile's position in the batch."""
     while (length := terms.shape[side]) > 1:
         half = length // 2
         total = terms.narrow(side, 0, half) + terms.narrow(side, half, half)

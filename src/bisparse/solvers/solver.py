@@ -1,4 +1,4 @@
-"""What every solver of the transposable mask problem is: scores of tiles in, masks out.
+"""The interface of solvers of the transposable mask problem: scores of tiles in, masks out.
 
 For each M x M tile with scores w >= 0::
 
@@ -21,7 +21,7 @@ __all__ = ["Guarantee", "Solver"]
 
 
 class Guarantee(NamedTuple):
-    """A worst-case promise: `quantity` of the answer is within `factor` of the optimum's."""
+    """A worst-case guarantee: the result's `quantity` is within `factor` of the optimum's."""
 
     quantity: Literal["kept", "pruned"]
     factor: float
@@ -37,7 +37,7 @@ class Solver(ABC):
     """Whether the mask is always optimal."""
 
     guarantee: ClassVar[Guarantee | None] = None
-    """The approximation guarantee, where one is proved."""
+    """The approximation guarantee; None if none is proved."""
 
     checks_scores: ClassVar[bool] = False
     """Whether `solve_matrix` raises `BadScoreError` itself, so that `solve` need not read the scores beforehand."""
@@ -54,8 +54,8 @@ class Solver(ABC):
     ) -> tuple[Bool[Tensor, "R C"], Callable[[], Certificate | None]]:
         """Mask of a matrix whose sides `m` divides, and a function that gives the certificate, where the solver has one.
 
-        `warm_start` holds the prices of an earlier solve of nearly the same scores; a solver that has no use for it
-        ignores it, and no solver's value depends on it.
+        `warm_start` holds the prices of an earlier solve of nearly the same scores. It may be ignored, and the value of the
+        mask does not depend on it.
         """
         mask = self.solve_tiles(to_tiles(scores, m), n)
         return from_tiles(mask, scores.shape[0], scores.shape[1]), lambda: None

@@ -1,11 +1,11 @@
 """Light to heavy: prune the smallest score whose row or column still lacks zeros, then the next (the paper's Algorithm 1).
 
 Guarantee: the score pruned is at most twice what the best mask prunes. Let P_v be the first M - N entries pruned in the row
-or column v: while v lacks zeros every entry of v that comes up is pruned, so P_v are the M - N lightest of v and weigh no
-more than what the best mask prunes there. Each pruned entry lies in some P_v, each entry the best mask prunes in two lines.
+or column v: while v lacks zeros every entry of v that is visited is pruned, so P_v are the M - N lightest of v and sum to no more
+than the best mask prunes in v. Each pruned entry is in some P_v, and each entry that the best mask prunes is in two lines.
 Cost: one sort of the M * M scores of a tile and M * M steps, each over all tiles at once.
 Source: Hubara et al. (2021, arXiv 2102.08124), Algorithm 1.
-Departures: none. It prunes more than it must, since an entry is pruned for its row where its column has zeros enough.
+Departures: none. It prunes more than necessary, because an entry may be pruned for its row when its column has enough zeros.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Sparse training: static and dynamic masks from two lines in anyone's loop."""
+"""Sparse training: static and dynamic masks by two lines in any training loop."""
 
 from bisparse.training.decay import FixedDecay
 from bisparse.training.finalize import finalize_, plain_state_dict

@@ -1,4 +1,4 @@
-"""What can be said of a layer in training from its weight as it is now; nothing is remembered from an earlier step."""
+"""Figures of a layer in training, computed from its current weight alone."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["layer_facts"]
 
 @torch.no_grad()
 def layer_facts(layer: SparseLayer, score: Score) -> LayerResult:
-    """Density, and for a dynamic mask the score that it keeps and how much more the best mask of today's weight would keep.
+    """Density and, for a dynamic mask, the score that it keeps and how much more the best mask of the current weight would keep.
 
-    The gap is proved by the certificate of a new search, whatever solver the run uses. A static mask follows no scores, and
-    a dense phase has no mask: their figures are None.
+    The gap is proved by the certificate of a new search, whatever solver the run uses. For a static mask, which follows no
+    scores, and in a dense phase, which has no mask, these figures are None.
     """
     weight = layer.full_weight()
     own = layer.parametrization

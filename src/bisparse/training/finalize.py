@@ -1,4 +1,4 @@
-"""The last line of sparse training: `finalize_` makes a plain model of a sparsified one."""
+"""The end of sparse training: `finalize_` turns a sparsified model into a plain one."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ __all__ = ["finalize_", "plain_state_dict"]
 
 @torch.no_grad()
 def finalize_(model: nn.Module) -> nn.Module:
-    """Turn a sparsified or accelerated model into a plain one: weights hold their zeros, nothing of this library is left.
+    """Turn a sparsified or accelerated model into a plain one: weights contain their zeros, and no wrapper or hook is left.
 
-    Returns the model. Its `Sparsity` ends here: it leaves the optimizers, and training on is dense. The parameters stay the same
-    objects, so optimizers keep them, but for weights that were packed. The masks are checked against their patterns first.
-    Parametrizations that were added after `sparsify_`, such as a spectral norm, stay. Of an average of the weights
-    (a copy of the model, such as `AveragedModel`) the masks are those that the model it averages has.
+    Returns the model. Its `Sparsity` ends: it detaches from the optimizers, and further training is dense. Parameters stay the
+    same objects, so optimizers keep them, except weights that were packed. The masks are checked against their patterns first.
+    Parametrizations that were added after `sparsify_`, such as a spectral norm, stay. An average of the weights (a copy of the
+    model, such as `AveragedModel`) uses the masks of the model that it averages.
 
     Raises:
         ValueError: the model is neither sparsified nor accelerated, or its weights are sharded over ranks (take

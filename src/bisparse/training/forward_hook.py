@@ -1,15 +1,15 @@
 """The hook that refreshes masks before the first training forward pass that needs it, in eager and in compiled code.
 
-Whatever is evaluated, saved or finalized is what was trained: an optimizer step only marks a refresh as due, and the next
-forward pass that trains does it. The hook is on every sparse layer and on every module that contains one, so that it runs
-whichever of them is called, and the outermost runs first.
+The model that is evaluated, saved or finalized is the one that was trained: an optimizer step only marks a refresh as due, and
+the next training forward pass does it. The hook is on every sparse layer and on every module that contains one, so that it runs
+whichever of them is called, outermost first.
 
 A forward pass trains if the called module is in training mode and gradients are recorded. The backward pass runs no refresh,
 so that the forward passes that activation checkpointing repeats there see the masks of the first. If no such forward pass
 came before the next optimizer step is done (layers trained in eval mode, or gradients written by hand), the refresh follows that
-step. In compiled code the hook is traced: a step without a refresh adds nothing to the graph but a guard, and a step with one has
-a graph of its own, without a break, in which one operator does the refresh. A phase of the schedule changes the code that runs,
-which a graph cannot do for itself, so that compiled models change their phase right after the optimizer step.
+step. In compiled code the hook is traced: a step without a refresh adds only a guard to the graph, and a step with one has its
+own graph, without a break, in which one operator does the refresh. A change of phase changes the code that runs, which a graph
+cannot do, so compiled models change their phase directly after the optimizer step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["RefreshHook", "Refreshed", "ZerosHook", "gathered_again", "remove_ho
 
 
 class Refreshed(Protocol):
-    """What the hook refreshes."""
+    """The refresh that the hook runs, and its state."""
 
     due: bool
     """The next training forward pass refreshes the masks first."""
@@ -40,7 +40,7 @@ class Refreshed(Protocol):
     """What a refresh writes, while one is due."""
 
     def refresh_due(self) -> None:
-        """Do what is due."""
+        """Run the refresh that is due."""
 
 
 _REFRESHED: WeakValueDictionary[int, Refreshed] = WeakValueDictionary()
@@ -48,7 +48,7 @@ _REFRESHED: WeakValueDictionary[int, Refreshed] = WeakValueDictionary()
 
 class RefreshHook:
     """A forward pre-hook, without effect until `refreshed` is set. In copies of the model it refreshes nothing, but lets
-    layers that keep something made from their mask follow it; others do that by themselves."""
+    layers that cache something derived from their mask update it; in the original that needs no hook."""
 
     copied = False
 
@@ -83,9 +83,9 @@ class RefreshHook:
 
 
 class ZerosHook:
-    """A forward pre-hook of a static run: the first forward pass after a step looks whether pruned weights are zero still.
+    """A forward pre-hook of a static run: the first forward pass after a step checks that pruned weights are still zero.
 
-    Optimizers around the one that is followed may write after it, as Lookahead does. Compiled code does not look.
+    An optimizer that wraps the attached one, such as Lookahead, may write weights after it. Compiled code does not check.
     """
 
     def __init__(self) -> None:

@@ -1,7 +1,8 @@
-"""2:4-T masks of layers on a GPU, all launched before the one wait for all: the host never stands between two searches.
+"""2:4-T masks of many layers on a GPU: all kernels are launched before a single synchronisation.
 
-Nothing is gathered and no magnitudes are stored: each weight is read where it lies, 4 bytes a weight in float32, and its mask
-written, 1. What a kernel alone cannot decide, a tile of too wide a range or numbers that are not finite, is left to `MaskSearch`.
+Nothing is gathered and no magnitudes are stored: each weight is read in place, 4 bytes per weight in float32, and its mask is
+written, 1 byte per weight. Layers that a kernel cannot decide (a tile of too wide a range, non-finite numbers) are left to
+`MaskSearch`.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from bisparse.training.layer import SparseLayer
 __all__ = ["masks_together"]
 
 DEVICES = ("cuda",)
-"""Where a launch returns before its kernel has run."""
+"""Devices with asynchronous kernel launches."""
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PATTERN = Pattern(2, 4, transposable=True)
 
 
 def masks_together(layers: Iterable[SparseLayer], exactly: bool) -> dict[str, Bool[Tensor, "O I"]]:
-    """The best masks by magnitude, by name, of those layers for which this is all there is to do."""
+    """The best masks by magnitude, by name, of the layers that this search can decide."""
     masks, doubts = {}, []
     for layer in layers:
         weight = layer.weight.detach()

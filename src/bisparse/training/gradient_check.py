@@ -1,4 +1,4 @@
-"""Whether gradients are finite, before an optimizer's step spreads what is not."""
+"""A check for non-finite gradients before an optimizer's step spreads them."""
 
 from __future__ import annotations
 

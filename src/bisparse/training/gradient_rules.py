@@ -1,4 +1,4 @@
-"""What an optimizer step does to the weights off the mask: masked decay and SR-STE, for any torch optimizer."""
+"""Update rules for the weights off the mask: masked decay and SR-STE, for any torch optimizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One sparse layer of a model in training: its dense parameter, its mask, and where both live."""
+"""One sparse layer of a model in training: its dense parameter and its mask."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Accelerated(Protocol):
         """Follow the weight's current mask; with `proved` it is known to obey the layer's pattern."""
 
     def restore_(self) -> None:
-        """Become the layer again that it was."""
+        """Turn the module back into the original layer."""
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -48,17 +48,17 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def part_of(mask: Tensor, weight: Tensor) -> Tensor:
-    """The part of a whole mask that lies on this rank's shard of its weight; all of it where the weight is whole."""
+    """The part of a full mask that belongs to this rank's shard of its weight; all of it where the weight is not sharded."""
     if isinstance(weight, DTensor):
         mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
     return mask
 
 
 def keep_only_(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> None:
-    """Set a tensor to exactly zero off the mask, whatever it held there, NaN included.
+    """Set a tensor to exactly zero off the mask, whatever its values there, NaN included.
 
-    By the bits, with all ones where the mask is True: a third of the time that `masked_fill_` takes on a CPU, which has no
-    vector code for it; a product would keep NaN, and the sign of zeros.
+    It ANDs the bits with all ones where the mask is True. That takes a third of the time of `masked_fill_` on a CPU, which is not
+    vectorised; a product would keep NaN, and the sign of zeros.
     """
     bits = BITS[tensor.element_size()]
     tensor.view(bits).bitwise_and_(mask.to(bits).neg_())
@@ -80,7 +80,7 @@ class SparseLayer:
     key: str
     """The parameter's key in the plain model's state_dict."""
     decay: float | FixedDecay | None = None
-    """Masked decay of this layer; None for that of the run."""
+    """Masked decay of this layer; None: the run's."""
     sharing: tuple[nn.Module, ...] = ()
     """Other modules that hold the same parameter, and with it the same mask."""
 
@@ -91,7 +91,7 @@ class SparseLayer:
 
     @property
     def active(self) -> bool:
-        """Whether the layer has its mask still, rather than having been finalized."""
+        """Whether the layer still has its mask; False once it is finalized."""
         return self.parametrization is not None or isinstance(vars(self.module).get(self.mask_name), StaticMask)
 
     @property
@@ -114,7 +114,7 @@ class SparseLayer:
 
     @property
     def local_mask(self) -> Bool[Tensor, "..."]:
-        """The part of the mask that lies on this rank's shard of the weight."""
+        """The part of the mask that belongs to this rank's shard of the weight."""
         return part_of(self.mask, self.weight)
 
     @torch.no_grad()
@@ -129,12 +129,12 @@ class SparseLayer:
         keep_only_(local(self.weight.detach()), self.local_mask)
 
     def follow_nothing(self) -> None:
-        """In a copy of a model: the mask is its own from now on, and no longer that of what it was copied from."""
+        """In a copy of a model: use a mask of its own from now on, instead of the original's."""
         if (own := self.parametrization) is not None:
             own.origin = own.copied = None
 
     def mask_changed(self, *, proved: bool = False) -> None:
-        """Tell the modules, where they keep something that they made from the mask."""
+        """Notify modules that cache something derived from the mask."""
         for module in (self.module, *self.sharing):
             # The name first: isinstance with a protocol looks every method up each time, which counts where layers are small.
             if hasattr(module, "mask_changed") and isinstance(module, Accelerated):

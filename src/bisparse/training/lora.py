@@ -1,8 +1,8 @@
 """Merging low-rank adapters into sparse weights without losing the zeros.
 
 ``W + s B A`` is dense even where W is sparse. `merged_weight` keeps the pattern of W: ``mask * (W + s B A)`` with W's own mask,
-or with the best mask for the sum. What the adapter did on pruned positions is lost; the result says how much. In a static
-run the mask is that of the run, which may keep a weight that is zero for now.
+or with the best mask for the sum. The adapter's part at pruned positions is lost; the result says how much that is. In a static
+run the mask is that of the run, which may keep a weight that is currently zero.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class MergedAdapter:
     weight: Float[Tensor, "O I"]
     mask: Bool[Tensor, "O I"]
     lost: float
-    """Fraction of the norm of ``W + s B A`` that fell to the mask."""
+    """Fraction of the norm of ``W + s B A`` that the mask removed."""
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Mask search for many layers at once: their scores are gathered into few matrices, solved warm, and dealt out again.
+"""Mask search for many layers at once: scores are gathered into few matrices, solved with a warm start, and split up again.
 
-Layers of the same pattern and (padded) number of columns stand one below the other in one matrix, so that a model costs a few
-calls of the solver, whatever its number of layers. Over ranks, each solves a band of whole tile rows of every such matrix
-and receives the others' bands: masks are the same everywhere, and tiles that straddle shards are whole again.
+Layers with the same pattern and (padded) number of columns are stacked in one matrix, so that a model takes a few solver calls,
+whatever its number of layers. Over ranks, each solves a band of whole tile rows of every such matrix and receives the others'
+bands: masks are the same everywhere, and no tile is split between shards.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ Score = Callable[[str, Tensor], Tensor]
 
 GATHERED_WEIGHTS = {"cpu": 1 << 22}
 GATHERED_ELSEWHERE = 1 << 25
-"""Layers are gathered up to this many weights, which bounds the memory that a search needs beyond the model's. On a CPU that is
-16 MB of float32, which the allocator keeps: fresh pages cost as much as a tenth of the search."""
+"""Maximum weights per gathered matrix, which bounds the search's additional memory. On a CPU that is 16 MB of float32, which the
+allocator keeps: fresh pages would cost up to a tenth of the search."""
 
 
 def magnitude(name: str, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
@@ -55,7 +55,7 @@ class Prices:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a layer lies in its gathered matrix: `count` matrices of `rows` (padded) rows from row `start` on."""
+    """A layer's position in its gathered matrix: `count` matrices of `rows` (padded) rows from row `start` on."""
 
     layer: SparseLayer
     start: int
@@ -110,16 +110,16 @@ class MaskSearch:
     Args:
         layers: those to solve together.
         solver: for transposable patterns; by default the exact one.
-        score: what makes a weight worth keeping.
+        score: (layer name, weight) -> scores.
     """
 
     def __init__(self, layers: Iterable[SparseLayer], solver: Solver | None, score: Score) -> None:
         self.solver, self.score = solver, score
         self.ranks: Ranks | None = None
-        """Those that hold the layers; None until they are known, which may be after the model is wrapped."""
+        """The ranks that hold the layers; None until they are known, which may be after the model is wrapped."""
         self.prices: dict[str, Prices] = {}
         self._whole: dict[str, tuple[list[Prices], Certificate]] = {}
-        """By a gathered matrix's first layer: the prices of its layers, and what they were cut from."""
+        """By a gathered matrix's first layer: the prices of its layers, and the solution that they are slices of."""
         self._gathered = _gather(layers)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -129,13 +129,13 @@ class MaskSearch:
     def masks(
         self, names: Iterable[str] | None = None, *, share: bool = False
     ) -> dict[str, tuple[Bool[Tensor, "..."], Callable[[], Float[Tensor, "B O I"]]]]:
-        """(mask, what gives its GEMM matrices' scores) of each named layer.
+        """(mask, function that returns the scores of its GEMM matrices) per named layer.
 
         With `share` the ranks divide the work (a collective call).
 
         Raises:
             ValueError: scores that are NaN, infinite or negative; the message names the layer, and the ranks that hold them.
-            OtherRankError: another rank failed in its share. Where one rank raises, all do.
+            OtherRankError: another rank failed in its part. If one rank raises, all do.
         """
         ranks = (self.ranks or ranks_of(place.layer for one in self._gathered for place in one.places)) if share else Ranks()
         layers = {place.layer.name: place.layer for gathered in self._gathered for place in gathered.places}
@@ -161,7 +161,7 @@ class MaskSearch:
 
     def _solve(self, gathered: _Gathered, ranks: Ranks) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
         weights = [place.layer.full_weight() for place in gathered.places]
-        # Of an unstructured pattern a matrix is one piece of work, and selection is cheap.
+        # A matrix with an unstructured pattern cannot be divided, and selection is cheap.
         alone = ranks.size == 1 or isinstance(gathered.pattern, Unstructured)
         matrix, failure = None, None
         try:  # all up to the next exchange: a rank that left here alone would let the others wait for it
@@ -182,13 +182,13 @@ class MaskSearch:
         }
 
     def _scores_again(self, place: _Place, matrix: Float[Tensor, "R C"]) -> Callable[[], Float[Tensor, "B O I"]]:
-        """What gives a layer's scores later: the matrix is held only where they would be dear to find again."""
+        """A function that returns a layer's scores later; it holds the matrix only if recomputing them would be expensive."""
         if self.score is magnitude and not is_sharded(place.layer):
             return partial(_magnitudes, place.layer)
         return partial(place.cut, matrix)
 
     def _scores(self, gathered: _Gathered, weights: list[Tensor]) -> Tensor:
-        """The scores of all layers, one below the other, zero where they are padded."""
+        """The scores of all layers, stacked, zero in the padding."""
         matrix = None
         for place, weight in zip(gathered.places, weights, strict=True):
             layer = place.layer
@@ -196,7 +196,7 @@ class MaskSearch:
             if scores.shape != weight.shape:
                 raise ValueError(
                     f"{layer.name}: the score function gave shape {tuple(scores.shape)} for a weight of shape "
-                    f"{tuple(weight.shape)}; it must return one score a weight"
+                    f"{tuple(weight.shape)}; it must return one score per weight"
                 )
             if matrix is None:
                 make = torch.zeros if gathered.padded else torch.empty
@@ -294,7 +294,7 @@ def _bands(gathered: _Gathered, count: int) -> list[tuple[slice, slice]]:
 
 
 def _raise_failures(gathered: _Gathered, matrix: Tensor | None, ranks: Ranks, failure: Exception | None) -> None:
-    """Raise what went wrong here, or on another rank, as an error that names the layer (a collective call)."""
+    """Raise an error of this or another rank as one that names the layer (a collective call)."""
     if isinstance(failure, ValueError) and matrix is not None:
         explained = _explained(failure, gathered, matrix)
         if explained is not failure:
@@ -304,7 +304,7 @@ def _raise_failures(gathered: _Gathered, matrix: Tensor | None, ranks: Ranks, fa
         if failure is not None:
             raise failure
     elif any(ranks.all(failure is not None)):
-        # Bands are not shards: who failed need not be who holds the numbers that are at fault.
+        # Bands are not shards: the rank that failed need not be the one that holds the bad numbers.
         layers = [place.layer for place in gathered.places]
         held = ranks.all([bool(torch.isfinite(local(layer.weight.detach())).all()) for layer in layers])
         for number, layer in enumerate(layers):
@@ -332,12 +332,12 @@ def _not_finite(layer: SparseLayer, dtype: torch.dtype, where: str = "") -> Valu
 
 
 def _priced(gathered: _Gathered, solver: Solver) -> bool:
-    """Whether prices speed up the next search: not at M = 4, whose tiles are solved without them."""
+    """Whether prices speed up the next search; they do not at M = 4, which is solved without prices."""
     return gathered.transposable and solver.exact and gathered.side > 4
 
 
 def _warm(matrix: Tensor, pattern: Structure, certificate: Certificate) -> Solution:
-    """Prices in the form in which `solve` takes a start."""
+    """Prices as a `warm_start` of `solve`."""
     return Solution(matrix.new_zeros(0, dtype=torch.bool), matrix, pattern, Layout(), certificate.exactly, lambda: certificate)
 
 

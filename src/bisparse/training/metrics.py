@@ -1,4 +1,4 @@
-"""What a mask refresh did to a layer: flip rate, retained score, distance to the optimum, share of changed tiles."""
+"""Metrics of a layer's mask refresh: flip rate, retained score, distance to the optimum, fraction of changed tiles."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class MaskChange:
     size: int
     """Number of weights."""
     flip_rate: float
-    """Share of mask entries that changed since the last refresh, ``||m_t - m_(t-1)||_1 / D``."""
+    """Fraction of mask entries that changed since the last refresh, ``||m_t - m_(t-1)||_1 / D``."""
     retained: float
-    """Share of the total score that the new mask keeps."""
+    """Fraction of the total score that the new mask keeps."""
     distance: float
-    """How far the new mask is below the optimum, as a share of it; 0 for an exact solver."""
+    """How far the new mask is below the optimum, as a fraction of it; 0 for an exact solver."""
     stale_distance: float
-    """How far the old mask had fallen below the optimum of the present scores."""
+    """How far the old mask is below the optimum of the present scores, as a fraction of it."""
     changed_tiles: float
-    """Share of tiles (of groups, where the pattern is not transposable) in which an entry changed."""
+    """Fraction of tiles (of groups, where the pattern is not transposable) in which an entry changed."""
 
 
 def measure_change(

@@ -8,8 +8,8 @@ least variance. Systematic sampling draws exactly two entries with these probabi
 running sum of the p_i passes u or u + 1, for one uniform u per group.
 
 Source: Chmiel et al., "Minimum Variance Unbiased N:M Sparsity for the Neural Gradients", ICLR 2023, arXiv 2203.10991; systematic
-sampling after Madow (1949). Here the gradient is made sparse and multiplied dense: the arithmetic is what is tested, and the
-sparse kernel for it is the accelerator's business.
+sampling after Madow (1949). Here the sparse gradient is multiplied as a dense matrix, to study the arithmetic; the sparse kernels
+are in `bisparse.accelerate`.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class MVUELinear(nn.Linear):
 
     @staticmethod
     def install_(module: nn.Module) -> bool:
-        """Turn a plain Linear into this class, and say so; other modules are left as they are."""
+        """Turn a plain Linear into this class, and return whether it was one; other modules are left unchanged."""
         if type(module) is nn.Linear:
             module.__class__ = MVUELinear
         return type(module) is MVUELinear

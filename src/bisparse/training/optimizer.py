@@ -1,4 +1,4 @@
-"""What sparse training asks of an optimizer: which weights it holds, and whether it takes this step."""
+"""Queries to an optimizer in sparse training: which weights it holds, and whether it takes this step."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _weights_of(optimizer: Any) -> set[int]:
 
 
 def after_each_step(outer: Any, then: Callable[[], None]) -> Callable[[], None]:
-    """Call `then` after each step of a wrapper around an optimizer, whose class may have no step hooks; returns what ends it."""
+    """Call `then` after each step of a wrapper around an optimizer, whose class may have no step hooks; returns a remover."""
     step, on = outer.step, True
 
     @functools.wraps(step)
@@ -100,6 +100,6 @@ def flattened(weight: Tensor) -> bool:
 
 
 def skipped_by_scaler(optimizer: Optimizer) -> bool:
-    """Whether a fused optimizer was told by GradScaler to skip this step; others are not called at all then."""
+    """Whether GradScaler makes a fused optimizer skip this step; other optimizers are not called at all then."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)

@@ -1,10 +1,10 @@
 """The weight that the forward pass sees: the mask times the dense weight, or its soft threshold.
 
-Masks are in the state_dict, but they are no buffers: what averages weights (torch's AveragedModel, Lightning's and timm's moving
-averages) does arithmetic with buffers, and an average of masks is no mask. A copy of a model keeps the masks that it was copied
-with for as long as its weights are what they were then: a snapshot stays what was trained. Once something changes the weights
-of the copy, as an average does at each update, it uses the masks, and the phase, that the model it was copied from has then.
-A copy that is trained follows an optimizer with its own `Sparsity`.
+Masks are in the state_dict, but they are not buffers, because weight averaging (torch's AveragedModel, Lightning's and timm's
+moving averages) also averages buffers, and an average of masks is not a mask. A copy of a model keeps the masks that it was
+copied with as long as its weights are unchanged: a snapshot stays what was trained. Once the copy's weights change, as an
+average's do at each update, it uses the present masks and phase of the model that it was copied from. A copy that is trained
+needs its own `Sparsity`, attached to its optimizer.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ __all__ = [
 
 
 SAMPLED = 64
-"""So many of a weight's entries tell whether it has other values."""
+"""Number of a weight's entries that are compared to detect changed values."""
 
 
 def sample_of(weight: Float[Tensor, "..."]) -> Float[Tensor, " S"]:
-    """Some of a weight's entries, by which one that was trained is told: copies, casts and broadcasts leave them alone."""
+    """A sample of a weight's entries, to detect that it was trained: copies, casts and broadcasts do not change them."""
     own = weight.to_local() if isinstance(weight, DTensor) else weight
     flat = own.detach().flatten()
     return flat[:: max(1, flat.numel() // SAMPLED)].clone()
@@ -96,7 +96,7 @@ class MaskState:
 
 
 class _Parametrization(nn.Module):
-    """What makes the forward weight of a dense one that is trained (`torch.nn.utils.parametrize`)."""
+    """Base of the parametrizations that compute the forward weight from the trained dense one (`torch.nn.utils.parametrize`)."""
 
     pattern: Structure
     start: Float[Tensor, " S"] | None = None
@@ -125,7 +125,7 @@ class _Parametrization(nn.Module):
         return self.state.dense
 
     def follow(self) -> None:
-        """In a copy whose weights have changed: take over the mask of what it was copied from, as it is now."""
+        """In a copy whose weights have changed: use the present mask of the original."""
         if self.origin is None or self.owner is None:
             return
         module, parameter = self.owner
@@ -141,7 +141,7 @@ class _Parametrization(nn.Module):
             changed.mask_changed()
 
     def on_device_of(self, weight: Tensor) -> Bool[Tensor, "..."]:
-        """The mask, moved for good if the weight was moved by other means than the module's own, as FSDP2 does."""
+        """The mask, moved to the weight's device if something other than the module moved the weight, as FSDP2 does."""
         if self.state.mask.device != weight.device:
             self.state.mask = self.state.mask.to(weight.device)
         return self.state.mask
@@ -195,7 +195,7 @@ class _Parametrization(nn.Module):
         with torch.no_grad():
             weight = trained_parameter(*self.owner) if self.owner is not None else None  # loaded before its parametrizations
             if not bool(((mask == 0) | (mask == 1)).all()) and weight is not None and not isinstance(weight, DTensor):
-                # An average of several masks is none: this is the best one for the average of their weights.
+                # An average of several masks is not a mask: this is the best one for the average of their weights.
                 mask = solve(weight.detach().abs(), self.pattern, layout=self.layout).mask
             if self.mask.is_meta:
                 self.state.mask = mask.to(torch.bool).clone()

@@ -18,7 +18,7 @@ __all__ = ["check_ranks_agree", "is_sharded", "raise_together", "ranks_of"]
 
 
 def ranks_of(layers: Iterable[SparseLayer], group: ProcessGroup | None = None) -> Ranks:
-    """The ranks that hold these layers: of the group, if one is given; else those that the weights are sharded over; else all.
+    """The ranks that hold these layers: those of `group` if given, otherwise of the weights' device mesh, otherwise all.
 
     Raises:
         ValueError: weights are sharded over meshes of different ranks.
@@ -68,7 +68,7 @@ def raise_together(ranks: Ranks, error: Exception | None, doing: str) -> None:
 def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks) -> None:
     """Compare layers, patterns, masks and replicated weights over the ranks (a collective call).
 
-    Masks that differ where weights do not are those of the first rank from now on: DistributedDataParallel copied its weights.
+    Masks that differ while weights are equal are replaced by the first rank's: DistributedDataParallel copied its weights.
 
     Raises:
         ValueError: on every rank alike, naming the first layer that differs and a rank that differs from the first.

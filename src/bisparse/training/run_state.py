@@ -19,7 +19,7 @@ STATE_VERSION = 2
 
 
 def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: str) -> None:
-    """Raise ValueError unless a run of these layers and this mode can take up what `Sparsity.state_dict` gave."""
+    """Raise ValueError unless a run of these layers and this mode can load the result of `Sparsity.state_dict`."""
     if state.get("version") != STATE_VERSION:
         raise ValueError(f"sparsity state of version {state.get('version')!r}: this release reads version {STATE_VERSION}")
     if state["mode"] != mode:

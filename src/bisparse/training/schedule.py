@@ -1,4 +1,4 @@
-"""When a run is dense, sparse, and sparse with a frozen mask; counted in optimizer steps."""
+"""Schedule of the dense, sparse and frozen phases of a run, in optimizer steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Phase", "Schedule"]
 
 
 class Phase(StrEnum):
-    """What the forward pass uses, and whether masks move."""
+    """Which weights the forward pass uses, and whether masks change."""
 
     DENSE = "dense"
     SPARSE = "sparse"
@@ -29,9 +29,9 @@ class Schedule:
     dense_until: int = 0
     """The first `dense_until` optimizer steps are dense."""
     freeze_at: int | None = None
-    """Once this many steps are done, masks stay as they are."""
+    """After this many steps, masks no longer change."""
     dense_from: int | None = None
-    """Once this many steps are done, the rest is dense; the model ends dense."""
+    """After this many steps, the rest of the run is dense; the model ends dense."""
 
     def __post_init__(self) -> None:
         marks = [("dense_until", self.dense_until), ("freeze_at", self.freeze_at), ("dense_from", self.dense_from)]
@@ -47,7 +47,7 @@ class Schedule:
     def shares(
         cls, total_steps: int, *, dense_first: float = 0.0, frozen_from: float | None = None, dense_last: float = 0.0
     ) -> Schedule:
-        """A schedule from shares of a run of `total_steps` optimizer steps.
+        """A schedule from fractions of a run of `total_steps` optimizer steps.
 
         >>> Schedule.shares(1000, dense_first=0.1, dense_last=0.2)
         Schedule(dense_until=100, freeze_at=None, dense_from=800)
@@ -55,7 +55,7 @@ class Schedule:
         shares = {"dense_first": dense_first, "frozen_from": frozen_from, "dense_last": dense_last}
         for name, share in shares.items():
             if share is not None and not 0.0 <= share <= 1.0:
-                raise ValueError(f"Schedule.shares({name}={share!r}): expected a share between 0 and 1")
+                raise ValueError(f"Schedule.shares({name}={share!r}): expected a fraction between 0 and 1")
         if total_steps < 1:
             raise ValueError(f"Schedule.shares(total_steps={total_steps!r}): expected at least one optimizer step")
         return cls(

@@ -1,7 +1,7 @@
-"""Classes of parametrized modules: one for all that are alike, so that compiled code is shared, or one for a module alone.
+"""Classes of parametrized modules: one class for all equal ones, so that compiled code is shared, or a separate class.
 
-torch makes a new class for each module that it parametrizes. Compiled code is guarded by its modules' classes, so that of two
-equal blocks each would be compiled anew, until torch's limit of recompilations ends it.
+torch makes a new class for each module that it parametrizes. Compiled code is guarded by its modules' classes, so each of several
+equal blocks would be compiled separately, until torch's limit of recompilations is reached.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TORCHS_OWN = {"__getstate__", "__deepcopy__"} | PYTHONS_OWN
 
 
 class _Shared(type):
-    """A class of many modules: torch may parametrize one of them once more, or free one, and the others stay as they are."""
+    """A class shared by many modules: torch may add or remove a parametrization of one without affecting the others."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if isinstance(value, property):

@@ -1,4 +1,4 @@
-"""The first line of sparse training: `sparsify_` chooses the layers and gives them masks."""
+"""The start of sparse training: `sparsify_` chooses the layers and gives them masks."""
 
 from __future__ import annotations
 
@@ -68,15 +68,15 @@ def sparsify_(
         pattern: such as ``"4:8-T"``; N is the number kept.
         mode: "dynamic": dense weights are kept, the forward pass uses ``mask * W``, masks follow the weights. "static": masks
             are fixed now, weights off the mask are zero from now on, and state_dict keys stay as they are.
-        method: of a dynamic run. "ste": the gradient of ``mask * W`` goes to all of W. "masked-decay": besides,
-            ``decay * (1 - mask) * W`` is added to the gradient before the optimizer sees it (Zhou et al.'s code with SGD;
-            Hu et al. 2024 with Adam). "sr-ste": ``W -= lr * decay * (1 - mask) * W`` beside the optimizer's step, SR-STE's
-            formula as printed. "s-ste": a continuous soft threshold, for plain N:M.
+        method: of a dynamic run. "ste": the gradient of ``mask * W`` goes to all of W. "masked-decay": in addition,
+            ``decay * (1 - mask) * W`` is added to the gradient before the optimizer's step (Zhou et al.'s code with SGD;
+            Hu et al. 2024 with Adam). "sr-ste": ``W -= lr * decay * (1 - mask) * W`` separately from the optimizer's step,
+            SR-STE's formula as printed. "s-ste": a continuous soft threshold, for plain N:M.
         solver: for transposable patterns; by default the exact one.
         refresh: optimizer steps between mask searches.
         decay: how much pruned weights decay over the whole run: lambda times the sum of learning rates. `FixedDecay` gives lambda
-            itself. By default 3 with SGD where `steps` is known, else a lambda of 2e-4; 2e-3 for masked decay with Adam and its
-            kin. A mapping from layer names or globs: those layers alone decay.
+            itself. By default 3 with SGD if `steps` is known, otherwise a lambda of 2e-4; a lambda of 2e-3 for masked decay with
+            Adam and its variants. A mapping from layer names or globs: only those layers decay.
         steps: optimizer steps of the whole run. The callbacks for the transformers Trainer and Lightning set it.
         schedule: dense and frozen phases of a dynamic run, in optimizer steps.
         include, exclude: which layers, by name, glob, ``re:`` or function, as `bisparse.layers.find_layers` takes them.
@@ -85,8 +85,8 @@ def sparsify_(
         score: (layer name, weight) -> scores; by default the magnitude.
         masks: of a static run: a mask for each layer by name instead of the best for the scores; or "nonzero": keep the
             zeros that the weights have.
-        mvue: Linear layers estimate their weight gradient from a 2:4 output gradient, without bias; see `bisparse.training.mvue`.
-        measure_every: optimizer steps between measurements of flip rate and the like, at least one refresh; 0 for never.
+        mvue: Linear layers compute an unbiased weight gradient from a 2:4 output gradient; see `bisparse.training.mvue`.
+        measure_every: optimizer steps between measurements of flip rate and other metrics, at least one refresh; 0 for never.
         check_gradients: raise an error on a NaN or infinite gradient before the optimizer's step spreads it.
 
     Raises:
@@ -306,7 +306,7 @@ def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method:
 
 
 def _first_masks(sparsity: Sparsity) -> dict[str, Tensor]:
-    # Ranks may still differ in their weights (DDP makes them equal later), so the work is shared only where weights are sharded.
+    # Ranks may still have different weights (DDP makes them equal later), so work is divided only where weights are sharded.
     share = any(isinstance(layer.weight, DTensor) for layer in sparsity.layers)
     return {name: mask for name, (mask, _) in sparsity.search.masks(share=share).items()}
 

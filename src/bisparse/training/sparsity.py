@@ -1,9 +1,10 @@
 """Sparse training: `sparsify_` a model, `attach` its `Sparsity` to the optimizer, train as always, `finalize_`.
 
-The forward pass reads masked weights (dynamic runs); hooks before and after the optimizer's own step add the masked decay, keep
-static zeros at zero and count. So gradient accumulation, clipping and skipped mixed-precision steps need no care: what counts is
-an optimizer step that happened. Masks are refreshed, and phases changed, before the first training forward pass that is due
-(`bisparse.training.forward_hook`), never after the last step: what is evaluated, saved or finalized is what was trained.
+The forward pass reads masked weights (dynamic runs). Hooks before and after the optimizer's step add the masked decay, keep
+static zeros at zero and count steps. Gradient accumulation, clipping and skipped mixed-precision steps need no special handling:
+only optimizer steps that take place count. Masks are refreshed, and phases changed, by the first training forward pass after
+they are due (`bisparse.training.forward_hook`), never after the last step: the model evaluated, saved or finalized is the one
+that was trained.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ _HANDLES = itertools.count()
 class Sparsity:
     """The sparse layers of a model in training. Made by `sparsify_`.
 
-    Its state is what a checkpoint of the model does not hold: the step counter, the prices that mask searches start from,
-    and the masks of a static run. It has `state_dict` and `load_state_dict` as torch's own objects do.
+    Its state is what a checkpoint of the model lacks: the step counter, the prices that mask searches start from, and the
+    masks of a static run. It has `state_dict` and `load_state_dict`, as torch's own objects do.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Sparsity:
         self._decays: dict[str, TotalDecay] = {}
         self._rates: dict[str, float] = {}
         self.changes: dict[str, MaskChange] = {}
-        """By layer name: what the last measured refresh did."""
+        """Metrics of the last measured refresh, by layer name."""
         self.refreshes = 0
         """Mask refreshes done by this object."""
         self.search_seconds = 0.0
@@ -145,8 +146,8 @@ class Sparsity:
     def report(self) -> PruneReport:
         """Each sparse layer as its weight is now, and each dense one with its reason, for `bisparse.checkpoint.save`.
 
-        What masks keep of the scores, and how much more the best ones could, is found now, by a search that costs what a
-        refresh does. After `finalize_` it is what it was then, and a note says so. In a sharded run, all ranks must call it.
+        Retained scores and gaps are computed now, by a search at the cost of a refresh. After `finalize_` they are those of that
+        time, and a note says so. In a sharded run, all ranks must call it.
         """
         results = [self._final.get(layer.name) or layer_facts(layer, self.search.score) for layer in self.layers]
         solver = parse_solver(self.search.solver)
@@ -160,7 +161,7 @@ class Sparsity:
         return {layer.name: layer_facts(layer, self.search.score) for layer in self._active if id(layer.module) in modules}
 
     def end(self, facts: Mapping[str, LayerResult]) -> None:
-        """Layers were finalized: keep what was so then, and stop following once none is left."""
+        """Called when layers are finalized: freeze their figures, and detach once no layer is left."""
         self._final |= facts
         if facts and len(self._final) == len(self.layers):
             self.detach()
@@ -181,7 +182,7 @@ class Sparsity:
 
         Args:
             group: the ranks that hold the same model, as given to DistributedDataParallel as process_group; by default those of
-                the device mesh that the weights are sharded over, else all.
+                the device mesh that the weights are sharded over, or all ranks.
 
         Raises:
             ValueError: an optimizer is attached already, a sparse parameter that needs gradients is in none of them, or ranks
@@ -286,7 +287,7 @@ class Sparsity:
             decay_pruned(self.method, self._rates, held, own)
 
     def _decay_rate(self, layer: SparseLayer, learning_rate: float, own: Optimizer) -> float:
-        """Lambda of a layer at this step."""
+        """The decay rate lambda of a layer at this step."""
         given = layer.decay if layer.decay is not None else self.decay
         if given is None:
             adaptive = self.method == "masked-decay" and any("betas" in group for group in own.param_groups)
@@ -329,7 +330,7 @@ class Sparsity:
 
     @torch.no_grad()
     def _zeros_hold(self) -> None:
-        """Zero pruned weights again that something else than a followed optimizer has written; a sample of them tells."""
+        """Zero pruned weights again if something other than an attached optimizer has changed them; a sample detects that."""
         moved = []
         for layer in self._active:
             weight = local(layer.weight.detach())
@@ -351,9 +352,9 @@ class Sparsity:
 
     @torch.no_grad()
     def refresh_due(self) -> None:
-        """Do what was put off until the next training forward pass: find new masks, or become dense. Nothing if nothing is due.
+        """Find new masks, or change to dense, if that is due; otherwise do nothing.
 
-        It is called by the forward pass itself. In a distributed run, all ranks must call it.
+        The next training forward pass calls it. In a distributed run, all ranks must call it.
         """
         if not self.due:
             return
@@ -368,7 +369,7 @@ class Sparsity:
     def refresh(self) -> None:
         """Find the masks of the present weights now. In a distributed run, all ranks must call it.
 
-        What was trained so far was trained with the masks before: train on before you evaluate, save or finalize.
+        The weights were trained with the previous masks: train on before you evaluate, save or finalize.
         """
         self._check_not_ended("refresh the masks")
         for layer in self._active:
@@ -413,7 +414,7 @@ class Sparsity:
     def state_dict(self) -> dict[str, Any]:
         """What the model's state_dict lacks: counter, prices, static masks. Tensors, numbers and texts only.
 
-        After `finalize_` it says when this object ended, and no run can take it up.
+        After `finalize_` it contains the step at which this object ended, and no run can load it.
         """
         layers: dict[str, dict[str, Any]] = {}
         for layer in self._active:
@@ -436,7 +437,7 @@ class Sparsity:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up a run where another `Sparsity` of the same layers and patterns left it.
+        """Resume from the state of another `Sparsity` with the same layers and patterns.
 
         Raises:
             ValueError: the state is of other layers, patterns, shapes, or of the other mode, or one of both has ended.

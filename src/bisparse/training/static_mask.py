@@ -12,14 +12,14 @@ from bisparse.pattern import Structure
 __all__ = ["MASK_SUFFIX", "StaticMask", "static_mask", "static_masks"]
 
 MASK_SUFFIX = "_mask"
-"""A static weight's mask is the attribute of its module with this ending."""
+"""The mask of the static weight `NAME` is its module's attribute `NAME` + this suffix."""
 
 
 @dataclass
 class StaticMask:
-    """The mask of a static weight, an attribute of its module beside the parameter.
+    """The mask of a static weight, an attribute of its module next to the parameter.
 
-    No buffer: a state_dict leaves it out, and what averages buffers leaves it alone.
+    It is not a buffer, so state_dicts omit it and averaging of buffers does not change it.
     """
 
     mask: Bool[Tensor, "..."]

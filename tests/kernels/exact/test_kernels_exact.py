@@ -123,7 +123,7 @@ def test_quantised_scores_by_the_rule(scores: list[float]) -> None:
     expected = [round(number * Fraction(2) ** power) for number in given_numbers]
     lost = sum(whole < 2**12 and number > 0 for whole, number in zip(expected, given_numbers, strict=True))
     if 2 * lost > sum(number > 0 for number in given_numbers) or largest < Fraction(2) ** -103:
-        assert exponent.tolist() == [ops.COARSE]
+        assert exponent.tolist() == [ops.NEEDS_EXACT]
     else:
         assert (q.flatten().tolist(), exponent.tolist()) == (expected, [power])
 
@@ -131,7 +131,7 @@ def test_quantised_scores_by_the_rule(scores: list[float]) -> None:
 def test_half_a_unit_is_rounded_to_even() -> None:
     tile = torch.tensor([[[2.0**24 - 1, 0.5], [1.5, 2.5]]])
     q, exponent = reference.quantise(tile.double())
-    assert exponent.tolist() == [ops.COARSE]  # three of four scores are tiny beside the first
+    assert exponent.tolist() == [ops.NEEDS_EXACT]  # three of four scores are tiny beside the first
     assert q.flatten().tolist() == [2**24 - 1, 0, 2, 2]
 
 
@@ -159,7 +159,7 @@ def check_proofs(m: int, n: int, exactly: bool, kinds: list[str]) -> None:
         assert (mask.dtype, u.dtype, v.dtype, found.dtype) == (torch.bool, torch.int32, torch.int32, torch.int32)
         assert (mask.shape, u.shape, v.shape, found.shape) == ((2 * m, m), (2, m), (2, m), (2,))
         assert torch.equal(found.long(), exponent)
-        fine = exponent != ops.COARSE
+        fine = exponent != ops.NEEDS_EXACT
         assert bool(oracle.proved(q[fine], to_tiles(mask, m)[fine], u[fine], v[fine], n, exactly).all()), kind
         # The mask alone may be another one where several are best, but the same prices prove it.
         alone, coarse = ops.exact_mask(as_matrix(tiles), n, m, exactly)
@@ -232,7 +232,7 @@ def test_tiles_of_one_number_have_one_mask(m: int, n: int, exactly: bool) -> Non
     q, _ = reference.quantise(mixed)
     mask, u, v, exponent = ops.exact_solve(as_matrix(mixed), n, m, exactly)
     masks = to_tiles(mask, m)
-    assert not bool((exponent == ops.COARSE).any())
+    assert not bool((exponent == ops.NEEDS_EXACT).any())
     assert bool(oracle.proved(q, masks, u, v, n, exactly).all())
     assert torch.equal(masks[0::3], masks[:1].expand(len(values), m, m)) and masks[0].sum() == n * m
     assert torch.equal(masks[1::3], to_tiles(ops.exact_solve(as_matrix(others), n, m, exactly)[0], m))
@@ -325,7 +325,7 @@ def test_value_does_not_depend_on_the_start(implementation: str, m: int, n: int,
         (u.flip(0), v.flip(0), exponent.int()),
         (u, v, exponent.int() - 7),
         (u >> 9, v >> 9, exponent.int() - 9),
-        (u, v, torch.full_like(exponent.int(), ops.COARSE)),
+        (u, v, torch.full_like(exponent.int(), ops.NEEDS_EXACT)),
         (garbage[0], garbage[1], exponent.int()),
         (garbage[0], garbage[1], exponent.int() + 100),
         (torch.zeros_like(u), torch.zeros_like(v), exponent.int()),
@@ -405,7 +405,7 @@ def test_a_tile_of_outliers_and_dust_is_called_coarse(implementation: str) -> No
     tiles = torch.rand(3, 8, 8)
     tiles[1, 3, 3] = 1e8
     assert (ops.exact_mask(as_matrix(tiles), 4, 8, False)[1]).tolist() == [False, True, False]
-    assert (ops.exact_solve(as_matrix(tiles), 4, 8, False)[3] == ops.COARSE).tolist() == [False, True, False]
+    assert (ops.exact_solve(as_matrix(tiles), 4, 8, False)[3] == ops.NEEDS_EXACT).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("columns", [64, 1024], ids=["narrow", "wide"])
@@ -467,7 +467,7 @@ def test_the_device_agrees_with_the_specification(m: int, n: int, exactly: bool)
         q, exponent = reference.quantise(tiles)
         expected, _, _ = reference.exact_tiles(q, n, exactly)
         mask, u, v, found = (result.cpu() for result in ops.exact_solve(as_matrix(tiles).cuda(), n, m, exactly))
-        fine = exponent != ops.COARSE
+        fine = exponent != ops.NEEDS_EXACT
         assert torch.equal(found.long(), exponent)
         assert torch.equal((q * to_tiles(mask, m)).sum((1, 2))[fine], (q * expected).sum((1, 2))[fine])
         assert bool(oracle.proved(q[fine], to_tiles(mask, m)[fine], u[fine], v[fine], n, exactly).all())

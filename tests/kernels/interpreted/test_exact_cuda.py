@@ -50,7 +50,7 @@ def check_proof(tiles: Tensor, n: int, exactly: bool, start: tuple[Tensor, Tenso
     mask, uv, found = cuda.exact_solve(as_matrix(tiles), n, m, exactly, prices, powers)
     assert (mask.dtype, uv.dtype, found.dtype) == (torch.bool, torch.int32, torch.int32)
     assert torch.equal(found.long(), exponent)
-    fine = exponent != ops.COARSE
+    fine = exponent != ops.NEEDS_EXACT
     masks = to_tiles(mask, m)
     assert bool(oracle.proved(q[fine], masks[fine], uv[0][fine], uv[1][fine], n, exactly).all())
     expected = to_tiles(ops.exact_solve(as_matrix(tiles), n, m, exactly)[0], m)
@@ -112,7 +112,7 @@ def test_half_precision_is_read_as_it_is(dtype: torch.dtype) -> None:
     tiles[1] *= 2.0**-14  # subnormal in float16
     half = cuda.exact_solve(as_matrix(tiles), 4, 8, False, None, None)
     same(half, cuda.exact_solve(as_matrix(tiles).float(), 4, 8, False, None, None))
-    same(cuda.exact_mask(as_matrix(tiles), 4, 8, False), (half[0], half[2] == ops.COARSE))
+    same(cuda.exact_mask(as_matrix(tiles), 4, 8, False), (half[0], half[2] == ops.NEEDS_EXACT))
 
 
 def same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
@@ -144,7 +144,7 @@ def test_value_does_not_depend_on_the_start(exactly: bool) -> None:
     starts = [
         (uv, exponent),
         (uv >> 9, exponent - 9),
-        (uv, torch.full_like(exponent, ops.COARSE)),
+        (uv, torch.full_like(exponent, ops.NEEDS_EXACT)),
         (garbage, exponent),
         (garbage, exponent + 100),
     ]
@@ -204,10 +204,10 @@ def test_outliers_and_dust_are_coarse_where_the_specification_says_so() -> None:
         tiles[5] = -0.0
         tiles[6, 0] = 1e8
         tiles[7] = torch.where(torch.rand(m, m) < 0.5, 1e8, 0.0)
-        expected = reference.quantise(tiles)[1] == ops.COARSE
+        expected = reference.quantise(tiles)[1] == ops.NEEDS_EXACT
         assert expected.tolist()[:4] == [False, True, True, True]
         assert torch.equal(cuda.exact_mask(as_matrix(tiles), n, m, False)[1], expected)
-        assert torch.equal(cuda.exact_solve(as_matrix(tiles), n, m, False, None, None)[2] == ops.COARSE, expected)
+        assert torch.equal(cuda.exact_solve(as_matrix(tiles), n, m, False, None, None)[2] == ops.NEEDS_EXACT, expected)
 
 
 def test_no_tiles() -> None:
@@ -323,7 +323,7 @@ def test_solve_finishes_coarse_tiles_as_given(on_the_device: None) -> None:
     scores[3, 3] = 1e8
     solution = solve(scores, "4:8-T")
     assert solution.check().gap == pytest.approx(0, abs=1e-6)
-    assert solution.certificate is not None and bool((solution.certificate.exponent != ops.COARSE).all())
+    assert solution.certificate is not None and bool((solution.certificate.exponent != ops.NEEDS_EXACT).all())
 
 
 def test_solve_finds_a_bad_score(on_the_device: None) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from bisparse.kernels.numba_runtime import thread_pool as threads
-from bisparse.kernels.numba_runtime.thread_pool import _increase, _looks, _pause, _read, array_at, kernel, over_bands
+from bisparse.kernels.numba_runtime.thread_pool import _increase, _pause, _read, _spins, array_at, kernel, over_bands
 
 MEETING_S = 2.0
 LONG_S = 0.1
@@ -44,11 +44,11 @@ def count_visits(arguments, first, last):  # type: ignore[no-untyped-def]
 def meet(arguments, first, last):  # type: ignore[no-untyped-def]
     """Wait until another band has begun as well; then, in the band that starts at `long`, for longer. A flag if they never met.
 
-    Arguments: met, done; looks to meet, long, looks to be long.
+    Arguments: met, done; spins to meet, long, spins to be long.
     """
-    met, done, looks, long, more = array_at(arguments, (5,), np.int64)
+    met, done, spins, long, more = array_at(arguments, (5,), np.int64)
     _increase(met, 0)
-    for _ in range(looks):
+    for _ in range(spins):
         if _read(met, 0) > 1:
             break
         _pause()
@@ -71,7 +71,7 @@ def fail(arguments, first, last):  # type: ignore[no-untyped-def]
 def they_meet(long: int = -1, long_s: float = LONG_S) -> bool:
     """Whether two threads take part, and both bands are done on return."""
     met, done = np.zeros(1, np.int64), np.zeros(1, np.int64)
-    alone = over_bands(meet, (met, done, _looks(MEETING_S), long, _looks(long_s)), 2, 1, 1)
+    alone = over_bands(meet, (met, done, _spins(MEETING_S), long, _spins(long_s)), 2, 1, 1)
     return not alone and done[0] == 2
 
 
@@ -101,7 +101,7 @@ def test_both_threads_take_part() -> None:
 
 
 def test_a_worker_that_has_gone_to_sleep_is_woken() -> None:
-    for pause in (0.0, threads.AWAKE_S, 10 * threads.AWAKE_S, 0.05):
+    for pause in (0.0, threads.SPIN_S, 10 * threads.SPIN_S, 0.05):
         time.sleep(pause)
         assert they_meet(), f"after a pause of {pause} s"
 
@@ -200,7 +200,7 @@ def test_calls_from_several_threads_at_once_do_not_mix() -> None:
 def test_many_short_calls_with_pauses_around_the_moment_of_sleep() -> None:
     """A worker that goes to sleep while it is called must neither be lost nor miss a band."""
     for index in range(300):
-        time.sleep(threads.AWAKE_S * (0.5 + index / 300))
+        time.sleep(threads.SPIN_S * (0.5 + index / 300))
         assert (visit(64)[0] == 1).all()
 
 

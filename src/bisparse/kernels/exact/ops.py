@@ -7,11 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
-from bisparse.kernels.exact.schema import COARSE, FAST_BITS, BadScoreError, check_scores
+from bisparse.kernels.exact.schema import FAST_BITS, NEEDS_EXACT, BadScoreError, check_scores
 
 __all__ = [
-    "COARSE",
     "FAST_BITS",
+    "NEEDS_EXACT",
     "BadScoreError",
     "Prices",
     "any_coarse",
@@ -26,17 +26,21 @@ __all__ = [
 
 
 def stack(x: Tensor, y: Tensor) -> Tensor:
-    """`torch.stack`, on CPU without torch's threads: they spin for a while after their work and take the cores from ours."""
+    """`torch.stack`; on CPU without torch's threads, which spin after their work and occupy cores that our threads need."""
     return torch.from_numpy(np.stack([x.numpy(), y.numpy()])) if x.device.type == "cpu" else torch.stack([x, y])
 
 
 def is_coarse(exponent: Int[Tensor, " B"]) -> Bool[Tensor, " B"]:
-    """Which tiles are; on CPU without torch's threads."""
-    return torch.from_numpy(exponent.numpy() == COARSE) if type(exponent) is Tensor and exponent.is_cpu else exponent == COARSE
+    """Which tiles need the exact mode; on CPU without torch's threads."""
+    return (
+        torch.from_numpy(exponent.numpy() == NEEDS_EXACT)
+        if type(exponent) is Tensor and exponent.is_cpu
+        else exponent == NEEDS_EXACT
+    )
 
 
 def any_coarse(coarse: Bool[Tensor, " B"]) -> bool:
-    """Whether any tile is; on CPU without torch's threads."""
+    """Whether any tile needs the exact mode; on CPU without torch's threads."""
     return bool(np.count_nonzero(coarse.numpy()) if type(coarse) is Tensor and coarse.is_cpu else coarse.any())
 
 
@@ -47,9 +51,9 @@ def keep_largest(groups: Real[Tensor, "G M"], n: int) -> Bool[Tensor, "G M"]:
 
 
 def exact_mask(scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"]]:
-    """Optimal mask of the tiles of a float32 matrix whose sides m divides, and which tiles were too `COARSE` to trust.
+    """Optimal mask of the tiles of a float32 matrix whose sides m divides, and which tiles are coarse (`NEEDS_EXACT`).
 
-    On a GPU float16 and bfloat16 are read as they are, and a tile with a bad score is coarse: nothing waits for the device.
+    On a GPU float16 and bfloat16 are read directly, and a tile with a bad score is marked coarse, so that nothing synchronises.
 
     Raises:
         BadScoreError: a score is NaN, infinite or negative; not on a GPU.
@@ -59,19 +63,19 @@ def exact_mask(scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool) -> t
 
 
 def exact_mask_of_magnitudes(weight: Float[Tensor, "R C"], exactly: bool) -> tuple[Bool[Tensor, "R C"], Bool[Tensor, " B"]]:
-    """`exact_mask` at 2:4 of a weight's magnitudes; on a GPU the weight is read as it lies, and nothing waits for the device."""
+    """`exact_mask` at 2:4 of a weight's magnitudes; on a GPU the weight is read directly, without synchronisation."""
     mask, coarse = torch.ops.bisparse.exact_mask_of_magnitudes(weight, exactly)
     return mask, coarse
 
 
 Prices = tuple[Int[Tensor, "B M"], Int[Tensor, "B M"], Int[Tensor, " B"]]
-"""Of rows and of columns, u and v, and the exponent of each tile; all int32."""
+"""Row and column prices (u, v) and the exponent of each tile; all int32."""
 
 
 def exact_solve(
     scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool, start: Prices | None = None
 ) -> tuple[Bool[Tensor, "R C"], Int[Tensor, "B M"], Int[Tensor, "B M"], Int[Tensor, " B"]]:
-    """Mask, u, v and exponent; of a tile whose exponent is `COARSE` the others are not to be trusted.
+    """Mask, u, v and exponent; where the exponent is `NEEDS_EXACT`, the tile's other results are invalid.
 
     Args:
         start: the prices of an earlier solve of nearly the same scores.

@@ -1,8 +1,8 @@
 """The exact solver in plain torch, for every device: the specification that the fast kernels are tested against.
 
-Min-cost flow, solved primal-dual. Prices u (rows) and v (columns) are first set by block coordinate descent on the dual;
-the mask is then what the prices ask for, and rows and columns that keep too few or too many are repaired along shortest
-augmenting paths (Ahuja, Magnanti, Orlin, Network Flows, 1993, section 9.7), which keeps complementary slackness at each step.
+Min-cost flow, solved primal-dual. Prices u (rows) and v (columns) are first set by block coordinate descent on the dual. The mask
+keeps entries above u + v; rows and columns that then keep too few or too many are repaired along shortest augmenting paths
+(Ahuja, Magnanti, Orlin, Network Flows, 1993, section 9.7), which keeps complementary slackness at each step.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from bisparse.kernels.exact.schema import (
-    COARSE,
-    COARSE_BELOW,
     FAST_BITS,
     FINE_BITS,
     LARGEST_PRICE,
     LARGEST_START,
+    MIN_FINE_INTEGER,
+    NEEDS_EXACT,
     TINY,
     check_integers,
     check_matrix,
@@ -77,8 +77,8 @@ def repair(
 ) -> tuple[Bool[Tensor, "B M M"], Int[Tensor, "B M"], Int[Tensor, "B M"]]:
     """Augment from rows that keep too few and columns that keep too many until there are none.
 
-    At most N: a row may also stop short once its price is zero, a column takes more while it has room. What is left, the
-    same on the transpose, is the caller's second call.
+    At most N: a row may also keep fewer once its price is zero, and a column more while it has room. The caller then repeats this
+    on the transpose.
     """
     x, u, v = x.clone(), u.clone(), v.clone()
     while True:
@@ -146,7 +146,7 @@ def _flip_path(x: Tensor, row_from: Tensor, column_from: Tensor, end: Tensor, m:
 def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[Tensor, " B"]]:
     """Scores as integers: times 2**exponent, half to even, the tile's largest in [2**23, 2**24). Exponent 0 for a zero tile.
 
-    A tile with few large outliers over many small scores gets the exponent `COARSE`.
+    A tile with few large outliers over many small scores gets the exponent `NEEDS_EXACT`.
     """
     if tiles.shape[0] == 0:
         return tiles.long(), tiles.new_zeros(0, dtype=torch.int64)
@@ -154,14 +154,14 @@ def quantise(tiles: Float[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[T
     largest = tiles.flatten(1).amax(1)
     exponent = torch.where(largest > 0, FAST_BITS - torch.frexp(largest).exponent.long(), 0)
     q = torch.ldexp(tiles, exponent[:, None, None]).round().long()
-    small = ((q < COARSE_BELOW) & (tiles > 0)).sum((1, 2))
-    return q, torch.where((2 * small > (tiles > 0).sum((1, 2))) | ((largest > 0) & (largest < TINY)), COARSE, exponent)
+    small = ((q < MIN_FINE_INTEGER) & (tiles > 0)).sum((1, 2))
+    return q, torch.where((2 * small > (tiles > 0).sum((1, 2))) | ((largest > 0) & (largest < TINY)), NEEDS_EXACT, exponent)
 
 
 def quantise_finely(tiles: Real[Tensor, "B M M"]) -> tuple[Int[Tensor, "B M M"], Int[Tensor, " B"]]:
     """Scores as integers: times 2**exponent, half to even, the tile's largest in [2**51, 2**52).
 
-    Integers below 2**52 are taken as they are, with exponent 0, which is also the exponent of a zero tile.
+    Integers below 2**52 are unchanged, with exponent 0, which is also the exponent of a zero tile.
     """
     if tiles.shape[0] == 0:
         return tiles.long(), tiles.new_zeros(0, dtype=torch.int64)
@@ -193,15 +193,15 @@ def exact_solve(
     u, v = None, None
     if prices is not None and exponent is not None:
         check_start(len(q), m, prices, exponent)
-        usable = (now != COARSE) & (exponent != COARSE)
+        usable = (now != NEEDS_EXACT) & (exponent != NEEDS_EXACT)
         shift = torch.where(usable, now - exponent.long(), 0).clamp(-40, 30)[:, None]
         start = torch.ldexp(prices.double(), shift).round().clamp(-LARGEST_START, LARGEST_START)
         u, v = start.long() * usable[:, None]
-    q = q * (now != COARSE)[:, None, None]
+    q = q * (now != NEEDS_EXACT)[:, None, None]
     mask, u, v = torch.ops.bisparse.exact_solve_integers(q, n, exactly, u, v)
     found = torch.stack([u, v])
     fits = (found.abs() < LARGEST_PRICE).all(-1).all(0)
-    now = torch.where(fits, now, COARSE)
+    now = torch.where(fits, now, NEEDS_EXACT)
     return from_tiles(mask, scores.shape[0], scores.shape[1]), torch.where(fits[:, None], found, 0).int(), now.int()
 
 
@@ -209,7 +209,7 @@ def exact_solve(
 def exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, Tensor]:
     """`ops.exact_mask` in plain torch."""
     mask, _, exponent = exact_solve(scores, n, m, exactly, None, None)
-    return mask, exponent == COARSE
+    return mask, exponent == NEEDS_EXACT
 
 
 @register_kernel("exact_mask_of_magnitudes", ANY_DEVICE)

@@ -10,12 +10,12 @@ from torch import Tensor
 from bisparse.kernels.registration import define
 
 __all__ = [
-    "COARSE",
-    "COARSE_BELOW",
     "FAST_BITS",
     "FINE_BITS",
     "LARGEST_PRICE",
     "LARGEST_START",
+    "MIN_FINE_INTEGER",
+    "NEEDS_EXACT",
     "TINY",
     "BadScoreError",
     "check_integers",
@@ -25,19 +25,19 @@ __all__ = [
 ]
 
 FAST_BITS = 24
-COARSE = -(1 << 30)
-"""In place of an exponent: the fast mode would ruin this tile; solve it with `FINE_BITS` instead."""
+NEEDS_EXACT = -(1 << 30)
+"""Returned as exponent of a tile that 24 bits quantise too coarsely: solve it with `FINE_BITS` instead."""
 FINE_BITS = 52
 LARGEST_INTEGER = 1 << 55
-"""What `exact_solve_integers` takes is below this, so that no shortest path overflows 64 bits."""
+"""Scores of `exact_solve_integers` are below this, so that no shortest path overflows 64 bits."""
 LARGEST_START = 1 << 25
-"""Start prices of 24-bit scores are cut to this: no optimal price needs to be larger, and no sum of them overflows."""
+"""Start prices of 24-bit scores are clamped to this: no optimal price needs to be larger, and no sum of them overflows."""
 LARGEST_PRICE = 1 << 30
 """A tile whose prices reach this is coarse: they would not fit 32 bits."""
 TINY = 2.0**-103
 """A tile whose largest score is below this counts as coarse too: its scale would overflow float32."""
-COARSE_BELOW = 1 << 12
-"""A quantised score below this has lost precision; a tile where that holds for over half of its non-zero scores is coarse."""
+MIN_FINE_INTEGER = 1 << 12
+"""A quantised score below this has lost precision; a tile with more than half of its non-zero scores below it is coarse."""
 
 
 class BadScoreError(ValueError):
@@ -65,7 +65,9 @@ def check_scores(scores: Tensor) -> None:
 def check_matrix(scores: Tensor, n: int, m: int) -> None:
     """Raise ValueError unless a kernel may read and write by these shapes: a matrix whose sides M divides, 1 <= N < M."""
     if scores.ndim != 2 or m < 1 or scores.shape[0] % m or scores.shape[1] % m:
-        raise ValueError(f"scores of shape {tuple(scores.shape)} are no matrix whose sides {m} divides; pad them first")
+        raise ValueError(
+            f"scores of shape {tuple(scores.shape)} are not a matrix whose sides are multiples of {m}; pad them first"
+        )
     if not 1 <= n < m:
         raise ValueError(f"N = {n} is not between 1 and M - 1 = {m - 1}; N = M keeps everything and needs no solver")
 
@@ -81,9 +83,9 @@ def check_start(tiles: int, m: int, prices: Tensor, exponent: Tensor) -> None:
 
 
 def check_integers(q: Tensor, n: int, u: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor] | None:
-    """What every kernel of `exact_solve_integers` checks first; returns the start prices cut to the range of the scores.
+    """Check the arguments of `exact_solve_integers`; returns the start prices clamped to the range of the scores.
 
-    Optimal prices exist within the range of a tile's scores, and larger ones would let sums overflow.
+    Optimal prices exist within the range of a tile's scores, and larger ones could overflow sums.
     """
     if q.ndim != 3 or q.shape[1] != q.shape[2] or q.dtype != torch.int64:
         raise ValueError(f"integer scores of shape {tuple(q.shape)}, {q.dtype}: expected tiles (B, M, M) of int64")

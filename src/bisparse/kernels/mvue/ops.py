@@ -2,9 +2,9 @@
 
 Each group g of 4 consecutive tokens of a column keeps at most two entries. Entry i is kept with probability
 p_i = min(1, |g_i| / tau), with tau such that the p_i sum to 2, and has the value g_i / p_i, which is g_i or tau with g_i's sign:
-of all unbiased estimates the one with the least variance. One uniform number u per group draws both: of the entries that are
-not certain, those are kept at which the running sum of the |g_i| passes u tau and (1 + u) tau. Only
-sums and comparisons decide, so that no rounding can keep a third entry; it can move a probability by some 2**-24.
+of all unbiased estimates the one with the least variance. One uniform number u per group draws both: of the entries with p_i < 1,
+those are kept at which the running sum of the |g_i| passes u tau and (1 + u) tau. Only sums and comparisons decide, so that
+rounding cannot keep a third entry; it can change a probability by some 2**-24.
 
 The uniforms are those of `philox.uniforms`: only a seed is read, and every device keeps the same entries.
 
@@ -168,7 +168,7 @@ def _estimate_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _estimate_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None]:
-    """Of the expectation, which is the gradient itself: a derivative of the draw would be biased."""
+    """The derivative of the expectation, which is the gradient itself: that of a draw would be biased."""
     return upstream.t()[: ctx.tokens], None, None
 
 

@@ -1,8 +1,8 @@
-"""Philox4x32-10, a random number generator by counter: any number of a stream is computed by itself, on any device alike.
+"""Philox4x32-10, a counter-based random number generator: any number of a stream can be computed alone, equally on all devices.
 
-A key of two and a counter of four 32-bit numbers give four 32-bit numbers. So a kernel draws where it needs a number, instead of
-reading what another wrote, and every device draws the same. A stream is a key, which is a seed in memory: a recorded CUDA graph
-draws other numbers when the seed changes. This is the specification in plain torch; Triton has the generator as `tl.philox`.
+A key of two and a counter of four 32-bit numbers give four 32-bit numbers. So a kernel computes random numbers where it needs
+them, instead of reading them from memory, and every device draws the same. The key is a seed tensor: a recorded CUDA graph draws
+other numbers when the seed changes. This is the specification in plain torch; Triton has the generator as `tl.philox`.
 
 Source: Salmon, Moraes, Dror and Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011, section 3.3; known answers in their
 library Random123.
@@ -50,5 +50,5 @@ def uniforms(seed: Int64[Tensor, "1"], groups: int, outputs: int, dtype: torch.d
 
 
 def draw_seed(device: torch.device, generator: torch.Generator | None = None) -> Int64[Tensor, "1"]:
-    """A seed from torch's generator, on a device; nothing waits for it."""
+    """A seed from torch's generator, on a device, without synchronisation."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, generator=generator)

@@ -1,4 +1,4 @@
-"""What intrinsics are written with: LLVM's types, and loads, stores and arithmetic on whole vectors.
+"""Building blocks of intrinsics: LLVM types, and loads, stores and arithmetic on whole vectors.
 
 `b` is llvmlite's builder throughout; offsets count elements.
 """
@@ -35,7 +35,7 @@ BIT, I8, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(8), ir.IntType(16), ir.I
 
 
 def data_of(context: Any, builder: Any, signature: Any, args: Any, position: int) -> Any:
-    """The first entry of the array that is an argument."""
+    """Pointer to the first entry of an array argument."""
     array = signature.args[position]
     return context.make_array(array)(context, builder, value=args[position]).data
 
@@ -48,7 +48,7 @@ def load(b: Any, pointer: Any, offset: Any, element: ir.Type, count: int) -> Any
 
 
 def _bytes_of(element: ir.Type) -> int:
-    """Of an entry; a number that is no integer is a float32."""
+    """Size of an entry in bytes; types other than integers are float32."""
     return element.width // 8 if isinstance(element, ir.IntType) else 4
 
 
@@ -99,11 +99,11 @@ def row_of(b: Any, base: Any, stride: Any, row: int) -> Any:
 
 
 def to_bits(b: Any, flags: Any, count: int) -> Any:
-    """Flags as the lowest bits of an int64."""
+    """A vector of flags as the lowest bits of an int64."""
     bits = b.bitcast(flags, ir.IntType(count))
     return bits if count == 64 else b.zext(bits, I64)
 
 
 def from_bits(b: Any, bits: Any, count: int) -> Any:
-    """The lowest bits of an int64 as flags."""
+    """The lowest bits of an int64 as a vector of flags."""
     return b.bitcast(bits if count == 64 else b.trunc(bits, ir.IntType(count)), ir.VectorType(BIT, count))

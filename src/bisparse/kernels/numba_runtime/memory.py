@@ -1,9 +1,9 @@
 """Memory for the outputs of the CPU kernels.
 
-Fresh memory is cleared by the system page by page, which takes a fifth of the time of a large 2:4-T mask, and on pages of
-4 KiB longer than the search itself. So large outputs lie on huge pages where there are any; and memory that nobody holds any
-more is used again for the next output of that size. Once an output of another size is asked for, it is marked as free for the
-system to take; not at once, since the mark takes a while where several threads run.
+The system clears fresh memory page by page, which takes a fifth of the time of a large 2:4-T mask and, with pages of 4 KiB,
+longer than the search itself. So large outputs use huge pages where available, and released memory is reused for the next output
+of the same size. When an output of another size is requested, the cached memory is marked with MADV_FREE; not earlier, because
+that call is slow while several threads run.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from torch import Tensor
 __all__ = ["LARGE", "empty"]
 
 LARGE = 1 << 23
-"""Bytes from which the system's pages are worth a thought; with half as many, two threads lost by it more than they gained."""
+"""Bytes from which reuse pays off; at half this size two threads were slower with it."""
 KEPT = 2
-"""Regions kept at most: a mask's and its prices'."""
+"""Maximum number of cached regions: one for a mask, one for its prices."""
 MARKS = hasattr(mmap, "MADV_FREE") and hasattr(mmap, "MADV_HUGEPAGE")
 
 CONSTRUCTORS: dict[torch.dtype, Callable[..., Tensor]] = {torch.bool: torch.BoolTensor, torch.int32: torch.IntTensor}
-"""On cold caches these take 10 us and torch.empty 20, of the 400 for a mask of 1024 x 1024."""
+"""On cold caches these take 10 us and torch.empty takes 20, out of 400 for a mask of 1024 x 1024."""
 
 _free: list[mmap.mmap] = []
 _unmarked: list[mmap.mmap] = []
-"""Those of `_free` that the system cannot take yet."""
+"""Regions of `_free` that are not yet marked with MADV_FREE."""
 _lock = threading.RLock()  # again by the same thread, where the collector ends an array while the lock is held
 
 
 def _new_lock() -> None:
-    """In a child of a fork, where another thread of the parent's may have held the lock."""
+    """Reset in a forked child, where another thread of the parent may have held the lock."""
     global _lock
     _lock = threading.RLock()
 
@@ -48,7 +48,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of any content."""
+    """An uninitialised tensor."""
     size = math.prod(shape) * dtype.itemsize
     if size < LARGE or not MARKS:
         if _unmarked:

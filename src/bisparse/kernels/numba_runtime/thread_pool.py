@@ -1,12 +1,12 @@
 """Run a kernel on several bands of tiles at once, without Python between the bands.
 
-To wake a thread, or to hand it Python's lock, takes about as long as the masks of a small layer, and layers come one after the
-other. So a call is a block of numbers that threads share: workers wait for calls, take bands and answer in compiled code, and
-see Python only to sleep, after a moment without work.
+Waking a thread, or passing it the GIL, takes about as long as the masks of a small layer, and layers follow each other
+closely. So a call is an array of integers in shared memory: workers spin for calls, take bands and report in compiled code,
+and enter Python only to sleep, after `SPIN_S` without work.
 
-A kernel is compiled by `kernel` and called as ``kernel(arguments, first, last)``, with the address of its arguments: an int64
-for each, an array's being the address of its first entry (see `array_at`). It returns 1 plus the flags it raises, since
-compiled code that fails returns 0.
+A kernel is compiled by `kernel` and called as ``kernel(arguments, first, last)`` with the address of its arguments, one int64
+each; an array is passed as the address of its first entry (see `array_at`). It returns 1 plus its flags, because compiled code
+that fails returns 0.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ __all__ = ["Kernel", "address_of", "array_at", "kernel", "numpy_type", "over_ban
 
 Kernel = Any  # numba's CFunc
 Argument = int | torch.Tensor | np.ndarray[Any, Any]
-BANDS_A_THREAD = 4
-AWAKE_S = 3e-4
-"""How long a thread waits awake: longer than what lies between two layers of a model."""
+BANDS_PER_THREAD = 4
+SPIN_S = 3e-4
+"""How long a thread spins before it sleeps: longer than the time between two layers of a model."""
 CAN_PAUSE = platform.machine().lower() in ("x86_64", "amd64")
-MOST_WORKERS = 255
+MAX_WORKERS = 255
 
-# What threads change lies in a cache line of its own, 8 numbers wide. A call: the next band, and the flags that any band has
-# raised; what stays; the kernel's arguments.
+# Fields that threads write have a cache line of their own, 8 numbers wide. A call: the next band and the flags raised so far;
+# constants; the kernel's arguments.
 NEXT, FLAGS, CODE, SIZE, COUNT, BANDS, ARGUMENTS = 0, 1, 8, 9, 10, 11, 12
 FAILED = 1 << 62
 """The flag of a kernel that failed."""
-# A worker: its state; the address of the call that it has to take part in; whether it slept when it was called.
-STATE, CALL, SLEPT, WORKER = 0, 1, 2, 8
+# A worker: its state; the address of its current call; whether it was asleep when it was called.
+STATE, CALL, WAS_ASLEEP, WORKER = 0, 1, 2, 8
 IDLE, CALLED, RUNNING, AWAITED, ASLEEP = range(5)
-DONE, RING, WAIT = range(3)
+DONE, WAKE, WAIT = range(3)
 
 
 def _place(b: Any, address: Any, index: Any) -> Any:
@@ -55,7 +55,7 @@ def _place(b: Any, address: Any, index: Any) -> Any:
 
 @intrinsic
 def _read(typing: Any, address: Any, index: Any) -> Any:
-    """The number there."""
+    """The number at `address[index]`, read atomically."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.load_atomic(_place(b, *args), "acquire", 8)
@@ -65,7 +65,7 @@ def _read(typing: Any, address: Any, index: Any) -> Any:
 
 @intrinsic
 def _replace(typing: Any, address: Any, index: Any, value: Any) -> Any:
-    """Put a number there; the number before."""
+    """Store a number atomically; returns the previous one."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.atomic_rmw("xchg", _place(b, *args[:2]), args[2], "acq_rel")
@@ -75,7 +75,7 @@ def _replace(typing: Any, address: Any, index: Any, value: Any) -> Any:
 
 @intrinsic
 def _increase(typing: Any, address: Any, index: Any) -> Any:
-    """Add 1 there; the number before."""
+    """Add 1 atomically; returns the previous number."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.atomic_rmw("add", _place(b, *args), ir.Constant(I64, 1), "acq_rel")
@@ -85,7 +85,7 @@ def _increase(typing: Any, address: Any, index: Any) -> Any:
 
 @intrinsic
 def _raise_flags(typing: Any, address: Any, index: Any, flags: Any) -> Any:
-    """Add flags to those there."""
+    """Or flags into a number atomically; returns the previous number."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.atomic_rmw("or", _place(b, *args[:2]), args[2], "acq_rel")
@@ -95,7 +95,7 @@ def _raise_flags(typing: Any, address: Any, index: Any, flags: Any) -> Any:
 
 @intrinsic
 def _replace_if(typing: Any, address: Any, index: Any, expected: Any, value: Any) -> Any:
-    """Put a number there if the expected one is there. Was it?"""
+    """Compare and swap; returns whether the number was the expected one."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.extract_value(b.cmpxchg(_place(b, *args[:2]), args[2], args[3], "acq_rel", "acquire"), 1)
@@ -105,7 +105,7 @@ def _replace_if(typing: Any, address: Any, index: Any, expected: Any, value: Any
 
 @intrinsic
 def _pause(typing: Any) -> Any:
-    """A moment in which others have the core to themselves."""
+    """The CPU's spin-wait hint, which leaves the core to its other hardware thread."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         if CAN_PAUSE:
@@ -117,7 +117,7 @@ def _pause(typing: Any) -> Any:
 
 @intrinsic
 def _call(typing: Any, code: Any, arguments: Any, first: Any, last: Any) -> Any:
-    """Call the kernel at an address."""
+    """Call the kernel at an address with ``(arguments, first, last)``."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         return b.call(b.inttoptr(args[0], ir.FunctionType(I64, [I64] * 3).as_pointer()), args[1:])
@@ -135,7 +135,7 @@ def _pointer(typing: Any, address: Any) -> Any:
 
 @njit(nogil=True, cache=True, inline="always")
 def array_at(address, shape, dtype):  # type: ignore[no-untyped-def]
-    """For kernels: the array at an address, of a shape (a tuple) and of numpy's type."""
+    """For kernels: the array at an address, given its shape (a tuple) and numpy dtype."""
     return carray(_pointer(address), shape, dtype)
 
 
@@ -145,18 +145,18 @@ def address_of(array: torch.Tensor | np.ndarray[Any, Any]) -> int:
 
 
 def numpy_type(dtype: torch.dtype) -> Any:
-    """Numpy's type of a tensor's numbers, for `array_at`."""
+    """The numpy dtype that corresponds to a torch dtype, for `array_at`."""
     return torch.empty(0, dtype=dtype).numpy().dtype.type
 
 
 def kernel(function: Callable[[int, int, int], int]) -> Kernel:
-    """Compile a kernel, or find it in the cache."""
+    """Compile a kernel, or load it from numba's cache."""
     return cfunc("int64(int64, int64, int64)", cache=True)(function)
 
 
 @njit(nogil=True, cache=True)
 def _take_bands(call):  # type: ignore[no-untyped-def]
-    """Whoever is free takes the next."""
+    """Run bands of a call until none is left."""
     code, size, count, bands = _read(call, CODE), _read(call, SIZE), _read(call, COUNT), _read(call, BANDS)
     while True:
         band = _increase(call, NEXT)
@@ -168,19 +168,19 @@ def _take_bands(call):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _wait_while(worker, state, looks):  # type: ignore[no-untyped-def]
-    for _ in range(looks):
+def _wait_while(worker, state, spins):  # type: ignore[no-untyped-def]
+    for _ in range(spins):
         if _read(worker, STATE) != state:
             return
         _pause()
 
 
 @njit(nogil=True, cache=True)
-def _serve(worker, looks):  # type: ignore[no-untyped-def]
-    """Take part in calls until there has been none for `looks` looks, or a caller sleeps until it is told. Is it the former?"""
+def _serve(worker, spins):  # type: ignore[no-untyped-def]
+    """Serve calls; returns True after `spins` spins without one, False where a sleeping caller has to be woken."""
     _replace_if(worker, STATE, ASLEEP, IDLE)
     while True:
-        _wait_while(worker, IDLE, looks)
+        _wait_while(worker, IDLE, spins)
         if _replace_if(worker, STATE, IDLE, ASLEEP):
             return True
         if _replace_if(worker, STATE, CALLED, RUNNING):
@@ -190,10 +190,10 @@ def _serve(worker, looks):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _share(call, workers, count, looks, started):  # type: ignore[no-untyped-def]
-    """Call workers, if that has not been done, take bands beside them, and wait for those that have begun.
+def _share(call, workers, count, spins, started):  # type: ignore[no-untyped-def]
+    """Call workers unless `started`, run bands alongside them, and wait for the workers that have begun.
 
-    `DONE`; or `RING`, if workers that were called have to be woken first; or `WAIT`, if one is still busy and will tell.
+    Returns `DONE`; `WAKE` if sleeping workers have to be woken first; `WAIT` if one is still busy and will release `done`.
     """
     if not started:
         asleep = False
@@ -201,23 +201,23 @@ def _share(call, workers, count, looks, started):  # type: ignore[no-untyped-def
             worker = workers + 8 * WORKER * k
             _replace(worker, CALL, call)
             slept = _replace(worker, STATE, CALLED) == ASLEEP
-            _replace(worker, SLEPT, np.int64(slept))
+            _replace(worker, WAS_ASLEEP, np.int64(slept))
             asleep |= slept
         if asleep:
-            return RING
+            return WAKE
     _take_bands(call)
     for k in range(count):
         worker = workers + 8 * WORKER * k
         if _replace_if(worker, STATE, CALLED, IDLE):
             continue  # it has not even begun, and nothing is left to do
-        _wait_while(worker, RUNNING, looks)
+        _wait_while(worker, RUNNING, spins)
         if _replace_if(worker, STATE, RUNNING, AWAITED) or _read(worker, STATE) == AWAITED:  # the latter after an interruption
             return WAIT
     return DONE
 
 
 @cache
-def _looks(seconds: float) -> int:
+def _spins(seconds: float) -> int:
     state = np.zeros(1, np.int64)
     _wait_while(address_of(state), 0, 1)
     start = time.perf_counter()
@@ -227,84 +227,84 @@ def _looks(seconds: float) -> int:
 
 @cache
 def _layout(arguments: int) -> struct.Struct:
-    """Of a call's numbers."""
+    """Binary layout of a call with so many arguments."""
     return struct.Struct(f"=qq48x4q{arguments}q")
 
 
 class _Team:
-    """A thread of the caller's and workers, which take part in one call at a time."""
+    """One calling thread and its workers; runs one call at a time."""
 
     def __init__(self) -> None:
-        self.call, self.workers = np.zeros(1 << 12, np.int64), np.zeros(MOST_WORKERS * WORKER, np.int64)
+        self.call, self.workers = np.zeros(1 << 12, np.int64), np.zeros(MAX_WORKERS * WORKER, np.int64)
         self.block = self.call.data
         self.call_address, self.workers_address = address_of(self.call), address_of(self.workers)
-        self.bells: list[threading.Semaphore] = []
-        self.told = threading.Semaphore(0)
-        self.looks = _looks(AWAKE_S)
+        self.wake: list[threading.Semaphore] = []
+        self.done = threading.Semaphore(0)
+        self.spins = _spins(SPIN_S)
         self.held: object = None
 
     def run(self, code: int, size: int, count: int, arguments: Sequence[Argument], workers: int) -> int:
-        """Share the bands of a call out. The flags that any has raised."""
-        workers = self._hire(workers)
+        """Run a call's bands on the caller and its workers; returns the flags raised."""
+        workers = self._start_workers(workers)
         self.held = arguments  # must outlive the call, even where the wait for it is interrupted
         numbers = [one if isinstance(one, int) else address_of(one) for one in arguments]
         _layout(len(numbers)).pack_into(self.block, 0, 0, 0, code, size, count, -(-count // size), *numbers)
         try:
-            state = _share(self.call_address, self.workers_address, workers, self.looks, False)
+            state = _share(self.call_address, self.workers_address, workers, self.spins, False)
             if state != DONE:
                 self._go_on(state, workers)
-        except BaseException:  # Ctrl-C: workers may still be at it, and asleep or awake; to ring once too often does no harm
-            self._go_on(RING, workers)
+        except BaseException:  # Ctrl-C: workers may still run, or be asleep; a superfluous wake-up is harmless
+            self._go_on(WAKE, workers)
             self.held = None
             raise
         self.held = None
         return self.block[FLAGS]
 
-    def _hire(self, workers: int) -> int:
-        """Start threads that are not there yet, as far as the system gives any; how many there are, up to the number wanted."""
-        while len(self.bells) < workers:
-            bell, number = threading.Semaphore(0), len(self.bells)
+    def _start_workers(self, workers: int) -> int:
+        """Start missing threads; returns how many exist, fewer than `workers` where the system refuses more."""
+        while len(self.wake) < workers:
+            wake, number = threading.Semaphore(0), len(self.wake)
             try:
-                threading.Thread(target=self._work, args=(number, bell), name="bisparse", daemon=True).start()
+                threading.Thread(target=self._work, args=(number, wake), name="bisparse", daemon=True).start()
             except RuntimeError:
                 return number
-            self.bells.append(bell)
+            self.wake.append(wake)
         return workers
 
     def _go_on(self, state: int, workers: int) -> None:
         while state != DONE:
-            if state == RING:
+            if state == WAKE:
                 for worker in range(workers):
-                    if self.workers[WORKER * worker + SLEPT]:
-                        self.bells[worker].release()
+                    if self.workers[WORKER * worker + WAS_ASLEEP]:
+                        self.wake[worker].release()
             else:
-                self.told.acquire()
-            state = _share(self.call_address, self.workers_address, workers, self.looks, True)
+                self.done.acquire()
+            state = _share(self.call_address, self.workers_address, workers, self.spins, True)
 
-    def _work(self, worker: int, bell: threading.Semaphore) -> None:
+    def _work(self, worker: int, wake: threading.Semaphore) -> None:
         while True:
-            if _serve(self.workers_address + 8 * WORKER * worker, self.looks):
-                bell.acquire()
+            if _serve(self.workers_address + 8 * WORKER * worker, self.spins):
+                wake.acquire()
             else:
-                self.told.release()
+                self.done.release()
 
 
 _idle: list[_Team] = []
-# Threads do not survive a fork; the child makes its own.
+# Threads do not survive a fork; the child starts its own.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_idle.clear)
 
 
-def over_bands(code: Kernel, arguments: Sequence[Argument], count: int, granule: int, worth: int) -> int:
+def over_bands(code: Kernel, arguments: Sequence[Argument], count: int, granule: int, min_items: int) -> int:
     """Call a kernel on bands that cover ``range(count)``, on up to `torch.get_num_threads` threads; the flags raised.
 
-    Bands start at multiples of `granule` and hold at least `worth` items. Whoever is free takes the next, so a thread that
-    wakes late or is interrupted delays nobody; what a band computes does not depend on the threads.
+    Bands start at multiples of `granule`; `min_items` is the least work per thread. Each free thread takes the next band, so
+    one that wakes late delays no other. The result of a band does not depend on the number of threads.
     """
     if count <= 0:
         return 0
-    threads = max(1, min(torch.get_num_threads(), count // max(worth, 1), MOST_WORKERS + 1))
-    bands = 1 if threads == 1 else min(BANDS_A_THREAD * threads, count // max(worth, 1))
+    threads = max(1, min(torch.get_num_threads(), count // max(min_items, 1), MAX_WORKERS + 1))
+    bands = 1 if threads == 1 else min(BANDS_PER_THREAD * threads, count // max(min_items, 1))
     size = -(-count // (bands * granule)) * granule
     # No calls here: after a call CPython may raise Ctrl-C or switch threads, and the team would be lost, or taken twice.
     if _idle:
@@ -315,8 +315,8 @@ def over_bands(code: Kernel, arguments: Sequence[Argument], count: int, granule:
     try:
         flags = team.run(code.address, size, count, arguments, threads - 1)
     finally:
-        if team.held is None:  # else the wait for the end of an interrupted call was interrupted too
+        if team.held is None:  # otherwise the wait for an interrupted call was interrupted too
             _idle.append(team)
     if flags & FAILED:
-        raise MemoryError("a compiled kernel failed, as where memory ends; its own error is on standard error")
+        raise MemoryError("a compiled kernel failed, probably out of memory; its own error is on standard error")
     return flags

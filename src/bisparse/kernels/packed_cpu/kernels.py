@@ -13,7 +13,7 @@ from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
 __all__ = ["expand_kernel", "multiply_kernel"]
 
 NEAR_BYTES = 1 << 15
-"""What an expanded block and 4 tokens may take to stay in the first cache; larger blocks are expanded once per 4 tokens."""
+"""Maximum bytes of an expanded block and 4 tokens that stay in the L1 cache; larger blocks are expanded once per 4 tokens."""
 
 
 @cache

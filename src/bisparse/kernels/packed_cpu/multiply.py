@@ -16,9 +16,9 @@ from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP, reference_line
 __all__ = ["expand", "multiply", "multiply_bands", "product", "unpack"]
 
 MIN_ENTRIES_PER_BAND = 1 << 16
-"""Matrix entries times tokens that make a band worth a thread."""
+"""Minimum of matrix entries times tokens per band, below which another thread does not pay off."""
 WORKSPACE_BYTES = 1 << 22
-"""Unpacked rows that are multiplied at a time."""
+"""Bytes of unpacked rows that are multiplied at a time."""
 
 
 def unpack(values: Tensor, masks: Tensor, starts: Tensor, rows: int, columns: int) -> Tensor:
@@ -76,7 +76,7 @@ def multiply(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor,
 
 
 def multiply_bands(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """The product by torch, with bands of the matrix unpacked into one workspace after the other."""
+    """The product by torch, band by band, each unpacked into the same workspace."""
     tokens, columns = x.shape
     blocks, groups, _ = masks.shape
     output = x.new_empty(tokens, rows)

@@ -7,8 +7,8 @@ word
 
     i * row_stride + j * group_stride.
 
-CUTLASS's block is 32 rows and 8 groups, and a word holds four groups of a row. `accelerate.backends.metadata_layout` says what is
-known of cuSPARSELt's: on Hopper a word holds two groups of each of two rows.
+CUTLASS's block is 32 rows and 8 groups, and a word holds four groups of a row. `accelerate.backends.metadata_layout` describes
+cuSPARSELt's: on Hopper a word holds two groups of each of two rows.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class MetadataLayout(NamedTuple):
 
 
 NO_LAYOUT = (None, None, None, 1, 1, 0, 0)
-"""In place of the layout of W^T."""
+"""Passed instead of a layout of W^T where there is none."""
 
 
 def both_layouts(*arguments: Any) -> tuple[MetadataLayout, MetadataLayout]:
@@ -92,7 +92,7 @@ def layout_from_order(
     device: torch.device,
     slots: tuple[Tensor, Tensor] | None = None,
 ) -> MetadataLayout:
-    """The layout in which each group of a block has a given place, counted in units of four bits.
+    """The layout in which each group of a block has a given position, in units of four bits.
 
     Args:
         place: a permutation of 0 to A * B - 1; 4 divides that.

@@ -3,7 +3,7 @@
 A group of four consecutive entries of a row has two slots. `positions` holds one byte per group: bits 0-1 are the entry in the
 first slot, bits 2-3 the entry in the second, which is to its right, bits 4 and 5 whether each slot is in use. A free slot points
 where CUTLASS's packer points, so that one set of values serves every metadata layout. Positions come from the mask, not from the
-weights' zeros: a kept weight may be zero now and not after the next step.
+weights' zeros: a kept weight may be zero now and non-zero after the next step.
 
 If 4 does not divide the columns, the last group is padded with pruned entries.
 """
@@ -79,7 +79,7 @@ def reference_take_values(weight: Tensor, positions: Tensor, dtype: torch.dtype,
     values = values.masked_fill_(~_used(positions), 0).flatten(-2).to(dtype)
     if tail is None:
         return values
-    flat = values.new_empty(values.numel() + tail.numel())  # not `cat`, in which autocast has a say
+    flat = values.new_empty(values.numel() + tail.numel())  # not `cat`, which autocast would affect
     flat[: values.numel()], flat[values.numel() :] = values.flatten(), tail
     return flat
 

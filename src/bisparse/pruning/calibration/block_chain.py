@@ -1,8 +1,7 @@
 """Chains of blocks, found by data flow.
 
-A chain is a list of modules in which each one is called once, in order, and is handed the very tensor that the one before
-returned; whatever else the blocks are handed (masks, position embeddings) must not depend on the blocks before, which is
-tested by disturbing the first block's output.
+A chain is a list of modules, each called once, in order, with the same tensor object that the one before returned. Their other
+arguments (masks, position embeddings) must not depend on earlier blocks, which is tested by perturbing the first block's output.
 """
 
 from __future__ import annotations
@@ -24,12 +23,12 @@ from bisparse.pruning.calibration.hooks import call_model
 __all__ = ["Call", "Chain", "argument_of", "dense_copy", "find_chains", "without"]
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum)
-"""What a block may be handed besides tensors; any other object might carry state from call to call."""
+"""Types that a block may take in addition to tensors; any other object might carry state from call to call."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where a block takes its activations, and where its output has them."""
+    """The position of the activations among a block's arguments and in its output."""
 
     argument: int | str
     element: int | str | None
@@ -51,7 +50,7 @@ class Chain:
     members: dict[int, int]
     """Block number of every module inside, by id."""
     alike: bool = False
-    """Whether all blocks are handed the very same objects besides the activations."""
+    """Whether all blocks take the same objects as their other arguments."""
 
     def holds(self, layer: Layer) -> bool:
         return id(layer.module) in self.members
@@ -61,7 +60,7 @@ class Chain:
 
 
 def dense_copy(module: nn.Module, dense: Callable[[Tensor], Tensor | None] | None) -> nn.Module:
-    """A copy of a module with every tensor as it was before anything was pruned."""
+    """A copy of a module with every tensor's value before pruning."""
     twin = copy.deepcopy(module)
     if dense is not None:
         with torch.no_grad():
@@ -77,7 +76,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 @dataclass
 class Call:
-    """What a module was called with, and what it returned."""
+    """Arguments and return value of a module's call."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -97,7 +96,7 @@ def find_chains(
         if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 1:
             members = {id(inner): index for index, block in enumerate(container) for inner in block.modules()}
             held = [layer for layer in layers if id(layer.module) in members]
-            # A block that is used again elsewhere would be run with inputs this chain does not know.
+            # A block that is also used elsewhere would have inputs that this chain does not see.
             if held and len({id(block) for block in container}) == len(container) and all(calls[x.name] == 1 for x in held):
                 candidates.append((name, tuple(container), members, len(held)))
     chains: list[Chain] = []
@@ -139,7 +138,7 @@ def _record(
 def _slot_of(
     model: nn.Module, blocks: Sequence[nn.Module], batch: Any, forward: Callable[..., Any] | None
 ) -> tuple[Slot, bool] | None:
-    """Where the blocks hand activations on, and whether all else is the same for all; None where they are no chain."""
+    """The blocks' `Slot`, and whether their other arguments are all the same; None if they are not a chain."""
     log = _record(model, blocks, batch, forward)
     if [index for index, _ in log] != list(range(len(blocks))):
         return None

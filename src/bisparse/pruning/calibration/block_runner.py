@@ -1,7 +1,7 @@
-"""A chain at work: one block at a time, each batch's pass through it stopped before every stage until the stage is pruned.
+"""Runs a chain block by block; each batch's forward pass pauses before every stage until the stage is pruned.
 
-Every block runs once a batch and stream, whatever the number of its stages. A stopped pass holds what it has computed of
-its block; where that would take more than `PAUSED_BYTES`, the remaining batches run the block anew for each stage.
+Each block runs once per batch and stream (pruned, dense), whatever the number of its stages. A paused pass holds the tensors
+that it has computed; once these exceed `PAUSED_BYTES`, the remaining batches run the block again for each stage.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch.utils import _pytree as pytree
 
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.block_chain import Call, Chain, argument_of, dense_copy, without
-from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, call_model, observed, taking_in
+from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, batch_error_context, call_model, observed
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.paused import Paused
 
 __all__ = ["ChainRun"]
 
 PAUSED_BYTES = 8 << 30
-"""What stopped passes may hold together."""
+"""Maximum bytes that all paused passes hold together."""
 INNER = 8
-"""Bytes that a pass stopped inside a block holds at least, as a multiple of its activations: those of a gated MLP.
+"""Bytes that a pass paused inside a block holds at least, as a multiple of its activations: those of a gated MLP.
 
-Attention that writes its scores out can hold more, which is seen once a pass has stopped there."""
+Attention that materialises its scores can hold more, which is measured once a pass has paused there."""
 
 Inputs = list[tuple[Tensor, int | None]]
 """Inputs of a stage, with the part of a packed projection that each belongs to."""
@@ -43,17 +43,17 @@ class _Pass:
         self.inputs: Inputs = []
 
     def reach(self, stage: int) -> Inputs:
-        """The inputs of a stage, where the pass stops before the first layer of it; none where it passes the stage by."""
+        """Run on to the first layer of a stage; returns the stage's inputs, empty if the pass skips the stage."""
         while self.stage < stage and not self.paused.finished:
             handed = self.paused.resume()
             if handed is not None:
                 self.stage, self.inputs = handed
-        # A batch need not go through every stage: the one it has stopped before may be a later one.
+        # A batch need not go through every stage: it may have paused before a later one.
         return self.inputs if self.stage == stage else []
 
 
 class ChainRun:
-    """The activations before the present block, for every batch, and the block itself, with a dense copy where needed."""
+    """The state of a chain's run: every batch's activations before the current block, and the block's dense copy if needed."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class ChainRun:
         self.keep_dense = keep_dense
         self.dense = dense
         self.compare = compare
-        """Whether stages are told what the dense network's inputs are; else only its blocks' outputs are kept."""
+        """Whether stages get the dense network's inputs; otherwise only its blocks' outputs are kept."""
         self.calls: list[list[Call]] = []
         self.inputs: list[Tensor] = []
         self.dense_inputs: list[Tensor] = []
@@ -82,7 +82,7 @@ class ChainRun:
         """Whether the network up to here differs from the dense one: only then are there two streams."""
         self.forwards = 0
         self._held_bytes = 0
-        """The most that one batch's stopped passes were seen to hold."""
+        """The most bytes that one batch's paused passes have held so far."""
         self._dense_block: nn.Module | None = None
         self._dense_advanced = False
         self._passes: dict[tuple[int, bool], _Pass] = {}
@@ -104,7 +104,7 @@ class ChainRun:
         )
 
     def start(self, reference: nn.Module | None) -> None:
-        """Run every batch up to the chain, and note what each block is handed besides the activations."""
+        """Run every batch up to the chain, and record each block's arguments other than the activations."""
         for index, batch in enumerate(self.data):
             calls, inputs = self._handed(self.model, self.chain.blocks, batch, index)
             self.calls.append(calls)
@@ -144,7 +144,7 @@ class ChainRun:
 
     @contextmanager
     def block(self, number: int, stages: Sequence[Sequence[Layer]]) -> Iterator[None]:
-        """Bring one block to the device, with a dense copy of it if the dense stream is kept, to be stopped before `stages`."""
+        """Move one block to the device, with a dense copy if the dense stream is kept; passes pause before `stages`."""
         block = self.chain.blocks[number]
         self.current = number
         self._dense_advanced = False
@@ -175,7 +175,7 @@ class ChainRun:
                 self._dense_block = None
 
     def inputs_of(self, index: int, stage: int) -> tuple[Inputs, Inputs | None]:
-        """What a stage of the present block sees of one batch; and in the dense network, if that is another one by now."""
+        """One batch's inputs of a stage of the current block, and the dense network's if they differ by now."""
         streams = (False, True) if self._dense_block is not None and self.differs and self.compare else (False,)
         found = []
         for dense in streams:
@@ -184,14 +184,14 @@ class ChainRun:
         return found[0], found[1] if len(found) > 1 else None
 
     def release(self, index: int) -> None:
-        """Forget the pass of a batch that there is no room to hold; it will start anew."""
+        """Drop the paused pass of a batch if it does not fit into memory; it will start again."""
         stopped = [self._passes[key].paused.held_bytes for key in ((index, False), (index, True)) if key in self._passes]
         self._held_bytes = max(self._held_bytes, sum(stopped))
         if not self._held(index):
             self._stop((index, False), (index, True))
 
     def advance(self) -> None:
-        """Replace the activations by what the present block, as it now is, makes of them."""
+        """Replace the activations by the current block's outputs, with its present weights."""
         if self.current == len(self.chain.blocks) - 1:
             self._stop()
             return
@@ -201,7 +201,7 @@ class ChainRun:
             self._stop((index, False))
 
     def advance_dense(self) -> None:
-        """Replace the dense network's activations alone, once a block."""
+        """Replace the dense network's activations only, once per block."""
         if self._dense_block is None or self._dense_advanced:
             return
         self._dense_advanced = True
@@ -210,11 +210,11 @@ class ChainRun:
             self._stop((index, True))
 
     def output(self, index: int) -> Tensor:
-        """What the present block makes of a batch, from the start."""
+        """The current block's output on a batch, computed from its start."""
         return self.chain.slot.of_output(self._call(self.chain.blocks[self.current], index, self.inputs[index]))
 
     def restart(self) -> None:
-        """Forget what passes have computed with weights that are others now."""
+        """Drop paused passes, which were computed with weights that have changed."""
         self._stop()
 
     def _stop(self, *chosen: tuple[int, bool]) -> None:
@@ -224,7 +224,7 @@ class ChainRun:
 
     def _finish(self, index: int, dense: bool) -> Tensor:
         one = self._pass(index, dense)
-        with taking_in(self.data[index], index, f"the block {self.chain.name}.{self.current}"):
+        with batch_error_context(self.data[index], index, f"the block {self.chain.name}.{self.current}"):
             while not one.paused.finished:
                 self._resumed(one, one.paused.resume)
         home = (self.dense_inputs if dense else self.inputs)[index].device
@@ -255,7 +255,7 @@ class ChainRun:
         device = self.device or inputs.device
         args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (list(call.args), call.kwargs))
         argument = self.chain.slot.argument
-        # A block may work in place on what it is handed; the activations may be needed again.
+        # A block may change its inputs in place; the activations may be needed again.
         handed = inputs.to(device, copy=True)
         if isinstance(argument, int):
             args[argument] = handed
@@ -266,9 +266,9 @@ class ChainRun:
 
 @contextmanager
 def _moved(module: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """While open, a module's tensors are on the device; then in the memory where they were, with what became of them.
+    """Move a module's tensors to the device while open; then copy their values back into the memory where they were.
 
-    Parameters and buffers stay the same objects, and their memory the same, however this ends.
+    Parameters and buffers keep their identity and their memory, also on an error.
     """
     homes = {} if device is None else {one: one.data for one in (*module.parameters(), *module.buffers())}
     try:
@@ -283,7 +283,7 @@ def _moved(module: nn.Module, device: torch.device | None) -> Iterator[None]:
 
 
 def _sharing(given: Any, before: Any) -> Any:
-    """`given`, with each tensor that equals its counterpart in `before` replaced by it, so that it is held once."""
+    """`given`, with each tensor that equals its counterpart in `before` replaced by that one, so that memory holds it once."""
     leaves, structure = pytree.tree_flatten(given)
     others, other_structure = pytree.tree_flatten(before)
     if structure != other_structure:

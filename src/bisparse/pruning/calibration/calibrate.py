@@ -1,12 +1,12 @@
-"""The layer walker: input statistics of any model's layers on calibration data, all at once or stage by stage.
+"""Input statistics of a model's layers on calibration data, all at once or stage by stage.
 
-A stage is a run of layers that see the same input (an attention's query, key and value; an MLP's gate and up). In order
-"sequential" the walker yields a stage, the caller changes its weights, and the statistics of the next stage are those of the
-changed network. In order "parallel" all statistics are of the network as it is when the walk begins.
+A stage is a sequence of layers that see the same input (an attention's query, key and value; an MLP's gate and up). In order
+"sequential" `calibrate` yields a stage, the caller changes its weights, and the statistics of the next stage are those of the
+changed network. In order "parallel" all statistics are of the network as it is at the start.
 
-Cost: "parallel" is one pass over the data where the statistics of all layers fit into memory together. "sequential" runs
-a chain of blocks (transformer layers, say) block by block with the activations between two blocks kept, so that the whole
-walk costs a few passes; what is no chain is run from the start up to each stage.
+Cost: "parallel" is one pass over the data if the statistics of all layers fit into memory together. "sequential" runs a chain of
+blocks, such as transformer layers, block by block and keeps the activations between two blocks, so that all stages together cost
+a few passes; layers outside a chain are run from the model's start for each stage.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bisparse.pruning.calibration.block_runner import ChainRun
 from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Data, Stage
 from bisparse.pruning.calibration.execution_order import discover
 from bisparse.pruning.calibration.finished_block import FinishedBlock
-from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, call_model, observed, taking_in, token_mask
+from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, batch_error_context, call_model, observed, token_mask
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
 from bisparse.pruning.reduction import positions
@@ -39,12 +39,12 @@ from bisparse.tiles import to_matrices
 __all__ = ["Stage", "Walk", "calibrate"]
 
 WHOLE_BYTES = 1 << 30
-"""Statistics of all layers are collected in one pass if they fit into this; else stage by stage, as in "sequential"."""
+"""Bytes up to which the statistics of all layers are collected in one pass; otherwise stage by stage, as in "sequential"."""
 
 
 @dataclass
 class Walk:
-    """What a walk cost and found, filled while it goes."""
+    """Cost and findings of a calibration, updated while it runs."""
 
     unreached: list[str] = field(default_factory=list)
     """Layers that no calibration batch went through."""
@@ -53,7 +53,7 @@ class Walk:
     statistics_bytes: int = 0
     """Most bytes of statistics held at once."""
     forwards: int = 0
-    """Batches run through the whole model, a part of it or one block."""
+    """Number of forward passes, through the whole model, a part of it or one block."""
     time_s: float = 0.0
     """Seconds spent running the model and accumulating; the caller's own work is not counted."""
 
@@ -78,15 +78,14 @@ def calibrate(
         batches: calibration data, read once and kept (token ids, images). Passed as ``model(**batch)``, ``model(*batch)``
             or ``model(batch)``, or by `forward`. Positions that a 2-D "attention_mask" hides are not counted.
         needs: what to collect.
-        options: of these, the order, see above; how to run the model and where; the progress bar; and whether blocks are to be
-            reconstructed: then each block of a chain is yielded too, once its layers have been, and the caller may change it
-            again. CROSS is collected in "sequential" only, where it differs from GRAM. In "parallel" the caller leaves the
-            weights alone until the walk is over.
-        done: names of layers changed by an earlier, interrupted walk: they are passed over.
-        dense: what a parameter or buffer was before anything was pruned, None for one that is as it was; for the dense network
+        options: the order (see above), how and where to run the model, the progress bar, and whether to reconstruct blocks: then
+            each block of a chain is yielded after its layers, and the caller may change it again. CROSS is collected in
+            "sequential" only, where it differs from GRAM. In "parallel" the caller must not change weights before the end.
+        done: names of layers changed by an earlier, interrupted run: they are skipped.
+        dense: maps a parameter or buffer to its value before pruning, or to None if it is unchanged; gives the dense network
             that CROSS compares with.
-        walk: filled with costs and with the layers never reached.
-        ranks: share the data among these, all of whom call this alike; every one gets the statistics of all data.
+        walk: receives costs and the layers never reached.
+        ranks: the ranks that share the data. All call this with the same arguments, and each gets the statistics of all data.
 
     Raises:
         CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
@@ -98,7 +97,7 @@ def calibrate(
     options = options or Options()
     if options.order == "parallel":
         needs = needs - {Statistic.CROSS}
-    # Raw inputs are not worth sending: each rank runs all of the data then.
+    # Raw inputs are too large to send: each rank runs all of the data instead.
     ranks = ranks or Ranks()
     shared = Data(data, needs, ranks if Statistic.INPUTS not in needs else Ranks())
     hidden, lines = _shown(options.progress) if ranks.rank == 0 else (True, None)
@@ -186,7 +185,7 @@ def _walk_whole(
     walk: Walk,
     done: frozenset[str],
 ) -> Iterator[Stage]:
-    """All stages from one pass, all of the network as it is now."""
+    """All stages from one pass over the network as it is now."""
     todo = [[layer for layer in stage if layer.name not in done] for stage in stages]
     collector = _run(model, todo, data, forward, walk, None, calls)
     yield from (collector.stage(stage) for stage in todo if stage)
@@ -201,7 +200,7 @@ def _run(
     reference: nn.Module | None,
     calls: dict[str, int],
 ) -> Collector:
-    """Run every batch, only as far as needed, and collect; from `reference`, where given, the dense inputs."""
+    """Run every batch, only as far as needed, and collect; `reference`, if given, provides the dense inputs."""
     collector = Collector(stages, calls, data)
     layers = [layer for stage in stages for layer in stage]
     # A layer called more than once may be called a different number of times by another batch: run to the end.
@@ -220,12 +219,12 @@ def _run(
 
 
 def _noting(dense: dict[str, list[Tensor]]) -> Seen:
-    # What follows may work in place on a layer's input, so a copy is noted.
+    # Later modules may change a layer's input in place, so a copy is recorded.
     return lambda layer, inputs, part: dense.setdefault(layer.name, []).append(inputs.clone())
 
 
 def _collecting(collector: Collector, index: int, batch: Any, dense: dict[str, list[Tensor]], wanted: Sequence[Layer]) -> Seen:
-    """Adds to the collector, and stops the forward pass once every layer of `wanted`, if any, was seen."""
+    """Adds inputs to the collector; stops the forward pass once every layer of `wanted`, if given, was seen."""
     keep = token_mask(batch)
     remaining = {layer.name for layer in wanted}
 
@@ -303,7 +302,7 @@ def _walk_chain(
     blocks: bool,
 ) -> Iterator[Stage | FinishedBlock]:
     run.start(reference)
-    # What comes after the last block with layers needs no running.
+    # Modules after the last block with layers need not run.
     for number in range(1 + max(run.chain.block_of(stage[0]) for stage in stages)):
         own = [stage for stage in stages if run.chain.block_of(stage[0]) == number]
         with run.block(number, own):
@@ -316,7 +315,7 @@ def _walk_chain(
                 collector = Collector([todo], {}, data)
                 for own_index, (index, batch) in enumerate(data.own):
                     keep = token_mask(batch)
-                    with taking_in(batch, index, f"the layer {todo[0].name}"):
+                    with batch_error_context(batch, index, f"the layer {todo[0].name}"):
                         inputs, dense_inputs = run.inputs_of(own_index, position)
                         for at, (x, part) in enumerate(inputs):
                             for layer in todo:

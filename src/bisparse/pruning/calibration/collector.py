@@ -11,7 +11,7 @@ from torch import Tensor
 from bisparse.layers import Layer
 from bisparse.process_group import Ranks
 from bisparse.pruning.calibration.moments import Moments
-from bisparse.pruning.calibration.statistics import Statistic, Statistics, reading_of
+from bisparse.pruning.calibration.statistics import Statistic, Statistics, input_key
 
 __all__ = ["HOLD_OUT_EVERY", "Collector", "Data", "Stage"]
 
@@ -20,7 +20,7 @@ HOLD_OUT_EVERY = 5
 
 @dataclass(frozen=True)
 class Stage:
-    """Layers that may be changed now, with their statistics."""
+    """A stage: layers that the caller may change now, with their statistics."""
 
     layers: tuple[Layer, ...]
     statistics: tuple[Statistics, ...]
@@ -28,7 +28,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Data:
-    """The calibration data of a walk, and what is collected of it."""
+    """The calibration data, and the statistics to collect from it."""
 
     batches: list[Any]
     needs: frozenset[Statistic]
@@ -41,9 +41,9 @@ class Data:
 
 
 class Collector:
-    """Moments of stages over all batches, with every fifth batch, or part of each, held out where asked for.
+    """Moments of stages over all batches; every fifth batch, or part of each batch, is held out if a method needs that.
 
-    Layers of a stage see the same input: those that also read it alike share one set of moments.
+    Layers of a stage see the same input: those with the same `input_key` share one set of moments.
     """
 
     def __init__(self, stages: Sequence[Sequence[Layer]], calls: dict[str, int], data: Data) -> None:
@@ -55,9 +55,9 @@ class Collector:
         for stage in stages:
             reading: dict[Any, str] = {}
             for layer in stage:
-                # One that is called more than once sees more than the input that they share.
+                # A layer that is called more than once also sees inputs that the others do not.
                 shared = calls.get(layer.name, 1) == 1
-                leader = reading.setdefault(reading_of(layer), layer.name) if shared else layer.name
+                leader = reading.setdefault(input_key(layer), layer.name) if shared else layer.name
                 self._shared[layer.name] = leader
                 if leader == layer.name:
                     leaders.append(layer)
@@ -66,7 +66,7 @@ class Collector:
         self.held = {layer.name: Moments(layer, plain) for layer in leaders} if Statistic.HELD_OUT in needs else {}
 
     def add(self, index: int, layer: Layer, x: Tensor, z: Tensor | None, keep: Tensor | None, part: int | None) -> None:
-        """Take in a batch of a layer's inputs; the same input handed in for a layer that shares its moments is not counted."""
+        """Add a batch of a layer's inputs. An input is counted once for layers that share their moments."""
         if layer.name not in self.fit:
             return
         if not self.held:
@@ -106,6 +106,6 @@ def _with_held_out(own: Statistics, held_out: Statistics) -> Statistics:
         # Only batches that were to be held out went through the layer.
         own, held_out = held_out, Statistics(0)
     if held_out.columns and (own.cross_covariance is None or held_out.cross_covariance is None):
-        # What is fitted to the dense network's inputs cannot be judged without them.
+        # A fit to the dense network's inputs cannot be evaluated on batches without them.
         own, held_out = (replace(one, cross_covariance=None, dense_mean=None, dense_covariance=None) for one in (own, held_out))
     return replace(own, held_out=held_out)

@@ -1,7 +1,7 @@
 """The layers of a model in order of execution, as calibration data run through them.
 
-The first batch tells; where it leaves layers out, as one that is routed to some of the experts of a mixture does, so do the
-batches after it, until every layer was seen.
+The first batch gives the order. If it misses layers (a mixture routes it to some experts only), further batches are run until
+every layer was seen.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def discover(
 def _stages_of(
     model: nn.Module, layers: Sequence[Layer], batch: Any, forward: Callable[..., Any] | None, index: int
 ) -> tuple[list[list[Layer]], dict[str, int]]:
-    """The same of one batch."""
+    """`execution_order` for one batch."""
     stages: list[list[Layer]] = []
     calls: dict[str, int] = {}
     # Holding the input keeps its id from being given to another tensor.
@@ -68,7 +68,7 @@ def _stages_of(
 
 
 def _joined(stages: list[list[Layer]], found: list[list[Layer]]) -> list[list[Layer]]:
-    """Stages with the layers of another batch that they lack, each right behind what precedes it there."""
+    """Stages, with layers that only another batch reaches inserted directly after their predecessors in that batch."""
     position = {layer.name: number for number, stage in enumerate(stages) for layer in stage}
     behind: dict[int, list[list[Layer]]] = {}
     last = -1

@@ -1,4 +1,4 @@
-"""A block whose layers are all pruned, and what fitting it as a whole takes and gives."""
+"""A block whose layers are all pruned: inputs and results of fitting it as a whole."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class FinishedBlock:
     module: nn.Module
     layers: tuple[Layer, ...]
     output: Callable[[int], Tensor]
-    """What the block, as it is when called, makes of the pruned network's activations, by number of the batch."""
+    """The block's current output on the pruned network's activations, by batch number."""
     target: Callable[[int], Tensor]
-    """What the dense block makes of the dense network's."""
+    """The dense block's output on the dense network's activations, by batch number."""
     keep: Callable[[int], Tensor | None]
     """Which positions of a batch are real tokens; None: all."""
     fit: tuple[int, ...]
@@ -34,7 +34,7 @@ class FinishedBlock:
 
 @dataclass(frozen=True)
 class BlockFit:
-    """What a reconstruction did to a block, in relative errors of the block's output on held-out batches."""
+    """The result of a reconstruction: relative errors of the block's output on held-out batches."""
 
     block: str
     error_before: float
@@ -47,7 +47,7 @@ class BlockFit:
 
 
 class BlockFitter(Protocol):
-    """What fits blocks, such as `BlockReconstruction`."""
+    """The protocol of methods that fit blocks, such as `BlockReconstruction`."""
 
     def fit_(self, block: FinishedBlock) -> BlockFit:
-        """Change the block's kept weights in place, and say by how much its output error fell."""
+        """Change the block's kept weights in place; returns its output error before and after."""

@@ -1,4 +1,4 @@
-"""Observing the inputs of layers while a model runs, by hooks that know kinds of modules but no architecture."""
+"""Hooks that record the inputs of layers while a model runs; they depend on module types, not on the architecture."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.tiles import LayoutKind
-from bisparse.user_errors import ends_the_process, told
+from bisparse.user_errors import ends_the_process, error_in_one_line
 
-__all__ = ["LAST_PART", "EnoughSeen", "Seen", "call_model", "observed", "taking_in", "token_mask", "unseen_reason"]
+__all__ = ["LAST_PART", "EnoughSeen", "Seen", "batch_error_context", "call_model", "observed", "token_mask", "unseen_reason"]
 
 Seen = Callable[[Layer, Tensor, int | None], None]
 """Called with a layer, its input, and which part of a packed projection the input belongs to (None: all of it)."""
@@ -26,11 +26,11 @@ LAST_PART = 2
 
 
 def unseen_reason(layer: Layer) -> str | None:
-    """Why calibration cannot see what a layer's weight is multiplied by; None where the layer's module is called with it."""
+    """Why calibration cannot observe the inputs of a layer's weight; None if it can."""
     module = layer.module
     if layer.layout.kind in (LayoutKind.EXPERTS, LayoutKind.EXPERTS_TRANSPOSED):
         return (
-            "calibration sees what modules are called with, and experts in one 3-D parameter are no modules: which tokens each "
+            "calibration records the inputs of modules, and experts in one 3-D parameter are not modules: which tokens each "
             f"one gets is known inside the forward only; {WITHOUT_DATA}"
         )
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -49,7 +49,7 @@ def unseen_reason(layer: Layer) -> str | None:
 
 
 class EnoughSeen(Exception):
-    """Stops a forward pass whose remaining layers nobody asked about."""
+    """Raised to stop a forward pass once all requested layers were seen."""
 
 
 def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None, index: int = 0) -> Any:
@@ -62,7 +62,7 @@ def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
         "Batches are passed as model(**batch), model(*batch) or model(batch); pass forward=lambda model, batch: ... for anything "
         "else, such as (inputs, labels) pairs"
     )
-    with taking_in(batch, index, f"the model {type(model).__name__}", ways), _without_cache(model):
+    with batch_error_context(batch, index, f"the model {type(model).__name__}", ways), _without_cache(model):
         if forward is not None:
             return forward(model, batch)
         if isinstance(batch, Mapping):
@@ -73,8 +73,8 @@ def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
 
 
 @contextmanager
-def taking_in(batch: Any, index: int, taker: str, remedy: str = "") -> Iterator[None]:
-    """While open, whatever goes wrong is told as a batch that does not fit `taker`: a model may raise anything.
+def batch_error_context(batch: Any, index: int, taker: str, remedy: str = "") -> Iterator[None]:
+    """Turn any error inside into one that names the batch and `taker`: a model may raise anything.
 
     Raises:
         CalibrationError: something went wrong.
@@ -82,19 +82,19 @@ def taking_in(batch: Any, index: int, taker: str, remedy: str = "") -> Iterator[
     try:
         yield
     except (CalibrationError, EnoughSeen, ImportError, MemoryError):
-        # These say what they are; none of them is the batch's fault.
+        # These have clear messages and are not caused by the batch.
         raise
     except (Exception, SystemExit) as error:
         if ends_the_process(error):
             raise
         described = {key: _describe(value) for key, value in batch.items()} if isinstance(batch, Mapping) else _describe(batch)
-        problem = f"calibration batch {index} ({described}) does not fit {taker}: {told(error)}"
+        problem = f"calibration batch {index} ({described}) does not fit {taker}: {error_in_one_line(error)}"
         raise CalibrationError(f"{problem}. {remedy}" if remedy else problem) from error
 
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
-    """A transformers model's key-value cache off: blocks that are run again would find their own tokens in it."""
+    """Disable a transformers model's key-value cache: blocks that run again would find their own tokens in it."""
     config = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     if not before:

@@ -1,12 +1,12 @@
 """Streamed moments of a layer's inputs.
 
-Every piece of columns is taken about its own mean, and joins what was there before by the pairwise update of Chan, Golub and
-LeVeque (The American Statistician 37, 1983)::
+Each piece of columns is centred on its own mean and merged by the pairwise update of Chan, Golub and LeVeque (The American
+Statistician 37, 1983)::
 
     M <- M + M' + (n n' / (n + n')) d d^T        d = mean' - mean
 
-which only ever adds what is positive: nothing cancels, in whatever order the data come. The last term costs nothing, as one more
-column of the piece. Second moments of bfloat16 inputs accumulated under autocast come out indefinite; autocast and reduced
+which only adds positive semidefinite terms: nothing cancels, whatever the order of the data. The last term is computed as one
+more column of the piece. Second moments of bfloat16 inputs accumulated under autocast are indefinite; autocast and reduced
 matmul precision are therefore switched off while accumulating.
 """
 
@@ -35,10 +35,10 @@ ABOUT = {
     "cross_covariance": ("dense_mean", "mean"),
     "dense_covariance": ("dense_mean", "dense_mean"),
 }
-"""The means that the factors of each second moment are about."""
+"""The means that the two factors of each second moment are centred on."""
 DENSE = frozenset({"cross_covariance", "dense_covariance", "dense_mean"})
-HEAVY = 32.0
-"""Columns of more than this many times the usual energy count as if they had that much."""
+MAX_TOKEN_ENERGY_RATIO = 32.0
+"""Columns with more than this many times the usual energy are weighted down to that energy."""
 SPLIT_COLUMNS = 512
 """From this many columns on, second moments are computed by halves."""
 
@@ -55,10 +55,10 @@ def _second_moment(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G K K"]:
 
 
 def token_weights(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G T 1"] | None:
-    """What each token, or column, counts: 1, less for one of very much energy; None where all count 1.
+    """Weight of each token (column): 1, or less for one of very high energy; None if all weights are 1.
 
     In language models the first token can hold 99.8 % of the energy of an MLP's inputs: a mask and weights fitted to plain
-    averages are made for that token alone. The usual energy is the mean without the largest hundredth.
+    averages would fit that token alone. The usual energy is the mean without the largest hundredth.
     """
     columns = x.shape[1]
     largest = columns // 100
@@ -67,7 +67,7 @@ def token_weights(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G T 1"] | None:
         return None
     energy = x.square().sum(2, keepdim=True)
     usual = (energy.sum(1, keepdim=True) - energy.topk(largest, dim=1).values.sum(1, keepdim=True)) / (columns - largest)
-    limit = HEAVY * usual.clamp(min=0)
+    limit = MAX_TOKEN_ENERGY_RATIO * usual.clamp(min=0)
     heavy = (energy > limit) & (limit > 0)
     return torch.where(heavy, limit / energy, torch.ones_like(energy)) if bool(heavy.any()) else None
 
@@ -75,8 +75,8 @@ def token_weights(x: Float[Tensor, "G T K"]) -> Float[Tensor, "G T 1"] | None:
 class Moments:
     """Accumulates a layer's statistics, batch by batch; sums in float32, means and weights in float64, count exact.
 
-    Second moments and norms are what masks and weights are fitted to: with them, columns of very much energy count less (see
-    `HEAVY`). Means alone are plain.
+    Second moments and norms weight columns of very high energy down (see `MAX_TOKEN_ENERGY_RATIO`), because masks and weights are
+    fitted to them. Means alone are unweighted.
     """
 
     def __init__(self, layer: Layer, needs: frozenset[Statistic]) -> None:
@@ -98,10 +98,10 @@ class Moments:
         keep: Bool[Tensor, "..."] | None = None,
         part: int | None = None,
     ) -> None:
-        """Take in one batch of inputs, and the dense network's inputs of the same batch where "cross" is needed.
+        """Add one batch of inputs, and the dense network's inputs of the same batch if "cross" is needed.
 
-        Where tokens are routed, the two networks may send a layer different ones, which cannot be compared: a layer that was
-        ever handed as many as the dense one was not, is measured without "cross".
+        Where tokens are routed, the two networks may send different tokens to a layer, which cannot be compared: once the numbers
+        of tokens have differed, the layer is measured without "cross".
 
         Raises:
             CalibrationError: the inputs are not finite.
@@ -155,7 +155,7 @@ class Moments:
         before: Float[Tensor, "G 1"] | None,
         roots: Float[Tensor, "G T 1"] | None,
     ) -> Float[Tensor, "G C K"]:
-        """The piece about its own mean, with one more column for how far that is from the mean before; takes it into the mean."""
+        """The piece centred on its own mean, with one more column for the shift of the mean; updates the mean."""
 
         def average(y: Tensor) -> Tensor:
             summed: Tensor = (y if weights is None else y * weights).sum(1, keepdim=True)
@@ -193,7 +193,7 @@ class Moments:
                 del held[key]
 
     def share(self, ranks: Ranks) -> None:
-        """Take in what the other ranks have accumulated; raw inputs are not exchanged."""
+        """Merge the other ranks' moments into these; raw inputs are not exchanged."""
         if ranks.size == 1:
             return
         columns, paired = zip(*ranks.all((self.columns, self._paired)), strict=True)
@@ -220,7 +220,7 @@ class Moments:
 
     @property
     def bytes(self) -> int:
-        """Memory held."""
+        """Bytes held."""
         return sum(one.nbytes for one in (*self._sums.values(), *self._means.values(), *self._inputs))
 
     def statistics(self) -> Statistics:

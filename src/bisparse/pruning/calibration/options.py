@@ -1,4 +1,4 @@
-"""How a pruning job runs, apart from its layers and its data: one value for all who need a part of it."""
+"""Options of a pruning job other than its layers and data."""
 
 from __future__ import annotations
 

@@ -1,8 +1,7 @@
-"""A computation that stops where it is told, and goes on when it is told, keeping everything it has computed.
+"""A call that can be paused and resumed, as a coroutine (greenlet).
 
-A forward pass stopped before a layer can wait until that layer is pruned and then go on with the new weights, so that
-pruning a block stage by stage runs it once, not once a stage. Coroutines by greenlet: the pass is ordinary code that knows
-nothing of it, and all of it stays in one thread.
+A forward pass that is paused before a layer resumes with the new weights once that layer is pruned, so that pruning a block
+stage by stage runs it once, not once per stage. With greenlet the model's code needs no change, and all runs in one thread.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ DEVICES = ("cpu", "cuda")
 
 
 class _Ambient:
-    """The modes that torch keeps for a thread: a pass that stops inside one must not leave it on for others."""
+    """torch's thread-local modes (grad, autocast): a pass that pauses inside one must not leave it on for others."""
 
     def __init__(self) -> None:
         self.grad = torch.is_grad_enabled()
@@ -57,7 +56,7 @@ class Paused:
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self.result: Any = None
-        """What the call returned, once it has."""
+        """The return value, once the call has finished."""
         self._work = work
         self._greenlet = _greenlet()
         self._inner = self._greenlet(self._run)
@@ -68,7 +67,7 @@ class Paused:
         self.result = self._work()
 
     def resume(self) -> Any:
-        """Go on up to the next pause, and return what it hands out; None once the call has returned. Raises what it raises."""
+        """Run to the next pause and return the value passed to `pause`; None once the call has returned. Its errors propagate."""
         self._outside = _Ambient()
         self._inner.parent = self._greenlet.getcurrent()
         try:
@@ -77,7 +76,7 @@ class Paused:
             self._outside.restore()
 
     def pause(self, handed_out: Any) -> None:
-        """To be called from within: return `handed_out` to whoever resumed, and wait to be resumed."""
+        """Called by the paused code itself: return `handed_out` from `resume`, and wait for the next `resume`."""
         inside = _Ambient()
         self._inner.parent.switch(handed_out)
         inside.restore()
@@ -88,7 +87,7 @@ class Paused:
 
     @property
     def held_bytes(self) -> int:
-        """What the tensors in variables of the stopped call take, each storage once."""
+        """Bytes of the tensors in local variables of the paused call, each storage counted once."""
         storages: dict[int, int] = {}
         frame = None if self.finished else self._inner.gr_frame
         while frame is not None:
@@ -100,7 +99,7 @@ class Paused:
         return sum(storages.values())
 
     def stop(self) -> None:
-        """Unwind a call that is not to go on, its ``finally`` clauses included."""
+        """Abandon a paused call: unwind it, running its ``finally`` clauses."""
         if self._inner and not self.finished:
             outside = _Ambient()
             self._inner.parent = self._greenlet.getcurrent()

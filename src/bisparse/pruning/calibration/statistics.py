@@ -1,13 +1,13 @@
-"""What a layer's inputs look like on calibration data: moments in float32, whatever the model's precision.
+"""Statistics of a layer's inputs on calibration data: moments in float32, whatever the model's precision.
 
 With x a column of layer inputs (for a convolution, one unfolded patch of one group) the moments are averages over all
 columns seen::
 
     gram  = E[x x^T]      mean = E[x]      norm = sqrt(E[x_j^2])      cross = E[z x^T]
 
-where z is the same input in the dense network, while x is what the already pruned layers before it deliver.
-Second moments are held about the mean, never about zero: what inputs of 1000 +- 0.3 vary by is no longer there in a float32
-mean of their squares, and weights fitted to the difference of two such figures explode.
+where z is the same input in the dense network and x the input that the already pruned layers before it produce. Second moments
+are stored about the mean, never about zero: the variance of inputs of 1000 +- 0.3 is lost in a float32 mean of their squares,
+and weights fitted to the difference of two such numbers explode.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.nn import functional
 from bisparse.layers import Layer
 from bisparse.tiles import LayoutKind
 
-__all__ = ["CalibrationError", "Statistic", "Statistics", "full_precision", "input_columns", "precise", "reading_of"]
+__all__ = ["CalibrationError", "Statistic", "Statistics", "full_precision", "input_columns", "input_key", "precise"]
 
 
 class Statistic(StrEnum):
@@ -35,15 +35,15 @@ class Statistic(StrEnum):
     MEAN = "mean"
     GRAM = "gram"
     CROSS = "cross"
-    """Dense inputs against the present ones, where earlier layers are pruned already."""
+    """Cross moment of dense and present inputs, where earlier layers are pruned already."""
     INPUTS = "inputs"
-    """The raw inputs themselves."""
+    """The raw inputs."""
     HELD_OUT = "held-out data"
-    """The moments of every fifth batch kept apart."""
+    """The moments of every fifth batch, kept separate."""
 
 
 COLUMN_BYTES = 64 << 20
-"""Unfolded columns are made and consumed in pieces of about this size."""
+"""Columns are unfolded and consumed in pieces of about this many bytes."""
 
 
 class CalibrationError(ValueError):
@@ -70,9 +70,9 @@ class Statistics:
     dense_mean: Float[Tensor, "G K"] | None = None
     dense_covariance: Float[Tensor, "G K K"] | None = None
     inputs: tuple[Float[Tensor, "..."], ...] | None = None
-    """The layer's raw inputs, one tensor a calibration batch, for methods that iterate over samples."""
+    """The layer's raw inputs, one tensor per calibration batch, for methods that iterate over samples."""
     held_out: Statistics | None = None
-    """The same of the batches held out for choosing the damping; not contained in the figures above."""
+    """The statistics of the batches held out for choosing the damping, which the fields above exclude."""
 
     @property
     def gram(self) -> Float[Tensor, "G K K"] | None:
@@ -90,7 +90,7 @@ class Statistics:
         return _about_zero(self.dense_covariance, self.dense_mean, self.dense_mean)
 
     def merged(self) -> Statistics:
-        """With the held-out batches taken in."""
+        """The statistics with the held-out batches merged in."""
         other = self.held_out
         if other is None or other.columns == 0:
             return replace(self, held_out=None)
@@ -134,7 +134,7 @@ def _about_zero(covariance: Tensor | None, left: Tensor | None, right: Tensor | 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Autocast off, and float32 products really in float32."""
+    """Disable autocast and reduced-precision float32 matmuls while open."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -145,7 +145,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def precise(tensor: Tensor) -> Tensor:
-    """In float64, where the device has it: Apple's GPUs do not."""
+    """The tensor in float64 where the device supports it (Apple's GPUs do not)."""
     return tensor if tensor.device.type == "mps" else tensor.double()
 
 
@@ -166,8 +166,8 @@ def input_columns(layer: Layer, inputs: Float[Tensor, "..."], keep: Bool[Tensor,
         yield piece.float().unsqueeze(0)
 
 
-def reading_of(layer: Layer) -> Hashable:
-    """Layers for which this is equal make the same columns of the same input."""
+def input_key(layer: Layer) -> Hashable:
+    """A key that is equal for layers that unfold the same input into the same columns."""
     module = layer.module
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return (module.kernel_size, module.stride, module.padding, module.dilation, module.groups, module.padding_mode)
@@ -180,7 +180,7 @@ def _patches(module: nn.Module, inputs: Float[Tensor, "N C *spatial"]) -> Iterat
     if inputs.ndim == dimensions + 1:
         inputs = inputs.unsqueeze(0)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-    # The convolution's own list of pads: the only place where padding="same" has become numbers.
+    # The convolution's own list of pads: the only place where padding="same" is given as numbers.
     pads = list(module._reversed_padding_repeated_twice)
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     padded_sizes = [size + pads[-2 * i - 2] + pads[-2 * i - 1] for i, size in enumerate(inputs.shape[2:])]

@@ -1,11 +1,11 @@
 """Which channels of a network may be permuted together, read from its graph.
 
-A channel space is a set of activations whose channels are in the same order: the output of a layer, what element-wise
-operations make of it, what it is added to. Permuting a space means permuting the rows of the weights that write it, the
-columns of those that read it, and the vectors of the norms in between; the network computes the same. A space is frozen where it
-meets an input or output of the graph, or an operation that this file does not know.
+A channel space is a set of activations whose channels are in the same order: the output of a layer, the results of element-wise
+operations on it, and whatever is added to it. Permuting a space means permuting the rows of the weights that write it, the
+columns of those that read it, and the vectors of the norms in between; the network's function stays the same. A space is frozen
+if it meets an input or output of the graph, or an operation that this file does not know.
 
-Where torch.fx cannot trace the whole model, its parts are traced by themselves, with their inputs and outputs frozen.
+Where torch.fx cannot trace the whole model, its submodules are traced separately, with their inputs and outputs frozen.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bisparse.pruning.calibration.hooks import call_model
 __all__ = ["ChannelSpace", "channel_spaces"]
 
 UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
-"""What code that wants numbers raises when it is handed symbols (fx's own TraceError is a ValueError)."""
+"""Errors of code that needs concrete values when it is traced with symbols (fx's own TraceError is a ValueError)."""
 
 ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LeakyReLU, nn.ELU,
@@ -52,7 +52,7 @@ POOLING = {
     functional.max_pool1d, functional.max_pool2d, functional.adaptive_max_pool2d, functional.interpolate,
 }  # fmt: skip
 LOOKING = {getattr, "size", "dim", "ndimension"}
-"""Ask for shapes only: the same whatever the order."""
+"""They read shapes only, which do not depend on the order of channels."""
 
 
 @dataclass(eq=False)
@@ -65,9 +65,9 @@ class ChannelSpace:
     readers: list[tuple[Tensor, int]] = field(default_factory=list)
     """Weights and the dimension that reads it."""
     vectors: list[Tensor] = field(default_factory=list)
-    """Biases, and what norms and depthwise convolutions hold for each channel, along dimension 0."""
+    """Biases and the per-channel tensors of norms and depthwise convolutions, along dimension 0."""
     frozen: str = ""
-    """Why it cannot be permuted; empty where it can."""
+    """Why it cannot be permuted; empty if it can."""
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -75,7 +75,7 @@ class ChannelSpace:
         return [*(tensor for tensor, _ in [*self.writers, *self.readers]), *self.vectors]
 
     def permute_(self, order: Tensor) -> None:
-        """Put channel ``order[i]`` in place i, in place."""
+        """Move channel ``order[i]`` to position i, in place."""
         with torch.no_grad():
             for weight, dim in _distinct([*self.writers, *self.readers, *((vector, 0) for vector in self.vectors)]):
                 weight.copy_(weight.index_select(dim, order.to(weight.device)))
@@ -88,7 +88,7 @@ def _distinct(entries: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
 def channel_spaces(
     model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> tuple[list[ChannelSpace], dict[str, str]]:
-    """The channel spaces that have a reader and a writer, frozen ones included; and what could not be traced, and why."""
+    """The channel spaces that have a reader and a writer, frozen ones included; and the untraceable submodules with reasons."""
     given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     handles = [
         module.register_forward_pre_hook(

@@ -1,11 +1,11 @@
 """Channel permutation: the same network with its channels in an order that lets a pattern keep more score.
 
-Columns are dealt into groups of M. One step takes a column out of every group and deals all of them out again at once, by the
-assignment of columns to groups that keeps the most; a step never loses. For a transposable pattern a column adds to a tile
-at most its N best entries, both directions of a weight count, and a new order is taken only if the exact masks keep more.
-Groups of four are then refined two at a time (`stripe_search`).
+Columns are divided into groups of M. One step takes one column out of every group and reassigns all of them at once, by the
+assignment that keeps the most score; a step never loses. For a transposable pattern a column adds to a tile at most its N best
+entries, both directions of a weight count, and a new order is accepted only if the exact masks keep more. Groups of four are then
+refined in pairs (`stripe_search`).
 Guarantee: the score kept never falls, and the network's outputs stay equal, which is checked.
-Cost: R x (C/M)^2 a step for R rows and C columns, and one assignment of C/M.
+Cost: R x (C/M)^2 per step for R rows and C columns, and one assignment of C/M columns.
 Sources: channel permutation, Pool and Yu, NeurIPS 2021; dealing out by assignment, Zhao et al., "Gyro-Permutation", AAAI 2025.
 """
 
@@ -35,12 +35,12 @@ from bisparse.tiles import LayoutKind, to_matrices
 __all__ = ["PermutationReport", "PermutedSpace", "permute_", "search_order"]
 
 CHUNK = 1 << 24
-"""Numbers in a block of the table of gains."""
+"""Entries of the gain table that are computed at a time."""
 
 
 @dataclass(frozen=True)
 class PermutedSpace:
-    """What became of one set of channels."""
+    """The result for one channel space."""
 
     layers: tuple[str, ...]
     """Layers that read or write it."""
@@ -49,17 +49,17 @@ class PermutedSpace:
     """Score that the layers' masks keep, before."""
     after: float
     reason: str = ""
-    """Why it was left as it is; empty where it was permuted."""
+    """Why it was left unchanged; empty if it was permuted."""
 
 
 @dataclass(frozen=True)
 class PermutationReport:
-    """What permuting a network's channels brought."""
+    """The result of permuting a network's channels."""
 
     pattern: str
     spaces: tuple[PermutedSpace, ...]
     retained_before: float
-    """Share of the score of all layers that the pattern keeps, before."""
+    """Fraction of the score of all layers that the pattern keeps, before."""
     retained_after: float
     time_s: float
     untraced: dict[str, str]
@@ -92,11 +92,12 @@ def permute_(
     On an error the model is as it was.
 
     Args:
-        example: a batch to trace the network by and to compare outputs on.
-        include, exclude: layers that will be pruned; see `find_layers`. Others are permuted along, but do not count.
+        example: a batch for tracing the network and comparing its outputs.
+        include, exclude: layers that will be pruned; see `find_layers`. Others are permuted too, but their scores do not count.
         scores: a layer's scores, of its weight's shape; by default magnitude.
-        steps: at most, a space and round. rounds: over all spaces; later ones see the other side's new order.
-        tolerance: by how much of their largest number outputs may differ, from rounding; a space that exceeds it is undone.
+        steps: maximum per space and round. rounds: passes over all spaces; later ones see the new order of the other side.
+        tolerance: maximum difference of the outputs, from rounding, relative to their largest number; a space that exceeds it is
+            undone.
 
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
@@ -210,7 +211,7 @@ def _best_order(
 
 
 def _bands(matrices: Float[Tensor, "B R C"], m: int) -> Float[Tensor, "R2 C"]:
-    """Matrices one below the other, each completed to whole bands of m rows."""
+    """Matrices stacked along the rows, each padded with zeros to a multiple of m rows."""
     padded = torch.nn.functional.pad(matrices, (0, 0, 0, -matrices.shape[1] % m))
     return padded.flatten(0, 1)
 
@@ -229,13 +230,13 @@ def search_order(scores: Float[Tensor, "R C"], pattern: Pattern, *, steps: int =
     generator = torch.Generator().manual_seed(seed)
     # Sums of large scores must fit float32.
     scores = (scores.double() / scores.max().double().clamp(min=torch.finfo(torch.float64).tiny)).float()
-    # A short last group stays together: its place at the edge is worth something that no other has.
+    # A short last group stays together: its position at the edge is unlike any other.
     members = order[: groups * m].view(groups, m).clone()
     idle = 0
     # Gains are exact for a plain pattern; for a transposable one they bound what the tiles' masks keep, which is looked at.
     best, best_value = members.clone(), solve(scores[:, : groups * m], pattern).value if pattern.transposable else 0.0
     for step in range(steps):
-        # Which column of a group leaves is drawn, but each place comes up equally often.
+        # The column that leaves a group is random, but each position is drawn equally often.
         if step % m == 0:
             turns = torch.rand(groups, m, generator=generator).argsort(1).to(scores.device)
         taken = turns[:, step % m : step % m + 1]
@@ -272,7 +273,7 @@ def _linear_sum_assignment() -> Callable[..., Any]:
 def _gains(
     scores: Float[Tensor, "R C"], rest: Int[Tensor, "S M1"], leaving: Int[Tensor, " S"], pattern: Pattern
 ) -> Float[Tensor, "S S"]:
-    """What column ``leaving[j]`` would add to group i: all that exceeds the smallest kept entry it replaces."""
+    """The gain of adding column ``leaving[j]`` to group i: the excess over the smallest kept entry that it replaces."""
     groups, m = len(rest), pattern.m
     gain = torch.zeros(groups, groups, device=scores.device)
     rows = max(m, CHUNK // (groups * groups) // m * m)
@@ -287,7 +288,7 @@ def _gains(
 
 
 def _largest(entries: list[Tensor], n: int) -> Tensor:
-    """The n largest of each position of M tensors, stacked: n passes of a bubble sort, faster than topk at such sizes."""
+    """The n largest per position over M tensors, stacked: n passes of a bubble sort, faster than topk at these sizes."""
     for place in range(n):
         for i in range(len(entries) - 1, place, -1):
             entries[i - 1], entries[i] = torch.maximum(entries[i - 1], entries[i]), torch.minimum(entries[i - 1], entries[i])

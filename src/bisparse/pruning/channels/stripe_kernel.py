@@ -1,7 +1,7 @@
-"""What every division of eight columns into two groups of four keeps, on CPU, for many pairs of groups at once.
+"""The score that each division of eight columns into two groups of four keeps, on CPU, for many pairs of groups at once.
 
-Two groups of four have 35 divisions. The best n of four, sorted two and two, are sums and maxima of three numbers, and four
-numbers are one of 28 pairs with another: 16 rows side by side take some 450 vector instructions.
+Eight columns have 35 such divisions. Each group of four consists of two of the 28 sorted column pairs, and its best n entries are
+sums and maxima of at most three numbers: 16 rows take some 450 vector instructions.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from bisparse.kernels.numba_runtime.thread_pool import Kernel, array_at, kernel,
 __all__ = ["DIVISIONS", "LANES", "best_divisions"]
 
 LANES = 16
-"""Rows side by side; their number must be a multiple."""
+"""Rows per vector; the number of rows must be a multiple."""
 PAIRS = tuple(combinations(range(8), 2))
 DIVISIONS = tuple((0, *rest, *(k for k in range(1, 8) if k not in rest)) for rest in combinations(range(1, 8), 3))
-"""Which of eight columns go to the first group of four, and which to the second; as they are first."""
-WORTH = 1 << 16
+"""The columns of the first group of four, then those of the second; the identity is first."""
+MIN_WORK_PER_THREAD = 1 << 16
 
 
 @intrinsic
@@ -120,18 +120,18 @@ def divide_kernel(n: int) -> Kernel:
 def best_divisions(
     columns: Float[Tensor, "C R"], members: Int[Tensor, "S 4"], pairs: Int[Tensor, "P 2"], n: int, least: float
 ) -> tuple[Float[Tensor, " P"], Int[Tensor, " P"]]:
-    """For each pair of stripes what the best of `DIVISIONS` gains over the first, and which it is.
+    """The gain of the best of `DIVISIONS` over the current one, and its index, per pair of stripes.
 
     Args:
         columns: the scores' transpose, float32; `LANES` divides R.
         members: the columns of each stripe. pairs: of stripes. Both int64.
         n: kept of four, 1 to 3.
-        least: a gain below this share of what a pair keeps counts as none.
+        least: a gain below this fraction of a pair's kept score counts as zero.
     """
     columns, members, pairs = columns.contiguous(), members.contiguous(), pairs.contiguous()
     gains, choices = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.int64)
     smallest = torch.tensor([least], dtype=torch.float64)
     (count, rows), stripes, number = columns.shape, len(members), len(pairs)
     arguments = columns, members, pairs, gains, choices, smallest, count, rows, stripes, number
-    over_bands(divide_kernel(n), arguments, number, 1, max(1, WORTH // max(rows, 1)))
+    over_bands(divide_kernel(n), arguments, number, 1, max(1, MIN_WORK_PER_THREAD // max(rows, 1)))
     return gains, choices

@@ -1,10 +1,10 @@
-"""Better groups of four columns by trying every way to divide eight: two stripes at a time, the best first, with escapes.
+"""Better groups of four columns: tries every division of two stripes, best pairs first, with random escapes.
 
-Guarantee: the score kept never falls, and at the end no division of two stripes is better, nor was one after `ESCAPES` swaps
-drawn at random. Cost: (C / 4)^2 / 2 pairs of stripes, 35 divisions each, over R rows; later sweeps see only pairs that changed.
-Of more rows than a sweep of some seconds takes, evenly spaced ones are looked at.
+Guarantee: the score kept never falls, and at the end no division of two stripes is better, nor was one after `MAX_ESCAPES` swaps
+drawn at random. Cost: (C / 4)^2 / 2 pairs of stripes, 35 divisions each, over R rows; later sweeps visit only changed pairs. If a
+sweep would exceed `MAX_WORK`, it uses a subset of evenly spaced rows.
 Source: Pool and Yu, "Channel permutations for N:M sparsity", NeurIPS 2021: stripe groups of two, bounded regressions.
-Departures: it starts from several divisions; a regression is taken back if what follows does not make up for it.
+Departures: it starts from several divisions; an escape is undone if the search after it does not recover the loss.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 
 __all__ = ["refine_stripes"]
 
-ESCAPES = 100
-BUDGET = 1 << 36
-"""R x C^2 of a first sweep of some seconds."""
-LEAST = 1e-6
-"""Share of the score of two stripes by which a division must be better, above what float32 sums differ by."""
+MAX_ESCAPES = 100
+MAX_WORK = 1 << 36
+"""Largest R x C^2 that is searched: some seconds for the first sweep."""
+MIN_RELATIVE_GAIN = 1e-6
+"""Minimum gain of a division relative to the two stripes' score; above the rounding error of float32 sums."""
 
 
 class _Stripes:
-    """Stripes, and for each pair of them what its best division gains."""
+    """Stripes, with the gain of the best division for each pair of them."""
 
     def __init__(self, columns: Float[Tensor, "C R"], members: Int[Tensor, "S 4"], n: int) -> None:
         from bisparse.pruning.channels.stripe_kernel import DIVISIONS, best_divisions  # numba takes a second to import
@@ -38,12 +38,14 @@ class _Stripes:
         self.look_again(torch.ones(len(members), dtype=torch.bool))
 
     def look_again(self, changed: Bool[Tensor, " S"]) -> None:
-        """At the pairs with a stripe that has changed."""
+        """Search the pairs again that have a changed stripe."""
         where = changed[self.pairs].any(1).nonzero()[:, 0]
-        self.gains[where], self.choices[where] = self.search(self.columns, self.members, self.pairs[where], self.n, LEAST)
+        self.gains[where], self.choices[where] = self.search(
+            self.columns, self.members, self.pairs[where], self.n, MIN_RELATIVE_GAIN
+        )
 
     def settle(self) -> float:
-        """Divide pairs anew, the best first, until no division is better; what that gained."""
+        """Divide pairs again, best first, until no division is better; returns the score gained."""
         gained = 0.0
         while True:
             better = (self.gains > 0).nonzero()[:, 0]
@@ -59,14 +61,14 @@ class _Stripes:
             self.look_again(changed)
 
     def kept(self, stripes: Int[Tensor, " S"]) -> float:
-        """What some stripes keep."""
+        """The score that some stripes keep."""
         return float(self.columns[self.members[stripes]].topk(self.n, dim=1).values.sum(dtype=torch.float64))
 
 
 def refine_stripes(
     scores: Float[Tensor, "R C"], starts: Int[Tensor, "K S 4"], n: int, generator: torch.Generator
 ) -> Int[Tensor, "S 4"]:
-    """Better stripes of four columns for n kept of four, from the start that leads furthest; deterministic for a generator.
+    """Stripes of four columns that keep more at n of four, refined from the best start; deterministic for a generator.
 
     Args:
         scores: non-negative.
@@ -74,7 +76,7 @@ def refine_stripes(
     """
     from bisparse.pruning.channels.stripe_kernel import LANES
 
-    step = max(1, -(-scores.shape[0] * scores.shape[1] ** 2 // BUDGET))
+    step = max(1, -(-scores.shape[0] * scores.shape[1] ** 2 // MAX_WORK))
     rows = scores[::step].detach().cpu().float()
     columns = torch.nn.functional.pad(rows.t(), (0, -len(rows) % LANES)).contiguous()
     settled = [_Stripes(columns, members.cpu(), n) for members in starts]
@@ -82,7 +84,7 @@ def refine_stripes(
     for stripes in settled:
         stripes.settle()
     stripes = max(settled, key=lambda one: one.kept(torch.arange(count)))
-    for _ in range(ESCAPES if count > 1 else 0):
+    for _ in range(MAX_ESCAPES if count > 1 else 0):
         before = stripes.members.clone(), stripes.gains.clone(), stripes.choices.clone()
         pair = torch.randperm(count, generator=generator)[:2]
         places = torch.randint(4, (2,), generator=generator)
@@ -90,6 +92,6 @@ def refine_stripes(
         stripes.members[pair, places] = stripes.members[pair, places].flip(0)
         lost = kept - stripes.kept(pair)
         stripes.look_again(torch.zeros(count, dtype=torch.bool).index_fill_(0, pair, True))
-        if stripes.settle() <= lost + LEAST * kept:
+        if stripes.settle() <= lost + MIN_RELATIVE_GAIN * kept:
             stripes.members, stripes.gains, stripes.choices = before
     return stripes.members.to(starts.device)

@@ -32,7 +32,7 @@ METHODS: dict[str, type[Method]] = {
 
 
 def parse_method(method: str | Method, **settings: Any) -> Method:
-    """A method from its name in `METHODS`, with the given settings; a `Method` is returned as it is.
+    """A method from its name in `METHODS`, with the given settings; a `Method` is returned unchanged.
 
     Raises:
         ValueError: no method has that name, or it is neither a name nor a method.

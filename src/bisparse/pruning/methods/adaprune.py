@@ -2,11 +2,11 @@
 
     min over W' of E |W z - (S * W') x|^2       S the mask of another method, x the layer's inputs
 
-Solved row by row, exactly, without a learning rate; deterministic. The damping pulls to the dense weights and is chosen, by
-default, by how the fit does on every fifth calibration batch, which it has not seen; the final fit uses them all.
-Guarantee: the calibration error of no output exceeds that of the mask alone, and the held-out error, if the damping is chosen by
-it, does not either on the outputs that it is chosen by.
-Cost: one second-moment matrix a layer, a factorisation a row or conjugate gradient on all rows together.
+Solved row by row, exactly, without a learning rate; deterministic. The damping pulls to the dense weights. By default it is
+chosen by the error on held-out data, every fifth calibration batch; the final fit uses all batches.
+Guarantee: no output's calibration error exceeds that of the mask alone. Where held-out data chooses the damping, neither does the
+held-out error on the sampled outputs.
+Cost: one second-moment matrix per layer, and one factorisation per row or conjugate gradient on all rows together.
 Source: Hubara et al., NeurIPS 2021, arXiv 2102.08124, section 5, who solve it by Adam (`GradientAdaPrune`).
 Departures: the solver; inputs of the pruned network, targets of the dense one ("sequential"), where the paper has the dense
 network's for both ("parallel"); damping.
@@ -33,7 +33,7 @@ from bisparse.pruning.methods.base import (
     check_number,
 )
 from bisparse.pruning.methods.least_squares import choose_damping, reconstruct
-from bisparse.pruning.methods.least_squares_problem import Problem, refitted_bias
+from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem, refitted_bias
 from bisparse.pruning.methods.wanda import Wanda
 from bisparse.solution import Solution
 
@@ -43,9 +43,9 @@ DAMPING_UNIT = "in units of the mean square of an input"
 LINEAR_SOLVERS = ("auto", "factorisation", "conjugate gradient")
 
 DEFAULT_DAMPING = 0.01
-"""Where nothing can be held out to choose one."""
+"""Damping where there is too little data to hold any out."""
 ROUNDING = 1e-5
-"""By which share of an output's error or energy float32 may misjudge it."""
+"""Relative error, of an output's error or energy, that float32 rounding may cause."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class AdaPrune(Method):
         selection: the method that chooses the mask.
         damping: ridge in units of the mean square of an input; None: chosen by held-out calibration data.
         refit_bias: where the layer has a bias, refit it together with the weights.
-        correct_upstream: aim at the dense network's outputs, not only at those of the dense layer on present inputs, so that
-            a layer makes good for those pruned before it. Needs the order "sequential"; without effect in "parallel".
+        correct_upstream: the target is the dense network's output, not the dense layer's output on present inputs, so that a
+            layer compensates for those pruned before it. Needs the order "sequential"; no effect in "parallel".
         linear_solver: "factorisation", "conjugate gradient", or "auto" by size.
     """
 
@@ -99,7 +99,7 @@ def fit(
     linear_solver: Literal["auto", "factorisation", "conjugate gradient"] = "auto",
     start: Float[Tensor, "G O K"] | None = None,
 ) -> Pruned:
-    """Weights (and bias) of least output error on a given mask; `start`, on the mask, is where conjugate gradient starts."""
+    """Weights (and bias) of least output error on a given mask; conjugate gradient starts from `start`, which obeys the mask."""
     statistics = problem.measured
     everything = statistics.merged()
     centred = refit_bias and problem.bias is not None
@@ -139,7 +139,7 @@ def fit(
         solution,
         problem.matrices(weight),
         bias,
-        # Both relative to the same energy, that of the outputs without their bias, so that they compare.
+        # Both relative to the energy of the outputs without bias, so that they are comparable.
         error=whole.error(weight, plain.energy),
         error_before=plain.error(plain.weight * mask),
         damping=damping if math.isfinite(damping) else None,
@@ -147,10 +147,12 @@ def fit(
     )
 
 
-def _no_worse(whole: Problem, fitted: Float[Tensor, "G O K"], mask: Bool[Tensor, "G O K"]) -> tuple[Float[Tensor, "G O K"], int]:
-    """The fitted weights, but the masked dense ones in rows where those have the smaller error; and how many rows these are.
+def _no_worse(
+    whole: LeastSquaresProblem, fitted: Float[Tensor, "G O K"], mask: Bool[Tensor, "G O K"]
+) -> tuple[Float[Tensor, "G O K"], int]:
+    """The fitted weights, with the masked dense ones in rows where those have the smaller error; and the number of such rows.
 
-    In exact arithmetic there are none.
+    In exact arithmetic it is 0.
     """
     masked = whole.weight * mask
     # Not a number is no improvement; a difference by rounding is no worse.

@@ -1,7 +1,7 @@
 """AdaPrune as the paper's code does it: mean absorption, then Adam on the kept weights and the bias, layer by layer.
 
 The mask is applied again at every step; the loss is the mean squared difference to the layer's dense output on samples drawn
-at random. Kept to compare with: `AdaPrune` solves the same problem exactly, in less time.
+at random. It is here for comparison: `AdaPrune` solves the same problem exactly, in less time.
 Source: Hubara et al., NeurIPS 2021, arXiv 2102.08124, section 5: 1000 steps, batches of 50, rates 1e-3 (weights) and 1e-2 (bias).
 Departures: it runs in any order of calibration; the paper's is "parallel".
 """

@@ -2,14 +2,14 @@
 
     min over W', D of error(W')    with W' = D, D obeying the pattern
 
-W' solves a ridge regression drawn to D, D is the best mask of W' + V / rho (scores: squares, so that the projection is the
-nearest point), V the multipliers; rho grows until the mask stands still. Then the weights are refitted on the mask.
+W' solves a ridge regression towards D; D is W' + V / rho on its best mask (scores: squares, so that the projection is the nearest
+point); V are the multipliers. rho grows until the mask has settled. Then the weights are refitted on the mask.
 Inputs are scaled to unit mean square first, so that the first projection is Wanda's.
 Sensitive to rounding: its masks depend on the last bits of its inputs. In one check, inputs times (1 + 1e-7), batches in reversed
 order or two ranks instead of one changed 13 % of a mask's places at equal error; the masks of SparseGPT and AdaPrune did not
 change. Compare the errors of two runs, not their masks.
-Guarantee: none for the whole; a mask is not returned if the first projection's has the smaller error after the refit, on 64 rows.
-Cost: one eigendecomposition of K x K, then two products (O, K) x (K, K) and a mask solve an iteration.
+Guarantee: none overall; the first projection's mask is returned instead if its error after the refit, on 64 rows, is smaller.
+Cost: one eigendecomposition of K x K, then two products (O, K) x (K, K) and one mask solve per iteration.
 Source: Meng, Behdin, Wang, Mazumder, "ALPS", NeurIPS 2024, arXiv 2406.07831, algorithm 1 and its schedule of rho; TSENOR
 (arXiv 2505.23949) for transposable masks.
 Departures: any pattern; targets of the dense network; the refit's damping is chosen by held-out data; the safeguard above.
@@ -36,18 +36,18 @@ from bisparse.pruning.methods.base import (
     check_number,
 )
 from bisparse.pruning.methods.least_squares import reconstruct, some_rows
-from bisparse.pruning.methods.least_squares_problem import Problem
+from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem
 from bisparse.solution import Solution
 
 __all__ = ["ALPS"]
 
 
-SETTLED = 1e-3
-"""The mask stands still when no more than this share of it changes between two updates of rho: the refit does the rest."""
-LEAST = 6
-"""Iterations before that is believed: the first ones may change little."""
-FLOOR = 1e-7
-"""Scores below this share of the largest count as this."""
+MAX_SETTLED_CHANGE = 1e-3
+"""The mask has settled when at most this fraction of it changes between two updates of rho; the refit does the rest."""
+MIN_ITERATIONS = 6
+"""Iterations before the mask may count as settled: the first ones may change little."""
+MIN_RELATIVE_SCORE = 1e-7
+"""Scores below this fraction of the largest are raised to it."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class ALPS(Method):
         damping: ridge of the mask search, in units of the mean square of an input.
         refit_damping: ridge of the final least squares; None: chosen by held-out calibration data.
         rho: first penalty, on inputs scaled to unit mean square.
-        rho_every: iterations between two updates of rho. 3 is the source's; 1 ends in a third of the time, at an error that is
-            about one per cent larger.
-        iterations: at most.
+        rho_every: iterations between two updates of rho. 3 is the source's; 1 takes a third of the time, at an error about one
+            per cent larger.
+        iterations: maximum.
         refit_bias, correct_upstream, linear_solver: as for `AdaPrune`.
     """
 
@@ -120,15 +120,17 @@ class ALPS(Method):
             f"{pruned.note}; {note}" if pruned.note else note,
         )
 
-    def _refitted_error(self, whole: Problem, mask: Bool[Tensor, "G O K"]) -> float:
-        """The error of a mask after the refit, by some of the rows: they do not depend on each other."""
+    def _refitted_error(self, whole: LeastSquaresProblem, mask: Bool[Tensor, "G O K"]) -> float:
+        """The error of a mask after the refit, estimated on a subset of rows, which are independent."""
         index = some_rows(mask)
         part = whole.rows(index)
         fitted = reconstruct(part, mask[:, index], damping=self.damping, method="conjugate gradient", tolerance=1e-2)
         return part.damped(self.damping).error(fitted.weight)
 
-    def _search(self, damped: Problem, problem: LayerProblem) -> tuple[Solution, Solution, Float[Tensor, "G O K"], int]:
-        """The first projection, the last one, its weights, and how many iterations it took."""
+    def _search(
+        self, damped: LeastSquaresProblem, problem: LayerProblem
+    ) -> tuple[Solution, Solution, Float[Tensor, "G O K"], int]:
+        """The first projection, the last one, its weights, and the number of iterations."""
         scale = damped.gram.diagonal(dim1=1, dim2=2).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
         gram = damped.gram / (scale[:, :, None] * scale[:, None, :])
         target = damped.target / scale[:, None, :]
@@ -139,7 +141,7 @@ class ALPS(Method):
         def project(weight: Float[Tensor, "G O K"]) -> tuple[Solution, Float[Tensor, "G O K"]]:
             scores = weight.square()
             # Late in the search what is pruned is all but zero; a range that no weight needs costs the solver its time.
-            scores = scores.clamp(min=FLOOR * float(scores.amax()) if scores.numel() else 0.0)
+            scores = scores.clamp(min=MIN_RELATIVE_SCORE * float(scores.amax()) if scores.numel() else 0.0)
             solution = problem.solve(problem.matrices(scores))
             return solution, weight * problem.rows(solution.mask)
 
@@ -159,7 +161,7 @@ class ALPS(Method):
                 mask = problem.rows(last.mask)
                 changed = int((mask != before).sum()) / 2
                 before = mask
-                if step >= LEAST and changed <= SETTLED * kept:
+                if step >= MIN_ITERATIONS and changed <= MAX_SETTLED_CHANGE * kept:
                     break
                 rho *= 1.3 if changed >= 0.1 * kept else 1.2 if changed >= 0.005 * kept else 1.1
         return first, last, point / scale[:, None, :], step

@@ -14,7 +14,7 @@ from torch import Tensor
 from bisparse._solve import solve
 from bisparse.pattern import Structure
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
-from bisparse.pruning.methods.least_squares_problem import Problem, make_problem
+from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem, make_problem
 from bisparse.pruning.reduction import to_matrices_of_rows, to_rows
 from bisparse.solution import Solution
 from bisparse.solvers import Solver
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MATRICES = Layout(LayoutKind.EXPERTS)
-"""How `LayerProblem.weight` stores its matrices: one after the other."""
+"""The layout of `LayerProblem.weight`: matrices along the first dimension."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +66,13 @@ class LayerProblem:
             raise ValueError(f"{self.name}: {error}") from error
         if self.allowed is None:
             return solution
-        # Kept entries of score zero are only filling: what is not allowed must not come back as one of them.
+        # The solver may fill up with entries of score zero; those that are not allowed must not return that way.
         return Solution(
             solution.mask & self.allowed, solution.scores, solution.pattern, solution.layout, certify=lambda: solution.certificate
         )
 
     def rows(self, matrices: Tensor) -> Tensor:
-        """(B, O, I) -> (G, O, K), one least-squares problem a convolution group, packed part or expert."""
+        """(B, O, I) -> (G, O, K), one least-squares problem per convolution group, packed part or expert."""
         rows: Tensor = to_rows(matrices, self.positions)
         return rows
 
@@ -94,7 +94,7 @@ class LayerProblem:
             )
         return self.statistics
 
-    def least_squares(self, *, centred: bool, statistics: Statistics | None = None) -> Problem:
+    def least_squares(self, *, centred: bool, statistics: Statistics | None = None) -> LeastSquaresProblem:
         """The layer's output error as a function of its weights; see `make_problem`."""
         return make_problem(self.rows(self.weight), statistics or self.measured, centred=centred, name=self.name)
 
@@ -106,9 +106,9 @@ class Pruned:
     solution: Solution
     """The mask, with the scores it was chosen by."""
     weight: Float[Tensor, "B O I"] | None = None
-    """New weights, 0 where the mask is; None: kept weights stay as they are."""
+    """New weights, 0 off the mask; None: kept weights are unchanged."""
     bias: Float[Tensor, " P"] | None = None
-    """New bias; None: it stays."""
+    """New bias; None: unchanged."""
     error: float | None = None
     """Relative error of the layer's output on the calibration data, where the method measures it."""
     error_before: float | None = None
@@ -152,19 +152,19 @@ def check_method(name: str, value: Any, kind: type[Method] = Method) -> None:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuse a setting that is none of some texts."""
+    """Refuse a setting that is not one of the choices."""
     if not (isinstance(value, str) and value in choices):
         raise ValueError(f"{name}={value!r:.60}: expected one of {', '.join(map(repr, choices))}")
 
 
 def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse a setting that is no whole number, or below `least`."""
+    """Refuse a setting that is not a whole number >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r:.60}: expected a whole number >= {least}")
 
 
 def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None, unit: str = "") -> None:
-    """Refuse a setting that is no finite number, not above `above`, or below `least`."""
+    """Refuse a setting that is not a finite number above `above` and >= `least`."""
     numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not numeric or (above is not None and value <= above) or (least is not None and value < least):
         bound = "" if above is None and least is None else f" > {above:g}" if above is not None else f" >= {least:g}"

@@ -1,4 +1,4 @@
-"""Repairs of another method's result that need no least squares: the bias, and the mean and deviation of each channel.
+"""Corrections after another method without least squares: of the bias, or of each channel's mean and standard deviation.
 
 Pruning shifts the mean of a layer's outputs by (W - W') E[x], which is known from the mean input. `BiasCorrection` subtracts the
 shift from the layer's bias or, where it has none, adds it to the running mean of the batch norm after it. `MatchMoments` scales
@@ -102,7 +102,7 @@ class MatchMoments(Method):
         statistics = problem.measured.merged()
         centred = problem.least_squares(centred=True, statistics=statistics)
         variance = ((rows @ centred.gram) * rows).sum(2)
-        # Outputs that vary by no more than rounding have no deviation to match.
+        # Outputs that vary by no more than rounding have no standard deviation to match.
         noise = (rows.square() @ centred.floor[:, :, None])[:, :, 0].clamp(min=1e-30)
         scale = torch.where(variance > noise, (centred.energy / variance.clamp(min=1e-30)).sqrt(), 1.0)
         matched = rows * scale[:, :, None]

@@ -1,11 +1,11 @@
-"""Least squares on a support: AdaPrune's problem solved as what it is.
+"""Least squares on a support: the solver of AdaPrune's problem.
 
 For every output row with support S, over the corrections d to the kept dense weights::
 
     min_d  error(mask * W + d),   d zero outside S       <=>     G_SS d_S = (B - (mask * W) G)_S
 
 Guarantee: the damped error never exceeds that of the masked dense weight; a mask of ones returns the dense weight.
-Cost: factorisation, one Cholesky of side |S| a row, in float64; conjugate gradient, one product (O, K) x (K, K) an
+Cost: factorisation, one Cholesky of side |S| per row, in float64; conjugate gradient, one product (O, K) x (K, K) per
 iteration for all rows together, in float32.
 Source: the normal equations; batched conjugate gradient on the support as in ALPS (Meng et al., NeurIPS 2024,
 arXiv 2406.07831, section 3.3). Departure: damping pulls to the dense weight instead of to zero.
@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from bisparse.pruning.methods.least_squares_problem import Problem
+from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem
 
 __all__ = ["DAMPINGS", "Reconstruction", "choose_damping", "reconstruct", "some_rows"]
 
@@ -31,7 +31,7 @@ DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 
 CHUNK_BYTES = 256 << 20
 MAX_FACTORISED_SUPPORT = 96
-"""Above this many unknowns a row, conjugate gradient is the faster of the two on CPU and GPU."""
+"""With more unknowns per row, conjugate gradient is faster, on CPU and GPU."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Reconstruction:
 
 
 def reconstruct(
-    problem: Problem,
+    problem: LeastSquaresProblem,
     mask: Bool[Tensor, "G O K"],
     *,
     damping: float,
@@ -65,7 +65,7 @@ def reconstruct(
         damping: ridge pulling to the dense weight, in units of the mean diagonal of G. At 0 a singular problem has many
             solutions: conjugate gradient then returns the one closest to its start, factorisation refuses. At infinity the
             masked dense weight is the solution.
-        tolerance: conjugate gradient stops when every row's residual is below this share of its start.
+        tolerance: conjugate gradient stops when every row's residual is below this fraction of its initial value.
         start: weights on the support to start conjugate gradient from; the masked dense weight by default.
 
     Raises:
@@ -85,7 +85,7 @@ def reconstruct(
     return Reconstruction(weight, damping, method, iterations, residual)
 
 
-def _factorised(problem: Problem, mask: Bool[Tensor, "G O K"], largest: int) -> Float[Tensor, "G O K"]:
+def _factorised(problem: LeastSquaresProblem, mask: Bool[Tensor, "G O K"], largest: int) -> Float[Tensor, "G O K"]:
     base = problem.weight * mask
     if largest == 0:
         return base
@@ -94,7 +94,7 @@ def _factorised(problem: Problem, mask: Bool[Tensor, "G O K"], largest: int) -> 
     for g in range(mask.shape[0]):
         gram = problem.gram[g].double()
         right = (problem.target[g] - base[g] @ problem.gram[g]).double()
-        # Kept columns first, in order; a row with fewer is completed with unit rows that decouple.
+        # Kept columns first, in order; a row with fewer is padded with decoupled unit rows.
         order = mask[g].int().argsort(dim=1, descending=True, stable=True)[:, :largest]
         for rows in torch.arange(mask.shape[1], device=mask.device).split(chunk):
             index = order[rows]
@@ -117,7 +117,7 @@ def _factorised(problem: Problem, mask: Bool[Tensor, "G O K"], largest: int) -> 
 
 
 def _conjugate_gradient(
-    problem: Problem, mask: Bool[Tensor, "G O K"], tolerance: float, max_iterations: int, start: Tensor | None
+    problem: LeastSquaresProblem, mask: Bool[Tensor, "G O K"], tolerance: float, max_iterations: int, start: Tensor | None
 ) -> tuple[Float[Tensor, "G O K"], int, float]:
     support = mask.to(problem.weight.dtype)
     weight = (problem.weight if start is None else start) * support
@@ -151,27 +151,26 @@ def _conjugate_gradient(
 
 
 def some_rows(mask: Bool[Tensor, "G O K"], count: int = 64) -> Int[Tensor, " R"]:
-    """At most `count` evenly spaced output rows, for what can be judged by a sample."""
+    """At most `count` evenly spaced output rows, for estimates from a sample."""
     outputs = mask.shape[1]
     return torch.linspace(0, outputs - 1, min(count, outputs), device=mask.device).round().long()
 
 
 def choose_damping(
-    problem: Problem,
-    held_out: Problem,
+    problem: LeastSquaresProblem,
+    held_out: LeastSquaresProblem,
     mask: Bool[Tensor, "G O K"],
     *,
     candidates: Sequence[float] = DAMPINGS,
     max_rows: int = 64,
 ) -> tuple[float, dict[float, float]]:
-    """The damping whose weights, fitted on one part of the data, do best on the part held out.
+    """The damping whose fit on `problem` has the least error on the `held_out` data.
 
-    Least squares on few tokens overfits: the choice is made by data that the fit has not seen, on at most `max_rows` evenly
-    spaced output rows of each problem. Infinite damping, the masked dense weight as it is, wins where no fit does better.
+    Least squares on few tokens overfits, so the choice uses data that the fit has not seen, on at most `max_rows` evenly spaced
+    output rows per problem. Infinite damping (the masked dense weight unchanged) wins where no fit is better.
 
     Returns:
-        The damping, and the relative error on the held-out part for every candidate tried: from the strongest down
-        to past the best.
+        The damping, and the relative held-out error of every candidate tried: from the strongest to one past the best.
     """
     index = some_rows(mask, max_rows)
     part, judge, support = problem.rows(index), held_out.rows(index), mask[:, index]
@@ -182,7 +181,7 @@ def choose_damping(
         solved = reconstruct(part, support, damping=damping, method="conjugate gradient", start=start, tolerance=3e-3)
         start = solved.weight
         errors[damping] = judge.error(solved.weight)
-        # Weak damping is where conjugate gradient is slow; past the minimum there is nothing to find.
+        # Conjugate gradient is slow at weak damping, and candidates past the minimum are worse.
         tried = list(errors.values())[1:]
         if len(tried) > 2 and tried[-1] > tried[-2] > tried[-3]:
             break

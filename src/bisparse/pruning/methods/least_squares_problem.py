@@ -19,17 +19,17 @@ from torch import Tensor
 
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistics, precise
 
-__all__ = ["Problem", "make_problem"]
+__all__ = ["LeastSquaresProblem", "make_problem"]
 
 EPSILON = torch.finfo(torch.float32).eps
 RESOLUTION = 4.0
-"""Roundings by which a moment may be wrong, or the outputs of weights that are fitted to it."""
+"""Rounding errors, in units of `EPSILON`, that a moment or a fitted output may accumulate."""
 SILENT = 1e-30
-"""Mean squares below this leave float32 no room for a ridge: they count as zero."""
+"""Mean squares below this are too small for a ridge in float32: they count as zero."""
 
 
 @dataclass(frozen=True)
-class Problem:
+class LeastSquaresProblem:
     """G least-squares problems of O outputs over K inputs each, float32."""
 
     weight: Float[Tensor, "G O K"]
@@ -40,7 +40,7 @@ class Problem:
     energy: Float[Tensor, "G O"]
     """Mean square of each dense output (variance if centred)."""
     floor: Float[Tensor, "G K"]
-    """The mean square of an input below which the moments cannot tell it from rounding."""
+    """The mean square of an input below which it cannot be distinguished from rounding."""
 
     @property
     def scale(self) -> Float[Tensor, " G"]:
@@ -72,18 +72,18 @@ class Problem:
 
     @property
     def note(self) -> str:
-        """What the user should know of inputs that give nothing to fit; empty where there is nothing to say."""
+        """A note for the report on inputs that give nothing to fit; empty if there are none."""
         silent = int(self.silent.sum())
         if silent == 0:
             return ""
         which = "no input" if silent == len(self.gram) else f"no input of {silent} of {len(self.gram)} groups"
         return f"{which} varies in the calibration data: nothing to fit, the kept weights stay"
 
-    def damped(self, damping: float) -> Problem:
+    def damped(self, damping: float) -> LeastSquaresProblem:
         """The problem with ``damping * scale * |W' - W|^2`` added: weights are pulled to the dense ones, not to zero."""
         if damping == 0:
             return self
-        # Without a scale, where no input of a problem ever varies, any ridge gives the same: the weights as they were.
+        # Where no input of a problem varies there is no scale; any ridge leaves the weights unchanged.
         scale = torch.where(self.scale > SILENT, self.scale, 1.0)
         ridge = damping * scale[:, None] + self.floor
         gram = self.gram.clone(memory_format=torch.contiguous_format)
@@ -96,14 +96,14 @@ class Problem:
             energy=self.energy + (ridge[:, None, :] * self.weight.square()).sum(2),
         )
 
-    def rows(self, index: Tensor) -> Problem:
+    def rows(self, index: Tensor) -> LeastSquaresProblem:
         """The same problems with only some of the outputs."""
         return replace(self, weight=self.weight[:, index], target=self.target[:, index], energy=self.energy[:, index])
 
 
 def make_problem(
     weight: Float[Tensor, "G O K"], statistics: Statistics, *, centred: bool = False, name: str = "layer"
-) -> Problem:
+) -> LeastSquaresProblem:
     """The least-squares problem of a layer with the given dense weight, from its calibration statistics.
 
     Args:
@@ -133,13 +133,13 @@ def make_problem(
         cross, dense_gram = between, dense
     floor = RESOLUTION * EPSILON * gram.diagonal(dim1=1, dim2=2)
     if centred and statistics.mean is not None:
-        # What float32 inputs of this size, and the sums they go into, can vary by without meaning anything.
+        # The rounding error of float32 inputs of this size, and of their sums.
         floor = floor + (RESOLUTION * EPSILON * statistics.mean).square()
     floor = floor.expand(problems, -1).to(weight.device)
     gram, cross, dense_gram = (moment.expand(problems, -1, -1).to(weight.device) for moment in (gram, cross, dense_gram))
     target = weight @ cross
     energy = ((weight @ dense_gram) * weight).sum(2).clamp(min=0)
-    problem = Problem(weight, gram, target, energy, floor)
+    problem = LeastSquaresProblem(weight, gram, target, energy, floor)
     if not bool(torch.isfinite(problem.energy).all() & torch.isfinite(gram).all()):
         raise CalibrationError(f"{name}: input moments are not finite; the inputs overflow float32")
     return problem

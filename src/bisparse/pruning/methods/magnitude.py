@@ -12,7 +12,7 @@ __all__ = ["Magnitude"]
 
 @dataclass(frozen=True)
 class Magnitude(Method):
-    """Keep the weights that are largest in absolute value, as far as the pattern allows."""
+    """Keep the weights of largest absolute value that the pattern allows."""
 
     def prune(self, problem: LayerProblem) -> Pruned:
         return Pruned(problem.solve(magnitude(problem.weight)))

@@ -3,7 +3,7 @@
     w'_i = m_i * (w_i + (sum of the pruned w of the group) / (number kept in the group))
 
 The sum of the group is preserved, and with it the output for inputs that share a mean, as after a ReLU. On inputs with mean
-zero it adds error; so each output row takes it only where the calibration data say that it helps.
+zero it adds error; so it is applied only to output rows whose calibration error it lowers.
 Source: Hubara et al., NeurIPS 2021, arXiv 2102.08124, section 5. Departure: the decision by calibration.
 """
 
@@ -26,7 +26,7 @@ __all__ = ["MeanAbsorption", "absorb_mean"]
 def absorb_mean(
     kept: Float[Tensor, "*B O I"], dense: Float[Tensor, "*B O I"], mask: Bool[Tensor, "*B O I"], pattern: Structure
 ) -> Float[Tensor, "*B O I"]:
-    """Spread what each group lost over what it kept. A group with nothing kept stays zero.
+    """Distribute the sum of each group's pruned weights equally over its kept ones. A group with nothing kept stays zero.
 
     Args:
         kept: weights on the mask. dense: weights before pruning. pattern: its M is the group; without one, the whole row.
@@ -58,7 +58,7 @@ class MeanAbsorption(Method):
 
     Args:
         selection: the method that chooses the mask.
-        always: absorb in every row, as the paper's code does, whatever calibration says. Then no data are needed.
+        always: absorb in every row, as the paper's code does, without a decision by calibration; then no data is needed.
     """
 
     selection: Method = field(default_factory=Magnitude)

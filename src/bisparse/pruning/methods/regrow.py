@@ -1,8 +1,8 @@
-"""Re-growing: filling the places that a conversion leaves free with weights that were pruned before.
+"""Regrowth: fills places that a conversion leaves free with weights that were pruned before.
 
-A pruned weight has no magnitude to be ranked by. What freeing it would gain is known from the least-squares problem: with r the
-gradient of the output error at the present weights, setting one more weight lowers the error by ``r_j^2 / G_jj``. The mask of
-most gain that contains the present one is solved by the pattern's own solver, and the weights are fitted again.
+A pruned weight has no magnitude to rank it by; its gain follows from the least-squares problem: with r the gradient of the output
+error at the present weights, freeing weight j lowers the error by ``r_j^2 / G_jj``. The pattern's solver finds the mask of
+largest gain that contains the present one, and the weights are fitted again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["Regrow"]
 
 @dataclass(frozen=True)
 class Regrow(Method):
-    """After another method, fill the pattern up with the places of largest gain and fit again.
+    """After another method, fill the pattern with the weights of largest gain and fit again.
 
     Args:
         of: chooses the mask, and says how to fit.
@@ -61,7 +61,7 @@ class Regrow(Method):
 def grow(problem: LayerProblem, mask: Bool[Tensor, "B O I"], gain: Float[Tensor, "B O I"]) -> Solution:
     """The mask of most gain among those that contain the given one."""
     m = getattr(problem.pattern, "m", 1)
-    # A kept weight outweighs whatever a tile could gain by dropping it; roots keep the range within the solver's bits.
+    # A kept weight scores more than all that a tile could gain by dropping it; roots keep the range within the solver's bits.
     gain = gain.sqrt()
     kept = 2 * m * gain.amax().clamp(min=1e-30)
     solution = problem.solve(torch.where(mask, kept, gain))

@@ -1,9 +1,9 @@
-"""SparseGPT: prune a few columns at a time, and let the columns after them make good for it.
+"""SparseGPT: prune a few columns at a time and compensate for them in the columns after.
 
-Columns are taken from left to right. A group of M columns gets its mask by the scores ``w^2 / [H^-1]_jj`` (what removing a
-weight costs once all later weights are free to adjust); for a transposable pattern the M columns of all rows are a band of
-tiles, whose mask is solved as such. Each column's error is then spread over the later columns by the inverse Hessian.
-Guarantee: none for the whole; each group's or tile's mask is optimal for its scores.
+Columns are processed from left to right. A group of M columns gets its mask by the scores ``w^2 / [H^-1]_jj`` (the cost of
+removing a weight when all later weights may adjust); for a transposable pattern the M columns of all rows are a band of tiles
+and are solved together. Each column's error is then spread over the later columns by the inverse Hessian.
+Guarantee: none overall; each group's or tile's mask is optimal for its scores.
 Cost: one Cholesky of K x K, and one product (O, K) x (K, K).
 Source: Frantar and Alistarh, "SparseGPT", ICML 2023, arXiv 2301.00774, algorithm 1.
 Departures: any pattern and solver; columns of a convolution kernel position by position; a refit of the kept weights on
@@ -22,7 +22,7 @@ from bisparse._solve import solve
 from bisparse.pruning.calibration.statistics import Statistic
 from bisparse.pruning.methods.adaprune import DAMPING_UNIT, fit
 from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned, check_flag, check_number
-from bisparse.pruning.methods.least_squares_problem import Problem
+from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem
 from bisparse.scores import hessian
 from bisparse.solution import Solution
 
@@ -39,7 +39,7 @@ class SparseGPT(Method):
     Args:
         damping: ridge in units of the mean square of an input, the source's 0.01.
         refit: afterwards solve least squares on the mask, as `AdaPrune` does, instead of keeping the sweep's weights.
-        correct_upstream: aim at the dense network's outputs, as `AdaPrune` does; the source does not.
+        correct_upstream: the target is the dense network's output, as in `AdaPrune`; the source does not do this.
     """
 
     damping: float = 0.01
@@ -64,7 +64,7 @@ class SparseGPT(Method):
         whole = problem.least_squares(centred=False, statistics=problem.measured.merged())
         weight, mask, scores = self._sweep(whole, problem)
         matrices = problem.matrices(scores)
-        # The mask was solved band by band; the certificate of the whole is made if it is asked for.
+        # The mask was solved band by band; the certificate of the whole mask is made on request.
         solution = Solution(
             problem.matrices(mask), matrices, problem.pattern, MATRICES, certify=lambda: problem.solve(matrices).certificate
         )
@@ -79,14 +79,14 @@ class SparseGPT(Method):
             note=whole.note,
         )
 
-    def _sweep(self, whole: Problem, problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
+    def _sweep(self, whole: LeastSquaresProblem, problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, mask and scores, each (G, O, K)."""
         damped = whole.damped(self.damping)
         scores = torch.zeros_like(whole.weight)
         mask = torch.zeros_like(whole.weight, dtype=torch.bool)
         inputs = whole.weight.shape[2] // problem.positions
         width = getattr(problem.pattern, "m", UNSTRUCTURED_COLUMNS)
-        # Without restriction the best weights are the dense ones, unless earlier layers were pruned.
+        # Without a mask the best weights are the dense ones, unless earlier layers were pruned.
         weight = whole.weight.clone()
         if self.correct_upstream:
             weight = torch.linalg.solve(damped.gram.double(), damped.target.double().transpose(1, 2)).transpose(1, 2).float()
@@ -98,7 +98,7 @@ class SparseGPT(Method):
                     f"{problem.name}: its {factor.shape[0]} x {factor.shape[0]} input moments are singular at damping "
                     f"{self.damping}; raise the damping or give more calibration data"
                 )
-            # Row j of the upper factor of H^-1 is the update that removing column j asks of the later ones.
+            # Row j of the upper factor of H^-1 is the update of later columns when column j is removed.
             upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
             for position in range(problem.positions):
                 for start in range(position * inputs, (position + 1) * inputs, width):

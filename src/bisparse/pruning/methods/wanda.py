@@ -1,4 +1,4 @@
-"""Wanda: keep the weights that move the output most, ``|w| * ||x||``; kept weights stay as they are.
+"""Wanda: keep the weights with the largest ``|w| * ||x||``; kept weights are unchanged.
 
 Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, arXiv 2306.11695.
 Departure: groups and tiles of any pattern, by any solver.
@@ -24,12 +24,12 @@ MAX_LOST_SCORES = 0.01
 
 @dataclass(frozen=True)
 class Wanda(Method):
-    """Keep the largest ``|w_oi| * ||x_i||``, as far as the pattern allows.
+    """Keep the weights of largest ``|w_oi| * ||x_i||`` that the pattern allows.
 
     Args:
         power: the scores are raised to it. 1, the paper's, keeps the largest sum; 2 keeps the largest sum of squares, which
-            is the mask of least output error if inputs were uncorrelated. They differ in how ties between groups of a
-            transposable pattern are traded; at plain N:M the mask is the same.
+            is the mask of least output error for uncorrelated inputs. At plain N:M the mask is the same; at a transposable
+            pattern they weigh the groups that share a weight differently.
     """
 
     power: float = 1.0
@@ -50,7 +50,7 @@ class Wanda(Method):
         if norm.shape[0] not in (1, rows.shape[0]) or norm.shape[1] != rows.shape[2]:
             raise CalibrationError(f"{problem.name}: norms of shape {tuple(norm.shape)} do not fit weights {tuple(rows.shape)}")
         silent = norm.amax(1, keepdim=True) <= 0
-        # Without any input there is only the magnitude to choose by.
+        # Without any input only the magnitude is left.
         norm = torch.where(silent, torch.ones_like(norm), norm)
         scores = wanda(rows, norm.to(rows.device).expand(rows.shape[0], -1))
         return Pruned(problem.solve(problem.matrices(_raised(scores, self.power, problem.name))), note=_note(silent))

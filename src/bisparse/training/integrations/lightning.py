@@ -12,7 +12,7 @@ __all__ = ["SparsityCallback"]
 
 
 class SparsityCallback(Callback):  # type: ignore[misc]
-    """Follows the Trainer's optimizers, logs the masks' figures, and keeps the state in Lightning's checkpoints.
+    """Attaches to the Trainer's optimizers, logs the masks' metrics, and saves the state in Lightning's checkpoints.
 
     ::
 

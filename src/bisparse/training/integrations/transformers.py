@@ -55,7 +55,7 @@ def _is_sharded(model: nn.Module, name: str, parameter: str) -> bool:
 
 
 class SparsityCallback(TrainerCallback):  # type: ignore[misc]
-    """Follows the Trainer's optimizer, logs the masks' figures, and keeps the state beside the Trainer's checkpoints.
+    """Attaches to the Trainer's optimizer, logs the masks' metrics, and saves the state in the Trainer's checkpoint folders.
 
     ::
 
@@ -71,7 +71,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         self._logged = -1.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **loop: Any) -> None:
-        """Take up the state of the checkpoint that the Trainer resumes from, if any, and attach to its optimizer."""
+        """Load the state from the checkpoint that the Trainer resumes from, if any, and attach to its optimizer."""
         if state.global_step > 0:
             path = Path(args.output_dir) / f"{CHECKPOINT}-{state.global_step}" / STATE
             if not path.exists():
@@ -87,7 +87,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: Any, state: Any, control: Any, **loop: Any) -> None:
         """Write the state into the checkpoint's folder, and plain weights of a dynamic run into its model.safetensors.
 
-        With these beside the weights in training, `from_pretrained` loads the sparse model, and the Trainer resumes.
+        With the plain weights next to those in training, `from_pretrained` loads the sparse model, and the Trainer can resume.
         """
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{CHECKPOINT}-{state.global_step}"

@@ -1,4 +1,4 @@
-"""The exact solver on CPUs, in numba, which takes a second to import and so waits for the first call."""
+"""The exact solver on CPUs, in numba, which is imported at the first call because that takes a second."""
 
 from torch import Tensor
 

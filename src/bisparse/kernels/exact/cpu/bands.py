@@ -1,8 +1,8 @@
 """The CPU kernels over bands of tiles: the exact solver's sweeps and repairs, 2:4 by meeting in the middle, plain selection.
 
-Idea: prices of all tiles at once, one tile a lane, by sorting networks on 16-bit scores; then, tile by tile, the exact mask
-those prices ask for on 24-bit scores; then shortest augmenting paths for the tiles left unbalanced. See `reference` for the
-algorithm in plain torch, `vectors` for the instructions, `middle` for 2:4.
+Idea: prices of all tiles at once, one tile per lane, by sorting networks on 16-bit scores; then, tile by tile, the mask that
+those prices give on 24-bit scores; then shortest augmenting paths for unbalanced tiles. See `reference` for the algorithm in
+plain torch, `vectors` for the instructions, `enumerate_2to4` for 2:4.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ from bisparse.kernels.exact.cpu.enumerate_2to4 import (
 from bisparse.kernels.exact.cpu.prices import balance_prices, coarsen_prices, refine_prices, rescale_prices
 from bisparse.kernels.exact.cpu.repair import repair
 from bisparse.kernels.exact.cpu.vectors import LANES, SMALL
-from bisparse.kernels.exact.schema import COARSE
+from bisparse.kernels.exact.schema import NEEDS_EXACT
 from bisparse.kernels.numba_runtime.thread_pool import Kernel, array_at, kernel, numpy_type
 
 COLD_ALTERNATIONS = 5  # before the prices are balanced
 BALANCED_ALTERNATIONS = 3
 WARM_ALTERNATIONS = 2
-UNBOUNDED = 0x7F800000  # the bit pattern of infinity: NaN and, read as unsigned, every negative number lie above
+UNBOUNDED = 0x7F800000  # the bit pattern of infinity: NaN and, read as unsigned, every negative number are larger
 MIDDLE_CHUNK = 128
-BAD, FOUND_COARSE = 1, 2
+BAD, FOUND_NEEDS_EXACT = 1, 2
 """Flags: a score may be NaN, infinite or negative; a tile is coarse."""
 MASK_BITS = mask_bits()
 WARM = 1
-"""Passed as `warm` to compile the warm start; None compiles none of it."""
+"""Passed as `warm` to compile the warm start; None leaves it out."""
 
 
 @njit(nogil=True, cache=True)
@@ -70,7 +70,7 @@ def sweep_prices(lanes, prices16, alternations, network, n, spare, floor, side):
     """Alternate: row prices from column prices, column prices from row prices. Rows first in `prices16`."""
     vec.never_inline()
     m = len(side)
-    # Literals would be types of their own, and each combination of them compiled by itself.
+    # numba would type literals separately and compile each combination of them.
     rows, columns, across, along = np.int64(0), np.int64(m * LANES), np.int64(m * LANES), np.int64(LANES)
     for _ in range(alternations):
         if network is None:
@@ -83,7 +83,7 @@ def sweep_prices(lanes, prices16, alternations, network, n, spare, floor, side):
 
 @njit(nogil=True, cache=True)
 def start_prices(prices16, settled, prices, u, v, chosen, side):  # type: ignore[no-untyped-def]
-    """The prices of the sweeps in units of the 24-bit scores, for the chosen tiles; `settled` is room for their transpose."""
+    """The prices of the sweeps in units of the 24-bit scores, for the chosen tiles; `settled` is scratch for their transpose."""
     vec.never_inline()
     m = len(side)
     for t in range(0, LANES, 8):
@@ -97,14 +97,14 @@ def start_prices(prices16, settled, prices, u, v, chosen, side):  # type: ignore
 
 @njit(nogil=True, cache=True)
 def clear(array, first, last):  # type: ignore[no-untyped-def]
-    """Zeros from first to last; an assignment to a slice takes numba ten times as long to compile."""
+    """Set entries first to last to zero; numba compiles a slice assignment ten times slower."""
     for k in range(first, last):
         array[k] = 0
 
 
 @njit(nogil=True, cache=True)
 def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network, side, first, last):  # type: ignore[no-untyped-def]
-    """Solve tiles first..last; with `warm`, prices and exponents hold an earlier solution. Flags."""
+    """Solve tiles first..last; with `warm`, prices and exponents hold an earlier solution. Returns flags."""
     m = len(side)
     across, tiles = columns // m, exponents.shape[0]
     source, lanes = np.empty(LANES * m * m, np.int16), np.empty(LANES * m * m, np.int16)
@@ -141,7 +141,7 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
             if largest >= UNBOUNDED:
                 scales[t] = np.float32(0)
             elif 0 < largest < (24 << 23):
-                exponent = np.int32(COARSE)
+                exponent = np.int32(NEEDS_EXACT)
             elif largest > 0 and 2 * small < m * m * SMALL:
                 few = 0
                 for i in range(m):
@@ -150,14 +150,14 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                         if score > 0:
                             few += 1 if score * scales[t] < SMALL - 0.5 else -1
                 if few > 0:
-                    exponent = np.int32(COARSE)
-            if exponent == COARSE:
-                flags |= FOUND_COARSE
+                    exponent = np.int32(NEEDS_EXACT)
+            if exponent == NEEDS_EXACT:
+                flags |= FOUND_NEEDS_EXACT
                 scales[t] = np.float32(0)
                 clear(source, t * m * m, (t + 1) * m * m)
             if warm is not None:
                 before = exponents[tile]
-                usable = before != COARSE and exponent != COARSE
+                usable = before != NEEDS_EXACT and exponent != NEEDS_EXACT
                 change = min(max(exponent - before, -31), 8) if usable else -31
                 for side_of in (u, v):
                     rescale_prices(prices, side_of + t * m, change, -(1 << 25) if free else 0, side)
@@ -168,7 +168,7 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
                 chosen[t] = off != 0
                 some |= off != 0
             elif (
-                exponent != COARSE
+                exponent != NEEDS_EXACT
                 and scores[base] == scores[base + columns + 1]
                 and (largest < UNBOUNDED and vec.tile_smallest_bits(scores, base, columns, side) == largest)
             ):  # all equal, as in what was pruned before: one mask for all such tiles, whatever the score, but for zeros
@@ -212,16 +212,16 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
             if off == 0:
                 continue
             if not repair(scores, base, columns, scales[t], prices, row, column, n, free, mask, bits, work, side):
-                exponents[start + t] = COARSE
-                flags |= FOUND_COARSE
+                exponents[start + t] = NEEDS_EXACT
+                flags |= FOUND_NEEDS_EXACT
     return flags | BAD if worst >= UNBOUNDED else flags
 
 
 @njit(nogil=True, cache=True)
 def middle_tiles(scores, offset, ahead, stride, count, bits, flags, exactly, extremes):  # type: ignore[no-untyped-def]
-    """2:4-T of `count` tiles side by side, at least `WIDTH`: their masks as bits. Does `flags` name coarse ones?
+    """2:4-T masks, as bits, of `count` adjacent tiles, at least `WIDTH`. Returns whether some are coarse, by `flags`.
 
-    What comes next is at `ahead`: four rows far apart are more streams than the processor follows by itself.
+    `ahead` is the address to prefetch: the hardware prefetcher does not follow four distant rows.
     """
     vec.never_inline()
     extremes[:WIDTH] = FEW
@@ -250,9 +250,9 @@ def middle_tiles(scores, offset, ahead, stride, count, bits, flags, exactly, ext
 
 @njit(nogil=True, cache=True)
 def middle_band(scores, mask, past_caches, exactly, first, last):  # type: ignore[no-untyped-def]
-    """2:4-T of bands first..last of four rows of a matrix or, where it has but one, of the tiles first..last of that.
+    """2:4-T masks of bands first..last of four rows of a matrix or, if it has one band only, of its tiles first..last.
 
-    Flags.
+    Returns flags.
     """
     bits, flags = np.empty(MIDDLE_CHUNK, np.int32), np.empty(MIDDLE_CHUNK, np.int32)
     extremes = np.zeros(2 * WIDTH, np.int32)
@@ -272,7 +272,7 @@ def middle_band(scores, mask, past_caches, exactly, first, last):  # type: ignor
                 for t in range(0, count, WIDTH):
                     fetch_to_write(mask, offset + 4 * min(t, count - WIDTH), columns)
             if middle_tiles(scores, offset, ahead, columns, count, bits, flags, exactly, extremes) and flags[:count].any():
-                seen |= FOUND_COARSE
+                seen |= FOUND_NEEDS_EXACT
             for t in range(0, count, WIDTH):
                 k = min(t, count - WIDTH)
                 if past_caches:
@@ -288,7 +288,7 @@ def middle_band(scores, mask, past_caches, exactly, first, last):  # type: ignor
 
 @njit(nogil=True, cache=True)
 def coarse_tiles(scores, coarse):  # type: ignore[no-untyped-def]
-    """Which tiles of a matrix of at least `WIDTH` across are coarse."""
+    """Which tiles of a matrix at least `WIDTH` tiles wide are coarse."""
     flags = np.empty(WIDTH, np.int32)
     columns = scores.shape[1]
     across = columns // 4

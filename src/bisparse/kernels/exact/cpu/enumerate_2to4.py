@@ -1,13 +1,13 @@
-"""Exact 2:4-T masks by meeting in the middle, without branches: tiles side by side, one a lane.
+"""Exact 2:4-T masks by meeting in the middle, without branches, one tile per vector lane.
 
-A 4 x 4 tile splits into an upper and a lower pair of rows. A column profile c in {0, 1, 2}^4 with sum 4 says how much of
-each column's room of 2 the upper pair may take; the lower pair gets 2 - c. Any mask that keeps at most 2 everywhere fits
-one of the 19 profiles, so the optimum is the best over c of (best upper pair within c) + (best lower pair within 2 - c).
+A 4 x 4 tile splits into an upper and a lower pair of rows. A column profile c in {0, 1, 2}^4 with sum 4 gives the number of
+entries that the upper pair may keep per column; the lower pair may keep 2 - c. Any mask that keeps at most 2 everywhere fits one
+of the 19 profiles, so the optimum is the best over c of (best upper pair within c) + (best lower pair within 2 - c).
 
-Scores are 24-bit integers, shifted left by 5: sums of eight stay below 2**32. The low bits name the candidate of each half at
-no cost: scores carry a `TAGS` there from the start, and within a combination of profiles no two pairs of candidates have tags
-of equal sum (of equal values the higher sum wins). Profile (1, 1, 1, 1) has six candidates, too many, and is split in two: the
-half's first row holds column 0, or its second does.
+Scores are 24-bit integers, shifted left by 5: sums of eight stay below 2**32. The low bits identify the candidate of each half at
+no cost: each score carries an entry of `TAGS` there, and within a combination of profiles no two pairs of candidates have equal
+tag sums (of equal values the higher sum wins). Profile (1, 1, 1, 1) has six candidates, too many, and is split in two: column 0
+kept in the half's first row, or in its second.
 
 Source: the enumeration of the 90 patterns in Hu et al. (ICML 2024, arXiv 2404.01847) is the peer; the split is ours.
 """
@@ -44,19 +44,19 @@ __all__ = [
 ]
 
 WIDTH = 16 if get_host_cpu_features().get("avx512vl") else 8
-"""Tiles that an intrinsic takes at once: as many as a register of this processor has lanes."""
+"""Tiles per intrinsic: the number of 32-bit lanes in a register of this processor."""
 FLOATS_A_LINE = 16
 """A line of the cache has 64 bytes."""
 QUARTERS = WIDTH // 4
 """Groups of four lanes in a register."""
 LANE_OF_TILE = [4 * (tile % QUARTERS) + tile // QUARTERS for tile in range(WIDTH)]
-"""Tiles stay in their group of four lanes as they are transposed, which is cheaper, and are put in order at the end."""
+"""Transposition leaves tiles within their group of four lanes, which is cheaper; they are reordered at the end."""
 LANES_I32 = ir.VectorType(I32, WIDTH)
 Profile = tuple[int, int, int, int] | str
 FIRST_HOLDS_0, SECOND_HOLDS_0 = "first", "second"
 TAG_BITS = 5
 TAGS = ((0, 0, 0, 0), (0, 1, 4, 5), (0, 0, 0, 0), (0, 2, 10, 12))
-"""What the scores of each row and column carry in their low bits. Found by search; the least sums there are: 31 at most."""
+"""Low bits of the scores by row and column. Found by search with the smallest possible sums, at most 31."""
 FEW = 2 * SMALL << TAG_BITS
 PAIRS = tuple(itertools.combinations(range(4), 2))
 FIRST_ONCE = 2
@@ -84,7 +84,7 @@ def _single_columns(profile: Profile) -> tuple[int, int, int]:
 
 
 def _half_mask(profile: Profile, candidate: int) -> list[list[int]]:
-    """The two rows that a candidate of a profile keeps; the same order as in `_half_values`."""
+    """The two rows of a profile's candidates, in the order of `_half_values`."""
     rows = [[0] * 4, [0] * 4]
     if isinstance(profile, str):
         partner = candidate + 1
@@ -115,7 +115,7 @@ def _candidates(profile: Profile, exactly: bool) -> range:
 
 
 def _tag_sum(half: int, profile: Profile, candidate: int) -> int:
-    """What the low bits of a candidate's value hold; a score of a doubled column that is held once has no tag."""
+    """The low bits of a candidate's value; a score of a doubled column that is kept once has no tag."""
     kept = _half_mask(profile, candidate)
     if not isinstance(profile, str) and candidate >= FIRST_ONCE:
         kept[1][profile.index(2)] = 0
@@ -157,7 +157,7 @@ def _half_values(b: Any, first: list[Any], second: list[Any], untagged: list[Any
         else:
             double, i, j = _single_columns(upper)
             candidates = [b.add(columns[double], crossing[i, j])]
-            if not exactly:  # a row may keep one only: then the doubled column is held once
+            if not exactly:  # a row may keep one only: then the doubled column is kept once
                 candidates.append(b.add(pair_sums[0][i, j], untagged[double]))
                 candidates.append(b.add(pair_sums[1][i, j], first[double]))
             values[upper] = best(candidates)
@@ -188,7 +188,7 @@ def _quantiser(b: Any, scores: Any, offset: Any, stride: Any) -> tuple[list[Any]
     largest = reduce(partial(_higher, b), bits)
     biased = b.lshr(largest, number(I32, WIDTH, 23))
     scale = b.shl(b.sub(number(I32, WIDTH, 277), biased), number(I32, WIDTH, 23))
-    # Below 2**-103 a tile counts as coarse, and its scale might overflow: at scale 0 its scores are seen to be small.
+    # Below 2**-103 a tile counts as coarse, and its scale might overflow: with scale 0 its scores are detected as small.
     scale = b.select(b.icmp_signed(">", biased, number(I32, WIDTH, 23)), scale, number(I32, WIDTH, 0))
     return floats, largest, b.bitcast(scale, ir.VectorType(F32, WIDTH))
 
@@ -200,7 +200,7 @@ def _tagged(b: Any, scores: Any, tag: int) -> Any:
 
 
 def _best_of(b: Any, values: list[Any]) -> tuple[Any, Any]:
-    """The highest of an even number of values, and 2**TAG_BITS times the place of the first that reaches it."""
+    """The largest of an even number of values, and 2**TAG_BITS times the index of its first occurrence."""
     best, first, where = None, None, number(I32, WIDTH, 0)
     for index in range(0, len(values), 2):
         value = _higher(b, *values[index : index + 2])
@@ -246,10 +246,10 @@ def _in_order(b: Any, lanes: Any) -> Any:
 
 @intrinsic
 def best_at_most_2(typing: Any, scores: Any, offset: Any, stride: Any, codes: Any, place: Any, extremes: Any) -> Any:
-    """The code of the best mask of `WIDTH` tiles, to `codes`; `extremes` (int32, 2 * `WIDTH`) takes account.
+    """Write the codes of the best masks of `WIDTH` tiles to `codes`, and update `extremes` (int32, 2 * `WIDTH`).
 
-    Lane by lane: the least sum of two scores, one above the other in a pair of rows, over the calls; and the largest bit
-    pattern seen. Where no such sum is below `FEW`, at least half of each tile's scores are `SMALL` or more.
+    `extremes` holds per lane, over all calls, the least sum of two scores in one column of a pair of rows, and the largest bit
+    pattern. Where no such sum is below `FEW`, at least half of each tile's scores are `SMALL` or more.
     """
     return _best_mask(exactly=False)(typing, scores, offset, stride, codes, place, extremes)
 
@@ -262,7 +262,7 @@ def best_exactly_2(typing: Any, scores: Any, offset: Any, stride: Any, codes: An
 
 @intrinsic
 def fetch_ahead(typing: Any, scores: Any, offset: Any, stride: Any) -> Any:
-    """Bring `WIDTH` tiles into the cache before they are needed; what lies outside the array does no harm."""
+    """Prefetch `WIDTH` tiles; addresses outside the array are harmless."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         source = data_of(context, b, signature, args, 0)
@@ -279,7 +279,7 @@ def fetch_ahead(typing: Any, scores: Any, offset: Any, stride: Any) -> Any:
 
 @intrinsic
 def fetch_to_write(typing: Any, mask: Any, offset: Any, stride: Any) -> Any:
-    """Make the lines of the masks of `WIDTH` tiles the core's own before they are written."""
+    """Prefetch the cache lines of `WIDTH` tiles' masks for writing."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         target = b.bitcast(data_of(context, b, signature, args, 0), I8.as_pointer())
@@ -294,7 +294,7 @@ def fetch_to_write(typing: Any, mask: Any, offset: Any, stride: Any) -> Any:
 
 @intrinsic
 def spans_too_far(typing: Any, scores: Any, offset: Any, stride: Any, flags: Any, place: Any) -> Any:
-    """Are over half of a tile's non-zero scores below SMALL once quantised, or all below 2**-103? Of `WIDTH` tiles, as int32."""
+    """Whether over half of a tile's non-zero quantised scores are below `SMALL`, or all below 2**-103; per tile, as int32."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         source, target = (data_of(context, b, signature, args, k) for k in (0, 3))
@@ -337,19 +337,19 @@ def _store_masks(past_caches: bool) -> Callable[..., Any]:
 
 @intrinsic
 def store_masks(typing: Any, bits: Any, place: Any, mask: Any, offset: Any, stride: Any) -> Any:
-    """Write `WIDTH` masks held as 16 bits each, side by side, as a byte an entry."""
+    """Write `WIDTH` adjacent masks of 16 bits each as one byte per entry."""
     return _store_masks(past_caches=False)(typing, bits, place, mask, offset, stride)
 
 
 @intrinsic
 def store_masks_past_caches(typing: Any, bits: Any, place: Any, mask: Any, offset: Any, stride: Any) -> Any:
-    """`store_masks` to addresses that 4 * `WIDTH` divides, without reading what was there; see `fence`."""
+    """`store_masks` by non-temporal stores, to addresses that 4 * `WIDTH` divides; see `fence`."""
     return _store_masks(past_caches=True)(typing, bits, place, mask, offset, stride)
 
 
 @intrinsic
 def fence(typing: Any) -> Any:
-    """Everything written so far is there for other threads."""
+    """Make all previous stores visible to other threads."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         b.fence("seq_cst")

@@ -17,7 +17,7 @@ UNREACHED = np.int64(1) << 62
 
 @njit(nogil=True, cache=True)
 def midpoint_of_line(q, line, stride, other, n, top):  # type: ignore[no-untyped-def]
-    """Midpoint of the n-th and the next largest of q - other along a line; `top` is room for n + 1 numbers."""
+    """Midpoint of the n-th and the next largest of q - other along a line; `top` is scratch for n + 1 numbers."""
     held = 0
     for k in range(other.shape[0]):
         value = q[line + k * stride] - other[k]

@@ -1,4 +1,4 @@
-"""Intrinsics on prices: of the tiles side by side in lanes (int16, in units of the sweeps), and of one tile (int32)."""
+"""Intrinsics on prices: of one tile per lane (int16, in units of the sweeps), and of a single tile (int32)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["balance_prices", "coarsen_prices", "refine_prices", "rescale_prices"
 
 @intrinsic
 def balance_prices(typing: Any, prices: Any, side: Any) -> tuple[Any, Codegen]:
-    """Move prices from rows to columns of each lane, which changes no mask, so that both have the same least; none below 0."""
+    """Shift prices between rows and columns of each lane, which changes no mask, until both minima are equal; clamp at 0."""
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:

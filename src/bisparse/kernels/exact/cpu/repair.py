@@ -16,14 +16,14 @@ from bisparse.kernels.exact.cpu.vectors import FAR
 __all__ = ["repair"]
 
 LIMIT = FAR // 2
-"""How far the prices of a tile may move. They start within 2**25."""
+"""Maximum total change of a tile's prices. They start within 2**25."""
 
 
 @njit(nogil=True, cache=True)
 def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-untyped-def]
     """Dijkstra on reduced costs from rows that keep too few and columns that keep too many, until there are none.
 
-    False where prices move by `LIMIT` in all: from there on sums might overflow 32 bits.
+    Returns False once prices have moved by `LIMIT` in total: then sums might overflow 32 bits.
     `flip` does the same on the transposed tile; u is then the offset of the column prices.
     """
     vec.never_inline()

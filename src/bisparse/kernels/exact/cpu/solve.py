@@ -1,6 +1,6 @@
 """The exact solver on CPU: numba kernels over bands of tiles.
 
-Nothing is left to torch's own threads: they spin for a while after their work and take the cores from ours.
+torch's own threads are not used: they spin after their work and occupy cores that our threads need.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from bisparse.kernels.exact.cpu.bands import (
 from bisparse.kernels.exact.cpu.enumerate_2to4 import WIDTH
 from bisparse.kernels.exact.cpu.integers import integers_kernel
 from bisparse.kernels.exact.cpu.vectors import LANES
-from bisparse.kernels.exact.schema import COARSE, check_integers, check_matrix, check_scores, check_start
+from bisparse.kernels.exact.schema import NEEDS_EXACT, check_integers, check_matrix, check_scores, check_start
 from bisparse.kernels.exact.sorting_network import sorting_network
 from bisparse.kernels.numba_runtime.memory import empty
 from bisparse.kernels.numba_runtime.thread_pool import over_bands
 
 VECTOR_SIDES = (4, 8, 16, 32, 64)
 PAST_CACHES = 1 << 24
-"""Bytes of a mask that is larger than the caches, where it would be read only to be overwritten."""
+"""Bytes from which a mask exceeds the caches and is written by non-temporal stores."""
 
 
 def _refuse(scores: torch.Tensor, n: int, m: int) -> NoReturn:
-    """Raise what is wrong with the arguments. Callers test in line: on cold caches a call is slow."""
+    """Raise the error for bad arguments. Callers test for them inline, because a call is slow on cold caches."""
     check_matrix(scores, n, m)
     raise ValueError(f"scores of dtype {scores.dtype}: this kernel reads float32")
 
 
 def _usable(flags: int, scores: torch.Tensor) -> bool:
-    """Whether the kernels could use the scores as they are; raises for scores that no solver takes."""
+    """Whether the kernels can use the scores unchanged; raises for scores that no solver takes."""
     if flags & BAD:
         check_scores(scores)
         return False  # only -0.0
@@ -61,11 +61,11 @@ def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[tor
     """`ops.exact_mask` on CPU."""
     if (n, m) != (2, 4):
         solved, _, exponent = exact_solve(scores, n, m, exactly, None, None)
-        return solved, torch.from_numpy(exponent.numpy() == COARSE)
+        return solved, torch.from_numpy(exponent.numpy() == NEEDS_EXACT)
     rows, columns = scores.shape if scores.ndim == 2 else (1, 1)
     if rows & 3 or columns & 3 or scores.dtype is not torch.float32:
         _refuse(scores, n, m)
-    # Narrow matrices are laid side by side, four rows in all, so that the lanes are full.
+    # Bands of narrow matrices are placed next to each other in four rows, so that all lanes are used.
     beside = columns < 4 * MIDDLE_CHUNK
     wide = _side_by_side(scores) if beside else scores.contiguous()
     height, width = wide.shape if beside else (rows, columns)

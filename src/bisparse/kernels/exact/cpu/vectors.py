@@ -1,8 +1,8 @@
-"""The vector instructions that the CPU kernels are made of, as numba intrinsics.
+"""The vector operations of the CPU kernels, as numba intrinsics.
 
-Each works on whole rows of a tile, or on one entry of `LANES` tiles, as one LLVM vector, so that no loop waits for the
-compiler to find its width; LLVM splits a vector over as many registers as the machine needs. The side M of a tile travels
-in the type of an argument, `side = (0,) * M`, so that one source serves every M and numba caches each.
+Each works on whole rows of a tile, or on one entry of `LANES` tiles, as one LLVM vector, so that nothing depends on automatic
+vectorisation; LLVM splits a vector over as many registers as the machine needs. The side M of a tile is passed in the type of an
+argument, `side = (0,) * M`, so that one source serves every M and numba caches each.
 
 Arrays are 1-D and contiguous; offsets count elements; nothing is bounds-checked.
 """
@@ -39,9 +39,9 @@ from bisparse.kernels.numba_runtime.llvm import (
 )  # fmt: skip
 
 LANES = 16
-"""Tiles that the sweeps take side by side."""
+"""Tiles per vector in the sweeps."""
 COARSE_SHIFT = 10
-"""The sweeps see scores of 14 bits, so that a lane is 16 bits wide; their prices are only a start."""
+"""The sweeps use 14-bit scores, so that a lane is 16 bits wide; their prices are only starting values."""
 FAR = 1 << 29
 """Beyond every distance: with prices up to `repair.LIMIT` from their start, row + column + distance stays below 2**31."""
 SMALL = 1 << 12
@@ -56,7 +56,7 @@ def _quantised(b: Any, scores: Any, offset: Any, scale: Any, count: int) -> Any:
 
 @intrinsic
 def never_inline(typing: Any) -> tuple[Any, Codegen]:
-    """Keep the enclosing function out of its callers, which keeps compile time in bounds."""
+    """Prevent inlining of the enclosing function, which bounds compile time."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         b.function.attributes.add("noinline")
@@ -79,7 +79,7 @@ def lowest_bit(typing: Any, bits: Any) -> tuple[Any, Codegen]:
 
 @intrinsic
 def tile_largest_bits(typing: Any, scores: Any, base: Any, stride: Any, side: Any) -> tuple[Any, Codegen]:
-    """Largest float32 bit pattern of a tile, read as unsigned: a negative, NaN or infinite score comes out on top."""
+    """Largest float32 bit pattern of a tile, read as unsigned: negative, NaN and infinite scores compare as largest."""
     return types.int64(scores, types.intp, types.intp, side), _extreme_of_tile(side.count, ">", "umax")
 
 
@@ -172,7 +172,7 @@ def median_prices(
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         lanes, prices = (data_of(context, b, signature, args, k) for k in (0, 3))
         values: list[Any] = []
-        for half in (0, m // 2):  # one half after the other: both at once do not fit the registers at M = 32
+        for half in (0, m // 2):  # one half after the other: both together do not fit the registers at M = 32
             part = _lane_differences(b, lanes, prices, args[1], args[2], args[4], range(half, half + m // 2))
             for i, j in sorting_network(m // 2):
                 part[i], part[j] = smaller(b, part[i], part[j]), larger(b, part[i], part[j])
@@ -238,7 +238,7 @@ def tile_mask(
     typing: Any, scores: Any, base: Any, stride: Any, scale: Any, prices: Any, u: Any, v: Any, free: Any, n: Any, out: Any,
     bits: Any, work: Any, counts: Any, side: Any,
 ) -> tuple[Any, Codegen]:  # fmt: skip
-    """Write x = [q > u + v]: bytes to `out`, bits of each row, kept a row and a column to counts; is the tile unbalanced?
+    """Write x = [q > u + v] as bytes to `out`, as bits per row, and the kept counts; returns whether the tile is unbalanced.
 
     Unbalanced: a row or column keeps more than n, or fewer at a price above zero (at any price if `free` is 1).
     """
@@ -297,7 +297,7 @@ def row_integers(
 
 @intrinsic
 def column_bits(typing: Any, bits: Any, rows: Any, columns: Any, side: Any) -> tuple[Any, Codegen]:
-    """Transpose an M x M matrix of bits, held as one integer a row."""
+    """Transpose an M x M matrix of bits, stored as one integer per row."""
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -320,7 +320,7 @@ def column_bits(typing: Any, bits: Any, rows: Any, columns: Any, side: Any) -> t
 def start_search(
     typing: Any, work: Any, near: Any, final: Any, origin: Any, counts: Any, prices: Any, price: Any, free: Any, n: Any, side: Any
 ) -> tuple[Any, Codegen]:  # fmt: skip
-    """Distance 0 for rows that keep fewer than n at a price above zero (any price if `free`); is there one?"""
+    """Set distance 0 for rows that keep fewer than n at a price above zero (any price if `free`); returns whether any did."""
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
@@ -342,7 +342,7 @@ def start_search(
 def start_search_surplus(
     typing: Any, work: Any, near: Any, final: Any, origin: Any, counts: Any, n: Any, side: Any
 ) -> tuple[Any, Codegen]:
-    """Distance 0 for columns that keep more than n; is there one?"""
+    """Set distance 0 for columns that keep more than n; returns whether any did."""
     m = side.count
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:

@@ -1,7 +1,7 @@
-"""Exact 2:4-T masks on a GPU, by meeting in the middle, alone or fused with the packing of W and W^T; one thread a tile.
+"""Exact 2:4-T masks on a GPU, by meeting in the middle, alone or fused with the packing of W and W^T; one thread per tile.
 
-The same integers, profiles and candidates as `middle` on the CPU, in the same order: the same masks, ties included. Everything
-happens in registers; a table gives the mask of the winning code. See `pack` for the layout of what is packed.
+It uses the same integers, profiles and candidates as `enumerate_2to4` on the CPU, in the same order, and gives the same masks,
+ties included. All work is in registers; a table maps the winning code to its mask. See `pack` for the packed layout.
 """
 
 # Triton reads the source of these functions and types them itself; its tuples grow by addition only.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from bisparse.kernels.exact.cpu.enumerate_2to4 import COMBINATIONS, FIRST_HOLDS_0, PAIRS, TAG_BITS, TAGS, Profile
-from bisparse.kernels.exact.cuda.prices import COARSE_BELOW, SMALLEST, UNBOUNDED, to_integers
+from bisparse.kernels.exact.cuda.prices import MIN_FINE_INTEGER, SMALLEST, UNBOUNDED, to_integers
 
 __all__ = ["middle_masks", "packed_tiles"]
 
@@ -59,7 +59,7 @@ def half_values(first, second, untagged, EXACTLY: tl.constexpr):
     for k in tl.static_range(PROFILES):
         if PROFILE[k][0] == 0:
             value = columns[PROFILE[k][1]] + crossing[PROFILE[k][2]]
-            if not EXACTLY:  # a row may keep one only: then the doubled column is held once
+            if not EXACTLY:  # a row may keep one only: then the doubled column is kept once
                 value = tl.maximum(value, first_pairs[PROFILE[k][2]] + untagged[PROFILE[k][1]])
                 value = tl.maximum(value, second_pairs[PROFILE[k][2]] + first[PROFILE[k][1]])
         elif PROFILE[k][0] == 1:
@@ -86,7 +86,7 @@ def best_words(scores, words, EXACTLY: tl.constexpr):
     biased = tl.minimum(tl.maximum((largest >> 23).to(tl.int32), 23), 254)
     scale = ((277 - biased) << 23).to(tl.float32, bitcast=True)
     coarse = bad | ((largest > 0) & (largest < SMALLEST))
-    # Over half of sixteen cannot be small without two of a pair being so.
+    # If more than half of sixteen scores are small, some pair has two small ones.
     least = tl.maximum(scores[0], scores[1])
     for k in tl.static_range(1, 8):
         least = tl.minimum(least, tl.maximum(scores[2 * k], scores[2 * k + 1]))
@@ -96,10 +96,10 @@ def best_words(scores, words, EXACTLY: tl.constexpr):
         integer = to_integers(tl.where(bad, 0.0, scores[k]), scale).to(tl.uint32) * TAG_ROOM
         untagged = untagged + (integer,)
         integers = integers + (integer | TAG[k // 4][k % 4],)
-    if tl.max((least * scale < COARSE_BELOW).to(tl.int32)) > 0:
+    if tl.max((least * scale < MIN_FINE_INTEGER).to(tl.int32)) > 0:
         balance = tl.zeros_like(biased)
         for k in tl.static_range(16):
-            balance += tl.where(scores[k] > 0, tl.where(untagged[k] < COARSE_BELOW * TAG_ROOM, 1, -1), 0)
+            balance += tl.where(scores[k] > 0, tl.where(untagged[k] < MIN_FINE_INTEGER * TAG_ROOM, 1, -1), 0)
         coarse = coarse | (balance > 0)
     upper = half_values(integers[0:4], integers[4:8], untagged[4:8], EXACTLY)
     lower = half_values(integers[8:12], integers[12:16], untagged[12:16], EXACTLY)

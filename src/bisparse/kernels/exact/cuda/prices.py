@@ -1,9 +1,9 @@
-"""Prices of all tiles on a GPU: block coordinate descent on the dual, one thread a row and column, without shared memory.
+"""Prices of all tiles on a GPU: block coordinate descent on the dual, one thread per row and column, without shared memory.
 
 A warp holds 32 / M tiles. Lane (tile, k) keeps row k and column k of its tile in registers, as 24-bit integers. A half-sweep
-takes the other side's prices from the neighbouring lanes by shuffles and picks the n-th and the next largest of its line by a
-sorting network, of which the compiler removes what does not lead to those two. Larger tiles and 64-bit integers do not fit
-the registers of a thread: there the price is found by bisection, counting entries above it.
+takes the other side's prices from the neighbouring lanes by shuffles and selects the n-th and the next largest of its line by a
+sorting network, of which the compiler removes comparators that do not affect these two. Larger tiles and 64-bit integers do not
+fit a thread's registers: their prices are found by bisection, counting entries above the price.
 
 Source: see `reference` for the algorithm. "At most N" is swept as "exactly N", then prices move between rows and columns until
 none is negative, as on the CPU (docs/decisions/0003).
@@ -19,18 +19,18 @@ from triton.language.extra.cuda import libdevice
 
 from bisparse.kernels.exact import schema
 
-__all__ = ["COARSE", "FAR_PRICE", "UNBOUNDED", "bisected_prices", "swept_prices", "to_integers"]
+__all__ = ["FAR_PRICE", "NEEDS_EXACT", "UNBOUNDED", "bisected_prices", "swept_prices", "to_integers"]
 
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
-COARSE = tl.constexpr(schema.COARSE)
-COARSE_BELOW = tl.constexpr(schema.COARSE_BELOW)
+NEEDS_EXACT = tl.constexpr(schema.NEEDS_EXACT)
+MIN_FINE_INTEGER = tl.constexpr(schema.MIN_FINE_INTEGER)
 UNBOUNDED = tl.constexpr(0x7F800000)
-"""The bit pattern of infinity: NaN and, read as unsigned, every negative number lie above."""
+"""The bit pattern of infinity: NaN and, read as unsigned, every negative number are larger."""
 SMALLEST = tl.constexpr(24 << 23)
 """A tile whose largest score has a smaller bit pattern, below 2**-103, is coarse."""
 NO_FLOOR = tl.constexpr(1 << 30)
 FAR_PRICE = tl.constexpr(1 << 25)
-"""Start prices are cut to this: no optimal price of 24-bit scores is larger."""
+"""Start prices are clamped to this: no optimal price of 24-bit scores is larger."""
 
 
 @triton.jit
@@ -80,7 +80,7 @@ def swept_prices(
     FREE: tl.constexpr,
     WARM: tl.constexpr,
 ):
-    """Prices (2, tiles, M) and exponents of T tiles a program. FREE: prices may be negative ("exactly N")."""
+    """Prices (2, tiles, M) and exponents of T tiles per program. FREE: prices may be negative ("exactly N")."""
     tile = tl.program_id(0) * T + tl.arange(0, T)[:, None]
     tile64 = tile.to(tl.int64)  # a large model has 2**31 prices
     lane = tl.arange(0, M)[None, :]
@@ -106,11 +106,11 @@ def swept_prices(
     for k in tl.static_range(M):
         score = tl.where(fine, columns[k], 0.0)
         integers = to_integers(score, scale)
-        balance += tl.where(score > 0, tl.where(integers < COARSE_BELOW, 1, -1), 0)
+        balance += tl.where(score > 0, tl.where(integers < MIN_FINE_INTEGER, 1, -1), 0)
         whole = whole + (integers,)
     balance = tl.sum(balance, axis=1, keep_dims=True) + zero
     coarse = (balance > 0) | ((largest > 0) & (largest < SMALLEST)) | (largest >= UNBOUNDED)
-    exponent = tl.where(coarse, COARSE, exponent)
+    exponent = tl.where(coarse, NEEDS_EXACT, exponent)
     scale = tl.where(coarse, 0.0, scale)
     columns = ()
     rows = ()
@@ -123,8 +123,8 @@ def swept_prices(
     v = zero
     astray = (tile < tiles) & (lane >= 0)
     if WARM:
-        before = tl.load(start_exponents + tile, mask=tile < tiles, other=COARSE) + zero
-        usable = (before != COARSE) & (exponent != COARSE)
+        before = tl.load(start_exponents + tile, mask=tile < tiles, other=NEEDS_EXACT) + zero
+        usable = (before != NEEDS_EXACT) & (exponent != NEEDS_EXACT)
         change = exponent - before
         u = tl.load(start + tile64 * M + lane, mask=inside, other=0)
         v = tl.load(start + (tiles + tile64) * M + lane, mask=inside, other=0)
@@ -207,7 +207,7 @@ def bisected_prices(
     WARM: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """Prices (2, tiles, M) of one tile a program, by bisection. WIDE: scores are int64 and used as they are."""
+    """Prices (2, tiles, M) of one tile per program, by bisection. WIDE: scores are int64 and used unchanged."""
     tile = tl.program_id(0)
     tile64 = tile.to(tl.int64)  # a large model has 2**31 prices
     row = tl.arange(0, M)[:, None]
@@ -224,10 +224,10 @@ def bisected_prices(
         scale = ((277 - biased) << 23).to(tl.float32, bitcast=True)
         score = tl.where(largest < UNBOUNDED, score, 0.0)
         q = to_integers(score, scale)
-        balance = tl.sum(tl.where(score > 0, tl.where(q < COARSE_BELOW, 1, -1), 0))
+        balance = tl.sum(tl.where(score > 0, tl.where(q < MIN_FINE_INTEGER, 1, -1), 0))
         coarse = (balance > 0) | ((largest > 0) & (largest < SMALLEST)) | (largest >= UNBOUNDED)
         q = tl.where(coarse, 0, q)
-        exponent = tl.where(coarse, COARSE, tl.where(largest > 0, 150 - biased, 0))
+        exponent = tl.where(coarse, NEEDS_EXACT, tl.where(largest > 0, 150 - biased, 0))
         tl.store(exponents + tile, exponent)
     u = tl.zeros([M], q.dtype)
     v = tl.zeros([M], q.dtype)
@@ -236,7 +236,7 @@ def bisected_prices(
         v = tl.load(start + (tiles + tile64) * M + lane)
         if not WIDE:
             before = tl.load(start_exponents + tile)
-            usable = (before != COARSE) & (exponent != COARSE)
+            usable = (before != NEEDS_EXACT) & (exponent != NEEDS_EXACT)
             u = rescaled_price(u, exponent - before, usable, FREE)
             v = rescaled_price(v, exponent - before, usable, FREE)
     for _ in range(ALTERNATIONS):
@@ -252,7 +252,7 @@ def bisected_prices(
 
 @triton.jit
 def counted_prices(entries, AXIS: tl.constexpr, STEPS: tl.constexpr, N: tl.constexpr, M: tl.constexpr):
-    """For each line a price with n entries above it, midway to the next, or the n-th largest itself where it has equals."""
+    """A price per line: midway between the n-th and the next largest entry, or the n-th largest itself if they are equal."""
     low = tl.min(entries, axis=AXIS)
     high = tl.max(entries, axis=AXIS)
     top = high

@@ -1,9 +1,9 @@
 """From prices to the best mask on a GPU: rounding, ties, and shortest augmenting paths, one warp for 32 / M tiles.
 
-Lane (tile, k) holds row k and column k of its tile: their prices, how many entries they keep, and which, as the bits of a word.
-What is known of a whole tile (the node a search is at, its distance) stands in every lane of the tile, so that no value ever
-moves through shared memory: neighbours are read by shuffles, minima found by butterflies. A node's arcs are read from the
-scores again, which lie in the first cache. Tiles of a warp that are done wait for the slowest.
+Lane (tile, k) holds row k and column k of its tile: their prices, kept counts, and kept entries as the bits of a word. State of a
+whole tile (the current node of a search, its distance) is replicated in all lanes of the tile, so that no shared memory is
+needed: neighbours are read by shuffles, minima found by butterfly reductions. A node's arcs are read again from the scores,
+which are in the L1 cache. Finished tiles of a warp wait for the slowest.
 
 Source: Dijkstra with potentials (Ahuja, Magnanti, Orlin, Network Flows, 1993, section 9.7), as in `repair` on the CPU.
 """
@@ -14,12 +14,12 @@ Source: Dijkstra with potentials (Ahuja, Magnanti, Orlin, Network Flows, 1993, s
 import triton
 import triton.language as tl
 
-from bisparse.kernels.exact.cuda.prices import COARSE, to_integers
+from bisparse.kernels.exact.cuda.prices import NEEDS_EXACT, to_integers
 
 __all__ = ["balanced_masks"]
 
 UNROLLED = tl.constexpr(8)
-"""As many loads are in flight at once; unrolled altogether, M = 32 compiles for a minute."""
+"""Loop unrolling: this many loads are in flight at once; fully unrolled, M = 32 would compile for a minute."""
 
 
 @triton.jit
@@ -33,7 +33,7 @@ def integers_at(scores, place, where, scale, WIDE: tl.constexpr):
 
 @triton.jit
 def transposed_words(words, lane, M: tl.constexpr):
-    """Bit i of word j becomes bit j of word i, in every tile; and how many bits each new word has."""
+    """Transpose the bits of every tile: bit i of word j becomes bit j of word i; and the popcount of each new word."""
     zero = tl.zeros_like(words)
     result = zero
     count = zero.to(tl.int32)
@@ -89,7 +89,7 @@ def augmented(
 ):
     """Dijkstra from rows that keep too few and columns that keep too many, path after path, until there are none.
 
-    Called once more with rows and columns exchanged. Last in what it returns: tiles whose prices might leave their range.
+    Called a second time with rows and columns exchanged. The last return value marks tiles whose prices might leave their range.
     """
     zero = tl.zeros_like(kept_row)
     one = (zero + 1).to(rows.dtype)
@@ -203,7 +203,7 @@ def balanced_masks(
     FREE: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """The mask of T tiles a program; prices (2, tiles, M) are made optimal in place. WIDE: int64 scores, no exponents."""
+    """The mask of T tiles per program; prices (2, tiles, M) become optimal in place. WIDE: int64 scores, no exponents."""
     tile = tl.program_id(0) * T + tl.arange(0, T)[:, None]
     tile64 = tile.to(tl.int64)  # a large model has 2**31 prices
     lane = tl.arange(0, M)[None, :] + tl.zeros([T, M], tl.int32)
@@ -214,9 +214,9 @@ def balanced_masks(
     v = tl.load(prices + (tiles + tile64) * M + lane, mask=inside, other=0)
     scale = zero.to(tl.float32)
     if not WIDE:
-        exponent = tl.load(exponents + tile, mask=tile < tiles, other=COARSE) + zero
+        exponent = tl.load(exponents + tile, mask=tile < tiles, other=NEEDS_EXACT) + zero
         bits = (tl.minimum(tl.maximum(exponent, -126), 127) + 127) << 23
-        scale = tl.where(exponent == COARSE, 0.0, bits.to(tl.float32, bitcast=True))
+        scale = tl.where(exponent == NEEDS_EXACT, 0.0, bits.to(tl.float32, bitcast=True))
 
     columns = zero.to(tl.int64) if M > 32 else zero
     tied = columns
@@ -248,4 +248,4 @@ def balanced_masks(
     tl.store(prices + tile64 * M + lane, u, mask=inside)
     tl.store(prices + (tiles + tile64) * M + lane, v, mask=inside)
     if not WIDE:
-        tl.store(exponents + tile + zero, zero + COARSE, mask=inside & (lane == 0) & (failed > 0))
+        tl.store(exponents + tile + zero, zero + NEEDS_EXACT, mask=inside & (lane == 0) & (failed > 0))

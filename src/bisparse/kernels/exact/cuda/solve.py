@@ -1,8 +1,8 @@
 """The exact solver on a GPU: Triton kernels over all tiles.
 
-Two launches: prices of all tiles (`prices`), then the masks they ask for, balanced (`repair`); at 2:4 one (`enumerate_2to4`).
-Nothing is copied to the host and nothing waits for the device, so no kernel can raise: a tile with a score that is NaN, infinite
-or negative comes back as `COARSE`, and `Exact`, which solves coarse tiles as they are given, raises there.
+Two launches: prices of all tiles (`prices`), then their masks, balanced (`repair`); at 2:4 one launch (`enumerate_2to4`).
+Nothing is copied to the host or synchronised, so no kernel can raise: a tile with a NaN, infinite or negative score is returned
+as `NEEDS_EXACT`, and `Exact`, which solves coarse tiles again, raises there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bisparse.kernels.exact.cuda.enumerate_2to4 import middle_masks
 from bisparse.kernels.exact.cuda.prices import bisected_prices, swept_prices
 from bisparse.kernels.exact.cuda.repair import balanced_masks
 from bisparse.kernels.exact.cuda.top_n import largest_of_groups
-from bisparse.kernels.exact.schema import COARSE, check_integers, check_matrix, check_start
+from bisparse.kernels.exact.schema import NEEDS_EXACT, check_integers, check_matrix, check_start
 from bisparse.kernels.exact.sorting_network import sorting_network
 
 __all__ = [
@@ -33,18 +33,18 @@ __all__ = [
 
 SIDES = (4, 8, 16, 32, 64)
 NETWORK_SIDES = (4, 8, 16, 32)
-"""A line of 64 does not fit a thread's registers; its network of 543 comparators takes a minute to compile besides."""
+"""A line of 64 does not fit a thread's registers, and its network of 543 comparators takes a minute to compile."""
 COLD_ALTERNATIONS = 8
 WARM_ALTERNATIONS = 2
 CLAMPED_ALTERNATIONS = 3
 WIDE_ALTERNATIONS = 4
 MIDDLE_BYTES = 2048
-"""Of each of a band's four rows that a program reads: 16 bytes a thread."""
+"""Bytes that a program reads of each of a band's four rows: 16 per thread."""
 GROUP_ENTRIES = 512
 SWEEP_LANES = 128
 REPAIR_LANES = 32
 FAR, LIMIT = 1 << 30, 1 << 28
-"""Prices of a tile that move by `LIMIT` in all might overflow 32 bits: it comes back as coarse."""
+"""A tile whose prices move by this much in total might overflow 32 bits: it is returned as coarse."""
 WIDE_FAR = 1 << 62
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -68,7 +68,7 @@ def exact_mask(scores: Tensor, n: int, m: int, exactly: bool) -> tuple[Tensor, T
     """`ops.exact_mask` on a GPU; float16 and bfloat16 are read as they are."""
     if (n, m) != (2, 4) or scores.dtype not in DTYPES:
         mask, _, exponent = exact_solve(scores, n, m, exactly, None, None)
-        return mask, exponent == COARSE
+        return mask, exponent == NEEDS_EXACT
     return _middle(scores, exactly, magnitudes=False)
 
 
@@ -94,7 +94,7 @@ def _middle(scores: Tensor, exactly: bool, magnitudes: bool) -> tuple[Tensor, Te
 
 @cache
 def mask_words(device: torch.device) -> Tensor:
-    """The masks of 2:4-T tiles, as bits, on a device; see `mask_bits`."""
+    """The table of 2:4-T masks, as bits, on a device; see `mask_bits`."""
     return torch.from_numpy(mask_bits()).to(device)
 
 
@@ -151,7 +151,7 @@ def exact_solve_integers(q: Tensor, n: int, exactly: bool, u: Tensor | None, v: 
     prices = torch.empty((2, tiles, m), dtype=torch.int64, device=q.device)
     warm = given is not None
     start = prices if given is None else torch.stack(given)
-    # Tiles one below the other are a matrix of one tile across.
+    # Tiles stacked along the rows are a matrix one tile wide.
     bisected_prices[(tiles,)](
         q, start, prices, prices, prices, tiles, 1, m,
         ALTERNATIONS=0 if warm else WIDE_ALTERNATIONS, STEPS=58, N=n, M=m, FREE=exactly, WARM=warm,

@@ -1,4 +1,4 @@
-"""The largest of each group on a GPU, one entry a thread: an entry stays if few enough of its group come before it."""
+"""The n largest entries of each group on a GPU, one entry per thread: an entry stays if fewer than n of its group precede it."""
 
 # Triton reads the source of this function and types it itself.
 # mypy: disable-error-code="no-untyped-def"
