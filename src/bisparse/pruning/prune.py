@@ -20,11 +20,11 @@ from bisparse.pruning.calibration.collector import Stage
 from bisparse.pruning.calibration.finished_block import FinishedBlock
 from bisparse.pruning.calibration.options import Options, Order
 from bisparse.pruning.calibration.statistics import Statistics
+from bisparse.pruning.given_scores import Scores, methods_of
 from bisparse.pruning.job import Job, Outcome, Task
 from bisparse.pruning.layer import plan
 from bisparse.pruning.methods import parse_method
 from bisparse.pruning.methods.base import Method
-from bisparse.pruning.methods.given_scores import Scores, methods_of
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.results import PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver

@@ -291,7 +291,7 @@ def test_shapes_and_ranges_are_checked_before_anything_is_written(implementation
             ((16, 16), 9, 8),
             ((10, 16), 2, 4),
         ):
-            with pytest.raises(ValueError, match=r"no matrix whose sides|is not between 1 and M - 1"):
+            with pytest.raises(ValueError, match=r"not a matrix whose sides|is not between 1 and M - 1"):
                 operator(torch.rand(shape), n, m, False)
     start = torch.zeros(4, 8, dtype=torch.int32)
     exponent = torch.zeros(4, dtype=torch.int32)

@@ -246,9 +246,10 @@ class _Team:
     def run(self, code: int, size: int, count: int, arguments: Sequence[Argument], workers: int) -> int:
         """Run a call's bands on the caller and its workers; returns the flags raised."""
         workers = self._start_workers(workers)
-        self.held = arguments  # must outlive the call, even where the wait for it is interrupted
         numbers = [one if isinstance(one, int) else address_of(one) for one in arguments]
         _layout(len(numbers)).pack_into(self.block, 0, 0, 0, code, size, count, -(-count // size), *numbers)
+        # They must outlive the call, even where the wait for it is interrupted. Only now: an interruption above loses nothing.
+        self.held = arguments
         try:
             state = _share(self.call_address, self.workers_address, workers, self.spins, False)
             if state != DONE:
