@@ -144,7 +144,7 @@ def cover_by_sidecar(
 
 
 def unreadable(tensors: Mapping[str, StoredTensor], tensor: StoredTensor) -> str | None:
-    """Why the zeros of a weight cannot be told from how it is stored, or None."""
+    """Why a weight's zeros cannot be seen in its stored form; None where they can."""
     if tensor.torch_dtype is None:
         return f"dtype {tensor.dtype}, which torch cannot read"
     if tensor.dtype in UNSIGNED:

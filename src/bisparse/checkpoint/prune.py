@@ -237,7 +237,7 @@ def read_back(
     """
     for tensor in tensors:
         if tensor.dtype in DTYPES:
-            # Opened anew each time: pages that a mapping has touched count as memory until it is closed.
+            # Opened again each time: pages that a mapping has touched count as memory until it is closed.
             with safe_open(path, framework="pt") as file:
                 read = file.get_tensor(tensor.name)
             if zlib.crc32(as_bytes(read)) != checksums[tensor.name]:

@@ -27,7 +27,7 @@ __all__ = ["Shard", "Source", "open_source"]
 WEIGHT_SUFFIXES = (".pth.tar", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".jit", ".onnx", ".safetensors")
 """Endings that are replaced by ``.safetensors`` in the name of what is written."""
 NO_MODEL = r"optimizer.*|scheduler.*|scaler.*|training_args.*|rng_state.*|random_states.*"
-"""Torch files that training leaves beside the weights."""
+"""Torch files that training leaves next to the weights."""
 FETCH = "fetch the index again"
 
 

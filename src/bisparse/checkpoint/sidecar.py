@@ -1,4 +1,4 @@
-"""What stands beside the weights: `bisparse.json` (what was done) and `bisparse-masks.safetensors` (the masks, a bit a weight).
+"""The files next to the weights: `bisparse.json` (what was done) and `bisparse-masks.safetensors` (the masks, one bit per weight).
 
 The weights themselves are plain and dense, with zeros: nothing needs these two files to load a model.
 """

@@ -127,7 +127,7 @@ def command_line() -> list[str]:
 
 
 class Commands(TyperGroup):
-    """The commands of an app; wrong use is told in JSON too where `--json` is among the arguments."""
+    """The commands of an app; wrong use is reported in JSON too where `--json` is among the arguments."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         given = list(args)

@@ -160,7 +160,7 @@ def _loading(path: Path, what: str) -> Iterator[None]:
 
 def _call(name: str) -> Source:
     module_name, _, function_name = name.partition(":")
-    # As `python -m` does: a module beside you is found.
+    # As `python -m` does: a module in the current folder is found.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -1,7 +1,7 @@
-"""The other files of a model's folder: which belong to the model and are copied beside pruned weights, and which are left out.
+"""The other files of a model's folder: which belong to the model and are copied next to pruned weights, and which are left out.
 
 What is copied is text (configurations, tokenizers, code, licences), a tokenizer's own binary, or a picture. Whatever holds
-weights is not, by its content and not by its name: it would be a dense model beside the pruned one. Nor is a folder that has
+weights is not, by its content and not by its name: it would be a dense model next to the pruned one. Nor is a folder that has
 weights of its own, such as an earlier training checkpoint, unless the model's modules.json says that it is a part of it.
 """
 
@@ -38,7 +38,7 @@ def companions(folder: Path, used: set[str], ours: set[str]) -> tuple[tuple[str,
 
     Args:
         used: files that are read as the weights.
-        ours: what bisparse itself writes, which is made anew.
+        ours: what bisparse itself writes, which is written again.
     """
     kept: list[str] = []
     left: list[str] = []

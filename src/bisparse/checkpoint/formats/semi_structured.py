@@ -23,7 +23,7 @@ CUSPARSELT = "torch.sparse.semi_structured.SparseSemiStructuredTensorCUSPARSELT"
 
 @dataclass(frozen=True)
 class _Unpacked(StoredTensor):
-    """The dense tensor, made anew each time it is read: CUTLASS's metadata order has no contiguous piece."""
+    """The dense tensor, rebuilt each time it is read: CUTLASS's metadata order has no contiguous piece."""
 
     values: StoredTensor
     metadata: StoredTensor
