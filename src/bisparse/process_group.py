@@ -72,7 +72,8 @@ class Ranks:
     def fail(self, error: BaseException) -> None:
         """Tell the others, who are at their next exchange, that this rank has failed.
 
-        After SIGTERM the other ranks are not notified: it may have come in the middle of an exchange, and whoever sends it ends all ranks.
+        After SIGTERM the other ranks are not notified: it may have come in the middle of an exchange, and its sender ends all
+        ranks.
         """
         if not isinstance(error, OtherRankError) and not ends_the_process(error):
             self._gathered(_Failed(f"{type(error).__name__}: {error}"))

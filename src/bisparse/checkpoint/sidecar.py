@@ -1,4 +1,4 @@
-"""The files next to the weights: `bisparse.json` (what was done) and `bisparse-masks.safetensors` (the masks, one bit per weight).
+"""The files next to the weights: `bisparse.json` (what was done) and `bisparse-masks.safetensors` (masks, a bit per weight).
 
 The weights themselves are plain and dense, with zeros: nothing needs these two files to load a model.
 """
