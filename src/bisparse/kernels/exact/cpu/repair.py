@@ -28,8 +28,8 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
     """
     vec.never_inline()
     m = len(side)
-    row, column = (m, 0) if flip != 0 else (0, m)
-    q, transposed = (m * m, 0) if flip != 0 else (0, m * m)
+    row, column = (m, 0) if flip else (0, m)
+    q, transposed = (m * m, 0) if flip else (0, m * m)
     near_row, near_column = 2 * m * m + row, 2 * m * m + column
     final_row, final_column = near_row + 2 * m, near_column + 2 * m
     origin_row, origin_column = near_row + 4 * m, near_column + 4 * m
@@ -154,9 +154,9 @@ def repair(scores, base, stride, scale, prices, u, v, n, free, mask, bits, work,
         for i in range(m):
             for j in range(m):
                 work[m * m + j * m + i] = work[i * m + j]
-    solved = augment(work, bits, prices, u, v, n, free, np.int64(0), side)
+    solved = augment(work, bits, prices, u, v, n, free, False, side)
     if not free and solved:
-        solved = augment(work, bits, prices, v, u, n, free, np.int64(1), side)
+        solved = augment(work, bits, prices, v, u, n, free, True, side)
     for i in range(m):
         vec.store_row(mask, base + i * stride, bits[i], side)
     return solved
