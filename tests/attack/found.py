@@ -30,9 +30,9 @@ class Found:
 def is_domain_error(error: BaseException, *, types_too: bool = False) -> bool:
     """Whether an error is one that callers are promised: a ValueError, a type of bisparse's own, or a missing extra or file.
 
-    `types_too`: an argument was of a wrong Python type, which may be a TypeError.
+    `types_too`: an argument was of a wrong Python type, which may be Python's own TypeError or AttributeError.
     """
-    if types_too and isinstance(error, TypeError):
+    if types_too and isinstance(error, TypeError | AttributeError):
         return True
     if isinstance(error, UnicodeError):
         return False

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,6 +21,23 @@ from bisparse.pruning.journal import JournalError
 __all__ = ["JOBS", "forked", "left_behind", "make_input", "model_and_data", "weights_of"]
 
 LONGEST_S = 60
+
+
+@cache
+def warm_up() -> None:
+    """Import and compile what the jobs use, once, before they are forked."""
+    import jinja2  # noqa: F401
+    import matplotlib.figure  # noqa: F401
+    import scipy.linalg  # noqa: F401
+
+    import bisparse.cli.calibrated
+    import bisparse.cli.model_source
+    import bisparse.report
+
+    for pattern in ("4:8-T", "2:4-T", "2:4"):
+        bisparse.solve(torch.rand(192, 192), pattern).check()
+        model, data = model_and_data()
+        bisparse.prune_(model, pattern, AdaPrune(), data)
 
 
 def forked(job: Callable[[], int]) -> int:

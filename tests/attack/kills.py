@@ -11,7 +11,7 @@ from pathlib import Path
 
 import bisparse
 from attack.found import Found
-from attack.jobs import JOBS, ended, forked, left_behind, make_input, weights_of
+from attack.jobs import JOBS, ended, forked, left_behind, make_input, warm_up, weights_of
 
 __all__ = ["attack"]
 
@@ -23,6 +23,7 @@ def undisturbed(job: str, seed: int) -> tuple[dict[str, bytes] | None, float]:
     """What a job writes, and how long it takes."""
     import tempfile
 
+    warm_up()
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import bisparse
-from attack.found import Found, bits, where
+from attack.found import Found, bits, is_domain_error, where
 from bisparse.pruning import AdaPrune, BlockReconstruction, fold_batch_norms_, permute_, reestimate_batch_norms_
 from bisparse.training import merge_lora_
 
@@ -247,7 +247,7 @@ def _with_a_hook(found: Found, job: str, model: nn.Module, data: list[Tensor], f
         try:
             JOBS[job](tried, data, folder)
         except Exception as error:  # noqa: BLE001
-            if hook.count < hook.at:
+            if hook.count < hook.at and not is_domain_error(error):
                 found.add("foreign", f"{what}: {where(error)}")
             _compare(found, what, before, everything(tried))
             if (folder / "journal").exists():
