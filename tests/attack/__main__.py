@@ -41,6 +41,7 @@ def work(kind: str, seed: int, count: int) -> None:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    os.fsync = lambda _: None  # it protects from power failure, which no attack causes, and takes seconds on a busy disk
     attack = import_module(f"attack.{kind}").attack
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever else prints
@@ -67,11 +68,27 @@ class Run:
             self._worker()
 
     def _worker(self) -> None:
-        command = [sys.executable, "-m", "attack", "--worker", self.kind, "--seed", str(self.seed), "--cases", str(self.last - self.seed)]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "COLUMNS": "160", "HF_HUB_OFFLINE": "1"}
-        with tempfile.TemporaryFile() as errors, subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True
-        ) as process:
+        command = [
+            sys.executable,
+            "-m",
+            "attack",
+            "--worker",
+            self.kind,
+            "--seed",
+            str(self.seed),
+            "--cases",
+            str(self.last - self.seed),
+        ]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            "COLUMNS": "160",
+            "HF_HUB_OFFLINE": "1",
+        }
+        with (
+            tempfile.TemporaryFile() as errors,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=environment, start_new_session=True) as process,
+        ):
             assert process.stdout is not None
             selector = selectors.DefaultSelector()
             selector.register(process.stdout, selectors.EVENT_READ)
@@ -130,18 +147,28 @@ def show(runs: list[Run]) -> None:
     rows = [(run.kind, *map(str, run.counts().values())) for run in runs]
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     for row in (head, *rows):
-        print("  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))))
+        print(
+            "  ".join(
+                cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
+        )
     for run in runs:
         for category, seed, text in run.findings:
             print(f"\n{category}, again by --only {run.kind} --seed {seed} --cases 1:\n  {text}")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="make attack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="make attack", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seconds", type=float, default=600, help="time for all kinds together")
-    parser.add_argument("--seed", type=int, default=0, help="the first case of each kind; the next ones are seed + 1, seed + 2, ...")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the first case of each kind; the next ones are seed + 1, seed + 2, ..."
+    )
     parser.add_argument("--cases", type=int, default=1_000_000, help="at most so many of each kind")
-    parser.add_argument("--only", metavar="KIND", action="append", choices=KINDS, help="; ".join(f"{k}: {v}" for k, v in KINDS.items()))
+    parser.add_argument(
+        "--only", metavar="KIND", action="append", choices=KINDS, help="; ".join(f"{k}: {v}" for k, v in KINDS.items())
+    )
     parser.add_argument("--json", action="store_true", help="print JSON, and nothing else, on standard output")
     parser.add_argument("--worker", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -156,8 +183,15 @@ def main() -> int:
         if not options.json:
             print(f"{kind}: {runs[-1].counts()}", file=sys.stderr)
     if options.json:
-        findings = [dict(zip(("kind", "category", "seed", "text"), (run.kind, *one), strict=True)) for run in runs for one in run.findings]
-        print(json.dumps({"seconds": time.monotonic() - begun, "kinds": {run.kind: run.counts() for run in runs}, "findings": findings}, indent=2))
+        findings = [
+            dict(zip(("kind", "category", "seed", "text"), (run.kind, *one), strict=True)) for run in runs for one in run.findings
+        ]
+        print(
+            json.dumps(
+                {"seconds": time.monotonic() - begun, "kinds": {run.kind: run.counts() for run in runs}, "findings": findings},
+                indent=2,
+            )
+        )
     else:
         show(runs)
     return int(any(run.findings for run in runs))

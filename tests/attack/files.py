@@ -23,7 +23,20 @@ from bisparse.checkpoint import detect_patterns, load_masks, read_sidecar, to_de
 __all__ = ["attack"]
 
 State = dict[str, Tensor]
-ITEMS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1}
+ITEMS = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
           "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
           "F8_E5M2": torch.float8_e5m2}  # fmt: skip
@@ -186,7 +199,9 @@ def crafted_safetensors(path: Path, state: State, choose: random.Random) -> None
     elif kind == 1:
         header[one]["dtype"] = choose.choice([*ITEMS, "F4", "X", 5, None, "f32", "C64", "F8_E8M0"])
     elif kind == 2:
-        header[one]["shape"] = choose.choice([[0], [], [-1], [2**63], [2**32, 2**32], [1.5], [True], "16", [[16]], None, [384, 1], [16, 24]])
+        header[one]["shape"] = choose.choice(
+            [[0], [], [-1], [2**63], [2**32, 2**32], [1.5], [True], "16", [[16]], None, [384, 1], [16, 24]]
+        )
     elif kind == 3:
         first, last = header[one]["data_offsets"]
         header[one]["data_offsets"] = choose.choice([[last, first], [first - 1, last - 1], [first, last + 1], [first], [-1, last], ["0", "8"],
@@ -201,7 +216,11 @@ def crafted_safetensors(path: Path, state: State, choose: random.Random) -> None
         header = dict(items)  # harmless
     text = json_bytes(header, choose) if choose.random() < 0.5 else json.dumps(header).encode()
     text += b" " * choose.choice([0, 0, -len(text) % 8, 3])
-    size = len(text) if choose.random() < 0.9 else choose.choice([0, 1, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1, 100_000_001])
+    size = (
+        len(text)
+        if choose.random() < 0.9
+        else choose.choice([0, 1, len(text) - 1, len(text) + 1, 2**31, 2**63, 2**64 - 1, 100_000_001])
+    )
     path.write_bytes(struct.pack("<Q", size) + text + body)
 
 
@@ -262,7 +281,9 @@ def obeys(weight: Tensor, pattern: str) -> bool:
 
 
 def _check_pruned(found: Found, what: str, target: Path, truth: State | None, pattern: str) -> None:
-    written = {name: one for path in target.glob("*.safetensors") if "masks" not in path.name for name, one in load_file(path).items()}
+    written = {
+        name: one for path in target.glob("*.safetensors") if "masks" not in path.name for name, one in load_file(path).items()
+    }
     sidecar = read_sidecar(target)
     if truth is None:
         found.add("wrong", f"{what}: pruned, though no reader can read it")
@@ -292,7 +313,9 @@ def _check_verified(found: Found, what: str, result: Any, truth: State | None, g
         if weight is not None and weight.ndim == 2 and bool(one) and not obeys(weight, given or str(one.pattern)):
             found.add("wrong", f"{what}: {one.layer} is said to hold {one.pattern}")
     seen = {one.layer for one in result.layers} | {one.name for one in (*result.unchecked, *result.left_out)}
-    if missed := [name for name, one in truth.items() if one.ndim == 2 and name.removesuffix(".weight") not in seen and name not in seen]:
+    if missed := [
+        name for name, one in truth.items() if one.ndim == 2 and name.removesuffix(".weight") not in seen and name not in seen
+    ]:
         found.add("wrong", f"{what}: nothing is said about {missed}")
 
 
@@ -334,7 +357,14 @@ def _read_every_way(found: Found, what: str, source: Path, truth: State | None, 
     if choose.random() < 0.3:
         attempt(found, f"to_dense {what}", lambda: to_dense(source, folder / "dense"))
     if choose.random() < 0.3:
-        command = choose.choice([["info", str(source)], ["bench", "--model", str(source)], ["prune", str(source), "--dry-run"], ["verify", str(source)]])
+        command = choose.choice(
+            [
+                ["info", str(source)],
+                ["bench", "--model", str(source)],
+                ["prune", str(source), "--dry-run"],
+                ["verify", str(source)],
+            ]
+        )
         run_command(found, command)
     if tree(source) != before:
         found.add("wrong", f"{what}: the input was changed")

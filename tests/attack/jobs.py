@@ -125,7 +125,9 @@ def convert(folder: Path) -> int:
 
 
 def calibrated(folder: Path) -> int:
-    return _command("prune", "attack.jobs:model_and_data", "out", "-p", "2:4", "--method", "adaprune", "--resume", "journal", "--overwrite")
+    return _command(
+        "prune", "attack.jobs:model_and_data", "out", "-p", "2:4", "--method", "adaprune", "--resume", "journal", "--overwrite"
+    )
 
 
 def journal(folder: Path) -> int:
@@ -140,7 +142,13 @@ def report(folder: Path) -> int:
     return _command("report", "pruned", "-o", "out.html")
 
 
-JOBS: dict[str, Callable[[Path], int]] = {"prune": prune, "convert": convert, "calibrated": calibrated, "journal": journal, "report": report}
+JOBS: dict[str, Callable[[Path], int]] = {
+    "prune": prune,
+    "convert": convert,
+    "calibrated": calibrated,
+    "journal": journal,
+    "report": report,
+}
 
 
 def weights_of(folder: Path) -> dict[str, bytes] | None:
@@ -151,7 +159,9 @@ def weights_of(folder: Path) -> dict[str, bytes] | None:
         return None
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
-        found |= {f"{path.name} {name}": bytes(one.contiguous().view(-1).view(torch.uint8)) for name, one in load_file(path).items()}
+        found |= {
+            f"{path.name} {name}": bytes(one.contiguous().view(-1).view(torch.uint8)) for name, one in load_file(path).items()
+        }
     if not bisparse.verify_checkpoint(folder):
         found["verify"] = b"does not hold"
     return found

@@ -203,8 +203,9 @@ def attack(seed: int, folder: Path) -> Found:
         _with_a_hook(found, job, model, data, folder, choose)
         return found
     points = POINTS[kind]
+    counted = copy.deepcopy(model)
     with failing(points, -1, Stop, False) as count:
-        JOBS[job](copy.deepcopy(model), data, folder)
+        JOBS[job](counted, data, folder)
     for at in sorted({choose.randint(1, count[0]) for _ in range(6)}) if count[0] else ():
         tried, after = copy.deepcopy(model), choose.random() < 0.5
         before, error = everything(tried), choose.choice([Stop, Broken, KeyboardInterrupt, MemoryError])

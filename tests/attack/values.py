@@ -24,7 +24,20 @@ from bisparse.solvers import SOLVERS
 
 __all__ = ["attack"]
 
-MODULES = ("checkpoint", "pruning", "training", "accelerate", "report", "layers", "scores", "tiles", "diversity", "pattern", "solution", "_solve")
+MODULES = (
+    "checkpoint",
+    "pruning",
+    "training",
+    "accelerate",
+    "report",
+    "layers",
+    "scores",
+    "tiles",
+    "diversity",
+    "pattern",
+    "solution",
+    "_solve",
+)
 LEFT_OUT = {"MVUELinear", "remove_journal", "measure_linear", "advise", "stored_grids", "usable_backends"}
 """Modules made by torch's own constructor; what deletes what it is given, or measures for a long time."""
 
@@ -37,7 +50,12 @@ def functions() -> list[Callable[..., Any]]:
         module = import_module(f"bisparse.{name}")
         for one in module.__all__:
             item = getattr(module, one)
-            if one not in LEFT_OUT and callable(item) and getattr(item, "__module__", "").startswith("bisparse") and not inspect.isabstract(item):
+            if (
+                one not in LEFT_OUT
+                and callable(item)
+                and getattr(item, "__module__", "").startswith("bisparse")
+                and not inspect.isabstract(item)
+            ):
                 if not (inspect.isclass(item) and issubclass(item, BaseException)):
                     found[f"{item.__module__}.{item.__qualname__}"] = item
     return [found[name] for name in sorted(found)]
@@ -103,7 +121,9 @@ TEXTS: list[Any] = ["", " ", "x", "2:4", "4:2", "0:4", "2:4-T ", "1:99999-T", "2
 def bad(hint: Any, choose: random.Random, folder: Path) -> tuple[Any, bool]:
     """A value of the hinted Python type that is likely to be wrong; and whether it is of another type."""
     if choose.random() < 0.15:
-        return choose.choice([None, object(), [], {}, (), 1j, b"2:4", "x", 7, 0.5, lambda *_: None, torch.ones(2), Path("x"), int]), True
+        return choose.choice(
+            [None, object(), [], {}, (), 1j, b"2:4", "x", 7, 0.5, lambda *_: None, torch.ones(2), Path("x"), int]
+        ), True
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return bad(choose.choice([one for one in inner if one is not type(None)] or inner), choose, folder)
@@ -137,7 +157,10 @@ def snapshot(value: Any) -> Any:
         with contextlib.suppress(Exception):
             return (
                 {name: bits(one) if not one.is_meta else one.shape for name, one in value.state_dict(keep_vars=True).items()},
-                [(name, type(one), one.training, len(one._forward_hooks), len(one._forward_pre_hooks)) for name, one in value.named_modules()],
+                [
+                    (name, type(one), one.training, len(one._forward_hooks), len(one._forward_pre_hooks))
+                    for name, one in value.named_modules()
+                ],
                 [one.requires_grad for one in value.parameters()],
             )
     return None
@@ -146,10 +169,16 @@ def snapshot(value: Any) -> Any:
 def _function(found: Found, folder: Path, choose: random.Random) -> None:
     function = choose.choice(functions())
     try:
-        signature, hints = inspect.signature(function), typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+        signature, hints = (
+            inspect.signature(function),
+            typing.get_type_hints(function.__init__ if inspect.isclass(function) else function),
+        )
     except (ValueError, NameError, TypeError):
         return
-    plausible, names = good(choose, folder), [one for one in signature.parameters.values() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    plausible, names = (
+        good(choose, folder),
+        [one for one in signature.parameters.values() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)],
+    )
     if not names:
         return
     spoiled = set(choose.sample([one.name for one in names], min(len(names), choose.choice([1, 1, 2]))))
@@ -168,7 +197,9 @@ def _function(found: Found, folder: Path, choose: random.Random) -> None:
     positional = [arguments.pop(one.name) for one in names if one.kind is one.POSITIONAL_ONLY and one.name in arguments]
     shown = ", ".join(f"{name}={' '.join(repr(value).split())[:60]}" for name, value in arguments.items())
     with contextlib.redirect_stdout(io.StringIO()):
-        worked, _ = attempt(found, f"{function.__qualname__}({shown})", lambda: function(*positional, **arguments), types_too=other_types)
+        worked, _ = attempt(
+            found, f"{function.__qualname__}({shown})", lambda: function(*positional, **arguments), types_too=other_types
+        )
     if not worked and [snapshot(one) for one in models] != before:
         found.add("half-changed", f"{function.__qualname__}({shown})")
 
@@ -180,8 +211,27 @@ def _bad_option(kind: Any, choose: random.Random, folder: Path) -> str:
     if kind is float:
         return choose.choice(["nan", "inf", "-1", "0", "1e400", "x", "1e-320"])
     if kind is Path:
-        return str(folder / choose.choice(["absent", "file", "model", "new", "pruned", "x" * 300, "model/model.safetensors", "absent/deeper/x", "pipe", "link"]))
-    return choose.choice([text for text in TEXTS if "\x00" not in text and "\ud800" not in text] + ["layers.0.up=2:4", "*=linear", "*=groups:0", "=", "64x64", "0x0", "9x99999999"])
+        return str(
+            folder
+            / choose.choice(
+                [
+                    "absent",
+                    "file",
+                    "model",
+                    "new",
+                    "pruned",
+                    "x" * 300,
+                    "model/model.safetensors",
+                    "absent/deeper/x",
+                    "pipe",
+                    "link",
+                ]
+            )
+        )
+    return choose.choice(
+        [text for text in TEXTS if "\x00" not in text and "\ud800" not in text]
+        + ["layers.0.up=2:4", "*=linear", "*=groups:0", "=", "64x64", "0x0", "9x99999999"]
+    )
 
 
 def _options(found: Found, folder: Path, choose: random.Random) -> None:
@@ -201,7 +251,9 @@ def _options(found: Found, folder: Path, choose: random.Random) -> None:
     arguments = []
     for one in parameters:
         if one.name in spoiled:
-            value: list[str] = [] if getattr(one, "is_flag", False) else [_bad_option(one.type_descriptor.annotation, choose, folder)]
+            value: list[str] = (
+                [] if getattr(one, "is_flag", False) else [_bad_option(one.type_descriptor.annotation, choose, folder)]
+            )
         elif one.name in plausible:
             value = [plausible[one.name]]
         else:
