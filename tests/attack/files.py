@@ -37,17 +37,53 @@ ITEMS = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32,
-          "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn,
-          "F8_E5M2": torch.float8_e5m2}  # fmt: skip
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
 HOSTILE: list[Callable[[random.Random], Any]] = [
-    lambda choose: None, lambda choose: True, lambda choose: -1, lambda choose: 0, lambda choose: 2**63, lambda choose: 10**400,
-    lambda choose: 1e300, lambda choose: float("nan"), lambda choose: float("inf"), lambda choose: 0.5, lambda choose: "",
-    lambda choose: "x" * 5000, lambda choose: "../../escape", lambda choose: "/etc/passwd", lambda choose: "a\x1b[2Jb\n", lambda choose: "\ud800",
-    lambda choose: [], lambda choose: {}, lambda choose: [[]], lambda choose: {"": None}, lambda choose: [1, "a", None], lambda choose: -4,
-    lambda choose: "2:4", lambda choose: "4:2", lambda choose: "0:0-T", lambda choose: "model.safetensors", lambda choose: nested(choose),
-    lambda choose: [2**40, 2**40], lambda choose: 499_999, lambda choose: "torch.nn", lambda choose: "1:99999-T",
-]  # fmt: skip
+    lambda choose: None,
+    lambda choose: True,
+    lambda choose: -1,
+    lambda choose: 0,
+    lambda choose: 2**63,
+    lambda choose: 10**400,
+    lambda choose: 1e300,
+    lambda choose: float("nan"),
+    lambda choose: float("inf"),
+    lambda choose: 0.5,
+    lambda choose: "",
+    lambda choose: "x" * 5000,
+    lambda choose: "../../escape",
+    lambda choose: "/etc/passwd",
+    lambda choose: "a\x1b[2Jb\n",
+    lambda choose: "\ud800",
+    lambda choose: [],
+    lambda choose: {},
+    lambda choose: [[]],
+    lambda choose: {"": None},
+    lambda choose: [1, "a", None],
+    lambda choose: -4,
+    lambda choose: "2:4",
+    lambda choose: "4:2",
+    lambda choose: "0:0-T",
+    lambda choose: "model.safetensors",
+    lambda choose: nested(choose),
+    lambda choose: [2**40, 2**40],
+    lambda choose: 499_999,
+    lambda choose: "torch.nn",
+    lambda choose: "1:99999-T",
+]
 
 
 def nested(choose: random.Random) -> Any:
@@ -204,8 +240,20 @@ def crafted_safetensors(path: Path, state: State, choose: random.Random) -> None
         )
     elif kind == 3:
         first, last = header[one]["data_offsets"]
-        header[one]["data_offsets"] = choose.choice([[last, first], [first - 1, last - 1], [first, last + 1], [first], [-1, last], ["0", "8"],
-                                                     [first, 2**64], [float(first), float(last)], [0, 0], None])  # fmt: skip
+        header[one]["data_offsets"] = choose.choice(
+            [
+                [last, first],
+                [first - 1, last - 1],
+                [first, last + 1],
+                [first],
+                [-1, last],
+                ["0", "8"],
+                [first, 2**64],
+                [float(first), float(last)],
+                [0, 0],
+                None,
+            ]
+        )
     elif kind == 4:
         header[str(choose.choice(HOSTILE)(choose))] = header.pop(one)
     elif kind == 5:

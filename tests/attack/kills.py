@@ -1,4 +1,4 @@
-"""Jobs killed at random moments: their output is whole, or absent, or what it was; and a second run ends as if nothing had happened."""
+"""Jobs killed at random moments: their output is whole or absent, and a second run ends as if nothing had happened."""
 
 from __future__ import annotations
 

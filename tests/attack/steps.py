@@ -1,4 +1,4 @@
-"""Models whose n-th step fails: every function with a trailing underscore, and `load`, leaves the model as it was, bit for bit."""
+"""Models whose n-th step fails: functions with a trailing underscore, and `load`, leave the model as it was, bit for bit."""
 
 from __future__ import annotations
 
@@ -71,12 +71,21 @@ def everything(model: nn.Module) -> Any:
         {name: (bits(one), one.requires_grad, None if one.grad is None else bits(one.grad)) for name, one in tensors.items()},
         list(model.state_dict()),
         [
-            (name, type(one), one.training, tuple(one._forward_hooks), tuple(one._forward_pre_hooks), tuple(one._backward_hooks),
-             tuple(one._state_dict_hooks), tuple(one._load_state_dict_pre_hooks), sorted(vars(one)))
+            (
+                name,
+                type(one),
+                one.training,
+                tuple(one._forward_hooks),
+                tuple(one._forward_pre_hooks),
+                tuple(one._backward_hooks),
+                tuple(one._state_dict_hooks),
+                tuple(one._load_state_dict_pre_hooks),
+                sorted(vars(one)),
+            )
             for name, one in model.named_modules(remove_duplicate=False)
         ],
         bits(torch.get_rng_state()),
-    )  # fmt: skip
+    )
 
 
 Job = Callable[[nn.Module, list[Tensor], Path], Any]
@@ -134,19 +143,22 @@ POINTS: dict[str, list[tuple[Any, str]]] = {
     "hook": [(nn.Module, "register_forward_hook"), (nn.Module, "register_forward_pre_hook")],
     "buffer": [(nn.Module, "register_buffer")],
     "parameter": [(nn.Module, "register_parameter")],
-    "parametrization": [(torch.nn.utils.parametrize, "register_parametrization"), (torch.nn.utils.parametrize, "remove_parametrizations")],
+    "parametrization": [
+        (torch.nn.utils.parametrize, "register_parametrization"),
+        (torch.nn.utils.parametrize, "remove_parametrizations"),
+    ],
     "write": [(Tensor, "copy_")],
     "mode": [(nn.Module, "train")],
     "forward": [(nn.Linear, "forward"), (nn.BatchNorm1d, "forward"), (nn.ReLU, "forward")],
     "gradient": [(Tensor, "requires_grad_")],
     "state": [(nn.Module, "load_state_dict"), (nn.Module, "state_dict")],
     "masked": [(Tensor, "masked_fill_"), (Tensor, "mul_"), (Tensor, "set_"), (Tensor, "zero_")],
-}  # fmt: skip
+}
 
 
 @contextmanager
 def failing(points: list[tuple[Any, str]], at: int, error: type[BaseException], after: bool) -> Iterator[list[Any]]:
-    """The n-th call of any of these functions raises, before or after its work. Gives the error once raised; for -1, the count of calls."""
+    """The n-th call of any of these functions raises, before or after its work. Gives the errors raised; for -1, the count."""
     count, raised, originals = [0], [], [(owner, name, getattr(owner, name)) for owner, name in points]
 
     def wrapped(original: Callable[..., Any]) -> Callable[..., Any]:
