@@ -188,10 +188,14 @@ def pad_to_multiple(matrices: Shaped[Tensor, "*B R C"], m: int) -> Shaped[Tensor
 def to_tiles(matrix: Shaped[Tensor, "R C"], m: int) -> Shaped[Tensor, "B M M"]:
     """Cut a matrix into its tiles, band by band, left to right: tile t covers rows ``t // (C/m)``, columns ``t % (C/m)``."""
     rows, columns = matrix.shape
+    if m < 1 or rows % m or columns % m:
+        raise ValueError(f"{m} does not divide the sides of a {rows} x {columns} matrix: complete it first, by pad_to_multiple")
     return matrix.view(rows // m, m, columns // m, m).transpose(1, 2).reshape(-1, m, m)
 
 
 def from_tiles(tiles: Shaped[Tensor, "B M M"], rows: int, columns: int) -> Shaped[Tensor, "R C"]:
     """The inverse of `to_tiles`."""
     m = tiles.shape[-1]
+    if tiles.numel() != rows * columns or (m and (rows % m or columns % m)):
+        raise ValueError(f"{len(tiles)} tiles of side {m} do not make a {rows} x {columns} matrix")
     return tiles.view(rows // m, columns // m, m, m).transpose(1, 2).reshape(rows, columns)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bisparse._solve import solve
 from bisparse.pattern import Structure, parse_pattern
+from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
 from bisparse.training.parametrizations import own_parametrization
 from bisparse.training.static_mask import static_mask
@@ -131,11 +132,13 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
         merged.append((layer, adapters, _merge(weight, a, b, 1.0, parse_pattern(pattern), mask, new_mask=new_mask, name=name)))
     if not merged:
         raise ValueError("the model has no LoRA layer with an active adapter (peft's base_layer, lora_A, lora_B, scaling)")
-    for layer, adapters, result in merged:
-        base = layer.base_layer
-        base.weight.copy_(result.weight.T if _is_conv1d(base) else result.weight)
-        for adapter in adapters:
-            layer.lora_B[adapter].weight.zero_()  # B A = 0: the adapter is now in the base weight
+    with Rollback() as rollback:
+        for layer, adapters, result in merged:
+            base = layer.base_layer
+            rollback.touch(base.weight, *(layer.lora_B[adapter].weight for adapter in adapters))
+            base.weight.copy_(result.weight.T if _is_conv1d(base) else result.weight)
+            for adapter in adapters:
+                layer.lora_B[adapter].weight.zero_()  # B A = 0: the adapter is now in the base weight
     return [result for *_, result in merged]
 
 

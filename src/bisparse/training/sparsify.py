@@ -152,8 +152,8 @@ def sparsify_(
                 layer.zero_pruned()
             else:
                 _parametrize(model, layer, mask, method, schedule)
-    if mode == "dynamic":
-        sparsity.hook.install(sparsity.called)
+        if mode == "dynamic":
+            sparsity.hook.install(sparsity.called)
     return sparsity
 
 

@@ -19,11 +19,12 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn.functional import pad
 
+from bisparse.kernels.numba_runtime.cache import cached_njit
 from bisparse.kernels.numba_runtime.llvm import I8, I64, call_llvm
 from bisparse.kernels.numba_runtime.thread_pool import Kernel, array_at, kernel, over_bands
 from bisparse.kernels.packed_cpu.instructions import MASK_BYTES, Way, expand_groups, usable_ways
@@ -131,7 +132,7 @@ def _multiply(typing: Any, sums: Any, weights: Any, tokens: Any) -> tuple[Any, C
     return types.void(sums, weights, tokens), codegen
 
 
-@njit(nogil=True, cache=True)
+@cached_njit()
 def _write(sums, bias, output, first, tokens, rows):  # type: ignore[no-untyped-def]
     """Add the bias to a stripe's sums, round to nearest even, and write them to the rows of the output from `first` on."""
     bits = np.empty(SIDE, np.uint32)
