@@ -2,7 +2,17 @@
 
 from bisparse.layers.files import NOT_NAMED, QUANTISED, FileEvidence, TensorInfo
 from bisparse.layers.filters import Filter, NameFilter, first_match, matches, matches_name, matrix_sides, remainder_reason, sides
-from bisparse.layers.kinds import Kind, Skipped, computed_reason, dtype_reason, parse_layout, parse_layouts, why_dense
+from bisparse.layers.kinds import (
+    Kind,
+    Skipped,
+    check_unheld,
+    computed_reason,
+    dtype_reason,
+    held_reason,
+    parse_layout,
+    parse_layouts,
+    why_dense,
+)
 from bisparse.layers.modules import Layer, find_layers
 from bisparse.layers.names import head_reason, layer_name
 
@@ -16,11 +26,13 @@ __all__ = [
     "NameFilter",
     "Skipped",
     "TensorInfo",
+    "check_unheld",
     "computed_reason",
     "dtype_reason",
     "find_layers",
     "first_match",
     "head_reason",
+    "held_reason",
     "layer_name",
     "matches",
     "matches_name",

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from bisparse.layers import Layer
+from bisparse.layers import Layer, check_unheld
 from bisparse.pruning.bias import norms_after
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError
@@ -76,7 +76,11 @@ def fold_batch_norms_(
 
     Returns:
         The names of the layers that a batch norm was folded into.
+
+    Raises:
+        ValueError: the model is in sparse training, or accelerated: call `finalize_` first.
     """
+    check_unheld(model, "folding batch norms")
     # All layers of these types, not only those to prune: depthwise convolutions are not pruned, but can be folded into.
     layers = [
         Layer(name, module, "weight", Layout())

@@ -131,12 +131,13 @@ def fitting_patterns(
     transposable: bool = False,
     include: Filter | None = None,
     exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> dict[str, Pattern]:
     """The sparsest N:M per layer that a fraction `confidence` of its groups fit already; for ``patterns=`` of `convert_`.
 
     A layer that fits no pattern below M:M is not listed.
     """
-    layers, _ = find_layers(model, include, exclude)
+    layers, _ = find_layers(model, include, exclude, layouts=layouts)
     proposed = {}
     for layer in layers:
         with torch.no_grad():

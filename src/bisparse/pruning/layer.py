@@ -18,6 +18,7 @@ from bisparse.layers import (
     computed_reason,
     dtype_reason,
     find_layers,
+    held_reason,
     matches,
     matrix_sides,
     remainder_reason,
@@ -189,6 +190,8 @@ def _all_zero(statistics: Statistics) -> bool:
 
 
 def _check_can_be_written(layer: Layer) -> None:
+    if (reason := held_reason(layer.module, layer.parameter)) is not None:
+        raise ValueError(f"{layer.name}: {reason}")
     if layer.parameter not in layer.module._parameters:
         raise ValueError(
             f"{layer.name}: its weight is computed by a parametrization, so that pruning it in place would be lost; "

@@ -18,7 +18,7 @@ from bisparse._solve import solve
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.solution import PatternError, verify
 from bisparse.training.parametrizations import own_parametrization
-from bisparse.training.static_mask import static_mask
+from bisparse.static_mask import static_mask
 
 __all__ = ["MergedAdapter", "merge_lora_", "merged_weight"]
 

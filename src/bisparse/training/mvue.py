@@ -88,7 +88,7 @@ class MVUELinear(nn.Linear):
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         output: Tensor = _MVUEMatmul.apply(input, weight, bias)  # type: ignore[no-untyped-call]
