@@ -227,10 +227,11 @@ class SparseLinear(nn.Linear):
             # A static mask may be 2:4 on W^T by chance, while its pattern promises less.
             known = proved and (state.phase == "dynamic" or not own.both_ways)
             self._hold(own.slots(_mask_of(self), self.slots if known else None))
-        elif self.positions is not None:
+        elif not self.weight.is_meta:
             nonzero = _mask_of(self)
             # Other zeros than before: the weight was loaded. A kept weight may well be zero for now.
-            if bool((nonzero & ~kept_mask(self.positions, self.in_features)).any()):
+            known = self.positions is not None and not self.positions.is_meta
+            if not known or bool((nonzero & ~self._kept().to(nonzero.device)).any()):
                 self._hold(own.slots(nonzero))
 
     @torch.no_grad()
@@ -280,14 +281,18 @@ class SparseLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before, backend = self.positions, self.products.backend
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.slots = Slots(*(None if one is None else fn(one).to(one.dtype) for one in self.slots))
         # Also without a mask to follow: the next one is found where the layer is then.
         weight, own = layer_state(self).weight, self.products
         self.products = own.on(backend_or_reference(own.wanted_backend, weight.device, own.dtype), weight)
-        if before is None or self.positions is None:
-            return self
-        if before.device != self.positions.device or backend != self.products.backend:
-            self._hold(self.products.slots(self._kept()))
+        if before is None or before.device == weight.device:
+            if before is not None and backend != self.products.backend:
+                self._hold(self.products.slots(self._kept()))
+        elif before.is_meta:  # which has no positions; loading a state finds those of its weight
+            self.slots = Slots()
+        elif weight.is_meta:
+            self.slots = Slots(*(None if one is None else one.to(weight.device) for one in self.slots))
+        else:
+            self._hold(self.products.slots(self._kept().to(weight.device)))
         return self
 
 

@@ -134,6 +134,8 @@ class _Parametrization(nn.Module):
             return
         module, parameter = self.owner
         sample = sample_of(trained_parameter(module, parameter))
+        if sample.is_meta:
+            return
         if self.copied is not None and torch.equal(self.copied.to(sample), sample):
             return
         origin = self.origin

@@ -358,6 +358,8 @@ class Sparsity:
         moved = []
         for layer in self._active:
             weight = local(layer.weight.detach())
+            if weight.is_meta:
+                continue
             if layer.name not in self._off:
                 off = (~layer.local_mask).flatten().nonzero().flatten()
                 self._off[layer.name] = off[:: max(1, off.numel() // SAMPLED)]
@@ -397,6 +399,8 @@ class Sparsity:
         """
         self._check_not_ended("refresh the masks")
         self.notice_replaced()
+        if absent := [layer.name for layer in self._active if layer.weight.is_meta]:
+            raise ValueError(f"{absent[0]}: its weight is on the meta device and holds no numbers to find a mask for")
         for layer in self._active:
             layer.follow_nothing()
         layers = [layer for layer in self._active if (layer.weight.requires_grad or self._is_dense(layer))]
