@@ -20,6 +20,7 @@ from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError
 from bisparse.tiles import Layout
+from bisparse.wrappers import check_module
 
 __all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "held_bytes"]
 
@@ -122,6 +123,9 @@ def accelerate_(
         PatternError: a layer that was asked for by name, with a backend, is not 2:4, or for "cpu" has too few zeros.
         ValueError: weights in dynamic training are sharded over ranks already.
     """
+    check_module(model)
+    if advice is not None and not isinstance(advice, Advice):
+        raise ValueError(f"advice={advice!r:.60}: expected what advise() returns")
     before, tied = held_bytes(model), _tied_parameters(model)
     layers, left = find_layers(model, include, exclude, layouts=layouts)
     advised = {} if advice is None else {one.name: one for one in advice.layers}

@@ -1,7 +1,7 @@
 """The registry of layers: what is a layer, in which layout, by what evidence, and why not. Models and files both ask here."""
 
 from bisparse.layers.files import NOT_NAMED, QUANTISED, FileEvidence, TensorInfo
-from bisparse.layers.filters import Filter, NameFilter, first_match, matches, matches_name, matrix_sides, remainder_reason, sides
+from bisparse.layers.filters import Filter, NameFilter, first_match, matches, matches_name, matrix_sides, parse_patterns, remainder_reason, sides
 from bisparse.layers.kinds import (
     Kind,
     Skipped,
@@ -39,6 +39,7 @@ __all__ = [
     "matrix_sides",
     "parse_layout",
     "parse_layouts",
+    "parse_patterns",
     "remainder_reason",
     "sides",
     "why_dense",

@@ -9,10 +9,10 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from bisparse.pattern import Pattern, Structure
+from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["Filter", "NameFilter", "first_match", "matches", "matches_name", "matrix_sides", "remainder_reason", "sides"]
+__all__ = ["Filter", "NameFilter", "first_match", "matches", "matches_name", "matrix_sides", "parse_patterns", "remainder_reason", "sides"]
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str]
 """A layer name, a glob, ``"re:..."``, a list of these, or a function of (name, module)."""
@@ -37,6 +37,17 @@ def matches(chosen: Filter, name: str, module: nn.Module) -> bool:
     if callable(chosen):
         return bool(chosen(name, module))
     return any(matches(one, name, module) for one in chosen)
+
+
+def parse_patterns(patterns: Mapping[str, str | Structure] | None) -> dict[str, Structure]:
+    """The patterns of single layers, by name or glob.
+
+    Raises:
+        ValueError: no mapping of texts, or a text that is no pattern.
+    """
+    if patterns is not None and not (isinstance(patterns, Mapping) and all(isinstance(one, str) for one in patterns)):
+        raise ValueError(f"patterns={patterns!r:.60}: expected a mapping from layer names or globs to patterns")
+    return {name: parse_pattern(one) for name, one in (patterns or {}).items()}
 
 
 def matches_name(chosen: NameFilter, layer: str, parameter: str) -> bool:

@@ -16,6 +16,7 @@ from torch.nn.utils import parametrize
 
 from bisparse.static_mask import static_masks
 from bisparse.tiles import DIMENSIONS, Layout, LayoutKind
+from bisparse.wrappers import check_module
 
 __all__ = [
     "DEPTHWISE",
@@ -88,6 +89,8 @@ def parse_layouts(layouts: Mapping[str, str | Layout] | None) -> dict[str, str |
     Raises:
         ValueError: a text that is no layout.
     """
+    if layouts is not None and not isinstance(layouts, Mapping):
+        raise ValueError(f"layouts={layouts!r:.60}: expected a mapping from layer names or globs to layouts")
     for one in (layouts or {}).values():
         if isinstance(one, str):
             _parse(one)
@@ -174,6 +177,7 @@ def held_reason(module: nn.Module, parameter: str) -> str | None:
 
 def check_unheld(model: nn.Module, doing: str) -> None:
     """Raise ValueError if a layer's mask is held apart from its weight, where something else would rewrite the weights."""
+    check_module(model)
     for name, module in model.named_modules():
         own = [parameter for parameter, _ in static_masks(module)] or ["weight"]
         for parameter in [*own, *(module.parametrizations if parametrize.is_parametrized(module) else ())]:  # type: ignore[misc]

@@ -16,6 +16,7 @@ from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.rollback import Rollback
 from bisparse.tiles import Layout
+from bisparse.wrappers import check_module
 
 __all__ = ["fold_batch_norms_", "reestimate_batch_norms_"]
 
@@ -33,6 +34,7 @@ def reestimate_batch_norms_(
     Raises:
         CalibrationError: no batch, one that does not fit the model, or statistics that are not finite.
     """
+    check_module(model)
     norms = {
         name: module
         for name, module in model.named_modules()

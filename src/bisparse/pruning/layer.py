@@ -21,9 +21,10 @@ from bisparse.layers import (
     held_reason,
     matches,
     matrix_sides,
+    parse_patterns,
     remainder_reason,
 )
-from bisparse.pattern import Structure, parse_pattern
+from bisparse.pattern import Structure
 from bisparse.pruning.bias import Bias, bias_of
 from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, Statistics
 from bisparse.pruning.reduction import positions
@@ -63,7 +64,7 @@ def plan(
     Raises:
         ValueError: filters or patterns that match nothing, no layer to prune, or weights that cannot be changed in place.
     """
-    singles = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
+    singles = parse_patterns(patterns)
     found, left_dense = find_layers(model, include, exclude, remainder=remainder, layouts=layouts)
     planned = []
     unused = set(singles)

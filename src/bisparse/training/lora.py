@@ -19,6 +19,7 @@ from bisparse.pattern import Structure, parse_pattern
 from bisparse.solution import PatternError, verify
 from bisparse.training.parametrizations import own_parametrization
 from bisparse.static_mask import static_mask
+from bisparse.wrappers import check_module
 
 __all__ = ["MergedAdapter", "merge_lora_", "merged_weight"]
 
@@ -110,6 +111,8 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
             kind (DoRA and other variants, embeddings, convolutions, LoRA with a bias, quantised or dynamic sparse weights). In
             either case nothing is changed.
     """
+    check_module(model)
+    pattern = parse_pattern(pattern)
     merged: list[tuple[Any, list[str], MergedAdapter]] = []
     for name, module in model.named_modules():
         layer: Any = module

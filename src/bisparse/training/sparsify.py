@@ -103,6 +103,8 @@ def sparsify_(
     _check_arguments(model, mode, method, refresh, measure_every, schedule, masks, decay)
     model = unwrapped_model(model)
     plain = plain_names(model)
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise ValueError(f"patterns={patterns!r:.60}: expected a mapping from layer names or globs to patterns, or 'dense'")
     structures = {name: None if own == "dense" else parse_pattern(own) for name, own in (patterns or {}).items()}
     layers, skipped = _choose(model, pattern, structures, include, exclude, remainder, mode, layouts)
     decays = dict(decay) if isinstance(decay, Mapping) else None
