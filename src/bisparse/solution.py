@@ -30,7 +30,16 @@ from bisparse.layers import Filter, Skipped, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.tiles import Layout, default_layout, to_matrices
 
-__all__ = ["Certificate", "CertificateError", "PatternError", "ScoreRangeError", "Solution", "Verification", "Violation", "verify"]
+__all__ = [
+    "Certificate",
+    "CertificateError",
+    "PatternError",
+    "ScoreRangeError",
+    "Solution",
+    "Verification",
+    "Violation",
+    "verify",
+]
 
 
 class CertificateError(ValueError):

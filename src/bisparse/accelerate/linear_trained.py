@@ -205,7 +205,9 @@ class SparseLinear(nn.Linear):
             return self._masked_dense(input)
         weight = trained_parameter(self, "weight")
         slots = self.slots
-        if slots.positions is not None and slots.positions.device != weight.device:  # moved by another than `Module.to`, as FSDP2 does
+        if (
+            slots.positions is not None and slots.positions.device != weight.device
+        ):  # moved by another than `Module.to`, as FSDP2 does
             slots = self.slots = self.products.slots(kept_mask(slots.positions, self.in_features).to(weight.device))
         return self.products.linear(checked_input(input, self.in_features), weight, self.bias, slots)
 

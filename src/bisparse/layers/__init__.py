@@ -1,7 +1,17 @@
 """The registry of layers: what is a layer, in which layout, by what evidence, and why not. Models and files both ask here."""
 
 from bisparse.layers.files import NOT_NAMED, QUANTISED, FileEvidence, TensorInfo
-from bisparse.layers.filters import Filter, NameFilter, first_match, matches, matches_name, matrix_sides, parse_patterns, remainder_reason, sides
+from bisparse.layers.filters import (
+    Filter,
+    NameFilter,
+    first_match,
+    matches,
+    matches_name,
+    matrix_sides,
+    parse_patterns,
+    remainder_reason,
+    sides,
+)
 from bisparse.layers.kinds import (
     Kind,
     Skipped,

@@ -10,9 +10,19 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from bisparse.pattern import Pattern, Structure, parse_pattern
-from bisparse.tiles import Layout, LayoutKind
+from bisparse.tiles import DIMENSIONS, Layout, LayoutKind
 
-__all__ = ["Filter", "NameFilter", "first_match", "matches", "matches_name", "matrix_sides", "parse_patterns", "remainder_reason", "sides"]
+__all__ = [
+    "Filter",
+    "NameFilter",
+    "first_match",
+    "matches",
+    "matches_name",
+    "matrix_sides",
+    "parse_patterns",
+    "remainder_reason",
+    "sides",
+]
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str]
 """A layer name, a glob, ``"re:..."``, a list of these, or a function of (name, module)."""
@@ -71,6 +81,8 @@ def matrix_sides(weight: Tensor, layout: Layout) -> tuple[int, int]:
 
 def sides(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
     """Sides (O, I) of the GEMM matrices of a weight of this shape."""
+    if len(shape) not in DIMENSIONS[layout.kind]:
+        raise ValueError(f"a weight of shape {tuple(shape)} cannot have the layout '{layout.kind}'")
     match layout.kind:
         case LayoutKind.TRANSPOSED:
             return shape[1], shape[0]

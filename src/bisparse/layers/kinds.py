@@ -147,6 +147,8 @@ def _parse(text: str) -> tuple[Layout, int | None]:
 
 def computed_reason(module: nn.Module, parameter: str) -> str | None:
     """Why what is written to a module's weight would be lost; None where the weight is the parameter itself."""
+    if not hasattr(module, parameter):
+        raise ValueError(f"{type(module).__name__} has no parameter {parameter!r:.60}")
     if getattr(module, parameter) is module._parameters.get(parameter):
         return None
     return f"its {parameter} is computed by {type(module).__name__} at each access, so that what is written to it is lost"

@@ -120,9 +120,7 @@ class _Trial:
         """The positive factor between the products of the two classes; None where there is none."""
         zero = torch.zeros_like(self.inputs)
         own = (self._own(self.inputs, None, training=False) - self._own(zero, None, training=False)).double()
-        plain = (
-            _plain_output(self.module, self.base, self.inputs) - _plain_output(self.module, self.base, zero)
-        ).double()
+        plain = (_plain_output(self.module, self.base, self.inputs) - _plain_output(self.module, self.base, zero)).double()
         factor = float((own * plain).sum() / plain.square().sum().clamp(min=1e-300))
         return factor if factor > 0 and self._close(own, factor * plain) else None
 

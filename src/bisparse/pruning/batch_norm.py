@@ -14,6 +14,7 @@ from bisparse.layers import Layer, check_unheld
 from bisparse.pruning.bias import norms_after
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError
+from bisparse.pruning.methods.base import check_number
 from bisparse.rollback import Rollback
 from bisparse.tiles import Layout
 from bisparse.wrappers import check_module
@@ -83,6 +84,7 @@ def fold_batch_norms_(
         ValueError: the model is in sparse training, or accelerated: call `finalize_` first.
     """
     check_unheld(model, "folding batch norms")
+    check_number("tolerance", tolerance, least=0)
     # All layers of these types, not only those to prune: depthwise convolutions are not pruned, but can be folded into.
     layers = [
         Layer(name, module, "weight", Layout())

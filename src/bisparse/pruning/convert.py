@@ -29,7 +29,7 @@ from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.methods.regrow import Regrow
 from bisparse.pruning.prune import prune_layers_, report_of
-from bisparse.pruning.violation import CONFIDENCE, sparsest_pattern, violation
+from bisparse.pruning.violation import CONFIDENCE, check_group, sparsest_pattern, violation
 from bisparse.results import PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import Layout
@@ -137,6 +137,7 @@ def fitting_patterns(
 
     A layer that fits no pattern below M:M is not listed.
     """
+    check_group("m", m)
     layers, _ = find_layers(model, include, exclude, layouts=layouts)
     proposed = {}
     for layer in layers:

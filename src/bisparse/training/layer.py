@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bisparse.pattern import Pattern, Structure
+from bisparse.static_mask import MASK_SUFFIX, StaticMask, static_mask
 from bisparse.tiles import Layout
 from bisparse.training.decay import FixedDecay
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
-from bisparse.static_mask import MASK_SUFFIX, StaticMask, static_mask
 
 __all__ = [
     "Accelerated",

@@ -49,7 +49,11 @@ def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: s
         )
     for name, entry in saved.items():
         layer = own[name]
-        if not isinstance(entry, Mapping) or not {"pattern", "shape"} <= entry.keys() or not isinstance(entry["shape"], list | tuple):
+        if (
+            not isinstance(entry, Mapping)
+            or not {"pattern", "shape"} <= entry.keys()
+            or not isinstance(entry["shape"], list | tuple)
+        ):
             raise ValueError(f"{name}: the checkpoint's entry is no mapping with the layer's pattern and shape")
         if entry["pattern"] != str(layer.pattern):
             raise ValueError(f"{name}: the checkpoint has pattern {entry['pattern']}, this run {layer.pattern}")
@@ -68,7 +72,9 @@ def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: s
 def _check_decay(name: str, given: Any) -> None:
     numbers = given if isinstance(given, list | tuple) else ()
     if len(numbers) != 2 or not all(isinstance(one, int | float) and 0 <= one < math.inf for one in numbers):
-        raise ValueError(f"{name}: the checkpoint has decay={given!r:.60}: expected the decay done and the largest rate, two numbers")
+        raise ValueError(
+            f"{name}: the checkpoint has decay={given!r:.60}: expected the decay done and the largest rate, two numbers"
+        )
 
 
 def _check_prices(name: str, entry: Mapping[str, Any], layer: SparseLayer) -> None:

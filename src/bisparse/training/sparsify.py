@@ -16,6 +16,7 @@ from bisparse.layers import Filter, Layer, Skipped, computed_reason, dtype_reaso
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.rollback import Rollback
 from bisparse.solvers import Solver
+from bisparse.static_mask import StaticMask, static_masks
 from bisparse.tiles import Layout, to_matrices
 from bisparse.training.decay import FixedDecay
 from bisparse.training.layer import Accelerated, SparseLayer, local
@@ -27,7 +28,6 @@ from bisparse.training.run_state import check_mask
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.shared_classes import share_class
 from bisparse.training.sparsity import Method, Mode, Sparsity
-from bisparse.static_mask import StaticMask, static_masks
 from bisparse.wrappers import plain_names, unwrapped_model
 
 __all__ = ["sparsify_"]

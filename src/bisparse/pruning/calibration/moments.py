@@ -132,7 +132,9 @@ class Moments:
         if inputs.numel() == 0:
             return
         largest = float(torch.stack(torch.aminmax(inputs)).abs().max())  # NaN is the largest of all
-        where = f"{self.layer.name}: {'' if batch is None else f'calibration batch {batch}: '}an input of shape {tuple(inputs.shape)}"
+        where = (
+            f"{self.layer.name}: {'' if batch is None else f'calibration batch {batch}: '}an input of shape {tuple(inputs.shape)}"
+        )
         if not math.isfinite(largest):
             raise CalibrationError(
                 f"{where} and dtype {inputs.dtype} holds NaN or infinite numbers; check the calibration data and the weights "

@@ -28,6 +28,7 @@ from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces
 from bisparse.pruning.channels.stripe_search import refine_stripes
+from bisparse.pruning.methods.base import check_count, check_number
 from bisparse.rollback import Rollback
 from bisparse.scores import magnitude
 from bisparse.tiles import Layout, LayoutKind, to_matrices
@@ -112,6 +113,12 @@ def permute_(
     if not isinstance(parsed, Pattern):
         raise ValueError(f"permutation at {parsed} is not defined: expected a pattern such as '2:4' or '4:8-T'")
     check_unheld(model, "permuting channels")
+    check_count("steps", steps, least=0)
+    check_count("rounds", rounds, least=0)
+    check_count("seed", seed, least=0)
+    check_number("tolerance", tolerance, least=0)
+    if scores is not None and not callable(scores):
+        raise ValueError(f"scores is a {type(scores).__name__}; expected a function of a layer, or None for the magnitude")
     layers, _ = find_layers(model, include, exclude, layouts=layouts)
     by_weight = {id(layer.weight): layer for layer in layers if layer.layout.kind is not LayoutKind.PACKED}
     score_of = scores or (lambda layer: magnitude(layer.weight))
@@ -127,6 +134,7 @@ def permute_(
         first = {id(space): _space_value(space, by_weight, parsed, score_of) for space in spaces}
         last = dict(first)
         for turn in range(rounds):
+            before_turn = dict(last)
             for space in spaces:
                 if done[id(space)]:
                     continue
@@ -143,6 +151,8 @@ def permute_(
                     done[id(space)] = "the outputs changed: the graph hides a use of these channels"
                 else:
                     last[id(space)] = after
+            if last == before_turn:
+                break
         for space in spaces:
             names = _names(space, by_weight)
             value = _space_value(space, by_weight, parsed, score_of)
