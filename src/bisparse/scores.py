@@ -34,9 +34,7 @@ def wanda(weight: Float[Tensor, "*B O I"], norm: Float[Tensor, "*B I"]) -> Float
     check_dense("weight", weight)
     check_dense("norm", norm)
     if norm.ndim < 1 or weight.ndim < 2 or norm.shape[-1] != weight.shape[-1]:
-        raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} needs a norm for each input (its last side), not norms of {tuple(norm.shape)}"
-        )
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} needs one norm per input, not norms of {tuple(norm.shape)}")
     return _wide(weight, "weight").abs() * _wide(norm, "norm").abs().unsqueeze(-2)
 
 
@@ -52,7 +50,8 @@ def hessian(weight: Float[Tensor, "*B O I"], inverse_diagonal: Float[Tensor, "*B
     check_dense("weight", weight)
     if weight.ndim < 2 or inverse_diagonal.ndim < 1 or weight.shape[-1] != inverse_diagonal.shape[-1]:
         raise ValueError(
-            f"a weight of shape {tuple(weight.shape)} needs one entry for each input, not a diagonal of {tuple(inverse_diagonal.shape)}"
+            f"a weight of shape {tuple(weight.shape)} needs one entry per input, not a diagonal of "
+            f"{tuple(inverse_diagonal.shape)}"
         )
     if bool((inverse_diagonal <= 0).any()):
         raise ValueError("the diagonal of an inverse Hessian must be positive: raise the damping")

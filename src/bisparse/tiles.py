@@ -73,6 +73,11 @@ class Layout:
     groups: int = 1
     parts: int = 1
 
+    def __post_init__(self) -> None:
+        for name, number in (("groups", self.groups), ("parts", self.parts)):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise ValueError(f"Layout({name}={number!r:.40}): expected a whole number")
+
     @property
     def is_convolution(self) -> bool:
         """Whether the weight has kernel positions, whose products are summed into one output."""

@@ -157,7 +157,7 @@ class SparseLinear(nn.Linear):
 
     products: SparseProducts
     slots: Slots
-    """Positions and metadata of the current mask. They are no buffers: integers as buffers take part in other people's averages."""
+    """Positions and metadata of the current mask. No buffers: those take part in other people's averages."""
 
     @classmethod
     def install_(cls, module: nn.Linear, plan: Plan, *, search: bool = True, name: str = "") -> str:
@@ -205,9 +205,7 @@ class SparseLinear(nn.Linear):
             return self._masked_dense(input)
         weight = trained_parameter(self, "weight")
         slots = self.slots
-        if (
-            slots.positions is not None and slots.positions.device != weight.device
-        ):  # moved by another than `Module.to`, as FSDP2 does
+        if slots.positions is not None and slots.positions.device != weight.device:  # as FSDP2 moves it
             slots = self.slots = self.products.slots(kept_mask(slots.positions, self.in_features).to(weight.device))
         return self.products.linear(checked_input(input, self.in_features), weight, self.bias, slots)
 

@@ -98,8 +98,8 @@ def refuse_onnx() -> None:
     """Raise ValueError while a model is exported to ONNX, which has no operators for these products."""
     if torch.onnx.is_in_onnx_export():
         raise ValueError(
-            "ONNX has no sparse products: export a model that is not accelerated, as finalize_(copy.deepcopy(model)) makes it; its "
-            "zeros stay in the weights"
+            "ONNX has no sparse products: export the plain model that finalize_(copy.deepcopy(model)) makes; its zeros stay "
+            "in the weights"
         )
 
 

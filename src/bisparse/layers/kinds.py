@@ -162,8 +162,8 @@ def held_reason(module: nn.Module, parameter: str) -> str | None:
     for name, held in static_masks(module):
         if name == parameter:
             return (
-                f"it is in sparse training with the fixed mask of {held.pattern} (sparsify_ with mode='static'), which would undo "
-                "any other mask: call finalize_(model) first"
+                f"it is in sparse training with the fixed mask of {held.pattern} (sparsify_, mode='static'), which would undo any "
+                "other mask: call finalize_(model) first"
             )
     if hasattr(module, "dense_weight") and hasattr(module, "mask_changed"):
         return (
@@ -182,7 +182,7 @@ def check_unheld(model: nn.Module, doing: str) -> None:
     check_module(model)
     for name, module in model.named_modules():
         own = [parameter for parameter, _ in static_masks(module)] or ["weight"]
-        for parameter in [*own, *(module.parametrizations if parametrize.is_parametrized(module) else ())]:  # type: ignore[misc]
+        for parameter in [*own, *(module.parametrizations if parametrize.is_parametrized(module) else ())]:
             if (reason := held_reason(module, parameter)) is not None:
                 raise ValueError(f"{doing} would change {name or 'the layer'}, but {reason}")
 

@@ -56,10 +56,14 @@ def own_forward_reason(module: nn.Module) -> str | None:
         if differs == "shape":
             return f"{kind} has a forward pass of its own whose output is not that of {base.__name__}"
         if mixing is not None:
-            when = "in training mode" if mixing and not differs else "as with weight standardisation"
+            when = (
+                "in training mode"
+                if mixing and not differs
+                else "as with weight standardisation, or outputs that are normalised together"
+            )
             return (
-                f"{kind} does not multiply by its weight as it is ({when}): its outputs depend on inputs whose weights are zero, so "
-                "that zeros of the weight are none of the product"
+                f"{kind} does not multiply by its weight as it is ({when}): its outputs depend on inputs whose weights are "
+                "zero, so that zeros of the weight are none of what it computes"
             )
         if not differs:
             return None
@@ -67,8 +71,8 @@ def own_forward_reason(module: nn.Module) -> str | None:
     how = f"{scale:.6g} times its weight" if scale is not None else "something else"
     what = "" if scale is not None else " (it scales, rounds or quantises it, or changes the output)"
     return (
-        f"{kind} does not multiply by its weight as it is: its output is that of {how}{what}. Zeros of the weight were zeros of the "
-        f"product when tried, but what is fitted to {base.__name__}'s output would be wrong; give its layout, such as "
+        f"{kind} does not multiply by its weight as it is: its output is that of {how}{what}. Zeros of the weight were zeros of "
+        f"the product when tried, but what is fitted to {base.__name__}'s output would be wrong; give its layout, such as "
         f"{'conv' if issubclass(base, _ConvNd) else 'linear'!r}, to make it sparse nevertheless"
     )
 

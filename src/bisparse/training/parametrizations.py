@@ -148,7 +148,7 @@ class _Parametrization(nn.Module):
 
     @torch.no_grad()
     def mask_refusal(self, mask: Tensor) -> str | None:
-        """Why a mask of the right shape from outside cannot be this weight's mask; None where it can, or is an average of masks."""
+        """Why a mask of the right shape from outside cannot be this weight's; None where it can, or is an average of masks."""
         if mask.is_meta or mask.is_complex():
             return "the mask is complex" if mask.is_complex() else None
         if not bool(((mask == 0) | (mask == 1)).all()):

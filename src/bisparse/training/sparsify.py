@@ -159,7 +159,7 @@ def sparsify_(
                 _parametrize(model, layer, mask, method, schedule)
     if mode == "dynamic":
         sparsity.hook.install(sparsity.called)
-        model.register_load_state_dict_pre_hook(check_loaded_masks)  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_pre_hook(check_loaded_masks)
     return sparsity
 
 

@@ -185,8 +185,8 @@ class Sparsity:
             reason = f"replaced after sparsify_: the module that is {layer.name!r} now has no mask, and trains dense"
             self._replaced[layer.name] = reason
             warnings.warn(
-                f"{layer.name}: {reason}. Replace modules before sparsify_; to make it sparse, call finalize_(model), sparsify_ it "
-                "again, and give its parameters to the optimizer",
+                f"{layer.name}: {reason}. Replace modules before sparsify_; to make it sparse, call finalize_(model), "
+                "sparsify_ it again, and give its parameters to the optimizer",
                 stacklevel=3,
             )
 

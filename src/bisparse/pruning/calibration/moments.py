@@ -142,8 +142,8 @@ class Moments:
             )
         if largest > MAX_INPUT and self.needs & (AVERAGED - {Statistic.MEAN}):
             raise CalibrationError(
-                f"{where} holds numbers as large as {largest:.3g}, of which moments overflow float32 (up to {MAX_INPUT:.3g} they do "
-                "not); check that batch and the weights before this layer, or leave the batch out"
+                f"{where} holds numbers as large as {largest:.3g}, of which moments overflow float32 (up to {MAX_INPUT:.3g} they "
+                "do not); check that batch and the weights before this layer, or leave the batch out"
             )
 
     def _add_columns(self, x: Float[Tensor, "G T K"], z: Float[Tensor, "G T K"] | None, part: int) -> None:
