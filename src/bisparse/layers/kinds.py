@@ -162,8 +162,8 @@ def held_reason(module: nn.Module, parameter: str) -> str | None:
     for name, held in static_masks(module):
         if name == parameter:
             return (
-                f"it is in sparse training with the fixed mask of {held.pattern} (sparsify_, mode='static'), which would undo any "
-                "other mask: call finalize_(model) first"
+                f"it is in sparse training with the fixed mask of {held.pattern} (sparsify_, mode='static'), which would undo "
+                "any other mask: call finalize_(model) first"
             )
     if hasattr(module, "dense_weight") and hasattr(module, "mask_changed"):
         return (
