@@ -47,7 +47,9 @@ class Solver(ABC):
     """Keep exactly N in every row and column (the paper's program) instead of at most N (what hardware checks)."""
 
     def __post_init__(self) -> None:
-        for one in fields(self) if is_dataclass(self) else ():
+        if not is_dataclass(self):
+            return
+        for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(one.default, bool) and not isinstance(value, bool):
                 raise ValueError(f"{type(self).__name__}({one.name}={value!r:.40}): expected True or False")
