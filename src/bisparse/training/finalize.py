@@ -12,13 +12,14 @@ from torch.nn.utils import parametrize
 
 from bisparse.rollback import Rollback
 from bisparse.solution import verify
+from bisparse.static_mask import MASK_SUFFIX, static_masks
 from bisparse.training.forward_hook import remove_hooks
 from bisparse.training.layer import Accelerated, local, part_of
+from bisparse.training.mask_check import remove_mask_checks
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrizations import masked_parameters, sample_of, trained_parameter
 from bisparse.training.shared_classes import separate_class
 from bisparse.training.sparsity import live_sparsities
-from bisparse.training.static_mask import MASK_SUFFIX, static_masks
 from bisparse.wrappers import plain_names, unwrapped_model
 
 __all__ = ["finalize_", "plain_state_dict"]
@@ -30,6 +31,7 @@ def finalize_(model: nn.Module) -> nn.Module:
 
     Returns the model. Its `Sparsity` ends: it detaches from the optimizers, and further training is dense. Parameters stay the
     same objects, so optimizers keep them, except weights that were packed. The masks are checked against their patterns first.
+    A layer whose module was replaced after `sparsify_` is reported by a warning, and stays as it is.
     Parametrizations that were added after `sparsify_`, such as a spectral norm, stay. An average of the weights (a copy of the
     model, such as `AveragedModel`) uses the masks of the model that it averages. On an error the model is what it was.
 
@@ -44,6 +46,9 @@ def finalize_(model: nn.Module) -> nn.Module:
 
 def _finalize(given: nn.Module, rollback: Rollback) -> nn.Module:
     model = unwrapped_model(given)
+    for sparsity in live_sparsities():
+        if sparsity.called[0] is model:
+            sparsity.notice_replaced()
     dynamic = masked_parameters(model)
     accelerated = [module for module in model.modules() if isinstance(module, Accelerated)]
     static = [(module, parameter, held) for module in model.modules() for parameter, held in static_masks(module)]
@@ -105,6 +110,7 @@ def _finalize(given: nn.Module, rollback: Rollback) -> nn.Module:
     for module in model.modules():
         MVUELinear.remove_(module)
         remove_hooks(module)
+        remove_mask_checks(module)
     for sparsity, facts in ending:
         sparsity.end(facts)
     return given
