@@ -75,7 +75,7 @@ def test_a_dynamic_training_checkpoint_becomes_one_that_transformers_loads(tmp_p
     (source / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
     torch.save({"state": {}}, source / "optimizer.pt")
     to_dense(source, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json", "bisparse-plain.json"}
     again, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids = torch.arange(12).view(1, 12)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import html
 import json
 import re
 import runpy
@@ -21,7 +22,8 @@ from typer.testing import CliRunner
 from bisparse import verify
 from bisparse.checkpoint import CheckpointError, read_sidecar, save
 from bisparse.cli import app
-from bisparse.cli.model_source import open_source, text_batches, token_batches
+from bisparse.cli.calibration_text import text_batches, token_batches
+from bisparse.cli.model_source import open_source
 from bisparse.layers import find_layers
 from bisparse.pruning import ALPS, AdaPrune, CalibrationError, Wanda, prune_
 from bisparse.pruning.calibration.block_chain import find_chains
@@ -583,13 +585,28 @@ def test_the_sidecar_says_how_a_job_was_called_and_on_what_data(tmp_path: Path, 
         assert shlex.split(said["command"]) == ["bisparse", *map(str, (*command, *options)), "--json"]
         assert said["source"] == str(folder) and said["order"] == "parallel"
         assert said["calibration"] == {
-            "file": str(text),
-            "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+            "files": [
+                {
+                    "name": str(text),
+                    "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+                    "bytes": text.stat().st_size,
+                    "sequences": 12,
+                }
+            ],
+            "text_field": None,
             "sequences": 12,
             "length": 32,
+            "tokens": 12 * 32,
             "seed": 0,
             "batches": 2,
         }
+        assert said["versions"].keys() == {"transformers", "tokenizers"}
+        shown = " ".join(
+            CliRunner().invoke(app, ["report", command[2], "-o", "page.html"], catch_exceptions=False).output.split()
+        )
+        for words in (f"made by: {said['command']}"[:60], str(text), "sha256", "12 sequences of at most 32 tokens", "seed 0"):
+            assert words in shown
+            assert words in html.unescape((beside / "page.html").read_text())
     assert invoke("prune", "mine_for_tests:both", "d", "-p", "2:4", "--method", "wanda")[0] == 0
     assert read_sidecar("d").provenance["calibration"] == {"function": "mine_for_tests:both", "batches": 6}
 
