@@ -68,8 +68,9 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
     for tensor in chosen.values():
         tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a checksum that is wrong
     with Rollback() as rollback:
+        # All before the first is written: tensors of the model may share memory.
+        rollback.touch(*(state[name] for name in chosen))
         for name, tensor in chosen.items():
-            rollback.touch(state[name])
             _write(tensor, state[name])
         _check_shared(state, chosen)
         source.check_unchanged()
@@ -143,11 +144,13 @@ def _write(tensor: StoredTensor, own: Tensor) -> None:
         return
     written = own.cpu()
     if own.dtype.is_floating_point or own.dtype.is_complex:
-        lost = _finite(new) & ~_finite(written)
+        # Some conversions saturate instead of overflowing.
+        limits = torch.finfo(own.dtype)
+        lost = _finite(new) & (~_finite(written) | (_wide(new).abs() > limits.max * (1 + limits.eps / 2)))
     else:
         lost = written.to(new.dtype) != new
     if bool(lost.any()):
-        worst = new[lost].float().abs().max() if not new.is_complex() else new[lost].abs().max()
+        worst = _wide(new)[lost].abs().max()
         raise CheckpointError(
             tensor.path,
             f"has {int(lost.sum()):,} values, up to {float(worst):.6g}, that the model's {own.dtype} cannot hold",
@@ -157,7 +160,12 @@ def _write(tensor: StoredTensor, own: Tensor) -> None:
 
 
 def _finite(values: Tensor) -> Tensor:
-    return torch.isfinite(values.float() if values.dtype.is_floating_point and values.dtype.itemsize == 1 else values)
+    return torch.isfinite(_wide(values))
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The same numbers in a dtype in which torch calculates."""
+    return values if values.is_complex() else values.double()
 
 
 def _check_shared(state: Mapping[str, Tensor], chosen: Mapping[str, StoredTensor]) -> None:

@@ -101,7 +101,8 @@ def convert(
     if to_dense:
         others = {
             "--to": to, "--method": method, "--calibration": calibration, "--text-field": text_field,
-            "--include": include, "--exclude": exclude,            "--layout": layout, "--damping": damping, "--solver": solver, "--device": device, "--resume": resume,
+            "--include": include, "--exclude": exclude,
+            "--layout": layout, "--damping": damping, "--solver": solver, "--device": device, "--resume": resume,
             "--regrow": regrow or None, "--block-epochs": block_epochs or None,
         }  # fmt: skip
         if given := [name for name, value in others.items() if value not in (None, [])]:
