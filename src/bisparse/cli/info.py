@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -73,7 +74,7 @@ def _checkpoint_named(subject: str) -> Path | None:
     """The checkpoint of that name; None for what can only be a pattern."""
     if re.fullmatch(r"[\d:]+(-\w+)?|[\d.]+%", subject) and not Path(subject).exists():
         return None
-    named = "/" in subject or subject.endswith((".safetensors", ".pt", ".pth", ".bin"))
+    named = "/" in subject or os.path.lexists(subject) or subject.endswith((".safetensors", ".pt", ".pth", ".bin"))
     try:
         return parse_source(subject, "PATTERN|CHECKPOINT")
     except typer.BadParameter:
