@@ -69,7 +69,7 @@ def open_source(name: str) -> Source:
         raise ValueError(f"{name}: loading it needs transformers; {install_extra('transformers')}") from error
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     with _loading(path, "the model"):
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     kind = transformers.AutoModelForCausalLM if options else _class_of(config, path)
     with _loading(path, "the model"):
         # Tensors of another shape are to be named, not just to fail.
@@ -90,7 +90,7 @@ def open_source(name: str) -> Source:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     with _loading(path, "the tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     if options:
         # Its other files are not in that folder, which may hold other models.
         model.name_or_path = str(path)
