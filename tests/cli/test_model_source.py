@@ -682,3 +682,36 @@ def test_the_journals_of_ranks_are_removed_and_nothing_else(tmp_path: Path) -> N
     remove_journal(tmp_path / "j")
     remove_journal(tmp_path / "j")
     assert not (tmp_path / "j").exists()
+
+
+def test_a_dry_run_with_data_shows_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:
+    folder = stored(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    chat = tmp_path / "more.jsonl"
+    chat.write_text("\n".join(json.dumps({"body": "w1 w2 w3 w4"}) for _ in range(200)))
+    before = sorted(tmp_path.rglob("*"))
+    options = ["-p", "2:4", "--method", "adaprune", "--calibration", text, "--calibration", chat, "--text-field", "body"]
+    options += ["--sequences", "12", "--length", "32", "--dry-run"]
+    code, plan = invoke("prune", folder, *options)
+    assert code == 0 and plan["dry_run"] and plan["method"] == "adaprune"
+    assert len(plan["layers"]) == 14 and {one["pattern"] for one in plan["layers"]} == {"2:4"}
+    assert {one["name"] for one in plan["left_dense"]} >= {"lm_head"}
+    data = plan["calibration"]
+    assert (data["sequences"], data["tokens"]) == (12, 12 * 32) and [one["sequences"] for one in data["files"]] == [6, 6]
+    assert {"model.safetensors", "bisparse.json", "tokenizer.json", "README.md"} <= set(plan["files"])
+    shown = " ".join(CliRunner().invoke(app, [str(one) for one in ("prune", folder, *options)]).output.split())
+    assert "12 sequences, 384 tokens" in shown and "Nothing was." in shown
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    for target in (tmp_path / "out", folder):
+        code, refused_plan = invoke("prune", folder, target, *options)
+        assert code == 1 and "error" in refused_plan
+
+
+def test_a_model_that_brings_code_is_refused_and_nobody_is_asked(tmp_path: Path) -> None:
+    folder = stored(tmp_path / "model")
+    described(folder, model_type="of_mine", auto_map={"AutoConfig": "mine.Config"})
+    (folder / "mine.py").write_text("import pathlib; pathlib.Path('ran').touch()")
+    code, said = invoke("prune", folder, tmp_path / "out", "--method", "wanda")
+    assert code == 2 and "trust_remote_code" in said["error"] and not Path("ran").exists()

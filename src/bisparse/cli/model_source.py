@@ -48,14 +48,14 @@ def open_source(name: str) -> Source:
     ``org/name`` is taken from the local Hugging Face cache.
 
     Raises:
-        CheckpointError: there is no such thing; the folder's files are damaged, or are not the whole model and nothing else:
+        CheckpointError: the folder's files are damaged, or are not the whole model and nothing else:
             config.json names no class of transformers, or asks for tensors that the weights lack, have besides, or have in
             another shape.
-        ValueError: no such function; it cannot be loaded; or transformers is not installed.
+        ValueError: no such thing; it cannot be loaded; or transformers is not installed.
     """
     if FUNCTION.fullmatch(name) and not Path(name).exists():
         return _call(name)
-    path = find_source(name)
+    path = _path_of(name)
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"{name} is a file: name the folder of the transformers model, a .gguf file, or module:function")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -101,12 +101,21 @@ def place_of(name: str) -> Path | None:
     """The folder or file of a source: of a function, the module's or package's file; None if there is none. Imports nothing.
 
     Raises:
-        CheckpointError: no such folder or file, and no such model in the local Hugging Face cache.
+        ValueError: no such folder or file, and no such model in the local Hugging Face cache.
     """
     if not FUNCTION.fullmatch(name) or Path(name).exists():
-        return find_source(name)
+        return _path_of(name)
     module = importlib.machinery.PathFinder.find_spec(name.partition(":")[0].partition(".")[0], [os.getcwd(), *sys.path])
     return None if module is None or module.origin is None else Path(module.origin)
+
+
+def _path_of(name: str) -> Path:
+    try:
+        return find_source(name)
+    except CheckpointError as error:
+        raise ValueError(
+            f"{name}: no such folder or file (it {error.problem}); {error.remedy}; a function of yours is named module:function"
+        ) from error
 
 
 def _class_of(config: Any, path: Path) -> Any:

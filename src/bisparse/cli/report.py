@@ -31,6 +31,8 @@ def report(
     if missing := [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]:
         fail(f"reports need {' and '.join(missing)}; {install_extra('report')}", 2, as_json=as_json)
     pruned = parse_source(pruned, "PRUNED")
+    if pruned.is_file():
+        raise typer.BadParameter(f"{pruned} is a file: name the folder that bisparse wrote", param_hint="PRUNED")
     against = None if against is None else parse_source(against, "--against")
     from bisparse.apart import check_apart
     from bisparse.atomic_file import check_output_file
