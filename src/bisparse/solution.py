@@ -300,6 +300,8 @@ class Verification:
     """For a checkpoint, the layers whose zeros could not be seen or are not constrained, and why."""
     left_out: tuple[Skipped, ...] = ()
     """For a checkpoint, the tensors that are no layers to prune by default, or that the caller left out."""
+    contradicted: tuple[str, ...] = ()
+    """For a checkpoint, what its sidecar says of the weights that is not so, such as another density; each in a sentence."""
 
     def __bool__(self) -> bool:
         return self.violations == 0 and not (self.unchecked and not self.layers)
@@ -318,7 +320,8 @@ class Verification:
             found = f"{patterns} holds on {count} of {count + len(self.unchecked)} layers, {self.groups} groups"
         else:
             found = f"{patterns} holds on {self.groups} groups"
-        return f"{subject}{found}; {self._not_checked}" if self.unchecked else f"{subject}{found}"
+        found = f"{subject}{found}; {self._not_checked}" if self.unchecked else f"{subject}{found}"
+        return f"{found}; bisparse.json is wrong: {'; '.join(self.contradicted[:4])}" if self.contradicted else found
 
     @property
     def _not_checked(self) -> str:

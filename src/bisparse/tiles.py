@@ -204,9 +204,7 @@ def to_tiles(matrix: Shaped[Tensor, "R C"], m: int) -> Shaped[Tensor, "B M M"]:
     """Cut a matrix into its tiles, band by band, left to right: tile t covers rows ``t // (C/m)``, columns ``t % (C/m)``."""
     _check_side(m)
     if matrix.ndim != 2 or matrix.shape[0] % m or matrix.shape[1] % m:
-        raise ValueError(
-            f"a tensor of shape {tuple(matrix.shape)} is no matrix of whole tiles of side {m}: complete it first, by pad_to_multiple"
-        )
+        raise ValueError(f"a tensor of shape {tuple(matrix.shape)} is no matrix of whole tiles of side {m}: see pad_to_multiple")
     rows, columns = matrix.shape
     return matrix.view(rows // m, m, columns // m, m).transpose(1, 2).reshape(-1, m, m)
 
