@@ -57,7 +57,7 @@ def amx_works() -> bool:
     features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
     if not {"+amx-tile", "+amx-bf16"} <= features or Way.AVX512_BF16 not in usable_ways(torch.bfloat16):
         return False
-    return ctypes.CDLL(None, use_errno=True).syscall(ASK, EXTENDED_STATE, TILE_DATA) == 0
+    return bool(ctypes.CDLL(None, use_errno=True).syscall(ASK, EXTENDED_STATE, TILE_DATA) == 0)
 
 
 def _tile(number: int) -> Any:
