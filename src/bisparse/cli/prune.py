@@ -44,6 +44,7 @@ from bisparse.cli.console import (
     table,
     to_stdout,
 )
+from bisparse.cli.deploy import Export, Quantize, check_deployment, deploy
 
 if TYPE_CHECKING:
     from bisparse.checkpoint import CheckpointPlan
@@ -96,6 +97,8 @@ def prune(
     damping: Damping = None,
     device: Device = None,
     resume: Resume = None,
+    quantize: Quantize = None,
+    export: Export = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be pruned and what not, and why; write nothing.")
     ] = False,
@@ -121,6 +124,7 @@ def prune(
     if target is None and not dry_run:
         raise typer.BadParameter("missing; name the folder to write, or pass --dry-run", param_hint="TARGET")
     chosen_order = parse_order(order)
+    check_deployment(str(source), target, quantize, export, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
     set_threads(threads)
     if method != "magnitude" or block_epochs or ":" in str(source):
         if key is not None:
@@ -147,6 +151,7 @@ def prune(
             device=parse_device(device),
             resume=resume,
         )
+        on_first_rank(lambda: deploy(target, quantize, export, calibration, sequences, length, overwrite))
         return
     unused = {"--calibration": calibration, "--damping": damping, "--device": device, "--resume": resume}
     if given := [name for name, value in unused.items() if value is not None]:
@@ -181,6 +186,7 @@ def prune(
                 progress=progress,
             )
         _print_report(report, destination, time.perf_counter() - start, as_json)
+        deploy(destination, quantize, export, None, sequences, length, overwrite)
 
     on_first_rank(job)
 
