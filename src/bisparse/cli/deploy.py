@@ -220,7 +220,9 @@ def show_export(export: OnnxExport, as_json: bool = False) -> None:
     console = to_stdout()
     shapes = "; ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in export.inputs.items())
     console.print(f"Inputs: {shapes}. Output: {export.output}.", markup=False)
-    console.print(f"{export.weights} weights are in the file, equal to the model's bit for bit.")
+    console.print(f"{export.weights} matrices are in the file, equal to the model's bit for bit.")
+    if export.unmatched:
+        console.print(f"Not in the file under their names, so not compared: {', '.join(export.unmatched[:8])}.", style="yellow")
     for pattern, layers in export.verified.items():
         console.print(f"{pattern} holds on {layers} layers along the axis that the graph multiplies over.")
     if export.difference is not None:

@@ -42,7 +42,9 @@ def export(
     if method not in ("rtn", "gptq"):
         raise typer.BadParameter(f"{method!r} is not one of rtn, gptq", param_hint="--method")
     if quantize is None and (method != "rtn" or calibration is not None):
-        raise typer.BadParameter("has no use without --quantize int8", param_hint="--method" if method != "rtn" else "--calibration")
+        raise typer.BadParameter(
+            "has no use without --quantize int8", param_hint="--method" if method != "rtn" else "--calibration"
+        )
     set_threads(threads)
     made = export_folder(
         source,

@@ -164,7 +164,9 @@ def _check_layers(model: nn.Module, weights: Mapping[str, Tensor], report: Quant
         place = weights[layer.parameter].data_ptr()
         tied = [name for name, one in weights.items() if name != layer.parameter and one.numel() and one.data_ptr() == place]
         if tied:
-            raise ValueError(f"{layer.name}: its weight is also {tied[0]}, which would not be quantised with it; exclude the layer")
+            raise ValueError(
+                f"{layer.name}: its weight is also {tied[0]}, which would not be quantised with it; exclude the layer"
+            )
 
 
 def _check_plain(source: Source) -> None:

@@ -47,7 +47,9 @@ class OnnxExport:
     """Shapes; dynamic axes by name."""
     output: str
     weights: int
-    """Layers' weights that are initializers of the file, equal to the model's bit for bit."""
+    """Matrices of the model that are initializers of the file, equal bit for bit."""
+    unmatched: tuple[str, ...]
+    """Names of the model's matrices that the file does not have, so that they were not compared; without tied ones."""
     verified: dict[str, int]
     """Number of layers that obey each pattern along the axis that the graph reduces over."""
     difference: float | None
@@ -115,7 +117,9 @@ def export_onnx(
     if not overwrite and os.path.lexists(path):
         raise CheckpointError(path, "exists already", "choose another name, or pass overwrite (--overwrite)")
     if accelerated := [name for name, module in model.named_modules() if isinstance(module, HasDenseWeight)]:
-        raise ValueError(f"the model is accelerated (at {accelerated[0]!r}), which ONNX has no operators for: call finalize_ first")
+        raise ValueError(
+            f"the model is accelerated (at {accelerated[0]!r}), which ONNX has no operators for: call finalize_ first"
+        )
     if quantized is not None:
         check_quantizable(quantized)
     _check_packages()
@@ -125,7 +129,9 @@ def export_onnx(
     model.eval()
     try:
         whole = _Exported(model, list(inputs) if isinstance(inputs, Mapping) else None).eval()
-        output = "logits" if hasattr(getattr(model, "config", None), "vocab_size") and model_has_head(whole, tensors) else "output"
+        output = (
+            "logits" if hasattr(getattr(model, "config", None), "vocab_size") and model_has_head(whole, tensors) else "output"
+        )
         proto = _proto(whole, names, tensors, axes, output)
         weights = plain_weights(model)
         if quantized is not None:
@@ -134,7 +140,7 @@ def export_onnx(
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         try:
             file = _write(proto, folder / path.name)
-            count = _check_weights(file, weights, quantized)
+            count, unmatched = _check_weights(file, weights, quantized)
             verified = _verify(file, pattern)
             difference, largest, note = _run(whole, file, names, tensors, axes)
             for one in sorted(folder.iterdir(), key=lambda one: one.name == path.name):
@@ -147,7 +153,7 @@ def export_onnx(
         name: tuple(axes.get(name, {}).get(i, side) for i, side in enumerate(one.shape))
         for name, one in zip(names, tensors, strict=True)
     }
-    return OnnxExport(path, shapes, output, count, verified, difference, largest, note)
+    return OnnxExport(path, shapes, output, count, unmatched, verified, difference, largest, note)
 
 
 def model_has_head(whole: nn.Module, tensors: Sequence[Tensor]) -> bool:
@@ -198,7 +204,13 @@ def _proto(whole: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], ax
         assert program is not None
         # Without the rewriting rules, which merge a batch norm into the weights before it.
         optimizer.inline(program.model)
-        optimizer.fold_constants(program.model, input_size_limit=FOLDED, output_size_limit=FOLDED)
+        optimizer.fold_constants(
+            program.model,
+            input_size_limit=FOLDED,
+            output_size_limit=FOLDED,
+            # Otherwise transposed weights are stored, under other names, whatever their size.
+            should_fold=lambda node: False if node.op_type == "Transpose" else None,
+        )
         optimizer.remove_unused_nodes(program.model)
     proto = program.model_proto
     rename_weights(proto, PREFIX)
@@ -222,22 +234,31 @@ def _write(proto: Any, file: Path) -> Path:
     return file
 
 
-def _check_weights(file: Path, weights: Mapping[str, Tensor], quantized: QuantizationReport | None) -> int:
-    """How many matrices of the model are in the file, once those of the file are known to be the model's, bit for bit."""
+def _check_weights(
+    file: Path, weights: Mapping[str, Tensor], quantized: QuantizationReport | None
+) -> tuple[int, tuple[str, ...]]:
+    """How many matrices of the file are the model's bit for bit, and which the file lacks.
+
+    Raises:
+        CheckpointError: one has other values.
+    """
     tensors = open_source(file).tensors
     stored = {} if quantized is None else {layer.parameter: layer for layer in quantized}
-    count = 0
+    found, lacking = {}, {}
     for name, weight in weights.items():
-        if weight.ndim < 2 or (tensor := tensors.get(name)) is None:
+        if weight.ndim < 2:
+            continue
+        if (tensor := tensors.get(name)) is None:
+            lacking[name] = weight.data_ptr()
             continue
         meant = stored_values(weight, stored[name]) if name in stored else weight
         read = tensor.read().view(tensor.shape)
         if read.shape != meant.shape or read.dtype != meant.dtype or not bool((read == meant.cpu()).all()):
             raise CheckpointError(file, "is not the model's weight any more", "report this", tensor=name)
-        count += 1
-    if lost := [name for name in stored if name not in tensors]:
+        found[name] = weight.data_ptr()
+    if lost := [name for name in stored if name not in found]:
         raise CheckpointError(file, "is not an initializer", "report this", tensor=lost[0])
-    return count
+    return len(found), tuple(name for name, place in lacking.items() if place not in found.values())
 
 
 def _verify(file: Path, pattern: str | Structure | Mapping[str, str | Structure] | None) -> dict[str, int]:
@@ -283,7 +304,9 @@ def _run(
         given = {name: one.cpu().numpy() for name, one in zip(names, example, strict=True)}
         made = torch.from_numpy(session.run(None, given)[0]).float()
         if made.shape != meant.shape:
-            raise CheckpointError(file, f"gives outputs of shape {tuple(made.shape)}, the model {tuple(meant.shape)}", "report this")
+            raise CheckpointError(
+                file, f"gives outputs of shape {tuple(made.shape)}, the model {tuple(meant.shape)}", "report this"
+            )
         difference = max(difference, float((made - meant).abs().max()))
         largest = max(largest, float(meant.abs().max()))
     return difference, largest, ""

@@ -47,16 +47,16 @@ def unpacked(source: Source) -> Source:
     if not found:
         return source
     shards = tuple(
-        replace(shard, tensors=tuple(found.get(one.name, one) for one in shard.tensors if one.name.removesuffix(SHAPE) == one.name))
+        replace(
+            shard, tensors=tuple(found.get(one.name, one) for one in shard.tensors if one.name.removesuffix(SHAPE) == one.name)
+        )
         for shard in source.shards
     )
     note = f"{len(found)} weights are packed integers of compressed-tensors; their zeros are read as they are stored"
     return replace(source, shards=shards, notes=(*source.notes, note))
 
 
-def _unpack(
-    name: str, packed: StoredTensor, tensors: Mapping[str, StoredTensor], widths: frozenset[int]
-) -> StoredTensor | None:
+def _unpack(name: str, packed: StoredTensor, tensors: Mapping[str, StoredTensor], widths: frozenset[int]) -> StoredTensor | None:
     layer = name.removesuffix(PACKED)
     shape = tensors.get(layer + SHAPE)
     if layer == name or shape is None or packed.dtype != "I32" or len(packed.shape) != 2 or shape.size != 2:
