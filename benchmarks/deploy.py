@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import transformers
-from record import RESULTS, Record, read_rows
 from torch import Tensor, nn
 
 import bisparse
@@ -31,6 +30,7 @@ from bisparse.checkpoint.reader import open_source
 from bisparse.cli.model_source import text_batches
 from bisparse.export import export_onnx, save_quantized
 from bisparse.quantization import quantize_
+from record import RESULTS, Record, read_rows
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "deploy.md"
 BEGIN, END = "<!-- table of benchmarks/deploy.py -->\n", "<!-- end of the table -->\n"

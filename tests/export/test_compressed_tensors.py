@@ -128,3 +128,30 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
 
 def test_the_filter_names_what_can_be_stored() -> None:
     assert can_be_stored("a", nn.Linear(2, 2)) and not can_be_stored("a", nn.Conv2d(2, 2, 1))
+
+
+def tokenizer() -> object:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    raw = Tokenizer(models.WordLevel({f"w{i}": i for i in range(95)} | {"[UNK]": 95}, unk_token="[UNK]"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=raw, unk_token="[UNK]")
+
+
+def test_one_command_prunes_and_quantises(tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from bisparse.cli import app
+
+    llama().save_pretrained(tmp_path / "dense")
+    tokenizer().save_pretrained(tmp_path / "dense")  # type: ignore[attr-defined]
+    command = ["prune", str(tmp_path / "dense"), str(tmp_path / "out"), "-p", "2:4", "--quantize", "int8"]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert verify_checkpoint(tmp_path / "out-int8") and (tmp_path / "out-int8" / "tokenizer.json").exists()
+    pruned, kept = load_masks(tmp_path / "out"), load_masks(tmp_path / "out-int8")
+    assert not any(bool((kept[name] & ~mask).any()) for name, mask in pruned.items())
+    again = CliRunner().invoke(app, ["quantize", str(tmp_path / "out-int8"), str(tmp_path / "twice")], catch_exceptions=False)
+    assert again.exit_code == 1 and "quantised already" in again.output
+    refused = CliRunner().invoke(app, [*command[:2], str(tmp_path / "new"), "--quantize", "int3"], catch_exceptions=False)
+    assert refused.exit_code == 2 and not (tmp_path / "new").exists()

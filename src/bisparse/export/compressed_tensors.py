@@ -62,11 +62,9 @@ def _format(scheme_name: str, activations: str) -> _Format:
     if scheme.group is not None:
         weights |= {"strategy": "group", "group_size": scheme.group}
     inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
-    if scheme.floating:
-        name = "float-quantized"
-    else:
-        # What the package itself chooses: integers for integer products, packed ones for weights alone.
-        name = "int-quantized" if activations == "dynamic" else "pack-quantized"
+    # Of integers what the package itself chooses: plain ones for integer products, packed ones for weights alone.
+    integers = "int-quantized" if activations == "dynamic" else "pack-quantized"
+    name = "float-quantized" if scheme.floating else integers
     return _Format(name, weights, inputs if activations == "dynamic" else None)
 
 

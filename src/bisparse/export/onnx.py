@@ -102,7 +102,7 @@ def export_onnx(
     Args:
         inputs: an example: tensors by name, which the model is called with, or by position.
         pattern: what the weights obey, for all layers or by layer name; checked on the file. TensorRT needs ``"2:4"``.
-        quantized: what `quantize_` returned, with the scheme int8: those weights are written as int8 behind DequantizeLinear nodes.
+        quantized: what `quantize_` returned, with the scheme int8: its weights are written as int8 behind DequantizeLinear nodes.
         dynamic_axes: names of axes that may have any length, by input; by default the first is "batch", and of integers with
             two dimensions the second is "sequence".
         overwrite: replace the file.
@@ -129,9 +129,7 @@ def export_onnx(
     model.eval()
     try:
         whole = _Exported(model, list(inputs) if isinstance(inputs, Mapping) else None).eval()
-        output = (
-            "logits" if hasattr(getattr(model, "config", None), "vocab_size") and model_has_head(whole, tensors) else "output"
-        )
+        output = _output_name(whole, tensors)
         proto = _proto(whole, names, tensors, axes, output)
         weights = plain_weights(model)
         if quantized is not None:
@@ -156,10 +154,10 @@ def export_onnx(
     return OnnxExport(path, shapes, output, count, unmatched, verified, difference, largest, note)
 
 
-def model_has_head(whole: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether the output's last side is the vocabulary."""
-    width = whole(*tensors).shape[-1]
-    return bool(width == whole.model.config.vocab_size)  # type: ignore[union-attr]
+def _output_name(whole: _Exported, tensors: Sequence[Tensor]) -> str:
+    """ "logits" where the output's last side is the vocabulary."""
+    vocabulary = getattr(getattr(whole.model, "config", None), "vocab_size", None)
+    return "logits" if whole(*tensors).shape[-1] == vocabulary else "output"
 
 
 def _check_packages() -> None:

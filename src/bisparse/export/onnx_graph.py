@@ -59,7 +59,7 @@ def check_quantizable(report: QuantizationReport) -> None:
 
 
 def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[str, Tensor]) -> None:
-    """Store quantised layers' weights as int8, with a scale per output channel and zero point 0, and dequantise them in the graph.
+    """Store quantised layers' weights as int8, with a scale per channel and zero point 0, and dequantise them in the graph.
 
     Raises:
         ValueError: a layer's weight is no initializer of its name.
