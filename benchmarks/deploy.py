@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import bisparse
 from bisparse.checkpoint import load_masks
-from bisparse.checkpoint.formats.packed_integers import unpacked
+from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.reader import open_source
 from bisparse.cli.model_source import text_batches
 from bisparse.export import export_onnx, save_quantized

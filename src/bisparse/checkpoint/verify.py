@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bisparse.checkpoint.bands import Band, bands
 from bisparse.checkpoint.coverage import Coverage, cover, cover_by_sidecar, matrix_sides, nonzero
-from bisparse.checkpoint.formats.packed_integers import unpacked
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer
+from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.sidecar import Sidecar, read_own_sidecar
 from bisparse.errors import CheckpointError

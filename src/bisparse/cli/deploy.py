@@ -114,6 +114,7 @@ def quantize_folder(
     check_apart(target, {"source": place_of(source), "calibration text": calibration})
     output.check_target(target, overwrite, QUANTIZATION)
     output.check_writable(target)
+    _check_plain(source)
     opened = open_source(source)
     batches = _batches(opened, calibration, sequences, length)
     if method == "gptq" and batches is None:
@@ -167,6 +168,7 @@ def export_folder(
         raise typer.BadParameter(f"{quantize!r}: ONNX files are written with int8 weights only", param_hint="--quantize")
     import_for("onnxscript", "export")
     check_apart(target, {"source": place_of(source), "calibration text": calibration})
+    _check_plain(source)
     opened = open_source(source)
     model = opened.model.float()
     report = None
@@ -254,6 +256,15 @@ def _check_scheme(name: str) -> None:
 def _check_format(name: str) -> None:
     if name != "onnx":
         raise typer.BadParameter(f"{name!r} is not one of: onnx", param_hint="--export")
+
+
+def _check_plain(source: str) -> None:
+    """Refuse a folder whose weights are quantised already."""
+    from bisparse.checkpoint.reader import open_source
+    from bisparse.errors import CheckpointError
+
+    if Path(source).is_dir() and open_source(source).config.get("quantization_config"):
+        raise CheckpointError(source, "is quantised already (its config.json says how)", "start from the model before that")
 
 
 def _batches(opened: Any, calibration: Path | None, sequences: int, length: int) -> list[Any] | None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from bisparse.apart import check_apart, origin_of
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
-from bisparse.checkpoint.formats.packed_integers import unpacked
 from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.names import named_as_in
+from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.prune import copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.save_load import configs_of, plain_weights, sidecar_of

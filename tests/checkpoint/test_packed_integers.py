@@ -9,7 +9,7 @@ from checkpoint_files import State, write_folder
 
 import bisparse
 from bisparse.checkpoint import detect_patterns, verify_checkpoint
-from bisparse.checkpoint.formats.packed_integers import unpacked
+from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.reader import open_source
 
 
