@@ -110,6 +110,8 @@ def test_refusals_come_before_anything_is_exported(tmp_path: Path) -> None:
         export_onnx(model, tmp_path / "there.onnx", torch.randn(2, 32))
     with pytest.raises(ValueError, match="int8 weights only"):
         export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 32), quantized=quantize_(model, "int4-g32"))
+    with pytest.raises(ValueError, match="cannot be called with 1 tensors by position"):
+        export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 5))
     bisparse.prune_(model, "2:4")
     bisparse.accelerate_(model.bfloat16(), backend="reference")
     with pytest.raises(ValueError, match="finalize_"):

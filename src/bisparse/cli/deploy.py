@@ -120,14 +120,14 @@ def quantize_folder(
     if method == "gptq" and batches is None:
         raise typer.BadParameter("missing; gptq needs calibration data", param_hint="--calibration")
     include, exclude = options.pop("include", None), options.pop("exclude", None)
-    chosen, _ = find_layers(opened.model, include, exclude)
+    chosen, dense = find_layers(opened.model, include, exclude)
     linear = [one.name for one in chosen if can_be_stored(one.name, one.module)]
     others = [Skipped(one.name, f"{type(one.module).__name__}: not stored quantised") for one in chosen if one.name not in linear]
     if not linear:
         raise ValueError(f"{source}: none of its layers is a Linear, which is what compressed-tensors stores quantised")
     report = quantize_(opened.model, scheme, data=batches, method=method, include=linear, progress=progress, **options)
-    reasons = {one.name: one for one in (*report.left, *others)}
-    report = replace(report, left=tuple(reasons.values()))
+    refused = [one for one in report.left if one.name in linear]
+    report = replace(report, left=(*dense, *others, *refused))
     said = {"command": shlex.join(["bisparse", *command_line()]), "source": source, "calibration": str(calibration or "") or None}
     beside = getattr(opened.tokenizer, "save_pretrained", None) if opened.folder is None else None
     save_quantized(

@@ -25,6 +25,7 @@ from bisparse.errors import CheckpointError, install_extra
 from bisparse.export.onnx_graph import check_quantizable, name_axes, quantize_weights, rename_weights
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.quantization import QuantizationReport, stored_values
+from bisparse.user_errors import error_in_one_line
 
 __all__ = ["OnnxExport", "export_onnx"]
 
@@ -157,7 +158,12 @@ def export_onnx(
 def _output_name(whole: _Exported, tensors: Sequence[Tensor]) -> str:
     """ "logits" where the output's last side is the vocabulary."""
     vocabulary = getattr(getattr(whole.model, "config", None), "vocab_size", None)
-    return "logits" if whole(*tensors).shape[-1] == vocabulary else "output"
+    try:
+        made = whole(*tensors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = ", ".join(whole.names or [f"{len(tensors)} tensors by position"])
+        raise ValueError(f"the model cannot be called with {given}: {error_in_one_line(error)}") from error
+    return "logits" if made.shape[-1] == vocabulary else "output"
 
 
 def _check_packages() -> None:
@@ -189,16 +195,19 @@ def _proto(whole: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], ax
     shapes = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in names)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        program = torch.onnx.export(
-            whole,
-            tuple(example),
-            input_names=list(names),
-            output_names=[output],
-            dynamic_shapes=(shapes,),
-            dynamo=True,
-            optimize=False,
-            verbose=False,
-        )
+        try:
+            program = torch.onnx.export(
+                whole,
+                tuple(example),
+                input_names=list(names),
+                output_names=[output],
+                dynamic_shapes=(shapes,),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ValueError(f"torch cannot export {type(whole.model).__name__} to ONNX: {error_in_one_line(error)}") from error
         assert program is not None
         # Without the rewriting rules, which merge a batch norm into the weights before it.
         optimizer.inline(program.model)

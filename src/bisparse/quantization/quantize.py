@@ -20,6 +20,7 @@ from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
 from bisparse.pruning.layer import check_can_be_written, layer_problem
 from bisparse.pruning.methods.base import LayerProblem, check_choice, check_number
+from bisparse.pruning.reduction import positions
 from bisparse.quantization.report import QuantizationReport, QuantizedLayer
 from bisparse.quantization.rounding import Stored, round_to_nearest, round_with_feedback
 from bisparse.quantization.scheme import Scheme, parse_scheme
@@ -115,8 +116,8 @@ def _choose(
         check_can_be_written(layer)
         if not bool(torch.isfinite(layer.weight).all()):
             raise ValueError(f"{layer.name}: its weight holds NaN or infinity, which no scheme can store")
-        problem = layer_problem(layer, ANY)
-        reason = scheme.refusal(matrix_sides(layer.weight, layer.layout)[1], problem.positions)
+        inputs = matrix_sides(layer.weight, layer.layout)[1]
+        reason = scheme.refusal(inputs, positions(layer.layout, layer.weight.shape))
         if reason is None:
             layers.append(layer)
         else:
