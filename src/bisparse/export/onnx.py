@@ -296,6 +296,8 @@ def _run(
         return None, None, f"not run: {install_extra('serve')} for onnxruntime"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    # Its further optimisations round the inputs of products by int8 weights, which is no property of the file.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
