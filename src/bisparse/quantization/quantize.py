@@ -200,7 +200,8 @@ def _dequantised(layer: Layer, problem: LayerProblem, stored: Stored, scheme: Sc
     rows = numbers.to(dtype) * scheme.spread(scale, numbers.shape[-1]).to(dtype)
     if not bool(torch.isfinite(rows).all()):
         raise ValueError(f"{layer.name}: weights that round up beyond the largest {dtype}; quantise the model in bfloat16")
-    return from_matrices(problem.matrices(rows), layer.layout, layer.weight.shape)
+    result: Tensor = from_matrices(problem.matrices(rows), layer.layout, layer.weight.shape)
+    return result
 
 
 def _check_zeros(layer: Layer, weight: Tensor) -> None:

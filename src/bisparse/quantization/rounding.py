@@ -67,7 +67,8 @@ def round_with_feedback(
             def rounded(column: Tensor, j: int, g: int = g, scale: Tensor = scale, start: int = start) -> Tensor:
                 value = scheme.round(column, scale) * kept[g][:, start + j]
                 stored[g][:, start + j] = value
-                return value * scale
+                result: Tensor = value * scale
+                return result
 
             feed_back(weight, upper, part, rounded)
         scales.append(own)

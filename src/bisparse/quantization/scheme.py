@@ -82,7 +82,8 @@ class Scheme:
 
     def _rounding(self, parts: Tensor, scale: Tensor) -> Tensor:
         wide = scale.unsqueeze(-1)
-        return (self.round(parts, wide) * wide - parts).square().sum(-1)
+        result: Tensor = (self.round(parts, wide) * wide - parts).square().sum(-1)
+        return result
 
 
 SCHEMES = {
