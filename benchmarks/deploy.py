@@ -27,7 +27,7 @@ import bisparse
 from bisparse.checkpoint import load_masks
 from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.reader import open_source
-from bisparse.cli.model_source import text_batches
+from bisparse.cli.calibration_text import text_batches
 from bisparse.export import export_onnx, save_quantized
 from bisparse.quantization import quantize_
 from record import RESULTS, Record, read_rows
@@ -92,7 +92,9 @@ def measure(
     """All rows of one model, in a temporary folder."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     causal = options.model == "smollm"
-    batches = text_batches(tokenizer, options.calibration, causal=causal, sequences=options.sequences, length=256, batch_size=4)
+    batches = text_batches(
+        tokenizer, options.calibration, causal=causal, sequences=options.sequences, length=256, batch_size=4
+    ).batches
     rows = Record(options.results)
     common = {"model": options.model, "pattern": options.pattern, "method": options.method, "sequences": options.sequences}
     metric = "perplexity" if causal else "spearman"

@@ -68,7 +68,13 @@ def check_deployment(
 
 
 def deploy(
-    target: Path, quantize: str | None, export: str | None, calibration: Path | None, sequences: int, length: int, overwrite: bool
+    target: Path,
+    quantize: str | None,
+    export: str | None,
+    calibration: list[Path] | None,
+    sequences: int,
+    length: int,
+    overwrite: bool,
 ) -> None:
     """Quantise and export what `prune` has written."""
     folder, file = places(target, quantize, export)
@@ -92,7 +98,7 @@ def quantize_folder(
     *,
     method: str = "rtn",
     activations: str = "none",
-    calibration: Path | None = None,
+    calibration: list[Path] | None = None,
     sequences: int = 128,
     length: int = 512,
     overwrite: bool = False,
@@ -111,7 +117,7 @@ def quantize_folder(
 
     _check_scheme(scheme)
     import_for("compressed_tensors", "quantize")
-    check_apart(target, {"source": place_of(source), "calibration text": calibration})
+    check_apart(target, {"source": place_of(source), **{f"calibration text {one}": one for one in calibration or ()}})
     output.check_target(target, overwrite, QUANTIZATION)
     output.check_writable(target)
     _check_plain(source)
@@ -128,7 +134,11 @@ def quantize_folder(
     report = quantize_(opened.model, scheme, data=batches, method=method, include=linear, progress=progress, **options)
     refused = [one for one in report.left if one.name in linear]
     report = replace(report, left=(*dense, *others, *refused))
-    said = {"command": shlex.join(["bisparse", *command_line()]), "source": source, "calibration": str(calibration or "") or None}
+    said = {
+        "command": shlex.join(["bisparse", *command_line()]),
+        "source": source,
+        "calibration": [str(one) for one in calibration or ()],
+    }
     beside = getattr(opened.tokenizer, "save_pretrained", None) if opened.folder is None else None
     save_quantized(
         opened.model,
@@ -150,7 +160,7 @@ def export_folder(
     length: int = 16,
     quantize: str | None = None,
     method: str = "rtn",
-    calibration: Path | None = None,
+    calibration: list[Path] | None = None,
     sequences: int = 128,
     calibration_length: int = 512,
     overwrite: bool = False,
@@ -167,7 +177,7 @@ def export_folder(
     if quantize not in (None, "int8"):
         raise typer.BadParameter(f"{quantize!r}: ONNX files are written with int8 weights only", param_hint="--quantize")
     import_for("onnxscript", "export")
-    check_apart(target, {"source": place_of(source), "calibration text": calibration})
+    check_apart(target, {"source": place_of(source), **{f"calibration text {one}": one for one in calibration or ()}})
     _check_plain(source)
     opened = open_source(source)
     model = opened.model.float()
@@ -267,8 +277,8 @@ def _check_plain(source: str) -> None:
         raise CheckpointError(source, "is quantised already (its config.json says how)", "start from the model before that")
 
 
-def _batches(opened: Any, calibration: Path | None, sequences: int, length: int) -> list[Any] | None:
-    from bisparse.cli.model_source import text_batches
+def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length: int) -> list[Any] | None:
+    from bisparse.cli.calibration_text import text_batches
 
     if calibration is None:
         batches: list[Any] | None = opened.batches
@@ -276,7 +286,7 @@ def _batches(opened: Any, calibration: Path | None, sequences: int, length: int)
     if opened.tokenizer is None:
         raise typer.BadParameter("a text needs a transformers model", param_hint="--calibration")
     causal = bool(getattr(opened.model, "can_generate", lambda: False)())
-    return text_batches(opened.tokenizer, calibration, causal=causal, sequences=sequences, length=length)
+    return list(text_batches(opened.tokenizer, calibration, causal=causal, sequences=sequences, length=length).batches)
 
 
 def _example(opened: Any, length: int, torch: Any) -> Any:
