@@ -92,9 +92,10 @@ def measure(
     """All rows of one model, in a temporary folder."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     causal = options.model == "smollm"
-    batches = text_batches(
+    texts = text_batches(
         tokenizer, options.calibration, causal=causal, sequences=options.sequences, length=256, batch_size=4
     ).batches
+    batches = list(texts.batches)
     rows = Record(options.results)
     common = {"model": options.model, "pattern": options.pattern, "method": options.method, "sequences": options.sequences}
     metric = "perplexity" if causal else "spearman"
