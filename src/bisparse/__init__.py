@@ -52,7 +52,7 @@ __all__ = [
 
 # Names are imported when they are first used: `bisparse --help` does not wait for torch.
 _HOMES = ("pattern", "solution", "_solve", "pruning", "training", "accelerate", "checkpoint", "diversity", "report")
-_SUBMODULES = ("solvers", "results", "layers", "scores", "tiles", *_HOMES)
+_SUBMODULES = ("solvers", "results", "layers", "scores", "tiles", "quantization", "export", *_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -37,7 +37,7 @@ from bisparse.solution import verify
 from bisparse.tiles import to_matrices
 from bisparse.wrappers import is_wrapper, plain_names, unwrapped_model
 
-__all__ = ["HasDenseWeight", "plain_weights", "save", "sidecar_of"]
+__all__ = ["HasDenseWeight", "configs_of", "plain_weights", "save", "sidecar_of"]
 
 WEIGHTS = "model.safetensors"
 
@@ -182,7 +182,7 @@ def save(
             report = replace(report, notes=(*report.notes, *opened.notes, *copy_others(opened, temporary)))
             opened.check_unchanged()
         if not (temporary / "config.json").exists():
-            for name, text in _configs_of(model).items():
+            for name, text in configs_of(model).items():
                 (temporary / name).write_text(text, encoding="utf-8")
         named = type(model).__name__ if opened is None else opened.name
         sidecar = replace(sidecar_of(report, weights, named), provenance=dict(provenance or {}))
@@ -267,7 +267,7 @@ def sidecar_of(report: PruneReport, weights: Mapping[str, Tensor], source: str) 
     return Sidecar(report, source=source, samples=tuple(samples))
 
 
-def _configs_of(model: nn.Module) -> dict[str, str]:
+def configs_of(model: nn.Module) -> dict[str, str]:
     """The configurations that a transformers model has, by file name."""
     found = {}
     if isinstance(config := getattr(model, "config", None), HasJson):

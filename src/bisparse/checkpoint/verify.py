@@ -13,6 +13,7 @@ from torch import Tensor
 from bisparse.checkpoint.bands import Band, bands
 from bisparse.checkpoint.coverage import Coverage, cover, cover_by_sidecar, matrix_sides, nonzero
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer
+from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.sidecar import Sidecar, read_own_sidecar
 from bisparse.checkpoint.statements import wrong_statements
@@ -62,7 +63,7 @@ def verify_checkpoint(
         CheckpointError: it cannot be read, has no layers, or lacks a layer that its sidecar names.
         ValueError: neither a pattern nor a sidecar.
     """
-    source = open_source(path, key)
+    source = unpacked(open_source(path, key))
     structure = None if pattern is None else parse_pattern(pattern)
     found = _cover(source, structure, include, exclude, layouts)
     layers = found.checked
@@ -248,7 +249,7 @@ def detect_patterns(
     Raises:
         CheckpointError: it cannot be read, or has no layers.
     """
-    source = open_source(path, key)
+    source = unpacked(open_source(path, key))
     layers = cover_source(source, include, exclude, layouts).checked
     total, done = sum(layer.tensor.nbytes for layer in layers), 0
     for layer in layers:

@@ -12,15 +12,17 @@ import typer
 from bisparse.cli.bench import bench
 from bisparse.cli.console import Commands, run_app
 from bisparse.cli.convert import convert
+from bisparse.cli.export import export
 from bisparse.cli.info import info
 from bisparse.cli.prune import prune
+from bisparse.cli.quantize import quantize
 from bisparse.cli.report import report
 from bisparse.cli.verify import verify
 
 __all__ = ["app", "run"]
 
 app = typer.Typer(name="bisparse", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (prune, convert, verify, info, bench, report):
+for command in (prune, convert, quantize, export, verify, info, bench, report):
     app.command()(command)
 
 

@@ -48,6 +48,7 @@ from bisparse.cli.console import (
     table,
     to_stdout,
 )
+from bisparse.cli.deploy import Export, Quantize, check_deployment, deploy
 from bisparse.cli.plan import Plan, PlannedLayer, show_plan
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def prune(
     damping: Damping = None,
     device: Device = None,
     resume: Resume = None,
+    quantize: Quantize = None,
+    export: Export = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be pruned and what not, and why; write nothing.")
     ] = False,
@@ -127,6 +130,7 @@ def prune(
     if target is None and not dry_run:
         raise typer.BadParameter("missing; name the folder to write, or pass --dry-run", param_hint="TARGET")
     chosen_order = parse_order(order)
+    check_deployment(str(source), target, quantize, export, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
     set_threads(threads)
     if method != "magnitude" or block_epochs or ":" in str(source):
         if key is not None:
@@ -151,6 +155,7 @@ def prune(
         else:
             assert target is not None
             prune_with_data(str(source), target, structure, chosen, **arguments)
+            on_first_rank(lambda: deploy(target, quantize, export, calibration, sequences, length, overwrite))
         return
     unused = {
         "--calibration": calibration,
@@ -190,6 +195,7 @@ def prune(
                 progress=progress,
             )
         _print_report(report, destination, time.perf_counter() - start, as_json)
+        deploy(destination, quantize, export, None, sequences, length, overwrite)
 
     on_first_rank(job)
 

@@ -32,7 +32,7 @@ from bisparse.results import LayerResult, gap_of
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
 
-__all__ = ["Change", "layer_problem", "plan", "prune_layer", "record"]
+__all__ = ["Change", "check_can_be_written", "layer_problem", "plan", "prune_layer", "record"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def plan(
         chosen = next((name for name in singles if matches(name, layer.name, layer.module)), None)
         unused.discard(chosen or "")
         structure = singles[chosen] if chosen is not None else pattern
-        _check_can_be_written(layer)
+        check_can_be_written(layer)
         reason = remainder_reason(matrix_sides(layer.weight, layer.layout), structure, remainder, layer.name)
         if reason is None:
             planned.append((layer, structure))
@@ -190,7 +190,12 @@ def _all_zero(statistics: Statistics) -> bool:
     return size is not None and not bool(size.any())
 
 
-def _check_can_be_written(layer: Layer) -> None:
+def check_can_be_written(layer: Layer) -> None:
+    """Refuse a layer whose weight cannot be changed in place.
+
+    Raises:
+        ValueError: it is computed, on the meta device, of a dtype that cannot be pruned, or made in inference mode.
+    """
     if (reason := held_reason(layer.module, layer.parameter)) is not None:
         raise ValueError(f"{layer.name}: {reason}")
     if layer.parameter not in layer.module._parameters:

@@ -22,6 +22,7 @@ from bisparse._solve import solve
 from bisparse.pruning.calibration.statistics import Statistic
 from bisparse.pruning.methods.adaprune import DAMPING_UNIT, fit
 from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned, check_flag, check_number
+from bisparse.pruning.methods.error_feedback import feed_back, upper_inverse
 from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem
 from bisparse.scores import hessian
 from bisparse.solution import Solution
@@ -92,14 +93,7 @@ class SparseGPT(Method):
             weight = torch.linalg.solve(damped.gram.double(), damped.target.double().transpose(1, 2)).transpose(1, 2).float()
         allowed = None if problem.allowed is None else problem.rows(problem.allowed)
         for g in range(weight.shape[0]):
-            factor, info = torch.linalg.cholesky_ex(damped.gram[g].double())
-            if int(info):
-                raise ValueError(
-                    f"{problem.name}: its {factor.shape[0]} x {factor.shape[0]} input moments are singular at damping "
-                    f"{self.damping}; raise the damping or give more calibration data"
-                )
-            # Row j of the upper factor of H^-1 is the update of later columns when column j is removed.
-            upper = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True).float()
+            upper = upper_inverse(damped.gram[g], problem.name, self.damping)
             for position in range(problem.positions):
                 for start in range(position * inputs, (position + 1) * inputs, width):
                     columns = slice(start, min(start + width, (position + 1) * inputs))
@@ -113,19 +107,11 @@ def _prune_band(
     weight: Float[Tensor, "O K"], upper: Float[Tensor, "K K"], columns: slice, problem: LayerProblem, allowed: Tensor | None
 ) -> tuple[Bool[Tensor, "O M"], Float[Tensor, "O M"]]:
     """Mask some columns and spread their error over the later ones, in place; their mask and scores."""
-    factor = upper[columns, columns]
-    band = weight[:, columns].clone()
-    scores = hessian(band, factor.diagonal().square())
+    scores = hessian(weight[:, columns], upper[columns, columns].diagonal().square())
     if allowed is not None:
         scores = scores * allowed
     mask = solve(scores.unsqueeze(0), problem.pattern, problem.solver, layout=MATRICES).mask[0]
     if allowed is not None:
         mask = mask & allowed
-    errors = torch.empty_like(band)
-    for j in range(band.shape[1]):
-        errors[:, j] = band[:, j] * ~mask[:, j] / factor[j, j]
-        band[:, j:] -= errors[:, j : j + 1] * factor[j : j + 1, j:]
-        band[:, j] *= mask[:, j]
-    weight[:, columns] = band
-    weight[:, columns.stop :] -= errors @ upper[columns, columns.stop :]
+    feed_back(weight, upper, columns, lambda column, j: column * mask[:, j])
     return mask, scores

@@ -1,0 +1,81 @@
+"""compressed-tensors' ``pack-quantized`` weights as the integers that they hold, to look at their zeros.
+
+32 / bits integers, each plus 2^(bits - 1), are packed into an int32, the first in the lowest bits. Without a zero point the
+integer 0 is the weight 0. The integers alone are no weights: nothing that is written may be made from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from bisparse.checkpoint.reader import Source
+from bisparse.checkpoint.stored_tensor import StoredTensor
+
+__all__ = ["unpacked"]
+
+PACKED, SHAPE, ZERO_POINT, ORDER = ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx"
+BITS = (2, 4, 8)
+"""Widths that divide 32, whose packing has been the same in all versions of compressed-tensors."""
+
+
+@dataclass(frozen=True)
+class _Packed(StoredTensor):
+    """int8 entries of a matrix whose rows are packed into int32."""
+
+    packed: StoredTensor
+    bits: int
+
+    def read_bytes(self, start: int, stop: int) -> bytearray:
+        columns, words = self.shape[1], self.packed.shape[1]
+        first, last = start // columns, -(-stop // columns)
+        data = np.frombuffer(self.packed.read_bytes(first * words * 4, last * words * 4), dtype="<i4").astype(np.int64)
+        shifts = np.arange(0, 32, self.bits)
+        fields = (data[:, None] >> shifts) & ((1 << self.bits) - 1)
+        rows = fields.reshape(last - first, -1)[:, :columns] - (1 << (self.bits - 1))
+        return bytearray(rows.astype(np.int8).tobytes()[start - first * columns : stop - first * columns])
+
+
+def unpacked(source: Source) -> Source:
+    """The source with packed integers without a zero point as int8 tensors in the weights' places, for checks of their zeros."""
+    tensors = source.tensors
+    widths = _widths(source.config)
+    found = {name: whole for name, one in tensors.items() if (whole := _unpack(name, one, tensors, widths)) is not None}
+    if not found:
+        return source
+    shards = tuple(
+        replace(
+            shard, tensors=tuple(found.get(one.name, one) for one in shard.tensors if one.name.removesuffix(SHAPE) == one.name)
+        )
+        for shard in source.shards
+    )
+    note = f"{len(found)} weights are packed integers of compressed-tensors; their zeros are read as they are stored"
+    return replace(source, shards=shards, notes=(*source.notes, note))
+
+
+def _unpack(name: str, packed: StoredTensor, tensors: Mapping[str, StoredTensor], widths: frozenset[int]) -> StoredTensor | None:
+    layer = name.removesuffix(PACKED)
+    shape = tensors.get(layer + SHAPE)
+    if layer == name or shape is None or packed.dtype != "I32" or len(packed.shape) != 2 or shape.size != 2:
+        return None
+    if shape.dtype not in ("I64", "I32") or any(layer + one in tensors for one in (ZERO_POINT, ORDER, ".weight")):
+        return None
+    rows, columns = (int(side) for side in shape.read().tolist())
+    fitting = [bits for bits in BITS if rows == packed.shape[0] and -(-columns * bits // 32) == packed.shape[1] and columns > 0]
+    if len(fitting) > 1:
+        fitting = [bits for bits in fitting if widths == {bits}]
+    if len(fitting) != 1:
+        return None
+    return _Packed(f"{layer}.weight", "I8", (rows, columns), packed.path, rows * columns, packed=packed, bits=fitting[0])
+
+
+def _widths(config: Mapping[str, Any]) -> frozenset[int]:
+    """The widths of weights that a config.json names."""
+    said = config.get("quantization_config")
+    groups = said.get("config_groups") if isinstance(said, Mapping) else None
+    weights = [one.get("weights") for one in groups.values() if isinstance(one, Mapping)] if isinstance(groups, Mapping) else []
+    widths = [one.get("num_bits") for one in weights if isinstance(one, Mapping)]
+    return frozenset(one for one in widths if isinstance(one, int))

@@ -1,0 +1,300 @@
+"""What `quantize`, `export` and `prune --quantize --export` share: folders quantised and exported, and what is said of them."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bisparse.cli.console import command_line, grouped, print_json, print_left_dense, table, to_stdout
+
+if TYPE_CHECKING:
+    from bisparse.export import OnnxExport
+    from bisparse.quantization import QuantizationReport
+
+__all__ = ["Export", "Quantize", "check_deployment", "deploy", "export_folder", "places", "quantize_folder", "show_export"]
+
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        "--quantize",
+        metavar="SCHEME",
+        help="Afterwards quantise TARGET into TARGET-SCHEME, as `bisparse quantize` does: int8, int4-g64, fp8, ... With "
+        "--calibration by gptq, else rtn.",
+    ),
+]
+Export = Annotated[
+    str | None,
+    typer.Option("--export", metavar="FORMAT", help="Afterwards write TARGET.onnx, as `bisparse export` does: onnx."),
+]
+
+
+def places(target: Path, quantize: str | None, export: str | None) -> tuple[Path | None, Path | None]:
+    """Where `prune` puts what is quantised and what is exported: next to its target."""
+    folder = None if quantize is None else target.with_name(f"{target.name}-{quantize}")
+    return folder, None if export is None else target.with_name(f"{target.name}.onnx")
+
+
+def check_deployment(
+    source: str, target: Path | None, quantize: str | None, export: str | None, *, dry_run: bool, overwrite: bool, as_json: bool
+) -> None:
+    """Refuse options that cannot work, before anything is pruned."""
+    if quantize is None and export is None:
+        return
+    hint = "--quantize" if quantize is not None else "--export"
+    if dry_run or target is None:
+        raise typer.BadParameter("has no use with --dry-run", param_hint=hint)
+    if as_json:
+        raise typer.BadParameter("prints a report of its own: run `bisparse quantize` or `export` after it", param_hint=hint)
+    if not Path(source).is_dir() or not (Path(source) / "config.json").is_file():
+        raise typer.BadParameter(f"needs a folder of transformers with its config.json, which {source} is not", param_hint=hint)
+    if quantize is not None:
+        _check_scheme(quantize)
+        import_for("compressed_tensors", "--quantize")
+    if export is not None:
+        _check_format(export)
+        import_for("onnxscript", "--export")
+    from bisparse.checkpoint.atomic_folder import check_target
+    from bisparse.errors import CheckpointError
+    from bisparse.export import QUANTIZATION
+
+    folder, file = places(target, quantize, export)
+    if folder is not None:
+        check_target(folder, overwrite, QUANTIZATION)
+    if file is not None and file.exists() and not overwrite:
+        raise CheckpointError(file, "exists already", "choose another name, or pass overwrite (--overwrite)")
+
+
+def deploy(
+    target: Path,
+    quantize: str | None,
+    export: str | None,
+    calibration: list[Path] | None,
+    sequences: int,
+    length: int,
+    overwrite: bool,
+) -> None:
+    """Quantise and export what `prune` has written."""
+    folder, file = places(target, quantize, export)
+    options: dict[str, Any] = {
+        "method": "gptq" if calibration is not None else "rtn",
+        "calibration": calibration,
+        "sequences": sequences,
+        "overwrite": overwrite,
+    }
+    if folder is not None and quantize is not None:
+        show_quantization(quantize_folder(str(target), folder, quantize, length=length, **options), folder)
+    if file is not None:
+        scheme = quantize if quantize == "int8" else None
+        show_export(export_folder(str(target), file, quantize=scheme, calibration_length=length, **options))
+
+
+def quantize_folder(
+    source: str,
+    target: Path,
+    scheme: str,
+    *,
+    method: str = "rtn",
+    activations: str = "none",
+    calibration: list[Path] | None = None,
+    sequences: int = 128,
+    length: int = 512,
+    overwrite: bool = False,
+    progress: bool = True,
+    **options: Any,
+) -> QuantizationReport:
+    """Build the model of a folder, quantise its Linear layers, and write it; options are those of `quantize_`."""
+    from dataclasses import replace
+
+    from bisparse.apart import check_apart
+    from bisparse.checkpoint import atomic_folder as output
+    from bisparse.cli.model_source import open_source, place_of
+    from bisparse.export import QUANTIZATION, can_be_stored, save_quantized
+    from bisparse.layers import Skipped, find_layers
+    from bisparse.quantization import quantize_
+
+    _check_scheme(scheme)
+    import_for("compressed_tensors", "quantize")
+    check_apart(target, {"source": place_of(source), **{f"calibration text {one}": one for one in calibration or ()}})
+    output.check_target(target, overwrite, QUANTIZATION)
+    output.check_writable(target)
+    _check_plain(source)
+    opened = open_source(source)
+    batches = _batches(opened, calibration, sequences, length)
+    if method == "gptq" and batches is None:
+        raise typer.BadParameter("missing; gptq needs calibration data", param_hint="--calibration")
+    include, exclude = options.pop("include", None), options.pop("exclude", None)
+    chosen, dense = find_layers(opened.model, include, exclude)
+    linear = [one.name for one in chosen if can_be_stored(one.name, one.module)]
+    others = [Skipped(one.name, f"{type(one.module).__name__}: not stored quantised") for one in chosen if one.name not in linear]
+    if not linear:
+        raise ValueError(f"{source}: none of its layers is a Linear, which is what compressed-tensors stores quantised")
+    report = quantize_(opened.model, scheme, data=batches, method=method, include=linear, progress=progress, **options)
+    refused = [one for one in report.left if one.name in linear]
+    report = replace(report, left=(*dense, *others, *refused))
+    said = {
+        "command": shlex.join(["bisparse", *command_line()]),
+        "source": source,
+        "calibration": [str(one) for one in calibration or ()],
+    }
+    beside = getattr(opened.tokenizer, "save_pretrained", None) if opened.folder is None else None
+    save_quantized(
+        opened.model,
+        target,
+        report,
+        activations=activations,
+        source=opened.folder,
+        overwrite=overwrite,
+        provenance=said,
+        beside=beside,
+    )
+    return report
+
+
+def export_folder(
+    source: str,
+    target: Path,
+    *,
+    length: int = 16,
+    quantize: str | None = None,
+    method: str = "rtn",
+    calibration: list[Path] | None = None,
+    sequences: int = 128,
+    calibration_length: int = 512,
+    overwrite: bool = False,
+) -> OnnxExport:
+    """Build a model, quantise it where that is asked for, and write it as an ONNX file in float32."""
+    import torch
+
+    from bisparse.apart import check_apart
+    from bisparse.checkpoint import read_sidecar
+    from bisparse.cli.model_source import open_source, place_of
+    from bisparse.export import export_onnx
+    from bisparse.quantization import quantize_
+
+    if quantize not in (None, "int8"):
+        raise typer.BadParameter(f"{quantize!r}: ONNX files are written with int8 weights only", param_hint="--quantize")
+    import_for("onnxscript", "export")
+    check_apart(target, {"source": place_of(source), **{f"calibration text {one}": one for one in calibration or ()}})
+    _check_plain(source)
+    opened = open_source(source)
+    model = opened.model.float()
+    report = None
+    if quantize is not None:
+        batches = _batches(opened, calibration, sequences, calibration_length)
+        report = quantize_(model, quantize, method=method, data=batches, progress=True)
+    sidecar = None if opened.folder is None else read_sidecar(opened.folder)
+    patterns = None if sidecar is None or not sidecar.report.layers else {one.name: one.pattern for one in sidecar.report}
+    return export_onnx(model, target, _example(opened, length, torch), pattern=patterns, quantized=report, overwrite=overwrite)
+
+
+def show_quantization(report: QuantizationReport, target: Path, as_json: bool = False) -> None:
+    """Print what was quantised."""
+    if as_json:
+        print_json({"ok": True, "target": str(target), **report.as_dict()})
+        return
+    console = to_stdout()
+
+    def mean(values: list[float | None]) -> str:
+        known = [value for value in values if value is not None]
+        return f"{sum(known) / len(known):.4f}" if known else "-"
+
+    rows = [
+        (
+            name,
+            str(len(group)),
+            " x ".join(map(str, group[0].shape)),
+            mean([one.density_before for one in group]),
+            mean([one.density for one in group]),
+            mean([one.weight_error for one in group]),
+            mean([one.error_rounded for one in group]),
+            mean([one.error for one in group]),
+        )
+        for name, group in grouped(report, lambda one: one.name, lambda one: one.shape)
+    ]
+    heads = ("layer", " n", " shape", " density", " after", " weight error", " output error rounded", " now")
+    console.print(table(heads, rows))
+    print_left_dense(console, report.left, "not quantised")
+    console.print()
+    console.print(f"[bold green]{report}[/]; {report.time_s:.1f} s.", highlight=False)
+    console.print(f"Written to {target}. Check it: bisparse verify {target}", markup=False, soft_wrap=True)
+
+
+def show_export(export: OnnxExport, as_json: bool = False) -> None:
+    """Print what was exported and how it was checked."""
+    if as_json:
+        from dataclasses import asdict
+
+        print_json({"ok": True, **asdict(export)})
+        return
+    console = to_stdout()
+    shapes = "; ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in export.inputs.items())
+    console.print(f"Inputs: {shapes}. Output: {export.output}.", markup=False)
+    console.print(f"{export.weights} matrices are in the file, equal to the model's bit for bit.")
+    if export.unmatched:
+        console.print(f"Not in the file under their names, so not compared: {', '.join(export.unmatched[:8])}.", style="yellow")
+    for pattern, layers in export.verified.items():
+        console.print(f"{pattern} holds on {layers} layers along the axis that the graph multiplies over.")
+    if export.difference is not None:
+        console.print(f"onnxruntime: outputs differ by at most {export.difference:.2e} (largest output {export.largest:.3g}).")
+    else:
+        console.print(f"Outputs were not compared: {export.note}", style="yellow", markup=False)
+    console.print(f"Written to {export.path}.", markup=False, soft_wrap=True)
+
+
+def import_for(package: str, what: str) -> None:
+    """Refuse, before a model is loaded, what needs a package that is not installed."""
+    from importlib.util import find_spec
+
+    from bisparse.errors import install_extra
+
+    if find_spec(package) is None:
+        raise ImportError(f"{what} needs {package}; {install_extra('serve')}")
+
+
+def _check_scheme(name: str) -> None:
+    from bisparse.quantization import parse_scheme
+
+    try:
+        parse_scheme(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error).removeprefix("scheme="), param_hint="SCHEME") from error
+
+
+def _check_format(name: str) -> None:
+    if name != "onnx":
+        raise typer.BadParameter(f"{name!r} is not one of: onnx", param_hint="--export")
+
+
+def _check_plain(source: str) -> None:
+    """Refuse a folder whose weights are quantised already."""
+    from bisparse.checkpoint.reader import open_source
+    from bisparse.errors import CheckpointError
+
+    if Path(source).is_dir() and open_source(source).config.get("quantization_config"):
+        raise CheckpointError(source, "is quantised already (its config.json says how)", "start from the model before that")
+
+
+def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length: int) -> list[Any] | None:
+    from bisparse.cli.calibration_text import text_batches
+
+    if calibration is None:
+        batches: list[Any] | None = opened.batches
+        return batches
+    if opened.tokenizer is None:
+        raise typer.BadParameter("a text needs a transformers model", param_hint="--calibration")
+    causal = bool(getattr(opened.model, "can_generate", lambda: False)())
+    return list(text_batches(opened.tokenizer, calibration, causal=causal, sequences=sequences, length=length).batches)
+
+
+def _example(opened: Any, length: int, torch: Any) -> Any:
+    """An example input: token ids and a mask for a transformers model, or the function's first batch."""
+    if opened.tokenizer is None:
+        if not opened.batches:
+            raise typer.BadParameter("a function must return (model, batches): the first is the example", param_hint="SOURCE")
+        return opened.batches[0]
+    vocabulary = getattr(opened.model.config, "vocab_size", None) or len(opened.tokenizer)
+    ids = torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -1,0 +1,6 @@
+"""Pruned models in the formats that other programs run: compressed-tensors folders and ONNX files."""
+
+from bisparse.export.compressed_tensors import QUANTIZATION, can_be_stored, save_quantized
+from bisparse.export.onnx import OnnxExport, export_onnx
+
+__all__ = ["QUANTIZATION", "OnnxExport", "can_be_stored", "export_onnx", "save_quantized"]

@@ -1,0 +1,266 @@
+"""A quantised model as a folder of compressed-tensors, which transformers and vLLM load; its package packs the weights.
+
+The configuration has no ``sparsity_config``, which vLLM refuses: zeros are stored as zeros.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bisparse.apart import check_apart, origin_of
+from bisparse.checkpoint.atomic_folder import check_room, output_folder
+from bisparse.checkpoint.bands import BitPacker
+from bisparse.checkpoint.layer_selection import StoredLayer
+from bisparse.checkpoint.names import named_as_in
+from bisparse.checkpoint.packed_integers import unpacked
+from bisparse.checkpoint.prune import copy_others, limit_permissions, read_back
+from bisparse.checkpoint.reader import Source, open_source
+from bisparse.checkpoint.save_load import configs_of, plain_weights, sidecar_of
+from bisparse.checkpoint.sidecar import MASKS, SIDECAR, masks_header, read_own_sidecar
+from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build_header, in_file_order, memory_tensor
+from bisparse.checkpoint.verify import verify_stored
+from bisparse.errors import CheckpointError, install_extra
+from bisparse.pattern import parse_pattern
+from bisparse.quantization import QuantizationReport, QuantizedLayer, parse_scheme, stored_values
+from bisparse.results import PruneReport
+from bisparse.solution import PatternError, verify
+from bisparse.tiles import LayoutKind
+
+__all__ = ["QUANTIZATION", "can_be_stored", "save_quantized"]
+
+QUANTIZATION = "bisparse-quantization.json"
+WEIGHTS = "model.safetensors"
+ACTIVATIONS = ("none", "dynamic")
+
+
+@dataclass(frozen=True)
+class _Format:
+    """How compressed-tensors stores a scheme."""
+
+    name: str
+    weights: Mapping[str, Any]
+    """Fields of its QuantizationArgs."""
+    activations: Mapping[str, Any] | None
+
+
+def _format(scheme_name: str, activations: str) -> _Format:
+    scheme = parse_scheme(scheme_name)
+    if activations not in ACTIVATIONS:
+        raise ValueError(f"activations={activations!r:.60}: expected 'none' or 'dynamic'")
+    if activations == "dynamic" and scheme.bits < 8:
+        raise ValueError(f"activations='dynamic': engines multiply {scheme.name} weights by unquantised inputs; use int8 or fp8")
+    kind = "float" if scheme.floating else "int"
+    weights: dict[str, Any] = {"num_bits": scheme.bits, "type": kind, "symmetric": True, "strategy": "channel"}
+    if scheme.group is not None:
+        weights |= {"strategy": "group", "group_size": scheme.group}
+    inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
+    # Of integers what the package itself chooses: plain ones for integer products, packed ones for weights alone.
+    integers = "int-quantized" if activations == "dynamic" else "pack-quantized"
+    name = "float-quantized" if scheme.floating else integers
+    return _Format(name, weights, inputs if activations == "dynamic" else None)
+
+
+def can_be_stored(name: str, module: nn.Module) -> bool:
+    """Whether compressed-tensors stores a module's weight: a filter for the layers that `quantize_` is to quantise."""
+    return isinstance(module, nn.Linear)
+
+
+@torch.no_grad()
+def save_quantized(
+    model: nn.Module,
+    folder: str | Path,
+    report: QuantizationReport,
+    *,
+    activations: str = "none",
+    pruned: PruneReport | None = None,
+    source: str | Path | None = None,
+    overwrite: bool = False,
+    provenance: Mapping[str, Any] | None = None,
+    beside: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a model that `quantize_` has quantised as a folder of compressed-tensors, which loads in transformers and vLLM.
+
+    The folder has stored numbers and scales, the configuration, `bisparse-quantization.json` with errors per layer and, for a
+    pruned model, `bisparse.json` and masks. It is absent or whole at any moment, and zeros and numbers are read back from it.
+
+    Args:
+        report: what `quantize_` returned.
+        activations: "none": weights alone are quantised (``pack-quantized``, ``float-quantized``). "dynamic": engines round each
+            token's inputs to int8 or fp8 too and multiply in that type (``int-quantized``, ``float-quantized``); outputs then
+            differ from this model's.
+        pruned: what the zeros obey; by default what the sidecar of `source` says.
+        source: the folder that the model was loaded from, whose other files are copied and whose names are used.
+        overwrite: replace a folder that this function wrote.
+        provenance: how the job was called; goes into `bisparse-quantization.json`.
+        beside: called with the folder before it appears, to write more into it, such as a tokenizer's ``save_pretrained``.
+
+    Raises:
+        CheckpointError: the folder exists, cannot be written, or overlaps the source.
+        ImportError: compressed-tensors is not installed.
+        PatternError: a layer breaks the pattern that it was pruned to. Nothing is written.
+        ValueError: a quantised layer that is no Linear, or whose weight was changed since.
+    """
+    form = _format(report.scheme, activations)
+    check_apart(folder, {"source": source, "model's own files": origin_of(model)})
+    opened = None if source is None else open_source(source)
+    weights = plain_weights(model)
+    _check_layers(model, weights, report)
+    if opened is not None:
+        _check_plain(opened)
+        weights = named_as_in(opened, weights, keep={one.parameter for one in report})
+        if pruned is None and (sidecar := read_own_sidecar(opened.path, opened.tensors)) is not None:
+            pruned = sidecar.report
+    pruned = None if pruned is None else _after(pruned, weights, report)
+    state = dict(weights)
+    for layer in report:
+        del state[layer.parameter]
+        state |= _packed(layer, weights[layer.parameter], form)
+    folder = Path(folder)
+    tensors = in_file_order(memory_tensor(name, one.contiguous(), folder / WEIGHTS) for name, one in state.items())
+    header = build_header(((one.name, one.dtype, one.shape, one.nbytes) for one in tensors), {"format": "pt"})
+    checksums = {}
+    with output_folder(folder, overwrite=overwrite, ours=QUANTIZATION) as temporary:
+        check_room(temporary, sum(one.nbytes for one in tensors))
+        with SafetensorsWriter(temporary / WEIGHTS, header) as writer:
+            for tensor in tensors:
+                data = as_bytes(tensor.tensor)  # type: ignore[attr-defined]
+                checksums[tensor.name] = zlib.crc32(data)
+                writer.write(data)
+        if opened is not None:
+            copy_others(opened, temporary)
+            opened.check_unchanged()
+        _write_configs(model, temporary, report, form)
+        document = {"schema_version": 1, "format": form.name, "activations": activations, "provenance": dict(provenance or {})}
+        text = json.dumps({**document, **report.as_dict()}, indent=1) + "\n"
+        (temporary / QUANTIZATION).write_text(text, encoding="utf-8")
+        if pruned is not None:
+            _write_sidecar(temporary, pruned, weights, type(model).__name__ if opened is None else opened.path.resolve().name)
+        read_back(temporary / WEIGHTS, tensors, checksums, {}, lambda tensor: None)
+        _check_files(temporary, weights, report, pruned)
+        if opened is not None:
+            limit_permissions((temporary / name for name in (WEIGHTS, MASKS, SIDECAR) if (temporary / name).exists()), opened)
+        if beside is not None:
+            beside(temporary)
+
+
+def _check_layers(model: nn.Module, weights: Mapping[str, Tensor], report: QuantizationReport) -> None:
+    for layer in report:
+        module = dict(model.named_modules()).get(layer.name)
+        if layer.layout.kind is not LayoutKind.LINEAR or not isinstance(module, nn.Linear) or layer.parameter not in weights:
+            raise ValueError(
+                f"{layer.name} is {type(module).__name__}: compressed-tensors stores quantised Linear layers only; pass "
+                "include=bisparse.export.can_be_stored to quantize_, or export to ONNX"
+            )
+        place = weights[layer.parameter].data_ptr()
+        tied = [name for name, one in weights.items() if name != layer.parameter and one.numel() and one.data_ptr() == place]
+        if tied:
+            raise ValueError(
+                f"{layer.name}: its weight is also {tied[0]}, which would not be quantised with it; exclude the layer"
+            )
+
+
+def _check_plain(source: Source) -> None:
+    if source.config.get("quantization_config"):
+        raise CheckpointError(source.path, "is quantised already (its config.json says how)", "start from the model before that")
+
+
+def _after(pruned: PruneReport, weights: Mapping[str, Tensor], report: QuantizationReport) -> PruneReport:
+    """The report of the pruning, with the densities that are left, once each layer is known to obey its pattern still."""
+    layers = []
+    for one in pruned:
+        weight = weights[one.parameter]
+        verify(weight, parse_pattern(one.pattern), layout=one.layout, name=one.name).check()
+        layers.append(replace(one, density=float((weight != 0).double().mean()), checksum=None))
+    note = f"figures are of the pruning; afterwards quantised to {report.scheme} by {report.method} (see {QUANTIZATION})"
+    return replace(pruned, layers=tuple(layers), notes=(*pruned.notes, note))
+
+
+def _package() -> Any:
+    try:
+        import compressed_tensors
+    except ImportError as error:
+        raise ImportError(f"writing quantised folders needs compressed-tensors; {install_extra('serve')}") from error
+    return compressed_tensors
+
+
+def _scheme(form: _Format) -> Any:
+    _package()
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    inputs = None if form.activations is None else QuantizationArgs(**form.activations)
+    weights = QuantizationArgs(**form.weights)
+    return QuantizationScheme(targets=["Linear"], weights=weights, input_activations=inputs, format=form.name)
+
+
+def _packed(layer: QuantizedLayer, weight: Tensor, form: _Format) -> dict[str, Tensor]:
+    """A layer's tensors, packed by the package and known to unpack to the weight."""
+    scheme = _scheme(form)
+    from compressed_tensors.compressors import BaseCompressor
+
+    compressor = BaseCompressor.get_value_from_registry(form.name)
+    stored, scale = stored_values(weight, layer), layer.scale[0].cpu()
+    # In float32, as the package divides by the scale again: in the weight's dtype that could round to another number.
+    wide = stored.cpu().float() * parse_scheme(layer.scheme).spread(scale.float(), weight.shape[-1])
+    parts = compressor.compress({"weight": wide, "weight_scale": scale.float()}, scheme)
+    parts = {**parts, "weight_scale": scale}
+    if not torch.equal(compressor.decompress(dict(parts), scheme)["weight"].to(weight.dtype), weight.cpu()):
+        raise ValueError(f"{layer.name}: compressed-tensors does not give back the weights that it packed; report this")
+    return {f"{layer.name}.{name}": tensor for name, tensor in parts.items()}
+
+
+def _write_configs(model: nn.Module, folder: Path, report: QuantizationReport, form: _Format) -> None:
+    for name, text in configs_of(model).items():
+        if not (folder / name).exists():
+            (folder / name).write_text(text, encoding="utf-8")
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    config["quantization_config"] = _configuration(model, report, form)
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _configuration(model: nn.Module, report: QuantizationReport, form: _Format) -> dict[str, Any]:
+    """The ``quantization_config``: every Linear but those named in ``ignore``."""
+    package = _package()
+    from compressed_tensors.quantization import QuantizationConfig
+
+    quantised = {layer.name for layer in report}
+    ignored = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and name not in quantised]
+    whole = QuantizationConfig(
+        config_groups={"group_0": _scheme(form)}, format=form.name, quantization_status="compressed", ignore=ignored
+    )
+    content: dict[str, Any] = json.loads(whole.model_dump_json(exclude_none=True))
+    return {"version": package.__version__, **content}
+
+
+def _write_sidecar(folder: Path, pruned: PruneReport, weights: Mapping[str, Tensor], source: str) -> None:
+    (folder / SIDECAR).write_text(sidecar_of(pruned, weights, source).to_json(), encoding="utf-8")
+    shapes = {one.parameter: one.shape for one in pruned}
+    with SafetensorsWriter(folder / MASKS, masks_header(shapes)) as writer:
+        for name in shapes:
+            packer = BitPacker(writer.write)
+            packer.add((weights[name] != 0).cpu())
+            packer.finish()
+
+
+def _check_files(folder: Path, weights: Mapping[str, Tensor], report: QuantizationReport, pruned: PruneReport | None) -> None:
+    """Read the numbers back from the file: those that were meant, zeros where the weights have them, patterns obeyed."""
+    tensors = unpacked(open_source(folder)).tensors
+    for layer in report:
+        stored = stored_values(weights[layer.parameter], layer).cpu()
+        read = tensors[layer.parameter].read().view(stored.shape)
+        if not torch.equal(read.view(torch.uint8), stored.view(torch.uint8)):
+            raise CheckpointError(
+                folder / WEIGHTS, "holds other numbers than were meant", "check the disk", tensor=layer.parameter
+            )
+        if bool(((read.float() != 0) & (weights[layer.parameter].cpu() == 0)).any()):
+            raise PatternError(f"{layer.name}: weights that are zero were stored as others")
+    for one in pruned or ():
+        verify_stored(StoredLayer(one.name, tensors[one.parameter], one.layout, parse_pattern(one.pattern))).check()

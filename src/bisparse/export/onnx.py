@@ -1,0 +1,321 @@
+"""Models as ONNX files for TensorRT, onnxruntime and OpenVINO: weights stay initializers with all of their zeros.
+
+torch's own exporter writes the graph. Constants are folded up to `FOLDED` elements only, so that every weight keeps its name and
+its values; the file is then verified along the axis that TensorRT's 2:4 kernels reduce over, and run.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bisparse.checkpoint.reader import open_source
+from bisparse.checkpoint.save_load import HasDenseWeight, plain_weights
+from bisparse.checkpoint.verify import verify_checkpoint
+from bisparse.errors import CheckpointError, install_extra
+from bisparse.export.onnx_graph import check_quantizable, name_axes, quantize_weights, rename_weights
+from bisparse.pattern import Structure, parse_pattern
+from bisparse.quantization import QuantizationReport, stored_values
+from bisparse.user_errors import error_in_one_line
+
+__all__ = ["OnnxExport", "export_onnx"]
+
+FOLDED = 1024
+"""Elements of a constant that the exporter may compute with."""
+ONE_FILE_BYTES = 1_500_000_000
+"""Weights of more bytes go to a file next to the model: a protocol buffer holds 2 GiB at most."""
+PREFIX = "model."
+OUTPUTS = ("logits", "last_hidden_state")
+"""Fields of a transformers model's output, of which the first that is there is exported."""
+DynamicAxes = Mapping[str, Mapping[int, str]]
+
+
+@dataclass(frozen=True)
+class OnnxExport:
+    """What was written, and how it was checked."""
+
+    path: Path
+    inputs: dict[str, tuple[int | str, ...]]
+    """Shapes; dynamic axes by name."""
+    output: str
+    weights: int
+    """Matrices of the model that are initializers of the file, equal bit for bit."""
+    unmatched: tuple[str, ...]
+    """Names of the model's matrices that the file does not have, so that they were not compared; without tied ones."""
+    verified: dict[str, int]
+    """Number of layers that obey each pattern along the axis that the graph reduces over."""
+    difference: float | None
+    """Largest difference of an output of onnxruntime from the model's; None where it was not run."""
+    largest: float | None
+    """Largest absolute output of the model on the same inputs."""
+    note: str = ""
+
+
+class _Exported(nn.Module):
+    """A model as a function of tensors by position, whose output is one tensor."""
+
+    def __init__(self, model: nn.Module, names: Sequence[str] | None) -> None:
+        super().__init__()
+        self.model = model
+        self.names = names
+        self.options = {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", None) is not None else {}
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        if self.names is None:
+            made = self.model(*tensors)
+        else:
+            made = self.model(**dict(zip(self.names, tensors, strict=True)), **self.options)
+        return _tensor_of(made)
+
+
+def _tensor_of(made: Any) -> Tensor:
+    if isinstance(made, Tensor):
+        return made
+    named = next((getattr(made, name) for name in OUTPUTS if isinstance(getattr(made, name, None), Tensor)), None)
+    found = named if named is not None else made[0] if isinstance(made, tuple | list) and made else None
+    if not isinstance(found, Tensor):
+        raise ValueError(f"the model returns {type(made).__name__}, of which no tensor is known to be the output; wrap it")
+    return found
+
+
+@torch.no_grad()
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+    *,
+    pattern: str | Structure | Mapping[str, str | Structure] | None = None,
+    quantized: QuantizationReport | None = None,
+    dynamic_axes: DynamicAxes | None = None,
+    overwrite: bool = False,
+) -> OnnxExport:
+    """Write a model as an ONNX file, check its weights and patterns in the file, and run it in onnxruntime.
+
+    Args:
+        inputs: an example: tensors by name, which the model is called with, or by position.
+        pattern: what the weights obey, for all layers or by layer name; checked on the file. TensorRT needs ``"2:4"``.
+        quantized: what `quantize_` returned, with the scheme int8: its weights are written as int8 behind DequantizeLinear nodes.
+        dynamic_axes: names of axes that may have any length, by input; by default the first is "batch", and of integers with
+            two dimensions the second is "sequence".
+        overwrite: replace the file.
+
+    Raises:
+        CheckpointError: the file exists, or its weights are not the model's.
+        ImportError: onnx or onnxscript is not installed.
+        PatternError: a weight in the file breaks its pattern. Nothing is left.
+        ValueError: an accelerated model, a scheme other than int8, or inputs that the model does not take.
+    """
+    path = Path(path)
+    if not overwrite and os.path.lexists(path):
+        raise CheckpointError(path, "exists already", "choose another name, or pass overwrite (--overwrite)")
+    if accelerated := [name for name, module in model.named_modules() if isinstance(module, HasDenseWeight)]:
+        raise ValueError(
+            f"the model is accelerated (at {accelerated[0]!r}), which ONNX has no operators for: call finalize_ first"
+        )
+    if quantized is not None:
+        check_quantizable(quantized)
+    _check_packages()
+    names, tensors = _named(inputs)
+    axes = dict(dynamic_axes) if dynamic_axes is not None else _default_axes(names, tensors)
+    training = model.training
+    model.eval()
+    try:
+        whole = _Exported(model, list(inputs) if isinstance(inputs, Mapping) else None).eval()
+        output = _output_name(whole, tensors)
+        proto = _proto(whole, names, tensors, axes, output)
+        weights = plain_weights(model)
+        if quantized is not None:
+            quantize_weights(proto, quantized, weights)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        try:
+            file = _write(proto, folder / path.name)
+            count, unmatched = _check_weights(file, weights, quantized)
+            verified = _verify(file, pattern)
+            difference, largest, note = _run(whole, file, names, tensors, axes)
+            for one in sorted(folder.iterdir(), key=lambda one: one.name == path.name):
+                os.replace(one, path.parent / one.name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        model.train(training)
+    shapes = {
+        name: tuple(axes.get(name, {}).get(i, side) for i, side in enumerate(one.shape))
+        for name, one in zip(names, tensors, strict=True)
+    }
+    return OnnxExport(path, shapes, output, count, unmatched, verified, difference, largest, note)
+
+
+def _output_name(whole: _Exported, tensors: Sequence[Tensor]) -> str:
+    """ "logits" where the output's last side is the vocabulary."""
+    vocabulary = getattr(getattr(whole.model, "config", None), "vocab_size", None)
+    try:
+        made = whole(*tensors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        given = ", ".join(whole.names or [f"{len(tensors)} tensors by position"])
+        raise ValueError(f"the model cannot be called with {given}: {error_in_one_line(error)}") from error
+    return "logits" if made.shape[-1] == vocabulary else "output"
+
+
+def _check_packages() -> None:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"exporting to ONNX needs onnx and onnxscript; {install_extra('serve')}") from error
+
+
+def _named(inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> tuple[list[str], list[Tensor]]:
+    if isinstance(inputs, Mapping):
+        return list(inputs), list(inputs.values())
+    tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    return (["input"] if len(tensors) == 1 else [f"input_{i}" for i in range(len(tensors))]), tensors
+
+
+def _default_axes(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, dict[int, str]]:
+    text = [one.ndim == 2 and not one.is_floating_point() for one in tensors]
+    return {name: {0: "batch", 1: "sequence"} if ids else {0: "batch"} for name, ids in zip(names, text, strict=True)}
+
+
+def _proto(whole: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], axes: DynamicAxes, output: str) -> Any:
+    """The exported graph, with the model's names of weights and the caller's of axes."""
+    from onnxscript import optimizer
+
+    # A side of 1 would be taken as a constant.
+    example = [_widened(one, axes.get(name, {})) for name, one in zip(names, tensors, strict=True)]
+    shapes = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in names)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.onnx.export(
+                whole,
+                tuple(example),
+                input_names=list(names),
+                output_names=[output],
+                dynamic_shapes=(shapes,),
+                dynamo=True,
+                optimize=False,
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ValueError(f"torch cannot export {type(whole.model).__name__} to ONNX: {error_in_one_line(error)}") from error
+        assert program is not None
+        # Without the rewriting rules, which merge a batch norm into the weights before it.
+        optimizer.inline(program.model)
+        optimizer.fold_constants(
+            program.model,
+            input_size_limit=FOLDED,
+            output_size_limit=FOLDED,
+            # Otherwise transposed weights are stored, under other names, whatever their size.
+            should_fold=lambda node: False if node.op_type == "Transpose" else None,
+        )
+        optimizer.remove_unused_nodes(program.model)
+    proto = program.model_proto
+    rename_weights(proto, PREFIX)
+    name_axes(proto, axes)
+    return proto
+
+
+def _widened(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
+    for axis in axes:
+        if tensor.shape[axis] == 1:
+            tensor = torch.cat([tensor, tensor], axis)
+    return tensor
+
+
+def _write(proto: Any, file: Path) -> Path:
+    import onnx
+
+    large = sum(len(one.raw_data) for one in proto.graph.initializer) > ONE_FILE_BYTES
+    onnx.save(proto, str(file), save_as_external_data=large, location=f"{file.name}.data")
+    onnx.checker.check_model(str(file))
+    return file
+
+
+def _check_weights(
+    file: Path, weights: Mapping[str, Tensor], quantized: QuantizationReport | None
+) -> tuple[int, tuple[str, ...]]:
+    """How many matrices of the file are the model's bit for bit, and which the file lacks.
+
+    Raises:
+        CheckpointError: one has other values.
+    """
+    tensors = open_source(file).tensors
+    stored = {} if quantized is None else {layer.parameter: layer for layer in quantized}
+    found, lacking = {}, {}
+    for name, weight in weights.items():
+        if weight.ndim < 2:
+            continue
+        if (tensor := tensors.get(name)) is None:
+            lacking[name] = weight.data_ptr()
+            continue
+        meant = stored_values(weight, stored[name]) if name in stored else weight
+        read = tensor.read().view(tensor.shape)
+        if read.shape != meant.shape or read.dtype != meant.dtype or not bool((read == meant.cpu()).all()):
+            raise CheckpointError(file, "is not the model's weight any more", "report this", tensor=name)
+        found[name] = weight.data_ptr()
+    if lost := [name for name in stored if name not in found]:
+        raise CheckpointError(file, "is not an initializer", "report this", tensor=lost[0])
+    return len(found), tuple(name for name, place in lacking.items() if place not in found.values())
+
+
+def _verify(file: Path, pattern: str | Structure | Mapping[str, str | Structure] | None) -> dict[str, int]:
+    """The patterns that hold on the file, each with the number of layers."""
+    if pattern is None:
+        return {}
+    if not isinstance(pattern, Mapping):
+        found = verify_checkpoint(file, pattern)
+        found.check()
+        return {str(parse_pattern(pattern)): len(found.layers)}
+    verified = {}
+    for one in sorted({str(parse_pattern(each)) for each in pattern.values()}):
+        found = verify_checkpoint(file, one, include=[name for name, each in pattern.items() if str(parse_pattern(each)) == one])
+        found.check()
+        if found.unchecked:
+            raise CheckpointError(file, f"cannot be checked ({found.unchecked[0].reason})", "report this", tensor=one)
+        verified[one] = len(found.layers)
+    return verified
+
+
+def _run(
+    whole: nn.Module, file: Path, names: Sequence[str], tensors: Sequence[Tensor], axes: DynamicAxes
+) -> tuple[float | None, float | None, str]:
+    """The largest difference between onnxruntime and the model, on the example and on one of other lengths, and its output."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None, None, f"not run: {install_extra('serve')} for onnxruntime"
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    # Its further optimisations round the inputs of products by int8 weights, which is no property of the file.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.intra_op_num_threads = torch.get_num_threads()
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # noqa: BLE001 - its errors have no common type, and a model in bfloat16 is not an error of ours
+        return None, None, f"onnxruntime does not run it here: {str(error).splitlines()[0][:200]}"
+    shorter = [
+        one[tuple(slice(0, max(1, one.shape[i] - 1)) if i in axes.get(name, {}) else slice(None) for i in range(one.ndim))]
+        for name, one in zip(names, tensors, strict=True)
+    ]
+    difference = largest = 0.0
+    for example in (list(tensors), shorter):
+        meant = whole(*example).float().cpu()
+        given = {name: one.cpu().numpy() for name, one in zip(names, example, strict=True)}
+        made = torch.from_numpy(session.run(None, given)[0]).float()
+        if made.shape != meant.shape:
+            raise CheckpointError(
+                file, f"gives outputs of shape {tuple(made.shape)}, the model {tuple(meant.shape)}", "report this"
+            )
+        difference = max(difference, float((made - meant).abs().max()))
+        largest = max(largest, float(meant.abs().max()))
+    return difference, largest, ""

@@ -1,0 +1,211 @@
+"""Quantisation of a model's weights in place; zeros stay zeros, and on an error no layer is changed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bisparse.layers import Filter, Layer, Skipped, find_layers, matrix_sides
+from bisparse.pattern import Unstructured
+from bisparse.pruning.calibration.calibrate import calibrate
+from bisparse.pruning.calibration.collector import Stage
+from bisparse.pruning.calibration.finished_block import FinishedBlock
+from bisparse.pruning.calibration.options import Options
+from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
+from bisparse.pruning.layer import check_can_be_written, layer_problem
+from bisparse.pruning.methods.base import LayerProblem, check_choice, check_number
+from bisparse.pruning.reduction import positions
+from bisparse.quantization.report import QuantizationReport, QuantizedLayer
+from bisparse.quantization.rounding import Stored, round_to_nearest, round_with_feedback
+from bisparse.quantization.scheme import Scheme, parse_scheme
+from bisparse.rollback import Rollback
+from bisparse.solution import PatternError
+from bisparse.tiles import Layout, from_matrices
+
+__all__ = ["quantize_"]
+
+METHODS = ("rtn", "gptq")
+ANY = Unstructured(1.0)
+
+
+@dataclass(frozen=True)
+class _Settings:
+    scheme: Scheme
+    method: str
+    damping: float
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str | Scheme,
+    *,
+    data: Iterable[Any] | None = None,
+    method: str = "rtn",
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
+    damping: float = 0.01,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool | None = None,
+) -> QuantizationReport:
+    """Quantise the weights of a model's layers in place; weights that are zero stay exactly zero.
+
+    Weights keep their dtype and hold the numbers that the stored ones stand for, so that the model runs everywhere; scales are in
+    the report, from which `bisparse.export` writes files of stored numbers. All layers are changed or, on an error, none.
+
+    Args:
+        scheme: ``"int8"`` and ``"fp8"`` (e4m3), with a scale per output channel; ``"int4-g32"``, ``"int4-g64"`` and
+            ``"int4-g128"``, with a scale per so many inputs.
+        data: calibration batches, as for `prune_`; needed by "gptq". With data the report has output errors.
+        method: "rtn": each weight is rounded to nearest; "gptq": column by column, and later columns make up for the error.
+        include, exclude, layouts: which layers, and how they store their matrices, as for `prune_`.
+        damping: ridge of "gptq", in units of the mean square of an input.
+        forward, device, progress: as for `prune_`.
+
+    Raises:
+        CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
+        ValueError: an unknown scheme or method, weights that are not finite, no layer to quantise, or missing data.
+
+    >>> model = nn.Sequential(nn.Linear(16, 16))
+    >>> report = quantize_(model, "int8")
+    >>> report["0"].scheme, report["0"].weight_error < 0.01
+    ('int8', True)
+    """
+    check_choice("method", method, METHODS)
+    check_number("damping", damping, least=0)
+    settings = _Settings(parse_scheme(scheme), method, damping)
+    if method == "gptq" and data is None:
+        raise ValueError('method="gptq" needs the moments of each layer\'s inputs: pass data, batches of calibration data')
+    layers, left = _choose(model, settings.scheme, include, exclude, layouts)
+    started = time.perf_counter()
+    options = Options(forward=forward, device=device, progress=progress)
+    done: dict[str, QuantizedLayer] = {}
+    with torch.no_grad(), Rollback(model) as rollback, closing(_stages(model, layers, data, options)) as stages:
+        for stage in stages:
+            if isinstance(stage, FinishedBlock):
+                continue
+            for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
+                rollback.touch(layer.weight)
+                done[layer.name] = _quantise_(layer, statistics, settings)
+        for layer in layers:
+            if layer.name not in done:
+                rollback.touch(layer.weight)
+                done[layer.name] = _quantise_(layer, Statistics(0), settings)
+    results = tuple(done[layer.name] for layer in layers)
+    return QuantizationReport(settings.scheme.name, method, results, tuple(left), time.perf_counter() - started)
+
+
+def _choose(
+    model: nn.Module,
+    scheme: Scheme,
+    include: Filter | None,
+    exclude: Filter | None,
+    layouts: Mapping[str, str | Layout] | None,
+) -> tuple[list[Layer], list[Skipped]]:
+    """The layers to quantise, and a reason for each one left. Changes nothing."""
+    found, left = find_layers(model, include, exclude, layouts=layouts)
+    layers = []
+    for layer in found:
+        check_can_be_written(layer)
+        if not bool(torch.isfinite(layer.weight).all()):
+            raise ValueError(f"{layer.name}: its weight holds NaN or infinity, which no scheme can store")
+        inputs = matrix_sides(layer.weight, layer.layout)[1]
+        reason = scheme.refusal(inputs, positions(layer.layout, layer.weight.shape))
+        if reason is None:
+            layers.append(layer)
+        else:
+            left.append(Skipped(layer.name, reason))
+    if not layers:
+        reasons = "; ".join(f"{one.name}: {one.reason}" for one in left[:4])
+        raise ValueError(
+            f"the model {type(model).__name__} has no layer to quantise to {scheme.name} ({reasons or 'it has no layers'}); "
+            "include layers by name, or use another scheme"
+        )
+    return layers, left
+
+
+def _stages(
+    model: nn.Module, layers: Sequence[Layer], data: Iterable[Any] | None, options: Options
+) -> Generator[Stage | FinishedBlock]:
+    """The layers in the order in which they are quantised, with the moments of their inputs where there is data."""
+    if data is None:
+        yield Stage(tuple(layers), tuple(Statistics(0) for _ in layers))
+        return
+    reached = False
+    for stage in calibrate(model, layers, data, frozenset({Statistic.GRAM}), options):
+        if isinstance(stage, Stage):
+            reached |= any(statistics.columns for statistics in stage.statistics)
+        yield stage
+    if not reached:
+        raise CalibrationError(
+            f"no calibration batch went through any of the {len(layers)} layers to quantise, such as {layers[0].name}; check "
+            "that the batches run the part of the model that is to be quantised"
+        )
+
+
+def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> QuantizedLayer:
+    """Quantise one layer in place."""
+    scheme, dtype = settings.scheme, layer.weight.dtype
+    problem = layer_problem(layer, ANY, statistics=statistics if statistics.columns else None)
+    rows = problem.rows(problem.weight).float()
+    kept = rows != 0
+    stored, scale = round_to_nearest(rows, scheme, dtype)
+    errors: tuple[float | None, float | None] = (None, None)
+    note = ""
+    if statistics.columns:
+        whole = problem.least_squares(centred=False, statistics=statistics.merged())
+        note = whole.note
+        rounded = after = whole.error(stored * scheme.spread(scale, rows.shape[-1]))
+        if settings.method == "gptq":
+            gram = whole.damped(settings.damping).gram
+            fed = round_with_feedback(rows, kept, gram, scheme, dtype, layer.name)
+            after = whole.error(fed[0] * scheme.spread(fed[1], rows.shape[-1]))
+            stored, scale = fed
+        errors = after, rounded
+    elif settings.method == "gptq":
+        note = "no calibration batch went through this layer: its weights are rounded to nearest"
+    weight = _dequantised(layer, problem, (stored, scale), scheme)
+    _check_zeros(layer, weight)
+    before = layer.weight.double()
+    energy, changed = float(before.square().sum()), float((weight.double() - before).square().sum())
+    layer.weight.copy_(weight)
+    return QuantizedLayer(
+        layer.name,
+        layer.parameter_name,
+        tuple(layer.weight.shape),
+        str(dtype).removeprefix("torch."),
+        layer.layout,
+        scheme.name,
+        scale.to(dtype),
+        float((weight != 0).double().mean()),
+        float(kept.double().mean()),
+        (changed / energy) ** 0.5 if energy else 0.0,
+        energy,
+        *errors,
+        note,
+    )
+
+
+def _dequantised(layer: Layer, problem: LayerProblem, stored: Stored, scheme: Scheme) -> Tensor:
+    """What the stored numbers stand for, in the layer's shape and dtype: computed as the engines that read them do."""
+    dtype = layer.weight.dtype
+    numbers, scale = stored
+    rows = numbers.to(dtype) * scheme.spread(scale, numbers.shape[-1]).to(dtype)
+    if not bool(torch.isfinite(rows).all()):
+        raise ValueError(f"{layer.name}: weights that round up beyond the largest {dtype}; quantise the model in bfloat16")
+    result: Tensor = from_matrices(problem.matrices(rows), layer.layout, layer.weight.shape)
+    return result
+
+
+def _check_zeros(layer: Layer, weight: Tensor) -> None:
+    """Refuse a new weight that is not zero where the old one is."""
+    broken = int(((weight != 0) & (layer.weight == 0)).sum())
+    if broken:
+        raise PatternError(f"{layer.name}: quantisation gave {broken} weights a value that were zero")

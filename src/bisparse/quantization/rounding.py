@@ -1,0 +1,75 @@
+"""Rows of weights to stored numbers: each rounded to nearest, or column by column with the error fed back.
+
+Error feedback: columns are rounded from left to right, and what rounding changes in a layer's output is made up for by the
+columns after, with the inverse Hessian, as SparseGPT makes up for pruned weights. A weight that is zero stays zero: what would
+be added to it is made up for by later columns too.
+Cost: as SparseGPT, one Cholesky of K x K and one product (O, K) x (K, K) per layer.
+Source: Frantar et al., "GPTQ", ICLR 2023, arXiv 2210.17323, algorithm 1.
+Departures: zeros are kept; scales of groups are searched (see `Scheme.scales`).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bisparse.pruning.methods.error_feedback import feed_back, upper_inverse
+from bisparse.quantization.scheme import Scheme
+
+__all__ = ["round_to_nearest", "round_with_feedback"]
+
+COLUMNS = 128
+"""Rounded before the columns after are updated, where the scheme has no groups."""
+
+Stored = tuple[Float[Tensor, "G O K"], Float[Tensor, "G O S"]]
+"""The stored numbers as float32, and their scales."""
+
+
+def round_to_nearest(rows: Float[Tensor, "G O K"], scheme: Scheme, dtype: torch.dtype) -> Stored:
+    """Each weight rounded to the nearest stored number."""
+    scale = scheme.scales(rows, dtype)
+    return scheme.round(rows, scheme.spread(scale, rows.shape[-1])), scale
+
+
+def round_with_feedback(
+    rows: Float[Tensor, "G O K"],
+    kept: Bool[Tensor, "G O K"],
+    gram: Float[Tensor, "G K K"],
+    scheme: Scheme,
+    dtype: torch.dtype,
+    name: str,
+) -> Stored:
+    """Columns rounded from left to right, each one's error fed back to those after.
+
+    Args:
+        kept: where weights may be other than 0.
+        gram: the damped second moments of the inputs.
+
+    Raises:
+        ValueError: the moments are singular; names the layer.
+    """
+    stored, scales = torch.empty_like(rows), []
+    columns = rows.shape[-1]
+    for g in range(rows.shape[0]):
+        weight = rows[g].clone()
+        upper = upper_inverse(gram[g], name)
+        own = scheme.scales(weight, dtype) if scheme.group is None else torch.empty(len(weight), columns // scheme.group)
+        own = own.to(weight.device)
+        width = scheme.group or COLUMNS
+        for start in range(0, columns, width):
+            part = slice(start, min(start + width, columns))
+            if scheme.group is not None:
+                # Of the weights as they are by now, changed by the columns before.
+                own[:, start // width] = scheme.scales(weight[:, part] * kept[g][:, part], dtype)[:, 0]
+            scale = own[:, 0 if scheme.group is None else start // width]
+
+            def rounded(column: Tensor, j: int, g: int = g, scale: Tensor = scale, start: int = start) -> Tensor:
+                value = scheme.round(column, scale) * kept[g][:, start + j]
+                stored[g][:, start + j] = value
+                result: Tensor = value * scale
+                return result
+
+            feed_back(weight, upper, part, rounded)
+        scales.append(own)
+    return stored, torch.stack(scales)

@@ -1,0 +1,119 @@
+"""ONNX files have the model's weights and outputs, at any batch size and length, and are verified on the file."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bisparse
+from bisparse.checkpoint import CheckpointError, verify_checkpoint
+from bisparse.checkpoint.reader import open_source
+from bisparse.export import export_onnx
+from bisparse.quantization import quantize_
+from bisparse.solution import PatternError
+
+pytest.importorskip("onnxscript")
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+
+class Network(nn.Module):
+    """A convolution with a batch norm behind it, which exporters like to merge, and Linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3)
+        self.conv = nn.Conv2d(16, 32, 3, padding=1)
+        self.norm = nn.BatchNorm2d(32)
+        self.hidden = nn.Linear(32, 48)
+        self.head = nn.Linear(48, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.conv(self.stem(x).relu())).relu().mean((2, 3))
+        return self.head(self.hidden(x).relu())
+
+
+def network() -> tuple[nn.Module, dict[str, str]]:
+    torch.manual_seed(0)
+    model = Network().eval()
+    with torch.no_grad():
+        model.norm.running_var.uniform_(0.5, 2)
+    return model, {one.name: one.pattern for one in bisparse.prune_(model, "2:4")}
+
+
+def run(path: Path, **inputs: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {name: one.numpy() for name, one in inputs.items()})[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_network_has_equal_weights_and_outputs(tmp_path: Path, quantised: bool) -> None:
+    model, patterns = network()
+    done = quantize_(model, "int8") if quantised else None
+    made = export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 3, 12, 12), pattern=patterns, quantized=done)
+    assert made.verified == {"2:4": len(patterns)} and made.unmatched == ()
+    assert made.difference is not None and made.difference < 1e-5 < 1e-2 < (made.largest or 0)
+    images = torch.randn(5, 3, 12, 12)
+    with torch.no_grad():
+        assert torch.allclose(run(made.path, input=images), model(images), atol=1e-5)
+    tensors = open_source(made.path).tensors
+    for name in ("conv.weight", "hidden.weight"):
+        weight, stored = model.state_dict()[name], tensors[name]
+        assert stored.dtype == ("I8" if quantised else "F32")
+        assert torch.equal(stored.read().view(stored.shape) == 0, weight == 0)
+    assert verify_checkpoint(made.path, "2:4", include=list(patterns))
+    if quantised:
+        kinds = [node.op_type for node in onnx.load(made.path).graph.node]
+        assert done is not None and kinds.count("DequantizeLinear") == len(done)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_transformer_takes_any_batch_and_length(tmp_path: Path, kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
+    if kind == "bert":
+        model = transformers.BertModel(transformers.BertConfig(**shape), add_pooling_layer=False).eval()
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, tie_word_embeddings=True)).eval()
+    patterns = {one.name: one.pattern for one in bisparse.prune_(model, "2:4")}
+    ids = torch.randint(0, 96, (2, 9))
+    made = export_onnx(model, tmp_path / "m.onnx", {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, pattern=patterns)
+    assert made.inputs == {"input_ids": ("batch", "sequence"), "attention_mask": ("batch", "sequence")}
+    assert made.verified == {"2:4": len(patterns)} and made.difference is not None and made.difference < 1e-4
+    for batch, length in ((1, 1), (3, 30)):
+        ids = torch.randint(0, 96, (batch, length))
+        mask = torch.ones_like(ids)
+        with torch.no_grad():
+            meant = model(input_ids=ids, attention_mask=mask)[0]
+        assert torch.allclose(run(made.path, input_ids=ids, attention_mask=mask), meant, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_weight_that_breaks_its_pattern_leaves_no_file(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16)).eval()
+    bisparse.prune_(model, "2:4")
+    with torch.no_grad():
+        model[0].weight[3] = 1
+    with pytest.raises(PatternError, match="2:4"):
+        export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 16), pattern="2:4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_refusals_come_before_anything_is_exported(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+    (tmp_path / "there.onnx").write_text("x")
+    with pytest.raises(CheckpointError, match="exists already"):
+        export_onnx(model, tmp_path / "there.onnx", torch.randn(2, 32))
+    with pytest.raises(ValueError, match="int8 weights only"):
+        export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 32), quantized=quantize_(model, "int4-g32"))
+    with pytest.raises(ValueError, match="cannot be called with 1 tensors by position"):
+        export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 5))
+    bisparse.prune_(model, "2:4")
+    bisparse.accelerate_(model.bfloat16(), backend="reference")
+    with pytest.raises(ValueError, match="finalize_"):
+        export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 32, dtype=torch.bfloat16))
+    assert [one.name for one in tmp_path.iterdir()] == ["there.onnx"]

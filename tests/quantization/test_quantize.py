@@ -1,0 +1,176 @@
+"""Quantised weights keep every zero, come from the stored numbers that the report describes, and a failure changes nothing."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import bisparse
+from bisparse.quantization import SCHEMES, quantize_, stored_values
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(128, 96), nn.ReLU(), nn.Linear(96, 128), nn.ReLU(), nn.Linear(128, 64))
+
+
+def data(batches: int = 6) -> list[Tensor]:
+    torch.manual_seed(1)
+    mix = torch.randn(128, 128) / 12
+    return [torch.randn(48, 128) @ mix for _ in range(batches)]
+
+
+def zeros(model: nn.Module) -> dict[str, Tensor]:
+    return {name: one == 0 for name, one in model.state_dict().items() if one.ndim > 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4-g32"])
+def test_zeros_stay_and_stored_numbers_give_the_weights(scheme: str, method: str, dtype: torch.dtype) -> None:
+    model = network()
+    bisparse.prune_(model, "2:4")
+    model = model.to(dtype)
+    before = zeros(model)
+    report = quantize_(model, scheme, data=[one.to(dtype) for one in data()], method=method)
+    assert len(report) == 3 and bisparse.verify(model, "2:4")
+    for layer in report:
+        weight = model.state_dict()[layer.parameter]
+        assert bool((weight[before[layer.parameter]] == 0).all()), layer.name
+        stored = stored_values(weight, layer)
+        low, high = SCHEMES[scheme].range
+        assert stored.dtype == SCHEMES[scheme].dtype and low <= float(stored.float().min()) <= float(stored.float().max()) <= high
+        scale = layer.scale[0].repeat_interleave(weight.shape[1] // layer.scale.shape[-1], 1)
+        assert torch.equal(stored.to(dtype) * scale, weight)
+        assert layer.density <= layer.density_before == pytest.approx(0.5)
+
+
+def test_each_channel_uses_its_own_scale() -> None:
+    layer = nn.Linear(64, 4, bias=False)
+    with torch.no_grad():
+        layer.weight.mul_(torch.tensor([1e-3, 1.0, 10.0, 0.0])[:, None])
+    before = layer.weight.detach().clone()
+    report = quantize_(nn.Sequential(layer), "int8")
+    step = before.abs().amax(1) / 127
+    assert bool(((layer.weight - before).abs() <= step[:, None] * 0.501).all())
+    assert report["0"].weight_error == pytest.approx(float((layer.weight.detach() - before).norm() / before.norm()), rel=1e-4)
+
+
+def test_error_feedback_lowers_the_output_error() -> None:
+    rounded, fed = network(), network()
+    bisparse.prune_(rounded, "4:8")
+    fed.load_state_dict(rounded.state_dict())
+    dense = copy.deepcopy(rounded)
+    held_out = data(9)[-1]
+    for model, method in ((rounded, "rtn"), (fed, "gptq")):
+        quantize_(model, "int4-g32", data=data(), method=method)
+    error = {
+        name: float((model(held_out) - dense(held_out)).detach().norm()) for name, model in (("rtn", rounded), ("gptq", fed))
+    }
+    assert error["gptq"] < 0.9 * error["rtn"]
+
+
+def test_the_report_states_the_output_error_of_a_layer() -> None:
+    model, batches = nn.Sequential(nn.Linear(128, 32, bias=False)), data()
+    dense = model[0].weight.detach().clone()
+    report = quantize_(model, "int4-g64", data=batches, method="gptq")
+    inputs = torch.cat(batches)
+    error = (inputs @ (model[0].weight - dense).T).norm() / (inputs @ dense.T).norm()
+    assert report["0"].error == pytest.approx(float(error), rel=1e-3)
+    assert report["0"].error < report["0"].error_rounded
+
+
+class Layers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.conv = nn.Conv2d(8, 16, 3, groups=2)
+        self.transposed = nn.ConvTranspose2d(16, 8, 3)
+        self.hidden = nn.Linear(8, 32)
+        self.last = nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.hidden(self.transposed(self.conv(self.stem(x))).mean((2, 3))))
+
+
+@pytest.mark.parametrize("scheme", ["int8", "fp8"])
+def test_convolutions_have_a_scale_per_output_channel(scheme: str) -> None:
+    model = Layers().eval()
+    bisparse.prune_(model, "2:4")
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    report = quantize_(model, scheme, data=[torch.randn(2, 3, 9, 9) for _ in range(4)], method="gptq")
+    assert {one.name for one in report} >= {"conv", "transposed", "hidden"} and bisparse.verify(model, "2:4")
+    for layer in report:
+        weight = model.state_dict()[layer.parameter]
+        assert bool((weight[before[layer.parameter] == 0] == 0).all())
+        stored_values(weight, layer)
+    channels = model.conv.weight.flatten(1)
+    largest = channels.abs().amax(1)
+    if scheme == "int8":
+        steps = channels / (largest / 127)[:, None]
+        assert float((steps - steps.round()).abs().max()) < 0.3
+
+
+def test_layers_that_a_group_does_not_divide_are_left_with_the_reason() -> None:
+    model = network()
+    report = quantize_(model, "int4-g128")
+    assert [one.name for one in report] == ["0", "4"]
+    assert [(one.name, one.reason) for one in report.left] == [("2", "128 does not divide its 96 inputs, as int4-g128 needs")]
+
+
+def test_changed_weights_have_no_stored_numbers() -> None:
+    model = network()
+    report = quantize_(model, "int8")
+    with torch.no_grad():
+        model[0].weight[0, 0] += 1e-4
+    with pytest.raises(ValueError, match="was changed after it was quantised"):
+        stored_values(model[0].weight, report["0"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scheme": "int3"}, "expected one of 'int8'"),
+        ({"scheme": "int8", "method": "awq"}, "expected one of 'rtn', 'gptq'"),
+        ({"scheme": "int8", "method": "gptq"}, "pass data"),
+        ({"scheme": "int8", "damping": -1}, "damping"),
+        ({"scheme": "int8", "include": "nothing"}, "nothing"),
+        ({"scheme": "int8", "method": "gptq", "data": []}, "empty"),
+    ],
+)
+def test_wrong_arguments_change_nothing(arguments: dict[str, object], message: str) -> None:
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        quantize_(model, **arguments)  # type: ignore[arg-type]
+    assert all(torch.equal(one, before[name]) for name, one in model.state_dict().items())
+
+
+def interrupt_if(changed: bool) -> None:
+    if changed:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("failure", ["nan weight", "nan input", "interrupted"])
+def test_a_failure_undoes_all_layers(failure: str) -> None:
+    model, batches = network(), data()
+    if failure == "nan weight":
+        with torch.no_grad():
+            model[4].weight[3, 3] = float("nan")
+    if failure == "nan input":
+        batches[2][0, 0] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    if failure == "interrupted":
+        model[1].register_forward_hook(lambda *_: interrupt_if(not torch.equal(model[0].weight, before["0.weight"])))
+    with pytest.raises((ValueError, KeyboardInterrupt)):
+        quantize_(model, "int8", data=batches, method="gptq")
+    for name, one in model.state_dict().items():
+        assert torch.equal(one.nan_to_num(7.0), before[name].nan_to_num(7.0)), name
+
+
+def test_layers_that_no_batch_reaches_are_rounded_and_say_so() -> None:
+    model = network()
+    report = quantize_(model, "int8", data=data(), method="gptq", forward=lambda model, batch: model[0](batch))
+    assert [bool(one.note) for one in report] == [False, True, True]
+    assert "rounded to nearest" in report["2"].note and report["2"].error is None
