@@ -45,8 +45,11 @@ class Source:
     """The transformers folder that it was loaded from, whose other files belong to the model; None for .gguf and functions."""
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, *, tokenizer: bool = True) -> Source:
     """Load ``module:function``, which returns a model or (model, batches), or a folder or .gguf file of transformers.
+
+    Args:
+        tokenizer: load the model's tokenizer too; models of images have none.
 
     Raises:
         CheckpointError: the folder's files are damaged, or are not the whole model and nothing else: config.json names no class
@@ -91,12 +94,14 @@ def open_source(name: str) -> Source:
         model.is_quantized = False
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-    with _loading(path, "the tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    words = None
+    if tokenizer:
+        with _loading(path, "the tokenizer"):
+            words = transformers.AutoTokenizer.from_pretrained(folder, **options)
     if options:
         # Its other files are not in that folder, which may hold other models.
         model.name_or_path = str(path)
-    return Source(model.eval(), tokenizer, folder=None if options else path)
+    return Source(model.eval(), words, folder=None if options else path)
 
 
 def place_of(name: str) -> Path | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bisparse.cli.before_after import EvalText, EvalTokens, before_and_after
 from bisparse.cli.calibrated import (
     BlockEpochs,
     Calibration,
@@ -96,6 +97,8 @@ def prune(
     damping: Damping = None,
     device: Device = None,
     resume: Resume = None,
+    evaluate: EvalText = None,
+    eval_tokens: EvalTokens = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be pruned and what not, and why; write nothing.")
     ] = False,
@@ -121,6 +124,7 @@ def prune(
     if target is None and not dry_run:
         raise typer.BadParameter("missing; name the folder to write, or pass --dry-run", param_hint="TARGET")
     chosen_order = parse_order(order)
+    measuring = before_and_after(source, None if dry_run else target, evaluate, eval_tokens, as_json=as_json)
     set_threads(threads)
     if method != "magnitude" or block_epochs or ":" in str(source):
         if key is not None:
@@ -130,23 +134,24 @@ def prune(
         if dry_run or target is None:
             raise typer.BadParameter("only checkpoints pruned by magnitude can be planned ahead", param_hint="--dry-run")
         options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder, "layouts": layouts}
-        prune_with_data(
-            str(source),
-            target,
-            structure,
-            parse_method(method, damping),
-            calibration=calibration,
-            sequences=sequences,
-            length=length,
-            overwrite=overwrite,
-            as_json=as_json,
-            **options,
-            solver=parse_solver_option(solver),
-            order=chosen_order,
-            reconstruction=parse_reconstruction(block_epochs, order),
-            device=parse_device(device),
-            resume=resume,
-        )
+        with measuring:
+            prune_with_data(
+                str(source),
+                target,
+                structure,
+                parse_method(method, damping),
+                calibration=calibration,
+                sequences=sequences,
+                length=length,
+                overwrite=overwrite,
+                as_json=as_json,
+                **options,
+                solver=parse_solver_option(solver),
+                order=chosen_order,
+                reconstruction=parse_reconstruction(block_epochs, order),
+                device=parse_device(device),
+                resume=resume,
+            )
         return
     unused = {"--calibration": calibration, "--damping": damping, "--device": device, "--resume": resume}
     if given := [name for name, value in unused.items() if value is not None]:
@@ -182,7 +187,8 @@ def prune(
             )
         _print_report(report, destination, time.perf_counter() - start, as_json)
 
-    on_first_rank(job)
+    with measuring:
+        on_first_rank(job)
 
 
 def _layer_pattern(text: str) -> tuple[str, Structure]:
