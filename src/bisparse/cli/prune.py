@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bisparse.cli.before_after import EvalText, EvalTokens, before_and_after
+from bisparse.cli.budget import BudgetOption, parse_patterns
 from bisparse.cli.calibrated import (
     BlockEpochs,
     Calibration,
@@ -67,8 +68,15 @@ def prune(
         Path | None, typer.Argument(help="The folder to write; it must not exist. Not needed with --dry-run.")
     ] = None,
     pattern: Annotated[
-        str, typer.Option("--pattern", "-p", help="2:4, 4:8-T, 16:32-T, 4:8-seq, 50%, ... N is the number KEPT.")
-    ] = "4:8-T",
+        list[str] | None,
+        typer.Option(
+            "--pattern",
+            "-p",
+            help="2:4, 4:8-T, 16:32-T, 4:8-seq, 50%, ... N is the number KEPT. By default 4:8-T. With --budget: one of those to "
+            "choose from, or dense; repeated.",
+        ),
+    ] = None,
+    budget: BudgetOption = None,
     include: Included = None,
     exclude: Excluded = None,
     key: Key = None,
@@ -116,7 +124,7 @@ def prune(
     """
     from bisparse.checkpoint import plan_checkpoint, prune_checkpoint
 
-    structure = parse_pattern_option(pattern)
+    structure, choices = parse_patterns(pattern, budget, layer_pattern)
     patterns = dict(_layer_pattern(text) for text in layer_pattern or ())
     layouts = parse_layout_options(layout)
     if remainder not in ("pad", "dense", "error"):
@@ -126,14 +134,21 @@ def prune(
     chosen_order = parse_order(order)
     measuring = before_and_after(source, None if dry_run else target, evaluate, eval_tokens, as_json=as_json)
     set_threads(threads)
-    if method != "magnitude" or block_epochs or ":" in str(source):
+    if method != "magnitude" or block_epochs or choices or ":" in str(source):
         if key is not None:
             raise typer.BadParameter(
                 "chooses a state dict in a torch file, which only magnitude pruning reads", param_hint="--key"
             )
         if dry_run or target is None:
             raise typer.BadParameter("only checkpoints pruned by magnitude can be planned ahead", param_hint="--dry-run")
-        options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder, "layouts": layouts}
+        options = {
+            "include": include,
+            "exclude": exclude,
+            "patterns": patterns,
+            "remainder": remainder,
+            "layouts": layouts,
+            **choices,
+        }
         with measuring:
             prune_with_data(
                 str(source),
@@ -154,6 +169,7 @@ def prune(
             )
         return
     unused = {"--calibration": calibration, "--damping": damping, "--device": device, "--resume": resume}
+    assert structure is not None
     if given := [name for name, value in unused.items() if value is not None]:
         raise typer.BadParameter("has no use at --method magnitude; name another, such as adaprune", param_hint=given[0])
     if not source.exists():

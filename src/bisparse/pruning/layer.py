@@ -30,7 +30,7 @@ from bisparse.results import LayerResult, gap_of
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
 
-__all__ = ["Change", "layer_problem", "plan", "prune_layer", "record"]
+__all__ = ["Change", "check_can_be_written", "layer_problem", "plan", "prune_layer", "record"]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def plan(
         chosen = next((name for name in singles if matches(name, layer.name, layer.module)), None)
         unused.discard(chosen or "")
         structure = singles[chosen] if chosen is not None else pattern
-        _check_can_be_written(layer)
+        check_can_be_written(layer)
         reason = remainder_reason(matrix_sides(layer.weight, layer.layout), structure, remainder, layer.name)
         if reason is None:
             planned.append((layer, structure))
@@ -188,7 +188,8 @@ def _all_zero(statistics: Statistics) -> bool:
     return size is not None and not bool(size.any())
 
 
-def _check_can_be_written(layer: Layer) -> None:
+def check_can_be_written(layer: Layer) -> None:
+    """Refuse a layer whose weight cannot be changed in place."""
     if layer.parameter not in layer.module._parameters:
         raise ValueError(
             f"{layer.name}: its weight is computed by a parametrization, so that pruning it in place would be lost; "
