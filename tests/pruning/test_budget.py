@@ -64,6 +64,12 @@ def test_budget_holds_and_each_layer_obeys_its_pattern(fraction: float) -> None:
     assert "proved optimal" in report.notes[0]
 
 
+def test_a_budget_without_room_is_said_and_one_with_sparser_patterns_uses_it() -> None:
+    assert "offer sparser ones too" in prune_(network(), budget="50%", patterns=["2:4", "6:8", "dense"], include=["*"]).notes[0]
+    report = prune_(network(), budget="50%", patterns=["1:4", "2:4", "6:8", "dense"], include=["*"])
+    assert "offer sparser" not in report.notes[0] and len({layer.pattern for layer in report}) + len(report.left_dense) > 1
+
+
 @pytest.mark.parametrize("data", [False, True])
 def test_the_mixture_loses_least_of_all_mixtures(data: bool) -> None:
     """Against every assignment, each applied by itself and measured on the network's outputs."""

@@ -4,9 +4,10 @@ The cost of a pattern for a layer is the fraction of the energy of its output th
 
     |W x - (S * W) x|^2 / |W x|^2 = tr(D G D^T) / tr(W G W^T),    D = W - S * W,    G = E[x x^T]
 
-with G from calibration data and S the mask that keeps most of ``w_oi^2 G_ii``; without data, the fraction of squared magnitude. It
-is measured on the dense network, before kept weights are fitted. The sum over layers is minimised exactly; see `choose`. That this
-sum stands for the damage to the network is an assumption.
+with G from calibration data and S the mask that keeps most of ``w_oi^2 G_ii``; without data, the fraction of squared magnitude.
+It is measured on the dense network, before kept weights are fitted. The sum over layers is minimised exactly; see `choose`. That
+this sum stands for the damage to the network is an assumption. A layer can be denser than the budget only where another one is
+sparser: patterns that are all at least as dense as the budget leave no room.
 """
 
 from __future__ import annotations
@@ -234,6 +235,10 @@ def _chosen(
         f"{used}; mean loss {choice.cost / len(layers):.4g} {what} layer before any fit, {proof} "
         f"(bound of the linear relaxation {choice.relaxed / len(layers):.4g})"
     )
+    if smallest > (1 - 1e-9) * budget.fraction * total:
+        note += (
+            "; the sparsest patterns take all of the budget, so that no layer has room for a denser one: offer sparser ones too"
+        )
     return Plan(tuple(planned), tuple(left_dense), reasons, note, choice)
 
 
