@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from bisparse.diversity import hardware
 from bisparse.layers import Filter, Layer, Skipped, find_layers, matrix_sides, remainder_reason
@@ -30,6 +31,7 @@ from bisparse.pruning.calibration.finished_block import FinishedBlock
 from bisparse.pruning.calibration.hooks import unseen_reason
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
+from bisparse.pruning.fingerprint import fingerprint, stable_repr
 from bisparse.pruning.knapsack import Choice, choose
 from bisparse.pruning.layer import check_can_be_written, layer_problem
 from bisparse.solvers import Solver
@@ -180,6 +182,15 @@ def plan_within(
     layers = [layer for layer in found if layer.name in allowed]
     if not layers:
         raise ValueError(f"the model {type(model).__name__} has no layer to prune; include layers by name")
+    if ranks.size > 1:
+        ranks.agree(
+            {
+                "budget=": stable_repr(budget),
+                "patterns=": ", ".join(map(_text, structures)),
+                "the layers": ", ".join(allowed),
+                "the digest of the data": "none" if batches is None else fingerprint(*pytree.tree_leaves(batches)),
+            }
+        )
     costs = _costs(model, layers, allowed, batches, options, ranks)
     left_dense += [
         Skipped(one.name, unseen_reason(one) or "no calibration batch went through this layer")
