@@ -315,3 +315,20 @@ def test_selectors_reach_every_place_a_kept_entry_can_have(text: str) -> None:
     places = torch.stack([mask.flatten().nonzero()[:, 0] for mask in masks[holds]])
     reach = {len(places[:, k].unique()) for k in range(n)}
     assert reach == {hardware(text).selector_inputs}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "windows", "work"), [("4:6", 2, "0.667"), ("4:6-T", 2, "0.667"), ("6:8", 3, "0.75"), ("4:8-T", 3, "0.75")]
+)
+def test_masks_that_fit_windows_of_two_of_four_are_said_to(pattern: str, windows: int, work: str) -> None:
+    note = hardware(pattern).note
+    assert f"{windows} overlapping 2:4 windows" in note and f"at {work} of the dense product's work" in note
+    n, m = map(int, pattern.removesuffix("-T").split(":"))
+    for mask in itertools.combinations(range(m), n):
+        places = [[w for w in range(windows) if 2 * w <= kept < 2 * w + 4] for kept in mask]
+        assert any(max(choice.count(w) for w in range(windows)) <= 2 for choice in itertools.product(*places)), mask
+
+
+@pytest.mark.parametrize("pattern", ["7:8", "5:6", "5:7", "16:32-T", "4:8-seq"])
+def test_other_patterns_are_not_said_to_fit_windows(pattern: str) -> None:
+    assert "windows" not in hardware(pattern).note

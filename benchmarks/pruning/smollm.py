@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import time
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=12_288, help="of WikiText-2, for the perplexity")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
+    parser.add_argument("--budget", help="such as 50%%: one row per method, in which each layer gets one of --patterns or dense")
     parser.add_argument("--methods", nargs="+", default=COMPARED)
     parser.add_argument(
         "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="the forward passes'; moments are float32"
@@ -66,7 +68,7 @@ def main() -> None:
     with rows.new({**common, "pattern": "dense"}) as row:
         if row is not None:
             row["perplexity"] = perplexity(dense, test)
-    for pattern in options.patterns:
+    for pattern in options.patterns if options.budget is None else [f"{options.budget} of {', '.join(options.patterns)}, dense"]:
         for name in options.methods:
             method, how = method_named(name)
             data = {"sequences": options.sequences, "length": options.length, "corpus": options.calibration.name}
@@ -75,11 +77,16 @@ def main() -> None:
                     continue
                 model = copy.deepcopy(dense)
                 started = time.perf_counter()
-                resume = options.journal / f"{name}-{pattern}".replace(" ", "-").replace(":", "of") if options.journal else None
-                report = prune_(model, pattern, method, batches, **how, device=options.device, resume=resume, progress=True)
+                resume = (
+                    options.journal / re.sub(r"[ ,%]+", "-", f"{name}-{pattern}").replace(":", "of") if options.journal else None
+                )
+                if options.budget is not None:
+                    how = {**how, "budget": options.budget, "patterns": [*options.patterns, "dense"]}
+                given = pattern if options.budget is None else None
+                report = prune_(model, given, method, batches, **how, device=options.device, resume=resume, progress=True)
                 row |= measured(report, time.perf_counter() - started) | {"notes": list(report.notes)}
                 for layer in report:
-                    verify(model.get_parameter(layer.parameter), pattern, name=layer.name).check()
+                    verify(model.get_parameter(layer.parameter), layer.pattern, name=layer.name).check()
                 row["perplexity"] = perplexity(model, test)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -134,6 +135,14 @@ class PruneReport:
         return f"Warning: only {said}: more than half of the model stays dense; `left_dense` names each layer and why."
 
     @property
+    def used(self) -> str:
+        """The patterns of the layers, with how many have each where they differ, the most frequent first."""
+        counts = Counter(layer.pattern for layer in self.layers)
+        if len(counts) < 2:
+            return next(iter(counts), self.pattern)
+        return ", ".join(f"{name} ({count})" for name, count in counts.most_common())
+
+    @property
     def density(self) -> float:
         """Fraction of weights that are not zero in the pruned layers."""
         return sum(layer.density * layer.size for layer in self.layers) / max(self.weights, 1)
@@ -179,7 +188,7 @@ class PruneReport:
         covered = "" if self.fraction is None else f" ({self.fraction:.1%} of all parameters)"
         time = f", {self.time_s:.2f} s" if self.time_s else ""
         return (
-            f"{len(self)} layers{covered} pruned to {self.pattern} by {self.method}: density {self.density:.4f}{retained}{gap}"
+            f"{len(self)} layers{covered} pruned to {self.used} by {self.method}: density {self.density:.4f}{retained}{gap}"
             f"{time}; {len(self.left_dense)} left dense"
         )
 

@@ -213,7 +213,7 @@ def test_the_weights_in_a_training_checkpoint(tmp_path: Path, key: str) -> None:
 
 def test_a_single_safetensors_file(folder: Path, tmp_path: Path) -> None:
     prune_checkpoint(folder / "model.safetensors", tmp_path / "out", "2:4")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", SIDECAR, MASKS}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", SIDECAR, MASKS, "README.md"}
 
 
 def test_a_pruned_folder_can_be_pruned_again(folder: Path, tmp_path: Path) -> None:

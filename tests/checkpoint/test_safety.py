@@ -441,6 +441,7 @@ def test_nothing_is_written_with_wider_permissions_than_its_source(tmp_path: Pat
     assert found == {
         ".": 0o750, "config.json": 0o600, "token": 0o600, "private": 0o700, "private/run.sh": 0o755,
         "bisparse.json": 0o600, "bisparse-masks.safetensors": 0o600, "model.safetensors.index.json": 0o600,
+            "README.md": 0o600,
     }  # fmt: skip
 
 

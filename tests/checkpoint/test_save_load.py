@@ -310,6 +310,6 @@ def test_nothing_is_saved_with_wider_permissions_than_the_source_has(tmp_path: P
         (source / name).chmod(mode)
     save(model, tmp_path / "out", report=prune_(model, "2:4", include=["0", "1"]), source=source)
     found = {str(path.relative_to(tmp_path / "out")): path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*")}
-    written = dict.fromkeys(("model.safetensors", "bisparse.json", "bisparse-masks.safetensors"), 0o640)
+    written = dict.fromkeys(("model.safetensors", "bisparse.json", "bisparse-masks.safetensors", "README.md"), 0o640)
     assert found == {**written, "token": 0o600, "private": 0o700, "private/notes": 0o644}
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750

@@ -28,6 +28,8 @@ JOBS: dict[str, tuple[Method, str]] = {
     "adaprune": (AdaPrune(), "sequential"),
     "adaprune, dense inputs": (AdaPrune(), "parallel"),
     "alps": (ALPS(iterations=8), "sequential"),
+    "budget": (AdaPrune(), "sequential"),
+    "budget, no data": (Magnitude(), "parallel"),
     "raw inputs": (GradientAdaPrune(steps=5), "parallel"),
 }
 
@@ -41,7 +43,12 @@ def build() -> tuple[nn.Module, list[Tensor]]:
 def pruned(name: str, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     model, batches = build()
     method, order = JOBS[name]
-    prune_(model, "4:8-T", method, batches, order=order, group=group, include="*")
+    if "budget" in name:
+        data = None if "no data" in name else batches
+        choices = ["2:8-T", "4:8-T", "6:8", "dense"]
+        prune_(model, None, method, data, budget="60%", patterns=choices, order=order, group=group, include="*")
+    else:
+        prune_(model, "4:8-T", method, batches, order=order, group=group, include="*")
     return model.state_dict()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -130,3 +131,9 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     with pytest.raises(ValueError, match="NaN"):
         convert_(model, "2:4", batches=batches)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+def test_arguments_come_in_the_order_of_prune() -> None:
+    own, others = ([*inspect.signature(one).parameters] for one in (convert_, prune_))
+    assert [name for name in own if name in others] == [name for name in others if name in own]
+    assert own[:4] == others[:4] == ["model", "pattern", "method", "batches"]

@@ -1,6 +1,7 @@
 """Checkpoints: the only folder that knows file formats. Prune, verify, save and load plain dense weights with zeros."""
 
 from bisparse.checkpoint.load import load
+from bisparse.checkpoint.model_card import record_evaluation
 from bisparse.checkpoint.prune import CheckpointPlan, plan_checkpoint, prune_checkpoint
 from bisparse.checkpoint.save_load import save
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, load_masks, read_sidecar
@@ -22,6 +23,7 @@ __all__ = [
     "plan_checkpoint",
     "prune_checkpoint",
     "read_sidecar",
+    "record_evaluation",
     "save",
     "to_dense",
     "verify_checkpoint",

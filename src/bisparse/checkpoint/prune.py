@@ -16,6 +16,7 @@ from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
 from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
+from bisparse.checkpoint.model_card import CARD, write_card
 from bisparse.checkpoint.model_config import plain_config
 from bisparse.checkpoint.permissions import copy_permissions
 from bisparse.checkpoint.reader import Shard, Source, open_source
@@ -157,8 +158,11 @@ def prune_checkpoint(
         )
         step = max(1, -(-len(samples) // SAMPLES))
         sidecar = Sidecar(report, remainder, plan.source.name, samples[::step])
+        sidecar = write_card(folder, sidecar, target)
+        report = sidecar.report
         (folder / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
-        limit_permissions(folder, plan.source, (SIDECAR, MASKS))
+        card = [CARD] if CARD not in plan.source.others else []
+        limit_permissions(folder, plan.source, (SIDECAR, MASKS, *card))
     return report
 
 

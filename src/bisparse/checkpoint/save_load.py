@@ -17,6 +17,7 @@ from bisparse.apart import check_apart, origin_of
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
 from bisparse.checkpoint.layer_selection import StoredLayer
+from bisparse.checkpoint.model_card import CARD, write_card
 from bisparse.checkpoint.names import named_as_in
 from bisparse.checkpoint.prune import SAMPLES, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import open_source
@@ -186,10 +187,12 @@ def save(
                 (temporary / name).write_text(text, encoding="utf-8")
         named = type(model).__name__ if opened is None else opened.name
         sidecar = replace(sidecar_of(report, weights, named), provenance=dict(provenance or {}))
+        sidecar = write_card(temporary, sidecar, folder)
         (temporary / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
         read_back(temporary / WEIGHTS, ordered, checksums, layers, lambda tensor: None)
         if opened is not None:
-            limit_permissions(temporary, opened, (WEIGHTS, MASKS, SIDECAR))
+            card = [CARD] if CARD not in opened.others else []
+            limit_permissions(temporary, opened, (WEIGHTS, MASKS, SIDECAR, *card))
         if beside is not None:
             beside(temporary)
     return sidecar

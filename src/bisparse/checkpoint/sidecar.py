@@ -113,6 +113,8 @@ class Sidecar:
     versions: Mapping[str, str] = field(default_factory=_versions)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     """How a job was called and on what data, as JSON knows values: command line, calibration file, sequences, length, order."""
+    evaluation: tuple[Mapping[str, Any], ...] = ()
+    """What was measured before and after; see `record_evaluation`."""
 
     def to_json(self) -> str:
         """As text; `from_json` is the inverse."""
@@ -125,6 +127,7 @@ class Sidecar:
             "provenance": dict(self.provenance),
             "remainder": self.remainder,
             **self.report.as_dict(),
+            "evaluation": [dict(one) for one in self.evaluation],
             "samples": [asdict(sample) for sample in self.samples],
         }
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
@@ -170,7 +173,8 @@ class Sidecar:
             tuple(read.notes),
             read.parameters,
         )
-        return cls(report, read.remainder, read.source, tuple(read.samples), read.created, read.versions, read.provenance)
+        found = tuple(read.evaluation)
+        return cls(report, read.remainder, read.source, tuple(read.samples), read.created, read.versions, read.provenance, found)
 
 
 class _Document(msgspec.Struct):
@@ -189,6 +193,7 @@ class _Document(msgspec.Struct):
     created: str
     versions: dict[str, str]
     provenance: dict[str, Any] = {}
+    evaluation: list[dict[str, Any]] = []
     parameters: int = 0
 
 

@@ -178,7 +178,7 @@ def on_first_rank(job: Callable[[], None]) -> None:
 def prune_with_data(
     name: str,
     target: Path,
-    pattern: Structure,
+    pattern: Structure | None,
     method: Method,
     *,
     texts: TextFiles,

@@ -42,10 +42,13 @@ class Source:
     """The transformers folder that it was loaded from, whose other files belong to the model; None for .gguf and functions."""
 
 
-def open_source(name: str) -> Source:
+def open_source(name: str, *, tokenizer: bool = True) -> Source:
     """Load ``module:function``, which returns a model or (model, batches), or a folder or .gguf file of transformers.
 
     ``org/name`` is taken from the local Hugging Face cache.
+
+    Args:
+        tokenizer: load the model's tokenizer too; models of images have none.
 
     Raises:
         CheckpointError: the folder's files are damaged, or are not the whole model and nothing else:
@@ -89,12 +92,14 @@ def open_source(name: str) -> Source:
         model.is_quantized = False
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
-    with _loading(path, "the tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    words = None
+    if tokenizer:
+        with _loading(path, "the tokenizer"):
+            words = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     if options:
         # Its other files are not in that folder, which may hold other models.
         model.name_or_path = str(path)
-    return Source(model.eval(), tokenizer, folder=None if options else path)
+    return Source(model.eval(), words, folder=None if options else path)
 
 
 def place_of(name: str) -> Path | None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bisparse.cli.before_after import EvalText, EvalTokens, before_and_after
+from bisparse.cli.budget import BudgetOption, parse_patterns
 from bisparse.cli.calibrated import (
     BlockEpochs,
     Calibration,
@@ -72,8 +74,15 @@ def prune(
         Path | None, typer.Argument(help="The folder to write; it must not exist. Not needed with --dry-run.")
     ] = None,
     pattern: Annotated[
-        str, typer.Option("--pattern", "-p", help="2:4, 4:8-T, 16:32-T, 4:8-seq, 50%, ... N is the number KEPT.")
-    ] = "4:8-T",
+        list[str] | None,
+        typer.Option(
+            "--pattern",
+            "-p",
+            help="2:4, 4:8-T, 16:32-T, 4:8-seq, 50%, ... N is the number KEPT. By default 4:8-T. With --budget: one of those to "
+            "choose from, or dense; repeated.",
+        ),
+    ] = None,
+    budget: BudgetOption = None,
     include: Included = None,
     exclude: Excluded = None,
     key: Key = None,
@@ -105,6 +114,8 @@ def prune(
     resume: Resume = None,
     quantize: Quantize = None,
     export: Export = None,
+    evaluate: EvalText = None,
+    eval_tokens: EvalTokens = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be pruned and what not, and why; write nothing.")
     ] = False,
@@ -122,7 +133,7 @@ def prune(
     """
     from bisparse.checkpoint import plan_checkpoint, prune_checkpoint
 
-    structure = parse_pattern_option(pattern)
+    structure, choices = parse_patterns(pattern, budget, layer_pattern)
     patterns = dict(_layer_pattern(text) for text in layer_pattern or ())
     layouts = parse_layout_options(layout)
     if remainder not in ("pad", "dense", "error"):
@@ -131,13 +142,21 @@ def prune(
         raise typer.BadParameter("missing; name the folder to write, or pass --dry-run", param_hint="TARGET")
     chosen_order = parse_order(order)
     check_deployment(str(source), target, quantize, export, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
+    measuring = before_and_after(source, None if dry_run else target, evaluate, eval_tokens, as_json=as_json)
     set_threads(threads)
-    if method != "magnitude" or block_epochs or ":" in str(source):
+    if method != "magnitude" or block_epochs or choices or ":" in str(source):
         if key is not None:
             raise typer.BadParameter(
                 "chooses a state dict in a torch file, which only magnitude pruning reads", param_hint="--key"
             )
-        options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder, "layouts": layouts}
+        options = {
+            "include": include,
+            "exclude": exclude,
+            "patterns": patterns,
+            "remainder": remainder,
+            "layouts": layouts,
+            **choices,
+        }
         arguments: dict[str, Any] = dict(
             texts=TextFiles(calibration, text_field, sequences, length),
             overwrite=overwrite,
@@ -150,12 +169,16 @@ def prune(
             resume=resume,
         )
         chosen = parse_method(method, damping)
+        if dry_run and choices:
+            raise typer.BadParameter("the patterns of a budget are not planned ahead", param_hint="--dry-run")
         if dry_run:
+            assert structure is not None
             on_first_rank(lambda: plan_with_data(str(source), target, structure, chosen, **arguments))
         else:
             assert target is not None
-            prune_with_data(str(source), target, structure, chosen, **arguments)
-            on_first_rank(lambda: deploy(target, quantize, export, calibration, sequences, length, overwrite))
+            with measuring:
+                prune_with_data(str(source), target, structure, chosen, **arguments)
+                on_first_rank(lambda: deploy(target, quantize, export, calibration, sequences, length, overwrite))
         return
     unused = {
         "--calibration": calibration,
@@ -164,6 +187,7 @@ def prune(
         "--device": device,
         "--resume": resume,
     }
+    assert structure is not None
     if given := [name for name, value in unused.items() if value is not None]:
         raise typer.BadParameter("has no use at --method magnitude; name another, such as adaprune", param_hint=given[0])
     source = parse_source(source, "SOURCE")
@@ -197,7 +221,8 @@ def prune(
         _print_report(report, destination, time.perf_counter() - start, as_json)
         deploy(destination, quantize, export, None, sequences, length, overwrite)
 
-    on_first_rank(job)
+    with measuring:
+        on_first_rank(job)
 
 
 def _layer_pattern(text: str) -> tuple[str, Structure]:

@@ -3,6 +3,7 @@
 from bisparse.process_group import OtherRankError
 from bisparse.pruning.batch_norm import fold_batch_norms_, reestimate_batch_norms_
 from bisparse.pruning.block_reconstruction import BlockReconstruction
+from bisparse.pruning.budget import Budget
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
 from bisparse.pruning.channels.permute import PermutationReport, permute_
 from bisparse.pruning.convert import convert_, fitting_patterns
@@ -27,6 +28,7 @@ __all__ = [
     "AdaPrune",
     "BiasCorrection",
     "BlockReconstruction",
+    "Budget",
     "CalibrationError",
     "GradientAdaPrune",
     "LayerProblem",

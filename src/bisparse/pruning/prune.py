@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from bisparse.layers import Filter, Skipped
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.process_group import Ranks
 from bisparse.pruning.block_reconstruction import BlockReconstruction
+from bisparse.pruning.budget import Budget, Plan, plan_within
 from bisparse.pruning.calibration.calibrate import calibrate
 from bisparse.pruning.calibration.collector import Stage
 from bisparse.pruning.calibration.finished_block import FinishedBlock
@@ -35,16 +37,17 @@ __all__ = ["prune_", "prune_layers_", "report_of"]
 
 def prune_(
     model: nn.Module,
-    pattern: str | Structure,
+    pattern: str | Structure | None = None,
     method: str | Method | None = None,
     batches: Iterable[Any] | None = None,
     *,
+    budget: str | float | Budget | None = None,
     scores: Scores | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
     solver: str | Solver | None = None,
     remainder: str = "pad",
-    patterns: Mapping[str, str | Structure] | None = None,
+    patterns: Mapping[str, str | Structure] | Sequence[str | Structure] | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
     order: Order = "sequential",
     reconstruction: BlockReconstruction | None = None,
@@ -64,6 +67,9 @@ def prune_(
         method: a method or its name in `bisparse.pruning.METHODS`, such as ``"wanda"``; by default `Magnitude`.
         batches: calibration data, for methods that need statistics: passed to the model as ``model(**batch)``,
             ``model(*batch)`` or ``model(batch)``.
+        budget: in place of a pattern, what all layers may keep together, such as ``"50%"`` of the weights, or a `Budget` of
+            weights, bytes or time. Each layer gets that one of `patterns` with which the network loses least; `batches`, if
+            given, measure the loss.
         scores: in place of a method, what each weight is worth keeping: ``{layer name: tensor}`` or a function
             ``(name, weight) -> tensor``, of the weight's shape, non-negative and finite; see `bisparse.scores`. Each mask keeps
             the largest total score.
@@ -71,7 +77,8 @@ def prune_(
         solver: for transposable patterns, or its name in `bisparse.solvers.SOLVERS`; by default `Exact`.
         remainder: what to do if M does not divide a layer's sides. "pad": prune as if padded with zeros; "dense": leave the
             layer dense; "error": raise.
-        patterns: patterns of single layers, by name, glob or ``re:`` pattern; the first that matches counts.
+        patterns: patterns of single layers, by name, glob or ``re:`` pattern; the first that matches counts. With `budget`, the
+            list of patterns to choose from, such as ``["2:4-T", "4:8-T", "6:8-T", "dense"]``.
         layouts: how single layers store their matrices, if their modules do not determine it: "linear", "transposed", "conv",
             "experts", "experts-transposed", "groups:32", "parts:3"; see `bisparse.layers.parse_layout`.
         order: "sequential": each layer is pruned on its inputs in the network pruned so far; "parallel": on the dense network's
@@ -100,18 +107,54 @@ def prune_(
     """
     ranks = Ranks(group)
     with ranks.failing_together():
-        pattern = parse_pattern(pattern)
+        _check_choice(pattern, budget, patterns, scores)
         if scores is not None and method is not None:
             raise ValueError(f"both scores= and method={method!r:.60} choose the masks: leave out one of them")
         method = Magnitude() if method is None else parse_method(method)
         options = Options(parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress)
-        planned, left_dense = plan(
-            model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
-        )
+        chosen: dict[str, Any] = {"include": include, "exclude": exclude, "remainder": remainder, "layouts": layouts}
+        within: Plan | None = None
+        if budget is not None:
+            batches = None if batches is None else list(batches)
+            within = plan_within(model, budget, patterns, batches, options, ranks, **chosen)
+            pattern, patterns = within.most, within.others
+            planned, left_dense = list(within.layers), list(within.left_dense)
+        else:
+            assert pattern is not None and not isinstance(patterns, Sequence)
+            pattern = parse_pattern(pattern)
+            planned, left_dense = plan(model, pattern, patterns=patterns, **chosen)
+        assert patterns is None or isinstance(patterns, Mapping)
         methods = [method for _ in planned] if scores is None else methods_of([layer for layer, _ in planned], scores)
     tasks = [Task(layer, structure, own) for (layer, structure), own in zip(planned, methods, strict=True)]
     outcome = prune_layers_(model, tasks, batches, options, ranks)
+    if within is not None:
+        outcome = _with_reasons(outcome, within)
     return report_of(pattern, methods[0], options, outcome, left_dense, patterns, count_parameters(model))
+
+
+def _check_choice(pattern: object, budget: object, patterns: object, scores: object) -> None:
+    """Refuse arguments that do not say, or say twice, which patterns the layers get."""
+    if budget is None:
+        if pattern is None:
+            raise ValueError("no pattern: pass one, such as '4:8-T', or budget= with a list of patterns")
+        if patterns is not None and not isinstance(patterns, Mapping):
+            raise ValueError(f"patterns={patterns!r:.60}: expected patterns by layer name; a list of patterns needs budget=")
+        return
+    if pattern is not None:
+        raise ValueError(
+            f"pattern={pattern!r:.40} and budget={budget!r:.40}: with a budget, patterns= lists those to choose from"
+        )
+    if scores is not None:
+        raise ValueError("scores= and budget= do not go together: a budget compares losses of weights")
+
+
+def _with_reasons(outcome: Outcome, within: Plan) -> Outcome:
+    """The outcome with a note per layer on why it got its pattern."""
+    results = [
+        replace(one, note=f"{within.reasons[one.name]}; {one.note}" if one.note else within.reasons[one.name])
+        for one in outcome.results
+    ]
+    return replace(outcome, results=tuple(results), notes=(within.note, *outcome.notes))
 
 
 def prune_layers_(

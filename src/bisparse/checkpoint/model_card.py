@@ -1,0 +1,267 @@
+"""The model card: `README.md` in a pruned folder, as the Hugging Face Hub shows it, and figures measured on that folder.
+
+What bisparse writes is between two marks. A README that came with the source, or text that a user added, stays as it is; only
+what is between the marks is replaced. In the metadata at the head of the file two tags are added, and a ``model-index`` is left
+out, since its figures are those of the dense model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bisparse.atomic_file import atomic_file
+from bisparse.checkpoint.sidecar import SIDECAR, Sidecar, read_sidecar
+from bisparse.errors import CheckpointError, install_extra, printable
+from bisparse.results import PruneReport
+
+__all__ = ["CARD", "record_evaluation", "write_card"]
+
+CARD = "README.md"
+BEGIN = "<!-- bisparse: begin (bisparse replaces this section; write outside of it) -->"
+END = "<!-- bisparse: end -->"
+SECTION = re.compile(r"<!-- bisparse: begin\b.*?<!-- bisparse: end -->", re.DOTALL)
+TAGS = ("bisparse", "sparse")
+METADATA = re.compile(r"\A\s*---\r?\n.*?\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
+MODEL_INDEX = re.compile(r"^model-index\s*:", re.MULTILINE)
+REASONS = 12
+"""Reasons for dense layers that a card lists."""
+METRICS = {
+    "perplexity": ("perplexity", "perplexity_error"),
+    "similarity": ("spearman", None),
+    "classification": ("accuracy", "accuracy_error"),
+    "agreement": ("agreement", "agreement_error"),
+}
+"""Of each kind of evaluation, the figure and its standard error."""
+
+
+def write_card(folder: Path, sidecar: Sidecar, previous: Path | None = None) -> Sidecar:
+    """Write the section on sparsity into a folder's `README.md`; returns the sidecar, with a note if there is no such section.
+
+    Args:
+        previous: the folder that is replaced, whose README, if it has our section, keeps what its user wrote around that.
+    """
+    path = folder / CARD
+    try:
+        text = _existing(path, previous)
+        content = _with_section(text, sidecar, folder)
+    except ImportError:
+        note = f"no model card was written, since huggingface_hub is not installed; {install_extra('hub')}"
+        return replace(sidecar, report=replace(sidecar.report, notes=(*sidecar.report.notes, note)))
+    except UnicodeDecodeError:
+        note = f"{CARD} was copied unchanged, since it is no UTF-8 text: it says nothing of the pruning"
+        return replace(sidecar, report=replace(sidecar.report, notes=(*sidecar.report.notes, note)))
+    with atomic_file(path) as written:
+        written.write_bytes(content.encode("utf-8"))
+    return sidecar
+
+
+def record_evaluation(folder: str | Path, figures: Iterable[Mapping[str, Any]]) -> Sidecar:
+    """Record figures about a pruned folder in its `bisparse.json` and `README.md`; returns the sidecar as it is now.
+
+    Args:
+        figures: as `bisparse.evaluation` gives them by `as_dict`, each with "when": "before" pruning or "after", the default.
+            A figure replaces an earlier one of the same protocol.
+
+    Raises:
+        CheckpointError: the folder has no sidecar, or it cannot be read.
+    """
+    folder = Path(folder)
+    sidecar = read_sidecar(folder)
+    if sidecar is None:
+        raise CheckpointError(folder, f"holds no {SIDECAR} to record figures in", "prune with bisparse, or leave out --record")
+    held = list(sidecar.evaluation)
+    for figure in figures:
+        new = {"when": "after", **figure}
+        held = [one for one in held if _protocol(one) != _protocol(new)] + [new]
+    sidecar = replace(sidecar, evaluation=tuple(held))
+    text = sidecar.to_json()
+    with atomic_file(folder / SIDECAR) as written:
+        written.write_text(text, encoding="utf-8")
+    write_card(folder, sidecar)
+    return sidecar
+
+
+def _protocol(figure: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies a figure: all of it but its results, which are floats or, of lm-eval, by task."""
+    return {
+        key: sorted(value) if isinstance(value, dict) else value
+        for key, value in figure.items()
+        if not isinstance(value, float) and value is not None and not key.endswith("_error")
+    }
+
+
+def _existing(path: Path, previous: Path | None) -> str:
+    """The README to add to: the one of the folder that is replaced, where it has our section; otherwise the source's."""
+    old = None if previous is None else previous / CARD
+    if old is not None and old.is_file() and not old.is_symlink():
+        found = old.read_bytes().decode("utf-8", errors="replace")
+        if SECTION.search(found) and "\ufffd" not in found:
+            return found
+    return path.read_bytes().decode("utf-8-sig") if path.exists() else ""
+
+
+def _with_section(text: str, sidecar: Sidecar, folder: Path) -> str:
+    from huggingface_hub import ModelCard  # found before anything is made of the text
+
+    title = "" if text.strip() else f"# {_plain(sidecar.source or 'A sparse model')}, pruned\n\n"
+    ours = f"{BEGIN}\n{_section(sidecar, folder, dense_readme=bool(SECTION.sub('', text).strip()))}\n{END}"
+    if SECTION.search(text):
+        text = SECTION.sub(lambda found: ours, text, count=1)
+    else:
+        text = f"{title}{text.rstrip()}{chr(10) * 2 if text.strip() else ''}{ours}\n"
+    if not METADATA.match(text):
+        text = f"---\n\n---\n{text}"
+    try:
+        card = ModelCard(text, ignore_metadata_errors=True)
+        tags = card.data.tags or []
+        card.data.tags = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *TAGS]))
+        card.data.eval_results = None
+        return str(card.content)
+    except Exception as error:
+        if not _is_bad_metadata(error):
+            raise
+        return text  # the metadata is the user's to repair
+
+
+def _is_bad_metadata(error: Exception) -> bool:
+    import yaml
+
+    return isinstance(error, ValueError | TypeError | yaml.YAMLError)
+
+
+def _section(sidecar: Sidecar, folder: Path, *, dense_readme: bool) -> str:
+    parts = ["## Sparsity", _what_was_done(sidecar, dense_readme=dense_readme), _facts(sidecar)]
+    if sidecar.evaluation:
+        parts.append(_figures(sidecar.evaluation))
+    if sidecar.report.left_dense:
+        parts.append(_left_dense(sidecar.report))
+    parts.append(_how_to_load(folder))
+    return "\n\n".join(parts)
+
+
+def _what_was_done(sidecar: Sidecar, *, dense_readme: bool) -> str:
+    said = (
+        "Weights of this model were pruned with bisparse. N:M keeps at most N of every M weights along a layer's inputs, and -T "
+        "along its outputs too, so that the transposed weight of the backward pass obeys the pattern as well. The weights are "
+        f"stored dense, with zeros. `{SIDECAR}` says what was done to each layer."
+    )
+    if dense_readme:
+        said += " The rest of this page was not written by bisparse, and may describe the model before pruning."
+    return said
+
+
+def _facts(sidecar: Sidecar) -> str:
+    report = sidecar.report
+    patterns = Counter(layer.pattern for layer in report)
+    rows = [
+        ("pattern", ", ".join(f"{_plain(name)} ({count} layers)" for name, count in patterns.most_common())),
+        ("pruned from", _plain(sidecar.source)),
+        ("weights in pruned layers", f"{report.weights:,}" + _fraction_of(report)),
+        ("of those not zero", f"{report.density:.2%}"),
+        ("method", _plain(report.method)),
+        ("calibration data", _calibration(sidecar.provenance)),
+    ]
+    return _table(("", ""), [row for row in rows if row[1]])
+
+
+def _fraction_of(report: PruneReport) -> str:
+    return "" if report.fraction is None else f" of {report.parameters:,} parameters ({report.fraction:.1%})"
+
+
+def _calibration(provenance: Mapping[str, Any]) -> str:
+    """The data in words, a file by its name alone: paths are of the machine that pruned."""
+    found = provenance.get("calibration")
+    if not isinstance(found, Mapping):
+        return "none"
+    name = found.get("file") or found.get("function") or ""
+    counts = [f"{found[key]} {key}" for key in ("sequences", "batches") if isinstance(found.get(key), int)]
+    length = f"at most {found['length']} tokens each" if isinstance(found.get("length"), int) else ""
+    return _plain(", ".join(filter(None, [os.path.basename(str(name)), *counts, length])))
+
+
+def _figures(evaluation: Sequence[Mapping[str, Any]]) -> str:
+    """A row per protocol, with the figures before and after."""
+    rows: dict[str, dict[str, str]] = {}
+    for figure in evaluation:
+        for label, value in _labelled(figure):
+            rows.setdefault(label, {})[str(figure.get("when"))] = value
+    return "### Measured\n\n" + _table(
+        ("", "before pruning", "after"), [(label, row.get("before", "-"), row.get("after", "-")) for label, row in rows.items()]
+    )
+
+
+def _labelled(figure: Mapping[str, Any]) -> list[tuple[str, str]]:
+    if figure.get("kind") == "lm-eval":
+        suffix = f" (lm-eval {figure.get('version')}" + (f", {figure['limit']} samples)" if figure.get("limit") else ")")
+        tasks = figure.get("tasks")
+        return [
+            (_plain(f"{task}: {name}{suffix}"), _number(value))
+            for task, metrics in (tasks.items() if isinstance(tasks, Mapping) else ())
+            for name, value in metrics.items()
+        ]
+    metric, error = METRICS.get(str(figure.get("kind")), (None, None))
+    if metric is None:
+        return []
+    settings = [
+        f"{key} {value}" if key not in ("corpus", "dtype") else str(value)
+        for key, value in figure.items()
+        if key in ("corpus", "tokens", "context", "stride", "pairs", "samples", "pooling", "against", "dtype") and value
+    ]
+    spread = "" if error is None or figure.get(error) is None else f" ± {_number(figure[error])}"
+    return [(_plain(f"{metric} ({', '.join(settings)})"), _number(figure.get(metric)) + spread)]
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, int | float) else "not finite"
+
+
+def _left_dense(report: PruneReport) -> str:
+    reasons: dict[str, list[str]] = {}
+    for one in report.left_dense:
+        reasons.setdefault(one.reason, []).append(one.name)
+    rows = [
+        (f"`{_plain(names[0])}`" + (f" and {len(names) - 1} more" if len(names) > 1 else ""), _plain(reason))
+        for reason, names in list(reasons.items())[:REASONS]
+    ]
+    if len(reasons) > REASONS:
+        rows.append((f"{sum(map(len, list(reasons.values())[REASONS:]))} more", f"see `{SIDECAR}`"))
+    return "### Left dense\n\n" + _table(("layers", "why"), rows)
+
+
+def _how_to_load(folder: Path) -> str:
+    kind = _architecture(folder)
+    if kind is None:
+        load = "from bisparse.checkpoint import load\n\nload(model, folder)  # your model; the folder of this file"
+    else:
+        load = (
+            f'from transformers import {kind}\n\nmodel = {kind}.from_pretrained(folder, dtype="auto")  # the folder of this file'
+        )
+    return f"### How to load\n\n```python\n{load}\n```\n\n`bisparse verify FOLDER` checks every pruned layer against its pattern."
+
+
+def _architecture(folder: Path) -> str | None:
+    """The transformers class that config.json names."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    named = config.get("architectures") if isinstance(config, dict) else None
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) and first.isidentifier() else None
+
+
+def _plain(text: str) -> str:
+    """Text from outside as a table's cell may hold it: no markup, no line of its own, no mark of a section."""
+    return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("`", "'")
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

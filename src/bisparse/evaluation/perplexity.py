@@ -1,0 +1,173 @@
+"""Perplexity of a causal language model on a text, with its standard error over windows.
+
+The tokens are cut into windows of `context` tokens, one starting every `stride` tokens. A window scores the tokens that no
+earlier window has scored, each given all tokens before it in the window; the first token of a window has none and is not scored.
+With ``stride=context`` windows do not overlap, which is fast; a smaller stride gives tokens more context and lowers the
+figure. Only whole windows count, so up to ``stride - 1`` tokens at the end are not read.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bisparse.evaluation.model_outputs import as_json, device_of, evaluating, tensor_of
+
+__all__ = ["Perplexity", "perplexity", "text_perplexity"]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """A perplexity, and the protocol that it was measured by."""
+
+    nats: float
+    """Mean cross-entropy in nats per scored token."""
+    nats_error: float | None
+    """Its standard error over the windows, which it takes as independent; None of a single window."""
+    windows: int
+    scored: int
+    """Tokens that were predicted."""
+    tokens: int
+    """Tokens that were read."""
+    context: int
+    stride: int
+    corpus: str = ""
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(nats)``."""
+        try:
+            return math.exp(self.nats)
+        except OverflowError:
+            return math.inf
+
+    @property
+    def perplexity_error(self) -> float | None:
+        """Standard error of `perplexity`, to first order in `nats_error`."""
+        return None if self.nats_error is None else self.perplexity * self.nats_error
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON knows values."""
+        return {
+            "kind": "perplexity",
+            "corpus": self.corpus,
+            "context": self.context,
+            "stride": self.stride,
+            "tokens": self.tokens,
+            "scored": self.scored,
+            "windows": self.windows,
+            "nats_per_token": self.nats,
+            "nats_per_token_error": self.nats_error,
+            "perplexity": as_json(self.perplexity),
+            "perplexity_error": as_json(self.perplexity_error),
+        }
+
+    def __str__(self) -> str:
+        error = "" if self.perplexity_error is None else f" +- {self.perplexity_error:.2g}"
+        return f"perplexity {self.perplexity:.4g}{error} ({self.nats:.4f} nats per token) on {self.protocol}"
+
+    @property
+    def protocol(self) -> str:
+        """Corpus, tokens, context and stride in words."""
+        corpus = f"{self.corpus}, " if self.corpus else ""
+        return f"{corpus}first {self.tokens:,} tokens, context {self.context}, stride {self.stride}"
+
+
+def perplexity(
+    model: nn.Module,
+    ids: Int[Tensor, " T"],
+    *,
+    context: int = 512,
+    stride: int | None = None,
+    tokens: int | None = None,
+    batch_size: int = 4,
+    corpus: str = "",
+) -> Perplexity:
+    """The perplexity of a causal language model on a text given as token ids; see the head of the module for the windows.
+
+    Args:
+        model: called as ``model(input_ids=...)``; returns logits of shape (B, context, V), or an output that holds them.
+        context: tokens per window.
+        stride: tokens between the starts of two windows; by default `context`, without overlap.
+        tokens: read only the first so many; by default all.
+        batch_size: windows per forward pass.
+        corpus: what the text is, for the record.
+
+    Raises:
+        ValueError: fewer tokens than one window, settings that make no window, or logits that are not finite.
+    """
+    stride = context if stride is None else stride
+    _check(ids, context, stride, tokens, batch_size)
+    if callable(generates := getattr(model, "can_generate", None)) and not generates():
+        raise ValueError(f"{type(model).__name__} is no causal language model: it sees the tokens that it would have to predict")
+    ids = ids[:tokens]
+    rows = ids.unfold(0, context, stride)
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    counts = torch.full((len(rows),), min(stride, context - 1), dtype=torch.float64)
+    counts[0] = context - 1
+    device = device_of(model)
+    with evaluating(model):
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size].to(device)
+            logits = tensor_of(model(input_ids=part), "logits")
+            for offset, (scores, row) in enumerate(zip(logits, part, strict=True)):
+                number = start + offset
+                scored = int(counts[number])
+                loss = functional.cross_entropy(scores[-1 - scored : -1].float(), row[-scored:], reduction="sum")
+                if not bool(torch.isfinite(loss)):
+                    raise ValueError(f"the model's logits in window {number} (from token {number * stride}) are not finite")
+                sums[number] = loss.double()
+    nats = float(sums.sum() / counts.sum())
+    read = (len(rows) - 1) * stride + context
+    return Perplexity(nats, _error(sums, counts, nats), len(rows), int(counts.sum()), read, context, stride, corpus)
+
+
+def text_perplexity(model: nn.Module, tokenizer: Any, path: str | Path, **settings: Any) -> Perplexity:
+    """The `perplexity` of a model on a text file, tokenised as one text; the corpus is named after the file.
+
+    Args:
+        settings: of `perplexity`.
+
+    Raises:
+        ValueError: the file is no UTF-8 text, or too short.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error})") from error
+    ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+    try:
+        return perplexity(model, ids, **{"corpus": Path(path).name, **settings})
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _check(ids: Tensor, context: int, stride: int, tokens: int | None, batch_size: int) -> None:
+    if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ValueError(f"token ids of shape {tuple(ids.shape)} and type {ids.dtype}: expected whole numbers in one dimension")
+    if context < 2:
+        raise ValueError(f"context={context}: expected at least 2 tokens, since the first of a window is not scored")
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride={stride}: expected 1 to context={context}, so that no token is left out")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    if tokens is not None and tokens < context:
+        raise ValueError(f"tokens={tokens}: fewer than one window of context={context}")
+    if len(ids) < context:
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {context}: give more text or less context")
+
+
+def _error(sums: Tensor, counts: Tensor, mean: float) -> float | None:
+    """Standard error of the ratio of two sums over independent windows."""
+    number = len(sums)
+    if number < 2:
+        return None
+    squares = float((sums - mean * counts).square().sum())
+    return math.sqrt(squares * number / (number - 1)) / float(counts.sum())

@@ -1,0 +1,134 @@
+"""Sentence similarity: rank correlation of cosines between mean-pooled sentence embeddings with human scores.
+
+An embedding is the mean of the last hidden state over a sentence's tokens, padding left out, as sentence-transformers pools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from bisparse.errors import install_extra
+from bisparse.evaluation.model_outputs import device_of, evaluating, tensor_of
+
+__all__ = ["Pair", "Similarity", "read_pairs", "similarity"]
+
+Pair = tuple[float, str, str]
+"""A human score and two sentences."""
+STS_COLUMNS = 7
+"""Of a row of STS-B: the score and the sentences are columns 5, 6 and 7; some rows name their sources after those."""
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """A rank correlation, and the protocol that it was measured by."""
+
+    spearman: float
+    pairs: int
+    length: int
+    """Tokens per sentence, at most."""
+    corpus: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON knows values."""
+        return {
+            "kind": "similarity",
+            "corpus": self.corpus,
+            "pairs": self.pairs,
+            "pooling": "mean",
+            "length": self.length,
+            "spearman": self.spearman,
+        }
+
+    @property
+    def protocol(self) -> str:
+        """Corpus and pooling in words."""
+        return f"{f'{self.corpus}, ' if self.corpus else ''}{self.pairs:,} pairs, mean pooling, at most {self.length} tokens"
+
+    def __str__(self) -> str:
+        return f"Spearman correlation {self.spearman:.4f} on {self.protocol}"
+
+
+def read_pairs(path: str | Path) -> list[Pair]:
+    """Scores and pairs of sentences of a tab-separated file: three columns, or those of STS-B (score in the fifth).
+
+    Raises:
+        ValueError: a line of other columns or without a number; names it. Or the file is empty.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error})") from error
+    pairs: list[Pair] = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        cells = line.rstrip("\r").split("\t")
+        if len(cells) != 3 and len(cells) < STS_COLUMNS:
+            raise ValueError(
+                f"{path}, line {number}: {len(cells)} columns; expected score, sentence, sentence, or those of STS-B"
+            )
+        score, first, second = cells if len(cells) == 3 else cells[4:7]
+        try:
+            pairs.append((float(score), first, second))
+        except ValueError as error:
+            if number == 1 and not pairs:
+                continue  # names of the columns
+            raise ValueError(f"{path}, line {number}: {score!r:.40} is no score") from error
+    if not pairs:
+        raise ValueError(f"{path} holds no pairs of sentences")
+    return pairs
+
+
+def similarity(
+    model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], *, length: int = 128, batch_size: int = 64, corpus: str = ""
+) -> Similarity:
+    """Spearman's correlation between human scores and cosines of a model's mean-pooled sentence embeddings.
+
+    Args:
+        model: an encoder, called with what the tokenizer returns; its output holds ``last_hidden_state`` of shape (B, T, D).
+        length: tokens per sentence; longer ones are cut.
+
+    Raises:
+        ValueError: fewer than three pairs, embeddings that are not finite, or cosines or scores that are all equal.
+    """
+    try:
+        from scipy.stats import spearmanr
+    except ImportError as error:
+        raise ImportError(f"rank correlations need scipy; {install_extra('calibration')}") from error
+    if len(pairs) < 3:
+        raise ValueError(f"{len(pairs)} pairs of sentences: expected at least 3")
+    first = _embed(model, tokenizer, [one for _, one, _ in pairs], length, batch_size)
+    second = _embed(model, tokenizer, [one for _, _, one in pairs], length, batch_size)
+    cosines = functional.cosine_similarity(first, second)
+    if not bool(torch.isfinite(cosines).all()):
+        raise ValueError("the model's embeddings are not finite")
+    scores = [score for score, _, _ in pairs]
+    if len(set(scores)) < 2 or float(cosines.min()) == float(cosines.max()):
+        raise ValueError("all cosines or all scores are equal: there is no rank correlation")
+    return Similarity(float(spearmanr(cosines.numpy(), scores).statistic), len(pairs), length, corpus)
+
+
+def _embed(model: nn.Module, tokenizer: Any, sentences: list[str], length: int, batch_size: int) -> Float[Tensor, "N D"]:
+    order = sorted(range(len(sentences)), key=lambda number: len(sentences[number]))  # little padding
+    device = device_of(model)
+    found: dict[int, Tensor] = {}
+    with evaluating(model):
+        for start in range(0, len(order), batch_size):
+            numbers = order[start : start + batch_size]
+            batch = tokenizer(
+                [sentences[number] for number in numbers], padding=True, truncation=True, max_length=length, return_tensors="pt"
+            )
+            batch = {name: value.to(device) for name, value in dict(batch).items()}
+            hidden = tensor_of(model(**batch), "last_hidden_state").double()
+            keep = batch["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+            means = (hidden * keep).sum(1) / keep.sum(1).clamp(min=1)
+            found.update(zip(numbers, means.cpu(), strict=True))
+    return torch.stack([found[number] for number in range(len(sentences))])

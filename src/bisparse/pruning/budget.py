@@ -1,0 +1,345 @@
+"""A global budget: each layer gets the pattern that costs the network least, within a total of weights, bytes or time.
+
+The cost of a pattern for a layer is the fraction of the energy of its output that is lost,
+
+    |W x - (S * W) x|^2 / |W x|^2 = tr(D G D^T) / tr(W G W^T),    D = W - S * W,    G = E[x x^T]
+
+with G from calibration data and S the mask that keeps most of ``w_oi^2 G_ii``; without data, the fraction of squared magnitude.
+It is measured on the dense network, before kept weights are fitted. The sum over layers is minimised exactly; see `choose`. That
+this sum stands for the damage to the network is an assumption. A layer can be denser than the budget only where another one is
+sparser: patterns that are all at least as dense as the budget leave no room.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from bisparse.diversity import hardware
+from bisparse.layers import Filter, Layer, Skipped, find_layers, matrix_sides, remainder_reason
+from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
+from bisparse.process_group import Ranks
+from bisparse.pruning.calibration.calibrate import Walk, calibrate
+from bisparse.pruning.calibration.finished_block import FinishedBlock
+from bisparse.pruning.calibration.hooks import unseen_reason
+from bisparse.pruning.calibration.options import Options
+from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
+from bisparse.pruning.fingerprint import fingerprint, stable_repr
+from bisparse.pruning.knapsack import Choice, choose
+from bisparse.pruning.layer import check_can_be_written, layer_problem
+from bisparse.solvers import Solver
+from bisparse.tiles import Layout
+
+__all__ = ["Budget", "Plan", "parse_budget", "plan_within"]
+
+DENSE = "dense"
+Times = Callable[[str, tuple[int, ...], str], float]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What the layers of a network may take together, as a fraction of what they take dense. One of the three is given.
+
+    Args:
+        weights: weights kept, at most.
+        bytes: of the kept values in the layer's dtype and the positions that hardware stores with them; see `hardware`.
+        time: the sum of measured times.
+        times: for `time`: a function ``(layer name, shape of its weight, pattern)`` -> seconds, with the pattern as text or
+            ``"dense"``.
+
+    >>> Budget(weights=0.5)
+    Budget(weights=0.5)
+    """
+
+    weights: float | None = None
+    bytes: float | None = None
+    time: float | None = None
+    times: Times | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: value for name in ("weights", "bytes", "time") if (value := getattr(self, name)) is not None}
+        if len(given) != 1:
+            raise ValueError(f"a budget is of weights, bytes or time, one of them; given: {', '.join(given) or 'none'}")
+        for name, value in given.items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+                raise ValueError(f"Budget({name}={value!r}): expected a fraction of the dense layers, above 0 and at most 1")
+        if (self.time is None) != (self.times is None):
+            raise ValueError("a budget of time needs times=, the measured seconds per layer and pattern, and only that one does")
+
+    @property
+    def unit(self) -> str:
+        """What is limited: "weights", "bytes" or "time"."""
+        return next(name for name in ("weights", "bytes", "time") if getattr(self, name) is not None)
+
+    @property
+    def fraction(self) -> float:
+        """The limit."""
+        return float(getattr(self, self.unit))
+
+    def size(self, layer: Layer, structure: Structure | None) -> float:
+        """What a layer takes at a structure, or dense (None)."""
+        weight = layer.weight
+        if self.times is not None:
+            text = DENSE if structure is None else str(structure)
+            seconds = float(self.times(layer.name, tuple(weight.shape), text))
+            if not (math.isfinite(seconds) and seconds >= 0):
+                raise ValueError(f"times of {layer.name} at {text}: {seconds}; expected seconds >= 0")
+            return seconds
+        kept = weight.numel() if structure is None else _most_kept(layer, structure)
+        if self.unit == "weights":
+            return float(kept)
+        bits = 8 * weight.element_size() * kept
+        if structure is not None:
+            bits += _position_bits(structure, kept, weight.numel())
+        return bits / 8
+
+    def __str__(self) -> str:
+        return f"{100 * self.fraction:.4g} % of the {self.unit}"
+
+    def __repr__(self) -> str:
+        given = [f"{one.name}={getattr(self, one.name)!r}" for one in fields(self) if getattr(self, one.name) is not None]
+        return f"Budget({', '.join(given)})"
+
+
+def parse_budget(budget: str | float | Budget) -> Budget:
+    """A budget from its text, such as ``"50%"``, or a fraction, both of weights; a `Budget` is returned unchanged.
+
+    >>> parse_budget("50%")
+    Budget(weights=0.5)
+    """
+    if isinstance(budget, Budget):
+        return budget
+    if isinstance(budget, str):
+        try:
+            number = float(budget.strip().removesuffix("%"))
+        except ValueError as error:
+            raise ValueError(f"budget={budget!r:.60}: expected a percentage of the weights such as '50%', or a Budget") from error
+        return Budget(weights=number / 100 if budget.strip().endswith("%") else number)
+    return Budget(weights=budget)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a budget makes of a network."""
+
+    layers: tuple[tuple[Layer, Structure], ...]
+    """The layers to prune."""
+    left_dense: tuple[Skipped, ...]
+    reasons: Mapping[str, str]
+    """By layer, why it got its pattern."""
+    note: str
+    choice: Choice
+
+    @property
+    def most(self) -> Structure:
+        """The structure of most layers."""
+        return Counter(structure for _, structure in self.layers).most_common(1)[0][0]
+
+    @property
+    def others(self) -> dict[str, str | Structure]:
+        """The structures of layers that have another one."""
+        return {layer.name: structure for layer, structure in self.layers if structure != self.most}
+
+
+def plan_within(
+    model: nn.Module,
+    budget: str | float | Budget,
+    patterns: object,
+    batches: Sequence[Any] | None,
+    options: Options,
+    ranks: Ranks,
+    *,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    remainder: str = "pad",
+    layouts: Mapping[str, str | Layout] | None = None,
+) -> Plan:
+    """The structure of each layer that loses least within a budget. Changes nothing.
+
+    Layers that calibration does not reach, or to which no pattern applies, stay dense and do not count.
+
+    Raises:
+        ValueError: no patterns, a budget that the sparsest of them exceeds, or one that leaves every layer dense.
+    """
+    budget, structures = parse_budget(budget), _structures(patterns)
+    found, left_dense = find_layers(model, include, exclude, remainder=remainder, layouts=layouts)
+    allowed: dict[str, list[Structure | None]] = {}
+    for layer in found:
+        check_can_be_written(layer)
+        sides = matrix_sides(layer.weight, layer.layout)
+        refused = {one: remainder_reason(sides, one, remainder, layer.name) for one in structures if one is not None}
+        if all(refused.values()):
+            left_dense.append(Skipped(layer.name, next(reason for reason in refused.values() if reason)))
+        else:
+            allowed[layer.name] = [one for one in structures if one is None or refused[one] is None]
+    layers = [layer for layer in found if layer.name in allowed]
+    if not layers:
+        raise ValueError(f"the model {type(model).__name__} has no layer to prune; include layers by name")
+    if ranks.size > 1:
+        ranks.agree(
+            {
+                "budget=": stable_repr(budget),
+                "patterns=": ", ".join(map(_text, structures)),
+                "the layers": ", ".join(allowed),
+                "the digest of the data": "none" if batches is None else fingerprint(*pytree.tree_leaves(batches)),
+            }
+        )
+    costs = _costs(model, layers, allowed, batches, options, ranks)
+    left_dense += [
+        Skipped(one.name, unseen_reason(one) or "no calibration batch went through this layer")
+        for one in layers
+        if one.name not in costs
+    ]
+    layers = [layer for layer in layers if layer.name in costs]
+    return _chosen(budget, layers, allowed, costs, left_dense, measured=batches is not None)
+
+
+def _structures(patterns: object) -> list[Structure | None]:
+    if isinstance(patterns, str | Mapping) or not isinstance(patterns, Iterable):
+        raise ValueError(f"patterns={patterns!r:.60}: a budget needs a list of patterns, such as ['2:4-T', '4:8-T', 'dense']")
+    found = [None if one == DENSE else parse_pattern(one) for one in patterns]
+    if not any(one is not None for one in found):
+        raise ValueError(f"patterns={list(patterns)!r:.60}: a budget needs at least one pattern that prunes")
+    return list(dict.fromkeys(found))
+
+
+def _chosen(
+    budget: Budget,
+    layers: Sequence[Layer],
+    allowed: Mapping[str, Sequence[Structure | None]],
+    costs: Mapping[str, Sequence[float]],
+    left_dense: list[Skipped],
+    *,
+    measured: bool,
+) -> Plan:
+    sizes = [[budget.size(layer, one) for one in allowed[layer.name]] for layer in layers]
+    total = sum(budget.size(layer, None) for layer in layers)
+    smallest = sum(map(min, sizes))
+    capacity = budget.fraction * total * (1 + 1e-12)
+    if smallest > capacity:
+        raise ValueError(f"the budget of {budget} is too small: the patterns allow {smallest / total:.4g} of the dense at least")
+    choice = choose([costs[layer.name] for layer in layers], sizes, capacity)
+    what = "of the output's energy" if measured else "of the squared magnitude"
+    planned, reasons = [], {}
+    for layer, option in zip(layers, choice.options, strict=True):
+        structures = allowed[layer.name]
+        reason = _reason(structures, costs[layer.name], option, budget, what)
+        if (structure := structures[option]) is None:
+            left_dense.append(Skipped(layer.name, reason))
+        else:
+            planned.append((layer, structure))
+            reasons[layer.name] = reason
+    if not planned:
+        raise ValueError(f"the budget of {budget} leaves every layer dense: there is nothing to prune")
+    counts = Counter(_text(allowed[layer.name][option]) for layer, option in zip(layers, choice.options, strict=True))
+    proof = "proved optimal" if choice.gap == 0 else f"at most {choice.gap:.1e} of it could be saved"
+    used = ", ".join(f"{count} {text}" for text, count in counts.most_common())
+    note = (
+        f"budget of {budget} of {len(layers)} layers, {choice.size / total:.4g} used: "
+        f"{used}; mean loss {choice.cost / len(layers):.4g} {what} layer before any fit, {proof} "
+        f"(bound of the linear relaxation {choice.relaxed / len(layers):.4g})"
+    )
+    if smallest > (1 - 1e-9) * budget.fraction * total:
+        note += (
+            "; the sparsest patterns take all of the budget, so that no layer has room for a denser one: offer sparser ones too"
+        )
+    return Plan(tuple(planned), tuple(left_dense), reasons, note, choice)
+
+
+def _text(structure: Structure | None) -> str:
+    return DENSE if structure is None else str(structure)
+
+
+def _reason(structures: Sequence[Structure | None], costs: Sequence[float], option: int, budget: Budget, what: str) -> str:
+    others = [f"{_text(one)} {cost:.2%}" for one, cost in zip(structures, costs, strict=True) if one is not structures[option]]
+    alternatives = f" ({', '.join(others)})" if others else ""
+    return f"{_text(structures[option])} under the budget of {budget}: loses {costs[option]:.2%} {what}{alternatives}"
+
+
+def _costs(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    allowed: Mapping[str, Sequence[Structure | None]],
+    batches: Sequence[Any] | None,
+    options: Options,
+    ranks: Ranks,
+) -> dict[str, list[float]]:
+    """By layer, what each allowed structure costs, without layers that no batch went through. The ranks share the work."""
+    found: dict[str, list[float]] = {}
+
+    def add(part: Iterable[tuple[Layer, Statistics | None]]) -> None:
+        own = {
+            layer.name: [_lost(layer, one, options.solver, statistics) for one in allowed[layer.name]]
+            for layer, statistics in ranks.share(list(part))
+            if statistics is None or statistics.columns
+        }
+        for one in ranks.all(own):
+            found.update(one)
+
+    if batches is None:
+        add((layer, None) for layer in layers)
+        return found
+    quiet = replace(options, order="parallel", reconstruction=None, resume=None)
+    needs = frozenset({Statistic.GRAM, Statistic.NORM})
+    for stage in calibrate(model, layers, batches, needs, quiet, walk=Walk(), ranks=ranks):
+        assert not isinstance(stage, FinishedBlock)
+        add(zip(stage.layers, stage.statistics, strict=True))
+    if not found:
+        raise CalibrationError("no calibration batch went through any of the layers to prune")
+    return found
+
+
+@torch.no_grad()
+def _lost(layer: Layer, structure: Structure | None, solver: Solver, statistics: Statistics | None) -> float:
+    """The fraction of a layer's output energy, or without statistics of its squared magnitude, that its mask loses."""
+    if structure is None:
+        return 0.0
+    problem = layer_problem(layer, structure, solver, statistics)
+    if statistics is None:
+        squares = _in_units_of_the_largest(problem.weight).square()
+        total = float(squares.double().sum())
+        return float(squares[~problem.solve(squares).mask].double().sum()) / total if total > 0 else 0.0
+    least = problem.least_squares(centred=False)
+    scale = least.gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()[:, None, :]
+    scores = _in_units_of_the_largest(least.weight * scale).square()
+    mask = problem.solve(problem.matrices(scores)).mask
+    energy = float(least.energy.double().sum())
+    lost = float(least.row_error(problem.rows(problem.weight * mask).float()).double().sum())
+    return lost / energy if energy > 0 else 0.0
+
+
+def _in_units_of_the_largest(values: torch.Tensor) -> torch.Tensor:
+    """So that squares neither overflow nor vanish."""
+    largest = values.abs().amax() if values.numel() else values.new_ones(())
+    return values / largest.clamp(min=torch.finfo(values.dtype).tiny)
+
+
+def _most_kept(layer: Layer, structure: Structure) -> int:
+    """How many weights a layer keeps at most; where M does not divide a side, the last group is shorter."""
+    rows, columns = matrix_sides(layer.weight, layer.layout)
+    matrices = layer.weight.numel() // max(1, rows * columns)
+    if isinstance(structure, Unstructured):
+        return matrices * structure.kept(rows * columns)
+    assert isinstance(structure, Pattern | Sequential | Paired)
+
+    def along(length: int) -> int:
+        return length // structure.m * structure.n + min(structure.n, length % structure.m)
+
+    kept = rows * along(columns)
+    if isinstance(structure, Pattern) and structure.transposable:
+        kept = min(kept, columns * along(rows))
+    return matrices * kept
+
+
+def _position_bits(structure: Structure, kept: int, weights: int) -> int:
+    """Bits that say where the kept weights are: as hardware stores them; of unstructured masks, one per weight."""
+    if (bits := hardware(structure).metadata_bits_per_kept) is None:
+        return weights
+    return bits * (kept // 2 if isinstance(structure, Paired) else kept)
