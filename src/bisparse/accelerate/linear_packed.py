@@ -152,11 +152,14 @@ class PackedLinear(nn.Linear):
         return self.packed_weight.dense()
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        own = self.packed_weight
+        if isinstance(own, BitmaskWeight) and own.fits(input):
+            return own.linear(input, self._parameters["bias"])
         kind, dtype = input.device.type, input.dtype
         if torch.is_autocast_enabled(kind) and dtype != torch.float64:
             # The packed weight cannot be cast, so the input is; the output is what autocast asks for.
-            dtype, input = torch.get_autocast_dtype(kind), input.to(self.packed_weight.dtype)
-        return self.packed_weight.linear(self._checked(input), self.bias).to(dtype)
+            dtype, input = torch.get_autocast_dtype(kind), input.to(own.dtype)
+        return own.linear(self._checked(input), self.bias).to(dtype)
 
     def mask_changed(self, *, proved: bool = False) -> None:
         """Nothing to do: the weight is a constant."""
