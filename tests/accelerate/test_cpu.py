@@ -205,8 +205,8 @@ def test_what_is_left_dense_and_why(monkeypatch: pytest.MonkeyPatch, wins: None)
     assert report["0"].reason == "packed it was slower by 2.00x at 1 token, when timed here; it stays masked-dense"
     with pytest.raises(BackendError, match=r"no layer of the model can run sparse \(.*0: packed it was slower"):
         accelerate_(slow, "cpu")
-    with pytest.raises(BackendError, match="is for accelerate_ alone"):
-        advise(slow, 1, backend="cpu")
+    with pytest.raises(ValueError, match="is for inference: pass training=False"):
+        advise(slow, 1, backend="cpu", training=True)
 
 
 @pytest.mark.parametrize("make", [

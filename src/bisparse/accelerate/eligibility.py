@@ -148,7 +148,7 @@ def choose_backend(name: str, device: torch.device) -> Backend | Refusal:
                 return BACKENDS[one]
         return Refusal("; ".join(str(reason) for reason in reasons.values()))
     if name == CPU:
-        raise BackendError(f"backend={name!r} is for accelerate_ alone, which times each layer itself")
+        raise BackendError(f"backend={name!r} packs weights of any pattern, and is no backend of 2:4 matrices")
     if name not in BACKENDS:
         raise BackendError(f"backend={name!r}: expected 'auto', {', '.join(map(repr, (*BACKENDS, CPU)))}")
     if (reason := BACKENDS[name].device_reason(device)) is not None:

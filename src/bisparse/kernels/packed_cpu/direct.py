@@ -32,7 +32,7 @@ def _key_sets() -> tuple[set[int], set[int]]:
 
 def _intercepted() -> tuple[int, bool]:
     """What sees a call now: its dispatch keys, and whether functions of torch, a profiler or autocast do."""
-    watched = torch._C._len_torch_function_stack() > 0 or torch.autograd._profiler_enabled() or torch.is_autocast_enabled("cpu")
+    watched = torch._C._len_torch_function_stack() > 0 or torch._C._autograd._profiler_enabled() or torch.is_autocast_enabled("cpu")
     return torch._C._dispatch_tls_local_include_set().raw_repr(), watched
 
 
@@ -57,10 +57,11 @@ def linear_at_once(
         or torch._C._dispatch_keys(input).raw_repr() not in TENSORS
         or torch._C._dispatch_keys(packed.values).raw_repr() not in TENSORS
     ):
-        return linear_bitmask(input, packed, bias, rows, max_tokens)
+        return linear_bitmask(input, packed, bias, rows, max_tokens)  # type: ignore[no-any-return]
     keys, watched = _intercepted()
     if watched or keys not in CALLS:
-        return linear_bitmask(input, packed, bias, rows, max_tokens)
+        return linear_bitmask(input, packed, bias, rows, max_tokens)  # type: ignore[no-any-return]
     from bisparse.kernels.packed_cpu.multiply import product
 
-    return product(input, *packed, bias, rows, max_tokens)
+    output: Tensor = product(input, *packed, bias, rows, max_tokens)
+    return output
