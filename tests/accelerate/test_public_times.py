@@ -22,7 +22,9 @@ def test_between_measured_tokens_times_lie_between() -> None:
 def test_what_was_not_measured_is_said() -> None:
     shapes = [LayerShape("near", (4000, 4096)), LayerShape("far", (64, 50000)), LayerShape("own", (2048, 8192))]
     (few,) = predict_products(shapes, 3, device="h100")
-    assert few.layers[0].note.startswith("4096 x 4096, the nearest shape")
+    near = few.layers[0]
+    rows, columns = near.measured_shape
+    assert near.note.startswith(f"{rows} x {columns}, the nearest shape that was measured, scaled; at 64 tokens")
     assert "far from it" in few.layers[1].note and few.layers[2].note == "at 64 tokens, the fewest that were measured"
     (many,) = predict_products(shapes, 1 << 20, device="H100")
     assert many.layers[2].note == "at 16384 tokens, the most that were measured, scaled"
