@@ -69,10 +69,14 @@ def main(name: str, pattern: str = "4:8-T", tokens: int = 128, threads: int = 2,
     print(f"{sum(a == b for a, b in zip(*texts.values(), strict=True))} of {tokens} tokens are the dense model's\n")
     for one, model in models.items():
         linear, head, all_ = alone([model.get_submodule(at) for at in names]), alone([model.lm_head]), median(times[one])
-        print(f"{one:6} {1e3 / all_:6.1f} tokens/s, {all_:.2f} ms: Linear {linear:.2f}, head {head:.2f}, rest {all_ - linear - head:.2f}")
+        print(
+            f"{one:6} {1e3 / all_:6.1f} tokens/s, {all_:.2f} ms: Linear {linear:.2f}, head {head:.2f}, rest {all_ - linear - head:.2f}"
+        )
     before, after = (sum(getattr(one, side) for one in report.layers) / 1e6 for side in ("bytes_before", "bytes_after"))
     print(f"{median(times['dense']) / median(times['packed']):.2f}x with {threads} threads; packed layers hold {after:.1f} MB,")
-    print(f"not {before:.1f}; the model {report.bytes_after / 1e6:.1f}, not {report.bytes_before / 1e6:.1f}: head and embedding stay dense")
+    print(
+        f"not {before:.1f}; the model {report.bytes_after / 1e6:.1f}, not {report.bytes_before / 1e6:.1f}: head and embedding stay dense"
+    )
 
 
 if __name__ == "__main__":

@@ -70,9 +70,7 @@ class DevicePrediction:
     @property
     def speedup(self) -> dict[str, float]:
         """By pattern: dense time over sparse time of all layers together, none of them left dense."""
-        return {
-            one: self.dense_us / sum(layer.sparse_us[one] for layer in self.layers) if self.layers else 1.0 for one in SPARSE
-        }
+        return {one: self.dense_us / sum(layer.sparse_us[one] for layer in self.layers) if self.layers else 1.0 for one in SPARSE}
 
     def as_dict(self) -> dict[str, Any]:
         """All of it, in values that JSON knows."""

@@ -196,7 +196,9 @@ def _show_predicted(predicted: tuple[DevicePrediction, ...], *, layers: bool) ->
             shape = " x ".join(map(str, group[0].shape))
             rows.append((name, str(len(group)), shape, f"{group[0].dense_us:.1f}", *times, group[0].note))
         console.print()
-        console.print(table(("layer", " n", " out x in", " dense us", *(f" {pattern} us" for pattern in patterns), "times of"), rows))
+        console.print(
+            table(("layer", " n", " out x in", " dense us", *(f" {pattern} us" for pattern in patterns), "times of"), rows)
+        )
 
 
 def _wins(tokens: int | None) -> str:

@@ -32,16 +32,16 @@ def _key_sets() -> tuple[set[int], set[int]]:
 
 def _intercepted() -> tuple[int, bool]:
     """What sees a call now: its dispatch keys, and whether functions of torch, a profiler or autocast do."""
-    watched = torch._C._len_torch_function_stack() > 0 or torch._C._autograd._profiler_enabled() or torch.is_autocast_enabled("cpu")
+    watched = (
+        torch._C._len_torch_function_stack() > 0 or torch._C._autograd._profiler_enabled() or torch.is_autocast_enabled("cpu")
+    )
     return torch._C._dispatch_tls_local_include_set().raw_repr(), watched
 
 
 TENSORS, CALLS = _key_sets()
 
 
-def linear_at_once(
-    input: Tensor, packed: BitmaskPacked, bias: Tensor | None, rows: int, columns: int, max_tokens: int
-) -> Tensor:
+def linear_at_once(input: Tensor, packed: BitmaskPacked, bias: Tensor | None, rows: int, columns: int, max_tokens: int) -> Tensor:
     """`layout.linear_bitmask` for a packed matrix of (rows, columns) that was checked when it was packed.
 
     Raises:
