@@ -48,8 +48,7 @@ def main(name: str, pattern: str = "4:8-T", tokens: int = 128, threads: int = 2,
     torch.set_num_threads(threads)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    source = open_source(name)
-    dense = source.model.bfloat16().eval()
+    dense = (source := open_source(name)).model.bfloat16().eval()
     names = [one for one, module in dense.named_modules() if isinstance(module, nn.Linear) and one != "lm_head"]
     if not all(bisparse.verify(dense.get_submodule(one).weight, pattern) for one in names):
         print(bisparse.prune_(dense, pattern, include=names))
@@ -69,7 +68,7 @@ def main(name: str, pattern: str = "4:8-T", tokens: int = 128, threads: int = 2,
         parts = alone([model.get_submodule(at) for at in names]), alone([model.lm_head])
         both = f"Linear {parts[0]:.2f}, head {parts[1]:.2f}, rest {median(times[one]) - sum(parts):.2f}"
         print(f"{one:6} {1e3 / median(times[one]):6.1f} tokens/s, {median(times[one]):.2f} ms: {both}")
-    before, after = (sum(getattr(one, side) for one in report.layers) / 1e6 for side in ("bytes_before", "bytes_after"))
+    before, after = (sum(getattr(one, f"bytes_{side}") for one in report.layers) / 1e6 for side in ("before", "after"))
     print(f"{median(times['dense']) / median(times['packed']):.2f}x with {threads} threads; packed layers hold {after:.1f} MB,")
     print(
         f"not {before:.1f}; the model {report.bytes_after / 1e6:.1f}, not {report.bytes_before / 1e6:.1f}: the head stays dense"
