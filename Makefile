@@ -1,4 +1,4 @@
-# All there is to remember: make demo | test | check | fix | docs | attack | bench | test-gpu | bench-gpu. Each sets up .venv by itself.
+# All there is to remember: make demo | demo-speed | test | check | fix | docs | attack | bench | test-gpu | bench-gpu. Each sets up .venv by itself.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -17,10 +17,11 @@ VENV_4 := .venv-transformers-4
 # 3.6 is the oldest Triton that the kernels are written for; likewise.
 VENV_TRITON := .venv-oldest-triton
 
-.PHONY: help setup demo test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter check fix docs attack bench bench-gpu
+.PHONY: help setup demo demo-speed test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter check fix docs attack bench bench-gpu
 
 help:
 	@echo "make demo       prune all-MiniLM-L6-v2 to five patterns, check them, and make a report to look at"
+	@echo "make demo-speed prune SmolLM2-135M to 4:8-T and let it write, dense and packed, on this CPU"
 	@echo "make test       the tests; test-slow, test-gpu, test-transformers-4 and test-oldest-triton are the others"
 	@echo "make check      format, lint, types, import contract, doctests, documentation"
 	@echo "make fix        format and repair what can be repaired, and write the generated pages again"
@@ -37,6 +38,10 @@ $(READY): pyproject.toml $(SET_UP)
 demo: $(READY)
 	$(RUN) tools/fetch_assets.py all-MiniLM-L6-v2 lee50
 	HF_HUB_OFFLINE=1 $(RUN) examples/demo.py .cache/assets/all-MiniLM-L6-v2 .cache/assets/lee50 out/demo
+
+demo-speed: $(READY)
+	$(RUN) tools/fetch_assets.py smollm2-135m
+	HF_HUB_OFFLINE=1 $(RUN) examples/decode.py .cache/assets/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf
 
 test: $(READY)
 	$(RUN) -m pytest -n auto

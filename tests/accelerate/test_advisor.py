@@ -139,11 +139,11 @@ def test_advice_from_a_grid_and_what_accelerate_makes_of_it() -> None:
 
 def test_without_device_and_grid_only_what_is_exact_is_said() -> None:
     model = mlp().eval()
-    advice = advise(model, 16)
+    advice = advise(model.to(torch.bfloat16), 1 << 20)
     assert advice.source == "exact" and advice.speedup is None
     for one in advice.layers:
         assert one.convert is None and one.timing is None and "no grid of measured times is stored" in one.reason
-        assert one.forward_flops == 2 * 16 * 512 * 1024
+        assert one.forward_flops == 2 * 2**20 * 512 * 1024
         assert (one.dense_bytes, one.sparse_bytes) == (2 * 512 * 1024, 2 * 512 * 1024 * 9 // 16)
     assert "their times are not known" in str(advice)
     assert len(accelerate_(model, "reference", advice=advice)) == 2, "not known is no reason against"

@@ -252,6 +252,25 @@ def test_bench_predicts_from_a_grid(tmp_path: Path) -> None:
     assert "not known" in outside and "0 of 1 layers win" in outside
 
 
+def test_bench_measures_this_processor_and_predicts_others() -> None:
+    code, content = run_json("bench", "-m", "64x64", "-n", "4", "--inference", "-p", "4:8-T")
+    assert code == 0 and [one["device"] for one in content["predicted"]] == ["A100", "H100", "B200", "RTX4090", "RTX5080", "GB10"]
+    if content["source"] == "measured":  # not where the processor has neither AVX-512 nor AVX2
+        assert "this CPU" in content["device"] and content["layers"][0]["timing"]["dense"]["forward_ms"] > 0
+    shown = run("bench", "-m", "4096x4096", "-n", "8192", "--device-name", "rtx 4090").stdout
+    assert "Predicted from public measurements of products (forward alone" in shown and "RTX4090" in shown and "H100" not in shown
+    assert "public times are of A100" in run("bench", "-m", "64x64", "--device-name", "abacus").stderr
+
+
+def test_doctor_says_what_works() -> None:
+    code, content = run_json("doctor")
+    assert code == 0 and content["works"] and content["versions"]["torch"] == torch.__version__
+    assert set(content["backends"]["cpu"]) == {"cusparselt", "cutlass", "reference", "cpu"}
+    assert set(content["processor"]["packed_products"]) == {"bfloat16", "float16", "float32"}
+    shown = run("doctor").stdout
+    assert "yes: a small matrix was solved" in shown and content["kernel_cache"]["folder"] in shown.replace("\n", "")
+
+
 def test_bench_of_a_function_of_yours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_bench_model.py").write_text("import torch\ndef build():\n    return torch.nn.Linear(64, 64)\n")
     monkeypatch.chdir(tmp_path)

@@ -120,6 +120,28 @@ def test_demo(
 
 
 @pytest.mark.transformers
+def test_decode(
+    small_world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import BertTokenizerFast, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 11, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+    config = LlamaConfig(**sizes, num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    BertTokenizerFast.from_pretrained(small_world[0]).save_pretrained(tmp_path / "model")
+    threads = torch.get_num_threads()
+    try:
+        run("decode.py", tmp_path / "model", "4:8-T", "5", "1", monkeypatch=monkeypatch)
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out
+    assert "7 layers (" in printed and "pruned to 4:8-T by magnitude" in printed
+    assert " of 5 tokens are the dense model's" in printed and printed.count(" tokens/s, ") == 2
+    assert "the head stays dense" in printed
+
+
+@pytest.mark.transformers
 def test_verify_a_checkpoint(
     small_world: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

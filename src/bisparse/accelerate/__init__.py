@@ -7,16 +7,20 @@ from bisparse.accelerate.backends import BackendError, usable_backends
 from bisparse.accelerate.grid import Grid, GridPoint, stored_grids
 from bisparse.accelerate.linear_packed import PackedLinear
 from bisparse.accelerate.linear_trained import SparseLinear
+from bisparse.accelerate.public_times import PUBLIC_DEVICES, DevicePrediction, LayerPrediction, predict_products
 from bisparse.accelerate.timing import Pass, Timing, measure_linear
 
 __all__ = [
+    "PUBLIC_DEVICES",
     "AcceleratedLayer",
     "AccelerationReport",
     "Advice",
     "BackendError",
+    "DevicePrediction",
     "Grid",
     "GridPoint",
     "LayerAdvice",
+    "LayerPrediction",
     "LayerShape",
     "PackedLinear",
     "Pass",
@@ -27,6 +31,7 @@ __all__ = [
     "advise_shapes",
     "layer_shapes",
     "measure_linear",
+    "predict_products",
     "stored_grids",
     "usable_backends",
 ]

@@ -87,6 +87,7 @@ def accelerate_(
     layouts: Mapping[str, str | Layout] | None = None,
     dtype: torch.dtype | None = None,
     search: bool = True,
+    tokens: int = 1,
 ) -> AccelerationReport:
     """Run Linear layers sparse: 2:4 or 2:4-T weights on tensor cores, any zeros on CPUs. In place; returns what became of each.
 
@@ -102,7 +103,7 @@ def accelerate_(
     packed layers of a model in evaluation mode, for which W^T is not packed.
 
     On a CPU, weights that are not trained are packed whatever their pattern, if at most 0.8 of their entries are not zero: as
-    their non-zeros and a bit mask. Each layer is timed with 1 token, and packed only if it is faster then.
+    their non-zeros and a bit mask. Each layer is timed with `tokens` tokens, and packed only if it is faster then.
 
     All or nothing: after an error the model is as it was, its parameters the same objects.
 
@@ -115,17 +116,20 @@ def accelerate_(
         layouts: how single layers store their matrices, as for `prune_`; only plain Linear layers run sparse.
         dtype: of the inputs of layers in training: by default the weight's if it is half precision, otherwise bfloat16. Either
             half precision serves the other as well.
+        tokens: on a CPU, rows of a layer's input at which layers are timed: 1 for decoding, more for prompts and batches.
         search: let cuSPARSELt try its algorithms once for each new shape. Turn it off if the number of tokens keeps varying.
 
     Raises:
         BackendError: the backend that was asked for does not run here; or it can take none of the layers, or not one that was
             asked for by name, and this says why.
         PatternError: a layer that was asked for by name, with a backend, is not 2:4, or for "cpu" has too few zeros.
-        ValueError: weights in dynamic training are sharded over ranks already.
+        ValueError: weights in dynamic training are sharded over ranks already; tokens below 1.
     """
     check_module(model)
     if advice is not None and not isinstance(advice, Advice):
         raise ValueError(f"advice={advice!r:.60}: expected what advise() returns")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens={tokens!r}: expected the number of rows of a layer's input, at least 1")
     before, tied = held_bytes(model), _tied_parameters(model)
     layers, left = find_layers(model, include, exclude, layouts=layouts)
     advised = {} if advice is None else {one.name: one for one in advice.layers}
@@ -137,7 +141,7 @@ def accelerate_(
             left.append(Skipped(layer.name, known.reason))
             continue
         own_backend = backend if backend != "auto" or known is None or known.backend is None else known.backend
-        plan = plan_layer(layer, own_backend, dtype, tied)
+        plan = plan_layer(layer, own_backend, dtype, tied, tokens)
         if isinstance(plan, Plan):
             plans.append((layer, plan))
         else:

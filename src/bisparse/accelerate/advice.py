@@ -23,7 +23,9 @@ class LayerShape:
     both_ways: bool = True
     """2:4 on W^T too."""
     reason: str = ""
-    """Why it cannot run sparse on any device; empty if it can."""
+    """Why it cannot run sparse on tensor cores; empty if it can."""
+    density: float = 0.5
+    """Fraction of entries that are not zero, which matters on CPUs."""
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from bisparse.accelerate.advice import Advice, LayerAdvice, LayerShape, Source
+from bisparse.accelerate.advisor_cpu import MAX_FLOPS, advise_on_cpu
 from bisparse.accelerate.backends import BACKENDS, BackendError, Refusal
+from bisparse.accelerate.backends.cpu import CPU, cpu_reason
 from bisparse.accelerate.eligibility import BackendName, choose_backend, directions_of, is_2to4, pattern_refusal
 from bisparse.accelerate.grid import Grid, stored_grids
 from bisparse.accelerate.timing import Timing, measure_linear
 from bisparse.device import usable_device
-from bisparse.layers import Filter, Skipped, find_layers
+from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.training.parametrizations import layer_state
 
@@ -46,8 +48,9 @@ def advise(
 ) -> Advice:
     """Whether each layer of a model wins by running sparse, from measurements of both, dense and sparse, on this device.
 
-    Without a CUDA device, times are predicted from a grid. Without a grid too, the advice has only shapes, bytes and FLOPs, and
-    its note says so. Layers of the same shape are measured once.
+    On a CPU the forward pass is measured, dense and packed as `accelerate_` packs there, unless a product takes seconds. For
+    training without a CUDA device, times are predicted from a grid. Without a grid too, the advice has only shapes, bytes and
+    FLOPs, and its note says so. Layers of the same shape are measured once.
 
     Args:
         tokens: rows of the layers' inputs, all batches and positions together.
@@ -89,17 +92,23 @@ def layer_shapes(
         if pattern is not None:
             shapes.append(shape_at(layer.name, size, pattern))
         elif isinstance(found, Refusal):
-            shapes.append(LayerShape(layer.name, size, False, found.reason))
+            shapes.append(LayerShape(layer.name, size, False, found.reason, _density(layer)))
         else:
-            shapes.append(LayerShape(layer.name, size, found.both))
+            shapes.append(LayerShape(layer.name, size, found.both, density=_density(layer)))
     return shapes, left
+
+
+def _density(layer: Layer) -> float:
+    state = layer_state(layer.module, layer.parameter)
+    kept = state.weight if state.mask is None else state.mask
+    return 1.0 if kept.is_meta else int(kept.detach().count_nonzero()) / max(1, kept.numel())
 
 
 def shape_at(name: str, shape: tuple[int, int], pattern: str | Structure) -> LayerShape:
     """A layer as if it were pruned to a pattern."""
     pattern = parse_pattern(pattern)
     rows, columns = is_2to4(pattern)
-    return LayerShape(name, shape, columns, "" if rows else pattern_refusal(pattern).reason)
+    return LayerShape(name, shape, columns, "" if rows else pattern_refusal(pattern).reason, pattern.density)
 
 
 def advise_shapes(
@@ -118,6 +127,10 @@ def advise_shapes(
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"tokens={tokens!r}: expected the number of rows of a layer's input, at least 1")
     chosen = _device(device)
+    if grid is None and _measures_cpu(chosen, backend, dtype, training):
+        shapes = list(shapes)
+        if backend == CPU or all(2 * tokens * one.shape[0] * one.shape[1] <= MAX_FLOPS for one in shapes):
+            return advise_on_cpu(shapes, tokens, left=left, dtype=dtype, progress=progress)
     stored: Grid | None = None
     note = ""
     if grid is not None:
@@ -151,6 +164,21 @@ def advise_shapes(
             known[key] = found
         layers.append(_advice(one, tokens, dtype, training, found))
     return Advice(tuple(layers), tuple(left), source, where, tokens, str(dtype).removeprefix("torch."), training, note)
+
+
+def _measures_cpu(device: torch.device, backend: BackendName, dtype: torch.dtype, training: bool) -> bool:
+    """Whether packed products on this CPU are to be measured.
+
+    Raises:
+        BackendError: they are asked for by name and there are none.
+        ValueError: they are asked for by name, for training.
+    """
+    reason = cpu_reason(device, dtype)
+    if backend == CPU and reason is not None:
+        raise BackendError(f"backend={CPU!r}: {reason}")
+    if backend == CPU and training:
+        raise ValueError(f"backend={CPU!r} is for inference: pass training=False, or --inference")
+    return backend in ("auto", CPU) and reason is None and not training
 
 
 def _device(device: str | torch.device | None) -> torch.device:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from bisparse.accelerate.backends import BACKENDS, HALF, Backend, BackendError, Refusal
-from bisparse.accelerate.backends.cpu import CPU, cpu_reason, density_refusal, measured
+from bisparse.accelerate.backends.cpu import CPU, MANY_TOKENS, MIN_SPEEDUP, cpu_reason, density_refusal, measured
 from bisparse.diversity import hardware
 from bisparse.layers import Layer, computed_reason
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
@@ -55,12 +55,15 @@ class Plan:
     """By "cpu": up to so many tokens the weight is multiplied as it is stored."""
 
 
-def plan_layer(layer: Layer, backend: BackendName | str, dtype: torch.dtype | None, tied: set[int]) -> Plan | Refusal:
+def plan_layer(
+    layer: Layer, backend: BackendName | str, dtype: torch.dtype | None, tied: set[int], tokens: int = 1
+) -> Plan | Refusal:
     """How a layer will run sparse, or why it cannot; nothing is changed.
 
     Args:
         dtype: of the inputs of layers in training; by default the weight's if it is half precision, otherwise bfloat16.
         tied: ids of the parameters that more than one module holds.
+        tokens: on a CPU, the number at which the layer is timed.
 
     Raises:
         BackendError: the backend does not run on the weight's device, or is "cpu" and this processor has no kernels for it.
@@ -69,7 +72,7 @@ def plan_layer(layer: Layer, backend: BackendName | str, dtype: torch.dtype | No
     module, state = layer.module, layer_state(layer.module, layer.parameter)
     device = state.weight.device
     if backend == CPU or (backend == "auto" and device.type == "cpu"):
-        return _plan_on_cpu(layer, state, backend, tied)
+        return _plan_on_cpu(layer, state, backend, tied, tokens)
     chosen, found = choose_backend(backend, device), directions_of(layer)
     if isinstance(found, Refusal):
         return found
@@ -95,8 +98,8 @@ def plan_layer(layer: Layer, backend: BackendName | str, dtype: torch.dtype | No
     return Plan("trained" if trained else "packed", chosen.name, used, not note, note)
 
 
-def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int]) -> Plan | Refusal:
-    """How a layer of a model on the CPU will run sparse, whatever its pattern, or why not; it is timed at 1 token."""
+def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int], tokens: int) -> Plan | Refusal:
+    """How a layer of a model on the CPU will run sparse, whatever its pattern, or why not; it is timed."""
     weight = state.weight
     if backend == CPU and (reason := cpu_reason(weight.device)) is not None and not weight.is_meta:
         raise BackendError(f"backend={CPU!r}: {reason}. Pass backend='auto' for what the device has")
@@ -109,10 +112,14 @@ def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int]) 
         return Refusal(f"{reason}; it stays masked-dense")
     if (refusal := _tied_refusal(state, tied) or density_refusal(weight)) is not None:
         return refusal
-    found = measured(weight)
-    if found.speedup <= 1.0:
-        return Refusal(f"packed it was slower by {1 / found.speedup:.2f}x at 1 token, when timed here; it stays masked-dense")
-    note = f"{found.speedup:.2f}x faster at 1 token, when timed here; expanded in bands beyond {found.max_tokens} tokens"
+    found = measured(weight) if tokens == 1 else measured(weight, tokens)
+    at = f"at {tokens} token{'s' if tokens > 1 else ''}, when timed here"
+    if found.speedup <= MIN_SPEEDUP:
+        slower = f"slower by {1 / found.speedup:.2f}x" if found.speedup < 1.0 else f"only {found.speedup:.2f}x faster"
+        return Refusal(f"packed it was {slower} {at}; it stays masked-dense")
+    note = f"{found.speedup:.2f}x faster {at}; expanded in bands beyond {found.max_tokens} tokens"
+    if found.many < 1.0 / MIN_SPEEDUP:
+        note += f", slower by {1 / found.many:.2f}x at {MANY_TOKENS}"
     return Plan("packed", CPU, weight.dtype, both_ways=False, note=note, max_tokens=found.max_tokens)
 
 
@@ -141,7 +148,7 @@ def choose_backend(name: str, device: torch.device) -> Backend | Refusal:
                 return BACKENDS[one]
         return Refusal("; ".join(str(reason) for reason in reasons.values()))
     if name == CPU:
-        raise BackendError(f"backend={name!r} is for accelerate_ alone, which times each layer itself")
+        raise BackendError(f"backend={name!r} packs weights of any pattern, and is no backend of 2:4 matrices")
     if name not in BACKENDS:
         raise BackendError(f"backend={name!r}: expected 'auto', {', '.join(map(repr, (*BACKENDS, CPU)))}")
     if (reason := BACKENDS[name].device_reason(device)) is not None:

@@ -158,10 +158,13 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         refuse_onnx()
+        own = self.packed_weight
+        if isinstance(own, BitmaskWeight) and own.fits(input):
+            return own.linear(input, self._parameters["bias"])
         wanted = autocast_dtype(input)
         if wanted is not None:  # the packed weight cannot be cast, so the input is; the output is what autocast asks for
-            input = input.to(self.packed_weight.dtype)
-        return self.packed_weight.linear(self._checked(input), self.bias).to(wanted or input.dtype)
+            input = input.to(own.dtype)
+        return own.linear(self._checked(input), self.bias).to(wanted or input.dtype)
 
     def mask_changed(self, *, proved: bool = False) -> None:
         """Nothing to do: the weight is a constant."""

@@ -12,6 +12,7 @@ import typer
 from bisparse.cli.bench import bench
 from bisparse.cli.console import Commands, run_app
 from bisparse.cli.convert import convert
+from bisparse.cli.doctor import doctor
 from bisparse.cli.evaluate import evaluate
 from bisparse.cli.export import export
 from bisparse.cli.info import info
@@ -23,7 +24,7 @@ from bisparse.cli.verify import verify
 __all__ = ["app", "run"]
 
 app = typer.Typer(name="bisparse", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (prune, convert, quantize, export, verify, info, bench, report):
+for command in (prune, convert, quantize, export, verify, info, bench, report, doctor):
     app.command()(command)
 app.command(name="eval")(evaluate)
 

@@ -24,14 +24,14 @@ from bisparse.cli.console import (
 )
 
 if TYPE_CHECKING:
-    from bisparse.accelerate import Advice, LayerAdvice, LayerShape, Pass
+    from bisparse.accelerate import Advice, DevicePrediction, LayerAdvice, LayerShape, Pass
     from bisparse.layers import Skipped
     from bisparse.pattern import Structure
 
 __all__ = ["bench"]
 
 DTYPES = ("bfloat16", "float16")
-BACKENDS = ("auto", "cusparselt", "cutlass", "reference")
+BACKENDS = ("auto", "cusparselt", "cutlass", "cpu", "reference")
 
 
 @command
@@ -55,13 +55,19 @@ def bench(
             "--grid", metavar="FILE", exists=True, dir_okay=False, help="Predict from these times, measured on another machine."
         ),
     ] = None,
+    device_name: Annotated[
+        str | None,
+        typer.Option("--device-name", metavar="GPU", help="Predict for this one, layer by layer: A100, H100, B200, RTX4090, ..."),
+    ] = None,
     include: Included = None,
     exclude: Excluded = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure every layer dense and sparse, forward and backward, on this device: which win, and why not the others.
 
-    Without a CUDA device, times are predicted from a stored grid. Without one, only what is exact is shown: shapes, bytes, FLOPs.
+    On a CPU with --inference, products of packed weights. Where nothing can be measured, times are predicted from a grid, or only
+    what is exact is shown: shapes, bytes, FLOPs. Then what public measurements of products (forward, nothing else) predict for
+    A100, H100, B200, RTX 4090, RTX 5080 and GB10, at 2:4, 4:6 and 6:8, as if all layers were pruned to it.
     """
     for value, known, option in ((dtype, DTYPES, "--dtype"), (backend, BACKENDS, "--backend")):
         if value not in known:
@@ -69,8 +75,9 @@ def bench(
     structure = None if pattern is None else parse_pattern_option(pattern)
     import torch
 
-    from bisparse.accelerate import advise_shapes
+    from bisparse.accelerate import advise_shapes, predict_products
 
+    predict_products([], tokens, dtype=dtype, device=device_name)  # refuses unknown names before anything is measured
     shapes, left = _shapes(model, structure, include, exclude)
     with progress_bar(show=not as_json) as progress:
         advice = advise_shapes(
@@ -84,10 +91,14 @@ def bench(
             grid=grid,
             progress=progress,
         )
+    predicted = predict_products(shapes, tokens, dtype=dtype, device=device_name)
     if as_json:
-        print_json({"ok": True, "speedup": advice.speedup, **advice.as_dict()})
+        content = {"ok": True, "speedup": advice.speedup, **advice.as_dict()}
+        print_json({**content, "predicted": [one.as_dict() for one in predicted]})
     else:
         _show(advice)
+        if shapes:
+            _show_predicted(predicted, layers=device_name is not None)
 
 
 def _shapes(
@@ -139,7 +150,7 @@ def _stored(
             reason = (
                 f"its weight is not 2:4: row {plain.first.row}, columns {4 * plain.first.group} to {4 * plain.first.group + 3}"
             )
-        shapes.append(LayerShape(layer.name, size, not reason and bool(verify_stored(layer)), reason))
+        shapes.append(LayerShape(layer.name, size, not reason and bool(verify_stored(layer)), reason, plain.density))
     return shapes, left
 
 
@@ -163,6 +174,36 @@ def _show(advice: Advice) -> None:
     print_left_dense(console, advice.left_dense)
     console.print()
     console.print(f"{advice}.", markup=False, soft_wrap=True)
+
+
+def _show_predicted(predicted: tuple[DevicePrediction, ...], *, layers: bool) -> None:
+    console, patterns = to_stdout(), ("2:4", "4:6", "6:8")
+    console.print()
+    console.print(
+        f"Predicted from public measurements of products (forward alone, no packing, no activation lifting; bcacdwk/vllmbench), "
+        f"{predicted[0].tokens:,} tokens, {predicted[0].dtype}, as if all layers were pruned:",
+        markup=False,
+        soft_wrap=True,
+    )
+    rows = []
+    for one in predicted:
+        won = (f"{one.speedup[pattern]:.2f}x ({_wins(one.wins_from[pattern])})" for pattern in patterns)
+        rows.append((one.device, f"{one.dense_us / 1e3:.3f}", *won, one.note))
+    console.print(table(("GPU", " dense ms", *(f" {one} (wins from tokens)" for one in patterns), "note"), rows))
+    for one in predicted if layers else ():
+        rows = []
+        for name, group in grouped(one.layers, lambda layer: layer.name, lambda layer: layer.shape):
+            times = (f"{group[0].sparse_us[pattern]:.1f}" for pattern in patterns)
+            shape = " x ".join(map(str, group[0].shape))
+            rows.append((name, str(len(group)), shape, f"{group[0].dense_us:.1f}", *times, group[0].note))
+        console.print()
+        console.print(
+            table(("layer", " n", " out x in", " dense us", *(f" {pattern} us" for pattern in patterns), "times of"), rows)
+        )
+
+
+def _wins(tokens: int | None) -> str:
+    return "never" if tokens is None else f"{tokens:,}"
 
 
 def _cells(layer: LayerAdvice) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from bisparse.accelerate.backends.base import HALF, Backend, BackendError, Refusal
+from bisparse.accelerate.backends.cpu import CPU, cpu_reason
 from bisparse.accelerate.backends.cusparselt import CuSparseLt
 from bisparse.accelerate.backends.cutlass import Cutlass
 from bisparse.accelerate.backends.reference import Reference
@@ -24,15 +25,16 @@ BACKENDS: dict[str, Backend] = {one.name: one for one in (CuSparseLt(), Cutlass(
 
 
 def usable_backends(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
-    """Why each backend of 2:4 matrices cannot run on this device with this dtype; None where it can.
+    """Why each backend cannot run on this device with this dtype; None where it can. "cpu" is for weights of any pattern.
 
     >>> usable_backends(torch.device("cpu"))["cusparselt"]
     'cusparselt needs a CUDA device, and the weights are on cpu'
     """
-    return {
+    reasons = {
         name: (None if dtype is None else backend.dtype_reason(dtype)) or backend.device_reason(device)
         for name, backend in BACKENDS.items()
     }
+    return reasons | {CPU: cpu_reason(device, dtype)}
 
 
 def backend_or_reference(wanted: str, device: torch.device, dtype: torch.dtype) -> str:

@@ -12,10 +12,21 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bisparse.accelerate.backends.base import BackendError, Refusal
-from bisparse.kernels.packed_cpu.layout import BitmaskPacked, linear_bitmask, pack_bitmask, unpack_bitmask
+from bisparse.kernels.packed_cpu.direct import linear_at_once
+from bisparse.kernels.packed_cpu.layout import BitmaskPacked, pack_bitmask, unpack_bitmask
 from bisparse.rollback import same_bits
 
-__all__ = ["CPU", "MAX_DENSITY", "BitmaskWeight", "CPUTiming", "cpu_reason", "density_refusal", "measured"]
+__all__ = [
+    "CPU",
+    "MANY_TOKENS",
+    "MAX_DENSITY",
+    "MIN_SPEEDUP",
+    "BitmaskWeight",
+    "CPUTiming",
+    "cpu_reason",
+    "density_refusal",
+    "measured",
+]
 
 CPU = "cpu"
 """The backend's name."""
@@ -25,6 +36,10 @@ DENSITY_STEPS = 20
 """Weights of one shape share a timing if their densities agree when rounded to 1 / this."""
 TOKENS = (4, 8, 16, 32, 64)
 """Numbers of tokens at which the two ways to multiply by a packed weight are compared."""
+MANY_TOKENS = 512
+"""At so many, a packed weight is always expanded; what that costs against a dense weight is measured and reported."""
+MIN_SPEEDUP = 1.05
+"""Below it a win is taken for noise, and the layer stays dense."""
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 50, 0.03
 """Timed runs of each contender: as many as fit into so many seconds, within these bounds."""
 
@@ -88,7 +103,16 @@ class BitmaskWeight:
 
     def linear(self, input: Float[Tensor, "*T I"], bias: Float[Tensor, " O"] | None) -> Float[Tensor, "*T O"]:
         """``x W^T + b``, in the weight's dtype."""
-        return linear_bitmask(input, self.packed, bias, self.shape[0], self.max_tokens)
+        return linear_at_once(input, self.packed, bias, *self.shape, self.max_tokens)
+
+    def fits(self, input: Tensor) -> bool:
+        """Whether an input can be multiplied as it is: its dtype and size are the weight's, and autocast asks for no other."""
+        return (
+            input.dtype == self.packed.values.dtype
+            and input.ndim > 0
+            and input.shape[-1] == self.shape[1]
+            and not torch.is_autocast_enabled(input.device.type)
+        )
 
     def repacked(self, weight: Float[Tensor, "O I"], name: str = "") -> BitmaskWeight:
         """Another weight, dense, packed the same way; on another device or in float64 its products expand all of it."""
@@ -106,15 +130,17 @@ class BitmaskWeight:
 
 @dataclass(frozen=True)
 class CPUTiming:
-    """Seconds of a product with 1 token, dense and packed, and the most tokens for which a packed one need not expand."""
+    """Seconds of a product, dense and packed, and the most tokens for which a packed one need not expand."""
 
     dense_s: float
     packed_s: float
     max_tokens: int
+    many: float = 1.0
+    """Dense time over packed time at `MANY_TOKENS`: below 1 the packed weight is slower there."""
 
     @property
     def speedup(self) -> float:
-        """Dense time over packed time, at 1 token."""
+        """Dense time over packed time, at the number of tokens that was asked for."""
         return self.dense_s / self.packed_s
 
 
@@ -145,34 +171,41 @@ def density_refusal(weight: Float[Tensor, "O I"]) -> Refusal | None:
     return None
 
 
-_timings: dict[tuple[tuple[int, int], torch.dtype, int, int], CPUTiming] = {}
-"""By shape, dtype, density in steps, and threads."""
+_timings: dict[tuple[tuple[int, int], torch.dtype, int, int, int], CPUTiming] = {}
+"""By shape, dtype, density in steps, threads, and tokens."""
 
 
 @torch.no_grad()
-def measured(weight: Float[Tensor, "O I"]) -> CPUTiming:
-    """Times of products with a weight, dense and packed, on this CPU; measured once per shape, dtype, density and threads.
+def measured(weight: Float[Tensor, "O I"], tokens: int = 1) -> CPUTiming:
+    """Times of products with a weight, dense and packed, on this CPU; measured once per shape, dtype, density, threads, tokens.
 
     The same product is repeated: a weight that fits into the caches is timed there.
     """
     weight = weight.detach()
     rows, columns = weight.shape
-    key = (rows, columns), weight.dtype, round(DENSITY_STEPS * _density(weight)), torch.get_num_threads()
+    key = (rows, columns), weight.dtype, round(DENSITY_STEPS * _density(weight)), torch.get_num_threads(), tokens
     if key not in _timings:
         packed, generator = pack_bitmask(weight), torch.Generator().manual_seed(0)
-        inputs = torch.randn(max(TOKENS), columns, generator=generator).to(weight.dtype)
+        inputs = torch.randn(max(*TOKENS, MANY_TOKENS, tokens), columns, generator=generator).to(weight.dtype)
 
-        def product(tokens: int, max_tokens: int) -> Callable[[], Tensor]:
-            return lambda: linear_bitmask(inputs[:tokens], packed, None, rows, max_tokens)
+        def dense(count: int) -> Callable[[], Tensor]:
+            return lambda: linear(inputs[:count], weight)
 
-        dense_s, packed_s = _fastest(lambda: linear(inputs[:1], weight), product(1, 1))
-        most = 1
-        for tokens in TOKENS if packed_s < dense_s else ():
-            as_stored, expanded = _fastest(product(tokens, tokens), product(tokens, 0))
+        def product(count: int, max_tokens: int) -> Callable[[], Tensor]:
+            return lambda: linear_at_once(inputs[:count], packed, None, rows, columns, max_tokens)
+
+        most, times = 1, _fastest(dense(1), product(1, 1)) if tokens == 1 else None
+        for count in TOKENS if times is None or times[1] < times[0] else ():
+            as_stored, expanded = _fastest(product(count, count), product(count, 0))
             if as_stored > expanded:
                 break
-            most = tokens
-        _timings[key] = CPUTiming(dense_s, packed_s, most)
+            most = count
+        dense_s, packed_s = times or _fastest(dense(tokens), product(tokens, most))
+        many = 1.0
+        if dense_s > MIN_SPEEDUP * packed_s:
+            dense_many, packed_many = _fastest(dense(MANY_TOKENS), product(MANY_TOKENS, 0))
+            many = dense_many / packed_many
+        _timings[key] = CPUTiming(dense_s, packed_s, most, many)
     return _timings[key]
 
 

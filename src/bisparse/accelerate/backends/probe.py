@@ -21,7 +21,7 @@ TOKEN_MULTIPLE = 8
 
 
 class TensorCoreBackend(Backend):
-    """A backend that needs an NVIDIA GPU with sparse tensor cores; usable where a probe of its library succeeds."""
+    """A backend that needs a GPU with sparse tensor cores; usable where a probe of its library succeeds."""
 
     dtypes = HALF
 
@@ -30,8 +30,8 @@ class TensorCoreBackend(Backend):
             return f"{self.name} needs a CUDA device, and the weights are on {device.type}"
         if not torch.cuda.is_available():
             return f"{self.name} needs a CUDA device, and torch sees none here"
-        if torch.version.hip:
-            return f"{self.name} runs on NVIDIA devices, and this torch is built for ROCm"
+        if torch.version.hip:  # ROCm has some of the operators, by hipSPARSELt; a trial tells which
+            return probe_device(self, numbered(device))
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
             return f"{self.name} needs sparse tensor cores (compute capability 8.0, Ampere), and this device has {major}.{minor}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ MIN_ENTRIES_PER_BAND = 1 << 16
 MIN_TOKENS_AMX = 5
 """From here on AMX is faster than dot products, which take another pass per 4 tokens."""
 WORKSPACE_BYTES = 1 << 22
-"""Bytes of unpacked rows that are multiplied at a time."""
+"""Bytes of unpacked rows that are multiplied at a time; each thread that calls keeps so many."""
 
 
 def unpack(values: Tensor, masks: Tensor, starts: Tensor, rows: int, columns: int) -> Tensor:
@@ -50,26 +51,29 @@ def product(
     ways = usable_ways(values.dtype)
     if not ways:
         return reference_linear(input, values, masks, starts, bias, rows, max_tokens)
-    flat = input if input.ndim == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
-    if values.dtype == torch.bfloat16 and MIN_TOKENS_AMX <= flat.shape[0] <= amx.MAX_TOKENS and amx.amx_works():
+    tokens = math.prod(input.shape[:-1])
+    uses_amx = values.dtype == torch.bfloat16 and MIN_TOKENS_AMX <= tokens <= amx.MAX_TOKENS and amx.amx_works()
+    if tokens <= max_tokens and not uses_amx:
+        return multiply(ways[0], input, values, masks, starts, bias, rows)
+    flat = input if input.ndim == 2 else input.reshape(tokens, input.shape[-1])
+    if uses_amx:
         output = amx.multiply_amx(flat, values, masks, starts, bias, rows)
-        return output if input.ndim == 2 else output.view(*input.shape[:-1], rows)
-    few = flat.shape[0] <= max_tokens
-    output = (multiply if few else multiply_bands)(ways[0], flat, values, masks, starts, bias, rows)
+    else:
+        output = multiply_bands(ways[0], flat, values, masks, starts, bias, rows)
     return output if input.ndim == 2 else output.view(*input.shape[:-1], rows)
 
 
 def multiply(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """The product as the matrix is stored, in one pass over it."""
-    tokens, columns = x.shape
+    """The product as the matrix is stored, in one pass over it; the input may have any number of dimensions."""
+    tokens = math.prod(x.shape[:-1])
     blocks, groups, _ = masks.shape
     x = x if way == Way.AVX512_BF16 else x.float()
-    missing = groups * GROUP - columns
+    missing = groups * GROUP - x.shape[-1]
     x = pad(x, (0, missing)) if missing else x.contiguous()
     whole = rows == blocks * BLOCK_ROWS
-    output = values.new_empty(tokens, blocks * BLOCK_ROWS)
+    output = values.new_empty(*x.shape[:-1], blocks * BLOCK_ROWS)
     if bias is not None and not whole:
         bias = pad(bias, (0, blocks * BLOCK_ROWS - rows))
     added = 0 if bias is None else bias.contiguous()
@@ -78,18 +82,21 @@ def multiply(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor,
     strides = x.element_size() * GROUP * groups, size * BLOCK_ROWS * blocks
     worth = max(1, MIN_ENTRIES_PER_BAND // max(1, BLOCK_ROWS * GROUP * groups * tokens))
     over_bands(code, (values, masks, starts, x, added, output, groups, tokens, *strides), blocks, 1, worth)
-    return output if whole else output[:, :rows].contiguous()
+    return output if whole else output[..., :rows].contiguous()
 
 
 def multiply_bands(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
     """The product by torch, band by band, each unpacked into the same workspace."""
     tokens, columns = x.shape
     blocks, groups, _ = masks.shape
-    output = x.new_empty(tokens, rows)
     step = max(1, WORKSPACE_BYTES // max(1, BLOCK_ROWS * GROUP * groups * values.element_size()))
     step = -(-blocks // -(-blocks // step)) if blocks else 1  # bands of equal height
-    workspace = values.new_empty(min(step, blocks) * BLOCK_ROWS, groups * GROUP)
+    workspace = _workspace(min(step, blocks) * BLOCK_ROWS, groups * GROUP, values.dtype)
     with torch.autocast("cpu", enabled=False):  # numbers must not depend on which way a product takes
+        if step >= blocks:
+            expand(way, values, masks, starts, workspace, 0, blocks)
+            return linear(x, workspace[:rows, :columns], bias)
+        output = x.new_empty(tokens, rows)
         for first in range(0, blocks, step):
             last = min(first + step, blocks)
             expand(way, values, masks, starts, workspace, first, last - first)
@@ -97,3 +104,16 @@ def multiply_bands(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: T
             band = workspace[: bottom - top, :columns]
             output[:, top:bottom] = linear(x, band, None if bias is None else bias[top:bottom])
     return output
+
+
+_held = threading.local()
+
+
+def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Memory for a band, kept for the thread's next call: page faults of fresh memory took longer than the expansion."""
+    needed = rows * columns * dtype.itemsize
+    room: Tensor | None = getattr(_held, "room", None)
+    if room is None or room.numel() < needed:
+        with torch.inference_mode(False):  # it outlives the mode of this call
+            room = _held.room = torch.empty(max(needed, WORKSPACE_BYTES), dtype=torch.uint8)
+    return room[:needed].view(dtype).view(rows, columns)
