@@ -29,6 +29,9 @@ def run(path: Path) -> float:
     for cell in notebook.cells:
         # Neither when a cell ran nor what this machine calls its Python belongs into the repository.
         cell.metadata.pop("execution", None)
+        if cell.cell_type == "code":
+            # Warnings and progress bars name paths and times of this machine.
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},

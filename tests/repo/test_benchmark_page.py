@@ -174,7 +174,7 @@ def law_row(density: int, method: str | None, accuracy: float, violated: float =
 
 
 def test_the_law_says_where_each_method_breaks() -> None:
-    from sections.pruning import law
+    from sections.pruning import curves_of_law, law
 
     rows = [law_row(density, None, 90.0) for density in (50, 70, 90)]
     for density, violated, lost in ((50, 0.1, 0.5), (70, 0.3, 1.5), (90, 0.4, 0.5)):
@@ -185,12 +185,39 @@ def test_the_law_says_where_each_method_breaks() -> None:
         "one: loses at most 1 point up to v_w = 10.0 %, breaks at 30.0 %; up to the paper's 10 % it loses at most 0.50." in page
     )
     assert "two: loses at most 1 point up to v_w = 40.0 %, does not break" in page
-    assert "line [0.50, 1.50, 0.50]" in page and 'x-axis "v_w" ["10.0 %", "30.0 %", "40.0 %"]' in page
+    curves = curves_of_law(rows)["to 2:4, batch norms re-estimated"]
+    assert curves["one"] == pytest.approx({"10.0 %": 0.5, "30.0 %": 1.5, "40.0 %": 0.5})
+    assert "| 30.0 % | 1.50 | 0.00 |" in page
     assert "batch norms as they were" not in page
     worse = [dict(row, accuracy_norms_as_they_were=row["accuracy"] - 2) if row["to"] else row for row in rows]
     page = "".join(law(worse))
     assert page.index("**To 2:4, batch norms as they were**") < page.index("**To 2:4, batch norms re-estimated**")
     assert "two: loses at most 1 point up to v_w = 0 %, breaks at 10.0 %; up to the paper's 10 % it loses at most 2.00." in page
+
+
+def test_packed_products_are_compared_with_the_faster_of_torchs() -> None:
+    from sections.cpu import cpu
+
+    common = {"rows": 64, "columns": 32, "pattern": "4:8-T", "threads": 1, "bytes": 9, "bytes_dense": 16, "load": 0.5}
+    times = {"packed_ms": 2.0, "torch_bf16_ms": 3.0, "torch_f32_ms": 5.0, "dense_loop_ms": 4.0}
+    old = rows_of(**common, tokens=1, **times, one_pass_ms=1.0)
+    rows = [old, dict(old, packed_ms=1.5), rows_of(**common, tokens=4, **times)]
+    page = "".join(cpu(rows))
+    assert "| 64 x 32 | 4:8-T | 1 | 1.5 | 3 | 2.00 | 4 | 1 | 56.2 % | 0.5 |" in page and "| 2 | 3 | 1.50 | 4 |  |" in page
+    assert page.index("**1 token**") < page.index("**4 tokens**")
+    assert "Not measured yet" in "".join(cpu([]))
+
+
+def test_every_section_is_on_one_page_and_every_plot_is_drawn_from_rows(tmp_path: Path) -> None:
+    from sections import PAGES, SECTIONS
+    from sections.plots import draw_plots
+
+    files = [file for page in PAGES.values() for file in page.files]
+    assert sorted(files) == sorted(SECTIONS)
+    draw_plots(BENCHMARKS / "results", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"law.svg", "solver-times.svg", "training-gpt.svg"}
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "benchmarks").glob("*.md"))
+    assert all(f"../images/{path.name}" in pages for path in tmp_path.iterdir())
 
 
 def test_least_squares_is_judged_against_adam_by_conversion() -> None:
