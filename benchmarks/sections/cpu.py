@@ -8,9 +8,9 @@ from record import newest
 from sections.markdown import figure, percent, provenance, table
 
 HOW = """Weights in bfloat16. `packed` is the product with non-zeros and a bit per entry, `torch` the faster of torch's bfloat16
-and float32 Linear, `dense loop` our inner loop on the same matrix with its zeros, and `one pass` a sum over the packed bytes, which
-no product can beat if the weight is read from memory. Medians of turns in random order in one run; each product was compared with
-float64 first. `load` is the machine's load average: figures taken next to other programs are no claims about speed.
+and float32 Linear, `dense loop` our inner loop on the same matrix with its zeros, and `one pass` a sum over the packed bytes,
+which no product can beat if the weight is read from memory. Medians of turns in random order in one run; each product was
+compared with float64 first. `load` is the machine's load average: figures taken next to other programs are no claims about speed.
 """
 
 

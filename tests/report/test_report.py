@@ -356,7 +356,7 @@ def test_dots_of_the_chart_lie_at_their_share(pruned: dict[str, Path]) -> None:
     for dot, layer in zip(dots, figures.layers, strict=True):
         share = float(low[:-2]) + (dot.y - y0) / (y1 - y0) * (float(high[:-2]) - float(low[:-2]))
         assert layer.result.retained is not None and share == pytest.approx(100 * layer.result.retained, abs=1e-6)
-        assert chart.left < dot.x < chart.right and chart.top <= dot.y <= chart.bottom
+        assert chart.frame.left < dot.x < chart.frame.right and chart.frame.top <= dot.y <= chart.frame.bottom
     assert [span.label for span in chart.spans] == ["0", "1"] or [span.label for span in chart.spans] == ["1", "0"]
 
 
