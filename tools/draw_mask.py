@@ -140,7 +140,7 @@ def flow() -> str:
     heights = [top + step * i for i in range(4)]
     middle = (heights[0] + heights[-1]) / 2
     parts = [
-        f'<path d="M{left} {heights[i]}L{right} {heights[j]}" stroke="{KEPT if kept else PRUNED}" stroke-width="{4 if kept else 2}"/>'
+        f'<path d="M{left} {heights[i]}L{right} {heights[j]}" stroke="{(PRUNED, KEPT)[kept]}" stroke-width="{2 + 2 * kept}"/>'
         for kept in (False, True)
         for i in range(4)
         for j in range(4)

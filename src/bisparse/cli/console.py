@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 __all__ = [
     "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Key", "Layouts", "Threads", "command", "command_line",
     "fail", "grouped", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "print_coverage", "print_json",
-    "print_left_dense", "progress_bar", "run_app", "set_quiet", "set_threads", "shows_progress", "table", "to_stderr", "to_stdout",
+    "print_left_dense", "progress_bar", "run_app", "set_quiet", "set_threads", "shows_progress",
+    "table", "to_stderr", "to_stdout",
 ]  # fmt: skip
 
 P = ParamSpec("P")
