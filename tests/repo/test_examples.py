@@ -110,7 +110,7 @@ def test_demo(
         *((method, pattern) for method in ("magnitude", "with data") for pattern in ("2:4-T", "4:8-T", "16:32-T")),
     ):
         (line,) = [line for line in printed.splitlines() if f" {pattern} " in line and f" {method} " in line]
-        _, _, agreement, cosine, on_w, on_both, gap, _ = [cell.strip() for cell in line.split("│")[1:-1]]
+        _, _, agreement, cosine, on_w, on_both, gap = [cell.strip() for cell in line.split("│")[1:-1]]
         # The demo's claims, recomputed from the file it left.
         folder = f"model-{pattern.replace(':', '-')}-{method.replace(' ', '-')}"
         weights = load_file(tmp_path / "out" / folder / "model.safetensors")
