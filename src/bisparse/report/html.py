@@ -273,8 +273,18 @@ def _rows_of_tiles(figures: Sequence[PrunedFigures]) -> list[tuple[str, list[tup
     common = [name for name in samples[0] if all(name in one for one in samples)]
     step = max(1, math.ceil(len(common) / LAYERS_COMPARED))
     pairs = list(zip(figures, samples, strict=True))
+    several = len({one.report.method for one in figures}) > 1
     return [
-        (name, [(str(one.structure), picture_of_tile(own[name], one.structure, TILE_SIDE)) for one, own in pairs])
+        (
+            name,
+            [
+                (
+                    f"{one.structure}, {one.report.method}" if several else str(one.structure),
+                    picture_of_tile(own[name], one.structure, TILE_SIDE),
+                )
+                for one, own in pairs
+            ],
+        )
         for name in common[::step]
     ]
 
