@@ -1,4 +1,4 @@
-# All there is to remember: make demo | test | check | fix | docs | bench | test-gpu | bench-gpu. Each sets up .venv by itself.
+# All there is to remember: make demo | test | check | fix | docs | attack | bench | test-gpu | bench-gpu. Each sets up .venv by itself.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -17,7 +17,7 @@ VENV_4 := .venv-transformers-4
 # 3.6 is the oldest Triton that the kernels are written for; likewise.
 VENV_TRITON := .venv-oldest-triton
 
-.PHONY: help setup demo test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter matrix check fix docs notebooks bench bench-gpu
+.PHONY: help setup demo test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter matrix check fix docs notebooks attack bench bench-gpu
 
 help:
 	@echo "make demo       prune all-MiniLM-L6-v2 with and without data, check the masks, and make a report to look at"
@@ -27,6 +27,7 @@ help:
 	@echo "make docs       the documentation site, out/site/index.html; warnings are errors"
 	@echo "make notebooks  run the notebooks of the site again, and store their outputs"
 	@echo "make matrix     the fast tests in one environment per Python that is installed: 3.11 to 3.14"
+	@echo "make attack     crafted files, kills, full disks, rivals, bad values, failing steps, extreme tiles; ARGS='--seconds 60 --only files'"
 	@echo "make bench      the solver benchmark; bench-gpu is the GPU's"
 
 setup: $(READY)
@@ -103,6 +104,11 @@ docs: $(READY)
 
 notebooks: $(READY)
 	$(RUN) tools/notebooks.py
+
+# Slow and seeded; exit code 1 if it finds anything. ARGS: --seconds, --seed, --only KIND, --cases, --json.
+ARGS ?=
+attack: $(READY)
+	PYTHONPATH=tests $(RUN) -m attack $(ARGS)
 
 bench: $(READY)
 	$(RUN) benchmarks/solvers.py

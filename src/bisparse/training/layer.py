@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bisparse.pattern import Pattern, Structure
+from bisparse.static_mask import MASK_SUFFIX, StaticMask, static_mask
 from bisparse.tiles import Layout
 from bisparse.training.decay import FixedDecay
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
-from bisparse.training.static_mask import MASK_SUFFIX, StaticMask, static_mask
 
 __all__ = [
     "Accelerated",
@@ -31,6 +31,10 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 @runtime_checkable
 class Accelerated(Protocol):
     """A layer with its own storage of the weight and its own products, as `bisparse.accelerate` makes them."""
+
+    @property
+    def derived_tensors(self) -> tuple[Tensor, ...]:
+        """Tensors made from the weight or its mask: neither parameters nor buffers, and in no state_dict."""
 
     def dense_weight(self) -> Tensor:
         """The weight, dense, with zeros."""

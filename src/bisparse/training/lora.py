@@ -15,10 +15,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from bisparse._solve import solve
+from bisparse.arguments import check_dense
+from bisparse.layers import dtype_reason
 from bisparse.pattern import Structure, parse_pattern
+from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
+from bisparse.static_mask import static_mask
 from bisparse.training.parametrizations import own_parametrization
-from bisparse.training.static_mask import static_mask
+from bisparse.wrappers import check_module
 
 __all__ = ["MergedAdapter", "merge_lora_", "merged_weight"]
 
@@ -54,6 +58,16 @@ def merged_weight(
         PatternError: W does not obey the pattern, and `new_mask` is not set.
         ValueError: shapes that do not fit.
     """
+    for argument, tensor in (("weight", weight), ("a", a), ("b", b)):
+        check_dense(argument, tensor)
+        if not tensor.is_floating_point() or tensor.ndim != 2:
+            raise ValueError(
+                f"{argument} of shape {tuple(tensor.shape)} and {tensor.dtype}: expected a matrix of floating-point numbers"
+            )
+    if (reason := dtype_reason(weight)) is not None:
+        raise ValueError(f"{name or 'weight'}: {reason}")
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not -1e300 < scaling < 1e300:
+        raise ValueError(f"scaling={scaling!r:.40}: expected a finite number")
     return _merge(weight, a, b, scaling, parse_pattern(pattern), None, new_mask=new_mask, name=name)
 
 
@@ -110,6 +124,8 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
             kind (DoRA and other variants, embeddings, convolutions, LoRA with a bias, quantised or dynamic sparse weights). In
             either case nothing is changed.
     """
+    check_module(model)
+    pattern = parse_pattern(pattern)
     merged: list[tuple[Any, list[str], MergedAdapter]] = []
     for name, module in model.named_modules():
         layer: Any = module
@@ -131,11 +147,13 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
         merged.append((layer, adapters, _merge(weight, a, b, 1.0, parse_pattern(pattern), mask, new_mask=new_mask, name=name)))
     if not merged:
         raise ValueError("the model has no LoRA layer with an active adapter (peft's base_layer, lora_A, lora_B, scaling)")
-    for layer, adapters, result in merged:
-        base = layer.base_layer
-        base.weight.copy_(result.weight.T if _is_conv1d(base) else result.weight)
-        for adapter in adapters:
-            layer.lora_B[adapter].weight.zero_()  # B A = 0: the adapter is now in the base weight
+    with Rollback() as rollback:
+        for layer, adapters, result in merged:
+            base = layer.base_layer
+            rollback.touch(base.weight, *(layer.lora_B[adapter].weight for adapter in adapters))
+            base.weight.copy_(result.weight.T if _is_conv1d(base) else result.weight)
+            for adapter in adapters:
+                layer.lora_B[adapter].weight.zero_()  # B A = 0: the adapter is now in the base weight
     return [result for *_, result in merged]
 
 
