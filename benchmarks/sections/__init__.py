@@ -1,5 +1,8 @@
-"""The sections of docs/benchmarks.md: the file of rows each is made from, and the function that writes it."""
+"""The pages of docs/benchmarks: their sections, and for each the file of rows and the function that writes it."""
 
+from dataclasses import dataclass
+
+from sections.cpu import cpu
 from sections.diversity import diversity
 from sections.gpu import gpu
 from sections.gpu_solvers import gpu_kernels, gpu_solvers
@@ -11,6 +14,7 @@ from sections.training import training_finetune, training_gpt, training_resnet, 
 
 SECTIONS = {
     "solvers.jsonl": speed,
+    "cpu.jsonl": cpu,
     "gpu_solvers.jsonl": gpu_solvers,
     "gpu_kernels.jsonl": gpu_kernels,
     "gpu_windows.jsonl": gpu_windows,
@@ -29,3 +33,58 @@ SECTIONS = {
     "pruning_peers.jsonl": peers,
     "pruning_permutation.jsonl": permutation,
 }
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page: its title, what was found in a sentence without figures, and the files of rows it shows."""
+
+    title: str
+    summary: str
+    files: tuple[str, ...]
+
+
+PAGES = {
+    "speed": Page(
+        "How fast masks are found",
+        "On CPUs the exact solver is more than ten times as fast as every other solver here.",
+        ("solvers.jsonl",),
+    ),
+    "masks": Page(
+        "What masks keep, and how many there are",
+        "A transposable mask keeps a little less than a plain one; the difference shrinks as M grows.",
+        ("quality.jsonl", "diversity.jsonl"),
+    ),
+    "training": Page(
+        "Sparse training",
+        "ResNet-20: 4:8-T is close to 2:4 and to unstructured 50 %; dynamic training from scratch is behind dense.",
+        ("training-resnet.jsonl", "training-search.jsonl", "training-gpt.jsonl", "training-finetune.jsonl"),
+    ),
+    "pruning": Page(
+        "Pruning with data",
+        "A sentence encoder at 4:8-T stays close to dense; the perplexity of a small language model rises markedly.",
+        (
+            "pruning_minilm.jsonl",
+            "pruning_smollm.jsonl",
+            "pruning_efficientnet.jsonl",
+            "pruning_peers.jsonl",
+            "pruning_permutation.jsonl",
+        ),
+    ),
+    "conversion": Page(
+        "Changing a mask",
+        "Least squares on calibration data recovers most of the accuracy that a conversion costs an image classifier.",
+        ("pruning_resnet.jsonl", "pruning_law.jsonl"),
+    ),
+    "cpu": Page(
+        "Packed weights on CPUs",
+        "Products with packed weights against dense ones, by shape, pattern and number of tokens.",
+        ("cpu.jsonl",),
+    ),
+    "gpu": Page(
+        "GPUs",
+        "Masks, packing and products on sparse tensor cores; what no GPU has measured yet is marked.",
+        ("gpu_solvers.jsonl", "gpu_kernels.jsonl", "gpu_windows.jsonl", "gpu.jsonl"),
+    ),
+}
+"""Name of the file in docs/benchmarks -> the page."""

@@ -20,7 +20,7 @@ def diversity(rows: list[dict[str, Any]]) -> list[str]:
             paper = [row["paper_masks"], f"{row['paper_bits']:.4f}"] if row["paper_bits"] != row["bits"] else ["the same", ""]
             body.append([row["pattern"], *exact, *paper])
         parts += [f"**T = {size:,} weights**\n"]
-        parts += [table(["structure", "masks", "bits a weight", "by the paper's formula", "bits a weight"], body)]
+        parts += [table(["structure", "masks", "bits per weight", "by the paper's formula", "bits per weight"], body)]
     tiles = [row for row in rows if row["table"] == "tiles"]
     parts += ["**M x M matrices of 0 and 1 with all row and column sums N**\n"]
     counts = [[str(row["m"]), str(row["n"]), grouped(row["masks"])] for row in tiles]
@@ -33,7 +33,14 @@ def diversity(rows: list[dict[str, Any]]) -> list[str]:
         kept = "" if row["bits_per_kept"] is None else str(row["bits_per_kept"])
         gemms = [f"{row['sparse_gemms']} of 3", f"{row['with_gradient']} of 3"]
         body.append([row["pattern"], selectors, bits, kept, *gemms, "yes" if row["tensor_cores"] else "no"])
-    head = ["structure", "selectors a group", "metadata bits a weight, packed", "bits a kept entry", "sparse GEMMs", "with MVUE"]
+    head = [
+        "structure",
+        "selectors per group",
+        "metadata bits per weight, packed",
+        "bits per kept entry",
+        "sparse GEMMs",
+        "with MVUE",
+    ]
     head += ["tensor cores today"]
     parts += [table(head, body)]
     return parts

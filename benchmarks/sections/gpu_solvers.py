@@ -1,4 +1,4 @@
-"""Masks and packing on a GPU beside their targets, and what the kernels take of one, known without it."""
+"""Masks and packing on a GPU next to their targets, and the resources that the compiled kernels use, which needs no GPU."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ TILE_PRUNING = "torch's tile pruning, packed"
 UNMEASURED = "not measured: no GPU was at hand"
 
 HOW = """Gaussian scores, 8192 x 8192. Before anything is timed every certificate is recomputed, and every 2:4 mask and packed
-operand compared with the CPU's; medians between CUDA events. "solve" is what users call, and reads one number from the device;
-the operator alone reads none. Torch's tile pruning is the kernel that came to it from xFormers. `make bench-gpu` runs it.
+operand compared with the CPU's; medians between CUDA events. "solve" is what users call, and copies one number from the device;
+the operator alone copies none. Torch's tile pruning is the kernel that it took over from xFormers. `make bench-gpu` runs it.
 """
 
 Latest = dict[tuple[Any, ...], dict[str, Any]]
@@ -62,18 +62,18 @@ def targets(latest: Latest) -> str:
         faster, more = torch_own["time_ms"] / own["time_ms"], own["share"] / torch_own["share"] - 1
         figures = [f"{figure(faster)} x as fast, {percent(more)} more", verdict(faster >= 1 and round(more, 3) >= MORE_MAGNITUDE)]
     body.append(
-        ["mask and pack beside torch's tile pruning", f"no slower, {percent(MORE_MAGNITUDE, 1)} more magnitude", *figures]
+        ["mask and pack against torch's tile pruning", f"no slower, {percent(MORE_MAGNITUDE, 1)} more magnitude", *figures]
     )
     return table(["what", "target", "figure", ""], body, text_columns=4)
 
 
 def gpu_kernels(rows: list[dict[str, Any]]) -> list[str]:
     """Registers, spills and instructions of the compiled kernels; no GPU is needed for these."""
-    parts = ["### What the mask kernels take of a GPU\n"]
+    parts = ["### Resources of the mask kernels\n"]
     if not rows:
         return [*parts, "Not compiled yet: `benchmarks/gpu/kernels.py`.\n"]
     parts.append(
-        "Compiled without a GPU by `benchmarks/gpu/kernels.py`: these are no times. Instructions are counted in the machine\n"
+        "Compiled without a GPU by `benchmarks/gpu/kernels.py`; nothing was timed. Instructions are counted in the machine\n"
         "code, each once. Spills are loads and stores of registers that did not fit.\n"
     )
     body = []

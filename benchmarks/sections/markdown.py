@@ -1,4 +1,4 @@
-"""Markdown tables, and figures as they stand in them."""
+"""Markdown tables and the format of their figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def verdict(holds: bool) -> str:
 
 
 def figure(value: float, digits: int = 3) -> str:
-    """To so many significant digits, or to the whole number where that has more; without exponents."""
+    """Rounded to that many significant digits, or to a whole number if that has more; without exponents."""
     if value == 0:
         return "0"
     if abs(value) >= 10 ** (digits - 1):

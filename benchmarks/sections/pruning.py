@@ -57,8 +57,8 @@ def sentences(rows: list[Row]) -> list[str]:
             best = max(seeds, key=lambda name: mean(seeds[name]))
             found = mean(seeds[best])
             parts += [
-                f"Best 4:8-T calibrated on {corpus}: {_spread(seeds[best], 4)} by {best}, draws of them: {len(seeds[best])}; "
-                f"the aim, {aim:.4f}, is {verdict(found >= aim)}.\n"
+                f"Best 4:8-T calibrated on {corpus}: {_spread(seeds[best], 4)} by {best}, {len(seeds[best])} draws; "
+                f"the target, {aim:.4f}, is {verdict(found >= aim)}.\n"
             ]
     return [*parts, provenance(rows)]
 
@@ -77,10 +77,12 @@ def language(rows: list[Row]) -> list[str]:
 
     parts += [grid(rows, data, by_pattern, "perplexity", 1)]
     parts += [
-        "The full budget is 256 sequences; rows of fewer are reduced. own inputs: fitted to the dense layer's outputs on the "
-        "pruned network's inputs; dense inputs: on the dense network's; else to the dense network's outputs. short: rho grows at "
-        "every iteration. then blocks: after its layers, what the masks keep of each block is fitted to the dense network's "
-        "activations behind it (`BlockReconstruction`).\n"
+        "The full budget is 256 sequences; rows with fewer are reduced. Targets of the fit: "
+        "*own inputs*, the dense layer's outputs on the "
+        "pruned network's inputs; *dense inputs*, the same on the dense network's inputs; otherwise the dense network's outputs. "
+        "*short*: rho grows at "
+        "every iteration. *then blocks*: after its layers, the kept weights of each block are fitted to the dense network's "
+        "activations after that block (`BlockReconstruction`).\n"
     ]
     wanda = min((row["perplexity"] for row in rows if row["pattern"] == "2:4" and row["method"] == "wanda"), default=None)
     aims = {"16:32-T": (60.0, "60"), "4:8-T": (100.0, "100")}
@@ -108,13 +110,13 @@ def _what_blocks_gain(rows: list[Row]) -> list[str]:
     ]
     if not pairs:
         return []
-    told = "; ".join(
+    gains = "; ".join(
         f"{row['pattern']} with {row['sequences']} sequences {without['perplexity']:.1f} -> {row['perplexity']:.1f}"
         for without, row in pairs
     )
     return [
-        f"What fitting blocks gains over the same layers alone: {told}. The fits of single layers do not see the attention's "
-        "softmax, the gate of an MLP and each other; the block's does, at the masks that they chose.\n"
+        f"What fitting blocks gains over the same layers alone: {gains}. A fit of a single layer does not see the attention's "
+        "softmax, the gate of an MLP or the other layers; the fit of the block does, with the same masks.\n"
     ]
 
 
@@ -124,7 +126,7 @@ def images(rows: list[Row]) -> list[str]:
     if not rows:
         return [*parts, unmeasured("resnet.py")]
     origins = ", ".join(f"{row['origin']} {row['accuracy']:.2f}" for row in rows if row["to"] is None)
-    parts += [f"{budget(rows[0])} Top-1 in per cent. Before conversion: {origins}. 400 calibration images a seed.\n"]
+    parts += [f"{budget(rows[0])} Top-1 in per cent. Before conversion: {origins}. 400 calibration images per seed.\n"]
     converted = [row for row in rows if row["to"] is not None]
     for norms in ("as they were", "re-estimated"):
         chosen = [row for row in converted if row["batch_norms"] == norms]
@@ -132,7 +134,7 @@ def images(rows: list[Row]) -> list[str]:
         parts += [grid(chosen, lambda row: row["method"], route, "accuracy", 2)]
     parts += [
         "Repairs of means alone lower every layer's error and can still lose accuracy while batch norms stay as they were: the "
-        "outputs of a masked layer deviate less than the dense one's, and with the means put right that shrinks from layer to "
+        "outputs of a masked layer vary less than the dense one's, and with corrected means this adds up from layer to "
         "layer.\n",
         "**CPU seconds**, one thread\n",
     ]
@@ -190,7 +192,7 @@ REDUCED = " The images are reduced from 28 x 28 pixels, for a quarter of the wor
 BREAKS = 1.0
 """Points of top-1 from which on a conversion counts as broken."""
 PAPERS_LIMIT = 10
-"""Per cent of pattern violation that AdaPrune makes good, says the paper."""
+"""Per cent of pattern violation up to which, according to the paper, AdaPrune recovers the accuracy."""
 
 
 def law(rows: list[Row]) -> list[str]:
@@ -198,31 +200,37 @@ def law(rows: list[Row]) -> list[str]:
     parts = ["## The 10 % law\n"]
     if not rows:
         return [*parts, unmeasured("law.py")]
-    start = {row["origin_density"]: row["accuracy"] for row in rows if row["to"] is None}
-    converted = [row for row in rows if row["to"] is not None]
     parts += [
-        f"{budget(rows[0])} Top-1 lost, in points, by a network that violates the new pattern by v_w (the share of its weights "
-        "that have to go) and is converted without training.\n"
+        f"{budget(rows[0])} Top-1 lost, in points, by a network that violates the new pattern by v_w (the fraction of its "
+        "kept weights "
+        "that have to be dropped) and is converted without training.\n"
     ]
     tables: list[str] = []
-    told: list[str] = []
+    breaks: list[str] = []
+    for title, losses in curves_of_law(rows).items():
+        tables += [f"**{title[0].upper()}{title[1:]}**\n", *_law_of(losses)]
+        found = "; ".join(f"{method} {_breaking(curve_of) or 'nowhere'}" for method, curve_of in losses.items())
+        breaks.append(f"- {title}: {found}\n")
+    parts += [
+        "![Top-1 lost against the fraction of violated weights](../images/law.svg)\n",
+        f'Where more than {BREAKS:g} point is lost, against the paper\'s "about {PAPERS_LIMIT} %" (dotted):\n',
+        "".join(breaks),
+        *tables,
+    ]
+    return [*parts, provenance(rows)]
+
+
+def curves_of_law(rows: list[Row]) -> dict[str, dict[str, dict[str, float]]]:
+    """Points of top-1 lost by target pattern and treatment of batch norms, by method, by violation."""
+    start = {row["origin_density"]: row["accuracy"] for row in rows if row["to"] is None}
+    converted = [row for row in rows if row["to"] is not None]
+    curves = {}
     for norms, field in (("as they were", "accuracy_norms_as_they_were"), ("re-estimated", "accuracy")):
         measured = [dict(row, loss=start[row["origin_density"]] - row[field]) for row in converted if field in row]
         for to in dict.fromkeys(row["to"] for row in measured):
             chosen = sorted((row for row in measured if row["to"] == to), key=lambda row: row["violated_weights"])
-            losses = _losses(chosen)
-            tables += [
-                f"**To {to}, batch norms {norms}**\n",
-                *_law_of(chosen, losses, f"Top-1 lost, to {to}, batch norms {norms}"),
-            ]
-            breaks = "; ".join(f"{method} {_breaking(curve_of) or 'nowhere'}" for method, curve_of in losses.items())
-            told.append(f"- to {to}, batch norms {norms}: {breaks}\n")
-    parts += [
-        f'Where more than {BREAKS:g} point is lost, against the paper\'s "about {PAPERS_LIMIT} %":\n',
-        "".join(told),
-        *tables,
-    ]
-    return [*parts, provenance(rows)]
+            curves[f"to {to}, batch norms {norms}"] = _losses(chosen)
+    return curves
 
 
 def _losses(rows: list[Row]) -> dict[str, dict[str, float]]:
@@ -240,11 +248,11 @@ def _breaking(losses: dict[str, float]) -> str | None:
     return next((at for at, loss in losses.items() if loss > BREAKS), None)
 
 
-def _law_of(rows: list[Row], curves: dict[str, dict[str, float]], title: str) -> list[str]:
-    """One pattern: the table, the curves, and where each method breaks."""
-    parts = [grid(rows, violated, lambda row: row["method"], "loss", 2)]
-    whole = max(len(losses) for losses in curves.values())
-    parts += [curve(title, "v_w", "points", {method: losses for method, losses in curves.items() if len(losses) == whole})]
+def _law_of(curves: dict[str, dict[str, float]]) -> list[str]:
+    """One pattern: the table, and where each method breaks."""
+    places = list(dict.fromkeys(at for losses in curves.values() for at in losses))
+    body = [[at, *(f"{losses[at]:,.2f}" if at in losses else "" for losses in curves.values())] for at in places]
+    parts = [table(["", *curves], body)]
     for method, losses in curves.items():
         breaking = _breaking(losses)
         held = [at for at in losses if breaking is None or list(losses).index(at) < list(losses).index(breaking)]
@@ -268,15 +276,6 @@ def budget(row: Row) -> str:
     )
 
 
-def curve(title: str, across: str, up: str, lines: dict[str, dict[str, float]]) -> str:
-    """Lines over the points that all of them have, as a chart that Markdown viewers draw."""
-    points = [at for at in next(iter(lines.values())) if all(at in line for line in lines.values())]
-    drawn = "\n".join(f"    line [{', '.join(f'{line[at]:.2f}' for at in points)}]" for line in lines.values())
-    ticks = ", ".join(f'"{at}"' for at in points)
-    head = f'xychart-beta\n    title "{title}"\n    x-axis "{across}" [{ticks}]\n    y-axis "{up}"'
-    return f"```mermaid\n{head}\n{drawn}\n```\n\nLines, in this order: {'; '.join(lines)}.\n"
-
-
 def peers(rows: list[Row]) -> list[str]:
     """Layer errors against other libraries' own code."""
     parts = ["## One layer at 2:4 against other libraries\n"]
@@ -285,7 +284,7 @@ def peers(rows: list[Row]) -> list[str]:
         return [*parts, unmeasured("peers.py")]
     parts += [
         f"Relative output error of layers of all-MiniLM-L6-v2 on the {chosen[0]['tokens']:,} tokens they were calibrated on, and "
-        "on others; damping 0.01 everywhere. Times are of the pruning alone, moments given.\n"
+        "on others; damping 0.01 everywhere. Times are of the pruning alone, without collecting the moments.\n"
     ]
     heads = ["layer", "by", "method", "error", "on other text", "ms"]
     body = [
@@ -321,7 +320,7 @@ def depthwise(rows: list[Row]) -> list[str]:
         return [*parts, unmeasured("efficientnet.py")]
     parts += [
         f"{chosen[0]['images']} enlarged Fashion-MNIST images of {chosen[0]['side']} x {chosen[0]['side']} pixels to calibrate "
-        "on, as many others to judge by: there are no ImageNet images here. Left dense: depthwise convolutions, "
+        "on and as many others to measure on, since no ImageNet images were at hand. Left dense: depthwise convolutions, "
         "the first one, the head.\n"
     ]
     heads = ["EfficientNet-lite0", "to", "layers", "left dense", "mean layer error masked", "now", "same class as dense", "s"]
@@ -341,14 +340,15 @@ def by_pattern(row: Row) -> str:
 
 
 def permutation(rows: list[Row]) -> list[str]:
-    """Channel orders beside ASP's search."""
+    """Channel orders next to ASP's search."""
     parts = ["## Channel permutation at 2:4\n"]
     if not rows:
         return [*parts, unmeasured("permutation.py")]
     parts += [
-        "Share of the magnitude that 2:4 keeps in layers of all-MiniLM-L6-v2, with the columns as they are and in the order "
-        f"found. Stripe groups are ASP's search, written out in plain torch, with {rows[0]['escapes']} random regressions; its "
-        "seconds are this writing's, on a CPU, and not ASP's.\n"
+        "Fraction of the magnitude that 2:4 keeps in layers of all-MiniLM-L6-v2, with the columns as they are and in the order "
+        f"found. Stripe groups are ASP's search, re-implemented in plain torch, with {rows[0]['escapes']} random "
+        "regressions; its "
+        "seconds are those of this implementation on a CPU, not of ASP's.\n"
     ]
     heads = ["layer", "shape", "search", "kept before, %", "after, %", "seconds"]
     body = [
@@ -367,6 +367,6 @@ def permutation(rows: list[Row]) -> list[str]:
         kept = {row["method"]: row["kept"] - row["kept_before"] for row in rows if row["tensor"] == tensor}
         if len(kept) == 2:
             ours, theirs = kept["ours"], kept["stripe groups"]
-            told = f"ours gains {ours / theirs:.3f} of what stripe groups gain; at least as much: {verdict(ours >= theirs)}"
-            parts += [f"{tensor.removesuffix('.weight')}: {told}.\n"]
+            gain = f"ours gains {ours / theirs:.3f} of what stripe groups gain; at least as much: {verdict(ours >= theirs)}"
+            parts += [f"{tensor.removesuffix('.weight')}: {gain}.\n"]
     return [*parts, provenance(rows)]

@@ -1,4 +1,4 @@
-"""The solver benchmark: how fast the best mask is found, beside its targets."""
+"""The solver benchmark: how fast the best mask is found, next to its targets."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sections.markdown import figure, percent, provenance, table, verdict
 PATTERNS = ("2:4-T", "4:8-T", "8:16-T", "16:32-T")
 FASTER_THAN_OR_TOOLS = {"2:4-T": 1500, "4:8-T": 150, "8:16-T": 80, "16:32-T": 60}
 GUIDE_NS = {"2:4-T": 0.55, "4:8-T": 3.0, "8:16-T": 4.5, "16:32-T": 5.5}
-"""Nanoseconds a weight on an AVX-512 core: a guide, the ratio counts."""
+"""Nanoseconds per weight on an AVX-512 core: a guide; the ratio is the target."""
 TWO_THREADS = 1.7
 COLD_S, SECOND_S, IMPORT_S = 30.0, 2.0, 0.3
 
@@ -29,7 +29,11 @@ def speed(rows: list[dict[str, Any]]) -> list[str]:
     parts = ["## How fast the best mask is found\n"]
     if not rows:
         return [*parts, "Not measured yet: `make bench`.\n"]
-    parts.append(HOW)
+    parts += [
+        HOW,
+        "1024 x 1024 Gaussian scores, one thread:\n",
+        "![Milliseconds of each solver by pattern](../images/solver-times.svg)\n",
+    ]
     timed = [row for row in rows if row["benchmark"] == "solvers" and "time_ms" in row]
     startup = [row for row in rows if row["benchmark"] == "startup"]
     for name in dict.fromkeys(row["device"] for row in rows):
@@ -58,7 +62,7 @@ def most_threads(latest: Latest, side: int, pattern: str, name: str) -> int:
 
 
 def against_targets(latest: Latest, side: int) -> list[str]:
-    """Gaussian scores, one thread: the ratio that counts, the guide, and what threads bring."""
+    """Gaussian scores, one thread: the ratio to OR-tools, the guide, and the gain by threads."""
     body = []
     for pattern in PATTERNS:
         one = latest.get((side, pattern, "gaussian", "Exact", 1))
@@ -87,7 +91,7 @@ def scaled(row: dict[str, Any]) -> str:
 
 
 def by_input(latest: Latest, side: int) -> list[str]:
-    """Every kind of matrix: nanoseconds a weight, and the ratio to OR-tools on the same scores."""
+    """Every kind of matrix: nanoseconds per weight, and the ratio to OR-tools on the same scores."""
     names = list(dict.fromkeys(key[2] for key in latest if key[0] == side))
     body = []
     for name in names:
@@ -111,7 +115,7 @@ def by_input(latest: Latest, side: int) -> list[str]:
 
 
 def by_contender(latest: Latest, side: int) -> list[str]:
-    """Gaussian scores: every solver and flavour, its time on one thread and on all, and the share of the optimum it keeps."""
+    """Gaussian scores: each solver's time on one thread and on all, and the fraction of the optimum that it keeps."""
     names = list(dict.fromkeys(key[3] for key in latest if key[0] == side and key[2] == "gaussian"))
     body = []
     for name in names:
@@ -146,7 +150,7 @@ def start_up(rows: list[dict[str, Any]]) -> list[str]:
         elif what.startswith("cold"):
             time_s, target, label = row["time_s"], COLD_S, f"{flavour}: first call, empty cache"
         else:
-            label = f"{flavour}: a second process until then, torch's import too (and until it has ended)"
+            label = f"{flavour}: in a second process, with torch's import (whole process in brackets)"
             time_s, target, more = row["until_mask_s"], SECOND_S, f" ({row['process_s']:.2f} s)"
         body.append([label, pattern, f"{time_s:.2f} s{more}", f"under {target:g} s", verdict(time_s < target)])
     body.sort(key=lambda cells: (cells[0], PATTERNS.index(cells[1]) if cells[1] in PATTERNS else -1))

@@ -6,16 +6,13 @@ import json
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from scipy.stats import spearmanr
 
 from bisparse.diversity import mask_diversity
-from record import ROOT
 from sections.markdown import table
 
-CURVES = ROOT / "docs" / "images" / "training-gpt.svg"
 DIVERSITY = ("50%", "4:8", "2:4", "4:8-T", "2:4-T", "4:8-seq")
 REFRESHES = (1, 10, 40, 100)
 TARGETS = {40: 0.01, 1: 0.05}
@@ -38,12 +35,12 @@ def _budget(rows: list[dict[str, Any]]) -> str:
     shape = f", {model['layers']} blocks" if model["kind"] == "gpt" else ""
     return (
         f"{first['data']}; {model['kind']} of width {model['width']}{shape}; {length}, batches of {how['batch']}, "
-        f"{how.get('precision', 'float32')}, {seeds} seeds, {first['steps']} optimizer steps a run. "
+        f"{how.get('precision', 'float32')}, {seeds} seeds, {first['steps']} optimizer steps per run. "
         f"{first['device']}, torch {first['versions']['torch']}.\n"
     )
 
 
-def _by_budget(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def by_budget(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Rows of the same data, training and model size together, the shortest runs first."""
     budgets: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -59,7 +56,7 @@ def training_resnet(everything: list[dict[str, Any]]) -> list[str]:
     parts = ["## Sparse training: ResNet-20 on Fashion-MNIST\n"]
     if not everything:
         return [*parts, "Not measured yet: `python benchmarks/training/resnet.py`.\n"]
-    for rows in _by_budget(everything):
+    for rows in by_budget(everything):
         parts.append(f"### {rows[0]['recipe']['data']['train']} images, {rows[0]['steps']} steps\n")
         parts += _resnet_budget(rows)
     return parts
@@ -132,7 +129,7 @@ def _diversity(accuracies: dict[str, list[float]]) -> list[str]:
     ranks = [spearmanr([bits[one][how] for one in accuracies], means).statistic for how in (0, 1)]
     return [
         "#### Does accuracy follow mask diversity? (masked decay, 50 %)\n",
-        table(("structure", "bits a weight, exact", "paper's formula", "test accuracy, %"), body),
+        table(("structure", "bits per weight, exact", "paper's formula", "test accuracy, %"), body),
         f"Rank correlation with accuracy: {ranks[0]:.2f} by the exact count, {ranks[1]:.2f} by the paper's formula.\n",
     ]
 
@@ -167,10 +164,10 @@ def _claim(accuracy: Any) -> list[str]:
 
 
 def training_search(rows: list[dict[str, Any]]) -> list[str]:
-    """The share of training time that goes to the search of masks."""
+    """The fraction of training time spent on mask search."""
     parts = [
         "## Sparse training: what mask search costs\n",
-        "Share of training time, search / (k steps + search). The paper's figures at every 40 steps, as time added on top, are "
+        "Fraction of training time: search / (k steps + search). The paper's figures at every 40 steps, as added time, are "
         "180 % integer program, 70 % min-cost flow, 14 % approximation. The target is under 1 % at every 40 and under 5 % at "
         "every step.\n",
     ]
@@ -189,17 +186,17 @@ def training_search(rows: list[dict[str, Any]]) -> list[str]:
         table(("model", "pattern", "solver", "threads", "step, ms", "search, ms", "every 40 steps, %", "every step, %"), body)
     )
     last = rows[-1]
-    parts.append("Seconds of the processor where one thread works; of the clock where there are more.\n")
+    parts.append("CPU time with one thread, elapsed time with more.\n")
     parts.append(f"{last['device']}, {last['vector']}, {last['cores']} cores, torch {last['versions']['torch']}. Medians.\n")
     return parts
 
 
 def training_gpt(rows: list[dict[str, Any]]) -> list[str]:
-    """Loss and flip rates of a language model; the curves are a picture beside the page."""
+    """Loss and flip rates of a language model; the curves are in a picture."""
     parts = ["## Sparse training: a small GPT on text\n"]
     if not rows:
         return [*parts, "Not measured yet: `python benchmarks/training/gpt.py`.\n"]
-    for budget in _by_budget([row for row in rows if row["study"] == "gpt"]):
+    for budget in by_budget([row for row in rows if row["study"] == "gpt"]):
         body = []
         for name in dict.fromkeys(row["recipe"]["name"] for row in budget):
             own = [row for row in budget if row["recipe"]["name"] == name]
@@ -209,9 +206,9 @@ def training_gpt(rows: list[dict[str, Any]]) -> list[str]:
                  spread([_mean_flip_rate(row) for row in own if row["recipe"]["sparsity"]]),
                  spread([row["flip_rate"] for row in own if row["recipe"]["sparsity"]], digits=3)]
             )  # fmt: skip
-        head = ("", "runs", "test loss, nats a byte", "bytes right, %", "mean flip rate a refresh, %", "of the last, %")
+        head = ("", "runs", "test loss, nats per byte", "bytes right, %", "mean flip rate per refresh, %", "at the last, %")
         parts += [_budget(budget), table(head, body)]
-    parts.append("Of the longest runs:\n\n![Training loss and flip rate](images/training-gpt.svg)\n")
+    parts.append("Of the longest runs:\n\n![Training loss and flip rate](../images/training-gpt.svg)\n")
     decays = [row for row in rows if row["study"] == "decay"]
     # The grid has the runs at 2e-4.
     return parts + (_decays([*decays, *(row for row in rows if _at_default(row))]) if decays else [])
@@ -226,9 +223,9 @@ def _mean_flip_rate(row: dict[str, Any]) -> float:
 
 
 def _decays(rows: list[dict[str, Any]]) -> list[str]:
-    """How much masked decay AdamW wants."""
+    """Test loss and flip rate by the strength of masked decay."""
     parts = []
-    for budget in _by_budget(rows):
+    for budget in by_budget(rows):
         by_decay: dict[float, list[dict[str, Any]]] = defaultdict(list)
         for row in budget:
             by_decay[row["recipe"]["sparsity"]["decay"]].append(row)
@@ -242,7 +239,7 @@ def _decays(rows: list[dict[str, Any]]) -> list[str]:
         parts += [
             f"### Masked decay with AdamW: lambda at 4:8-T, {budget[0]['steps']} steps\n",
             _budget(budget),
-            table(("lambda", "runs", "test loss, nats a byte", "mean flip rate a refresh, %"), body),
+            table(("lambda", "runs", "test loss, nats per byte", "mean flip rate per refresh, %"), body),
         ]
     return parts
 
@@ -265,27 +262,3 @@ def training_finetune(rows: list[dict[str, Any]]) -> list[str]:
     head = ("model", "pattern", "steps", "seeds", "before", "pruned, not tuned", "tuned", "`bisparse verify` holds")
     parts.append("sts: Spearman correlation on STS-B test, higher is better. text: perplexity, lower is better.\n")
     return [*parts, table(head, body)]
-
-
-def draw_gpt(rows: list[dict[str, Any]], path: Path = CURVES) -> None:
-    """Mean training loss and flip rate of the GPT runs of the longest budget."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    matplotlib.rcParams["svg.hashsalt"] = "bisparse"
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    loss, flips = figure.subplots(1, 2)
-    rows = _by_budget([row for row in rows if row["study"] == "gpt"])[-1]
-    for index, name in enumerate(dict.fromkeys(row["recipe"]["name"] for row in rows)):
-        curves = [row["curve"] for row in rows if row["recipe"]["name"] == name]
-        style = {"linestyle": "--" if "MVUE" in name else "-", "linewidth": 1, "label": name, "color": f"C{index}"}
-        points = list(zip(*curves, strict=False))
-        loss.plot([p[0]["step"] for p in points], [statistics.mean(one["loss"] for one in p) for p in points], **style)
-        moved = [p for p in points if all(one.get("flip_rate", 0) > 0 for one in p)]
-        if moved:
-            flips.plot([p[0]["step"] for p in moved], [statistics.mean(one["flip_rate"] for one in p) for p in moved], **style)
-    loss.set(xlabel="optimizer steps", ylabel="training loss, nats a byte")
-    flips.set(xlabel="optimizer steps", ylabel="flip rate a refresh", yscale="log")
-    loss.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, metadata={"Date": None})

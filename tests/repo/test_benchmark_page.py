@@ -61,9 +61,9 @@ def test_the_committed_page_is_what_the_committed_rows_say() -> None:
 
 
 def test_a_page_that_differs_is_found_and_shown(tmp_path: Path) -> None:
-    page = tmp_path / "page.md"
+    page = tmp_path / "speed.md"
     page.write_text("# Benchmarks\n\n| 2:4-T | 1500 x |\n")
-    command = [sys.executable, str(BENCHMARKS / "tables.py"), "--check", "--page", str(page)]
+    command = [sys.executable, str(BENCHMARKS / "tables.py"), "--check", "--folder", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and "-| 2:4-T | 1500 x |" in done.stdout and "make fix" in done.stdout
     assert page.read_text().endswith("1500 x |\n")
@@ -80,7 +80,7 @@ def test_targets_are_judged_by_the_ratio(or_tools: float, one: float, two: float
     import tables
 
     write(tmp_path / "solvers.jsonl", [timed("Exact", one), timed("Exact", two, threads=2), timed("OR-tools", or_tools)])
-    assert expected in tables.render(tmp_path)
+    assert expected in "".join(tables.render(tmp_path).values())
 
 
 def test_the_latest_row_counts_and_scaled_ones_are_marked(tmp_path: Path) -> None:
@@ -88,7 +88,7 @@ def test_the_latest_row_counts_and_scaled_ones_are_marked(tmp_path: Path) -> Non
 
     old, new = timed("OR-tools", 111.0), timed("OR-tools", 222.0, scaled_from_weights=1 << 20)
     write(tmp_path / "solvers.jsonl", [old, timed("Exact", 1.0), new])
-    page = tables.render(tmp_path)
+    page = "".join(tables.render(tmp_path).values())
     assert "~222" in page and "111" not in page
 
 
@@ -101,7 +101,7 @@ def test_start_up_is_held_to_its_limits(tmp_path: Path) -> None:
         rows_of(benchmark="startup", what="second process: mask", pattern="4:8-T", time_s=0.1, until_mask_s=2.1, process_s=2.3),
     ]
     write(tmp_path / "solvers.jsonl", startup)
-    page = tables.render(tmp_path)
+    page = "".join(tables.render(tmp_path).values())
     assert "0.31 s | under 0.3 s | **missed** |" in page
     assert "29.90 s | under 30 s | met |" in page
     assert "2.10 s (2.30 s) | under 2 s | **missed** |" in page
@@ -110,7 +110,7 @@ def test_start_up_is_held_to_its_limits(tmp_path: Path) -> None:
 def test_a_page_without_rows_says_so(tmp_path: Path) -> None:
     import tables
 
-    page = tables.render(tmp_path)
+    page = "".join(tables.render(tmp_path).values())
     assert "Not measured yet: `make bench`." in page and "Not measured yet: `python benchmarks/quality.py`." in page
 
 
@@ -164,7 +164,7 @@ def test_the_solver_benchmark_runs_resumes_and_fills_the_page(tmp_path: Path) ->
     by_name = {row["contender"]: row for row in map(json.loads, rows)}
     assert by_name["OR-tools"]["share"] == pytest.approx(1, abs=1e-6) and by_name["Exact"]["share"] == 1
     assert by_name["2-approximation"]["share"] < by_name["torch greedy"]["share"] < by_name["Sinkhorn"]["share"] <= 1
-    assert "| 4:8-T |" in tables.render(tmp_path)
+    assert "| 4:8-T |" in "".join(tables.render(tmp_path).values())
 
 
 def law_row(density: int, method: str | None, accuracy: float, violated: float = 0.0) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def law_row(density: int, method: str | None, accuracy: float, violated: float =
 
 
 def test_the_law_says_where_each_method_breaks() -> None:
-    from sections.pruning import law
+    from sections.pruning import curves_of_law, law
 
     rows = [law_row(density, None, 90.0) for density in (50, 70, 90)]
     for density, violated, lost in ((50, 0.1, 0.5), (70, 0.3, 1.5), (90, 0.4, 0.5)):
@@ -185,12 +185,39 @@ def test_the_law_says_where_each_method_breaks() -> None:
         "one: loses at most 1 point up to v_w = 10.0 %, breaks at 30.0 %; up to the paper's 10 % it loses at most 0.50." in page
     )
     assert "two: loses at most 1 point up to v_w = 40.0 %, does not break" in page
-    assert "line [0.50, 1.50, 0.50]" in page and 'x-axis "v_w" ["10.0 %", "30.0 %", "40.0 %"]' in page
+    curves = curves_of_law(rows)["to 2:4, batch norms re-estimated"]
+    assert curves["one"] == pytest.approx({"10.0 %": 0.5, "30.0 %": 1.5, "40.0 %": 0.5})
+    assert "| 30.0 % | 1.50 | 0.00 |" in page
     assert "batch norms as they were" not in page
     worse = [dict(row, accuracy_norms_as_they_were=row["accuracy"] - 2) if row["to"] else row for row in rows]
     page = "".join(law(worse))
     assert page.index("**To 2:4, batch norms as they were**") < page.index("**To 2:4, batch norms re-estimated**")
     assert "two: loses at most 1 point up to v_w = 0 %, breaks at 10.0 %; up to the paper's 10 % it loses at most 2.00." in page
+
+
+def test_packed_products_are_compared_with_the_faster_of_torchs() -> None:
+    from sections.cpu import cpu
+
+    common = {"rows": 64, "columns": 32, "pattern": "4:8-T", "threads": 1, "bytes": 9, "bytes_dense": 16, "load": 0.5}
+    times = {"packed_ms": 2.0, "torch_bf16_ms": 3.0, "torch_f32_ms": 5.0, "dense_loop_ms": 4.0}
+    old = rows_of(**common, tokens=1, **times, one_pass_ms=1.0)
+    rows = [old, dict(old, packed_ms=1.5), rows_of(**common, tokens=4, **times)]
+    page = "".join(cpu(rows))
+    assert "| 64 x 32 | 4:8-T | 1 | 1.5 | 3 | 2.00 | 4 | 1 | 56.2 % | 0.5 |" in page and "| 2 | 3 | 1.50 | 4 |  |" in page
+    assert page.index("**1 token**") < page.index("**4 tokens**")
+    assert "Not measured yet" in "".join(cpu([]))
+
+
+def test_every_section_is_on_one_page_and_every_plot_is_drawn_from_rows(tmp_path: Path) -> None:
+    from sections import PAGES, SECTIONS
+    from sections.plots import draw_plots
+
+    files = [file for page in PAGES.values() for file in page.files]
+    assert sorted(files) == sorted(SECTIONS)
+    draw_plots(BENCHMARKS / "results", tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"law.svg", "solver-times.svg", "training-gpt.svg"}
+    pages = "".join(path.read_text() for path in (ROOT / "docs" / "benchmarks").glob("*.md"))
+    assert all(f"../images/{path.name}" in pages for path in tmp_path.iterdir())
 
 
 def test_least_squares_is_judged_against_adam_by_conversion() -> None:

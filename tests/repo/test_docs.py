@@ -34,7 +34,7 @@ PAGES = [
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
 FENCE = re.compile(r"(?P<above>[^\n]*)\n?\n(?P<indent> *)```(?P<language>\S*)\n(?P<body>.*?)\n? *```(?=\n|$)", re.DOTALL)
-LANGUAGES = {"python", "console", "text", "toml", "json", "mermaid", "{eval-rst}"}
+LANGUAGES = {"python", "console", "text", "toml", "json", "{eval-rst}"}
 
 
 @dataclass(frozen=True)

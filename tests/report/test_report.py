@@ -225,11 +225,11 @@ def test_what_is_not_known_is_left_blank(dense: Path, tmp_path: Path) -> None:
 
 
 def test_a_comparison_has_a_row_a_folder_and_a_column_a_task(comparison: Page, pruned: dict[str, Path]) -> None:
-    assert comparison.row("dense")[6] == "0.750"
+    assert comparison.row("dense")[1] == "0.750"
     for pattern, score in (("2:4", "0.500"), ("4:8-T", "0.625"), ("16:32-T", "0.700")):
         report = read_figures(pruned[pattern]).report
         cells = comparison.row(f"● {pattern}")
-        assert cells[1] == f"{100 * report.retained:.1f} %" and cells[6] == score
+        assert cells[4] == f"{100 * report.retained:.1f} %" and cells[1] == score
     assert "Pearson & co" in comparison.text
     shares = [
         f"{100 * read_figures(pruned[pattern]).report['encoder.0.query'].retained:.2f} %"
@@ -356,7 +356,7 @@ def test_dots_of_the_chart_lie_at_their_share(pruned: dict[str, Path]) -> None:
     for dot, layer in zip(dots, figures.layers, strict=True):
         share = float(low[:-2]) + (dot.y - y0) / (y1 - y0) * (float(high[:-2]) - float(low[:-2]))
         assert layer.result.retained is not None and share == pytest.approx(100 * layer.result.retained, abs=1e-6)
-        assert chart.left < dot.x < chart.right and chart.top <= dot.y <= chart.bottom
+        assert chart.frame.left < dot.x < chart.frame.right and chart.frame.top <= dot.y <= chart.frame.bottom
     assert [span.label for span in chart.spans] == ["0", "1"] or [span.label for span in chart.spans] == ["1", "0"]
 
 

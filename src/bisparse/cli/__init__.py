@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from bisparse.cli.bench import bench
-from bisparse.cli.console import Commands, run_app
+from bisparse.cli.console import Commands, run_app, set_quiet
 from bisparse.cli.convert import convert
 from bisparse.cli.doctor import doctor
 from bisparse.cli.evaluate import evaluate
@@ -23,7 +23,7 @@ from bisparse.cli.verify import verify
 
 __all__ = ["app", "run"]
 
-app = typer.Typer(name="bisparse", cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(name="bisparse", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (prune, convert, quantize, export, verify, info, bench, report, doctor):
     app.command()(command)
 app.command(name="eval")(evaluate)
@@ -42,11 +42,16 @@ def bisparse(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and stop.")
     ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("--quiet", "-q", help="Before the command: no tables, no progress; errors and --json are still printed."),
+    ] = False,
 ) -> None:
     """Sparse both ways: N:M masks, provably optimal, that hold on W and on its transpose.
 
     N is the number of weights KEPT of every M. Patterns: 2:4, 4:8-T (transposable), 4:8-seq, 4:8-paired, 50%.
     """
+    set_quiet(quiet)
 
 
 def run() -> None:

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from bisparse.cli.console import command_line, grouped, print_coverage, print_json, print_left_dense, table, to_stdout
+from bisparse.cli.console import (
+    command_line,
+    grouped,
+    print_coverage,
+    print_json,
+    print_left_dense,
+    shows_progress,
+    table,
+    to_stdout,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -200,7 +209,7 @@ def prune_with_data(
             pattern,
             method,
             batches_of(data),
-            progress=not as_json,
+            progress=shows_progress(as_json=as_json),
             group=group,
             resume=resume,
             keep_journal=True,

@@ -31,11 +31,13 @@ if TYPE_CHECKING:
 __all__ = [
     "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Key", "Layouts", "Threads", "command", "command_line",
     "fail", "grouped", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "parse_source", "print_coverage",
-    "print_json",    "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stderr", "to_stdout",
+    "print_json", "print_left_dense", "progress_bar", "run_app", "set_quiet", "set_threads", "shows_progress", "table",
+    "to_stderr", "to_stdout",
 ]  # fmt: skip
 
 P = ParamSpec("P")
 _given: list[str] = []
+_quiet = False
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 Included = Annotated[
@@ -75,8 +77,19 @@ class _Terminal(Console):
 
 
 def to_stdout() -> Console:
-    """Where results go. Not a terminal: wide enough that no table is cut."""
-    return _Terminal(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False)
+    """Where results go: nowhere with `--quiet`. If this is not a terminal it is wide enough that no table is cut."""
+    return _Terminal(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False, quiet=_quiet)
+
+
+def set_quiet(quiet: bool) -> None:
+    """Whether to print neither results nor progress from now on; errors and JSON are not affected."""
+    global _quiet
+    _quiet = quiet
+
+
+def shows_progress(*, as_json: bool) -> bool:
+    """Whether a command shows its progress on standard error."""
+    return not (as_json or _quiet)
 
 
 def to_stderr() -> Console:
@@ -248,7 +261,7 @@ def parse_source(name: str | Path, hint: str) -> Path:
 @contextmanager
 def progress_bar(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A function (what, done, total) that moves a bar on standard error; without a terminal it prints lines with the time."""
-    if not show:
+    if not show or _quiet:
         yield lambda what, done, total: None
         return
     if not sys.stderr.isatty():

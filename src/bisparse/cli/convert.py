@@ -44,6 +44,7 @@ from bisparse.cli.console import (
     print_json,
     progress_bar,
     set_threads,
+    shows_progress,
     to_stdout,
 )
 
@@ -143,7 +144,7 @@ def convert(
             device=parse_device(device),
             resume=resume,
             keep_journal=True,
-            progress=not as_json,
+            progress=shows_progress(as_json=as_json),
             group=group,
         )
         finish(opened, target, report, made_from, overwrite, time.perf_counter() - started, as_json, resume, group)

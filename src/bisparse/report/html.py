@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from bisparse.apart import check_apart
@@ -16,7 +17,7 @@ from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructure
 from bisparse.pruning.violation import CONFIDENCE
 from bisparse.report.figures import FITTING_M, Progress, PrunedFigures, read_figures
 from bisparse.report.plot import STRUCTURES, diversity_svg, retained_on_gaussian
-from bisparse.report.svg import chart_of_layers, picture_of_tile
+from bisparse.report.svg import chart_of_errors, chart_of_layers, picture_of_tile
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -94,6 +95,7 @@ def write_report(
     pictures = [
         picture_of_tile(sample, structure, max(TILE_SIDE, getattr(structure, "m", 0))) for sample in figures.samples[:TILES_SHOWN]
     ]
+    errors = [(layer.error_before, layer.error) for layer in report if None not in (layer.error_before, layer.error)]
     html = environment.get_template("report.html.jinja").render(
         pruned=figures,
         source=figures.sidecar.source or figures.folder,
@@ -102,7 +104,9 @@ def write_report(
         forward_pattern=report.pattern.removesuffix("-T"),
         gaussian=gaussian,
         kept_weights=sum(round(layer.density * layer.size) for layer in report),
-        chart=chart_of_layers([figures], [gaussian]),
+        charts=[chart_of_layers([figures], [gaussian], narrow=narrow) for narrow in (False, True)],
+        error_charts=[chart_of_errors(figures, narrow=narrow) for narrow in (False, True)],
+        mean_errors=[fmean(side) for side in zip(*errors, strict=True)],
         mixed=len({layer.pattern for layer in report}) > 1,
         has_output_error=any(layer.error is not None for layer in report),
         has_violation=any(layer.violated_groups is not None for layer in report),
@@ -164,7 +168,8 @@ def write_comparison(
         compared=compared,
         source=figures[0].sidecar.source or figures[0].folder,
         tasks=tasks,
-        chart=chart_of_layers(figures, gaussian),
+        charts=[chart_of_layers(figures, gaussian, narrow=narrow) for narrow in (False, True)],
+        methods=len({one.report.method for one in figures}) > 1,
         layers=_rows(figures),
         heat=lambda share: 4 + 40 * (share - low) / (high - low) if high > low else 4,
         rows_of_tiles=_rows_of_tiles(figures),
@@ -268,8 +273,18 @@ def _rows_of_tiles(figures: Sequence[PrunedFigures]) -> list[tuple[str, list[tup
     common = [name for name in samples[0] if all(name in one for one in samples)]
     step = max(1, math.ceil(len(common) / LAYERS_COMPARED))
     pairs = list(zip(figures, samples, strict=True))
+    several = len({one.report.method for one in figures}) > 1
     return [
-        (name, [(str(one.structure), picture_of_tile(own[name], one.structure, TILE_SIDE)) for one, own in pairs])
+        (
+            name,
+            [
+                (
+                    f"{one.structure}, {one.report.method}" if several else str(one.structure),
+                    picture_of_tile(own[name], one.structure, TILE_SIDE),
+                )
+                for one, own in pairs
+            ],
+        )
         for name in common[::step]
     ]
 

@@ -1,17 +1,17 @@
-"""Geometry of the report's own pictures: tiles of real weights, and a score for each layer. The markup is the templates'."""
+"""Geometry of the report's own pictures: tiles of real weights, and figures by layer. The markup is the templates'."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bisparse.checkpoint import SampleTile
 from bisparse.pattern import Structure
 from bisparse.report.figures import PrunedFigures
 
-__all__ = ["Chart", "Dot", "Reference", "Span", "TilePicture", "chart_of_layers", "picture_of_tile"]
+__all__ = ["Chart", "Dot", "Reference", "Span", "TilePicture", "chart_of_errors", "chart_of_layers", "picture_of_tile"]
 
 LEVELS = 6
 """Shades of magnitude, for kept and for pruned weights each."""
@@ -100,8 +100,8 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Chart:
-    """Retained score of each layer, in the order of the network; one series for each pruned folder."""
+class Frame:
+    """Size of a chart and place of its plot, in pixels."""
 
     width: float
     height: float
@@ -109,6 +109,22 @@ class Chart:
     right: float
     top: float
     bottom: float
+    labels: int
+    """Blocks whose number is printed, at most."""
+
+
+WIDE = Frame(960.0, 320.0, 54.0, 944.0, 18.0, 284.0, 32)
+NARROW = Frame(360.0, 260.0, 46.0, 354.0, 14.0, 222.0, 9)
+"""For telephones: drawn again rather than shrunk, so that labels stay readable."""
+ROOM_FOR_LABEL = 60.0
+"""Right of the plot, for the name of a single reference line."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure of each layer, in the order of the network; one or more series."""
+
+    frame: Frame
     ticks: tuple[tuple[float, str], ...]
     spans: tuple[Span, ...]
     series: tuple[tuple[str, tuple[Dot, ...]], ...]
@@ -116,53 +132,69 @@ class Chart:
     radius: float
 
 
-def chart_of_layers(pruned: Sequence[PrunedFigures], gaussian: Sequence[float]) -> Chart | None:
-    """One dot per layer and folder; None if no layer's retained score is known.
+def chart_of_layers(pruned: Sequence[PrunedFigures], gaussian: Sequence[float], *, narrow: bool = False) -> Chart | None:
+    """Retained score: one dot per layer and folder; None if no layer's retained score is known.
 
     Args:
         pruned: folders with the same layers, or nearly.
         gaussian: what each folder's pattern keeps of Gaussian weights, drawn as a line.
+        narrow: for a screen of 400 pixels.
     """
-    width, height, left, right, top, bottom = 960.0, 320.0, 54.0, 884.0 if len(pruned) == 1 else 944.0, 18.0, 284.0
     names = list(dict.fromkeys(layer.result.name for one in pruned for layer in one.layers))
-    shares = {
-        (index, layer.result.name): share
-        for index, one in enumerate(pruned)
-        for layer in one.layers
-        if (share := layer.result.retained) is not None
-    }
-    if not shares:
+    series = [
+        (str(one.structure), {layer.result.name: share for layer in one.layers if (share := layer.result.retained) is not None})
+        for one in pruned
+    ]
+    references = [
+        (share, f"{one.structure} on Gaussian weights: {100 * share:.1f} %") for one, share in zip(pruned, gaussian, strict=True)
+    ]
+    return _chart(names, series, references, narrow)
+
+
+def chart_of_errors(pruned: PrunedFigures, *, narrow: bool = False) -> Chart | None:
+    """Relative output error of each layer with the mask alone and after the fit; None if no error was measured."""
+    names = [layer.result.name for layer in pruned.layers]
+    before = {layer.result.name: error for layer in pruned.layers if (error := layer.result.error_before) is not None}
+    after = {layer.result.name: error for layer in pruned.layers if (error := layer.result.error) is not None}
+    return _chart(names, [("mask alone", before), ("as saved", after)], [], narrow)
+
+
+def _chart(
+    names: Sequence[str], series: Sequence[tuple[str, dict[str, float]]], references: Sequence[tuple[float, str]], narrow: bool
+) -> Chart | None:
+    values = [value for _, own in series for value in own.values()]
+    if not values:
         return None
-    low, high, step = _scale([*shares.values(), *gaussian])
-    pitch = (right - left) / len(names)
+    frame = NARROW if narrow else WIDE
+    if len(references) == 1 and not narrow:
+        frame = replace(frame, right=frame.width - ROOM_FOR_LABEL - 16)
+    low, high, step = _scale([*values, *(value for value, _ in references)])
+    pitch = (frame.right - frame.left) / len(names)
 
-    def across(index: float) -> float:
-        return left + pitch * (index + 0.5)
+    def up(value: float) -> float:
+        return frame.bottom - (value - low) / (high - low) * (frame.bottom - frame.top)
 
-    def up(share: float) -> float:
-        return bottom - (share - low) / (high - low) * (bottom - top)
-
-    ticks = tuple(
-        (up(share), f"{100 * share:.{0 if step >= 0.01 else 1}f} %")
-        for share in (low + step * index for index in range(round((high - low) / step) + 1))
+    return Chart(
+        frame,
+        tuple(
+            (up(value), f"{100 * value:.{0 if step >= 0.01 else 1}f} %")
+            for value in (low + step * index for index in range(round((high - low) / step) + 1))
+        ),
+        _spans(names, frame.left, pitch, frame.labels),
+        tuple(
+            (
+                label,
+                tuple(
+                    Dot(frame.left + pitch * (place + 0.5), up(own[name]), name, f"{name}: {100 * own[name]:.2f} %", place)
+                    for place, name in enumerate(names)
+                    if name in own
+                ),
+            )
+            for label, own in series
+        ),
+        tuple(Reference(up(value), label, index) for index, (value, label) in enumerate(references)),
+        max(2.0, min(5.0, pitch * 0.36)),
     )
-    series = tuple(
-        (
-            str(one.structure),
-            tuple(
-                Dot(across(place), up(shares[index, name]), name, f"{name}: {100 * shares[index, name]:.2f} %", place)
-                for place, name in enumerate(names)
-                if (index, name) in shares
-            ),
-        )
-        for index, one in enumerate(pruned)
-    )
-    references = tuple(
-        Reference(up(share), f"{one.structure} on Gaussian weights: {100 * share:.1f} %", index)
-        for index, (one, share) in enumerate(zip(pruned, gaussian, strict=True))
-    )
-    radius = max(2.0, min(5.0, pitch * 0.36))
-    return Chart(width, height, left, right, top, bottom, ticks, _spans(names, left, pitch), series, references, radius)
 
 
 def _scale(values: Sequence[float]) -> tuple[float, float, float]:
@@ -173,7 +205,7 @@ def _scale(values: Sequence[float]) -> tuple[float, float, float]:
     return max(0.0, low), high, step
 
 
-def _spans(names: Sequence[str], left: float, pitch: float) -> tuple[Span, ...]:
+def _spans(names: Sequence[str], left: float, pitch: float, labels: int) -> tuple[Span, ...]:
     """Neighbours with the same first number in their name, as `encoder.layer.3.` has 3, are one block."""
     blocks: list[tuple[str, int, int]] = []
     for index, name in enumerate(names):
@@ -183,7 +215,7 @@ def _spans(names: Sequence[str], left: float, pitch: float) -> tuple[Span, ...]:
             blocks[-1] = (label, blocks[-1][1], index + 1)
         else:
             blocks.append((label, index, index + 1))
-    every = max(1, math.ceil(len(blocks) / 32))
+    every = max(1, math.ceil(len(blocks) / labels))
     return tuple(
         Span(left + pitch * start, pitch * (stop - start), label if number % every == 0 else "", number % 2 == 0)
         for number, (label, start, stop) in enumerate(blocks)

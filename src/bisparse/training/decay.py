@@ -18,7 +18,7 @@ DEFAULT_DECAY = 2e-4
 """Lambda if neither it nor the number of steps is given: Zhou et al.'s."""
 DEFAULT_DECAY_ADAM = 2e-3
 """Default lambda of masked decay for optimizers that divide gradients by their size, such as Adam: on a small GPT it nearly
-halved the flip rate and lowered the loss at each seed (docs/benchmarks.md). The best value grows with the gradients: watch the
+halved the flip rate and lowered the loss at each seed (docs/benchmarks). The best value grows with the gradients: watch the
 flip rate."""
 DEFAULT_TOTAL = 3.0
 """Default total decay for SGD if the number of steps is known.
