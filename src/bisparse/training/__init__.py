@@ -1,6 +1,7 @@
 """Sparse training: static and dynamic masks by two lines in any training loop."""
 
 from bisparse.training.decay import FixedDecay
+from bisparse.training.distill import Distillation
 from bisparse.training.finalize import finalize_, plain_state_dict
 from bisparse.training.lora import MergedAdapter, merge_lora_, merged_weight
 from bisparse.training.metrics import MaskChange
@@ -11,6 +12,7 @@ from bisparse.training.sparsify import sparsify_
 from bisparse.training.sparsity import Sparsity
 
 __all__ = [
+    "Distillation",
     "FixedDecay",
     "MVUELinear",
     "MaskChange",
