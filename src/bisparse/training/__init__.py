@@ -4,6 +4,8 @@ from bisparse.training.decay import FixedDecay
 from bisparse.training.distill import Distillation
 from bisparse.training.finalize import finalize_, plain_state_dict
 from bisparse.training.lora import MergedAdapter, merge_lora_, merged_weight
+from bisparse.training.masked_lora import MaskedLoRA, add_masked_lora_
+from bisparse.training.masked_peft import mask_lora_
 from bisparse.training.metrics import MaskChange
 from bisparse.training.mvue import MVUELinear, mvue_2_4
 from bisparse.training.rng_state import random_state, restore_random_state
@@ -16,11 +18,14 @@ __all__ = [
     "FixedDecay",
     "MVUELinear",
     "MaskChange",
+    "MaskedLoRA",
     "MergedAdapter",
     "Phase",
     "Schedule",
     "Sparsity",
+    "add_masked_lora_",
     "finalize_",
+    "mask_lora_",
     "merge_lora_",
     "merged_weight",
     "mvue_2_4",

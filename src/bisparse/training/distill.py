@@ -373,8 +373,8 @@ def _check_logits(own: Tensor, theirs: Tensor) -> None:
         )
     if own.shape[-1] < 2:
         raise ValueError(
-            "outputs with one number each are no class probabilities, and their divergence is always 0: pass logits=0 and hidden=, or "
-            "output="
+            "outputs with one number each are no class probabilities, and their divergence is always 0: "
+            "pass logits=0 and hidden=, or output="
         )
 
 
