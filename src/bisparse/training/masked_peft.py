@@ -1,8 +1,8 @@
 """peft's LoRA layers trained under the mask of their base weight, so that merging keeps the pattern exactly.
 
 The layers stay peft's, with their adapters, names and files; what changes is the product they compute: ``mask * (W + s B A)``,
-materialized at each step. peft's own `merge_and_unload` then keeps the zeros too, as the adapter's part off the mask is zero. peft
-itself is not imported.
+materialized at each step. peft's own `merge_and_unload` then keeps the zeros too, as the adapter's part off the mask is zero.
+peft itself is not imported.
 """
 
 from __future__ import annotations
