@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Real, Shaped
 from torch import Tensor
 
-from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
+from bisparse.kernels.figures.cpu import priced_gap
 from bisparse.tiles import pad_to_multiple
 
-__all__ = ["Failure", "Prices", "kept_total", "selection_failure", "selection_gap", "tile_failure", "tiles_gap"]
+__all__ = ["Failure", "Prices", "bands_of_tiles", "first_true", "flat_bands", "kept_total", "tile_failure", "tiles_gap"]
 
 BAND = 1 << 16
 """Weights that are processed at a time."""
@@ -56,14 +56,11 @@ class Failure(NamedTuple):
     reason: str
 
 
-# The value
-
-
 def kept_total(scores: Real[Tensor, "..."], mask: Bool[Tensor, "..."] | None) -> tuple[float, int]:
     """Sum of the kept scores, or of all, as (s, k): s * 2**k. In float64; k is 0 unless that would overflow."""
     for power in (0, 100):
         total = 0.0
-        for band, kept in _flat_bands(scores, mask):
+        for band, kept in flat_bands(scores, mask):
             numbers = band.double() if kept is None else torch.where(kept, band, 0).double()
             total += float((numbers * 2.0**-power if power else numbers).sum())
         if math.isfinite(total):
@@ -71,22 +68,20 @@ def kept_total(scores: Real[Tensor, "..."], mask: Bool[Tensor, "..."] | None) ->
     return total, power
 
 
-def _flat_bands(scores: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def flat_bands(scores: Tensor, mask: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Scores, and their mask, in parts of about `BAND` entries."""
     if scores.numel() <= BAND or scores.ndim == 0:
         yield scores, mask
     elif scores.shape[0] == 1:
-        yield from _flat_bands(scores[0], None if mask is None else mask[0])
+        yield from flat_bands(scores[0], None if mask is None else mask[0])
     else:
         step = max(1, BAND * scores.shape[0] // scores.numel())
         for start in range(0, scores.shape[0], step):
             part = slice(start, start + step)
-            yield from _flat_bands(scores[part], None if mask is None else mask[part])
+            yield from flat_bands(scores[part], None if mask is None else mask[part])
 
 
-# Tiles with prices
-
-
-def _bands(shape: torch.Size, m: int, width: int) -> Iterator[tuple[slice, slice, slice]]:
+def bands_of_tiles(shape: torch.Size, m: int, width: int) -> Iterator[tuple[slice, slice, slice]]:
     """Matrices, rows and tiles of one band after the other, for matrices (B, O, I) that are cut into tiles of m rows."""
     matrices, rows, columns = shape
     across, down = -(-columns // width), -(-rows // m)
@@ -128,7 +123,7 @@ class _Band(NamedTuple):
 
 def _priced_bands(scores: Tensor, mask: Tensor, prices: Prices, m: int) -> Iterator[_Band]:
     ragged = bool(scores.shape[-1] % m or scores.shape[-2] % m)
-    for matrices, rows, tiles in _bands(scores.shape, m, m):
+    for matrices, rows, tiles in bands_of_tiles(scores.shape, m, m):
         part = scores[matrices, rows]
         u, v, exponent = (side[tiles].to(scores.device).long() for side in prices)
         inside = _tiles_last(torch.ones_like(part, dtype=torch.bool), m) if ragged else None
@@ -212,6 +207,8 @@ def tiles_gap(scores: Real[Tensor, "B O I"], mask: Bool[Tensor, "B O I"], prices
     Raises:
         ValueError: prices or exponents out of range, or scores that are no numbers.
     """
+    if (fast := priced_gap(scores, mask, *prices, n, exactly)) is not None:
+        return fast
     total = 0.0
     for band in _priced_bands(scores, mask, prices, m):
         if failure := _out_of_range(band):
@@ -240,28 +237,29 @@ def tile_failure(
             sums_hold = (band.mask.sum(1) == n).all(0) & (band.mask.sum(0) == n).all(0)
             if band.inside is not None:
                 sums_hold |= ~band.inside.flatten(0, 1).all(0)
-            if (tile := _first(~sums_hold)) is not None:
+            if (tile := first_true(~sums_hold)) is not None:
                 return Failure(band.first + tile, f"a row or column does not keep exactly {n}")
         entries, lines = _terms(band, n, exactly, rounded=True)
         fails = (entries != 0) | (lines != 0)
         if not exactly:
             fails |= (band.prices.u < 0).any(0) | (band.prices.v < 0).any(0)
-        if (tile := _first(fails)) is not None:
+        if (tile := first_true(fails)) is not None:
             return Failure(band.first + tile, _story(band, tile, n))
     return None
 
 
-def _first(fails: Bool[Tensor, " T"]) -> int | None:
+def first_true(fails: Bool[Tensor, " T"]) -> int | None:
+    """The index of the first True; None without one."""
     return int(fails.nonzero()[0]) if bool(fails.any()) else None
 
 
 def _out_of_range(band: _Band) -> Failure | None:
     u, v, exponent = band.prices
     far = ((u < -LARGEST_PRICE) | (u > LARGEST_PRICE) | (v < -LARGEST_PRICE) | (v > LARGEST_PRICE)).any(0)
-    if (tile := _first(far)) is not None:
+    if (tile := first_true(far)) is not None:
         return Failure(band.first + tile, "prices beyond 2**61 overflow: not proved optimal")
     low, high = (-EXPONENTS, EXPONENTS) if band.scores.is_floating_point() else (-62, 0)
-    if (tile := _first((exponent < low) | (exponent > high))) is not None:
+    if (tile := first_true((exponent < low) | (exponent > high))) is not None:
         return Failure(band.first + tile, f"exponent {int(exponent[tile])} fits no score: not proved optimal")
     return None
 
@@ -270,7 +268,7 @@ def _unfit_exponent(band: _Band) -> Failure | None:
     """Invalid scores, and exponents that round them more coarsely than a proof allows or so finely that sums overflow."""
     scores, exponent = band.scores, band.prices.exponent
     least, largest = scores.flatten(0, 1).amin(0), scores.flatten(0, 1).amax(0)
-    if (tile := _first(~((least >= 0) & (largest < math.inf)))) is not None:
+    if (tile := first_true(~((least >= 0) & (largest < math.inf)))) is not None:
         return Failure(band.first + tile, "its scores are not all finite and >= 0: nothing is proved about them")
     if scores.is_floating_point():
         # frexp writes a number as f * 2**k, 1/2 <= f < 1.
@@ -280,11 +278,11 @@ def _unfit_exponent(band: _Band) -> Failure | None:
         bits = torch.frexp((largest.long() >> 12).double()).exponent.long() + 12
         coarse, least_bits = (exponent < 0) & (bits + exponent < FINE_BITS), FINE_BITS
         bits = torch.where(largest.long() >> FINE_BITS > 0, bits + exponent, 0)
-    if (tile := _first(coarse & (largest > 0))) is not None:
+    if (tile := first_true(coarse & (largest > 0))) is not None:
         return Failure(
             band.first + tile, f"exponent {int(exponent[tile])} rounds the scores more coarsely than {least_bits} bits"
         )
-    if (tile := _first((bits > FINE_BITS) & (largest > 0))) is not None:
+    if (tile := first_true((bits > FINE_BITS) & (largest > 0))) is not None:
         return Failure(
             band.first + tile, f"exponent {int(exponent[tile])} makes scores of more than {FINE_BITS} bits: not proved optimal"
         )
@@ -307,126 +305,3 @@ def _story(band: _Band, tile: int, n: int) -> str:
         f"the mask keeps {kept}, the prices bound the optimum by {bound}{negative} "
         f"(units of 2**-{int(one.prices.exponent[0])}): not proved optimal"
     )
-
-
-# Plain selections
-
-
-class _Poor(NamedTuple):
-    """Groups of a band that keep less than the best selection."""
-
-    place: str
-    best: float
-    kept: float
-    """Of the first one."""
-    more: float
-    """The total that all of them could keep in addition."""
-
-
-def selection_failure(matrices: Real[Tensor, "B O I"], mask: Bool[Tensor, "B O I"], pattern: Structure) -> str | None:
-    """A sentence about the first group whose mask keeps less than it could; None if all are optimal.
-
-    N:M and unstructured masks are judged by comparing scores, exactly. Sums of pairs and windows are exact for integers below
-    2**57; those of other scores have a relative error of up to M * 2**-52 of their group's sum, and no less is called a failure.
-    """
-    for poor in _poor_groups(matrices, mask, pattern, proof=True):
-        return f"{poor.place}: the mask keeps {poor.kept!r}, but {poor.best!r} can be kept at {pattern}"
-    return None
-
-
-def selection_gap(matrices: Real[Tensor, "B O I"], mask: Bool[Tensor, "B O I"], pattern: Structure) -> float:
-    """How much more can be kept than the mask keeps, in score units; as exact as `selection_failure` says."""
-    return sum(poor.more for poor in _poor_groups(matrices, mask, pattern, proof=False))
-
-
-def _poor_groups(matrices: Tensor, mask: Tensor, pattern: Structure, proof: bool) -> Iterator[_Poor]:
-    if isinstance(pattern, Unstructured):
-        for index, (scores, kept) in enumerate(zip(matrices, mask, strict=True)):
-            n = pattern.kept(scores.numel())
-            if scores.numel() and _matrix_is_poor(scores, kept, n):
-                yield _poor(f"matrix {index}", *_best_and_own(scores.reshape(-1, 1), kept.reshape(-1, 1), n))
-        return
-    assert isinstance(pattern, Pattern | Sequential | Paired)
-    m, n = pattern.m, pattern.n
-    for batch, rows, _ in _bands(matrices.shape, 1, m):
-        scores, kept = (_groups_first(part[batch, rows], m) for part in (matrices, mask))
-        if isinstance(pattern, Pattern):
-            scores = _comparable(scores)
-            poor = _is_poor(scores, kept, n)
-            if (first := _first(poor)) is None:
-                continue
-            best, own = _best_and_own(scores[:, poor], kept[:, poor], n)
-        else:
-            best, own, bar = _sums(scores, kept, pattern)
-            poor = best - own > (bar if proof else 0)
-            if (first := _first(poor)) is None:
-                continue
-            best, own = best[None, poor], own[None, poor]
-        groups = -(-matrices.shape[-1] // m)
-        height = matrices[batch, rows].shape[1]
-        matrix, row, group = batch.start + first // (groups * height), rows.start + first // groups % height, first % groups
-        yield _poor(f"matrix {matrix}, row {row}, group {group}" if len(matrices) > 1 else f"row {row}, group {group}", best, own)
-
-
-def _poor(place: str, best: Real[Tensor, "N G"], own: Real[Tensor, "N G"]) -> _Poor:
-    more = (best - own).double().sum()
-    return _Poor(place, float(best[:, 0].double().sum()), float(own[:, 0].double().sum()), float(more))
-
-
-def _comparable(scores: Real[Tensor, "*S"]) -> Real[Tensor, "*S"]:
-    return scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-
-
-def _groups_first(matrices: Shaped[Tensor, "B O I"], m: int) -> Shaped[Tensor, "M G"]:
-    groups = torch.nn.functional.pad(matrices, (0, -matrices.shape[-1] % m)) if matrices.shape[-1] % m else matrices
-    return groups.unflatten(-1, (-1, m)).permute(3, 0, 1, 2).reshape(m, -1)
-
-
-def _is_poor(scores: Real[Tensor, "M G"], mask: Bool[Tensor, "M G"], n: int) -> Bool[Tensor, " G"]:
-    """Whether something pruned is larger than something kept or, where fewer than n are kept, than zero."""
-    largest = math.inf if scores.is_floating_point() else torch.iinfo(scores.dtype).max
-    least_kept = torch.where(mask, scores, largest).amin(0)
-    most_pruned = torch.where(mask, 0, scores).amax(0)
-    return torch.where(mask.sum(0) < n, most_pruned > 0, least_kept < most_pruned)
-
-
-def _matrix_is_poor(scores: Real[Tensor, "O I"], mask: Bool[Tensor, "O I"], n: int) -> bool:
-    """`_is_poor` of a whole matrix, in bands."""
-    least, most = [], []
-    for band, kept in _flat_bands(scores, mask):
-        assert kept is not None
-        numbers = _comparable(band)
-        largest = math.inf if numbers.is_floating_point() else torch.iinfo(numbers.dtype).max
-        least.append(torch.where(kept, numbers, largest).amin())
-        most.append(torch.where(kept, 0, numbers).amax())
-    most_pruned = torch.stack(most).amax()
-    return bool(most_pruned > 0 if int(mask.sum()) < n else torch.stack(least).amin() < most_pruned)
-
-
-def _best_and_own(scores: Real[Tensor, "M G"], mask: Bool[Tensor, "M G"], n: int) -> tuple[Tensor, Tensor]:
-    """The n largest of each group and what its mask keeps, both from the largest down: line by line, the first is no less."""
-    scores = scores.double() if scores.is_floating_point() else scores.long()
-    best, own = (part.sort(0, descending=True).values[:n] for part in (scores, torch.where(mask, scores, 0)))
-    return best, own
-
-
-def _sums(
-    scores: Real[Tensor, "M G"], mask: Bool[Tensor, "M G"], pattern: Sequential | Paired
-) -> tuple[Real[Tensor, " G"], Real[Tensor, " G"], Real[Tensor, " G"]]:
-    """Per group: the largest sum that can be kept, the sum that is kept, and the bound on their rounding errors."""
-    m, n = pattern.m, pattern.n
-    if scores.is_floating_point() or int(scores.amax()) >= 1 << 57:
-        scores = scores.double()
-        bar = scores.sum(0) * (m * 2.0**-52)
-    else:
-        scores = scores.long()
-        bar = torch.zeros_like(scores[0])
-    own = torch.where(mask, scores, 0).sum(0)
-    if isinstance(pattern, Paired):
-        pairs = scores.unflatten(0, (-1, 2)).sum(1)
-        return pairs.sort(0, descending=True).values[: n // 2].sum(0), own, bar
-    zeros = m - n
-    if zeros == 0:
-        return scores.sum(0), own, bar
-    kept = [torch.cat([scores[:start], scores[start + zeros :]]).sum(0) for start in range(n + 1)]
-    return torch.stack(kept).amax(0), own, bar

@@ -25,9 +25,11 @@ import torch
 from jaxtyping import Bool, Int, Real, Shaped
 from torch import Tensor, nn
 
-from bisparse.gap import Prices, kept_total, selection_failure, selection_gap, tile_failure, tiles_gap
+from bisparse.gap import Prices, kept_total, tile_failure, tiles_gap
+from bisparse.kernels.figures.cpu import broken_groups, kept_and_total
 from bisparse.layers import Filter, Skipped, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
+from bisparse.selection_gap import selection_failure, selection_gap
 from bisparse.tiles import Layout, default_layout, to_matrices
 
 __all__ = ["Certificate", "CertificateError", "PatternError", "Solution", "Verification", "Violation", "verify"]
@@ -107,7 +109,7 @@ class Solution:
         """How much better, at most, any other mask could be in the scores as given: ``bound - value``, without cancellation.
 
         It has a relative error of about 1e-15 of itself, so 0 means optimal in the scores as given (but for sequential and paired
-        structures, whose sums of floats are rounded: see `bisparse.gap`). The scores are read once, in bands.
+        structures, whose sums of floats are rounded: see `bisparse.selection_gap`). The scores are read once, in bands.
         """
         scores, mask = self._unchanged()
         matrices, masks = to_matrices(scores, self.layout), to_matrices(mask, self.layout)
@@ -168,13 +170,21 @@ class Solution:
             raise CertificateError(f"tile {failure.tile}: {failure.reason}")
         return self
 
-    @cached_property
+    @property
     def _kept(self) -> tuple[float, int]:
-        return kept_total(*self._unchanged())
+        return self._sums[0]
+
+    @property
+    def _total(self) -> tuple[float, int]:
+        return self._sums[1]
 
     @cached_property
-    def _total(self) -> tuple[float, int]:
-        return kept_total(self._unchanged()[0], None)
+    def _sums(self) -> tuple[tuple[float, int], tuple[float, int]]:
+        """Sums of the kept scores and of all, as `kept_total` gives them."""
+        scores, mask = self._unchanged()
+        if (sums := kept_and_total(scores, mask)) is not None:
+            return (sums[0], 0), (sums[1], 0)
+        return kept_total(scores, mask), kept_total(scores, None)
 
     def _unchanged(self) -> tuple[Tensor, Tensor]:
         """Scores and mask, if they are what was solved."""
@@ -360,10 +370,17 @@ def verify(
     if target.layout != torch.strided:
         raise ValueError(f"{name or 'the tensor'} is stored as {target.layout}: verify its dense form, tensor.to_dense()")
     target = target.detach()
+    both = isinstance(pattern, Pattern) and pattern.transposable
+    layout = layout or default_layout(target.ndim)
+    if isinstance(pattern, Pattern) and (counted := broken_groups(to_matrices(target, layout), pattern.n, pattern.m)):
+        by_row, by_column, kept = counted
+        if by_row == 0 and not (both and by_column):
+            groups = target.numel() // pattern.m * (2 if both else 1)
+            return Verification(pattern, groups, 0, None, kept / target.numel(), layer=name)
     mask = target if target.dtype == torch.bool else target != 0
-    matrices = to_matrices(mask, layout or default_layout(mask.ndim))
+    matrices = to_matrices(mask, layout)
     sides = [("W", matrices)]
-    if isinstance(pattern, Pattern) and pattern.transposable:
+    if both:
         sides.append(("W^T", matrices.transpose(1, 2)))
     groups, violations, first = 0, 0, None
     for side, matrix in sides:

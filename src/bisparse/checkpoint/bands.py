@@ -22,6 +22,7 @@ from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.sidecar import SampleTile
 from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
 from bisparse.errors import CheckpointError
+from bisparse.kernels.figures.cpu import kept_and_total, prune_in_place
 from bisparse.pattern import Structure, Unstructured
 from bisparse.results import LayerResult, has_bound
 from bisparse.scores import magnitude
@@ -132,16 +133,22 @@ def prune_stored(
     for band in bands(tensor, layout, m):
         start = time.perf_counter()
         scores = _scores(band, tensor)
-        mask = choose(band, scores) if choose else _solved(layer, band, scores, solver, sums)
-        sums.value += float(torch.where(mask, scores, 0).sum(dtype=torch.float64))
-        sums.total += float(scores.sum(dtype=torch.float64))
+        mask, gap = (choose(band, scores), 0.0) if choose else _solved(layer, band, scores, solver)
+        kept, total = kept_and_total(scores, mask) or (
+            float(torch.where(mask, scores, 0).sum(dtype=torch.float64)),
+            float(scores.sum(dtype=torch.float64)),
+        )
+        sums.value += kept
+        sums.total += total
+        if not choose:
+            sums.bound = None if sums.bound is None or gap is None else sums.bound + kept + gap
         sums.time_s += time.perf_counter() - start
         if sums.sample is None:
             sums.sample = _sample(layer.name, band, mask, pattern)
-        pruned = band.weight.masked_fill_(~mask, 0)
         # A mask may keep weights that were zero already.
-        sums.kept += int(torch.count_nonzero(pruned))
-        write(as_bytes(pruned))
+        nonzeros = prune_in_place(band.weight, mask)
+        sums.kept += int(torch.count_nonzero(band.weight.masked_fill_(~mask, 0))) if nonzeros is None else nonzeros
+        write(as_bytes(band.weight))
         packer.add(mask)
     packer.finish()
     gap = None if sums.bound is None else max(0.0, sums.bound - sums.value) / sums.bound if sums.bound > 0 else 0.0
@@ -163,7 +170,7 @@ def prune_stored(
 
 def _scores(band: Band, tensor: StoredTensor) -> Float[Tensor, "..."]:
     scores = magnitude(band.weight)
-    if not bool(torch.isfinite(scores.sum(dtype=torch.float64))):
+    if scores.numel() and not bool(torch.isfinite(scores.amax())):
         bad = (~torch.isfinite(scores)).flatten().nonzero()
         if len(bad):
             place = np.unravel_index(band.first + int(bad[0]), tensor.shape)
@@ -178,12 +185,11 @@ def _scores(band: Band, tensor: StoredTensor) -> Float[Tensor, "..."]:
 
 
 def _solved(
-    layer: StoredLayer, band: Band, scores: Float[Tensor, "..."], solver: Solver | None, sums: _Sums
-) -> Bool[Tensor, "..."]:
+    layer: StoredLayer, band: Band, scores: Float[Tensor, "..."], solver: Solver | None
+) -> tuple[Bool[Tensor, "..."], float | None]:
+    """The mask, and its gap in score units; None from a solver that gives no bound."""
     solution = solve(scores, layer.pattern, solver, layout=band.layout)
-    if sums.bound is not None:
-        sums.bound = sums.bound + solution.bound if has_bound(solution) else None
-    return solution.mask
+    return solution.mask, solution.gap if has_bound(solution) else None
 
 
 def _sample(name: str, band: Band, mask: Bool[Tensor, "..."], pattern: Structure) -> SampleTile:

@@ -25,6 +25,8 @@ __all__ = ["Detected", "detect_patterns", "verify_checkpoint", "verify_stored"]
 SIZES = (2, 4, 8, 16, 32, 64)
 """Group sizes M that `detect_patterns` looks at."""
 ANY_PATTERN = Pattern(1, 2)
+COUNTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Dtypes that `verify` compares with zero as they are."""
 
 
 def verify_checkpoint(
@@ -146,7 +148,8 @@ def verify_stored(layer: StoredLayer) -> Verification:
     kept = 0.0
     firsts: list[Violation] = []
     for band in bands(tensor, layer.layout, m):
-        result = verify(nonzero(band.weight), pattern, layout=band.layout, name=layer.name)
+        weight = band.weight if band.weight.dtype in COUNTED else nonzero(band.weight)
+        result = verify(weight, pattern, layout=band.layout, name=layer.name)
         groups += result.groups
         violations += result.violations
         seen += band.weight.numel()

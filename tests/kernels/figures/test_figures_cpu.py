@@ -1,0 +1,151 @@
+"""One-pass figures against plain torch, on matrices large enough for the kernels; and where the kernels do not apply."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from bisparse import solve, verify
+from bisparse.gap import Prices, kept_total, tiles_gap
+from bisparse.kernels.figures.cpu import MIN_WEIGHTS, all_optimal, broken_groups, kept_and_total, priced_gap, prune_in_place
+from bisparse.pattern import parse_pattern
+from bisparse.selection_gap import selection_gap
+from bisparse.solvers import Exact
+
+ROWS, COLUMNS = 512, MIN_WEIGHTS // 512
+
+
+@pytest.fixture(params=["Gaussian", "zeros", "constant", "integers", "tiny", "large"])
+def scores(request: pytest.FixtureRequest) -> torch.Tensor:
+    numbers = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(3)).abs()
+    match request.param:
+        case "zeros":
+            return numbers * (numbers > 1)
+        case "constant":
+            return torch.full_like(numbers, 0.3)
+        case "integers":
+            return numbers.mul(3).floor()
+        case "tiny":
+            return numbers * 1e-30
+        case "large":
+            return numbers * 1e30
+    return numbers
+
+
+@pytest.mark.parametrize("pattern", ["2:4-T", "4:8-T", "16:32-T"])
+def test_the_gap_is_the_specifications(scores: torch.Tensor, pattern: str) -> None:
+    """For the optimum, for other masks under the same prices, and for negative and changed prices."""
+    solution = solve(scores, pattern)
+    certificate, n = solution.certificate, solution.pattern.n  # type: ignore[attr-defined]
+    assert certificate is not None
+    m = certificate.u.shape[1]
+    generator = torch.Generator().manual_seed(5)
+    worse = solution.mask & (torch.rand(ROWS, COLUMNS, generator=generator) < 0.9)
+    moved = certificate.u + torch.randint(-1000, 1000, certificate.u.shape, generator=generator)
+    applies = bool((certificate.exponent >= 0).all())
+    for mask, u in ((solution.mask, certificate.u), (worse, certificate.u), (worse, moved)):
+        prices = Prices(u, certificate.v, certificate.exponent)
+        fast = priced_gap(scores[None], mask[None], *prices, n, False)
+        assert (fast is not None) == applies
+        exact = tiles_gap(scores.double()[None], mask[None], prices, n, m, False)
+        assert tiles_gap(scores[None], mask[None], prices, n, m, False) == pytest.approx(exact, rel=1e-12, abs=0)
+        assert (exact == 0) == (tiles_gap(scores[None], mask[None], prices, n, m, False) == 0)
+
+
+def test_exactly_n_uses_negative_prices() -> None:
+    scores = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1)) * (torch.arange(COLUMNS) % 3 == 0)
+    solution = solve(scores, "4:8-T", Exact(exactly=True))
+    certificate = solution.certificate
+    assert certificate is not None
+    prices = Prices(certificate.u, certificate.v, certificate.exponent)
+    fast = priced_gap(scores[None], solution.mask[None], *prices, 4, True)
+    assert fast == pytest.approx(tiles_gap(scores.double()[None], solution.mask[None], prices, 4, 8, True), rel=1e-12, abs=0)
+
+
+def test_sums_are_those_of_float64(scores: torch.Tensor) -> None:
+    mask = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(7)) < 0.4
+    found = kept_and_total(scores, mask)
+    assert found is not None
+    for own, spec in zip(found, (kept_total(scores, mask), kept_total(scores, None)), strict=True):
+        assert own == pytest.approx(math.ldexp(*spec), rel=1e-12)
+    odd = scores.reshape(-1)[: MIN_WEIGHTS - 3]
+    assert kept_and_total(odd, mask.reshape(-1)[: MIN_WEIGHTS - 3]) is None
+    long = torch.cat([scores.reshape(-1), torch.ones(3)])
+    both = torch.cat([mask.reshape(-1), torch.tensor([True, False, True])])
+    assert kept_and_total(long, both) == pytest.approx((found[0] + 2, found[1] + 3), rel=1e-9)
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "5:8"])
+def test_plain_groups(scores: torch.Tensor, pattern: str) -> None:
+    solution = solve(scores, pattern)
+    n, m = solution.pattern.n, solution.pattern.m  # type: ignore[attr-defined]
+    assert all_optimal(scores[None], solution.mask[None], n, m) is True
+    assert solution.gap == 0
+    group = int(torch.where(scores[0] > 0)[0][0]) // m * m
+    for worse in (solution.mask.clone(), solution.mask.clone()):
+        worse[0, group : group + m] = False
+        assert all_optimal(scores[None], worse[None], n, m) is False
+        lost = scores[0, group : group + m].double().sort(descending=True).values[:n].sum()
+        assert selection_gap(scores[None], worse[None], parse_pattern(pattern)) == pytest.approx(float(lost), rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_pruning_in_place_counts_what_is_not_zero(dtype: torch.dtype) -> None:
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2)).to(dtype)
+    weight[0, :4] = torch.tensor([0.0, -0.0, math.nan, math.inf]).to(dtype)
+    mask = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(7)) < 0.4
+    mask[0, :4] = True
+    expected = weight.masked_fill(~mask, 0)
+    assert prune_in_place(weight, mask) == int(torch.count_nonzero(expected))
+    assert torch.equal(weight.view(torch.uint8), expected.view(torch.uint8)), "bit for bit"
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("pattern", ["2:4", "2:4-T", "4:8-T"])
+def test_broken_groups_are_counted_on_both_sides(dtype: torch.dtype, pattern: str) -> None:
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2))
+    structure = parse_pattern(pattern)
+    n, m = structure.n, structure.m  # type: ignore[attr-defined]
+    good = weight.masked_fill(~solve(weight.abs(), pattern).mask, -0.0).to(dtype)
+    found = broken_groups(good[None], n, m)
+    assert found is not None
+    assert found[0] == 0 and found[2] == int(torch.count_nonzero(good))
+    assert verify(good, pattern)
+    bad = good.clone()
+    row = (bad[:, 0] == 0).nonzero()[0]
+    bad[row, :m] = 1
+    by_row, by_column, kept = broken_groups(bad[None], n, m) or (0, 0, 0)
+    mask = (bad != 0)[None]
+    assert by_row == int(structure.row_violations(mask).sum()) >= 1
+    assert by_column == int(structure.row_violations(mask.transpose(1, 2)).sum())
+    assert kept == int(mask.sum())
+    assert not verify(bad, pattern)
+
+
+def test_nan_counts_as_kept() -> None:
+    weight = torch.zeros(ROWS, COLUMNS)
+    weight[0, :3] = math.nan
+    result = verify(weight, "2:4")
+    assert result.violations == 1
+    assert result.first is not None and result.first.kept == 3
+
+
+def test_what_the_kernels_leave_to_torch() -> None:
+    small, mask = torch.rand(8, 8), torch.ones(8, 8, dtype=torch.bool)
+    big, all_kept = torch.rand(ROWS, COLUMNS), torch.ones(ROWS, COLUMNS, dtype=torch.bool)
+    assert kept_and_total(small, mask) is None
+    assert kept_and_total(big.double(), all_kept) is None
+    assert kept_and_total(big.t(), all_kept.t()) is None
+    assert prune_in_place(small, mask) is None
+    assert broken_groups(big[None, :, :-1], 2, 4) is None
+    assert broken_groups(big[None].to(torch.float8_e4m3fn), 2, 4) is None
+    assert all_optimal(big.half()[None], all_kept[None], 2, 4) is None
+    tiles = ROWS * COLUMNS // 16
+    prices = torch.zeros(tiles, 4, dtype=torch.int64)
+    beyond = prices.clone()
+    beyond[-1, -1] = 1 << 55
+    exponent = torch.zeros(tiles, dtype=torch.int64)
+    assert priced_gap(big[None], all_kept[None], prices, beyond, exponent, 2, False) is None
+    assert priced_gap(big[None], all_kept[None], prices, prices, exponent - 1, 2, False) is None
