@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
+from bisparse.training.bits import BITS
 from bisparse.training.decay import FixedDecay
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
 from bisparse.training.static_mask import MASK_SUFFIX, StaticMask, static_mask
@@ -23,9 +24,6 @@ __all__ = [
     "local",
     "part_of",
 ]
-
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers of the same size as a number of so many bytes."""
 
 
 @runtime_checkable
@@ -92,7 +90,7 @@ class SparseLayer:
     @property
     def active(self) -> bool:
         """Whether the layer still has its mask; False once it is finalized."""
-        return self.parametrization is not None or isinstance(vars(self.module).get(self.mask_name), StaticMask)
+        return isinstance(vars(self.module).get(self.mask_name), StaticMask) or self.parametrization is not None
 
     @property
     def mask_name(self) -> str:

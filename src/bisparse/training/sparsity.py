@@ -337,8 +337,8 @@ class Sparsity:
             if layer.name not in self._off:
                 off = (~layer.local_mask).flatten().nonzero().flatten()
                 self._off[layer.name] = off[:: max(1, off.numel() // SAMPLED)]
-            moved.append((weight.take(self._off[layer.name].to(weight.device)) != 0).any())
-        if moved and bool(torch.stack([one.to(moved[0].device) for one in moved]).any()):
+            moved.append(weight.take(self._off[layer.name].to(weight.device)))
+        if moved and bool(torch.cat([one.to(moved[0].device) for one in moved]).any()):
             self._zero_pruned()
 
     def _expect(self, due: bool) -> None:
