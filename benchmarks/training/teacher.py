@@ -22,12 +22,12 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "pruning"))
 from experiment import load_text, method_named
-from record import RESULTS, Record
 from smollm import perplexity
 
 from bisparse import finalize_, prune_, sparsify_, verify
 from bisparse.cli.model_source import open_source, token_batches
 from bisparse.training import Distillation
+from record import RESULTS, Record
 
 LOSSES: dict[str, dict[str, float]] = {
     "task": {},
@@ -67,7 +67,13 @@ def train(
         curve.append(round(float(loss.detach()), 4))
     spent = time.process_time() - started
     finalize_(model)
-    return {"steps": steps, "trained_tokens": tokens, "cpu_s": round(spent, 1), "perplexity": evaluated(model, test), "curve": curve[::10]}
+    return {
+        "steps": steps,
+        "trained_tokens": tokens,
+        "cpu_s": round(spent, 1),
+        "perplexity": evaluated(model, test),
+        "curve": curve[::10],
+    }
 
 
 def _done(started: float, steps: int, options: argparse.Namespace) -> float:

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from bisparse.pattern import Pattern, Structure
 from bisparse.tiles import Layout
 from bisparse.training.bits import BITS
-from bisparse.training.decay import FixedDecay
+from bisparse.training.decay import Decay
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
 from bisparse.training.static_mask import MASK_SUFFIX, StaticMask, static_mask
 
@@ -77,7 +77,7 @@ class SparseLayer:
     pattern: Structure
     key: str
     """The parameter's key in the plain model's state_dict."""
-    decay: float | FixedDecay | None = None
+    decay: Decay | None = None
     """Masked decay of this layer; None: the run's."""
     sharing: tuple[nn.Module, ...] = ()
     """Other modules that hold the same parameter, and with it the same mask."""
