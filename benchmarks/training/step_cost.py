@@ -2,10 +2,10 @@
 
     python benchmarks/training/step_cost.py [--steps 60] [--models resnet20 gpt] [--pattern 4:8-T]
 
-ResNet-20 (width 16, 128 images of 14 x 14, channels last, SGD) and a small GPT (width 128, 4 layers, 4 x 128 tokens, AdamW). Each
-round takes a step of every variant, in rotating order; the figure is the median over rounds of the step's CPU time, and of its ratio
-to the dense step of the same round. A refresh takes place every 40 steps; its search is reported apart, as the mean over all steps.
-Rows go to results/training-step.jsonl.
+ResNet-20 (width 16, 128 images of 14 x 14, channels last, SGD) and a small GPT (width 128, 4 layers, 4 x 128 tokens, AdamW).
+Each round takes a step of every variant, in rotating order; the figure is the median over rounds of the step's CPU time, and of
+its ratio to the dense step of the same round. A refresh takes place every 40 steps; its search is reported apart, as the mean
+over all steps. Rows go to results/training-step.jsonl.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """SmolLM2-135M: one-shot pruning, then training under the static mask, with the dense model as a teacher and without.
 
-    python benchmarks/training/teacher.py FOLDER_OR_GGUF --wikitext FILE --text TEXT_OR_BROWN_FOLDER [--pattern 4:8-T] [--minutes 60]
+    python benchmarks/training/teacher.py FOLDER_OR_GGUF --wikitext FILE --text TEXT_OR_BROWN_FOLDER [--minutes 60]
 
 Trains on --text alone; perplexity is over the first 12,288 tokens of WikiText-2 at context 512, as in pruning/smollm.py. AdamW on
-float32 weights under bfloat16 autocast; the teacher is in bfloat16. The learning rate follows the CPU time spent: a cosine to zero at
-the end of --minutes, or the steps given by --steps. Rows go to results/training-teacher.jsonl.
+float32 weights under bfloat16 autocast; the teacher is in bfloat16. The learning rate follows the CPU time spent: a cosine to
+zero at the end of --minutes, or the steps given by --steps. Rows go to results/training-teacher.jsonl.
 """
 
 from __future__ import annotations

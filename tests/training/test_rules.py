@@ -73,7 +73,8 @@ def test_hysteresis_is_the_best_mask_for_raised_scores(margin):
     plain = solve(layer.weight.detach().abs(), "4:8-T").mask
     sparsity.refresh()
     assert torch.equal(layer.mask, expected)
-    assert int((expected ^ old).sum()) < int((plain ^ old).sum())
+    stuck, moved = int((expected ^ old).sum()), int((plain ^ old).sum())
+    assert stuck < moved if margin == 0.5 else stuck <= moved
     finalize_(model)
     assert verify(model[0].weight, "4:8-T")
 

@@ -34,8 +34,8 @@ class GradientRule:
     decay: float | FixedDecay | AnnealedDecay | None = None
     """Total decay over the run, or lambda itself; None: the default of the method and the optimizer."""
     margin: float = 0.0
-    """Hysteresis: a new mask must gain more than this fraction of the scores that it gives up. Scores of kept weights are multiplied
-    by 1 + margin before the search, so that the exact solver finds the best mask including what changing it costs."""
+    """Hysteresis: a new mask must gain more than this fraction of the scores that it gives up. Scores of kept weights are
+    multiplied by 1 + margin before the search, so that the exact solver finds the best mask including what changing it costs."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
