@@ -72,5 +72,6 @@ def kept_straight_through(weight: Shaped[Tensor, "..."], mask: Bool[Tensor, "...
     """The weight where the mask is True, zero elsewhere; all of the weight gets the gradient (the STE, Bengio et al. 2013)."""
     plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
     eager = plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
-    result: Tensor = (_Eager if eager else _Transformable).apply(weight, mask)  # type: ignore[no-untyped-call]
+    function: Any = _Eager if eager else _Transformable
+    result: Tensor = function.apply(weight, mask)
     return result
