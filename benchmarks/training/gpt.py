@@ -3,8 +3,8 @@
     python benchmarks/training/gpt.py [--budget small|reduced|full] [--study gpt|decay|rules]
 
 "decay": instead, masked decay from none to too much at 4:8-T: loss and flip rate say which is right
-for AdamW. "rules": each rule of
-`bisparse.training.RULES` that takes 4:8-T, everything else equal. Rows, with curves and flip rates, go to results/training-gpt.jsonl; those there are skipped.
+for AdamW. "rules": each rule of `bisparse.training.RULES` that takes 4:8-T, everything else equal. Rows,
+with curves and flip rates, go to results/training-gpt.jsonl; those there are skipped.
 """
 
 from __future__ import annotations
