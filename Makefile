@@ -1,4 +1,4 @@
-# All there is to remember: make demo | test | check | fix | docs | bench | test-gpu | bench-gpu. Each sets up .venv by itself.
+# All there is to remember: make demo | test | check | fix | docs | attack | bench | test-gpu | bench-gpu. Each sets up .venv by itself.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
@@ -17,7 +17,7 @@ VENV_4 := .venv-transformers-4
 # 3.6 is the oldest Triton that the kernels are written for; likewise.
 VENV_TRITON := .venv-oldest-triton
 
-.PHONY: help setup demo test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter check fix docs bench bench-gpu
+.PHONY: help setup demo test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter check fix docs attack bench bench-gpu
 
 help:
 	@echo "make demo       prune all-MiniLM-L6-v2 to five patterns, check them, and make a report to look at"
@@ -25,6 +25,7 @@ help:
 	@echo "make check      format, lint, types, import contract, doctests, documentation"
 	@echo "make fix        format and repair what can be repaired, and write the generated pages again"
 	@echo "make docs       the documentation site, out/site/index.html; warnings are errors"
+	@echo "make attack     crafted files, kills, full disks, rivals, bad values, failing steps, extreme tiles; ARGS='--seconds 60 --only files'"
 	@echo "make bench      the solver benchmark; bench-gpu is the GPU's"
 
 setup: $(READY)
@@ -86,6 +87,11 @@ fix: $(READY)
 
 docs: $(READY)
 	$(RUN) -m sphinx --fail-on-warning --keep-going -q -b html -d out/doctrees docs out/site
+
+# Slow and seeded; exit code 1 if it finds anything. ARGS: --seconds, --seed, --only KIND, --cases, --json.
+ARGS ?=
+attack: $(READY)
+	PYTHONPATH=tests $(RUN) -m attack $(ARGS)
 
 bench: $(READY)
 	$(RUN) benchmarks/solvers.py

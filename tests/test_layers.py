@@ -1,5 +1,8 @@
 """Which layers are found, which are left dense, and that every one of those has its reason."""
 
+import copy
+import re
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -256,6 +259,61 @@ def test_a_subclass_that_changes_its_weight_is_left_dense_even_if_asked_for(
     model = nn.Sequential(nn.Linear(8, 8), module)
     assert word in reasons(model, include=include)["1"]
     assert "1" in found(model, layouts={"1": "conv" if isinstance(module, nn.Conv2d) else "linear"})
+
+
+class StandardisedInTraining(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean(1, keepdim=True) if self.training else self.weight
+        return nn.functional.linear(x, weight, self.bias)
+
+
+class StandardisedConv(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True) if self.training else self.weight
+        return self._conv_forward(x, weight, self.bias)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight * 0.5, self.bias)
+
+
+class Activated(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+class Normed(nn.Linear):
+    """A batch norm of its own: other outputs in training mode, of the same product."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.norm = nn.BatchNorm1d(sizes[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("module", "word"),
+    [
+        (StandardisedInTraining(16, 16), r"in training mode\): its outputs depend on inputs whose weights are zero"),
+        (StandardisedConv(16, 16, 3), r"in training mode\): its outputs depend on inputs whose weights are zero"),
+        (Scaled(16, 16), r"its output is that of 0\.5 times its weight\. Zeros of the weight were zeros of the product"),
+        (Activated(16, 16), r"changes the output\)\. Zeros of the weight were zeros of the product"),
+    ],
+)
+def test_a_subclass_is_tried_in_both_modes_and_refused_for_what_it_does(module: nn.Module, word: str, training: bool) -> None:
+    assert re.search(word, reasons(nn.Sequential(nn.Conv2d(16, 16, 1), module.train(training)))["1"])
+
+
+def test_outputs_that_training_mode_alone_changes_are_no_reason() -> None:
+    module = Normed(16, 16)
+    before, state = copy.deepcopy(module.state_dict()), torch.random.get_rng_state()
+    assert "1" in found(nn.Sequential(nn.Identity(), module))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items()) and module.training
+    assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_trying_a_subclass_changes_nothing_and_runs_no_hook() -> None:

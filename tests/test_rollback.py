@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import bisparse
+from attack import steps
 from bisparse.checkpoint import CheckpointError, load
 from bisparse.pruning import (
     AdaPrune,
@@ -362,3 +363,24 @@ def test_whatever_is_done_to_a_model_is_undone(seed: int) -> None:
                 torch.rand(3)
         raise Stop
     assert everything(model) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["setter", "deleter", "write", "masked", "hook"])
+@pytest.mark.parametrize(
+    "job", ["finalize_", "finalize_ static", "merge_lora_", "merge_lora_ new mask", "sparsify_", "sparsify_ mvue"]
+)
+def test_a_merge_or_an_end_that_fails_at_any_step(job: str, kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = steps.Net()
+    steps.BEFORE.get(job, lambda _: None)(model)
+    counted = copy.deepcopy(model)
+    with steps.failing(steps.POINTS[kind], -1, Stop, False) as count:
+        steps.JOBS[job](counted, [], tmp_path)
+    for at in range(1, count[0] + 1, 1 + count[0] // 6):
+        tried = copy.deepcopy(model)
+        held, before = dict(tried.named_parameters()), steps.everything(tried)
+        with steps.failing(steps.POINTS[kind], at, Stop, at % 2 == 0), pytest.raises(Stop):
+            steps.JOBS[job](tried, [], tmp_path)
+        assert steps.everything(tried) == before, f"step {at}"
+        assert all(one is held[name] for name, one in tried.named_parameters())

@@ -18,7 +18,8 @@ from experiment import Rows, load_text, measured, method_named
 from torch import Tensor, nn
 
 from bisparse import verify
-from bisparse.cli.model_source import open_source, token_batches
+from bisparse.cli.calibration_text import token_batches
+from bisparse.cli.model_source import open_source
 from bisparse.pruning import prune_
 from record import RESULTS
 

@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bisparse.arguments import check_dense
 from bisparse.layers import Skipped
 from bisparse.pattern import Pattern
 from bisparse.solution import Solution
 from bisparse.tiles import Layout
+from bisparse.wrappers import check_module
 
 __all__ = ["LayerResult", "PruneReport", "checksum_of", "count_parameters", "gap_of", "has_bound"]
 
@@ -184,12 +186,17 @@ class PruneReport:
 
 def checksum_of(weight: Tensor) -> int:
     """CRC-32 of a weight's bytes; -0.0 counts as 0.0, as it comes and goes with a product by a mask."""
-    positive = (weight.detach().cpu() + 0.0).contiguous().flatten()  # 1-D: strides of sides of 1 may be anything
+    check_dense("weight", weight)
+    weight = weight.detach().cpu()
+    if weight.element_size() == 1 and weight.is_floating_point():  # which cannot be added to
+        weight = weight.float()
+    positive = (weight + 0.0).contiguous().flatten()  # 1-D: strides of sides of 1 may be anything
     return zlib.crc32(positive.view(torch.uint8).numpy().tobytes())
 
 
 def count_parameters(model: nn.Module) -> int:
     """Number of parameters of a model; shared ones count once, those without a shape yet not at all."""
+    check_module(model)
     return sum(one.numel() for one in model.parameters() if not nn.parameter.is_lazy(one))
 
 

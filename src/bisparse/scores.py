@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bisparse.arguments import check_dense
+
 __all__ = ["hessian", "magnitude", "taylor", "wanda"]
 
 
@@ -29,8 +31,10 @@ def wanda(weight: Float[Tensor, "*B O I"], norm: Float[Tensor, "*B I"]) -> Float
     >>> wanda(torch.tensor([[3.0, -1.0]]), torch.tensor([1.0, 5.0])).tolist()
     [[3.0, 5.0]]
     """
-    if norm.shape[-1] != weight.shape[-1]:
-        raise ValueError(f"a weight of shape {tuple(weight.shape)} has {weight.shape[-1]} inputs, the norms {tuple(norm.shape)}")
+    check_dense("weight", weight)
+    check_dense("norm", norm)
+    if norm.ndim < 1 or weight.ndim < 2 or norm.shape[-1] != weight.shape[-1]:
+        raise ValueError(f"a weight of shape {tuple(weight.shape)} needs one norm per input, not norms of {tuple(norm.shape)}")
     return _wide(weight, "weight").abs() * _wide(norm, "norm").abs().unsqueeze(-2)
 
 
@@ -43,6 +47,12 @@ def hessian(weight: Float[Tensor, "*B O I"], inverse_diagonal: Float[Tensor, "*B
     [[9.0, 4.0]]
     """
     inverse_diagonal = _wide(inverse_diagonal, "inverse_diagonal")
+    check_dense("weight", weight)
+    if weight.ndim < 2 or inverse_diagonal.ndim < 1 or weight.shape[-1] != inverse_diagonal.shape[-1]:
+        raise ValueError(
+            f"a weight of shape {tuple(weight.shape)} needs one entry per input, not a diagonal of "
+            f"{tuple(inverse_diagonal.shape)}"
+        )
     if bool((inverse_diagonal <= 0).any()):
         raise ValueError("the diagonal of an inverse Hessian must be positive: raise the damping")
     return _wide(weight, "weight").square() / inverse_diagonal.unsqueeze(-2)
@@ -56,6 +66,8 @@ def taylor(weight: Float[Tensor, "*S"], gradient: Float[Tensor, "*S"]) -> Float[
     >>> taylor(torch.tensor([[2.0, -1.0]]), torch.tensor([[0.5, 3.0]])).tolist()
     [[1.0, 3.0]]
     """
+    check_dense("weight", weight)
+    check_dense("gradient", gradient)
     if gradient.shape != weight.shape:
         raise ValueError(f"a weight of shape {tuple(weight.shape)} needs a gradient of that shape, not {tuple(gradient.shape)}")
     return (_wide(weight, "weight") * _wide(gradient, "gradient")).abs()
@@ -63,6 +75,7 @@ def taylor(weight: Float[Tensor, "*S"], gradient: Float[Tensor, "*S"]) -> Float[
 
 def _wide(tensor: Float[Tensor, "*S"], what: str) -> Float[Tensor, "*S"]:
     """In float32, or float64 where it already is: products of half-precision numbers would round or overflow."""
+    check_dense(what, tensor)
     if not tensor.is_floating_point():
         raise ValueError(f"{what} of dtype {tensor.dtype} has no scores: quantised or integer weights cannot be pruned")
     tensor = tensor.detach()

@@ -32,11 +32,24 @@ from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.selection_gap import selection_failure, selection_gap
 from bisparse.tiles import Layout, default_layout, to_matrices
 
-__all__ = ["Certificate", "CertificateError", "PatternError", "Solution", "Verification", "Violation", "verify"]
+__all__ = [
+    "Certificate",
+    "CertificateError",
+    "PatternError",
+    "ScoreRangeError",
+    "Solution",
+    "Verification",
+    "Violation",
+    "verify",
+]
 
 
 class CertificateError(ValueError):
     """The certificate does not prove that the mask is optimal."""
+
+
+class ScoreRangeError(ValueError, OverflowError):
+    """A figure of a solution exceeds what float64 holds; scale the scores by a power of two, which changes no mask."""
 
 
 class PatternError(ValueError):
@@ -98,7 +111,7 @@ class Solution:
         """Total score kept, with a relative error of about 1e-15.
 
         Raises:
-            OverflowError: the total exceeds float64.
+            ScoreRangeError: the total exceeds float64.
             ValueError: the mask is no bool tensor of the scores' shape, or the scores were changed in place after solving. The
                 same for `bound`, `gap`, `relative_gap` and `retained`.
         """
@@ -239,7 +252,7 @@ def _float(number: float, power: int, what: str) -> float:
     except OverflowError:
         number = math.inf
     if math.isinf(number):
-        raise OverflowError(
+        raise ScoreRangeError(
             f"the {what} of these scores exceeds float64; scale them by a power of two before solving, which changes no mask"
         )
     return number
@@ -287,6 +300,8 @@ class Verification:
     """For a checkpoint, the layers whose zeros could not be seen or are not constrained, and why."""
     left_out: tuple[Skipped, ...] = ()
     """For a checkpoint, the tensors that are no layers to prune by default, or that the caller left out."""
+    contradicted: tuple[str, ...] = ()
+    """For a checkpoint, what its sidecar says of the weights that is not so, such as another density; each in a sentence."""
 
     def __bool__(self) -> bool:
         return self.violations == 0 and not (self.unchecked and not self.layers)
@@ -305,7 +320,8 @@ class Verification:
             found = f"{patterns} holds on {count} of {count + len(self.unchecked)} layers, {self.groups} groups"
         else:
             found = f"{patterns} holds on {self.groups} groups"
-        return f"{subject}{found}; {self._not_checked}" if self.unchecked else f"{subject}{found}"
+        found = f"{subject}{found}; {self._not_checked}" if self.unchecked else f"{subject}{found}"
+        return f"{found}; bisparse.json is wrong: {'; '.join(self.contradicted[:4])}" if self.contradicted else found
 
     @property
     def _not_checked(self) -> str:

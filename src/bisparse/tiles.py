@@ -73,6 +73,11 @@ class Layout:
     groups: int = 1
     parts: int = 1
 
+    def __post_init__(self) -> None:
+        for name, number in (("groups", self.groups), ("parts", self.parts)):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise ValueError(f"Layout({name}={number!r:.40}): expected a whole number")
+
     @property
     def is_convolution(self) -> bool:
         """Whether the weight has kernel positions, whose products are summed into one output."""
@@ -138,6 +143,8 @@ def from_matrices(
     """The inverse of `to_matrices` for a weight of the given shape; contiguous."""
     shape = tuple(shape)
     _check_layout(shape, layout)
+    if matrices.ndim != 3 or matrices.numel() != math.prod(shape):
+        raise ValueError(f"matrices of shape {tuple(matrices.shape)} are not those of a weight of shape {shape}")
     match layout.kind:
         case LayoutKind.LINEAR | LayoutKind.PACKED | LayoutKind.EXPERTS:
             return matrices.reshape(shape).contiguous()
@@ -179,19 +186,32 @@ def _check_layout(shape: tuple[int, ...], layout: Layout) -> None:
         )
 
 
+def _check_side(m: int) -> None:
+    if not 1 <= m < 1 << 31:
+        raise ValueError(f"{m!r:.40} is no side of a tile")
+
+
 def pad_to_multiple(matrices: Shaped[Tensor, "*B R C"], m: int) -> Shaped[Tensor, "*B R2 C2"]:
     """Zeros appended so that `m` divides the last two sides; the same tensor where it already does."""
+    _check_side(m)
+    if matrices.ndim < 2:
+        raise ValueError(f"a tensor of shape {tuple(matrices.shape)} holds no matrices")
     rows, columns = -matrices.shape[-2] % m, -matrices.shape[-1] % m
     return torch.nn.functional.pad(matrices, (0, columns, 0, rows)) if rows or columns else matrices
 
 
 def to_tiles(matrix: Shaped[Tensor, "R C"], m: int) -> Shaped[Tensor, "B M M"]:
     """Cut a matrix into its tiles, band by band, left to right: tile t covers rows ``t // (C/m)``, columns ``t % (C/m)``."""
+    _check_side(m)
+    if matrix.ndim != 2 or matrix.shape[0] % m or matrix.shape[1] % m:
+        raise ValueError(f"a tensor of shape {tuple(matrix.shape)} is no matrix of whole tiles of side {m}: see pad_to_multiple")
     rows, columns = matrix.shape
     return matrix.view(rows // m, m, columns // m, m).transpose(1, 2).reshape(-1, m, m)
 
 
 def from_tiles(tiles: Shaped[Tensor, "B M M"], rows: int, columns: int) -> Shaped[Tensor, "R C"]:
     """The inverse of `to_tiles`."""
-    m = tiles.shape[-1]
+    m = tiles.shape[-1] if tiles.ndim == 3 else 0
+    if m == 0 or tiles.shape[-2] != m or rows % m or columns % m or tiles.numel() != rows * columns:
+        raise ValueError(f"tiles of shape {tuple(tiles.shape)} do not make a {rows} x {columns} matrix")
     return tiles.view(rows // m, columns // m, m, m).transpose(1, 2).reshape(rows, columns)

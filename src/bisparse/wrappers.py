@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["is_wrapper", "plain_names", "unwrapped_model"]
+__all__ = ["check_module", "is_wrapper", "plain_names", "unwrapped_model"]
 
 DISTINCT = ("_orig_mod", "_checkpoint_wrapped_module")
 """Attributes that only wrappers have: those of `torch.compile` and of torch's activation checkpointing."""
@@ -21,6 +21,12 @@ def _attribute(module: nn.Module) -> str | None:
     return next((name for name in DISTINCT if name in module._modules), None)
 
 
+def check_module(model: object) -> None:
+    """Raise TypeError for what is no torch module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, not {type(model).__name__}")
+
+
 def is_wrapper(module: nn.Module) -> bool:
     """Whether a module wraps another one, whose attributes it may show as its own."""
     return _attribute(module) is not None
@@ -28,6 +34,7 @@ def is_wrapper(module: nn.Module) -> bool:
 
 def unwrapped_model(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile`, DistributedDataParallel, DataParallel or AveragedModel; others as they are."""
+    check_module(model)
     while (name := _attribute(model)) is not None:
         inner = model._modules[name]
         assert inner is not None

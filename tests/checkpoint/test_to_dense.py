@@ -9,9 +9,11 @@ from checkpoint_files import State, snapshot, write_folder
 from formats.test_folded import bitmask
 from safetensors.torch import load_file, save_file
 from torch import nn
+from typer.testing import CliRunner
 
 import bisparse
-from bisparse.checkpoint import CheckpointError, to_dense, verify_checkpoint
+from bisparse.checkpoint import CheckpointError, prune_checkpoint, to_dense, verify_checkpoint
+from bisparse.cli import app
 
 SPARSITY = {"format": "sparse-24-bitmask", "targets": ["Linear"], "ignore": ["lm_head"], "sparsity_structure": "2:4"}
 
@@ -75,7 +77,7 @@ def test_a_dynamic_training_checkpoint_becomes_one_that_transformers_loads(tmp_p
     (source / "config.json").write_text(json.dumps({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}))
     torch.save({"state": {}}, source / "optimizer.pt")
     to_dense(source, tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.safetensors", "config.json", "bisparse-plain.json"}
     again, info = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
     ids = torch.arange(12).view(1, 12)
@@ -126,3 +128,37 @@ def test_a_target_that_exists_or_overlaps_is_refused_and_nothing_is_half_written
         to_dense(source, tmp_path / "out")
     assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 2
     assert snapshot(tmp_path).keys() == before.keys() | {"x.pt"}
+
+
+@pytest.mark.parametrize("first", ["plain", "pruned"])
+@pytest.mark.parametrize("second", ["plain", "pruned"])
+def test_what_one_command_wrote_another_replaces_with_overwrite_and_nothing_else_is(
+    tmp_path: Path, first: str, second: str
+) -> None:
+    source = write_folder(tmp_path / "model", {"a.weight": torch.randn(8, 8)})
+    jobs = {"plain": to_dense, "pruned": lambda *paths, **options: prune_checkpoint(*paths, "2:4", **options)}
+    jobs[first](source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match="exists already"):
+        jobs[second](source, tmp_path / "out")
+    jobs[second](source, tmp_path / "out", overwrite=True)
+    marks = {name for name in ("bisparse.json", "bisparse-plain.json") if (tmp_path / "out" / name).exists()}
+    assert marks == {"bisparse-plain.json" if second == "plain" else "bisparse.json"}
+    for content in ("{}", "[", '{"written_by": "me"}'):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / "bisparse-plain.json").write_text(content)
+        with pytest.raises(CheckpointError, match="was not written by bisparse"):
+            jobs[second](source, tmp_path / "mine", overwrite=True)
+
+
+def test_a_single_files_name_is_kept_its_permissions_too_and_both_are_said(tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.randn(8, 8)}, tmp_path / "x.pt")
+    (tmp_path / "x.pt").chmod(0o600)
+    for _ in range(2):
+        command = ["convert", str(tmp_path / "x.pt"), str(tmp_path / "out"), "--to-dense", "--overwrite"]
+        shown = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert shown.exit_code == 0 and f"{tmp_path}/out/x.safetensors" in shown.stdout
+    said = json.loads(CliRunner().invoke(app, [*command, "--json"], catch_exceptions=False).stdout)
+    assert said["files"] == ["x.safetensors"]
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in (tmp_path / "out").iterdir())
+    mark = json.loads((tmp_path / "out" / "bisparse-plain.json").read_text())
+    assert mark["source"] == "x.pt" and "torch" in mark["versions"]

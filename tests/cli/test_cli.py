@@ -333,7 +333,7 @@ def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_p
         (["prune", "nowhere", "--dry-run"], "nowhere does not exist"),
         (["prune", "nowhere", "OUT", "--method", "wanda"], "nowhere: no such folder or file"),
         (["convert", "nowhere", "OUT", "--to", "2:4"], "nowhere: no such folder or file"),
-        (["verify", "nowhere", "-p", "2:4"], "'nowhere' does not exist"),
+        (["verify", "nowhere", "-p", "2:4"], "nowhere does not exist"),
         (["bench", "-m", "64x64", "--grid", "nowhere"], "'nowhere' does not exist"),
         (["report", "nowhere"], "does not exist"),
         (["report", "MODEL"], "holds no bisparse.json, so bisparse did not write it"),

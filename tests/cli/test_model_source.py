@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import html
 import json
 import re
 import runpy
@@ -21,7 +22,8 @@ from typer.testing import CliRunner
 from bisparse import verify
 from bisparse.checkpoint import CheckpointError, read_sidecar, save
 from bisparse.cli import app
-from bisparse.cli.model_source import open_source, text_batches, token_batches
+from bisparse.cli.calibration_text import text_batches, token_batches
+from bisparse.cli.model_source import open_source
 from bisparse.layers import find_layers
 from bisparse.pruning import ALPS, AdaPrune, CalibrationError, Wanda, prune_
 from bisparse.pruning.calibration.block_chain import find_chains
@@ -583,13 +585,28 @@ def test_the_sidecar_says_how_a_job_was_called_and_on_what_data(tmp_path: Path, 
         assert shlex.split(said["command"]) == ["bisparse", *map(str, (*command, *options)), "--json"]
         assert said["source"] == str(folder) and said["order"] == "parallel"
         assert said["calibration"] == {
-            "file": str(text),
-            "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+            "files": [
+                {
+                    "name": str(text),
+                    "sha256": hashlib.sha256(text.read_bytes()).hexdigest(),
+                    "bytes": text.stat().st_size,
+                    "sequences": 12,
+                }
+            ],
+            "text_field": None,
             "sequences": 12,
             "length": 32,
+            "tokens": 12 * 32,
             "seed": 0,
             "batches": 2,
         }
+        assert said["versions"].keys() == {"transformers", "tokenizers"}
+        shown = " ".join(
+            CliRunner().invoke(app, ["report", command[2], "-o", "page.html"], catch_exceptions=False).output.split()
+        )
+        for words in (f"made by: {said['command']}"[:60], str(text), "sha256", "12 sequences of at most 32 tokens", "seed 0"):
+            assert words in shown
+            assert words in html.unescape((beside / "page.html").read_text())
     assert invoke("prune", "mine_for_tests:both", "d", "-p", "2:4", "--method", "wanda")[0] == 0
     assert read_sidecar("d").provenance["calibration"] == {"function": "mine_for_tests:both", "batches": 6}
 
@@ -665,3 +682,36 @@ def test_the_journals_of_ranks_are_removed_and_nothing_else(tmp_path: Path) -> N
     remove_journal(tmp_path / "j")
     remove_journal(tmp_path / "j")
     assert not (tmp_path / "j").exists()
+
+
+def test_a_dry_run_with_data_shows_what_would_be_done_and_writes_nothing(tmp_path: Path) -> None:
+    folder = stored(tmp_path / "model")
+    text = tmp_path / "text.txt"
+    chat = tmp_path / "more.jsonl"
+    chat.write_text("\n".join(json.dumps({"body": "w1 w2 w3 w4"}) for _ in range(200)))
+    before = sorted(tmp_path.rglob("*"))
+    options = ["-p", "2:4", "--method", "adaprune", "--calibration", text, "--calibration", chat, "--text-field", "body"]
+    options += ["--sequences", "12", "--length", "32", "--dry-run"]
+    code, plan = invoke("prune", folder, *options)
+    assert code == 0 and plan["dry_run"] and plan["method"] == "adaprune"
+    assert len(plan["layers"]) == 14 and {one["pattern"] for one in plan["layers"]} == {"2:4"}
+    assert {one["name"] for one in plan["left_dense"]} >= {"lm_head"}
+    data = plan["calibration"]
+    assert (data["sequences"], data["tokens"]) == (12, 12 * 32) and [one["sequences"] for one in data["files"]] == [6, 6]
+    assert {"model.safetensors", "bisparse.json", "tokenizer.json", "README.md"} <= set(plan["files"])
+    shown = " ".join(CliRunner().invoke(app, [str(one) for one in ("prune", folder, *options)]).output.split())
+    assert "12 sequences, 384 tokens" in shown and "Nothing was." in shown
+    assert sorted(tmp_path.rglob("*")) == before
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").touch()
+    for target in (tmp_path / "out", folder):
+        code, refused_plan = invoke("prune", folder, target, *options)
+        assert code == 1 and "error" in refused_plan
+
+
+def test_a_model_that_brings_code_is_refused_and_nobody_is_asked(tmp_path: Path) -> None:
+    folder = stored(tmp_path / "model")
+    described(folder, model_type="of_mine", auto_map={"AutoConfig": "mine.Config"})
+    (folder / "mine.py").write_text("import pathlib; pathlib.Path('ran').touch()")
+    code, said = invoke("prune", folder, tmp_path / "out", "--method", "wanda")
+    assert code == 2 and "custom code" in said["error"] and not Path("ran").exists()

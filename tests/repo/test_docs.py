@@ -202,3 +202,13 @@ def test_nothing_tells_users_to_install_from_an_index_that_does_not_have_the_pac
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {name for path in texts for name in re.findall(r"""install_extra\(["'](\w+)""", path.read_text())}
     assert named and named <= set(extras)
+
+
+def test_the_tests_that_the_page_of_faults_names_exist() -> None:
+    page = (ROOT / "docs" / "faults.md").read_text()
+    written = {name for path in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    rows = [line for line in page.splitlines() if line.startswith("| ") and not line.startswith(("| |  kind", "|---"))]
+    named = {row: re.findall(r"`(test_\w+)`", row) for row in rows if " kind | now | test " not in row}
+    assert len(named) > 80
+    assert not [row for row, tests in named.items() if not tests and not row.endswith(" open |")]
+    assert {name for tests in named.values() for name in tests} <= written, "a test was renamed or is gone"

@@ -78,3 +78,21 @@ print(time.perf_counter() - start, *{name.split(".")[0] for name in set(sys.modu
         if seconds[-1] < 0.3:
             return
     pytest.fail(f"import bisparse took {min(seconds):.2f} s beside torch's own import")
+
+
+def test_submodules_are_there_after_a_bare_import() -> None:
+    names = (
+        "training",
+        "pruning",
+        "accelerate",
+        "checkpoint",
+        "report",
+        "solvers",
+        "layers",
+        "results",
+        "scores",
+        "tiles",
+        "pattern",
+    )
+    program = "import bisparse\n" + "\n".join(f"bisparse.{name}.__all__" for name in names)
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -18,6 +19,8 @@ from bisparse.accelerate.linear_trained import SparseLinear
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError
+from bisparse.tiles import Layout
+from bisparse.wrappers import check_module
 
 __all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "held_bytes"]
 
@@ -81,6 +84,7 @@ def accelerate_(
     advice: Advice | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     dtype: torch.dtype | None = None,
     search: bool = True,
 ) -> AccelerationReport:
@@ -108,6 +112,7 @@ def accelerate_(
         advice: the result of `advise` for this model: layers that do not win stay as they are, the others take the backend that
             was fastest. Layers that it does not know are converted as without it.
         include, exclude: which layers, by name, glob, ``re:`` or function.
+        layouts: how single layers store their matrices, as for `prune_`; only plain Linear layers run sparse.
         dtype: of the inputs of layers in training: by default the weight's if it is half precision, otherwise bfloat16. Either
             half precision serves the other as well.
         search: let cuSPARSELt try its algorithms once for each new shape. Turn it off if the number of tokens keeps varying.
@@ -118,8 +123,11 @@ def accelerate_(
         PatternError: a layer that was asked for by name, with a backend, is not 2:4, or for "cpu" has too few zeros.
         ValueError: weights in dynamic training are sharded over ranks already.
     """
+    check_module(model)
+    if advice is not None and not isinstance(advice, Advice):
+        raise ValueError(f"advice={advice!r:.60}: expected what advise() returns")
     before, tied = held_bytes(model), _tied_parameters(model)
-    layers, left = find_layers(model, include, exclude)
+    layers, left = find_layers(model, include, exclude, layouts=layouts)
     advised = {} if advice is None else {one.name: one for one in advice.layers}
     asked_for = backend != "auto" and include is not None
     plans: list[tuple[Layer, Plan]] = []
@@ -154,8 +162,9 @@ def accelerate_(
 def held_bytes(module: nn.Module) -> int:
     """Bytes of all parameters, buffers and packed weights, each storage once; of sharded ones, this rank's part."""
     storages = {}
-    packed = [tensor for own in module.modules() if isinstance(own, PackedLinear) for tensor in own.packed_weight.tensors]
-    for tensor in (*module.parameters(), *module.buffers(), *packed):
+    own = [one for one in module.modules() if isinstance(one, PackedLinear | SparseLinear)]
+    derived = [tensor for one in own for tensor in one.derived_tensors]
+    for tensor in (*module.parameters(), *module.buffers(), *derived):
         storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
         if not tensor.is_meta:
             storages[storage.data_ptr()] = storage.nbytes()

@@ -156,7 +156,7 @@ def directions_of(layer: Layer) -> Directions | Refusal:
     if (refusal := _layer_refusal(layer)) is not None:
         return refusal
     state = layer_state(layer.module)
-    if state.pattern is not None:
+    if state.pattern is not None and state.phase != "static":  # a static mask may be more than its pattern promises
         rows, columns = is_2to4(state.pattern)
         return Directions(columns) if rows else pattern_refusal(state.pattern)
     mask = state.weight if state.mask is None else state.mask

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from bisparse.accelerate.backends import BACKENDS, BackendError, backend_or_reference
 from bisparse.accelerate.backends.cpu import CPU, BitmaskWeight
 from bisparse.accelerate.eligibility import Plan
-from bisparse.accelerate.operators import checked_input, packed_linear_2to4
+from bisparse.accelerate.operators import autocast_dtype, checked_input, packed_linear_2to4, refuse_onnx
 from bisparse.solution import PatternError, verify
 
 __all__ = ["PackedLinear", "PackedWeight"]
@@ -147,16 +147,21 @@ class PackedLinear(nn.Linear):
         """The dense weight, unpacked at each access."""
         return self.packed_weight.dense()
 
+    @property
+    def derived_tensors(self) -> tuple[Tensor, ...]:
+        """What is packed."""
+        return self.packed_weight.tensors
+
     def dense_weight(self) -> Float[Tensor, "O I"]:
         """The dense weight, with zeros."""
         return self.packed_weight.dense()
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
-        kind, dtype = input.device.type, input.dtype
-        if torch.is_autocast_enabled(kind) and dtype != torch.float64:
-            # The packed weight cannot be cast, so the input is; the output is what autocast asks for.
-            dtype, input = torch.get_autocast_dtype(kind), input.to(self.packed_weight.dtype)
-        return self.packed_weight.linear(self._checked(input), self.bias).to(dtype)
+        refuse_onnx()
+        wanted = autocast_dtype(input)
+        if wanted is not None:  # the packed weight cannot be cast, so the input is; the output is what autocast asks for
+            input = input.to(self.packed_weight.dtype)
+        return self.packed_weight.linear(self._checked(input), self.bias).to(wanted or input.dtype)
 
     def mask_changed(self, *, proved: bool = False) -> None:
         """Nothing to do: the weight is a constant."""
@@ -188,6 +193,12 @@ class PackedLinear(nn.Linear):
         found = fn(held.new_empty(1))
         # A packed matrix belongs to a device and a dtype. The old one is dropped only once the new one exists.
         same = found.dtype == own.dtype and found.device == held.device  # as for sharing memory
+        if not same and found.is_meta:  # no numbers there to pack
+            if found.dtype != own.dtype:
+                raise ValueError(f"a packed weight cannot become {found.dtype} on the meta device: call finalize_(model) first")
+            same = True
+        if held.is_meta and not same:
+            raise ValueError("the packed weight is on the meta device and has no values to pack again: load a state_dict first")
         moved = own.mapped(fn) if same else own.repacked(fn(own.dense()))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.packed_weight = moved
@@ -218,6 +229,8 @@ class PackedLinear(nn.Linear):
             error_msgs.append(f"{key}: shape {tuple(weight.shape)}, expected {own.shape}")
         else:
             try:
-                self.packed_weight = own.repacked(weight.detach().to(own.tensors[0].device, own.dtype), key)
+                held = own.tensors[0].device
+                device = weight.device if held.type == "meta" else held  # where a model on the meta device gets its values
+                self.packed_weight = own.repacked(weight.detach().to(device, own.dtype), key)
             except (BackendError, PatternError) as error:
                 error_msgs.append(str(error))

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from bisparse.accelerate.backends import BACKENDS, backend_or_reference
 from bisparse.accelerate.eligibility import Plan
-from bisparse.accelerate.operators import checked_input, linear_2to4
+from bisparse.accelerate.operators import autocast_dtype, checked_input, linear_2to4, refuse_onnx
 from bisparse.kernels.sparse24.metadata import MetadataLayout, empty_slots, lay_out
 from bisparse.kernels.sparse24.positions import find_positions, kept_mask
 from bisparse.solution import verify
@@ -60,8 +60,7 @@ class SparseProducts:
     search: bool
     """Let the backend search for its fastest algorithm, once per shape."""
     repacks_every_pass: bool
-    """The backend's metadata layout is unknown: it packs the weight in every pass, and the metadata held are not used. They are
-    held nevertheless, since averages copy buffers from layers that run elsewhere."""
+    """The backend's metadata layout is unknown: it packs the weight in every pass, and the metadata held are not used."""
     name: str
     """Of the layer, for messages."""
 
@@ -157,10 +156,8 @@ class SparseLinear(nn.Linear):
     """
 
     products: SparseProducts
-    positions: UInt8[Tensor, "O G"] | None
-    metadata: Shaped[Tensor, "..."] | None
-    positions_t: UInt8[Tensor, "I H"] | None
-    metadata_t: Shaped[Tensor, "..."] | None
+    slots: Slots
+    """Positions and metadata of the current mask. No buffers: those take part in other people's averages."""
 
     @classmethod
     def install_(cls, module: nn.Linear, plan: Plan, *, search: bool = True, name: str = "") -> str:
@@ -182,9 +179,14 @@ class SparseLinear(nn.Linear):
         return f"{plan.backend} compresses its weight in every pass: {UNKNOWN_LAYOUT}" if slow else ""
 
     @property
-    def slots(self) -> Slots:
-        """Positions and metadata of the current mask."""
-        return Slots(self.positions, self.metadata, self.positions_t, self.metadata_t)
+    def positions(self) -> UInt8[Tensor, "O G"] | None:
+        """Positions of the kept entries along the rows of W; None without a mask."""
+        return self.slots.positions
+
+    @property
+    def derived_tensors(self) -> tuple[Tensor, ...]:
+        """Positions and metadata, of W and of W^T."""
+        return tuple(one for one in self.slots if one is not None)
 
     @torch.no_grad()
     def dense_weight(self) -> Float[Tensor, "O I"]:
@@ -197,11 +199,15 @@ class SparseLinear(nn.Linear):
         return torch.where(kept_mask(self.positions, self.in_features), state.weight, 0)
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        refuse_onnx()
         input = _autocast(input)
         if self.positions is None or not self.products.serves(input.dtype):
             return self._masked_dense(input)
         weight = trained_parameter(self, "weight")
-        return self.products.linear(checked_input(input, self.in_features), weight, self.bias, self.slots)
+        slots = self.slots
+        if slots.positions is not None and slots.positions.device != weight.device:  # as FSDP2 moves it
+            slots = self.slots = self.products.slots(kept_mask(slots.positions, self.in_features).to(weight.device))
+        return self.products.linear(checked_input(input, self.in_features), weight, self.bias, slots)
 
     @torch.no_grad()
     def mask_changed(self, *, proved: bool = False) -> None:
@@ -221,10 +227,11 @@ class SparseLinear(nn.Linear):
             # A static mask may be 2:4 on W^T by chance, while its pattern promises less.
             known = proved and (state.phase == "dynamic" or not own.both_ways)
             self._hold(own.slots(_mask_of(self), self.slots if known else None))
-        elif self.positions is not None:
+        elif not self.weight.is_meta:
             nonzero = _mask_of(self)
             # Other zeros than before: the weight was loaded. A kept weight may well be zero for now.
-            if bool((nonzero & ~kept_mask(self.positions, self.in_features)).any()):
+            known = self.positions is not None and not self.positions.is_meta
+            if not known or bool((nonzero & ~self._kept().to(nonzero.device)).any()):
                 self._hold(own.slots(nonzero))
 
     @torch.no_grad()
@@ -237,9 +244,7 @@ class SparseLinear(nn.Linear):
         hooks = self._load_state_dict_post_hooks
         for key in [key for key, hook in hooks.items() if hook is _after_loading]:
             del hooks[key]
-        for name in Slots._fields:
-            del self._buffers[name]
-            self._non_persistent_buffers_set.discard(name)
+        del self.slots
         kind = MVUELinear if self.products.mvue else nn.Linear
         del self.products
         _set_class(self, kind)
@@ -263,12 +268,15 @@ class SparseLinear(nn.Linear):
         return torch.nn.functional.linear(input, weight.to(input.dtype), bias)
 
     def _hold(self, slots: Slots) -> None:
-        for name, tensor in slots._asdict().items():
-            held = self._buffers.get(name)
+        kept: list[Tensor | None] = []
+        for held, tensor in zip(vars(self).get("slots", Slots()), slots, strict=True):
             if held is None or tensor is None or not _alike(held, tensor):
-                self.register_buffer(name, tensor, persistent=False)
-            elif held is not tensor:
+                kept.append(tensor)
+                continue
+            if held is not tensor:
                 held.copy_(tensor)  # where a compiled graph, or a captured one, reads it
+            kept.append(held)
+        self.slots = Slots(*kept)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before, backend = self.positions, self.products.backend
@@ -276,10 +284,15 @@ class SparseLinear(nn.Linear):
         # Also without a mask to follow: the next one is found where the layer is then.
         weight, own = layer_state(self).weight, self.products
         self.products = own.on(backend_or_reference(own.wanted_backend, weight.device, own.dtype), weight)
-        if before is None or self.positions is None:
-            return self
-        if before.device != self.positions.device or backend != self.products.backend:
-            self._hold(self.products.slots(self._kept()))
+        if before is None or before.device == weight.device:
+            if before is not None and backend != self.products.backend:
+                self._hold(self.products.slots(self._kept()))
+        elif before.is_meta:  # which has no positions; loading a state finds those of its weight
+            self.slots = Slots()
+        elif weight.is_meta:
+            self.slots = Slots(*(None if one is None else one.to(weight.device) for one in self.slots))
+        else:
+            self._hold(self.products.slots(self._kept().to(weight.device)))
         return self
 
 
@@ -297,10 +310,8 @@ def _warn_of_dense(name: str, backend: str, wanted: torch.dtype, given: torch.dt
 def _autocast(input: Tensor) -> Tensor:
     """The input as autocast casts it, which leaves float64 alone. The products cast the weight themselves: autocast's own
     cache of casts would miss an optimizer's step within its context."""
-    kind = input.device.type
-    if not torch.is_autocast_enabled(kind) or input.dtype == torch.float64:
-        return input
-    return input.to(torch.get_autocast_dtype(kind))
+    dtype = autocast_dtype(input)
+    return input if dtype is None else input.to(dtype)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:

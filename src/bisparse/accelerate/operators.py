@@ -26,7 +26,7 @@ from bisparse.kernels.mvue.philox import draw_seed
 from bisparse.kernels.sparse24.metadata import WORD
 from bisparse.kernels.sparse24.positions import put_values, take_values
 
-__all__ = ["checked_input", "linear_2to4", "packed_linear_2to4"]
+__all__ = ["autocast_dtype", "checked_input", "linear_2to4", "packed_linear_2to4", "refuse_onnx"]
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
 _LIBRARY.define(
@@ -92,6 +92,23 @@ def packed_linear_2to4(
         input, packed, metadata, packed_t, metadata_t, bias, rows, backend, search
     )
     return output
+
+
+def refuse_onnx() -> None:
+    """Raise ValueError while a model is exported to ONNX, which has no operators for these products."""
+    if torch.onnx.is_in_onnx_export():
+        raise ValueError(
+            "ONNX has no sparse products: export the plain model that finalize_(copy.deepcopy(model)) makes; its zeros stay "
+            "in the weights"
+        )
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype | None:
+    """The dtype that autocast gives this input of a Linear; None where it leaves it as it is."""
+    kind = input.device.type
+    if kind == "meta" or input.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
 
 
 def checked_input(input: Tensor, columns: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Checkpoints: the only folder that knows file formats. Prune, verify, save and load plain dense weights with zeros."""
 
+from bisparse.checkpoint.load import load
 from bisparse.checkpoint.prune import CheckpointPlan, plan_checkpoint, prune_checkpoint
-from bisparse.checkpoint.save_load import load, save
+from bisparse.checkpoint.save_load import save
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, load_masks, read_sidecar
 from bisparse.checkpoint.to_dense import to_dense
 from bisparse.checkpoint.verify import Detected, detect_patterns, verify_checkpoint

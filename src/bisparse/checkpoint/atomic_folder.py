@@ -27,9 +27,11 @@ from pathlib import Path
 from bisparse.errors import CheckpointError
 from bisparse.folder_lock import lock_folder
 
-__all__ = ["check_room", "check_target", "check_writable", "output_folder", "written_here"]
+__all__ = ["PLAIN", "check_room", "check_target", "check_writable", "output_folder", "written_here"]
 
 MARK, OUTPUT, PREVIOUS = "bisparse-temporary", "output", "previous"
+PLAIN = "bisparse-plain.json"
+"""The mark of a folder of plain weights, about which there is nothing that a sidecar would say."""
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100
 
@@ -82,18 +84,22 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
 
 
 def written_here(folder: Path, ours: str) -> bool:
-    """Whether a folder may be replaced: it is empty, or bisparse wrote it, as the content of its file `ours` says."""
-    return folder.is_dir() and (_is_sidecar(folder / ours) or not any(folder.iterdir()))
+    """Whether a folder may be replaced: it is empty, or bisparse wrote it, as the content of its file `ours` or `PLAIN` says."""
+    if not folder.is_dir():
+        return False
+    marked = _says(folder / ours, {"schema_version", "layers"}) or _says(folder / PLAIN, {"schema_version", "written_by"})
+    return marked or not any(folder.iterdir())
 
 
-def _is_sidecar(path: Path) -> bool:
+def _says(path: Path, keys: set[str]) -> bool:
+    """Whether a file is a JSON object with these keys."""
     if not path.is_file():
         return False
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return False
-    return isinstance(content, dict) and {"schema_version", "layers"} <= content.keys()
+    return isinstance(content, dict) and keys <= content.keys()
 
 
 def check_room(folder: Path, needed: int) -> None:

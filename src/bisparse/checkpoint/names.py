@@ -7,9 +7,10 @@ from collections.abc import Collection, Mapping
 from torch import Tensor
 
 from bisparse.checkpoint.reader import Source
+from bisparse.checkpoint.stored_tensor import StoredTensor
 from bisparse.errors import CheckpointError
 
-__all__ = ["named_as_in", "some_of"]
+__all__ = ["check_tied", "named_as_in", "some_of"]
 
 NAMES_SHOWN = 4
 
@@ -21,9 +22,11 @@ def named_as_in(source: Source, weights: Mapping[str, Tensor], keep: Collection[
         keep: names that stay in any case.
 
     Raises:
-        CheckpointError: the weights lack a tensor of the source, have one more, or one of another shape.
+        CheckpointError: the weights lack a tensor of the source, have one more, or one of another shape, or are tied where the
+            source has different values.
     """
     tensors = source.tensors
+    check_tied(source, weights)
     present = {_place(weights[name]) for name in tensors if name in weights}
     fitting = {name: value for name, value in weights.items() if name in tensors or name in keep or _place(value) not in present}
     lost = [name for name in tensors if name not in weights]
@@ -42,6 +45,33 @@ def named_as_in(source: Source, weights: Mapping[str, Tensor], keep: Collection[
             "of yours, module:function, that returns the model",
         )
     return fitting
+
+
+def check_tied(source: Source, weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are one tensor under several names where the source has another value for each.
+
+    Raises:
+        CheckpointError: names two of them.
+    """
+    tensors = source.tensors
+    first: dict[tuple[int, tuple[int, ...]], str] = {}
+    for name in tensors:
+        if name not in weights or not weights[name].numel() or weights[name].is_meta:
+            continue
+        other = tensors[first.setdefault(_place(weights[name]), name)]
+        if other.name != name and not _equal(tensors[name], other):
+            raise CheckpointError(
+                tensors[name].path,
+                f"has other values than {other.name}, to which the model ties it: only one of them would be used",
+                "make them equal in the file, or set tie_word_embeddings to false in config.json if they are meant to differ",
+                tensor=name,
+            )
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return one.size == other.size and bool((one.read().double() == other.read().double()).all())
+    return all(mine == its for mine, its in zip(one.pieces(), other.pieces(), strict=True))
 
 
 def some_of(names: Collection[str]) -> str:

@@ -156,12 +156,9 @@ def prune_checkpoint(
             sum(tensor.size for tensor in plan.source.tensors.values()),
         )
         step = max(1, -(-len(samples) // SAMPLES))
-        sidecar = Sidecar(report, remainder, plan.source.path.resolve().name, samples[::step])
+        sidecar = Sidecar(report, remainder, plan.source.name, samples[::step])
         (folder / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
-        for shard in plan.source.shards:
-            copy_permissions(folder / shard.file, {tensor.path for tensor in shard.tensors})
-        index = [plan.source.index[0]] if plan.source.index else []
-        limit_permissions((folder / name for name in (SIDECAR, MASKS, *index)), plan.source)
+        limit_permissions(folder, plan.source, (SIDECAR, MASKS))
     return report
 
 
@@ -277,8 +274,16 @@ def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
     return notes
 
 
-def limit_permissions(written: Iterable[Path], source: Source) -> None:
-    """Give files that tell of all of the source's weights the permissions that all of its weight files have."""
+def limit_permissions(folder: Path, source: Source, others: Iterable[str]) -> None:
+    """Give written shards the permissions of what they were made from, and those that all of the source's weights have to others.
+
+    Args:
+        others: names of files that tell of all weights; the index of the shards is one of them anyway.
+    """
+    for shard in source.shards:
+        if (folder / shard.file).exists():
+            copy_permissions(folder / shard.file, {tensor.path for tensor in shard.tensors})
     weights = {tensor.path for shard in source.shards for tensor in shard.tensors}
-    for path in written:
-        copy_permissions(path, weights)
+    for name in (*others, *([source.index[0]] if source.index else [])):
+        if (folder / name).exists():
+            copy_permissions(folder / name, weights)

@@ -12,12 +12,13 @@ from typing import Any
 
 from bisparse.checkpoint.formats.companions import companions
 from bisparse.checkpoint.formats.folded import fold
-from bisparse.checkpoint.formats.folders import check_kind, resolve_cache
+from bisparse.checkpoint.formats.folders import check_kind
 from bisparse.checkpoint.formats.onnx_file import read_onnx
 from bisparse.checkpoint.formats.recognize import READABLE, Format, recognize, unreadable
+from bisparse.checkpoint.hub import find_source, hub_id, source_name
 from bisparse.checkpoint.input_file import InputFile, open_input, read_json
 from bisparse.checkpoint.schemas import Config, Index, validate
-from bisparse.checkpoint.sidecar import MASKS, SIDECAR
+from bisparse.checkpoint.sidecar import OURS
 from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, in_file_order, read_header
 from bisparse.checkpoint.torch_file import read_state_dict
 from bisparse.errors import CheckpointError
@@ -94,6 +95,16 @@ class Source:
         return found
 
     @property
+    def name(self) -> str:
+        """What it is called: the name of its folder or file, or of a model on the hub and its commit."""
+        return source_name(self.path)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Names of the files of weights to write, and of their index."""
+        return (*(shard.file for shard in self.shards), *([self.index[0]] if self.index else []))
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -107,16 +118,24 @@ def open_source(path: str | Path, key: str | None = None) -> Source:
     stored in parts, such as bit masks and values, are put together; see `bisparse.checkpoint.formats`.
 
     Args:
+        path: a folder, a file, or the name of a model in the local Hugging Face cache, ``org/name``; see `find_source`.
         key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
 
     Raises:
         CheckpointError: no weights, missing shards, an index that does not fit its shards, corrupt files, or a format that is
             not read.
     """
-    path = Path(path)
-    if not path.exists():
-        raise CheckpointError(path, "does not exist", "check the path")
-    path = resolve_cache(path)
+    found = find_source(path)
+    try:
+        return _open(found, key)
+    except CheckpointError as error:
+        if not (model := hub_id(found)):
+            raise
+        again = f"{error.remedy}; `hf download {model}` fetches what the cache lacks"
+        raise CheckpointError(error.path, error.problem, again, tensor=error.tensor) from error
+
+
+def _open(path: Path, key: str | None) -> Source:
     if not path.is_dir():
         config_files, config, notes = _config_beside(path)
         read = _read_file(path, key)
@@ -126,7 +145,7 @@ def open_source(path: str | Path, key: str | None = None) -> Source:
     if single.name.endswith(".index.json"):
         return _folded(_open_sharded(path, single, key))
     read = _read_file(single, key)
-    others, notes = companions(path, {file.path.name for file in read.inputs}, {SIDECAR, MASKS})
+    others, notes = companions(path, {file.path.name for file in read.inputs}, OURS)
     config_files, config = _config(path)
     notes, inputs = (*read.notes, *notes), (*read.inputs, *config_files)
     return _folded(Source(path, (read.shard,), None, config, others, notes, inputs, read.only_read))
@@ -214,7 +233,7 @@ def _find_weights(folder: Path) -> Path:
 
 def _single_file(folder: Path) -> Path:
     """The one file of weights in a folder, whatever it is called."""
-    names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_file() and name not in (MASKS, SIDECAR)]
+    names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_file() and name not in OURS]
     found = {name: recognize(open_input(folder / name)) for name in names if not re.fullmatch(NO_MODEL, name)}
     torch_files = (Format.TORCH_ARCHIVE, Format.TORCH_LEGACY)
     for kinds in ((Format.SAFETENSORS,), torch_files, (Format.TORCHSCRIPT,), (Format.ONNX,)):
@@ -272,7 +291,7 @@ def _open_sharded(folder: Path, index: Path, key: str | None) -> Source:
         else json.dumps({**content, "weight_map": written}, indent=2) + "\n"
     )
     name = f"{_written_name(index.name.removesuffix('.index.json'))}.index.json"
-    others, left = companions(folder, {*files, index.name}, {SIDECAR, MASKS})
+    others, left = companions(folder, {*files, index.name}, OURS)
     config_files, config = _config(folder)
     return Source(folder, tuple(shards), (name, text), config, others, notes + left, (*inputs, *config_files))
 

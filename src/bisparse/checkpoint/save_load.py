@@ -1,4 +1,4 @@
-"""A pruned or sparse-trained model to a folder and back: plain dense weights with zeros, the sidecar, the masks."""
+"""A pruned or sparse-trained model to a folder: plain dense weights with zeros, the sidecar, the masks."""
 
 from __future__ import annotations
 
@@ -20,26 +20,24 @@ from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.names import named_as_in
 from bisparse.checkpoint.prune import SAMPLES, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import open_source
-from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size, read_own_sidecar
+from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
+from bisparse.checkpoint.statements import same_sum
 from bisparse.checkpoint.stored_tensor import (
     SafetensorsWriter,
-    StoredTensor,
     as_bytes,
     build_header,
     in_file_order,
     memory_tensor,
 )
-from bisparse.checkpoint.verify import verify_checkpoint
-from bisparse.errors import CheckpointError
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport, checksum_of, count_parameters
-from bisparse.rollback import Rollback
-from bisparse.solution import PatternError, verify
+from bisparse.scores import magnitude
+from bisparse.solution import verify
 from bisparse.tiles import to_matrices
 from bisparse.wrappers import is_wrapper, plain_names, unwrapped_model
 
-__all__ = ["load", "plain_weights", "save", "sidecar_of"]
+__all__ = ["HasDenseWeight", "plain_weights", "save", "sidecar_of"]
 
 WEIGHTS = "model.safetensors"
 
@@ -141,8 +139,8 @@ def save(
             f"({reasons or 'it has none that a pattern applies to'}); include layers by name"
         )
     model = unwrapped_model(model)
-    check_apart(folder, {"source": source, "model's own files": origin_of(model)})
     opened = None if source is None else open_source(source)
+    check_apart(folder, {"source": None if opened is None else opened.path, "model's own files": origin_of(model)})
     if opened is not None:
         opened.check_writable()
     weights = dict(state) if state is not None else plain_weights(model)
@@ -186,12 +184,12 @@ def save(
         if not (temporary / "config.json").exists():
             for name, text in _configs_of(model).items():
                 (temporary / name).write_text(text, encoding="utf-8")
-        named = type(model).__name__ if opened is None else opened.path.resolve().name
+        named = type(model).__name__ if opened is None else opened.name
         sidecar = replace(sidecar_of(report, weights, named), provenance=dict(provenance or {}))
         (temporary / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
         read_back(temporary / WEIGHTS, ordered, checksums, layers, lambda tensor: None)
         if opened is not None:
-            limit_permissions((temporary / name for name in (WEIGHTS, MASKS, SIDECAR)), opened)
+            limit_permissions(temporary, opened, (WEIGHTS, MASKS, SIDECAR))
         if beside is not None:
             beside(temporary)
     return sidecar
@@ -229,14 +227,25 @@ def _about(report: PruneReport, weights: Mapping[str, Tensor]) -> PruneReport:
         if result.parameter not in weights:
             raise ValueError(f"{result.name}: the report is about {result.parameter}, which is not among the model's weights")
         weight = weights[result.parameter]
-        result = replace(result, density=float((weight != 0).double().mean()) if weight.numel() else result.density)
-        if result.checksum is not None and result.checksum != checksum_of(weight):
+        density = float((weight != 0).double().mean()) if weight.numel() else result.density
+        result = replace(result, density=density, dtype=str(weight.dtype).removeprefix("torch."))
+        if not _is_of(result, weight, report.method):
             result, trained = replace(result, retained=None, gap=None, value=None, checksum=None), trained + 1
         results.append(result)
     notes = report.notes
     if trained:
-        notes += (f"{trained} layers were trained after the report was made: what they keep of the score is not known",)
+        notes += (f"{trained} layers were changed after the report was made: what they keep of the score is not known",)
     return replace(report, layers=tuple(results), notes=notes)
+
+
+def _is_of(result: LayerResult, weight: Tensor, method: str) -> bool:
+    """Whether the figures of a layer are about this weight, as far as that can be told."""
+    if result.checksum is not None:
+        return result.checksum == checksum_of(weight)
+    if method != "magnitude" or result.value is None:
+        return True
+    # Magnitude pruning leaves the weights as they are, so that the score kept is the sum of what is there.
+    return same_sum(float(magnitude(weight).sum(dtype=torch.float64)), result.value)
 
 
 def _pattern_of(layer: Layer) -> Structure | None:
@@ -269,110 +278,3 @@ def _configs_of(model: nn.Module) -> dict[str, str]:
     if isinstance(generation := getattr(model, "generation_config", None), HasJson):
         found["generation_config.json"] = generation.to_json_string().rstrip() + "\n"
     return found
-
-
-@torch.no_grad()
-def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str | None = None) -> Sidecar | None:
-    """Load a checkpoint's weights into a plain model, in place, tensor by tensor, once they are known to fit and to obey.
-
-    Args:
-        folder: what `save` or `prune_checkpoint` wrote, or any checkpoint that `prune_checkpoint` reads.
-        strict: every weight of the model must be in the checkpoint and the other way round; weights tied to one that is
-            there need not be. Without it tensors of other names are left out on both sides, as long as one has a name in common.
-        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
-
-    Returns:
-        The sidecar, None where there is none.
-
-    Raises:
-        CheckpointError: names, shapes or dtypes that do not fit, or a corrupt file, or one that changes while it is loaded; the
-            model is unchanged.
-        ValueError: the model is accelerated, or has tensors on the meta device.
-        PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
-    """
-    if packed := [name for name, module in model.named_modules() if isinstance(module, HasDenseWeight)]:
-        raise ValueError(
-            f"the model is accelerated (at {packed[0]!r}): load into the plain model, then call accelerate_, or read the weights "
-            "yourself and pass them to model.load_state_dict"
-        )
-    source = open_source(folder, key)
-    state, tensors = model.state_dict(), source.tensors
-    if absent := [name for name, value in state.items() if value.is_meta]:
-        raise ValueError(
-            f"{absent[0]} is on the meta device and has no place for numbers: call model.to_empty(device='cpu') first, and fill "
-            "what the checkpoint lacks"
-        )
-    sidecar = read_own_sidecar(source.path, tensors)
-    for name, tensor in tensors.items():
-        if name in state and tuple(state[name].shape) != tensor.shape:
-            raise CheckpointError(
-                tensor.path,
-                f"has shape {tensor.shape}, the model's is {tuple(state[name].shape)}",
-                "build the model of this checkpoint",
-                tensor=name,
-            )
-        if name in state and not _keeps_values(tensor.torch_dtype, state[name].dtype):
-            raise CheckpointError(
-                tensor.path,
-                f"is {tensor.dtype}, whose values the model's {state[name].dtype} does not have",
-                "build the model in the dtype of the checkpoint",
-                tensor=name,
-            )
-    if state and not state.keys() & tensors.keys():
-        raise CheckpointError(
-            source.path,
-            f"has none of the model's tensors: its names begin with {list(tensors)[:2]}, the model's with {list(state)[:2]}"
-            + _prefix_hint(state, tensors),
-            "build the model of this checkpoint, or rename its tensors; nothing was loaded",
-        )
-    if strict:
-        here = {state[name].data_ptr() for name in tensors if name in state}
-        missing = [name for name, value in state.items() if name not in tensors and value.data_ptr() not in here]
-        unexpected = [name for name in tensors if name not in state]
-        if missing or unexpected:
-            raise CheckpointError(
-                source.path,
-                f"lacks {len(missing)} of the model's tensors {missing[:4]} and has {len(unexpected)} others {unexpected[:4]}",
-                "build the plain model of this checkpoint (before sparsify_ or accelerate_), or pass strict=False",
-            )
-    if sidecar is not None:
-        checked = verify_checkpoint(source.path)
-        if checked.violations:
-            raise PatternError(f"{source.path}: {checked.message}; the masks were lost after pruning, prune again")
-    for name, tensor in tensors.items():
-        if name in state:
-            tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a checksum that is wrong
-    with Rollback() as rollback:
-        for name, tensor in tensors.items():
-            if name in state:
-                new = tensor.read().view(tensor.shape)
-                rollback.touch(state[name])
-                try:
-                    state[name].copy_(new)
-                except (RuntimeError, TypeError) as error:
-                    raise CheckpointError(
-                        tensor.path,
-                        f"cannot be written to the model's {state[name].dtype}: {str(error).splitlines()[0]}",
-                        "build the model in the dtype of the checkpoint",
-                        tensor=name,
-                    ) from error
-        source.check_unchanged()
-    return sidecar
-
-
-def _keeps_values(stored: torch.dtype | None, own: torch.dtype) -> bool:
-    """Whether one dtype holds the values of another, but for precision and range: fractions are no integers, for instance.
-
-    Masks of 0 and 1 count as bool. What torch lacks is refused when it is read.
-    """
-    return stored is None or torch.can_cast(stored, own) or (own == torch.bool and stored in (torch.uint8, torch.int8))
-
-
-def _prefix_hint(state: Mapping[str, Tensor], tensors: Mapping[str, StoredTensor]) -> str:
-    """What one side's names have before the other's, where that makes them the same."""
-    for longer, shorter, whose in ((tensors, state, "the checkpoint's"), (state, tensors, "the model's")):
-        for name in longer:
-            for place in (i for i, letter in enumerate(name) if letter == "."):
-                if name[place + 1 :] in shorter:
-                    return f"; {whose} have the prefix {name[: place + 1]!r}"
-    return ""

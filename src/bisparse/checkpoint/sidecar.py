@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bisparse.checkpoint.atomic_folder import PLAIN
+from bisparse.checkpoint.hub import find_source
 from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.schemas import MaskShapes, decode, validate
 from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, read_header
@@ -29,11 +32,16 @@ from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport
 from bisparse.tiles import to_matrices
 
-__all__ = ["MASKS", "SCHEMA_VERSION", "SIDECAR", "SampleTile", "Sidecar", "load_masks", "masks_header", "read_sidecar"]
+__all__ = [
+    "MASKS", "OURS", "SCHEMA_VERSION", "SIDECAR", "SampleTile", "Sidecar", "load_masks", "masks_header", "plain_mark",
+    "read_sidecar",
+]  # fmt: skip
 
 SIDECAR = "bisparse.json"
 MASKS = "bisparse-masks.safetensors"
 SCHEMA_VERSION = 1
+OURS = frozenset({SIDECAR, MASKS, PLAIN})
+"""Names of what bisparse writes next to weights, and writes again."""
 SAMPLE_SIDE = 16
 """Least side of a sample tile."""
 MAX_SAMPLE_SIDE = 4096
@@ -209,14 +217,20 @@ def _check_sample(sample: SampleTile) -> None:
 
 def read_sidecar(folder: str | Path) -> Sidecar | None:
     """The sidecar of a folder, None where there is none."""
-    path = Path(folder) / SIDECAR
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
+    path = _place(Path(folder), SIDECAR)
+    if not os.path.lexists(path):
         return None
-    except (OSError, UnicodeDecodeError) as error:
+    file = open_input(path)
+    try:
+        text = file.read(0, file.size).decode("utf-8")
+    except UnicodeDecodeError as error:
         raise CheckpointError(path, f"cannot be read ({error})", "check the file and its permissions") from error
     return Sidecar.from_json(text, path)
+
+
+def _place(folder: Path, name: str) -> Path:
+    """A file of a checkpoint that may be one in the local Hugging Face cache."""
+    return (folder if os.path.lexists(folder) else find_source(folder)) / name
 
 
 def read_own_sidecar(path: Path, tensors: Mapping[str, StoredTensor], *, needed: bool = True) -> Sidecar | None:
@@ -242,6 +256,19 @@ def read_own_sidecar(path: Path, tensors: Mapping[str, StoredTensor], *, needed:
     return replace(sidecar, report=replace(sidecar.report, layers=own)) if own else None
 
 
+def plain_mark(source: str, notes: Iterable[str]) -> str:
+    """The content of the file `PLAIN`: that bisparse wrote the folder, of what, and what it noted."""
+    content = {
+        "schema_version": SCHEMA_VERSION,
+        "written_by": "bisparse.checkpoint.to_dense",
+        "source": source,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": _versions(),
+        "notes": list(notes),
+    }
+    return json.dumps(content, indent=1) + "\n"
+
+
 def masks_header(parameters: Mapping[str, tuple[int, ...]]) -> bytes:
     """Header of a masks file for parameters of these shapes, whose masks are written in this order."""
     tensors = ((name, "U8", (packed_size(shape),), packed_size(shape)) for name, shape in parameters.items())
@@ -260,7 +287,7 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
     Raises:
         CheckpointError: no masks file, or a corrupt one.
     """
-    path = Path(folder) / MASKS if Path(folder).is_dir() else Path(folder)
+    path = Path(folder) if Path(folder).is_file() else _place(Path(folder), MASKS)
     header, tensors = read_header(open_input(path))
     try:
         text = json.loads(header[8:])["__metadata__"]["shapes"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 from bisparse.apart import check_apart
-from bisparse.checkpoint.atomic_folder import check_room, output_folder
-from bisparse.checkpoint.prune import SLACK, Progress, copy_others, read_back
+from bisparse.checkpoint.atomic_folder import PLAIN, check_room, output_folder
+from bisparse.checkpoint.prune import SLACK, Progress, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import Source, open_source
-from bisparse.checkpoint.sidecar import SIDECAR
+from bisparse.checkpoint.sidecar import SIDECAR, plain_mark
 from bisparse.checkpoint.stored_tensor import SafetensorsWriter
 
 __all__ = ["to_dense"]
@@ -28,9 +29,11 @@ def to_dense(
     For checkpoints of compressed-tensors (``sparse-24-bitmask``, ``sparse-bitmask``), torch's semi-structured tensors,
     ``weight_orig`` and ``weight_mask`` of `torch.nn.utils.prune`, and training checkpoints of bisparse. config.json is copied
     without its sparsity_config and without a quantization_config that quantises nothing, and so are the source's other files.
-    The target is absent or whole at any moment; what was written is read back.
+    The target is absent or whole at any moment; what was written is read back. `bisparse-plain.json` in it says that bisparse
+    wrote it.
 
     Args:
+        source: the written files have its names: ``x.pt`` becomes ``x.safetensors``, shards and their index keep theirs.
         key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
         overwrite: replace a target that bisparse wrote.
 
@@ -43,7 +46,7 @@ def to_dense(
     opened = open_source(source, key)
     opened.check_writable()
     target = Path(target)
-    check_apart(target, {"source": source})
+    check_apart(target, {"source": opened.path})
     report = progress or (lambda what, done, total: None)
     total, done = 2 * opened.nbytes, 0
     with output_folder(target, overwrite=overwrite, ours=SIDECAR) as folder:
@@ -64,9 +67,11 @@ def to_dense(
             (folder / name).write_text(text, encoding="utf-8")
         notes = copy_others(opened, folder)
         opened.check_unchanged()
+        (folder / PLAIN).write_text(plain_mark(opened.name, (*opened.notes, *notes)), encoding="utf-8")
+        limit_permissions(folder, opened, (PLAIN,))
         for shard in opened.shards:
             read_back(
                 folder / shard.file, shard.tensors, checksums, {}, lambda tensor: report(f"check {tensor.name}", done, total)
             )
     report("", total, total)
-    return Source(opened.path, opened.shards, opened.index, opened.config, opened.others, (*opened.notes, *notes))
+    return replace(opened, notes=(*opened.notes, *notes))

@@ -15,6 +15,7 @@ from bisparse.checkpoint.coverage import Coverage, cover, cover_by_sidecar, matr
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.sidecar import Sidecar, read_own_sidecar
+from bisparse.checkpoint.statements import wrong_statements
 from bisparse.errors import CheckpointError
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.solution import Verification, Violation, verify
@@ -42,6 +43,7 @@ def verify_checkpoint(
     """Check every layer of a checkpoint, ours or another's: a folder, a safetensors file, or a torch state dict.
 
     Args:
+        path: a folder, a file, or a model in the local Hugging Face cache, ``org/name``.
         pattern: by default, each layer's own from the sidecar. Without a sidecar, or where layers are named by `include`,
             the layers are those that `prune_checkpoint` would prune, in any dtype. Of a single file, only what the sidecar
             next to it says about this file's tensors counts.
@@ -52,7 +54,8 @@ def verify_checkpoint(
 
     Returns:
         A verification whose `layers` holds one for each layer that was checked, `unchecked` a reason for each that could
-        not be, and `left_out` what is no layer to prune by default or was excluded. Truthy when at least one layer was
+        not be, `left_out` what is no layer to prune by default or was excluded, and `contradicted` what the sidecar says of
+        these weights that is not so. Truthy when at least one layer was
         checked and all that were hold.
 
     Raises:
@@ -69,6 +72,8 @@ def verify_checkpoint(
             progress(layer.name, done, total)
         results.append(verify_stored(layer))
         done += layer.tensor.nbytes
+    sidecar = read_own_sidecar(source.path, source.tensors, needed=False)
+    wrong = () if sidecar is None else wrong_statements(sidecar, source, results)
     source.check_unchanged()
     if progress:
         progress("", total, total)
@@ -82,6 +87,7 @@ def verify_checkpoint(
         layers=tuple(results),
         unchecked=found.unchecked,
         left_out=found.left_out,
+        contradicted=wrong,
     )
 
 

@@ -15,6 +15,7 @@ from bisparse.cli.console import (
     command,
     grouped,
     parse_pattern_option,
+    parse_source,
     print_json,
     print_left_dense,
     progress_bar,
@@ -96,8 +97,8 @@ def _shapes(
 
     if size := re.fullmatch(r"([1-9]\d{0,6})[x×]([1-9]\d{0,6})", subject):
         return [shape_at(subject, (int(size[1]), int(size[2])), pattern or "2:4-T")], []
-    if Path(subject).exists():
-        return _stored(Path(subject), pattern, include, exclude)
+    if Path(subject).exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", subject):
+        return _stored(parse_source(subject, "--model"), pattern, include, exclude)
     if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", subject):
         raise typer.BadParameter(
             f"{subject} is neither a checkpoint, nor module:function, nor a size such as 4096x14336", param_hint="--model"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,6 +19,7 @@ from bisparse.cli.console import command_line, grouped, print_coverage, print_js
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+    from bisparse.cli.calibration_text import TextBatches
     from bisparse.cli.model_source import Source
     from bisparse.pattern import Structure
     from bisparse.pruning import BlockReconstruction, Method
@@ -31,6 +34,9 @@ __all__ = [
     "Order",
     "Resume",
     "Sequences",
+    "TextField",
+    "TextFiles",
+    "batches_of",
     "finish",
     "group_of_ranks",
     "on_first_rank",
@@ -39,15 +45,25 @@ __all__ = [
     "parse_method",
     "parse_order",
     "parse_reconstruction",
+    "plan_with_data",
     "provenance",
     "prune_with_data",
 ]
 
 Calibration = Annotated[
-    Path | None,
+    list[Path] | None,
     # Checked here, before a model is loaded.
     typer.Option(
-        exists=True, dir_okay=False, help="Text to calibrate on: a running text for causal models, a sample a line for others."
+        exists=True,
+        dir_okay=False,
+        help="Text to calibrate on: a running text for causal models, a sample a line for others; or JSON lines (.jsonl) with "
+        "texts or conversations. May be repeated; each file gives as many samples.",
+    ),
+]
+TextField = Annotated[
+    str | None,
+    typer.Option(
+        "--text-field", metavar="NAME", help='The field of JSON lines to read. By default "text", "messages" or "conversations".'
     ),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
@@ -59,6 +75,17 @@ BlockEpochs = Annotated[
 Damping = Annotated[float | None, typer.Option(help="Ridge of the least squares; by default chosen by held-out data.")]
 Device = Annotated[str | None, typer.Option(help="Run transformer blocks there, one at a time, such as cuda.")]
 Resume = Annotated[Path | None, typer.Option(help="A folder to go on from, should the job be interrupted.")]
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """The calibration data that were asked for."""
+
+    paths: Sequence[Path] | None
+    """None: those that come with the model."""
+    field: str | None
+    sequences: int
+    length: int
 
 
 def parse_method(name: str, damping: float | None = None) -> Method:
@@ -154,9 +181,7 @@ def prune_with_data(
     pattern: Structure,
     method: Method,
     *,
-    calibration: Path | None,
-    sequences: int,
-    length: int,
+    texts: TextFiles,
     overwrite: bool,
     as_json: bool,
     resume: Path | None,
@@ -166,15 +191,15 @@ def prune_with_data(
     from bisparse.pruning import prune_
 
     asked = {method.name: bool(method.needs), "--block-epochs": options["reconstruction"] is not None}
-    source, batches = open_job(name, target, calibration, sequences, length, overwrite=overwrite, resume=resume, asked=asked)
-    made_from = provenance(name, calibration, batches, length, options["order"])
+    source, data = open_job(name, target, texts, overwrite=overwrite, resume=resume, asked=asked)
+    made_from = provenance(name, source, texts, data, options["order"])
     started = time.perf_counter()
     with group_of_ranks() as group:
         report = prune_(
             source.model,
             pattern,
             method,
-            batches,
+            batches_of(data),
             progress=not as_json,
             group=group,
             resume=resume,
@@ -184,18 +209,62 @@ def prune_with_data(
         finish(source, target, report, made_from, overwrite, time.perf_counter() - started, as_json, resume, group)
 
 
+def plan_with_data(
+    name: str,
+    target: Path | None,
+    pattern: Structure,
+    method: Method,
+    *,
+    texts: TextFiles,
+    overwrite: bool,
+    as_json: bool,
+    resume: Path | None,
+    **options: Any,
+) -> None:
+    """Show what `prune_with_data` would do with the same arguments; nothing is written."""
+    from bisparse.checkpoint.reader import open_source as read_headers
+    from bisparse.checkpoint.save_load import WEIGHTS, plain_weights
+    from bisparse.checkpoint.sidecar import MASKS, SIDECAR, packed_size
+    from bisparse.cli.plan import Plan, PlannedLayer, show_plan
+    from bisparse.pruning.layer import plan
+    from bisparse.results import count_parameters
+
+    asked = {method.name: bool(method.needs), "--block-epochs": options["reconstruction"] is not None}
+    source, data = open_job(name, target, texts, overwrite=overwrite, resume=resume, asked=asked)
+    chosen = {key: options[key] for key in ("include", "exclude", "remainder", "patterns", "layouts")}
+    found, left = plan(source.model, pattern, **chosen)
+    layers = [
+        PlannedLayer(
+            one.name,
+            one.parameter_name,
+            tuple(one.weight.shape),
+            str(one.weight.dtype).removeprefix("torch."),
+            one.layout,
+            structure,
+        )
+        for one, structure in found
+    ]
+    weights = plain_weights(source.model)
+    others = () if source.folder is None else read_headers(source.folder).others
+    nbytes = sum(one.numel() * one.dtype.itemsize for one in weights.values()) + sum(packed_size(one.shape) for one in layers)
+    if source.folder is not None:
+        nbytes += sum((source.folder / one).stat().st_size for one in others)
+    files = (WEIGHTS, SIDECAR, MASKS, *others)
+    notes = ("which layers the data reach, and their errors, only the job itself can tell",) if data is not None else ()
+    parameters = count_parameters(source.model)
+    show_plan(Plan(pattern, method.name, layers, left, notes, parameters, nbytes, files, describe(name, texts, data)), as_json)
+
+
 def open_job(
     name: str,
-    target: Path,
-    calibration: Path | None,
-    sequences: int,
-    length: int,
+    target: Path | None,
+    texts: TextFiles,
     *,
     overwrite: bool,
     resume: Path | None,
     asked: Mapping[str, bool],
-) -> tuple[Source, list[Any] | None]:
-    """The model and its batches, once it is known that the result can be written; a job may take hours.
+) -> tuple[Source, TextBatches | list[Any] | None]:
+    """The model and its data, once it is known that the result can be written; a job may take hours.
 
     Refused: a target or journal that overlaps with what is read or with each other, a target that exists or cannot be written, a
     model with other tensors than its files, and missing data for those of `asked` that need them.
@@ -208,67 +277,89 @@ def open_job(
     from bisparse.checkpoint.save_load import plain_weights
     from bisparse.cli.model_source import open_source, place_of
 
-    inputs = {"source": place_of(name), "calibration text": calibration}
-    check_apart(target, inputs)
+    inputs = {"source": place_of(name)} | {f"calibration text {number}": path for number, path in enumerate(texts.paths or (), 1)}
+    if target is not None:
+        check_apart(target, inputs)
     if resume is not None:
         check_apart(resume, {**inputs, "target": target})
-    output.check_target(target, overwrite, SIDECAR)
-    output.check_writable(target)
+    if target is not None:
+        output.check_target(target, overwrite, SIDECAR)
+        output.check_writable(target)
     source = open_source(name)
     for place in (target, resume):
         if place is not None:
             check_apart(place, {"model's own files": origin_of(source.model)})
     if source.folder is not None:
         named_as_in(read_headers(source.folder), plain_weights(source.model))
-    batches = _batches(source, calibration, sequences, length)
-    _check_batches(name, source, batches, asked)
-    return source, batches
+    data = _data(source, texts)
+    _check_data(name, source, data, asked)
+    return source, data
 
 
-def provenance(name: str, calibration: Path | None, batches: list[Any] | None, length: int, order: str) -> dict[str, Any]:
+def provenance(name: str, source: Source, texts: TextFiles, data: TextBatches | list[Any] | None, order: str) -> dict[str, Any]:
     """What the sidecar says of how the job was called and what it was calibrated on."""
-    import hashlib
+    from bisparse.checkpoint.hub import source_name
 
-    from bisparse.cli.model_source import SEED
-
-    said: dict[str, Any] = {
+    return {
         "command": shlex.join(["bisparse", *command_line()]),
-        "source": name,
+        "source": name if source.folder is None or source.folder == Path(name) else source_name(source.folder),
         "order": order,
-        "calibration": None,
+        "calibration": describe(name, texts, data),
+        "versions": _versions(),
     }
-    if calibration is not None and batches is not None:
-        said["calibration"] = {
-            "file": str(calibration),
-            "sha256": hashlib.sha256(calibration.read_bytes()).hexdigest(),
-            "sequences": sum(len(batch["input_ids"]) for batch in batches),
-            "length": length,
-            "seed": SEED,
-            "batches": len(batches),
-        }
-    elif batches is not None:
-        said["calibration"] = {"function": name, "batches": len(batches)}
-    return said
 
 
-def _batches(source: Source, path: Path | None, sequences: int, length: int) -> list[Any] | None:
-    """The batches: from the text file, or those that came with the model."""
-    from bisparse.cli.model_source import text_batches
+def describe(name: str, texts: TextFiles, data: TextBatches | list[Any] | None) -> dict[str, Any] | None:
+    """The calibration data of a job, as JSON values."""
+    from bisparse.cli.calibration_text import SEED, TextBatches
 
-    if path is None:
+    if not isinstance(data, TextBatches):
+        return None if data is None else {"function": name, "batches": len(data)}
+    return {
+        "files": [asdict(one) for one in data.files],
+        "text_field": texts.field,
+        "sequences": data.sequences,
+        "length": texts.length,
+        "tokens": data.tokens,
+        "seed": SEED,
+        "batches": len(data.batches),
+    }
+
+
+def batches_of(data: TextBatches | list[Any] | None) -> list[Any] | None:
+    """The batches that the model is called with."""
+    return data if data is None or isinstance(data, list) else list(data.batches)
+
+
+def _versions() -> dict[str, str]:
+    """Of the libraries that build the model and its tokens; those of bisparse's own are in the sidecar anyway."""
+    from importlib.metadata import version
+
+    return {package: version(package) for package in ("transformers", "tokenizers") if package in sys.modules}
+
+
+def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
+    """The batches: from the text files, or those that came with the model."""
+    from bisparse.cli.calibration_text import text_batches
+
+    if not texts.paths:
+        if texts.field is not None:
+            raise typer.BadParameter("chooses a field of --calibration files, and there are none", param_hint="--text-field")
         return source.batches
     if source.tokenizer is None:
         raise typer.BadParameter(
             "a text needs a transformers model; module:function returns its own batches", param_hint="--calibration"
         )
     causal = bool(getattr(source.model, "can_generate", lambda: False)())
-    return text_batches(source.tokenizer, path, causal=causal, sequences=sequences, length=length)
+    return text_batches(
+        source.tokenizer, list(texts.paths), causal=causal, field=texts.field, sequences=texts.sequences, length=texts.length
+    )
 
 
-def _check_batches(name: str, source: Source, batches: list[Any] | None, asked: Mapping[str, bool]) -> None:
+def _check_data(name: str, source: Source, data: TextBatches | list[Any] | None, asked: Mapping[str, bool]) -> None:
     """Refuse a job without data where something asked for needs them, and say where they would come from."""
     needing = next((what for what, needs in asked.items() if needs), None)
-    if batches is not None or needing is None:
+    if data is not None or needing is None:
         return
     if source.tokenizer is None:
         raise typer.BadParameter(

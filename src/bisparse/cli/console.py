@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec
 
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Key", "Layouts", "Threads", "command", "command_line",
-    "fail", "grouped", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "print_coverage", "print_json",
-    "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stderr", "to_stdout",
+    "fail", "grouped", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "parse_source", "print_coverage",
+    "print_json",    "print_left_dense", "progress_bar", "run_app", "set_threads", "table", "to_stderr", "to_stdout",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -231,6 +232,17 @@ def parse_solver_option(name: str | None) -> Solver | None:
         return parse_solver(name)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--solver") from error
+
+
+def parse_source(name: str | Path, hint: str) -> Path:
+    """The path of a checkpoint that the user named: itself, or a model in the local Hugging Face cache; wrong use if neither."""
+    from bisparse.checkpoint.hub import find_source
+    from bisparse.errors import CheckpointError
+
+    try:
+        return find_source(name)
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
 @contextmanager

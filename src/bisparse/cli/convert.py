@@ -17,6 +17,9 @@ from bisparse.cli.calibrated import (
     Order,
     Resume,
     Sequences,
+    TextField,
+    TextFiles,
+    batches_of,
     finish,
     group_of_ranks,
     on_first_rank,
@@ -52,7 +55,8 @@ def convert(
     source: Annotated[
         str,
         typer.Argument(
-            help="A transformers folder, or module:function returning (model, batches); with --to-dense any checkpoint."
+            help="A transformers folder, a model in the local Hugging Face cache (org/name), or module:function returning "
+            "(model, batches); with --to-dense any checkpoint."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
@@ -70,6 +74,7 @@ def convert(
     key: Key = None,
     method: Annotated[str | None, typer.Option(help="By default adaprune with calibration data, else magnitude.")] = None,
     calibration: Calibration = None,
+    text_field: TextField = None,
     sequences: Sequences = 256,
     length: Length = 512,
     regrow: Annotated[bool, typer.Option("--regrow", help="Fill places that are free in the new pattern.")] = False,
@@ -95,7 +100,8 @@ def convert(
     """
     if to_dense:
         others = {
-            "--to": to, "--method": method, "--calibration": calibration, "--include": include, "--exclude": exclude,
+            "--to": to, "--method": method, "--calibration": calibration, "--text-field": text_field,
+            "--include": include, "--exclude": exclude,
             "--layout": layout, "--damping": damping, "--solver": solver, "--device": device, "--resume": resume,
             "--regrow": regrow or None, "--block-epochs": block_epochs or None,
         }  # fmt: skip
@@ -117,15 +123,16 @@ def convert(
     asked = {"--regrow": regrow, "--block-epochs": block_epochs > 0}
     if chosen is not None:
         asked[chosen.name] = bool(chosen.needs)
-    opened, batches = open_job(source, target, calibration, sequences, length, overwrite=overwrite, resume=resume, asked=asked)
-    made_from = provenance(source, calibration, batches, length, chosen_order)
+    texts = TextFiles(calibration, text_field, sequences, length)
+    opened, data = open_job(source, target, texts, overwrite=overwrite, resume=resume, asked=asked)
+    made_from = provenance(source, opened, texts, data, chosen_order)
     started = time.perf_counter()
     with group_of_ranks() as group:
         report = convert_(
             opened.model,
             structure,
             chosen,
-            batches,
+            batches_of(data),
             regrow=regrow,
             include=include,
             exclude=exclude,
@@ -148,11 +155,15 @@ def _write_dense(source: str, target: Path, key: str | None, overwrite: bool, as
     with progress_bar(show=not as_json) as progress:
         read = to_dense(source, target, key=key, overwrite=overwrite, progress=progress)
     if as_json:
-        print_json({"ok": True, "target": str(target), "tensors": len(read.tensors), "notes": read.notes})
+        print_json({"ok": True, "target": str(target), "files": read.files, "tensors": len(read.tensors), "notes": read.notes})
         return
     console = to_stdout()
     for note in read.notes:
         console.print(f"Note: {note}", markup=False)
+    names = [target / name for name in read.files]
+    places = str(names[0]) if len(names) == 1 else f"{names[0]} and {len(names) - 1} more files"
     console.print(
-        f"{len(read.tensors)} tensors, {read.nbytes / 1e6:,.1f} MB, written to {target} as plain weights.", markup=False
+        f"{len(read.tensors)} tensors, {read.nbytes / 1e6:,.1f} MB, written as plain weights to {places}.",
+        markup=False,
+        soft_wrap=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +20,7 @@ from bisparse.cli.console import (
     grouped,
     parse_layout_options,
     parse_pattern_option,
+    parse_source,
     print_json,
     print_left_dense,
     progress_bar,
@@ -34,7 +36,13 @@ __all__ = ["info"]
 
 @command
 def info(
-    subject: Annotated[str, typer.Argument(metavar="PATTERN|CHECKPOINT", help="Such as 4:8-T, or a folder or file of weights.")],
+    subject: Annotated[
+        str,
+        typer.Argument(
+            metavar="PATTERN|CHECKPOINT",
+            help="Such as 4:8-T; or a folder or file of weights, or a model in the local Hugging Face cache, org/name.",
+        ),
+    ],
     size: Annotated[str, typer.Option("--size", metavar="T|RxC", help="The tensor whose masks are counted.")] = "64x64",
     plot: Annotated[
         Path | None,
@@ -50,17 +58,29 @@ def info(
 
     Of a checkpoint: which N:M patterns each layer obeys already, on W alone and on W and W^T.
     """
-    if Path(subject).exists():
+    path = _checkpoint_named(subject)
+    if path is not None:
         if plot is not None:
             raise typer.BadParameter("a plot is drawn of a pattern, not of a checkpoint", param_hint="--plot")
-        _checkpoint(Path(subject), include, exclude, parse_layout_options(layout), key, as_json)
+        _checkpoint(path, include, exclude, parse_layout_options(layout), key, as_json)
     else:
-        if "/" in subject or subject.endswith((".safetensors", ".pt", ".pth", ".bin")):
-            raise typer.BadParameter(f"{subject} does not exist", param_hint="PATTERN|CHECKPOINT")
         structure = parse_pattern_option(subject, "PATTERN|CHECKPOINT")
         if plot is not None:
             _plot(structure, plot)
         _pattern(structure, _parse_size(size), as_json)
+
+
+def _checkpoint_named(subject: str) -> Path | None:
+    """The checkpoint of that name; None for what can only be a pattern."""
+    if re.fullmatch(r"[\d:]+(-\w+)?|[\d.]+%", subject) and not Path(subject).exists():
+        return None
+    named = "/" in subject or os.path.lexists(subject) or subject.endswith((".safetensors", ".pt", ".pth", ".bin"))
+    try:
+        return parse_source(subject, "PATTERN|CHECKPOINT")
+    except typer.BadParameter:
+        if named:
+            raise
+        return None
 
 
 def _plot(structure: Structure, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Models and calibration data by name: a transformers folder and a text file, or a function of yours that returns both."""
+"""Models by name: a transformers folder, a model in the local Hugging Face cache, or a function of yours."""
 
 from __future__ import annotations
 
@@ -15,20 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Int
 from torch import Tensor, nn
 
 from bisparse.checkpoint import CheckpointError
+from bisparse.checkpoint.hub import find_source
 from bisparse.checkpoint.names import some_of
 from bisparse.checkpoint.reader import open_source as read_headers
 from bisparse.errors import install_extra
-from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.user_errors import ends_the_process, error_in_one_line
 
-__all__ = ["SEED", "Source", "open_source", "place_of", "text_batches", "token_batches"]
+__all__ = ["FUNCTION", "Source", "open_source", "place_of"]
 
-SEED = 0
-"""Of the order of calibration samples."""
 FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 
@@ -48,16 +45,17 @@ class Source:
 def open_source(name: str) -> Source:
     """Load ``module:function``, which returns a model or (model, batches), or a folder or .gguf file of transformers.
 
+    ``org/name`` is taken from the local Hugging Face cache.
+
     Raises:
-        CheckpointError: the folder's files are damaged, or are not the whole model and nothing else: config.json names no class
-            of transformers, or asks for tensors that the weights lack, have besides, or have in another shape.
+        CheckpointError: the folder's files are damaged, or are not the whole model and nothing else:
+            config.json names no class of transformers, or asks for tensors that the weights lack, have besides, or have in
+            another shape.
         ValueError: no such thing; it cannot be loaded; or transformers is not installed.
     """
     if FUNCTION.fullmatch(name) and not Path(name).exists():
         return _call(name)
-    path = Path(name)
-    if not path.exists():
-        raise ValueError(f"{name}: no such folder or file; a function of yours is named module:function")
+    path = _path_of(name)
     if path.is_file() and path.suffix != ".gguf":
         raise ValueError(f"{name} is a file: name the folder of the transformers model, a .gguf file, or module:function")
     if path.is_dir() and not (path / "config.json").is_file():
@@ -71,7 +69,7 @@ def open_source(name: str) -> Source:
         raise ValueError(f"{name}: loading it needs transformers; {install_extra('transformers')}") from error
     folder, options = (path.parent, {"gguf_file": path.name}) if path.suffix == ".gguf" else (path, {})
     with _loading(path, "the model"):
-        config = transformers.AutoConfig.from_pretrained(folder, **options)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     kind = transformers.AutoModelForCausalLM if options else _class_of(config, path)
     with _loading(path, "the model"):
         # Tensors of another shape are to be named, not just to fail.
@@ -92,7 +90,7 @@ def open_source(name: str) -> Source:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     with _loading(path, "the tokenizer"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     if options:
         # Its other files are not in that folder, which may hold other models.
         model.name_or_path = str(path)
@@ -100,11 +98,24 @@ def open_source(name: str) -> Source:
 
 
 def place_of(name: str) -> Path | None:
-    """The folder or file of a source: of a function, the module's or package's file; None if there is none. Imports nothing."""
+    """The folder or file of a source: of a function, the module's or package's file; None if there is none. Imports nothing.
+
+    Raises:
+        ValueError: no such folder or file, and no such model in the local Hugging Face cache.
+    """
     if not FUNCTION.fullmatch(name) or Path(name).exists():
-        return Path(name)
+        return _path_of(name)
     module = importlib.machinery.PathFinder.find_spec(name.partition(":")[0].partition(".")[0], [os.getcwd(), *sys.path])
     return None if module is None or module.origin is None else Path(module.origin)
+
+
+def _path_of(name: str) -> Path:
+    try:
+        return find_source(name)
+    except CheckpointError as error:
+        raise ValueError(
+            f"{name}: no such folder or file (it {error.problem}); {error.remedy}; a function of yours is named module:function"
+        ) from error
 
 
 def _class_of(config: Any, path: Path) -> Any:
@@ -221,51 +232,3 @@ def _described(made: Any) -> str:
     if isinstance(made, tuple):
         return f"a tuple of {', '.join(type(one).__name__ for one in made)}" if made else "an empty tuple"
     return f"{kind} of shape {tuple(made.shape)}" if isinstance(made, Tensor) else kind
-
-
-def token_batches(
-    ids: Int[Tensor, " T"], *, sequences: int = 256, length: int = 512, batch_size: int = 8
-) -> list[dict[str, Tensor]]:
-    """Sequences of `length` tokens, evenly spread over a text, as batches of ``input_ids``.
-
-    Raises:
-        CalibrationError: the text has fewer tokens than one sequence.
-    """
-    available = ids.numel() // length
-    if available == 0:
-        raise CalibrationError(
-            f"the calibration text has {ids.numel()} tokens, fewer than one sequence of {length}: give more text or less length"
-        )
-    chosen = torch.linspace(0, available - 1, min(sequences, available)).round().long().unique()
-    rows = ids[: available * length].view(available, length)[chosen]
-    # Neighbours in the text go to different batches, so that batches held out are of all of it.
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED))]
-    return [{"input_ids": part} for part in rows.split(batch_size)]
-
-
-def text_batches(
-    tokenizer: Any, path: str | Path, *, causal: bool, sequences: int = 256, length: int = 512, batch_size: int = 8
-) -> list[dict[str, Tensor]]:
-    """Calibration batches from a text file: one running text for causal models, a sample a line for others.
-
-    Raises:
-        CalibrationError: the file is empty, too short, or no text.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path} is no UTF-8 text to calibrate on ({error})") from error
-    if causal:
-        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
-        return token_batches(ids, sequences=sequences, length=length, batch_size=batch_size)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise CalibrationError(f"{path} holds no text to calibrate on")
-    order = torch.randperm(len(lines), generator=torch.Generator().manual_seed(SEED))[:sequences].tolist()
-    # Lines of like length together, so that little is padding; then in random order again.
-    chosen = sorted((lines[i] for i in order), key=len)
-    batches = [
-        dict(tokenizer(chosen[i : i + batch_size], padding=True, truncation=True, max_length=length, return_tensors="pt"))
-        for i in range(0, len(chosen), batch_size)
-    ]
-    return [batches[i] for i in torch.randperm(len(batches), generator=torch.Generator().manual_seed(SEED + 1)).tolist()]

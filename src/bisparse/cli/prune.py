@@ -17,11 +17,14 @@ from bisparse.cli.calibrated import (
     Order,
     Resume,
     Sequences,
+    TextField,
+    TextFiles,
     on_first_rank,
     parse_device,
     parse_method,
     parse_order,
     parse_reconstruction,
+    plan_with_data,
     prune_with_data,
 )
 from bisparse.cli.console import (
@@ -36,6 +39,7 @@ from bisparse.cli.console import (
     parse_layout_options,
     parse_pattern_option,
     parse_solver_option,
+    parse_source,
     print_coverage,
     print_json,
     print_left_dense,
@@ -44,6 +48,7 @@ from bisparse.cli.console import (
     table,
     to_stdout,
 )
+from bisparse.cli.plan import Plan, PlannedLayer, show_plan
 
 if TYPE_CHECKING:
     from bisparse.checkpoint import CheckpointPlan
@@ -58,8 +63,8 @@ def prune(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A folder of weights (sharded or not), or a file of safetensors or torch, whatever its name. With --method also "
-            ".gguf, or module:function returning (model, batches)."
+            help="A folder of weights (sharded or not), a file of safetensors or torch, whatever its name, or a model in the "
+            "local Hugging Face cache, org/name. With --method also .gguf, or module:function returning (model, batches)."
         ),
     ],
     target: Annotated[
@@ -89,6 +94,7 @@ def prune(
         ),
     ] = "magnitude",
     calibration: Calibration = None,
+    text_field: TextField = None,
     sequences: Sequences = 256,
     length: Length = 512,
     order: Order = "sequential",
@@ -127,17 +133,9 @@ def prune(
             raise typer.BadParameter(
                 "chooses a state dict in a torch file, which only magnitude pruning reads", param_hint="--key"
             )
-        if dry_run or target is None:
-            raise typer.BadParameter("only checkpoints pruned by magnitude can be planned ahead", param_hint="--dry-run")
         options = {"include": include, "exclude": exclude, "patterns": patterns, "remainder": remainder, "layouts": layouts}
-        prune_with_data(
-            str(source),
-            target,
-            structure,
-            parse_method(method, damping),
-            calibration=calibration,
-            sequences=sequences,
-            length=length,
+        arguments: dict[str, Any] = dict(
+            texts=TextFiles(calibration, text_field, sequences, length),
             overwrite=overwrite,
             as_json=as_json,
             **options,
@@ -147,18 +145,29 @@ def prune(
             device=parse_device(device),
             resume=resume,
         )
+        chosen = parse_method(method, damping)
+        if dry_run:
+            on_first_rank(lambda: plan_with_data(str(source), target, structure, chosen, **arguments))
+        else:
+            assert target is not None
+            prune_with_data(str(source), target, structure, chosen, **arguments)
         return
-    unused = {"--calibration": calibration, "--damping": damping, "--device": device, "--resume": resume}
+    unused = {
+        "--calibration": calibration,
+        "--text-field": text_field,
+        "--damping": damping,
+        "--device": device,
+        "--resume": resume,
+    }
     if given := [name for name, value in unused.items() if value is not None]:
         raise typer.BadParameter("has no use at --method magnitude; name another, such as adaprune", param_hint=given[0])
-    if not source.exists():
-        raise typer.BadParameter(f"{source} does not exist", param_hint="SOURCE")
+    source = parse_source(source, "SOURCE")
     if dry_run:
         plan = plan_checkpoint(
             source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts, key=key
         )
         plan.source.check_writable()
-        _print_plan(plan, structure, as_json)
+        show_plan(_plan(plan, structure), as_json)
         return
     destination = target
     assert destination is not None
@@ -196,57 +205,16 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _print_plan(plan: CheckpointPlan, pattern: Structure, as_json: bool) -> None:
-    if as_json:
-        print_json(_plan_as_dict(plan, pattern))
-        return
-    console = to_stdout()
-    groups = grouped(plan.layers, lambda one: one.name, lambda one: (one.tensor.shape, one.tensor.dtype, one.layout, one.pattern))
-    rows = [
-        (
-            name,
-            str(len(group)),
-            _shape(group[0].tensor.shape),
-            group[0].tensor.dtype,
-            str(group[0].layout),
-            str(group[0].pattern),
-        )
-        for name, group in groups
-    ]
-    console.print(table(("would be pruned", " n", " shape", "dtype", "stored as", "to"), rows))
-    print_left_dense(console, plan.left_dense)
-    weights, total = sum(one.tensor.size for one in plan.layers), sum(one.size for one in plan.source.tensors.values())
-    console.print()
-    for note in plan.notes:
-        console.print(f"Note: {note}", markup=False)
-    console.print(
-        f"{len(plan.layers)} layers, {weights:,} of {total:,} weights ({weights / total:.0%}); "
-        f"{plan.output_bytes / 1e6:,.1f} MB would be written. Nothing was."
-    )
+def _plan(plan: CheckpointPlan, pattern: Structure) -> Plan:
+    from bisparse.checkpoint.sidecar import MASKS, SIDECAR
 
-
-def _plan_as_dict(plan: CheckpointPlan, pattern: Structure) -> dict[str, Any]:
     layers = [
-        {
-            "name": one.name,
-            "parameter": one.tensor.name,
-            "shape": one.tensor.shape,
-            "dtype": one.tensor.dtype,
-            "layout": {"kind": one.layout.kind.value, "groups": one.layout.groups, "parts": one.layout.parts},
-            "pattern": str(one.pattern),
-        }
+        PlannedLayer(one.name, one.tensor.name, one.tensor.shape, one.tensor.dtype, one.layout, one.pattern)
         for one in plan.layers
     ]
-    left = [{"name": one.name, "reason": one.reason} for one in plan.left_dense]
-    return {
-        "ok": True,
-        "dry_run": True,
-        "pattern": str(pattern),
-        "layers": layers,
-        "left_dense": left,
-        "notes": plan.notes,
-        "output_bytes": plan.output_bytes,
-    }
+    files = (*plan.source.files, SIDECAR, MASKS, *plan.source.others)
+    total = sum(one.size for one in plan.source.tensors.values())
+    return Plan(pattern, "magnitude", layers, plan.left_dense, plan.notes, total, plan.output_bytes, files)
 
 
 def _print_report(report: PruneReport, target: Path, time_s: float, as_json: bool) -> None:

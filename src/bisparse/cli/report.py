@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from bisparse.cli.console import AsJson, command, fail, print_json, to_stderr, to_stdout
+from bisparse.cli.console import AsJson, command, fail, parse_source, print_json, to_stderr, to_stdout
 from bisparse.errors import install_extra
 
 __all__ = ["report"]
@@ -17,10 +17,10 @@ __all__ = ["report"]
 
 @command
 def report(
-    pruned: Annotated[Path, typer.Argument(exists=True, file_okay=False, help="A folder that bisparse wrote.")],
-    against: Annotated[
-        Path | None, typer.Option("--against", exists=True, help="The dense checkpoint it was pruned from.")
-    ] = None,
+    pruned: Annotated[
+        Path, typer.Argument(help="A folder that bisparse wrote, or a model in the local Hugging Face cache, org/name.")
+    ],
+    against: Annotated[Path | None, typer.Option("--against", help="The dense checkpoint it was pruned from.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     as_json: AsJson = False,
 ) -> None:
@@ -30,9 +30,14 @@ def report(
     """
     if missing := [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]:
         fail(f"reports need {' and '.join(missing)}; {install_extra('report')}", 2, as_json=as_json)
+    pruned = parse_source(pruned, "PRUNED")
+    if pruned.is_file():
+        raise typer.BadParameter(f"{pruned} is a file: name the folder that bisparse wrote", param_hint="PRUNED")
+    against = None if against is None else parse_source(against, "--against")
     from bisparse.apart import check_apart
     from bisparse.atomic_file import check_output_file
     from bisparse.checkpoint import SIDECAR
+    from bisparse.checkpoint.statements import origin
     from bisparse.report import read_figures, write_report
 
     if not (pruned / SIDECAR).exists():
@@ -49,10 +54,23 @@ def report(
     if as_json:
         layers = [layer.as_dict() for layer in figures.layers]
         print_json(
-            {"ok": figures.holds, "output": str(output), "bytes": output.stat().st_size, "holds": figures.holds, "layers": layers}
+            {
+                "ok": figures.holds,
+                "output": str(output),
+                "bytes": output.stat().st_size,
+                "holds": figures.holds,
+                "contradicted": figures.contradicted,
+                "provenance": figures.sidecar.provenance,
+                "layers": layers,
+            }
         )
     else:
-        to_stdout().print(f"Written to {output} ({output.stat().st_size / 1e6:.1f} MB)", markup=False)
+        console = to_stdout()
+        for line in origin(figures.sidecar):
+            console.print(line, markup=False, soft_wrap=True)
+        for wrong in figures.contradicted:
+            console.print(f"bisparse.json is wrong: {wrong}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"Written to {output} ({output.stat().st_size / 1e6:.1f} MB)", markup=False)
     if broken := [layer.result for layer in figures.layers if not layer.holds]:
         to_stderr().print(
             f"[bold red]bisparse:[/] {len(broken)} of {len(figures.layers)} layers break their pattern, the first "

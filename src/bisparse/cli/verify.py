@@ -19,6 +19,7 @@ from bisparse.cli.console import (
     grouped,
     parse_layout_options,
     parse_pattern_option,
+    parse_source,
     print_json,
     progress_bar,
     set_threads,
@@ -43,7 +44,8 @@ def verify(
     path: Annotated[
         Path,
         typer.Argument(
-            exists=True, help="A checkpoint: a folder, or a file of safetensors, torch, TorchScript or ONNX, whatever its name."
+            help="A checkpoint: a folder, a file of safetensors, torch, TorchScript or ONNX, whatever its name, or a model in "
+            "the local Hugging Face cache, org/name."
         ),
     ],
     pattern: Annotated[
@@ -52,7 +54,10 @@ def verify(
     include: Included = None,
     exclude: Excluded = None,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Fail, too, if a layer could not be checked; accept one by --exclude.")
+        bool,
+        typer.Option(
+            "--strict", help="Fail, too, if a layer could not be checked (accept one by --exclude), or if bisparse.json is wrong."
+        ),
     ] = False,
     layout: Layouts = None,
     key: Key = None,
@@ -66,12 +71,13 @@ def verify(
     """
     from bisparse.checkpoint import verify_checkpoint
 
+    path = parse_source(path, "PATH")
     structure = None if pattern is None else parse_pattern_option(pattern)
     layouts = parse_layout_options(layout)
     set_threads(threads)
     with progress_bar(show=not as_json) as progress:
         result = verify_checkpoint(path, structure, include=include, exclude=exclude, layouts=layouts, key=key, progress=progress)
-    passed = bool(result) and not (strict and result.unchecked)
+    passed = bool(result) and not (strict and (result.unchecked or result.contradicted))
     if as_json:
         print_json(_as_dict(result, passed))
     else:
@@ -97,7 +103,14 @@ def _as_dict(result: Verification, passed: bool) -> dict[str, object]:
     reasons = {
         key: [asdict(one) for one in ones] for key, ones in (("unchecked", result.unchecked), ("left_out", result.left_out))
     }
-    return {"ok": passed, **totals, "checked": [one.layer for one in result.layers], **reasons, "layers": layers}
+    return {
+        "ok": passed,
+        **totals,
+        "checked": [one.layer for one in result.layers],
+        **reasons,
+        "contradicted": result.contradicted,
+        "layers": layers,
+    }
 
 
 def _columns(violation: Violation, pattern: Structure) -> list[int] | None:
@@ -118,6 +131,8 @@ def _print(result: Verification) -> None:
         if len(rows) > SHOWN:
             console.print(f"... and {len(rows) - SHOWN} more rows; --json lists them all.")
         console.print()
+    for wrong in result.contradicted[:SHOWN]:
+        console.print(f"bisparse.json is wrong: {wrong}", style="yellow", markup=False, soft_wrap=True)
     console.print(_verdict(result, broken))
 
 

@@ -1,8 +1,28 @@
 """The registry of layers: what is a layer, in which layout, by what evidence, and why not. Models and files both ask here."""
 
 from bisparse.layers.files import NOT_NAMED, QUANTISED, FileEvidence, TensorInfo
-from bisparse.layers.filters import Filter, NameFilter, first_match, matches, matches_name, matrix_sides, remainder_reason, sides
-from bisparse.layers.kinds import Kind, Skipped, computed_reason, dtype_reason, parse_layout, parse_layouts, why_dense
+from bisparse.layers.filters import (
+    Filter,
+    NameFilter,
+    first_match,
+    matches,
+    matches_name,
+    matrix_sides,
+    parse_patterns,
+    remainder_reason,
+    sides,
+)
+from bisparse.layers.kinds import (
+    Kind,
+    Skipped,
+    check_unheld,
+    computed_reason,
+    dtype_reason,
+    held_reason,
+    parse_layout,
+    parse_layouts,
+    why_dense,
+)
 from bisparse.layers.modules import Layer, find_layers
 from bisparse.layers.names import head_reason, layer_name
 
@@ -16,17 +36,20 @@ __all__ = [
     "NameFilter",
     "Skipped",
     "TensorInfo",
+    "check_unheld",
     "computed_reason",
     "dtype_reason",
     "find_layers",
     "first_match",
     "head_reason",
+    "held_reason",
     "layer_name",
     "matches",
     "matches_name",
     "matrix_sides",
     "parse_layout",
     "parse_layouts",
+    "parse_patterns",
     "remainder_reason",
     "sides",
     "why_dense",

@@ -9,10 +9,20 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
-from bisparse.pattern import Pattern, Structure
-from bisparse.tiles import Layout, LayoutKind
+from bisparse.pattern import Pattern, Structure, parse_pattern
+from bisparse.tiles import DIMENSIONS, Layout, LayoutKind
 
-__all__ = ["Filter", "NameFilter", "first_match", "matches", "matches_name", "matrix_sides", "remainder_reason", "sides"]
+__all__ = [
+    "Filter",
+    "NameFilter",
+    "first_match",
+    "matches",
+    "matches_name",
+    "matrix_sides",
+    "parse_patterns",
+    "remainder_reason",
+    "sides",
+]
 
 Filter = str | Callable[[str, nn.Module], bool] | Iterable[str]
 """A layer name, a glob, ``"re:..."``, a list of these, or a function of (name, module)."""
@@ -39,6 +49,17 @@ def matches(chosen: Filter, name: str, module: nn.Module) -> bool:
     return any(matches(one, name, module) for one in chosen)
 
 
+def parse_patterns(patterns: Mapping[str, str | Structure] | None) -> dict[str, Structure]:
+    """The patterns of single layers, by name or glob.
+
+    Raises:
+        ValueError: no mapping of texts, or a text that is no pattern.
+    """
+    if patterns is not None and not (isinstance(patterns, Mapping) and all(isinstance(one, str) for one in patterns)):
+        raise ValueError(f"patterns={patterns!r:.60}: expected a mapping from layer names or globs to patterns")
+    return {name: parse_pattern(one) for name, one in (patterns or {}).items()}
+
+
 def matches_name(chosen: NameFilter, layer: str, parameter: str) -> bool:
     """Whether a filter means a layer, by its own name or its parameter's."""
     filters = (chosen,) if isinstance(chosen, str) else tuple(chosen)
@@ -60,6 +81,8 @@ def matrix_sides(weight: Tensor, layout: Layout) -> tuple[int, int]:
 
 def sides(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
     """Sides (O, I) of the GEMM matrices of a weight of this shape."""
+    if len(shape) not in DIMENSIONS[layout.kind]:
+        raise ValueError(f"a weight of shape {tuple(shape)} cannot have the layout '{layout.kind}'")
     match layout.kind:
         case LayoutKind.TRANSPOSED:
             return shape[1], shape[0]

@@ -12,10 +12,24 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from bisparse.static_mask import static_masks
 from bisparse.tiles import DIMENSIONS, Layout, LayoutKind
+from bisparse.wrappers import check_module
 
-__all__ = ["DEPTHWISE", "Kind", "Skipped", "computed_reason", "dtype_reason", "parse_layout", "parse_layouts", "why_dense"]
+__all__ = [
+    "DEPTHWISE",
+    "Kind",
+    "Skipped",
+    "check_unheld",
+    "computed_reason",
+    "dtype_reason",
+    "held_reason",
+    "parse_layout",
+    "parse_layouts",
+    "why_dense",
+]
 
 CHANGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes of weights that can be scored, masked and fitted; of others, such as float8, torch lacks some of the operations."""
@@ -75,6 +89,8 @@ def parse_layouts(layouts: Mapping[str, str | Layout] | None) -> dict[str, str |
     Raises:
         ValueError: a text that is no layout.
     """
+    if layouts is not None and not isinstance(layouts, Mapping):
+        raise ValueError(f"layouts={layouts!r:.60}: expected a mapping from layer names or globs to layouts")
     for one in (layouts or {}).values():
         if isinstance(one, str):
             _parse(one)
@@ -131,9 +147,44 @@ def _parse(text: str) -> tuple[Layout, int | None]:
 
 def computed_reason(module: nn.Module, parameter: str) -> str | None:
     """Why what is written to a module's weight would be lost; None where the weight is the parameter itself."""
+    if not hasattr(module, parameter):
+        raise ValueError(f"{type(module).__name__} has no parameter {parameter!r:.60}")
     if getattr(module, parameter) is module._parameters.get(parameter):
         return None
     return f"its {parameter} is computed by {type(module).__name__} at each access, so that what is written to it is lost"
+
+
+def held_reason(module: nn.Module, parameter: str) -> str | None:
+    """Why no other mask may be written to a weight: sparse training or an accelerated layer holds its present one.
+
+    None where nothing holds a mask apart from the weight itself.
+    """
+    for name, held in static_masks(module):
+        if name == parameter:
+            return (
+                f"it is in sparse training with the fixed mask of {held.pattern} (sparsify_, mode='static'), which would undo "
+                "any other mask: call finalize_(model) first"
+            )
+    if hasattr(module, "dense_weight") and hasattr(module, "mask_changed"):
+        return (
+            "it is accelerated, and the positions of its kept weights are stored apart: call finalize_(model) first, and "
+            "accelerate_ afterwards"
+        )
+    if parametrize.is_parametrized(module, parameter):
+        chain = module.parametrizations[parameter]  # type: ignore[index]
+        if isinstance(chain, nn.ModuleList) and any(hasattr(one, "pattern") for one in chain):
+            return "it is in dynamic sparse training: call finalize_(model) first"
+    return None
+
+
+def check_unheld(model: nn.Module, doing: str) -> None:
+    """Raise ValueError if a layer's mask is held apart from its weight, where something else would rewrite the weights."""
+    check_module(model)
+    for name, module in model.named_modules():
+        own = [parameter for parameter, _ in static_masks(module)] or ["weight"]
+        for parameter in [*own, *(module.parametrizations if parametrize.is_parametrized(module) else ())]:
+            if (reason := held_reason(module, parameter)) is not None:
+                raise ValueError(f"{doing} would change {name or 'the layer'}, but {reason}")
 
 
 def dtype_reason(weight: Tensor) -> str | None:

@@ -1,19 +1,21 @@
 """Whether a module of a subclass multiplies by its weight as it is.
 
 Weight standardisation (timm's `StdConv2d`), BitLinear and ternary layers compute another weight from their parameter in every
-forward pass: zeros of the parameter are none of the product's. What such a class computes is not known, so it is tried: its
-output is compared with that of the class that it derives from.
+forward pass, some of them in training mode alone: zeros of the parameter may be none of the product's. What such a class computes
+is not known, so it is tried, in evaluation and in training mode. Its output is compared with that of the class that it derives
+from; and with a weight of which half is zero, outputs must not depend on inputs that only zeros multiply. The second test decides
+in training mode, where dropout and batch norms change outputs for other reasons.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bisparse.user_errors import ends_the_process, error_in_one_line
 
@@ -22,6 +24,8 @@ __all__ = ["own_forward_reason"]
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 OTHER_TOLERANCE = 3e-2
 """Of the largest output, in which two ways to compute the same product may differ; half precision rounds more."""
+TRIED_INPUTS = 6
+"""Number of inputs that are changed, one by one, to see which outputs follow."""
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TRUSTED = ("torch.nn.modules.", "bisparse.")
@@ -37,29 +41,110 @@ def own_forward_reason(module: nn.Module) -> str | None:
     base = next((kind for kind in PLAIN if isinstance(module, kind)), None)
     if base is None or not _is_own(module) or not isinstance(module.weight, Tensor) or module.weight.is_meta:
         return None
-    weight = module.weight
-    kind = type(module).__name__
-    inputs = _inputs(module, weight)
-    twin = _twin(module)
-    devices = [weight.device] if weight.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices), torch.autocast(weight.device.type, enabled=False):
-        expected = _plain_output(module, base, inputs)
+    kind, device = type(module).__name__, module.weight.device
+    devices = [device] if device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices), torch.autocast(device.type, enabled=False):
+        trial = _Trial(module, base)
         try:
-            output: Any = twin.forward(inputs)
+            differs = trial.compare()
+            mixing = next((mode for mode in (False, True) if trial.zeros_leak(training=mode)), None)
         except (Exception, SystemExit) as error:
             if ends_the_process(error):
                 raise
             problem = error_in_one_line(error)
             return f"{kind} has a forward pass of its own that takes other inputs than {base.__name__}'s ({problem})"
-    if not isinstance(output, Tensor) or output.shape != expected.shape:
-        return f"{kind} has a forward pass of its own whose output is not that of {base.__name__}"
-    scale = float(expected.abs().max()) or 1.0
-    if float((output.to(expected.dtype) - expected).abs().max()) <= TOLERANCES.get(weight.dtype, OTHER_TOLERANCE) * scale:
-        return None
+        if differs == "shape":
+            return f"{kind} has a forward pass of its own whose output is not that of {base.__name__}"
+        if mixing is not None:
+            when = (
+                "in training mode"
+                if mixing and not differs
+                else "as with weight standardisation, or outputs that are normalised together"
+            )
+            return (
+                f"{kind} does not multiply by its weight as it is ({when}): its outputs depend on inputs whose weights are "
+                "zero, so that zeros of the weight are none of what it computes"
+            )
+        if not differs:
+            return None
+        scale = trial.scale()
+    how = f"{scale:.6g} times its weight" if scale is not None else "something else"
+    what = "" if scale is not None else " (it scales, rounds or quantises it, or changes the output)"
     return (
-        f"{kind} does not multiply by its weight as it is (as with weight standardisation or ternary layers): its output differs "
-        f"from {base.__name__}'s, so that zeros of the weight are none of the product"
+        f"{kind} does not multiply by its weight as it is: its output is that of {how}{what}. Zeros of the weight were zeros of "
+        f"the product when tried, but what is fitted to {base.__name__}'s output would be wrong; give its layout, such as "
+        f"{'conv' if issubclass(base, _ConvNd) else 'linear'!r}, to make it sparse nevertheless"
     )
+
+
+class _Trial:
+    """A module and the class that it derives from, on the same inputs."""
+
+    def __init__(self, module: nn.Module, base: type[nn.Module]) -> None:
+        self.module, self.base = module, base
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        self.weight = weight.detach()
+        self.tolerance = TOLERANCES.get(weight.dtype, OTHER_TOLERANCE)
+        self.inputs = _inputs(module, weight)
+
+    def compare(self) -> str:
+        """How the output in evaluation mode differs from the base class's: "shape", "numbers", or "" where it does not."""
+        expected, output = _plain_output(self.module, self.base, self.inputs), self._own(self.inputs, None, training=False)
+        if not isinstance(output, Tensor) or output.shape != expected.shape:
+            return "shape"
+        return "" if self._close(output, expected) else "numbers"
+
+    def zeros_leak(self, *, training: bool) -> bool:
+        """Whether, with half of the weight zero, an output depends on an input that only zeros multiply.
+
+        Tried in training mode with the same random numbers in each pass.
+        """
+        if "weight" not in self.module._parameters:
+            return False  # computed from another parameter, by something that was added later
+        generator = torch.Generator().manual_seed(1)
+        pairs = torch.rand(self.weight.shape[:2], generator=generator) < 0.5
+        kept = pairs.view(*pairs.shape, *[1] * (self.weight.ndim - 2)).to(self.weight.device)
+        probe = torch.where(kept, self.weight + self.weight.abs().mean() + 1, 0).to(self.weight.dtype)
+        before = self._own(self.inputs, probe, training=training)
+        plain = _plain_output(_with_weight(self.module, probe), self.base, self.inputs)
+        if not isinstance(before, Tensor) or before.shape != plain.shape:
+            return False
+        for changed in self._changed_inputs():
+            after = self._own(changed, probe, training=training)
+            other = _plain_output(_with_weight(self.module, probe), self.base, changed)
+            untouched = other == plain
+            largest = float((after - before).abs().max())
+            moved = (after - before).abs() > self.tolerance * max(largest, float(before.abs().max()) * 1e-3)
+            if bool((moved & untouched).any()):
+                return True
+        return False
+
+    def scale(self) -> float | None:
+        """The positive factor between the products of the two classes; None where there is none."""
+        zero = torch.zeros_like(self.inputs)
+        own = (self._own(self.inputs, None, training=False) - self._own(zero, None, training=False)).double()
+        plain = (_plain_output(self.module, self.base, self.inputs) - _plain_output(self.module, self.base, zero)).double()
+        factor = float((own * plain).sum() / plain.square().sum().clamp(min=1e-300))
+        return factor if factor > 0 and self._close(own, factor * plain) else None
+
+    def _changed_inputs(self) -> Iterator[Tensor]:
+        channels = self.inputs.shape[1]
+        for channel in sorted({number * channels // TRIED_INPUTS for number in range(TRIED_INPUTS)}):
+            changed = self.inputs.clone()
+            changed[:, channel] += 3
+            yield changed
+
+    def _own(self, inputs: Tensor, weight: Tensor | None, *, training: bool) -> Any:
+        twin = _twin(self.module)
+        if weight is not None:
+            twin._parameters["weight"] = nn.Parameter(weight.clone(), requires_grad=False)
+        torch.manual_seed(0)
+        return twin.train(training).forward(inputs.clone())
+
+    def _close(self, output: Tensor, expected: Tensor) -> bool:
+        scale = float(expected.abs().max()) or 1.0
+        return float((output.to(expected.dtype) - expected).abs().max()) <= self.tolerance * scale
 
 
 def _is_own(module: nn.Module) -> bool:
@@ -84,19 +169,28 @@ def _inputs(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """The module with parameters, buffers and parts of its own, in evaluation mode: some write to their weight as they run."""
+    """The module with parameters, buffers, tensors and parts of its own: some write to their weight or statistics as they run."""
     twin = copy.copy(module)
+    for name, held in vars(module).items():
+        if isinstance(held, Tensor):
+            vars(twin)[name] = held.clone()
     twin._buffers = {name: None if one is None else one.clone() for name, one in module._buffers.items()}
     twin._parameters = {
         name: None if one is None else nn.Parameter(one.detach().clone(), requires_grad=False)
         for name, one in module._parameters.items()
     }
     twin._modules = copy.deepcopy(module._modules)
-    return twin.eval()
+    return twin
+
+
+def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
+    twin = copy.copy(module)
+    twin._parameters = dict(module._parameters) | {"weight": nn.Parameter(weight, requires_grad=False)}
+    return twin
 
 
 def _plain_output(module: nn.Module, base: type[nn.Module], inputs: Tensor) -> Tensor:
-    if base in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+    if issubclass(base, _ConvNd) and not issubclass(base, _ConvTransposeNd):
         # What their `forward` calls, of the class itself: a subclass may have another.
         plain: Callable[..., Tensor] = vars(base)["_conv_forward"]
         return plain(module, inputs, module.weight, module.bias)

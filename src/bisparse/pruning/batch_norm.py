@@ -10,12 +10,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from bisparse.layers import Layer
+from bisparse.layers import Layer, check_unheld
 from bisparse.pruning.bias import norms_after
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError
+from bisparse.pruning.methods.base import check_number
 from bisparse.rollback import Rollback
 from bisparse.tiles import Layout
+from bisparse.wrappers import check_module
 
 __all__ = ["fold_batch_norms_", "reestimate_batch_norms_"]
 
@@ -33,6 +35,7 @@ def reestimate_batch_norms_(
     Raises:
         CalibrationError: no batch, one that does not fit the model, or statistics that are not finite.
     """
+    check_module(model)
     norms = {
         name: module
         for name, module in model.named_modules()
@@ -76,7 +79,12 @@ def fold_batch_norms_(
 
     Returns:
         The names of the layers that a batch norm was folded into.
+
+    Raises:
+        ValueError: the model is in sparse training, or accelerated: call `finalize_` first.
     """
+    check_unheld(model, "folding batch norms")
+    check_number("tolerance", tolerance, least=0)
     # All layers of these types, not only those to prune: depthwise convolutions are not pruned, but can be folded into.
     layers = [
         Layer(name, module, "weight", Layout())

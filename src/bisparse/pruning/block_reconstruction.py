@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
 from bisparse.pruning.calibration.moments import token_weights
+from bisparse.pruning.methods.base import check_count, check_number
 
 __all__ = ["BlockReconstruction"]
 
@@ -49,10 +50,9 @@ class BlockReconstruction:
     worthwhile: float = 0.03
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"epochs={self.epochs}: expected at least 1")
-        if not (self.learning_rate > 0 and math.isfinite(self.learning_rate)):
-            raise ValueError(f"learning_rate={self.learning_rate!r}: expected a finite number > 0")
+        check_count("epochs", self.epochs)
+        check_number("learning_rate", self.learning_rate, above=0)
+        check_number("worthwhile", self.worthwhile, least=0)
 
     def fit_(self, block: FinishedBlock) -> BlockFit:
         """Fit the kept weights, and biases, of the block's pruned layers, in place."""

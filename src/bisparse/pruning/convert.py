@@ -29,7 +29,7 @@ from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.methods.regrow import Regrow
 from bisparse.pruning.prune import prune_layers_, report_of
-from bisparse.pruning.violation import CONFIDENCE, sparsest_pattern, violation
+from bisparse.pruning.violation import CONFIDENCE, check_group, sparsest_pattern, violation
 from bisparse.results import PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import Layout
@@ -131,12 +131,14 @@ def fitting_patterns(
     transposable: bool = False,
     include: Filter | None = None,
     exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> dict[str, Pattern]:
     """The sparsest N:M per layer that a fraction `confidence` of its groups fit already; for ``patterns=`` of `convert_`.
 
     A layer that fits no pattern below M:M is not listed.
     """
-    layers, _ = find_layers(model, include, exclude)
+    check_group("m", m)
+    layers, _ = find_layers(model, include, exclude, layouts=layouts)
     proposed = {}
     for layer in layers:
         with torch.no_grad():

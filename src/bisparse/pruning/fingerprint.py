@@ -40,6 +40,8 @@ def stable_repr(value: Any) -> str:
 def _sums(tensor: Tensor) -> list[Tensor]:
     if tensor.is_meta or tensor.numel() == 0:
         return []
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     rows = tensor.contiguous().view(-1).view(BITS[tensor.element_size()]).view(tensor.shape[0] if tensor.ndim else 1, -1)

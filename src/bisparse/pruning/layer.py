@@ -18,11 +18,13 @@ from bisparse.layers import (
     computed_reason,
     dtype_reason,
     find_layers,
+    held_reason,
     matches,
     matrix_sides,
+    parse_patterns,
     remainder_reason,
 )
-from bisparse.pattern import Structure, parse_pattern
+from bisparse.pattern import Structure
 from bisparse.pruning.bias import Bias, bias_of
 from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, Statistics
 from bisparse.pruning.reduction import positions
@@ -62,7 +64,7 @@ def plan(
     Raises:
         ValueError: filters or patterns that match nothing, no layer to prune, or weights that cannot be changed in place.
     """
-    singles = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
+    singles = parse_patterns(patterns)
     found, left_dense = find_layers(model, include, exclude, remainder=remainder, layouts=layouts)
     planned = []
     unused = set(singles)
@@ -189,6 +191,8 @@ def _all_zero(statistics: Statistics) -> bool:
 
 
 def _check_can_be_written(layer: Layer) -> None:
+    if (reason := held_reason(layer.module, layer.parameter)) is not None:
+        raise ValueError(f"{layer.name}: {reason}")
     if layer.parameter not in layer.module._parameters:
         raise ValueError(
             f"{layer.name}: its weight is computed by a parametrization, so that pruning it in place would be lost; "

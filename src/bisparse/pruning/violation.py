@@ -19,6 +19,7 @@ from jaxtyping import Bool, Int, Real, Shaped
 from torch import Tensor
 
 from bisparse._solve import solve
+from bisparse.arguments import check_dense
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern, row_groups
 from bisparse.solution import verify
 from bisparse.tiles import Layout, default_layout, to_matrices
@@ -26,6 +27,7 @@ from bisparse.tiles import Layout, default_layout, to_matrices
 __all__ = [
     "CONFIDENCE",
     "PatternViolation",
+    "check_group",
     "kept_counts",
     "predicted_violation",
     "sparsest_for",
@@ -63,6 +65,21 @@ class PatternViolation:
     """v_b of a random mask of `origin`."""
 
 
+MAX_GROUP = 1 << 16
+"""Entries of the longest group that is counted."""
+
+
+def check_group(name: str, m: int) -> None:
+    """Raise ValueError unless m is the size of a group."""
+    if isinstance(m, bool) or not isinstance(m, int) or not 2 <= m <= MAX_GROUP:
+        raise ValueError(f"{name}={m!r:.40}: expected the size of a group, 2 to {MAX_GROUP}")
+
+
+def _check_fraction(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name}={value!r:.40}: expected a fraction in [0, 1]")
+
+
 def violation(
     mask: Shaped[Tensor, "..."],
     pattern: str | Structure,
@@ -83,6 +100,11 @@ def violation(
     (0.2, 0.5)
     """
     pattern = parse_pattern(pattern)
+    check_dense("mask", mask)
+    if scores is not None:
+        check_dense("scores", scores)
+        if scores.shape != mask.shape:
+            raise ValueError(f"a mask of shape {tuple(mask.shape)} needs scores of that shape, not {tuple(scores.shape)}")
     kept: Bool[Tensor, "..."] = mask if mask.dtype == torch.bool else mask != 0
     layout = layout or default_layout(kept.ndim)
     worth = kept.float() if scores is None else torch.where(kept, scores.double(), 0.0)
@@ -129,7 +151,9 @@ def predicted_violation(origin: float | str | Structure, pattern: str | Structur
     pattern = parse_pattern(pattern)
     if isinstance(pattern, Unstructured):
         raise ValueError(f"violation of {pattern} by chance is not defined: expected a pattern such as '2:4' or '4:8-T'")
-    if not isinstance(origin, float | int):
+    if isinstance(origin, float | int):
+        _check_fraction("origin", origin)
+    else:
         origin = parse_pattern(origin)
         if not isinstance(origin, Pattern):
             origin = origin.density
@@ -211,9 +235,12 @@ def sparsest_pattern(
     """
     if not 0 < confidence <= 1:
         raise ValueError(f"confidence={confidence!r}: expected a fraction above 0 and at most 1")
+    check_group("m", m)
     if isinstance(zeros, Tensor):
+        check_dense("zeros", zeros)
         kept = zeros if zeros.dtype == torch.bool else zeros != 0
         return sparsest_for(kept_counts(kept, m, transposable=transposable, layout=layout), confidence, transposable=transposable)
+    _check_fraction("zeros", zeros)
     chances = _count_chances(1 - float(zeros), m)
     for n in range(1, m):
         if sum(chance for count, chance in chances.items() if count <= n) >= confidence:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bisparse.checkpoint import CheckpointError, SampleTile, Sidecar, read_sidecar
+from bisparse.checkpoint import SIDECAR, CheckpointError, SampleTile, Sidecar, read_sidecar
 from bisparse.checkpoint.bands import bands
 from bisparse.checkpoint.coverage import nonzero
 from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.reader import Source, open_source
+from bisparse.checkpoint.statements import RECORDED, corrected, origin, wrong_statements
 from bisparse.checkpoint.stored_tensor import StoredTensor
 from bisparse.checkpoint.verify import verify_stored
 from bisparse.pattern import Pattern, Structure, parse_pattern
@@ -29,6 +30,8 @@ Progress = Callable[[str, int, int], None]
 
 PIECE = 1 << 21
 """Weights compared at a time."""
+SCORE_ROUNDING = 1e-5
+"""By which two shares of the score may differ."""
 FITTING_M = 8
 """The M at which layers with an unstructured pattern are checked for N:M."""
 
@@ -93,6 +96,8 @@ class LayerFigures:
     columns: Side | None
     """W^T at the same N:M, whether or not the pattern asks for it; None where the structure has no transpose."""
     change: Change | None
+    density: float = 0.0
+    """Fraction of weights that are not zero, counted again."""
     fits: Pattern | None = None
     """The sparsest N:M, of its pattern's M and transposable like it, that 95 % of the weight's groups fit."""
 
@@ -118,6 +123,8 @@ class PrunedFigures:
     """Its name, without the path to it."""
     sidecar: Sidecar
     layers: tuple[LayerFigures, ...]
+    contradicted: tuple[str, ...] = ()
+    """What bisparse.json says of the weights that is not so; `sidecar` is corrected."""
 
     @property
     def report(self) -> PruneReport:
@@ -190,14 +197,33 @@ def read_figures(folder: str | Path, against: str | Path | None = None, progress
             progress(layer.name, done, total)
         tensor = _stored(pruned, layer)
         change = None if dense is None else _change(tensor, _stored(dense, layer))
-        layers.append(LayerFigures(layer, *_verify(tensor, layer), change, _fits(tensor, layer)))
+        rows, columns, density = _verify(tensor, layer)
+        layers.append(LayerFigures(layer, rows, columns, change, density, _fits(tensor, layer)))
         done += tensor.nbytes
+    checked = [_verification(one) for one in layers]
+    wrong = (*wrong_statements(sidecar, pruned, checked), *_wrong_scores(sidecar, layers))
+    sidecar = corrected(sidecar, pruned, checked)
+    layers = [replace(one, result=result) for one, result in zip(layers, sidecar.report, strict=True)]
+    said = (*origin(sidecar), *(f"{SIDECAR} is wrong: {one}" for one in wrong), RECORDED)
+    sidecar = replace(sidecar, report=replace(sidecar.report, notes=(*sidecar.report.notes, *said)))
     for source in (pruned, dense):
         if source is not None:
             source.check_unchanged()
     if progress:
         progress("", total, total)
-    return PrunedFigures(folder.resolve().name, sidecar, tuple(layers))
+    return PrunedFigures(pruned.name, sidecar, tuple(layers), wrong)
+
+
+def _verification(layer: LayerFigures) -> Verification:
+    return Verification(parse_pattern(layer.result.pattern), 0, 0, None, layer.density, layer.result.name)
+
+
+def _wrong_scores(sidecar: Sidecar, layers: Iterable[LayerFigures]) -> Iterator[str]:
+    """Fractions of the score kept that the dense weights contradict, where the score is the magnitude."""
+    for layer in layers if sidecar.report.method == "magnitude" else ():
+        said = layer.result.retained
+        if layer.change is not None and said is not None and abs(said - layer.change.retained) > SCORE_ROUNDING:
+            yield f"{layer.result.name} keeps {layer.change.retained:.4%} of |w|, not {said:.4%}"
 
 
 def _stored(source: Source, layer: LayerResult) -> StoredTensor:
@@ -219,17 +245,18 @@ def _stored(source: Source, layer: LayerResult) -> StoredTensor:
     return tensor
 
 
-def _verify(tensor: StoredTensor, layer: LayerResult) -> tuple[Side, Side | None]:
+def _verify(tensor: StoredTensor, layer: LayerResult) -> tuple[Side, Side | None, float]:
     structure = parse_pattern(layer.pattern)
     if not isinstance(structure, Pattern):
-        return _side(verify_stored(StoredLayer(layer.name, tensor, layer.layout, structure))), None
+        whole = verify_stored(StoredLayer(layer.name, tensor, layer.layout, structure))
+        return _side(whole), None, whole.density
     forward = Pattern(structure.n, structure.m)
     both = Pattern(structure.n, structure.m, transposable=True)
     rows = verify_stored(StoredLayer(layer.name, tensor, layer.layout, forward))
     all_groups = verify_stored(StoredLayer(layer.name, tensor, layer.layout, both))
     violations = all_groups.violations - rows.violations
     first = str(all_groups.first) if violations and not rows.violations else f"{layer.name}: W^T" if violations else ""
-    return _side(rows), Side(all_groups.groups - rows.groups, violations, first)
+    return _side(rows), Side(all_groups.groups - rows.groups, violations, first), rows.density
 
 
 def _fits(tensor: StoredTensor, layer: LayerResult) -> Pattern | None:

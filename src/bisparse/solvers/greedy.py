@@ -42,6 +42,7 @@ class Greedy(Solver):
     guarantee: ClassVar[Guarantee] = Guarantee("kept", 0.5)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.exactly and not self.fill:
             raise ValueError("Greedy(exactly=True, fill=False): the rule alone leaves rows short of N; use fill=True")
 

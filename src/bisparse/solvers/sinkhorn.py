@@ -59,6 +59,7 @@ class Sinkhorn(Solver):
     relaxation: float = 1.8
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.iterations < 1:
             raise ValueError(f"Sinkhorn(iterations={self.iterations}): at least 1 is needed")
         if not 0 < self.temperature <= self.initial_temperature < math.inf:

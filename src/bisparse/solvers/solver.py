@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 from jaxtyping import Bool, Real
@@ -44,6 +45,16 @@ class Solver(ABC):
 
     exactly: bool = False
     """Keep exactly N in every row and column (the paper's program) instead of at most N (what hardware checks)."""
+
+    def __post_init__(self) -> None:
+        if not is_dataclass(self):
+            return
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if isinstance(one.default, bool) and not isinstance(value, bool):
+                raise ValueError(f"{type(self).__name__}({one.name}={value!r:.40}): expected True or False")
+            if type(one.default) is int and (isinstance(value, bool) or not isinstance(value, int)):
+                raise ValueError(f"{type(self).__name__}({one.name}={value!r:.40}): expected a whole number")
 
     @abstractmethod
     def solve_tiles(self, scores: Real[Tensor, "B M M"], n: int) -> Bool[Tensor, "B M M"]:

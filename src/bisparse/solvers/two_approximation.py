@@ -40,6 +40,7 @@ class TwoApproximation(Solver):
     guarantee: ClassVar[Guarantee] = Guarantee("pruned", 2.0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.exactly:
             raise ValueError(
                 "TwoApproximation(exactly=True): it prunes more than M - N in some rows, so it cannot keep exactly N; "

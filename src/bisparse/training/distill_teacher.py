@@ -12,8 +12,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from bisparse.layers import find_layers
+from bisparse.static_mask import static_masks
 from bisparse.training.parametrizations import masked_parameters
-from bisparse.training.static_mask import static_masks
 from bisparse.wrappers import unwrapped_model
 
 __all__ = ["frozen_teacher"]

@@ -10,14 +10,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from bisparse.rollback import Rollback
 from bisparse.solution import verify
+from bisparse.static_mask import MASK_SUFFIX, static_masks
 from bisparse.training.forward_hook import remove_hooks
 from bisparse.training.layer import Accelerated, local, part_of
+from bisparse.training.mask_check import remove_mask_checks
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrizations import masked_parameters, sample_of, trained_parameter
 from bisparse.training.shared_classes import separate_class
 from bisparse.training.sparsity import live_sparsities
-from bisparse.training.static_mask import MASK_SUFFIX, static_masks
 from bisparse.wrappers import plain_names, unwrapped_model
 
 __all__ = ["finalize_", "plain_state_dict"]
@@ -29,15 +31,24 @@ def finalize_(model: nn.Module) -> nn.Module:
 
     Returns the model. Its `Sparsity` ends: it detaches from the optimizers, and further training is dense. Parameters stay the
     same objects, so optimizers keep them, except weights that were packed. The masks are checked against their patterns first.
+    A layer whose module was replaced after `sparsify_` is reported by a warning, and stays as it is.
     Parametrizations that were added after `sparsify_`, such as a spectral norm, stay. An average of the weights (a copy of the
-    model, such as `AveragedModel`) uses the masks of the model that it averages.
+    model, such as `AveragedModel`) uses the masks of the model that it averages. On an error the model is what it was.
 
     Raises:
         ValueError: the model is neither sparsified nor accelerated, or its weights are sharded over ranks (take
             `plain_state_dict` there).
         PatternError: a mask breaks its pattern, as after averaging masks.
     """
-    given, model = model, unwrapped_model(model)
+    with Rollback(unwrapped_model(model)) as rollback:
+        return _finalize(model, rollback)
+
+
+def _finalize(given: nn.Module, rollback: Rollback) -> nn.Module:
+    model = unwrapped_model(given)
+    for sparsity in live_sparsities():
+        if sparsity.called[0] is model:
+            sparsity.notice_replaced()
     dynamic = masked_parameters(model)
     accelerated = [module for module in model.modules() if isinstance(module, Accelerated)]
     static = [(module, parameter, held) for module in model.modules() for parameter, held in static_masks(module)]
@@ -66,18 +77,20 @@ def finalize_(model: nn.Module) -> nn.Module:
         warnings.warn(
             "the weights were trained, but the masks are still the first ones, since no step of an optimizer was counted: call "
             "Sparsity.attach(optimizer) before the first step, or Sparsity.refresh() in a loop of your own",
-            stacklevel=3,  # past no_grad
+            stacklevel=4,  # past no_grad
         )
     elif dense := [name for name, _, _, own in dynamic if own.state.warm_up]:
         warnings.warn(
             f"the run ends in the dense phase at its start (Schedule.dense_until): {len(dense)} layers stay dense, the first "
             f"{dense[0]!r}. prune_(model, pattern) makes them sparse",
-            stacklevel=3,  # past no_grad
+            stacklevel=4,  # past no_grad
         )
     masked = {id(own): own(trained_parameter(module, parameter)).clone() for _, module, parameter, own in dynamic}
     for _, module, parameter, own in dynamic:
         # Copied into the dense weight, whose storage others may share; twice for tied weights, with the same values.
-        trained_parameter(module, parameter).copy_(masked[id(own)])
+        weight = trained_parameter(module, parameter)
+        rollback.touch(weight)
+        weight.copy_(masked[id(own)])
         _remove(module, parameter, own)
     moved = False
     for module, parameter, held in static:
@@ -85,17 +98,19 @@ def finalize_(model: nn.Module) -> nn.Module:
         mask, weight = part_of(held.mask.to(weight.device), weight), local(weight)
         if bool((weight.masked_fill(mask, 0) != 0).any()):
             moved = True
+            rollback.touch(weight)
             weight.masked_fill_(~mask, 0)
         delattr(module, f"{parameter}{MASK_SUFFIX}")
     if moved:
         warnings.warn(
             "pruned weights had moved from zero, as without Sparsity.attach(optimizer): they are zero again, but what they had "
             "learned is lost",
-            stacklevel=3,  # past no_grad
+            stacklevel=4,  # past no_grad
         )
     for module in model.modules():
         MVUELinear.remove_(module)
         remove_hooks(module)
+        remove_mask_checks(module)
     for sparsity, facts in ending:
         sparsity.end(facts)
     return given

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bisparse.pattern import Pattern, Structure
+from bisparse.static_mask import MASK_SUFFIX, StaticMask, static_mask
 from bisparse.tiles import Layout
 from bisparse.training.bits import BITS
 from bisparse.training.decay import Decay
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
-from bisparse.training.static_mask import MASK_SUFFIX, StaticMask, static_mask
 
 __all__ = [
     "Accelerated",
@@ -29,6 +29,10 @@ __all__ = [
 @runtime_checkable
 class Accelerated(Protocol):
     """A layer with its own storage of the weight and its own products, as `bisparse.accelerate` makes them."""
+
+    @property
+    def derived_tensors(self) -> tuple[Tensor, ...]:
+        """Tensors made from the weight or its mask: neither parameters nor buffers, and in no state_dict."""
 
     def dense_weight(self) -> Tensor:
         """The weight, dense, with zeros."""

@@ -16,12 +16,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from bisparse._solve import solve
+from bisparse.arguments import check_dense
+from bisparse.layers import dtype_reason
 from bisparse.pattern import Structure, parse_pattern
+from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
+from bisparse.static_mask import static_mask
 from bisparse.tiles import Layout, default_layout
 from bisparse.training.masked_lora import masked_adapters, remove_adapter
 from bisparse.training.masked_peft import REWRITTEN, MaskedPeft, is_conv1d, lora_layers, why_not_linear
-from bisparse.training.static_mask import static_mask
+from bisparse.wrappers import check_module
 
 __all__ = ["MergedAdapter", "merge_lora_", "merged_weight"]
 
@@ -57,6 +61,16 @@ def merged_weight(
         PatternError: W does not obey the pattern, and `new_mask` is not set.
         ValueError: shapes that do not fit.
     """
+    for argument, tensor in (("weight", weight), ("a", a), ("b", b)):
+        check_dense(argument, tensor)
+        if not tensor.is_floating_point() or tensor.ndim != 2:
+            raise ValueError(
+                f"{argument} of shape {tuple(tensor.shape)} and {tensor.dtype}: expected a matrix of floating-point numbers"
+            )
+    if (reason := dtype_reason(weight)) is not None:
+        raise ValueError(f"{name or 'weight'}: {reason}")
+    if isinstance(scaling, bool) or not isinstance(scaling, int | float) or not -1e300 < scaling < 1e300:
+        raise ValueError(f"scaling={scaling!r:.40}: expected a finite number")
     return _merge(weight, a, b, scaling, parse_pattern(pattern), None, new_mask=new_mask, name=name)
 
 
@@ -113,6 +127,7 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
             kind (DoRA and other variants, embeddings, convolutions, LoRA with a bias, quantised or dynamic sparse weights). In
             either case nothing is changed.
     """
+    check_module(model)
     pattern = parse_pattern(pattern)
     own = [(name, module, parameter, adapter) for name, module, parameter, adapter in masked_adapters(model)]
     if own and new_mask:
@@ -134,13 +149,16 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
             merged.append((layer, adapters, _merged(name, layer, adapters, pattern, new_mask)))
     if not merged and not exact:
         raise ValueError("the model has no LoRA layer with an active adapter (peft's base_layer, lora_A, lora_B, scaling)")
-    for _, module, parameter, adapter in own:
-        remove_adapter(module, parameter, adapter)
-    for layer, adapters, result in merged:
-        base = layer.base_layer
-        base.weight.copy_(result.weight.T if is_conv1d(base) else result.weight)
-        for adapter_name in adapters:
-            layer.lora_B[adapter_name].weight.zero_()  # B A = 0: the adapter is now in the base weight
+    with Rollback(model if own else None) as rollback:
+        for layer, adapters, result in merged:
+            base = layer.base_layer
+            rollback.touch(base.weight, *(layer.lora_B[adapter].weight for adapter in adapters))
+            base.weight.copy_(result.weight.T if is_conv1d(base) else result.weight)
+            for one in adapters:
+                layer.lora_B[one].weight.zero_()  # B A = 0: the adapter is now in the base weight
+        for _, module, parameter, adapter in own:
+            rollback.touch(module.parametrizations[parameter].original)  # type: ignore[index, union-attr]
+            remove_adapter(module, parameter, adapter)
     return [*exact, *(result for *_, result in merged)]
 
 

@@ -18,10 +18,10 @@ from bisparse.layers import Filter, Layer, computed_reason, dtype_reason, find_l
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
+from bisparse.static_mask import static_masks
 from bisparse.tiles import Layout, from_matrices, to_matrices
 from bisparse.training.parametrizations import masked_parameters
 from bisparse.training.shared_classes import separate_class, share_class
-from bisparse.training.static_mask import static_masks
 
 __all__ = ["MaskedLoRA", "add_masked_lora_", "masked_adapters", "remove_adapter"]
 

@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bisparse.arguments import check_dense
 from bisparse.kernels.mvue.ops import estimate_2to4, keep_probabilities
 from bisparse.kernels.mvue.philox import draw_seed
 
@@ -31,6 +32,11 @@ def mvue_2_4(gradient: Float[Tensor, "T O"], generator: torch.Generator | None =
 
     Sampling runs in float32, or float64 for float64. A last group of fewer than 4 tokens counts as completed with zeros.
     """
+    check_dense("gradient", gradient)
+    if gradient.ndim != 2 or not gradient.is_floating_point():
+        raise ValueError(
+            f"a gradient of shape {tuple(gradient.shape)} and {gradient.dtype}: expected tokens x outputs, floating point"
+        )
     return _transposed_estimate(gradient, generator).t().contiguous()
 
 
@@ -88,7 +94,7 @@ class MVUELinear(nn.Linear):
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
-        if torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
+        if not input.is_meta and torch.is_autocast_enabled(input.device.type) and input.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(input.device.type)
             input, weight, bias = input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         output: Tensor = _MVUEMatmul.apply(input, weight, bias)  # type: ignore[no-untyped-call]

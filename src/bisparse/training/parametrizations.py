@@ -21,9 +21,10 @@ from torch.nn.utils import parametrize
 
 from bisparse._solve import solve
 from bisparse.pattern import Pattern, Structure
+from bisparse.solution import verify
+from bisparse.static_mask import static_mask, static_masks
 from bisparse.tiles import Layout, from_matrices, to_matrices
 from bisparse.training.bits import kept_straight_through
-from bisparse.training.static_mask import static_mask
 from bisparse.wrappers import is_wrapper
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Masked",
     "SoftThreshold",
     "layer_state",
+    "mask_refusal",
     "masked_parameters",
     "own_parametrization",
     "sample_of",
@@ -89,6 +91,8 @@ class _Parametrization(nn.Module):
     """The module, in a tuple so that it is no submodule, and its parameter."""
     origin: MaskState | None = None
     """In a copy: the state of what it was copied from."""
+    has_dense_phase: bool = False
+    """The run's schedule has a dense phase, of which an all-True mask may come."""
     copied: Float[Tensor, " S"] | None = None
     """In a copy: `sample_of` the weight that the mask belongs to."""
 
@@ -113,6 +117,8 @@ class _Parametrization(nn.Module):
             return
         module, parameter = self.owner
         sample = sample_of(trained_parameter(module, parameter))
+        if sample.is_meta:
+            return
         if self.copied is not None and torch.equal(self.copied.to(sample), sample):
             return
         origin = self.origin
@@ -122,6 +128,20 @@ class _Parametrization(nn.Module):
         if hasattr(module, "mask_changed"):  # it keeps something that was made from the mask
             changed: Any = module
             changed.mask_changed()
+
+    @torch.no_grad()
+    def mask_refusal(self, mask: Tensor) -> str | None:
+        """Why a mask of the right shape from outside cannot be this weight's; None where it can, or is an average of masks."""
+        if mask.is_meta or mask.is_complex():
+            return "the mask is complex" if mask.is_complex() else None
+        if not bool(((mask == 0) | (mask == 1)).all()):
+            if mask.is_floating_point() and bool(((mask >= 0) & (mask <= 1)).all()):
+                return None
+            return f"its mask of dtype {mask.dtype} holds other values than 0 and 1"
+        kept = mask != 0
+        if bool(kept.all()) and (self.dense or self.has_dense_phase):
+            return None
+        return mask_refusal(kept, self.pattern, self.layout)
 
     def on_device_of(self, weight: Tensor) -> Bool[Tensor, "..."]:
         """The mask, moved to the weight's device if something other than the module moved the weight, as FSDP2 does."""
@@ -174,6 +194,9 @@ class _Parametrization(nn.Module):
             return
         if mask.shape != self.mask.shape:
             error_msgs.append(f"{key}: shape {tuple(mask.shape)} in the checkpoint, {tuple(self.mask.shape)} in the model")
+            return
+        if (reason := self.mask_refusal(mask)) is not None:
+            error_msgs.append(f"{key}: {reason}")
             return
         with torch.no_grad():
             weight = trained_parameter(*self.owner) if self.owner is not None else None  # loaded before its parametrizations
@@ -245,6 +268,14 @@ class SoftThreshold(_Parametrization):
         return f"{self.pattern}, soft threshold"
 
 
+def mask_refusal(mask: Bool[Tensor, "..."], pattern: Structure, layout: Layout) -> str | None:
+    """Why a bool mask is none that a layer can be trained with: it breaks the pattern, or keeps nothing; None where it is one."""
+    if not bool(mask.any()):
+        return f"its mask at {pattern} keeps nothing: no weight of the layer could ever be trained"
+    found = verify(mask, pattern, layout=layout)
+    return None if found else f"its mask is none of {pattern}: {found.message}"
+
+
 def soft_threshold(weight: Float[Tensor, "..."], pattern: Pattern, layout: Layout) -> Float[Tensor, "..."]:
     """``sign(w) * max(0, |w| - t)`` with t the (N + 1)-th largest magnitude of each group of M; t = 0 where N = M.
 
@@ -296,7 +327,7 @@ class LayerState:
     mask: Bool[Tensor, "..."] | None
     """The whole mask; all True in a dense phase, None for a plain layer."""
     pattern: Structure | None
-    """Of a dynamic layer. The pattern of a static one is known to its Sparsity alone."""
+    """What the mask obeys; None for a plain layer."""
     phase: Literal["plain", "static", "dynamic", "dense"]
     """No part of sparse training; a mask that stays; a mask that is found again; or the dense phase of a schedule."""
     parametrization: Masked | SoftThreshold | None
@@ -314,7 +345,8 @@ def layer_state(module: nn.Module, parameter: str = "weight") -> LayerState:
     if own is not None:
         return LayerState(trained_parameter(module, parameter), own.mask, own.pattern, "dense" if own.dense else "dynamic", own)
     weight, mask = getattr(module, parameter), static_mask(module, parameter)
-    return LayerState(weight, mask, None, "plain" if mask is None else "static", None)
+    pattern = next((held.pattern for name, held in static_masks(module) if name == parameter), None)
+    return LayerState(weight, mask, pattern, "plain" if mask is None else "static", None)
 
 
 def masked_parameters(model: nn.Module, *, each_name: bool = False) -> list[tuple[str, nn.Module, str, Masked | SoftThreshold]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,9 +10,10 @@ import torch
 from torch import Tensor
 
 from bisparse.pattern import Structure
-from bisparse.solution import verify
+from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
 from bisparse.training.layer import SparseLayer
+from bisparse.training.parametrizations import mask_refusal
 
 __all__ = ["STATE_VERSION", "check_mask", "check_state"]
 
@@ -20,8 +22,12 @@ STATE_VERSION = 2
 
 def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: str) -> None:
     """Raise ValueError unless a run of these layers and this mode can load the result of `Sparsity.state_dict`."""
+    if not isinstance(state, Mapping):
+        raise ValueError(f"a sparsity state is the mapping that Sparsity.state_dict() returned, not a {type(state).__name__}")
     if state.get("version") != STATE_VERSION:
         raise ValueError(f"sparsity state of version {state.get('version')!r}: this release reads version {STATE_VERSION}")
+    if missing := [key for key in ("mode", "step", "refreshes", "due", "ended", "layers") if key not in state]:
+        raise ValueError(f"the checkpoint lacks {missing}: it is not what Sparsity.state_dict() returned, or a part of it")
     if state["mode"] != mode:
         raise ValueError(f"the checkpoint is of a {state['mode']} run, this one is {mode}: pass mode={state['mode']!r}")
     if state["ended"] is not None:
@@ -43,14 +49,32 @@ def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: s
         )
     for name, entry in saved.items():
         layer = own[name]
+        if (
+            not isinstance(entry, Mapping)
+            or not {"pattern", "shape"} <= entry.keys()
+            or not isinstance(entry["shape"], list | tuple)
+        ):
+            raise ValueError(f"{name}: the checkpoint's entry is no mapping with the layer's pattern and shape")
         if entry["pattern"] != str(layer.pattern):
             raise ValueError(f"{name}: the checkpoint has pattern {entry['pattern']}, this run {layer.pattern}")
         if list(entry["shape"]) != list(layer.mask.shape):
             raise ValueError(f"{name}: the checkpoint has shape {tuple(entry['shape'])}, this run {tuple(layer.mask.shape)}")
         if "u" in entry:
             _check_prices(name, entry, layer)
+        if "decay" in entry:
+            _check_decay(name, entry["decay"])
+        if mode == "static" and "mask" not in entry:
+            raise ValueError(f"{name}: the checkpoint of a static run must have its mask, and has none")
         if "mask" in entry:
             check_mask(name, entry["mask"], layer.pattern, layer)
+
+
+def _check_decay(name: str, given: Any) -> None:
+    numbers = given if isinstance(given, list | tuple) else ()
+    if len(numbers) != 2 or not all(isinstance(one, int | float) and 0 <= one < math.inf for one in numbers):
+        raise ValueError(
+            f"{name}: the checkpoint has decay={given!r:.60}: expected the decay done and the largest rate, two numbers"
+        )
 
 
 def _check_prices(name: str, entry: Mapping[str, Any], layer: SparseLayer) -> None:
@@ -66,10 +90,12 @@ def _check_prices(name: str, entry: Mapping[str, Any], layer: SparseLayer) -> No
 
 
 def check_mask(name: str, mask: Tensor, pattern: Structure, layer: SparseLayer) -> None:
-    """Raise ValueError unless a mask has the layer's shape and obeys its pattern."""
+    """Raise ValueError unless a mask from outside has the layer's shape, obeys its pattern and keeps something."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"{name}: a mask must be a bool tensor, True = kept; this one is of {found}")
     if mask.shape != layer.weight.shape:
         raise ValueError(f"{name}: the mask has shape {tuple(mask.shape)}, the weight {tuple(layer.weight.shape)}")
     verify(mask, pattern, layout=layer.layout, name=name).check()
+    if (reason := mask_refusal(mask, pattern, layer.layout)) is not None:
+        raise PatternError(f"{name}: {reason}")

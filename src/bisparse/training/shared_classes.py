@@ -66,8 +66,17 @@ def separate_class(module: nn.Module, base: type[nn.Module] | None = None) -> No
     module.__class__ = type(f"Parametrized{kind.__name__}", (kind,), _contents(old))
 
 
+def _refuse_pickling(module: nn.Module) -> Any:
+    raise RuntimeError(
+        f"a model with parametrized weights, as in sparse training, cannot be pickled whole (by torch.save(model); this is a "
+        f"{type(module).__bases__[0].__name__}): save model.state_dict() and sparsity.state_dict(), or the plain model that "
+        "finalize_(copy.deepcopy(model)) makes"
+    )
+
+
 def _contents(kind: type[nn.Module]) -> dict[str, Any]:
-    return {name: value for name, value in vars(kind).items() if name not in PYTHONS_OWN}
+    found = {name: value for name, value in vars(kind).items() if name not in PYTHONS_OWN}
+    return found | {"__getstate__": _refuse_pickling}
 
 
 def _of_parametrized(name: str, own: property) -> property:

@@ -16,9 +16,11 @@ from bisparse.layers import Filter, Layer, Skipped, computed_reason, dtype_reaso
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.rollback import Rollback
 from bisparse.solvers import Solver
-from bisparse.tiles import to_matrices
+from bisparse.static_mask import StaticMask, static_masks
+from bisparse.tiles import Layout, to_matrices
 from bisparse.training.decay import AnnealedDecay, Decay, FixedDecay
 from bisparse.training.layer import Accelerated, SparseLayer, local
+from bisparse.training.mask_check import check_loaded_masks
 from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, sample_of
@@ -27,7 +29,6 @@ from bisparse.training.run_state import check_mask
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.shared_classes import share_class
 from bisparse.training.sparsity import Method, Mode, Sparsity
-from bisparse.training.static_mask import StaticMask, static_masks
 from bisparse.wrappers import plain_names, unwrapped_model
 
 __all__ = ["sparsify_"]
@@ -47,6 +48,7 @@ def sparsify_(
     schedule: Schedule | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     remainder: Literal["pad", "dense", "error"] = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
     score: Score = magnitude,
@@ -83,6 +85,7 @@ def sparsify_(
         steps: optimizer steps of the whole run. The callbacks for the transformers Trainer and Lightning set it.
         schedule: dense and frozen phases of a dynamic run, in optimizer steps.
         include, exclude: which layers, by name, glob, ``re:`` or function, as `bisparse.layers.find_layers` takes them.
+        layouts: how single layers store their matrices, as for `prune_`.
         remainder: for layers that M does not divide: "pad" as if with zeros, leave "dense" with the reason, or "error".
         patterns: other patterns for single layers, from names or globs, the first match wins; ``"dense"`` leaves a layer out.
         score: (layer name, weight) -> scores; by default the magnitude.
@@ -109,8 +112,10 @@ def sparsify_(
     _check_arguments(model, mode, method, refresh, measure_every, schedule, masks, decay)
     model = unwrapped_model(model)
     plain = plain_names(model)
+    if patterns is not None and not isinstance(patterns, Mapping):
+        raise ValueError(f"patterns={patterns!r:.60}: expected a mapping from layer names or globs to patterns, or 'dense'")
     structures = {name: None if own == "dense" else parse_pattern(own) for name, own in (patterns or {}).items()}
-    layers, skipped = _choose(model, pattern, structures, include, exclude, remainder, mode)
+    layers, skipped = _choose(model, pattern, structures, include, exclude, remainder, mode, layouts)
     decays = dict(decay) if isinstance(decay, Mapping) else None
     holders: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -161,10 +166,11 @@ def sparsify_(
                 layer.zero_pruned()
             else:
                 _parametrize(model, layer, mask, method, schedule)
-    if sticky is not None:
-        sticky.layers = {layer.name: layer for layer in sparse}
-    if mode == "dynamic":
-        sparsity.hook.install(sparsity.called)
+        if sticky is not None:
+            sticky.layers = {layer.name: layer for layer in sparse}
+        if mode == "dynamic":
+            sparsity.hook.install(sparsity.called)
+            model.register_load_state_dict_pre_hook(check_loaded_masks)
     return sparsity
 
 
@@ -226,10 +232,11 @@ def _choose(
     exclude: Filter | None,
     remainder: str,
     mode: str,
+    layouts: Mapping[str, str | Layout] | None,
 ) -> tuple[list[tuple[Layer, Structure]], list[Skipped]]:
     if remainder not in ("pad", "dense", "error"):
         raise ValueError(f"remainder={remainder!r}: expected 'pad', 'dense' or 'error'")
-    found, skipped = find_layers(model, include, exclude)
+    found, skipped = find_layers(model, include, exclude, layouts=layouts)
     _check_names("patterns", patterns, [(layer, pattern) for layer in found])
     chosen: list[tuple[Layer, Structure]] = []
     for layer in found:
@@ -347,6 +354,7 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
     else:
         # The memory format of the weight: conv weights may be channels_last.
         own = Masked(torch.empty_like(weight, dtype=torch.bool).copy_(mask), layer.pattern, layer.layout)
+    own.has_dense_phase = schedule.dense_until > 0 or schedule.dense_from is not None
     if schedule.phase(0) is Phase.DENSE:
         own.state.dense = own.state.warm_up = True
         own.mask.fill_(True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 from weakref import WeakSet
@@ -38,6 +39,7 @@ from bisparse.training.metrics import MaskChange, as_metrics, measure_change
 from bisparse.training.optimizer import after_each_step, flattened, held_by, skipped_by_scaler, unwrapped, why_not_followed
 from bisparse.training.parametrizations import SAMPLED
 from bisparse.training.rank_consistency import check_ranks_agree, raise_together, ranks_of
+from bisparse.training.replaced import Links
 from bisparse.training.run_state import STATE_VERSION, check_state
 from bisparse.training.schedule import Phase, Schedule
 
@@ -100,6 +102,9 @@ class Sparsity:
         self.ended: int | None = None
         """The step at which `finalize_` ended this object; None before."""
         self.called = called
+        self._links = Links(called[0])
+        self._replaced: dict[str, str] = {}
+        """Why layers are no longer followed, by name."""
         self._final: dict[str, LayerResult] = {}
         self._begin()
 
@@ -141,7 +146,8 @@ class Sparsity:
 
         ``sparsity/step`` is the number of optimizer steps that were done when it was measured, up to `measure_every` steps ago.
         """
-        return as_metrics(self.changes)
+        self.notice_replaced()
+        return as_metrics({name: one for name, one in self.changes.items() if name not in self._replaced})
 
     def report(self) -> PruneReport:
         """Each sparse layer as its weight is now, and each dense one with its reason, for `bisparse.checkpoint.save`.
@@ -149,11 +155,14 @@ class Sparsity:
         Retained scores and gaps are computed now, by a search at the cost of a refresh. After `finalize_` they are those of that
         time, and a note says so. In a sharded run, all ranks must call it.
         """
-        results = [self._final.get(layer.name) or layer_facts(layer, self.search.score) for layer in self.layers]
+        self.notice_replaced()
+        present = [layer for layer in self.layers if layer.name not in self._replaced]
+        results = [self._final.get(layer.name) or layer_facts(layer, self.search.score) for layer in present]
+        skipped = (*self.skipped, *(Skipped(name, reason) for name, reason in self._replaced.items()))
         solver = parse_solver(self.search.solver)
         method = "static training" if self.mode == "static" else f"dynamic training, {self.method}"
         notes = () if self.ended is None else (f"ended by finalize_ after optimizer step {self.ended}; later steps are dense",)
-        return PruneReport(str(self.pattern), method, type(solver).__name__, tuple(results), tuple(self.skipped), notes=notes)
+        return PruneReport(str(self.pattern), method, type(solver).__name__, tuple(results), skipped, notes=notes)
 
     def facts_within(self, model: nn.Module) -> dict[str, LayerResult]:
         """What `report` says of the layers that are in a model, by name."""
@@ -163,10 +172,23 @@ class Sparsity:
     def end(self, facts: Mapping[str, LayerResult]) -> None:
         """Called when layers are finalized: freeze their figures, and detach once no layer is left."""
         self._final |= facts
-        if facts and len(self._final) == len(self.layers):
+        if facts and len(self._final | self._replaced) == len(self.layers):
             self.detach()
             self.ended, self.due, self.written, self.on_refresh = self.step, False, [], []
             _LIVE.discard(self)
+
+    def notice_replaced(self) -> None:
+        """Warn once of each sparse layer whose module is no longer in the model, and stop following it."""
+        if self.ended is not None:
+            return
+        for layer in self._links.missing(self._active):
+            reason = f"replaced after sparsify_: the module that is {layer.name!r} now has no mask, and trains dense"
+            self._replaced[layer.name] = reason
+            warnings.warn(
+                f"{layer.name}: {reason}. Replace modules before sparsify_; to make it sparse, call finalize_(model), "
+                "sparsify_ it again, and give its parameters to the optimizer",
+                stacklevel=3,
+            )
 
     def _check_not_ended(self, doing: str) -> None:
         if self.ended is not None:
@@ -189,6 +211,7 @@ class Sparsity:
                 hold different masks or weights.
         """
         self._check_not_ended("attach an optimizer")
+        self.notice_replaced()
         totals = [layer.decay if layer.decay is not None else self.decay for layer in self._active]
         if self.steps is None and any(
             isinstance(one, AnnealedDecay) or (isinstance(one, float | int) and one > 0) for one in totals
@@ -268,6 +291,7 @@ class Sparsity:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if skipped_by_scaler(own):
             return None
+        self.notice_replaced()
         replaced = after_closure(args, kwargs, lambda first: self._use_gradients(own, first))
         if replaced is None:
             self._use_gradients(own, True)
@@ -338,6 +362,8 @@ class Sparsity:
         moved = []
         for layer in self._active:
             weight = local(layer.weight.detach())
+            if weight.is_meta:
+                continue
             if layer.name not in self._off:
                 off = (~layer.local_mask).flatten().nonzero().flatten()
                 self._off[layer.name] = off[:: max(1, off.numel() // SAMPLED)]
@@ -352,7 +378,7 @@ class Sparsity:
                 self.written.append(layer.mask)
                 for module in (layer.module, *layer.sharing):
                     if isinstance(module, Accelerated):
-                        self.written += [held for held in module.buffers(recurse=False)]
+                        self.written += module.derived_tensors
 
     @torch.no_grad()
     def refresh_due(self) -> None:
@@ -376,6 +402,9 @@ class Sparsity:
         The weights were trained with the previous masks: train on before you evaluate, save or finalize.
         """
         self._check_not_ended("refresh the masks")
+        self.notice_replaced()
+        if absent := [layer.name for layer in self._active if layer.weight.is_meta]:
+            raise ValueError(f"{absent[0]}: its weight is on the meta device and holds no numbers to find a mask for")
         for layer in self._active:
             layer.follow_nothing()
         layers = [layer for layer in self._active if (layer.weight.requires_grad or self._is_dense(layer))]
@@ -420,6 +449,7 @@ class Sparsity:
 
         After `finalize_` it contains the step at which this object ended, and no run can load it.
         """
+        self.notice_replaced()
         layers: dict[str, dict[str, Any]] = {}
         for layer in self._active:
             entry: dict[str, Any] = {"pattern": str(layer.pattern), "shape": list(layer.mask.shape)}
@@ -436,8 +466,8 @@ class Sparsity:
 
     @property
     def _active(self) -> list[SparseLayer]:
-        """The layers that are not finalized."""
-        return [layer for layer in self.layers if layer.name not in self._final and layer.active]
+        """The layers that are neither finalized nor replaced."""
+        return [layer for layer in self.layers if layer.name not in self._final | self._replaced and layer.active]
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -447,6 +477,7 @@ class Sparsity:
             ValueError: the state is of other layers, patterns, shapes, or of the other mode, or one of both has ended.
         """
         self._check_not_ended("load a state")
+        self.notice_replaced()
         check_state(state, self._active, self.mode)
         saved, own = state["layers"], {layer.name: layer for layer in self._active}
         self._off.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 
 from bisparse.checkpoint.formats.recognize import Format, is_text, recognize
@@ -33,7 +33,7 @@ HEAD = 4096
 SHOWN = 12
 
 
-def companions(folder: Path, used: set[str], ours: set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def companions(folder: Path, used: Set[str], ours: Set[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Files to copy, relative to the folder, and notes that list them and those left out.
 
     Args:

@@ -116,9 +116,9 @@ def _sign(bits: np.ndarray[Any, Any]) -> Any:
 
 
 def _njit(function: Callable[..., Any]) -> Callable[..., Any]:
-    from numba import njit
+    from bisparse.kernels.numba_runtime.cache import cached_njit
 
-    return njit(nogil=True, cache=True)(function)  # type: ignore[no-any-return]
+    return cached_njit()(function)  # type: ignore[no-any-return]
 
 
 @cache

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
 
+from bisparse.kernels.numba_runtime.cache import cached_cfunc, cached_njit
 from bisparse.kernels.numba_runtime.llvm import I8, I64, call_llvm
 
 __all__ = ["Kernel", "address_of", "array_at", "kernel", "numpy_type", "over_bands"]
@@ -133,7 +134,7 @@ def _pointer(typing: Any, address: Any) -> Any:
     return types.voidptr(types.int64), codegen
 
 
-@njit(nogil=True, cache=True, inline="always")
+@cached_njit(inline="always")
 def array_at(address, shape, dtype):  # type: ignore[no-untyped-def]
     """For kernels: the array at an address, given its shape (a tuple) and numpy dtype."""
     return carray(_pointer(address), shape, dtype)
@@ -151,10 +152,10 @@ def numpy_type(dtype: torch.dtype) -> Any:
 
 def kernel(function: Callable[[int, int, int], int]) -> Kernel:
     """Compile a kernel, or load it from numba's cache."""
-    return cfunc("int64(int64, int64, int64)", cache=True)(function)
+    return cached_cfunc("int64(int64, int64, int64)", function)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit()
 def _take_bands(call):  # type: ignore[no-untyped-def]
     """Run bands of a call until none is left."""
     code, size, count, bands = _read(call, CODE), _read(call, SIZE), _read(call, COUNT), _read(call, BANDS)
@@ -167,7 +168,7 @@ def _take_bands(call):  # type: ignore[no-untyped-def]
             _raise_flags(call, FLAGS, returned - 1 if returned else FAILED)
 
 
-@njit(nogil=True, cache=True)
+@cached_njit()
 def _wait_while(worker, state, spins):  # type: ignore[no-untyped-def]
     for _ in range(spins):
         if _read(worker, STATE) != state:
@@ -175,7 +176,7 @@ def _wait_while(worker, state, spins):  # type: ignore[no-untyped-def]
         _pause()
 
 
-@njit(nogil=True, cache=True)
+@cached_njit()
 def _serve(worker, spins):  # type: ignore[no-untyped-def]
     """Serve calls; returns True after `spins` spins without one, False where a sleeping caller has to be woken."""
     _replace_if(worker, STATE, ASLEEP, IDLE)
@@ -189,7 +190,7 @@ def _serve(worker, spins):  # type: ignore[no-untyped-def]
                 return False
 
 
-@njit(nogil=True, cache=True)
+@cached_njit()
 def _share(call, workers, count, spins, started):  # type: ignore[no-untyped-def]
     """Call workers unless `started`, run bands alongside them, and wait for the workers that have begun.
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from bisparse.kernels.numba_runtime.thread_pool import over_bands
+from bisparse.kernels.packed_cpu import amx
 from bisparse.kernels.packed_cpu.instructions import NUMBERS, Way, usable_ways
 from bisparse.kernels.packed_cpu.kernels import expand_kernel, multiply_kernel
 from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP, reference_linear, reference_unpack
@@ -17,6 +18,8 @@ __all__ = ["expand", "multiply", "multiply_bands", "product", "unpack"]
 
 MIN_ENTRIES_PER_BAND = 1 << 16
 """Minimum of matrix entries times tokens per band, below which another thread does not pay off."""
+MIN_TOKENS_AMX = 5
+"""From here on AMX is faster than dot products, which take another pass per 4 tokens."""
 WORKSPACE_BYTES = 1 << 22
 """Bytes of unpacked rows that are multiplied at a time."""
 
@@ -50,6 +53,9 @@ def product(
     flat = input if input.ndim == 2 else input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
+    if values.dtype == torch.bfloat16 and MIN_TOKENS_AMX <= flat.shape[0] <= amx.MAX_TOKENS and amx.amx_works():
+        output = amx.multiply_amx(flat, values, masks, starts, bias, rows)
+        return output if input.ndim == 2 else output.view(*input.shape[:-1], rows)
     few = flat.shape[0] <= max_tokens
     output = (multiply if few else multiply_bands)(ways[0], flat, values, masks, starts, bias, rows)
     return output if input.ndim == 2 else output.view(*input.shape[:-1], rows)

@@ -70,18 +70,17 @@ class Collector:
         if layer.name not in self.fit:
             return
         if not self.held:
-            self.fit[layer.name].add(x, z, keep, part)
+            self.fit[layer.name].add(x, z, keep, part, index)
         elif self.by_batch:
             chosen = self.held if index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1 else self.fit
-            chosen[layer.name].add(x, z, keep, part)
+            chosen[layer.name].add(x, z, keep, part, index)
         else:
             cut = x.shape[0] - x.shape[0] // HOLD_OUT_EVERY
             for chosen, span in ((self.fit, slice(0, cut)), (self.held, slice(cut, None))):
                 if x[span].shape[0]:
                     whole = keep is None or keep.shape[0] != x.shape[0]
-                    chosen[layer.name].add(
-                        x[span], None if z is None else z[span], keep if whole else keep[span] if keep is not None else None, part
-                    )
+                    own_keep = keep if whole else keep[span] if keep is not None else None
+                    chosen[layer.name].add(x[span], None if z is None else z[span], own_keep, part, index)
 
     def stage(self, layers: Sequence[Layer]) -> Stage:
         found: dict[str, Statistics] = {}

@@ -12,6 +12,8 @@ matmul precision are therefore switched off while accumulating.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -37,6 +39,8 @@ ABOUT = {
 }
 """The means that the two factors of each second moment are centred on."""
 DENSE = frozenset({"cross_covariance", "dense_covariance", "dense_mean"})
+MAX_INPUT = 2.0**50
+"""Largest magnitude of an input: sums of squares of 2**27 such numbers are still finite in float32."""
 MAX_TOKEN_ENERGY_RATIO = 32.0
 """Columns with more than this many times the usual energy are weighted down to that energy."""
 SPLIT_COLUMNS = 512
@@ -97,6 +101,7 @@ class Moments:
         dense_inputs: Float[Tensor, "..."] | None = None,
         keep: Bool[Tensor, "..."] | None = None,
         part: int | None = None,
+        batch: int | None = None,
     ) -> None:
         """Add one batch of inputs, and the dense network's inputs of the same batch if "cross" is needed.
 
@@ -104,14 +109,10 @@ class Moments:
         of tokens have differed, the layer is measured without "cross".
 
         Raises:
-            CalibrationError: the inputs are not finite.
+            CalibrationError: the inputs are not finite, or so large that their squares overflow; names layer and batch.
         """
         inputs = inputs.detach()
-        if not bool(torch.isfinite(inputs).all()):
-            raise CalibrationError(
-                f"{self.layer.name}: an input of shape {tuple(inputs.shape)} and dtype {inputs.dtype} holds NaN or infinite "
-                "numbers; check the calibration data and the weights before this layer, or run the model in bfloat16 or float32"
-            )
+        self._check_inputs(inputs, batch)
         paired = dense_inputs is not None and dense_inputs.shape == inputs.shape and self._paired is not False
         if self._paired and not paired:
             self._forget_dense()
@@ -126,6 +127,24 @@ class Moments:
                     self.columns += x.shape[1]
                 if x.shape[1] and self.needs & AVERAGED:
                     self._add_columns(x, z, part or 0)
+
+    def _check_inputs(self, inputs: Float[Tensor, "..."], batch: int | None) -> None:
+        if inputs.numel() == 0:
+            return
+        largest = float(torch.stack(torch.aminmax(inputs)).abs().max())  # NaN is the largest of all
+        where = (
+            f"{self.layer.name}: {'' if batch is None else f'calibration batch {batch}: '}an input of shape {tuple(inputs.shape)}"
+        )
+        if not math.isfinite(largest):
+            raise CalibrationError(
+                f"{where} and dtype {inputs.dtype} holds NaN or infinite numbers; check the calibration data and the weights "
+                "before this layer, or run the model in bfloat16 or float32"
+            )
+        if largest > MAX_INPUT and self.needs & (AVERAGED - {Statistic.MEAN}):
+            raise CalibrationError(
+                f"{where} holds numbers as large as {largest:.3g}, of which moments overflow float32 (up to {MAX_INPUT:.3g} they "
+                "do not); check that batch and the weights before this layer, or leave the batch out"
+            )
 
     def _add_columns(self, x: Float[Tensor, "G T K"], z: Float[Tensor, "G T K"] | None, part: int) -> None:
         weights = token_weights(x) if self.needs & {Statistic.GRAM, Statistic.NORM} else None

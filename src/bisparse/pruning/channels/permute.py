@@ -12,7 +12,7 @@ Sources: channel permutation, Pool and Yu, NeurIPS 2021; dealing out by assignme
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +23,15 @@ from torch.utils import _pytree as pytree
 
 from bisparse._solve import solve
 from bisparse.errors import install_extra
-from bisparse.layers import Filter, Layer, find_layers
+from bisparse.layers import Filter, Layer, check_unheld, find_layers
 from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces
 from bisparse.pruning.channels.stripe_search import refine_stripes
+from bisparse.pruning.methods.base import check_count, check_number
 from bisparse.rollback import Rollback
 from bisparse.scores import magnitude
-from bisparse.tiles import LayoutKind, to_matrices
+from bisparse.tiles import Layout, LayoutKind, to_matrices
 
 __all__ = ["PermutationReport", "PermutedSpace", "permute_", "search_order"]
 
@@ -80,6 +81,7 @@ def permute_(
     *,
     include: Filter | None = None,
     exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     scores: Callable[[Layer], Tensor] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     steps: int = 60,
@@ -94,6 +96,7 @@ def permute_(
     Args:
         example: a batch for tracing the network and comparing its outputs.
         include, exclude: layers that will be pruned; see `find_layers`. Others are permuted too, but their scores do not count.
+        layouts: how single layers store their matrices, as for `prune_`.
         scores: a layer's scores, of its weight's shape; by default magnitude.
         steps: maximum per space and round. rounds: passes over all spaces; later ones see the new order of the other side.
         tolerance: maximum difference of the outputs, from rounding, relative to their largest number; a space that exceeds it is
@@ -109,7 +112,14 @@ def permute_(
     parsed = parse_pattern(pattern)
     if not isinstance(parsed, Pattern):
         raise ValueError(f"permutation at {parsed} is not defined: expected a pattern such as '2:4' or '4:8-T'")
-    layers, _ = find_layers(model, include, exclude)
+    check_unheld(model, "permuting channels")
+    check_count("steps", steps, least=0)
+    check_count("rounds", rounds, least=0)
+    check_count("seed", seed, least=0)
+    check_number("tolerance", tolerance, least=0)
+    if scores is not None and not callable(scores):
+        raise ValueError(f"scores is a {type(scores).__name__}; expected a function of a layer, or None for the magnitude")
+    layers, _ = find_layers(model, include, exclude, layouts=layouts)
     by_weight = {id(layer.weight): layer for layer in layers if layer.layout.kind is not LayoutKind.PACKED}
     score_of = scores or (lambda layer: magnitude(layer.weight))
     training = [(module, module.training) for module in model.modules()]
@@ -124,6 +134,7 @@ def permute_(
         first = {id(space): _space_value(space, by_weight, parsed, score_of) for space in spaces}
         last = dict(first)
         for turn in range(rounds):
+            before_turn = dict(last)
             for space in spaces:
                 if done[id(space)]:
                     continue
@@ -140,6 +151,8 @@ def permute_(
                     done[id(space)] = "the outputs changed: the graph hides a use of these channels"
                 else:
                     last[id(space)] = after
+            if last == before_turn:
+                break
         for space in spaces:
             names = _names(space, by_weight)
             value = _space_value(space, by_weight, parsed, score_of)

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from bisparse.kernels.numba_runtime.cache import cached_njit
 from bisparse.kernels.numba_runtime.llvm import F32, I64, at, data_of, load, store
 from bisparse.kernels.numba_runtime.thread_pool import Kernel, array_at, kernel, over_bands
 
@@ -66,7 +67,7 @@ def _add_kept(typing: Any, columns: Any, places: Any, row: Any, kept: Any, n: An
     return types.void(columns, places, types.intp, kept, n), codegen
 
 
-@njit(nogil=True, cache=True)
+@cached_njit()
 def divide_band(columns, rows, members, pairs, gains, choices, least, n, first, last):  # type: ignore[no-untyped-def]
     """For the pairs from first to last, what the best division gains over the one they have, and which it is."""
     places = np.empty(8, np.int64)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -165,7 +165,9 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
 
 def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None, unit: str = "") -> None:
     """Refuse a setting that is not a finite number above `above` and >= `least`."""
-    numeric = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    numeric = (
+        isinstance(value, int | float) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
+    )
     if not numeric or (above is not None and value <= above) or (least is not None and value < least):
         bound = "" if above is None and least is None else f" > {above:g}" if above is not None else f" >= {least:g}"
         raise ValueError(f"{name}={value!r:.60}: expected a finite number{bound}{unit and f', {unit}'}")

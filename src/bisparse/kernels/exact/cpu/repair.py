@@ -8,10 +8,11 @@ Cost: a path visits few nodes, since the prices are nearly right; a visit is two
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from bisparse.kernels.exact.cpu import search
 from bisparse.kernels.exact.cpu import vectors as vec
-from bisparse.kernels.exact.cpu.vectors import FAR
+from bisparse.kernels.exact.cpu.search import FAR
+from bisparse.kernels.numba_runtime.cache import cached_njit
 
 __all__ = ["repair"]
 
@@ -19,7 +20,7 @@ LIMIT = FAR // 2
 """Maximum total change of a tile's prices. They start within 2**25."""
 
 
-@njit(nogil=True, cache=True)
+@cached_njit()
 def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-untyped-def]
     """Dijkstra on reduced costs from rows that keep too few and columns that keep too many, until there are none.
 
@@ -36,14 +37,14 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
     kept_row, kept_column = near_row + 6 * m, near_column + 6 * m
     spent = np.int64(0)
     while True:
-        sources = vec.start_search(work, near_row, final_row, origin_row, kept_row, prices, u, free, n, side)
-        sources |= vec.start_search_surplus(work, near_column, final_column, origin_column, kept_column, n, side)
+        sources = search.start_search(work, near_row, final_row, origin_row, kept_row, prices, u, free, n, side)
+        sources |= search.start_search_surplus(work, near_column, final_column, origin_column, kept_column, n, side)
         if sources == 0:
             return True
         rows_done, columns_done = np.int64(0), np.int64(0)
         ground, ground_row = FAR, -1
         while True:
-            packed = vec.nearest(work, near_row, near_column, side)
+            packed = search.nearest(work, near_row, near_column, side)
             distance, node = packed >> 8, packed & 255
             if distance >= ground:
                 distance, node = ground, ground_row
@@ -57,7 +58,7 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
                 rows_done |= np.int64(1) << node
                 work[near_row + node], work[final_row + node] = FAR, distance
                 allowed = ~(bits[row + node] | columns_done)
-                vec.relax(
+                search.relax(
                     work, q + node * m, distance + price, 1, prices, v, near_column, origin_column, allowed, node, side
                 )  # fmt: skip
             else:
@@ -68,15 +69,15 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
                 columns_done |= np.int64(1) << node
                 work[near_column + node], work[final_column + node] = FAR, distance
                 allowed = bits[column + node] & ~rows_done
-                vec.relax(
+                search.relax(
                     work, transposed + node * m, distance - prices[v + node], -1, prices, u, near_row, origin_row, allowed,
                     node, side,
                 )  # fmt: skip
         spent += distance
         if spent >= LIMIT:
             return False
-        vec.shift_prices(prices, u, work, final_row, distance, -1, side)
-        vec.shift_prices(prices, v, work, final_column, distance, 1, side)
+        search.shift_prices(prices, u, work, final_row, distance, -1, side)
+        search.shift_prices(prices, v, work, final_column, distance, 1, side)
         in_rows = node < m
         node = node if in_rows else node - m
         if in_rows:
@@ -97,7 +98,7 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
             work[kept_column + node] -= 1
 
 
-@njit(nogil=True, cache=True)
+@cached_njit()
 def fill_ties(bits, work, kept_row, kept_column, n, side):  # type: ignore[no-untyped-def]
     """Keep entries at reduced cost zero, row by row, in the columns with the most room left, of those the lowest first.
 
@@ -124,7 +125,7 @@ def fill_ties(bits, work, kept_row, kept_column, n, side):  # type: ignore[no-un
                 moved |= lowest
                 need -= 1
                 work[kept_row + i] += 1
-                work[kept_column + vec.lowest_bit(lowest)] += 1
+                work[kept_column + search.lowest_bit(lowest)] += 1
             bits[i] |= moved
             bits[2 * m + i] &= ~moved
             bits[rooms + room] ^= moved
@@ -132,7 +133,7 @@ def fill_ties(bits, work, kept_row, kept_column, n, side):  # type: ignore[no-un
             room -= 1
 
 
-@njit(nogil=True, cache=True)
+@cached_njit()
 def repair(scores, base, stride, scale, prices, u, v, n, free, mask, bits, work, side):  # type: ignore[no-untyped-def]
     """Balance one tile; `bits` holds the rows of its mask and `work` the kept counts, as `tile_mask` left them."""
     vec.never_inline()
@@ -140,12 +141,12 @@ def repair(scores, base, stride, scale, prices, u, v, n, free, mask, bits, work,
     kept_row, kept_column = 2 * m * m + 6 * m, 2 * m * m + 7 * m
     tied = np.int64(0)
     for i in range(m):
-        equal = vec.row_integers(scores, base + i * stride, scale, prices, u + i, v, work, i * m, side)
+        equal = search.row_integers(scores, base + i * stride, scale, prices, u + i, v, work, i * m, side)
         bits[2 * m + i] = equal
         tied |= equal
     if tied != 0:
         fill_ties(bits, work, kept_row, kept_column, n, side)
-    vec.column_bits(bits, 0, m, side)
+    search.column_bits(bits, 0, m, side)
     if m >= 8:
         for i in range(0, m, 8):
             for j in range(0, m, 8):

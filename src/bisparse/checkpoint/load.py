@@ -1,0 +1,206 @@
+"""A checkpoint's weights into a plain model, in place: all of them or none."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from bisparse.checkpoint.reader import Source, open_source
+from bisparse.checkpoint.save_load import HasDenseWeight
+from bisparse.checkpoint.sidecar import Sidecar, read_own_sidecar
+from bisparse.checkpoint.statements import corrected, wrong_statements
+from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
+from bisparse.checkpoint.verify import verify_checkpoint
+from bisparse.errors import CheckpointError
+from bisparse.rollback import Rollback
+from bisparse.solution import PatternError
+
+__all__ = ["load"]
+
+
+@torch.no_grad()
+def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str | None = None) -> Sidecar | None:
+    """Load a checkpoint's weights into a plain model, in place, tensor by tensor, once they are known to fit and to obey.
+
+    Args:
+        folder: what `save` or `prune_checkpoint` wrote, or any checkpoint that `prune_checkpoint` reads.
+        strict: every weight of the model must be in the checkpoint and the other way round; weights tied to one that is
+            there need not be. Without it tensors of other names are left out on both sides, as long as one has a name in common.
+        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
+
+    Returns:
+        The sidecar, None where there is none. Figures that its weights contradict are replaced by the weights' own, or by None
+        where these do not tell, with a note and a warning.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes that do not fit; values that the model's dtype cannot hold; tensors that differ
+            although the model ties them; a corrupt file, or one that changes while it is loaded. The model is unchanged.
+        ValueError: the model is accelerated, or has tensors on the meta device.
+        PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
+    """
+    if packed := [name for name, module in model.named_modules() if isinstance(module, HasDenseWeight)]:
+        raise ValueError(
+            f"the model is accelerated (at {packed[0]!r}): load into the plain model, then call accelerate_, or read the weights "
+            "yourself and pass them to model.load_state_dict"
+        )
+    source = open_source(folder, key)
+    state = model.state_dict()
+    if absent := [name for name, value in state.items() if value.is_meta]:
+        raise ValueError(
+            f"{absent[0]} is on the meta device and has no place for numbers: call model.to_empty(device='cpu') first, and fill "
+            "what the checkpoint lacks"
+        )
+    sidecar = read_own_sidecar(source.path, source.tensors)
+    _check_fit(state, source)
+    _check_names(state, source, strict)
+    if sidecar is not None:
+        checked = verify_checkpoint(source.path, key=key)
+        if checked.violations:
+            raise PatternError(f"{source.path}: {checked.message}; the masks were lost after pruning, prune again")
+        wrong = wrong_statements(sidecar, source, checked.layers)
+        sidecar = corrected(sidecar, source, checked.layers)
+    chosen = {name: tensor for name, tensor in source.tensors.items() if name in state}
+    for tensor in chosen.values():
+        tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a checksum that is wrong
+    with Rollback() as rollback:
+        # All before the first is written: tensors of the model may share memory.
+        rollback.touch(*(state[name] for name in chosen))
+        for name, tensor in chosen.items():
+            _write(tensor, state[name])
+        _check_shared(state, chosen)
+        source.check_unchanged()
+    if sidecar is not None and wrong:
+        warnings.warn(f"{source.path}: bisparse.json is wrong: {'; '.join(wrong)}", stacklevel=2)
+    return sidecar
+
+
+def _check_fit(state: Mapping[str, Tensor], source: Source) -> None:
+    """Raise unless the tensors that both have are of one shape, in a dtype whose values the model's has."""
+    for name, tensor in source.tensors.items():
+        if name not in state:
+            continue
+        own = state[name]
+        if tuple(own.shape) != tensor.shape:
+            raise CheckpointError(
+                tensor.path,
+                f"has shape {tensor.shape}, the model's is {tuple(own.shape)}",
+                "build the model of this checkpoint",
+                tensor=name,
+            )
+        if not _keeps_values(tensor.torch_dtype, own.dtype):
+            raise CheckpointError(
+                tensor.path,
+                f"is {tensor.dtype}, whose values the model's {own.dtype} does not have",
+                "build the model in the dtype of the checkpoint",
+                tensor=name,
+            )
+
+
+def _check_names(state: Mapping[str, Tensor], source: Source, strict: bool) -> None:
+    """Raise unless the two have names in common, and with `strict` all of them."""
+    tensors = source.tensors
+    if state and not state.keys() & tensors.keys():
+        raise CheckpointError(
+            source.path,
+            f"has none of the model's tensors: its names begin with {list(tensors)[:2]}, the model's with {list(state)[:2]}"
+            + _prefix_hint(state, tensors),
+            "build the model of this checkpoint, or rename its tensors; nothing was loaded",
+        )
+    if not strict:
+        return
+    here = {state[name].data_ptr() for name in tensors if name in state}
+    missing = [name for name, value in state.items() if name not in tensors and value.data_ptr() not in here]
+    unexpected = [name for name in tensors if name not in state]
+    if missing or unexpected:
+        raise CheckpointError(
+            source.path,
+            f"lacks {len(missing)} of the model's tensors {missing[:4]} and has {len(unexpected)} others {unexpected[:4]}",
+            "build the plain model of this checkpoint (before sparsify_ or accelerate_), or pass strict=False",
+        )
+
+
+def _write(tensor: StoredTensor, own: Tensor) -> None:
+    """Copy a stored tensor into a tensor of the model.
+
+    Raises:
+        CheckpointError: it cannot be copied, or numbers become infinite, NaN or other integers by it.
+    """
+    new = tensor.read().view(tensor.shape)
+    try:
+        own.copy_(new)
+    except (RuntimeError, TypeError) as error:
+        raise CheckpointError(
+            tensor.path,
+            f"cannot be written to the model's {own.dtype}: {str(error).splitlines()[0]}",
+            "build the model in the dtype of the checkpoint",
+            tensor=tensor.name,
+        ) from error
+    if own.dtype == new.dtype:
+        return
+    written = own.cpu()
+    if own.dtype.is_floating_point or own.dtype.is_complex:
+        # Some conversions saturate instead of overflowing.
+        limits = torch.finfo(own.dtype)
+        lost = _finite(new) & (~_finite(written) | (_wide(new).abs() > limits.max * (1 + limits.eps / 2)))
+    else:
+        lost = written.to(new.dtype) != new
+    if bool(lost.any()):
+        worst = _wide(new)[lost].abs().max()
+        raise CheckpointError(
+            tensor.path,
+            f"has {int(lost.sum()):,} values, up to {float(worst):.6g}, that the model's {own.dtype} cannot hold",
+            f"build the model in the dtype of the checkpoint ({tensor.dtype}) or in bfloat16, which has the range of float32",
+            tensor=tensor.name,
+        )
+
+
+def _finite(values: Tensor) -> Tensor:
+    return torch.isfinite(_wide(values))
+
+
+def _wide(values: Tensor) -> Tensor:
+    """The same numbers in a dtype in which torch calculates."""
+    return values if values.is_complex() else values.double()
+
+
+def _check_shared(state: Mapping[str, Tensor], chosen: Mapping[str, StoredTensor]) -> None:
+    """Raise if the model has one memory for tensors that differ in the file: the last one written would replace the others."""
+    places: dict[int, list[str]] = defaultdict(list)
+    for name in chosen:
+        if state[name].numel():
+            places[state[name].untyped_storage().data_ptr()].append(name)
+    for names in places.values():
+        for name in names if len(names) > 1 else ():
+            own = state[name].cpu()
+            stored = chosen[name].read().view(own.shape).to(own.dtype)
+            if as_bytes(stored) != as_bytes(own):
+                others = ", ".join(other for other in names if other != name)
+                raise CheckpointError(
+                    chosen[name].path,
+                    f"has other values than {others}, to which the model ties it: the model has one place for both",
+                    "build a model in which they are not tied, or make them equal in the file",
+                    tensor=name,
+                )
+
+
+def _keeps_values(stored: torch.dtype | None, own: torch.dtype) -> bool:
+    """Whether one dtype holds the values of another, but for precision and range: fractions are no integers, for instance.
+
+    Masks of 0 and 1 count as bool. What torch lacks is refused when it is read.
+    """
+    return stored is None or torch.can_cast(stored, own) or (own == torch.bool and stored in (torch.uint8, torch.int8))
+
+
+def _prefix_hint(state: Mapping[str, Tensor], tensors: Mapping[str, StoredTensor]) -> str:
+    """What one side's names have before the other's, where that makes them the same."""
+    for longer, shorter, whose in ((tensors, state, "the checkpoint's"), (state, tensors, "the model's")):
+        for name in longer:
+            for place in (i for i, letter in enumerate(name) if letter == "."):
+                if name[place + 1 :] in shorter:
+                    return f"; {whose} have the prefix {name[: place + 1]!r}"
+    return ""
