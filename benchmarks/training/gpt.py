@@ -1,9 +1,10 @@
 """A small GPT on Python's documentation and library: loss curves dense, 2:4, 2:4-T, 4:8-T, 16:32-T, with and without MVUE.
 
-    python benchmarks/training/gpt.py [--budget small|reduced|full] [--study gpt|decay]
+    python benchmarks/training/gpt.py [--budget small|reduced|full] [--study gpt|decay|rules]
 
 "decay": instead, masked decay from none to too much at 4:8-T: loss and flip rate say which is right
-for AdamW. Rows, with curves and flip rates, go to results/training-gpt.jsonl; those there are skipped.
+for AdamW. "rules": each rule of `bisparse.training.RULES` that takes 4:8-T, everything else equal. Rows,
+with curves and flip rates, go to results/training-gpt.jsonl; those there are skipped.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import replace
 from experiment import parser, run_grid, seeds
 from recipes.recipe import DataRecipe, ModelRecipe, SparsityRecipe, TrainingRecipe
 
+from bisparse.training import RULES
 from recipes import Recipe
 
 PATTERNS = ("4:8-T", "2:4", "2:4-T", "16:32-T")
@@ -64,11 +66,19 @@ def decay_grid(base: Recipe, count: int, refresh: int, decays: Iterable[float]) 
             yield "decay", recipe
 
 
+def rules_grid(base: Recipe, count: int, refresh: int) -> Iterator[tuple[str, Recipe]]:
+    for rule in RULES:
+        if rule != "s-ste":  # for plain N:M alone
+            how = SparsityRecipe("4:8-T", refresh=refresh, rule=rule)
+            for recipe in seeds(replace(base, name=f"4:8-T, rule {rule}", sparsity=how), count):
+                yield "rules", recipe
+
+
 def main() -> None:
     arguments = parser(__doc__ or "", "training-gpt.jsonl")
     arguments.add_argument("--budget", choices=BUDGETS, default="reduced")
     arguments.add_argument("--steps", type=int, help="optimizer steps, instead of the budget's")
-    arguments.add_argument("--study", choices=("gpt", "decay"), default="gpt")
+    arguments.add_argument("--study", choices=("gpt", "decay", "rules"), default="gpt")
     arguments.add_argument("--decays", nargs="+", type=float, default=DECAYS, help="of the study of that name")
     chosen = arguments.parse_args()
     model, data, training = BUDGETS[chosen.budget]
@@ -77,6 +87,8 @@ def main() -> None:
     refresh = 40 if chosen.budget != "smoke" else 2
     if chosen.study == "decay":
         wanted = list(decay_grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh, chosen.decays))
+    elif chosen.study == "rules":
+        wanted = list(rules_grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh))
     else:
         wanted = list(grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh))
     if chosen.dry_run:

@@ -81,6 +81,8 @@ class SparsityRecipe:
     pattern: str = "4:8-T"
     mode: str = "dynamic"
     method: str = "masked-decay"
+    rule: str = ""
+    """Instead of the method and its decay: a rule by its name in `bisparse.training.RULES`."""
     solver: str = "exact"
     refresh: int = 40
     decay: float | None = None

@@ -170,14 +170,14 @@ class _Run:
             frozen_from=how.frozen_from if how.frozen_from < 1 else None,
             dense_last=how.dense_last,
         )
+        decay = how.total_decay or FixedDecay(how.decay or 0.0)
         return sparsify_(
             self.model,
             how.pattern,
             mode=how.mode,  # type: ignore[arg-type]
-            method=how.method,  # type: ignore[arg-type]
+            **({"rule": how.rule} if how.rule else {"method": how.method, "decay": decay}),  # type: ignore[arg-type]
             solver=SOLVERS[how.solver](),
             refresh=how.refresh,
-            decay=how.total_decay or FixedDecay(how.decay or 0.0),
             steps=self.total,
             schedule=Schedule() if static else schedule,
             patterns=how.patterns,

@@ -12,7 +12,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["DEFAULT_DECAY", "DEFAULT_DECAY_ADAM", "DEFAULT_TOTAL", "FixedDecay", "TotalDecay"]
+__all__ = [
+    "DEFAULT_DECAY",
+    "DEFAULT_DECAY_ADAM",
+    "DEFAULT_TOTAL",
+    "AnnealedDecay",
+    "Decay",
+    "FixedDecay",
+    "TotalDecay",
+]
 
 DEFAULT_DECAY = 2e-4
 """Lambda if neither it nor the number of steps is given: Zhou et al.'s."""
@@ -42,6 +50,30 @@ class FixedDecay:
     def __post_init__(self) -> None:
         if not 0 <= self.rate < float("inf"):
             raise ValueError(f"FixedDecay({self.rate!r}): expected a number that is 0 or more")
+
+
+@dataclass(frozen=True)
+class AnnealedDecay:
+    """A lambda that grows linearly from `start` to `rate` over the run (AST, Huang et al. 2024); the run's length must be known.
+
+    >>> AnnealedDecay(4e-4).at(50, 100)
+    0.0002
+    """
+
+    rate: float
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rate < float("inf") and 0 <= self.start < float("inf")):
+            raise ValueError(f"AnnealedDecay({self.rate!r}, start={self.start!r}): expected numbers that are 0 or more")
+
+    def at(self, step: int, steps: int) -> float:
+        """Lambda of step number `step` (from 0) of `steps`."""
+        return self.start + (self.rate - self.start) * min(1.0, step / steps)
+
+
+Decay = float | FixedDecay | AnnealedDecay
+"""A total over the run, or lambda itself."""
 
 
 class TotalDecay:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from bisparse.training.bits import off
 from bisparse.training.layer import SparseLayer, keep_only_, local, part_of
 from bisparse.training.optimizer import Held
 
@@ -35,7 +36,7 @@ def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], 
         if own == 0.0:
             continue
         dense = local(weight.detach())
-        pruned = dense * ~part_of(layer.mask, weight)
+        pruned = off(dense, part_of(layer.mask, weight))
         if method == "sr-ste":
             rate = group["lr"]
             if isinstance(rate, Tensor):  # reading its number would wait for the device

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from bisparse.pattern import Pattern, Structure
 from bisparse.static_mask import MASK_SUFFIX, StaticMask, static_mask
 from bisparse.tiles import Layout
-from bisparse.training.decay import FixedDecay
+from bisparse.training.bits import BITS
+from bisparse.training.decay import Decay
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
 
 __all__ = [
@@ -23,9 +24,6 @@ __all__ = [
     "local",
     "part_of",
 ]
-
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers of the same size as a number of so many bytes."""
 
 
 @runtime_checkable
@@ -83,7 +81,7 @@ class SparseLayer:
     pattern: Structure
     key: str
     """The parameter's key in the plain model's state_dict."""
-    decay: float | FixedDecay | None = None
+    decay: Decay | None = None
     """Masked decay of this layer; None: the run's."""
     sharing: tuple[nn.Module, ...] = ()
     """Other modules that hold the same parameter, and with it the same mask."""
@@ -96,7 +94,7 @@ class SparseLayer:
     @property
     def active(self) -> bool:
         """Whether the layer still has its mask; False once it is finalized."""
-        return self.parametrization is not None or isinstance(vars(self.module).get(self.mask_name), StaticMask)
+        return isinstance(vars(self.module).get(self.mask_name), StaticMask) or self.parametrization is not None
 
     @property
     def mask_name(self) -> str:

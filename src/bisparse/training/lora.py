@@ -2,7 +2,8 @@
 
 ``W + s B A`` is dense even where W is sparse. `merged_weight` keeps the pattern of W: ``mask * (W + s B A)`` with W's own mask,
 or with the best mask for the sum. The adapter's part at pruned positions is lost; the result says how much that is. In a static
-run the mask is that of the run, which may keep a weight that is currently zero.
+run the mask is that of the run, which may keep a weight that is currently zero. Adapters that were trained under the mask
+(`add_masked_lora_`, `mask_lora_`) lose nothing: what is merged is what was trained.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from bisparse.pattern import Structure, parse_pattern
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError, verify
 from bisparse.static_mask import static_mask
-from bisparse.training.parametrizations import own_parametrization
+from bisparse.tiles import Layout, default_layout
+from bisparse.training.masked_lora import masked_adapters, remove_adapter
+from bisparse.training.masked_peft import REWRITTEN, MaskedPeft, is_conv1d, lora_layers, why_not_linear
 from bisparse.wrappers import check_module
 
 __all__ = ["MergedAdapter", "merge_lora_", "merged_weight"]
@@ -95,10 +98,7 @@ def _merge(
         try:
             verify(weight if mask is None else mask, pattern, name=name).check()
         except PatternError as error:
-            raise PatternError(
-                f"{error}. Initializations such as PiSSA, OLoRA and CorDA rewrite the base weight when they start, so that it "
-                "has no zeros left: start adapters of sparse weights with init_lora_weights=True, or pass new_mask=True"
-            ) from error
+            raise PatternError(f"{error}. {REWRITTEN}, or pass new_mask=True") from error
         mask = weight != 0 if mask is None else mask
     kept = torch.where(mask, merged, 0)
     norm = merged.float().norm()
@@ -107,7 +107,10 @@ def _merge(
 
 @torch.no_grad()
 def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = False) -> list[MergedAdapter]:
-    """Merge the active LoRA adapters of a peft model into their base layers, which keep the pattern. Adapters are zeroed.
+    """Merge LoRA adapters into their base layers, which keep the pattern: those of `add_masked_lora_`, and peft's active ones.
+
+    Adapters of `add_masked_lora_` are removed, and the weights they trained are plain parameters again. Adapters of peft's are
+    zeroed; those that were trained under the mask (`mask_lora_`) lose nothing, DoRA included. What follows is about the others.
 
     A layer is recognised as peft makes them: it has `base_layer`, `lora_A`, `lora_B`, `scaling` and `active_adapters`. What is
     merged is ``W + s B A``, with whatever s is (rsLoRA's too), into a Linear or transformers' Conv1D whose weight is a plain
@@ -126,58 +129,72 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
     """
     check_module(model)
     pattern = parse_pattern(pattern)
+    own = [(name, module, parameter, adapter) for name, module, parameter, adapter in masked_adapters(model)]
+    if own and new_mask:
+        raise ValueError(f"{own[0][0]}: its adapter was trained under the mask, which merging keeps; new_mask is for others")
+    exact = []
+    for name, module, parameter, adapter in own:
+        weight = getattr(module, parameter)
+        exact.append(_trained_under_mask(name, weight, weight != 0, pattern, adapter.layout))
     merged: list[tuple[Any, list[str], MergedAdapter]] = []
     for name, module in model.named_modules():
-        layer: Any = module
-        if any(len(getattr(layer, part, ())) for part in ("lora_embedding_A", "lora_embedding_B")):
+        if any(len(getattr(module, part, ())) for part in ("lora_embedding_A", "lora_embedding_B")):
             raise ValueError(f"{name}: an adapter of an embedding, which merge_lora_ cannot merge; train without it, or drop it")
-        if not all(hasattr(module, part) for part in ("base_layer", "lora_A", "lora_B", "scaling", "active_adapters")):
-            continue
+    for name, module in lora_layers(model):
+        layer: Any = module
         adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         if (reason := _why_not_merged(layer, adapters, new_mask)) is not None:
             raise ValueError(f"{name}: {reason}; nothing was merged")
-        if not adapters:
-            continue
-        base = layer.base_layer
-        weight = base.weight.T if _is_conv1d(base) else base.weight
-        a = torch.cat([float(layer.scaling[adapter]) * layer.lora_A[adapter].weight.float() for adapter in adapters])
-        b = torch.cat([layer.lora_B[adapter].weight.float() for adapter in adapters], 1)
-        held = static_mask(base, "weight")
-        mask = None if held is None else held.T if _is_conv1d(base) else held
-        merged.append((layer, adapters, _merge(weight, a, b, 1.0, parse_pattern(pattern), mask, new_mask=new_mask, name=name)))
-    if not merged:
+        if adapters:
+            merged.append((layer, adapters, _merged(name, layer, adapters, pattern, new_mask)))
+    if not merged and not exact:
         raise ValueError("the model has no LoRA layer with an active adapter (peft's base_layer, lora_A, lora_B, scaling)")
-    with Rollback() as rollback:
+    with Rollback(model if own else None) as rollback:
         for layer, adapters, result in merged:
             base = layer.base_layer
             rollback.touch(base.weight, *(layer.lora_B[adapter].weight for adapter in adapters))
-            base.weight.copy_(result.weight.T if _is_conv1d(base) else result.weight)
-            for adapter in adapters:
-                layer.lora_B[adapter].weight.zero_()  # B A = 0: the adapter is now in the base weight
-    return [result for *_, result in merged]
+            base.weight.copy_(result.weight.T if is_conv1d(base) else result.weight)
+            for one in adapters:
+                layer.lora_B[one].weight.zero_()  # B A = 0: the adapter is now in the base weight
+        for _, module, parameter, adapter in own:
+            rollback.touch(module.parametrizations[parameter].original)  # type: ignore[index, union-attr]
+            remove_adapter(module, parameter, adapter)
+    return [*exact, *(result for *_, result in merged)]
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, whose weight is (I, O)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+def _merged(name: str, layer: Any, adapters: list[str], pattern: Structure, new_mask: bool) -> MergedAdapter:
+    """The merged weight of one LoRA layer of peft's, (O, I)."""
+    base = layer.base_layer
+    held = static_mask(base, "weight")
+    mask = None if held is None else held.T if is_conv1d(base) else held
+    weight = base.weight.T if is_conv1d(base) else base.weight
+    if isinstance(layer, MaskedPeft):
+        own, mask = layer.merged_weight(), layer.base_mask()
+        return _trained_under_mask(name, *((own.T, mask.T) if is_conv1d(base) else (own, mask)), pattern)
+    a = torch.cat([float(layer.scaling[adapter]) * layer.lora_A[adapter].weight.float() for adapter in adapters])
+    b = torch.cat([layer.lora_B[adapter].weight.float() for adapter in adapters], 1)
+    return _merge(weight, a, b, 1.0, pattern, mask, new_mask=new_mask, name=name)
+
+
+def _trained_under_mask(
+    name: str, weight: Float[Tensor, "..."], mask: Bool[Tensor, "..."], pattern: Structure, layout: Layout | None = None
+) -> MergedAdapter:
+    """The record of an adapter that was trained under its mask: nothing is lost."""
+    verify(weight, pattern, layout=layout or default_layout(2), name=name).check()
+    return MergedAdapter(name, weight.detach().clone(), mask, 0.0)
 
 
 def _why_not_merged(layer: Any, adapters: list[str], new_mask: bool) -> str | None:
     """Why ``mask * (W + s B A)`` is not what the adapters of a layer would give; None where it is."""
     base = layer.base_layer
-    if getattr(layer, "merged", False):
-        return "its adapter is merged already, by peft, which leaves no zeros; call unmerge_adapter() first"
+    if adapters and getattr(layer, "disable_adapters", False):
+        return "its adapters are disabled; call enable_adapter_layers() first"
+    if (adapters or getattr(layer, "merged", False)) and (reason := why_not_linear(layer)) is not None:
+        return reason
     if not adapters:
         return None
-    if getattr(layer, "disable_adapters", False):
-        return "its adapters are disabled; call enable_adapter_layers() first"
-    if own_parametrization(base, "weight") is not None:
-        return "its base layer is in dynamic sparse training; call finalize_(model) first"
-    if not isinstance(base, nn.Linear) and not _is_conv1d(base):
-        return f"its base layer is a {type(base).__name__}; merge_lora_ is for Linear and Conv1D"
-    weight = base._parameters.get("weight")
-    if weight is None or weight is not base.weight or not weight.is_floating_point() or hasattr(base, "dense_weight"):
-        return "the weight of its base layer is quantised, packed, parametrized or accelerated, and no plain parameter"
+    if isinstance(layer, MaskedPeft):
+        return "its adapter was trained under the mask, which merging keeps; new_mask is for others" if new_mask else None
     if new_mask and static_mask(base, "weight") is not None:
         return "its base layer is in static sparse training, whose mask is fixed; call finalize_(model) before new_mask=True"
     variants = dict(getattr(layer, "lora_variant", None) or {})

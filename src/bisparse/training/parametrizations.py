@@ -24,6 +24,7 @@ from bisparse.pattern import Pattern, Structure
 from bisparse.solution import verify
 from bisparse.static_mask import static_mask, static_masks
 from bisparse.tiles import Layout, from_matrices, to_matrices
+from bisparse.training.bits import kept_straight_through
 from bisparse.wrappers import is_wrapper
 
 __all__ = [
@@ -50,24 +51,6 @@ def sample_of(weight: Float[Tensor, "..."]) -> Float[Tensor, " S"]:
     own = weight.to_local() if isinstance(weight, DTensor) else weight
     flat = own.detach().flatten()
     return flat[:: max(1, flat.numel() // SAMPLED)].clone()
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward: mask * weight. Backward: the gradient of the masked weight, to all of the weight (the STE)."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return torch.where(mask, weight, 0)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 class _StraightThroughThreshold(torch.autograd.Function):
@@ -245,8 +228,7 @@ class Masked(_Parametrization):
     def forward(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         if self.origin is not None:
             _follow(self)
-        masked: Tensor = _StraightThrough.apply(weight, self.on_device_of(weight))  # type: ignore[no-untyped-call]
-        return masked
+        return kept_straight_through(weight, self.on_device_of(weight))
 
     def extra_repr(self) -> str:
         return str(self.pattern)
@@ -318,14 +300,20 @@ def least_squares_scale(weight: Float[Tensor, "..."], thresholded: Float[Tensor,
 
 def own_parametrization(module: nn.Module, parameter: str) -> Masked | SoftThreshold | None:
     """What makes a dynamic parameter's forward weight; None for any other parameter."""
-    chain: Any = module.parametrizations[parameter] if parametrize.is_parametrized(module, parameter) else ()  # type: ignore[index]
-    return next((own for own in chain if isinstance(own, Masked | SoftThreshold)), None)
+    chain = _chain(module, parameter)
+    return None if chain is None else next((own for own in chain if isinstance(own, Masked | SoftThreshold)), None)
+
+
+def _chain(module: nn.Module, parameter: str) -> Any:
+    """The parametrizations of a parameter; None where there are none. Read from the dictionaries, as it is done often."""
+    held = module._modules.get("parametrizations")
+    return None if held is None else held._modules.get(parameter)
 
 
 def trained_parameter(module: nn.Module, parameter: str) -> Float[Tensor, "..."]:
     """The parameter that the optimizer holds: the dense weight of a dynamic one."""
-    chain: Any = module.parametrizations[parameter] if parametrize.is_parametrized(module, parameter) else None  # type: ignore[index]
-    weight = getattr(module, parameter) if chain is None else chain.original
+    chain = _chain(module, parameter)
+    weight = getattr(module, parameter) if chain is None else chain._parameters["original"]
     assert isinstance(weight, Tensor)
     return weight
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from bisparse.rollback import Rollback
 from bisparse.solvers import Solver
 from bisparse.static_mask import StaticMask, static_masks
 from bisparse.tiles import Layout, to_matrices
-from bisparse.training.decay import FixedDecay
+from bisparse.training.decay import AnnealedDecay, Decay, FixedDecay
 from bisparse.training.layer import Accelerated, SparseLayer, local
 from bisparse.training.mask_check import check_loaded_masks
 from bisparse.training.mask_search import Score, magnitude
 from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrizations import Masked, SoftThreshold, masked_parameters, sample_of
+from bisparse.training.rules import GradientRule, StickyScore, parse_rule
 from bisparse.training.run_state import check_mask
 from bisparse.training.schedule import Phase, Schedule
 from bisparse.training.shared_classes import share_class
@@ -39,9 +40,10 @@ def sparsify_(
     *,
     mode: Mode = "dynamic",
     method: Method = "masked-decay",
+    rule: str | GradientRule | None = None,
     solver: Solver | None = None,
     refresh: int = 40,
-    decay: float | FixedDecay | Mapping[str, float | FixedDecay] | None = None,
+    decay: Decay | Mapping[str, Decay] | None = None,
     steps: int | None = None,
     schedule: Schedule | None = None,
     include: Filter | None = None,
@@ -74,6 +76,7 @@ def sparsify_(
             ``decay * (1 - mask) * W`` is added to the gradient before the optimizer's step (Zhou et al.'s code with SGD;
             Hu et al. 2024 with Adam). "sr-ste": ``W -= lr * decay * (1 - mask) * W`` separately from the optimizer's step,
             SR-STE's formula as printed. "s-ste": a continuous soft threshold, for plain N:M.
+        rule: instead of `method` and `decay`: a `GradientRule`, or its name in `RULES`.
         solver: for transposable patterns; by default the exact one.
         refresh: optimizer steps between mask searches.
         decay: how much pruned weights decay over the whole run: lambda times the sum of learning rates. `FixedDecay` gives lambda
@@ -98,6 +101,12 @@ def sparsify_(
     """
     pattern = parse_pattern(pattern)
     schedule = schedule or Schedule()
+    if rule is not None:
+        if method != "masked-decay" or decay is not None or mode != "dynamic":
+            raise ValueError("rule= stands for method= and decay= of a dynamic run: give one or the other")
+        rule = parse_rule(rule)
+        method, decay = cast(Method, rule.method), rule.decay
+    sticky = StickyScore(score, rule.margin) if rule is not None and rule.margin else None
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps={steps!r}: expected the number of optimizer steps of the run, at least 1")
     _check_arguments(model, mode, method, refresh, measure_every, schedule, masks, decay)
@@ -139,7 +148,7 @@ def sparsify_(
         decay=None if isinstance(decay, Mapping) else decay,
         steps=steps,
         schedule=schedule,
-        score=score,
+        score=sticky or score,
         measure_every=measure_every,
         check_gradients=check_gradients,
     )
@@ -157,6 +166,8 @@ def sparsify_(
                 layer.zero_pruned()
             else:
                 _parametrize(model, layer, mask, method, schedule)
+        if sticky is not None:
+            sticky.layers = {layer.name: layer for layer in sparse}
         if mode == "dynamic":
             sparsity.hook.install(sparsity.called)
             model.register_load_state_dict_pre_hook(check_loaded_masks)
@@ -177,7 +188,7 @@ def _check_arguments(
     measure_every: int,
     schedule: Schedule,
     masks: object,
-    decay: float | FixedDecay | Mapping[str, float | FixedDecay] | None,
+    decay: Decay | Mapping[str, Decay] | None,
 ) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"sparsify_ needs a torch module, not {type(model).__name__}")
@@ -196,7 +207,7 @@ def _check_arguments(
     if isinstance(masks, str) and masks != "nonzero":
         raise ValueError(f"masks={masks!r}: expected a mapping from layer names to masks, or 'nonzero'")
     for number in decay.values() if isinstance(decay, Mapping) else [decay]:
-        if number is None or isinstance(number, FixedDecay):
+        if number is None or isinstance(number, FixedDecay | AnnealedDecay):
             continue
         if isinstance(number, bool) or not isinstance(number, float | int) or not 0 <= number < float("inf"):
             raise ValueError(f"decay={number!r}: expected a number that is 0 or more, or FixedDecay(lambda)")
@@ -268,7 +279,7 @@ def _check_names(argument: str, given: Mapping[str, object], layers: list[tuple[
             )
 
 
-def _decay_of(layer: Layer, decays: Mapping[str, float | FixedDecay] | None) -> float | FixedDecay | None:
+def _decay_of(layer: Layer, decays: Mapping[str, Decay] | None) -> Decay | None:
     if decays is None:
         return None
     return next((decay for name, decay in decays.items() if matches(name, layer.name, layer.module)), 0.0)

@@ -28,7 +28,7 @@ from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import from_matrices
-from bisparse.training.decay import DEFAULT_DECAY, DEFAULT_DECAY_ADAM, DEFAULT_TOTAL, FixedDecay, TotalDecay
+from bisparse.training.decay import DEFAULT_DECAY, DEFAULT_DECAY_ADAM, DEFAULT_TOTAL, AnnealedDecay, Decay, FixedDecay, TotalDecay
 from bisparse.training.facts import layer_facts
 from bisparse.training.forward_hook import RefreshHook, ZerosHook, gathered_again
 from bisparse.training.gradient_check import check_gradients
@@ -70,7 +70,7 @@ class Sparsity:
         pattern: Structure,
         solver: Solver | None,
         refresh: int,
-        decay: float | FixedDecay | None,
+        decay: Decay | None,
         steps: int | None,
         schedule: Schedule,
         score: Score,
@@ -213,7 +213,9 @@ class Sparsity:
         self._check_not_ended("attach an optimizer")
         self.notice_replaced()
         totals = [layer.decay if layer.decay is not None else self.decay for layer in self._active]
-        if self.steps is None and any(isinstance(one, float | int) and one > 0 for one in totals):
+        if self.steps is None and any(
+            isinstance(one, AnnealedDecay) or (isinstance(one, float | int) and one > 0) for one in totals
+        ):
             raise ValueError(
                 "decay is a shrink over the whole run, whose length is not known: pass steps= to sparsify_ (or use a trainer's "
                 "callback, which knows it), or give a fixed lambda: decay=FixedDecay(2e-4)"
@@ -318,6 +320,8 @@ class Sparsity:
             if adaptive or self.steps is None:
                 return DEFAULT_DECAY_ADAM if adaptive else DEFAULT_DECAY
             given = DEFAULT_TOTAL
+        if isinstance(given, AnnealedDecay):
+            return 0.0 if self.steps is None else given.at(self.step, self.steps)
         if isinstance(given, FixedDecay) or self.steps is None:
             return given.rate if isinstance(given, FixedDecay) else 0.0
         decay = self._decays.setdefault(layer.name, TotalDecay(given, self.steps))
@@ -363,8 +367,8 @@ class Sparsity:
             if layer.name not in self._off:
                 off = (~layer.local_mask).flatten().nonzero().flatten()
                 self._off[layer.name] = off[:: max(1, off.numel() // SAMPLED)]
-            moved.append((weight.take(self._off[layer.name].to(weight.device)) != 0).any())
-        if moved and bool(torch.stack([one.to(moved[0].device) for one in moved]).any()):
+            moved.append(weight.take(self._off[layer.name].to(weight.device)))
+        if moved and bool(torch.cat([one.to(moved[0].device) for one in moved]).any()):
             self._zero_pruned()
 
     def _expect(self, due: bool) -> None:

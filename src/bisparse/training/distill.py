@@ -1,0 +1,384 @@
+"""A teacher for sparse training: the dense model's logits and hidden states, added to the loss in one line.
+
+`Distillation` records what the student was called with, by hooks, and runs the teacher on the same inputs when `loss` is called:
+in eval mode, without gradients. Hooks and teacher are no part of the student: its state_dict, copies and saved files are
+unchanged. Source of the recipe: Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2023.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from bisparse.layers import Filter, matches
+from bisparse.results import checksum_of
+from bisparse.training.distill_losses import HIDDEN_LOSSES, HiddenLoss, hidden_distance, logit_divergence
+from bisparse.training.distill_teacher import frozen_teacher
+from bisparse.wrappers import plain_names, unwrapped_model
+
+__all__ = ["Distillation"]
+
+PEFT = "base_model.model."
+"""What peft adds to the names of the modules that it wraps."""
+
+
+@dataclass
+class _Pass:
+    """A training forward pass of the student."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    hidden: dict[str, list[Tensor]]
+    autocast: torch.dtype | None
+
+
+class _Hook:
+    """A forward hook that records an output. Copies and pickles of the module hold an inert one, and no teacher."""
+
+    def __init__(self, record: Callable[..., None]) -> None:
+        self.record: Callable[..., None] | None = record
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"record": None}
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if self.record is not None:
+            self.record(module, args, kwargs, output)
+
+
+class Distillation:
+    """A frozen teacher, and the loss that pulls a student towards it. Make it before the model is pruned or sparsified.
+
+    ::
+
+        teacher = Distillation(model, hidden=1.0)  # a frozen copy of the dense model
+        sparsity = sparsify_(model, "4:8-T", mode="static").attach(optimizer)
+        for inputs, labels in data:
+            loss = teacher.loss(cross_entropy(model(inputs), labels))  # the only change in the loop
+            loss.backward()
+
+    It costs the teacher's memory (2 bytes per weight with ``dtype=torch.bfloat16``), one forward pass of it per call of `loss`,
+    and, for hidden states, the teacher's hidden states at the chosen layers.
+
+    Args:
+        student: the model that is trained, or the submodule of it whose output are the logits. Wrap (DDP, FSDP2) and compile it
+            after this.
+        teacher: None: a frozen copy of the student as it is now; a module, which is used itself, frozen and in eval mode; or a
+            folder with safetensors of the student's architecture, read by its ``from_pretrained`` where it has one.
+        logits: weight of the divergence of the class probabilities, ``T^2 * KL(teacher || student)``.
+        hidden: weight of the distance of hidden states, the mean over layers.
+        task: weight of the loss given to `loss`.
+        temperature: T, which divides the logits of both.
+        layers: for hidden states: names, globs, ``re:`` patterns or functions; of nested modules that match, the outermost. By
+            default the repeated blocks (the items of the outermost ModuleLists).
+        hidden_loss: "mse", relative to the teacher's mean square, or "cosine".
+        dtype: of the teacher, such as ``torch.bfloat16``; None: as it is.
+        output: student's or teacher's output -> logits, classes last; by default the output itself if it is a tensor, or its
+            ``logits``.
+        where: (args, kwargs) of the forward pass -> bool tensor of the positions that count; by default ``attention_mask``, where
+            it has the logits' leading shape.
+
+    Raises:
+        ValueError: weights or options that make no loss, layers that neither or only one of the models has, a student that is
+            sparse already without a teacher given, or a teacher that shares parameters with the student.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | str | Path | None = None,
+        *,
+        logits: float = 1.0,
+        hidden: float = 0.0,
+        task: float = 1.0,
+        temperature: float = 1.0,
+        layers: Filter | None = None,
+        hidden_loss: HiddenLoss = "mse",
+        dtype: torch.dtype | None = None,
+        output: Callable[[Any], Tensor] | None = None,
+        where: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None = None,
+    ) -> None:
+        _check_options(logits, hidden, task, temperature, layers, hidden_loss, dtype)
+        self.student = unwrapped_model(student)
+        names = _chosen(self.student, layers) if hidden else {}
+        self.teacher, self._own = frozen_teacher(self.student, teacher, dtype)
+        self.weights = {"logits": float(logits), "hidden": float(hidden), "task": float(task)}
+        self.temperature, self.hidden_loss, self.dtype = float(temperature), hidden_loss, dtype
+        self._output, self._where = output or _logits, where or _attended
+        self.terms: dict[str, Tensor] = {}
+        """The parts of the last loss, before their weights, detached."""
+        self._passes: list[_Pass] = []
+        self._hidden: dict[str, list[Tensor]] = {}
+        self._given: dict[str, list[Tensor]] = {}
+        self._handles: list[Any] = []
+        self._hooks: list[_Hook] = []
+        theirs = {_plain(name): module for name, module in _named(unwrapped_model(self.teacher))}
+        if missing := [name for name in names if name not in theirs]:
+            raise ValueError(f"the teacher has no module {missing[0]!r}, whose hidden state is to be compared; choose layers=")
+        for name, module in names.items():
+            self._hook(module, lambda own, *rest, name=name: self._keep(self._hidden, name, own, rest[-1]))
+            self._hook(
+                theirs[name], lambda own, *rest, name=name: self._given.setdefault(name, []).append(_state(rest[-1], name))
+            )
+        self._hook(self.student, self._record)
+        self._checksum: int | None = None
+
+    def _hook(self, module: nn.Module, record: Callable[..., None]) -> None:
+        self._hooks.append(_Hook(record))
+        self._handles.append(module.register_forward_hook(self._hooks[-1], with_kwargs=True))
+
+    def __repr__(self) -> str:
+        parts = ", ".join(f"{name}={weight:g}" for name, weight in self.weights.items())
+        return f"Distillation({type(self.teacher).__name__}, {parts}, temperature={self.temperature:g})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distillation:
+        raise TypeError("a Distillation belongs to one student: make another for a copy of it")
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("a Distillation is not saved: make it again from the same teacher; state_dict() identifies that")
+
+    def _keep(self, held: dict[str, list[Tensor]], name: str, module: nn.Module, output: Any) -> None:
+        if _trains(module):
+            held.setdefault(name, []).append(_state(output, name))
+
+    def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not _trains(module):
+            return
+        kind = "cpu" if (device := _device(output)) is None else device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self._passes.append(_Pass(args, kwargs, output, self._hidden, dtype))
+        self._hidden = {}
+
+    def reset(self) -> None:
+        """Forget the forward passes that `loss` was not called for."""
+        self._passes, self._hidden, self._given = [], {}, {}
+
+    def loss(self, task: Tensor | None = None) -> Tensor:
+        """The weighted sum of the task's loss and the distances to the teacher, for the student's last training forward pass.
+
+        Runs the teacher. Call it once after each training forward pass of the student.
+
+        Args:
+            task: the loss without a teacher, a mean over examples; None: the distances alone.
+
+        Raises:
+            ValueError: no training forward pass since the last call, or several (see `reset`); outputs that do not fit.
+        """
+        if len(self._passes) != 1:
+            many = "no training forward pass" if not self._passes else f"{len(self._passes)} training forward passes"
+            raise ValueError(
+                f"the student ({type(self.student).__name__}) had {many} since the last Distillation.loss: call loss once "
+                "after each (reset() forgets those before), and give Distillation the module that is called, in training mode"
+            )
+        (done,) = self._passes
+        self.reset()
+        given = self._teach(done)
+        where = self._where(done.args, done.kwargs)
+        parts: dict[str, Tensor] = {}
+        if self.weights["logits"]:
+            own, theirs = self._output(done.output), self._output(given)
+            _check_logits(own, theirs)
+            parts["logits"] = logit_divergence(own, theirs, self.temperature, _fitting(where, own))
+        if self.weights["hidden"]:
+            parts["hidden"] = self._compare(done.hidden, where)
+        self._given = {}
+        if task is not None:
+            parts["task"] = task
+        self.terms = {name: part.detach() for name, part in parts.items()}
+        total: Tensor = sum(self.weights[name] * part for name, part in parts.items())  # type: ignore[assignment]
+        return total
+
+    def _teach(self, done: _Pass) -> Any:
+        """The teacher's output for the inputs of a forward pass."""
+        device = _device(done.output) or torch.device("cpu")
+        if self._own and next(iter(self.teacher.parameters())).device != device:
+            self.teacher.to(device)
+        self.teacher.eval()
+        args, kwargs = (
+            done.args,
+            {name: value for name, value in done.kwargs.items() if name not in ("labels", "num_items_in_batch")},
+        )
+        if self.dtype is not None:
+            args, kwargs = tree_map(self._cast, (args, kwargs))
+        on = done.autocast is not None and self.dtype is None
+        with torch.no_grad(), torch.autocast(device.type, done.autocast, enabled=True) if on else contextlib.nullcontext():
+            return self.teacher(*args, **kwargs)
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def _compare(self, hidden: Mapping[str, list[Tensor]], where: Tensor | None) -> Tensor:
+        distances = []
+        for name, theirs in self._given.items():
+            own = hidden.get(name, [])
+            if not own or any(not one.requires_grad for one in own):
+                raise ValueError(
+                    f"{name}: the student has no hidden state with a gradient, as where the layer is frozen or in eval mode, or "
+                    "under reentrant activation checkpointing (pass use_reentrant=False there)"
+                )
+            if len(own) != len(theirs) or any(one.shape != other.shape for one, other in zip(own, theirs, strict=True)):
+                raise ValueError(
+                    f"{name}: the student has hidden states of shapes {[tuple(one.shape) for one in own]}, the teacher "
+                    f"{[tuple(one.shape) for one in theirs]}; they must agree (choose others with layers=)"
+                )
+            distances += [hidden_distance(one, other, self.hidden_loss, where) for one, other in zip(own, theirs, strict=True)]
+        if not distances:
+            raise ValueError("none of the layers whose hidden states are to be compared was run by the teacher")
+        return torch.stack(distances).mean()
+
+    def metrics(self) -> dict[str, float]:
+        """The parts of the last loss, before their weights: ``distill/logits``, ``distill/hidden``, ``distill/task``."""
+        return {f"distill/{name}": float(part) for name, part in self.terms.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """A checksum that identifies the teacher; None if its weights are sharded. The teacher itself is not in it."""
+        if self._checksum is None and not any(hasattr(one, "full_tensor") for one in self.teacher.parameters()):
+            held = {name: value for name, value in self.teacher.state_dict().items() if isinstance(value, Tensor)}
+            self._checksum = zlib.crc32(repr([(name, checksum_of(value)) for name, value in held.items()]).encode())
+        return {"teacher": self._checksum}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Check that the teacher is the one of the run that is resumed.
+
+        Raises:
+            ValueError: it is another one.
+        """
+        own = self.state_dict()["teacher"]
+        if "teacher" not in state:
+            raise ValueError("the checkpoint is of a run without a teacher: resume it without distill=")
+        if state["teacher"] is not None and own is not None and state["teacher"] != own:
+            raise ValueError(
+                "the teacher differs from that of the run to resume: make the Distillation from the same dense weights, in the "
+                "same dtype"
+            )
+
+    def detach(self) -> None:
+        """Remove the hooks from student and teacher."""
+        for hook in self._hooks:
+            hook.record = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._hooks = [], []
+        self.reset()
+
+
+def _check_options(
+    logits: float,
+    hidden: float,
+    task: float,
+    temperature: float,
+    layers: Filter | None,
+    hidden_loss: str,
+    dtype: torch.dtype | None,
+) -> None:
+    for name, number in {"logits": logits, "hidden": hidden, "task": task}.items():
+        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < float("inf"):
+            raise ValueError(f"{name}={number!r}: expected a weight that is 0 or more")
+    if not logits and not hidden:
+        raise ValueError("logits=0 and hidden=0: a teacher needs one of them")
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature={temperature!r}: expected a positive number")
+    if layers is not None and not hidden:
+        raise ValueError("layers= are those whose hidden states are compared, and hidden=0: give it a weight")
+    if hidden_loss not in HIDDEN_LOSSES:
+        raise ValueError(f"hidden_loss={hidden_loss!r}: expected one of {', '.join(map(repr, HIDDEN_LOSSES))}")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype={dtype!r}: expected a floating-point dtype of torch, or None")
+
+
+def _plain(name: str) -> str:
+    return name.removeprefix(PEFT)
+
+
+def _named(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
+    plain = plain_names(model)
+    return [(plain(name), module) for name, module in model.named_modules() if name]
+
+
+def _chosen(student: nn.Module, layers: Filter | None) -> dict[str, nn.Module]:
+    """The modules whose hidden states are compared, by their plain names."""
+    if layers is None:
+        lists = [(name, module) for name, module in _named(student) if isinstance(module, nn.ModuleList) and len(module) > 0]
+        outer = [one for one in lists if not any(one[0].startswith(f"{name}.") for name, _ in lists)]
+        found = {f"{name}.{number}": item for name, module in outer for number, item in enumerate(module)}
+        if not found:
+            raise ValueError(
+                "the model has no ModuleList of blocks whose hidden states could be compared: name modules by layers="
+            )
+        return {_plain(name): module for name, module in found.items()}
+    chosen: dict[str, nn.Module] = {}
+    filters: list[Any] = [layers] if isinstance(layers, str) or callable(layers) else list(layers)
+    for one in filters:
+        matched = {name: module for name, module in _named(student) if matches(one, _plain(name), module)}
+        if not matched:
+            raise ValueError(f"layers: {one!r} matches no module of the student")
+        chosen |= {
+            _plain(name): module for name, module in matched.items() if not any(name.startswith(f"{outer}.") for outer in matched)
+        }
+    return chosen
+
+
+def _trains(module: nn.Module) -> bool:
+    """Whether this forward pass trains: not one in evaluation, or repeated in the backward pass by activation checkpointing."""
+    if not module.training or not torch.is_grad_enabled():
+        return False
+    return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
+
+
+def _state(output: Any, name: str) -> Tensor:
+    """The hidden state in a module's output: the tensor, or the first entry of a tuple or mapping."""
+    first = output
+    if isinstance(output, Mapping):
+        first = next(iter(output.values()), None)
+    elif isinstance(output, tuple | list):
+        first = output[0] if output else None
+    if not isinstance(first, Tensor):
+        raise ValueError(f"{name}: its output is {type(output).__name__} and begins with no tensor: choose other layers=")
+    return first
+
+
+def _logits(output: Any) -> Tensor:
+    found = output["logits"] if isinstance(output, Mapping) and "logits" in output else getattr(output, "logits", output)
+    if isinstance(found, tuple | list):
+        found = next((one for one in found if isinstance(one, Tensor) and one.ndim > 0), None)
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"no logits in an output of type {type(output).__name__}: pass output=, a function that takes them out of it"
+        )
+    return found
+
+
+def _attended(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    mask = kwargs.get("attention_mask")
+    return mask != 0 if isinstance(mask, Tensor) else None
+
+
+def _fitting(where: Tensor | None, logits: Tensor) -> Tensor | None:
+    return where if where is not None and where.shape == logits.shape[:-1] else None
+
+
+def _check_logits(own: Tensor, theirs: Tensor) -> None:
+    if own.shape != theirs.shape or own.ndim < 2:
+        raise ValueError(
+            f"logits of shape {tuple(own.shape)} (student) and {tuple(theirs.shape)} (teacher): expected the same, (..., C)"
+        )
+    if own.shape[-1] < 2:
+        raise ValueError(
+            "outputs with one number each are no class probabilities, and their divergence is always 0: "
+            "pass logits=0 and hidden=, or output="
+        )
+
+
+def _device(output: Any) -> torch.device | None:
+    """The device of the first tensor in an output."""
+    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
+    return next((one.device for one in values if isinstance(one, Tensor)), None)

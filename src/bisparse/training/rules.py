@@ -1,0 +1,93 @@
+"""What happens to the weights off the mask, and when a mask may change, as one value: `GradientRule`.
+
+A rule is given to ``sparsify_(rule=...)`` by name or as a value, so that rules can be compared with everything else equal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from bisparse.training.decay import AnnealedDecay, FixedDecay
+from bisparse.training.layer import SparseLayer
+from bisparse.training.mask_search import Score
+
+__all__ = ["RULES", "GradientRule", "StickyScore", "parse_rule"]
+
+METHODS = ("ste", "sr-ste", "masked-decay", "s-ste")
+
+
+@dataclass(frozen=True)
+class GradientRule:
+    """How pruned weights are updated in a dynamic run.
+
+    >>> sparsify_(model, "4:8-T", rule="ast", steps=1000)  # doctest: +SKIP
+    >>> GradientRule("masked-decay", decay=3.0, margin=0.1)
+    GradientRule(method='masked-decay', decay=3.0, margin=0.1)
+    """
+
+    method: str = "masked-decay"
+    """"ste", "sr-ste", "masked-decay" or "s-ste", as `sparsify_` explains them."""
+    decay: float | FixedDecay | AnnealedDecay | None = None
+    """Total decay over the run, or lambda itself; None: the default of the method and the optimizer."""
+    margin: float = 0.0
+    """Hysteresis: a new mask must gain more than this fraction of the scores that it gives up. Scores of kept weights are
+    multiplied by 1 + margin before the search, so that the exact solver finds the best mask including what changing it costs."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"GradientRule(method={self.method!r}): expected one of {', '.join(map(repr, METHODS))}")
+        if isinstance(self.margin, bool) or not isinstance(self.margin, int | float) or not 0 <= self.margin < float("inf"):
+            raise ValueError(f"GradientRule(margin={self.margin!r}): expected a number that is 0 or more")
+        if self.method == "s-ste" and (self.margin or self.decay is not None):
+            raise ValueError("GradientRule('s-ste'): its mask follows from the weights, without a margin and without decay")
+        if self.method == "ste" and self.decay is not None:
+            raise ValueError("GradientRule('ste'): pruned weights do not decay; use 'masked-decay' or 'sr-ste'")
+
+
+RULES: dict[str, GradientRule] = {
+    "ste": GradientRule("ste"),
+    "sr-ste": GradientRule("sr-ste"),
+    "masked-decay": GradientRule("masked-decay"),
+    "s-ste": GradientRule("s-ste"),
+    "ast": GradientRule("masked-decay", decay=AnnealedDecay(4e-4)),
+    "hysteresis": GradientRule("masked-decay", margin=0.1),
+}
+"""Rules by name. "ast": decay that grows linearly over the run (Huang et al. 2024), with Zhou et al.'s 2e-4 as its mean."""
+
+
+def parse_rule(rule: str | GradientRule) -> GradientRule:
+    """A rule by its name, or the rule itself.
+
+    Raises:
+        ValueError: no rule of that name.
+    """
+    if isinstance(rule, GradientRule):
+        return rule
+    if not isinstance(rule, str) or rule not in RULES:
+        raise ValueError(f"rule={rule!r}: expected one of {', '.join(map(repr, RULES))}, or a GradientRule")
+    return RULES[rule]
+
+
+class StickyScore:
+    """Scores with the present mask's weights raised by a margin. Equals the plain scores until `layers` is set."""
+
+    def __init__(self, score: Score, margin: float) -> None:
+        self.score, self.margin = score, margin
+        self.layers: Mapping[str, SparseLayer] = {}
+
+    def __call__(self, name: str, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+        scores, layer = self.score(name, weight), self.layers.get(name)
+        if layer is None or not layer.active or _all_kept(layer):
+            return scores
+        mask = layer.mask.to(scores.device)
+        return scores * (1 + self.margin * mask.to(scores.dtype))
+
+
+def _all_kept(layer: SparseLayer) -> bool:
+    """In a dense phase there is no mask to keep."""
+    own = layer.parametrization
+    return own is not None and own.dense
