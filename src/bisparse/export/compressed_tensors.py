@@ -146,7 +146,7 @@ def save_quantized(
         read_back(temporary / WEIGHTS, tensors, checksums, {}, lambda tensor: None)
         _check_files(temporary, weights, report, pruned)
         if opened is not None:
-            limit_permissions((temporary / name for name in (WEIGHTS, MASKS, SIDECAR) if (temporary / name).exists()), opened)
+            limit_permissions(temporary, opened, (WEIGHTS, MASKS, SIDECAR))
         if beside is not None:
             beside(temporary)
 
