@@ -145,16 +145,17 @@ def test_any_pattern_is_packed_at_its_density(pattern: str) -> None:
     assert sum(one.nbytes for one in packed) == 2 * kept + weight.numel() // 8 + overhead
 
 
-def test_results_do_not_depend_on_threads() -> None:
-    weight, x = sparse(1024, 512, 0.5, torch.bfloat16), sparse(6, 512, 1, torch.bfloat16, seed=1)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_results_do_not_depend_on_threads(dtype: torch.dtype) -> None:
+    weight, x = sparse(1024, 512, 0.5, dtype), sparse(6, 512, 1, dtype, seed=1)
     packed, before, found = pack_bitmask(weight), torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5):
+        for threads in (1, 2, 5) * 20:
             torch.set_num_threads(threads)
             found.append(linear_bitmask(x, packed, None, 1024))
     finally:
         torch.set_num_threads(before)
-    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert all(torch.equal(one, found[0]) for one in found)
 
 
 @pytest.mark.parametrize("shape", [(33,), (2, 3, 33), (0, 33), (2, 0, 33), (1, 1, 1, 33)], ids=str)

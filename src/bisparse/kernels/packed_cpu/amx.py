@@ -210,6 +210,7 @@ def amx_kernel(tiles: int) -> Kernel:
                 _store(3, to + 3 * TILE_BYTES)
             _write(sums, added, output, stripe * SIDE, tokens, rows)
         _release()
+        room[0] = 0  # numba frees an array after its last use, and addresses are no use
         return 1
 
     return kernel(entry)
@@ -232,7 +233,13 @@ def _in_pairs(x: Tensor, groups: int, tiles: int) -> Tensor:
 
 
 def multiply_amx(x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """``x W^T + bias`` for x of (tokens, columns) and bias in bfloat16, W packed: one pass over W per 64 tokens."""
+    """``x W^T + bias`` for x of (tokens, columns) and bias in bfloat16, W packed: one pass over W per 64 tokens.
+
+    Raises:
+        RuntimeError: `amx_works` is False; the instructions would end the process.
+    """
+    if not amx_works():
+        raise RuntimeError("this processor, or its system, has no AMX")
     blocks, groups, _ = masks.shape
     output = x.new_empty(x.shape[0], rows)
     added = 0 if bias is None else bias.contiguous()

@@ -58,6 +58,8 @@ def multiply_kernel(way: int, kind: int, size: int) -> Kernel:
                     count = 1
                     multiply_block(way, kind, 1, 1, values, own, groups, token, x_stride, added, to, out_stride)
                 token, to, left = token + count * x_stride, to + count * out_stride, left - count
+        if expands:
+            room[0] = 0  # numba frees an array after its last use, and addresses are no use
         return 1
 
     return kernel(entry)
