@@ -66,6 +66,8 @@ def _resnet_budget(rows: list[dict[str, Any]]) -> list[str]:
     found: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         how = row["recipe"]["sparsity"]
+        if row["study"] in ("control", "total decay"):
+            continue
         if how is None:
             kind: tuple[Any, ...] = ("dense, trained on",) if row["recipe"]["model"]["start"] else ("dense",)
         else:
@@ -104,10 +106,45 @@ def _resnet_budget(rows: list[dict[str, Any]]) -> list[str]:
     parts += _claim(accuracy)
     if sum(bool(accuracy(dynamic("4:8-T", refresh=one))) for one in REFRESHES) > 1:
         parts += _refreshes(found, dynamic)
+    parts += _total_decay(rows)
     measured = [one for one in DIVERSITY if accuracy(dynamic(one))]
     if len(measured) == len(DIVERSITY):
         parts += _diversity({one: accuracy(dynamic(one)) for one in measured})
     return parts
+
+
+def _total_decay(rows: list[dict[str, Any]]) -> list[str]:
+    """The decay as a total over the run, against dense runs and against a fixed mask of the random initial weights."""
+    studies = {"control", "total decay"}
+    chosen = [row["recipe"]["sparsity"] | {"name": row["recipe"]["name"]} for row in rows if row["study"] in studies]
+    chosen.sort(key=lambda one: (one["pattern"], one["total_decay"], one["name"]))
+    names = list(dict.fromkeys((one["pattern"], one["name"]) for one in chosen))
+    if not names:
+        return []
+    dense = {row["recipe"]["seed"]: row for row in rows if row["study"] == "dense"}
+    body = []
+    for pattern, name in names:
+        own = [row for row in rows if row["recipe"]["name"] == name and row["study"] in studies]
+        pairs = [(row, dense[row["recipe"]["seed"]]) for row in own if row["recipe"]["seed"] in dense]
+        change = [100 * (row["test_accuracy"] - other["test_accuracy"]) for row, other in pairs]
+        error = f" ± {statistics.stdev(change) / len(change) ** 0.5:.2f}" if len(change) > 1 else ""
+        body.append(
+            [
+                pattern,
+                name.removesuffix(f" {pattern}"),
+                spread([row["test_accuracy"] for row in own]),
+                f"{statistics.mean(change):+.2f}{error}" if change else "-",
+                f"{statistics.mean(row['test_loss'] for row in own):.4f}",
+                f"{statistics.mean(row['flip_rate'] for row in own):.1e}" if "fixed" not in name else "",
+                str(len(own)),
+            ]
+        )
+    return [
+        "#### Decay as a total over the run\n",
+        "Masked decay, a refresh every 40 steps. The total is lambda times the sum of learning rates. A fixed random mask is the "
+        "best mask of the initial weights, kept. Differences to dense: paired by seed, mean and standard error.\n",
+        table(("pattern", "run", "test accuracy, %", "against dense", "test loss", "last flip rate", "runs"), body),
+    ]
 
 
 def _refreshes(found: dict[tuple[Any, ...], list[dict[str, Any]]], dynamic: Any) -> list[str]:

@@ -21,7 +21,10 @@ from recipes.recipe import DataRecipe, ModelRecipe, SparsityRecipe, TrainingReci
 from recipes import Recipe
 
 BUDGETS = {
-    "full": (DataRecipe("fashion-mnist", train=60000, test=10000, side=28), TrainingRecipe(epochs=5, batch=128, lr=0.1)),
+    "full": (
+        DataRecipe("fashion-mnist", train=60000, test=10000, side=28),
+        TrainingRecipe(epochs=5, batch=128, lr=0.1, precision="bfloat16"),
+    ),
     # A quarter of the pixels and 8,000 of the images: an experiment in under a minute on one core.
     "reduced": (DataRecipe("fashion-mnist", train=8000, test=10000, side=14), TrainingRecipe(epochs=3, batch=64, lr=0.1)),
     # All images and five times the steps: about a minute on one core with AMX. For a choice of the runs, by --names.
@@ -33,6 +36,8 @@ BUDGETS = {
 }
 METHODS = {"STE": "ste", "SR-STE": "sr-ste", "masked decay": "masked-decay"}
 DYNAMIC = ("2:4", "2:4-T", "4:8-T", "16:32-T")
+TOTAL_DECAYS = (1, 3, 5, 10)
+"""Lambda times the sum of learning rates; the default of `sparsify_` is one of them."""
 DIVERSITY = ("50%", "4:8", "2:4", "4:8-T", "2:4-T", "4:8-seq")
 
 
@@ -48,6 +53,18 @@ def grid(base: Recipe, runs: Path, count: int) -> Iterator[tuple[str, Recipe]]:
     for pattern in ("4:8-T", "2:4", "2:4-T", "16:32-T"):
         for recipe in dynamic(f"dynamic masked decay {pattern}", pattern=pattern):
             yield "dynamic", recipe
+    for pattern in ("4:8-T", "2:4-T", "16:32-T"):
+        for recipe in dynamic(f"fixed random mask {pattern}", pattern=pattern, mode="static"):
+            yield "control", recipe
+        for total in TOTAL_DECAYS:
+            for recipe in dynamic(f"total decay {total} {pattern}", pattern=pattern, total_decay=float(total)):
+                yield "total decay", recipe
+    for refresh in (1, 10):
+        for recipe in dynamic(f"total decay 3, refresh {refresh} 4:8-T", pattern="4:8-T", total_decay=3.0, refresh=refresh):
+            yield "total decay", recipe
+    for share in (0.1, 0.25, 0.5):
+        for recipe in dynamic(f"total decay 3, frozen from {share} 4:8-T", pattern="4:8-T", total_decay=3.0, frozen_from=share):
+            yield "total decay", recipe
     for pattern in ("2:4", "2:4-T", "4:8-T"):
         for recipe in seeds(replace(base, name=f"static {pattern}"), count):
             start = str((runs / run_folder(replace(dense, seed=recipe.seed))).resolve())
@@ -77,7 +94,7 @@ def main() -> None:
     arguments = parser(__doc__ or "", "training-resnet.jsonl")
     arguments.add_argument("--data", default="", help="folder of the four idx.gz files")
     arguments.add_argument("--budget", choices=BUDGETS, default="reduced")
-    arguments.add_argument("--only", nargs="*", help="studies: dense, static, dynamic, greedy, refresh")
+    arguments.add_argument("--only", nargs="*", help="studies: dense, static, dynamic, control, total decay, greedy, refresh")
     arguments.add_argument("--names", nargs="*", default=["*"], help="globs of runs, such as 'dynamic * 4:8-T'")
     arguments.add_argument("--width", type=int, default=16)
     chosen = arguments.parse_args()

@@ -646,7 +646,7 @@ def test_layers_in_training_leave_the_device_and_come_back(library: Library, nam
 
 
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
-def test_every_buffer_can_be_broadcast_as_ddp_does(library: Library, name: str, tmp_path: Path) -> None:
+def test_ddp_has_nothing_to_broadcast(library: Library, name: str, tmp_path: Path) -> None:
     training = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
     sparsify_(training, "2:4-T")
     accelerate_(training, name)
@@ -655,10 +655,8 @@ def test_every_buffer_can_be_broadcast_as_ddp_does(library: Library, name: str, 
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         for model in (training, packed):
-            before = [one.clone() for one in model.buffers()]
-            assert bool(before) == (model is packed)
+            assert not list(model.buffers()), "positions and packed values are no buffers, which DDP would broadcast"
             nn.parallel.DistributedDataParallel(model)
-            assert all(torch.equal(one, other) for one, other in zip(model.buffers(), before, strict=True))
     finally:
         torch.distributed.destroy_process_group()
 
