@@ -150,7 +150,7 @@ def test_an_optimizer_that_carries_another_sparsity_of_the_same_weights_is_refus
     for layer in sparsity.layers:  # as others might do it, without finalize_
         nn.utils.parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
     other = sparsify_(model, "2:4-T")
-    with pytest.raises(ValueError, match=r"carries another Sparsity of the same weights \(Sparsity\(2:4, dynamic"):
+    with pytest.raises(ValueError, match=r"is attached to another Sparsity of the same weights \(Sparsity\(2:4, dynamic"):
         other.attach(optimizer)
     sparsity.detach()
     other.attach(optimizer)

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from bisparse.cli.calibrated import (
+from bisparse.cli.calibrated import batches_of, finish, group_of_ranks, on_first_rank, open_job, provenance
+from bisparse.cli.calibration_options import (
     BlockEpochs,
     Calibration,
     Damping,
@@ -19,16 +20,10 @@ from bisparse.cli.calibrated import (
     Sequences,
     TextField,
     TextFiles,
-    batches_of,
-    finish,
-    group_of_ranks,
-    on_first_rank,
-    open_job,
     parse_device,
     parse_method,
     parse_order,
     parse_reconstruction,
-    provenance,
 )
 from bisparse.cli.console import (
     AsJson,

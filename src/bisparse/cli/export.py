@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bisparse.cli.calibrated import Calibration, Sequences
+from bisparse.cli.calibration_options import Calibration, Sequences
 from bisparse.cli.console import AsJson, Threads, command, set_threads
 from bisparse.cli.deploy import export_folder, show_export
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bisparse.cli.calibrated import Calibration, Device, Length, Sequences, parse_device
+from bisparse.cli.calibration_options import Calibration, Device, Length, Sequences, parse_device
 from bisparse.cli.console import AsJson, Excluded, Included, Layouts, Threads, command, parse_layout_options, set_threads
 from bisparse.cli.deploy import quantize_folder, show_quantization
 

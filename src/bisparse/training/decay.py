@@ -20,6 +20,7 @@ __all__ = [
     "Decay",
     "FixedDecay",
     "TotalDecay",
+    "decay_rate",
 ]
 
 DEFAULT_DECAY = 2e-4
@@ -105,3 +106,35 @@ class TotalDecay:
         own = min(per_step / learning_rate, MAX_OVER_PEAK * per_step / self.peak)
         self.done += own * learning_rate
         return own
+
+
+def decay_rate(
+    given: Decay | None,
+    totals: dict[str, TotalDecay],
+    name: str,
+    step: int,
+    steps: int | None,
+    *,
+    learning_rate: float,
+    adaptive: bool,
+) -> float:
+    """Lambda of a layer at step number `step` (from 0) of `steps`; 0 for a decay over the whole run if `steps` is None.
+
+    Args:
+        given: the decay of the layer or the run; None: the default.
+        totals: by layer name, what a total decay has done so far; this step is added.
+        adaptive: masked decay with an optimizer that divides gradients by their size, such as Adam.
+    """
+    if given is None:
+        if adaptive or steps is None:
+            return DEFAULT_DECAY_ADAM if adaptive else DEFAULT_DECAY
+        given = DEFAULT_TOTAL
+    if isinstance(given, FixedDecay):
+        return given.rate
+    if steps is None:
+        return 0.0
+    if isinstance(given, AnnealedDecay):
+        return given.at(step, steps)
+    decay = totals.setdefault(name, TotalDecay(given, steps))
+    decay.steps = steps
+    return decay.rate(step, learning_rate)

@@ -143,6 +143,26 @@ class SparseLayer:
                 module.mask_changed(proved=proved)
 
     @property
+    def refreshed_tensors(self) -> list[Tensor]:
+        """What a mask refresh writes: the mask, and what accelerated modules derive from it."""
+        derived = (one.derived_tensors for one in (self.module, *self.sharing) if isinstance(one, Accelerated))
+        return [self.mask, *(tensor for tensors in derived for tensor in tensors)]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a dynamic layer is in a dense phase."""
+        own = self.parametrization
+        return own is not None and own.dense
+
+    def make_dense(self) -> None:
+        """Begin a dense phase: the mask is all True. A static layer is unchanged."""
+        own = self.parametrization
+        if own is not None:
+            own.state.dense = True
+            own.mask.fill_(True)
+            self.mask_changed()
+
+    @property
     def transposable(self) -> bool:
         """Whether the pattern holds along columns too."""
         return isinstance(self.pattern, Pattern) and self.pattern.transposable

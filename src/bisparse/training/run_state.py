@@ -1,4 +1,4 @@
-"""Whether the saved state of a run fits another run: version, mode, layers, patterns, shapes, masks."""
+"""The saved state of a run: what is stored per layer, and whether it fits another run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,45 @@ from torch import Tensor
 from bisparse.pattern import Structure
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
+from bisparse.training.decay import Decay, TotalDecay
 from bisparse.training.layer import SparseLayer
+from bisparse.training.mask_search import Prices
 from bisparse.training.parametrizations import mask_refusal
 
-__all__ = ["STATE_VERSION", "check_mask", "check_state"]
+__all__ = ["STATE_VERSION", "check_mask", "check_state", "entry_of", "load_entry"]
 
 STATE_VERSION = 2
+
+
+def entry_of(layer: SparseLayer, mode: str, prices: Prices | None, decay: TotalDecay | None) -> dict[str, Any]:
+    """The entry of a layer in `Sparsity.state_dict`: pattern, shape, prices, the mask of a static run, and the decay done."""
+    entry: dict[str, Any] = {"pattern": str(layer.pattern), "shape": list(layer.mask.shape)}
+    if prices is not None:
+        entry |= {"u": prices.u, "v": prices.v, "exponent": prices.exponent}
+    if mode == "static":
+        entry["mask"] = layer.mask
+    if decay is not None:
+        entry["decay"] = [decay.done, decay.peak]
+    return entry
+
+
+def load_entry(
+    entry: Mapping[str, Any], layer: SparseLayer, given: Decay | None, prices: dict[str, Prices], decays: dict[str, TotalDecay]
+) -> None:
+    """Load an entry that `check_state` accepts into its layer and the run's prices and decays, both by layer name.
+
+    Args:
+        given: the decay of the layer in this run.
+    """
+    if "u" in entry:
+        device = layer.mask.device
+        moved = (entry[side].detach().clone().to(device) for side in ("u", "v", "exponent"))
+        prices[layer.name] = Prices(*moved)
+    if "decay" in entry:
+        decays[layer.name] = TotalDecay.resumed(entry["decay"], given=given)
+    if "mask" in entry:
+        layer.mask.copy_(entry["mask"])
+        layer.zero_pruned()
 
 
 def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: str) -> None:

@@ -28,19 +28,20 @@ from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import from_matrices
-from bisparse.training.decay import DEFAULT_DECAY, DEFAULT_DECAY_ADAM, DEFAULT_TOTAL, AnnealedDecay, Decay, FixedDecay, TotalDecay
+from bisparse.training.attach_check import attach_error, check_not_flattened, check_run_length
+from bisparse.training.decay import Decay, TotalDecay, decay_rate
 from bisparse.training.facts import layer_facts
 from bisparse.training.forward_hook import RefreshHook, ZerosHook, gathered_again
 from bisparse.training.gradient_check import check_gradients
 from bisparse.training.gradient_rules import after_closure, decay_pruned, mask_gradient
-from bisparse.training.layer import Accelerated, SparseLayer, local
-from bisparse.training.mask_search import MaskSearch, Prices, Score
+from bisparse.training.layer import SparseLayer
+from bisparse.training.mask_search import MaskSearch, Score
 from bisparse.training.metrics import MaskChange, as_metrics, measure_change
-from bisparse.training.optimizer import after_each_step, flattened, held_by, skipped_by_scaler, unwrapped, why_not_followed
-from bisparse.training.parametrizations import SAMPLED
+from bisparse.training.optimizer import after_each_step, held_by, skipped_by_scaler, unwrapped
+from bisparse.training.pruned_sample import PrunedSample
 from bisparse.training.rank_consistency import check_ranks_agree, raise_together, ranks_of
 from bisparse.training.replaced import Links
-from bisparse.training.run_state import STATE_VERSION, check_state
+from bisparse.training.run_state import STATE_VERSION, check_state, entry_of, load_entry
 from bisparse.training.schedule import Phase, Schedule
 
 __all__ = ["Method", "Mode", "Sparsity"]
@@ -112,7 +113,7 @@ class Sparsity:
         self.handle = next(_HANDLES)
         self.hook = RefreshHook(self)
         self.zeros_hook = ZerosHook()
-        self._off: dict[str, Tensor] = {}
+        self._pruned_sample = PrunedSample()
         self._attached: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
         self._undo: list[Callable[[], None]] = []
@@ -126,7 +127,7 @@ class Sparsity:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks belong to the optimizers and the model of this object, not to those of its copies.
-        own = ("_attached", "_handles", "hook", "zeros_hook", "handle", "_off", "_undo")
+        own = ("_attached", "_handles", "hook", "zeros_hook", "handle", "_pruned_sample", "_undo")
         return {name: value for name, value in self.__dict__.items() if name not in own} | {"on_refresh": [], "written": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -212,42 +213,14 @@ class Sparsity:
         """
         self._check_not_ended("attach an optimizer")
         self.notice_replaced()
-        totals = [layer.decay if layer.decay is not None else self.decay for layer in self._active]
-        if self.steps is None and any(
-            isinstance(one, AnnealedDecay) or (isinstance(one, float | int) and one > 0) for one in totals
-        ):
-            raise ValueError(
-                "decay is a shrink over the whole run, whose length is not known: pass steps= to sparsify_ (or use a trainer's "
-                "callback, which knows it), or give a fixed lambda: decay=FixedDecay(2e-4)"
-            )
+        check_run_length([self._decay_of(layer) for layer in self._active], self.steps)
         if not optimizers:
             raise ValueError("attach() needs the optimizer that trains the model")
         if self._attached:
             raise ValueError("this Sparsity is attached already; call detach() first to follow another optimizer")
         plain = [unwrapped(optimizer) for optimizer in optimizers]
-        held = {id(held) for one in plain for group in one.param_groups for held in group["params"]}
-        weights = {id(layer.weight) for layer in self._active}
-        if names := [one.name for one in self._active if flattened(one.weight)]:
-            raise ValueError(
-                f"FullyShardedDataParallel has flattened the weights of {len(names)} sparse layers, the first {names[0]!r}: "
-                "masks need whole matrices. Shard with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
-            )
-        missing = [one.name for one in self._active if one.weight.requires_grad and id(one.weight) not in held]
-        error = None
-        if missing:
-            error = ValueError(
-                f"the optimizer does not hold the weights of {len(missing)} sparse layers, the first {missing[0]!r}: build it "
-                "from model.parameters() after sparsify_ (and after wrapping the model), or freeze these layers, or exclude them"
-            )
-        for one in plain:
-            error = error or ((why := why_not_followed(one, self.method)) and ValueError(why)) or None
-        for other in _LIVE:
-            same = any(id(layer.weight) in weights for layer in other._active)
-            if other is not self and same and any(one is mine for one in other._attached for mine in plain):
-                error = error or ValueError(
-                    f"this optimizer still carries another Sparsity of the same weights ({other!r}): end it with finalize_, or "
-                    "call its detach()"
-                )
+        check_not_flattened(self._active)
+        error = attach_error(plain, self._active, self.method, self._other_on(plain))
         ranks = ranks_of(self._active, group)
         raise_together(ranks, error, "attaching the optimizer")
         check_ranks_agree(self._active, ranks)
@@ -276,6 +249,15 @@ class Sparsity:
                     hook = layer.weight.register_post_accumulate_grad_hook(lambda weight, own=layer: mask_gradient(own, weight))
                     self._handles.append(hook)
         return self
+
+    def _other_on(self, optimizers: list[Optimizer]) -> Sparsity | None:
+        """Another live `Sparsity` of some of the same weights that is attached to one of these optimizers."""
+        weights = {id(layer.weight) for layer in self._active}
+        for other in _LIVE - {self}:
+            attached = any(one is mine for one in other._attached for mine in optimizers)
+            if attached and any(id(layer.weight) in weights for layer in other._active):
+                return other
+        return None
 
     def detach(self) -> None:
         """Stop following the optimizers."""
@@ -307,26 +289,21 @@ class Sparsity:
             for one in held:
                 mask_gradient(one.layer, one.weight)
         elif self.method == "masked-decay" or (self.method == "sr-ste" and first):
-            if first:
-                for one in held:
-                    self._rates[one.layer.name] = self._decay_rate(one.layer, float(one.group.get("lr", 1.0)), own)
+            adaptive = self.method == "masked-decay" and any("betas" in group for group in own.param_groups)
+            for one in held if first else ():
+                self._rates[one.layer.name] = decay_rate(
+                    self._decay_of(one.layer),
+                    self._decays,
+                    one.layer.name,
+                    self.step,
+                    self.steps,
+                    learning_rate=float(one.group.get("lr", 1.0)),
+                    adaptive=adaptive,
+                )
             decay_pruned(self.method, self._rates, held, own)
 
-    def _decay_rate(self, layer: SparseLayer, learning_rate: float, own: Optimizer) -> float:
-        """The decay rate lambda of a layer at this step."""
-        given = layer.decay if layer.decay is not None else self.decay
-        if given is None:
-            adaptive = self.method == "masked-decay" and any("betas" in group for group in own.param_groups)
-            if adaptive or self.steps is None:
-                return DEFAULT_DECAY_ADAM if adaptive else DEFAULT_DECAY
-            given = DEFAULT_TOTAL
-        if isinstance(given, AnnealedDecay):
-            return 0.0 if self.steps is None else given.at(self.step, self.steps)
-        if isinstance(given, FixedDecay) or self.steps is None:
-            return given.rate if isinstance(given, FixedDecay) else 0.0
-        decay = self._decays.setdefault(layer.name, TotalDecay(given, self.steps))
-        decay.steps = self.steps
-        return decay.rate(self.step, learning_rate)
+    def _decay_of(self, layer: SparseLayer) -> Decay | None:
+        return layer.decay if layer.decay is not None else self.decay
 
     @torch.no_grad()
     def _after_step(self, own: Optimizer, counts: bool) -> None:
@@ -359,26 +336,12 @@ class Sparsity:
     @torch.no_grad()
     def _zeros_hold(self) -> None:
         """Zero pruned weights again if something other than an attached optimizer has changed them; a sample detects that."""
-        moved = []
-        for layer in self._active:
-            weight = local(layer.weight.detach())
-            if weight.is_meta:
-                continue
-            if layer.name not in self._off:
-                off = (~layer.local_mask).flatten().nonzero().flatten()
-                self._off[layer.name] = off[:: max(1, off.numel() // SAMPLED)]
-            moved.append(weight.take(self._off[layer.name].to(weight.device)))
-        if moved and bool(torch.cat([one.to(moved[0].device) for one in moved]).any()):
+        if self._pruned_sample.any_nonzero(self._active):
             self._zero_pruned()
 
     def _expect(self, due: bool) -> None:
-        self.due, self.written = due, []
-        if due:
-            for layer in self._active:
-                self.written.append(layer.mask)
-                for module in (layer.module, *layer.sharing):
-                    if isinstance(module, Accelerated):
-                        self.written += module.derived_tensors
+        self.due = due
+        self.written = [tensor for layer in self._active for tensor in layer.refreshed_tensors] if due else []
 
     @torch.no_grad()
     def refresh_due(self) -> None:
@@ -390,7 +353,8 @@ class Sparsity:
             return
         gathered_again(self.called)
         if self.phase is Phase.DENSE:
-            self._make_dense()
+            for layer in self._active:
+                layer.make_dense()
         else:
             self.refresh()
         self._expect(False)
@@ -407,7 +371,7 @@ class Sparsity:
             raise ValueError(f"{absent[0]}: its weight is on the meta device and holds no numbers to find a mask for")
         for layer in self._active:
             layer.follow_nothing()
-        layers = [layer for layer in self._active if (layer.weight.requires_grad or self._is_dense(layer))]
+        layers = [layer for layer in self._active if layer.weight.requires_grad or layer.is_dense]
         start = time.perf_counter()
         found = self.search.masks([layer.name for layer in layers], share=True)
         self.search_seconds += time.perf_counter() - start
@@ -428,21 +392,8 @@ class Sparsity:
             layer.mask_changed(proved=solver is None)  # the library's own: a check would wait for the device
         self._expect(False)
         if measured:
-            for tell in self.on_refresh:
-                tell(self)
-
-    @staticmethod
-    def _is_dense(layer: SparseLayer) -> bool:
-        own = layer.parametrization
-        return own is not None and own.dense
-
-    def _make_dense(self) -> None:
-        for layer in self._active:
-            own = layer.parametrization
-            if own is not None:
-                own.state.dense = True
-                own.mask.fill_(True)
-                layer.mask_changed()
+            for callback in self.on_refresh:
+                callback(self)
 
     def state_dict(self) -> dict[str, Any]:
         """What the model's state_dict lacks: counter, prices, static masks. Tensors, numbers and texts only.
@@ -450,17 +401,10 @@ class Sparsity:
         After `finalize_` it contains the step at which this object ended, and no run can load it.
         """
         self.notice_replaced()
-        layers: dict[str, dict[str, Any]] = {}
-        for layer in self._active:
-            entry: dict[str, Any] = {"pattern": str(layer.pattern), "shape": list(layer.mask.shape)}
-            if layer.name in self.search.prices:
-                prices = self.search.prices[layer.name]
-                entry |= {"u": prices.u, "v": prices.v, "exponent": prices.exponent}
-            if self.mode == "static":
-                entry["mask"] = layer.mask
-            if layer.name in self._decays:
-                entry["decay"] = [self._decays[layer.name].done, self._decays[layer.name].peak]
-            layers[layer.name] = entry
+        layers = {
+            layer.name: entry_of(layer, self.mode, self.search.prices.get(layer.name), self._decays.get(layer.name))
+            for layer in self._active
+        }
         numbers = {"step": self.step, "refreshes": self.refreshes, "due": self.due, "ended": self.ended}
         return {"version": STATE_VERSION, "mode": self.mode, **numbers, "layers": layers}
 
@@ -480,23 +424,12 @@ class Sparsity:
         self.notice_replaced()
         check_state(state, self._active, self.mode)
         saved, own = state["layers"], {layer.name: layer for layer in self._active}
-        self._off.clear()
+        self._pruned_sample.clear()
         for layer in self._active:
             layer.follow_nothing()
         self.step, self.refreshes = int(state["step"]), int(state["refreshes"])
         for name, entry in saved.items():
-            layer = own[name]
-            if "u" in entry:
-                device = layer.mask.device
-                moved = (entry[side].detach().clone().to(device) for side in ("u", "v", "exponent"))
-                self.search.prices[name] = Prices(*moved)
-            if "decay" in entry:
-                self._decays[name] = TotalDecay.resumed(
-                    entry["decay"], given=layer.decay if layer.decay is not None else self.decay
-                )
-            if "mask" in entry:
-                layer.mask.copy_(entry["mask"])
-                layer.zero_pruned()
+            load_entry(entry, own[name], self._decay_of(own[name]), self.search.prices, self._decays)
         dense = self._phase_after(self.step - 1 if state["due"] else self.step) is Phase.DENSE  # what is due has not happened
         for layer in self._active:
             parametrization = layer.parametrization
