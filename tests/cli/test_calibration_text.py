@@ -114,9 +114,9 @@ def test_a_bad_line_is_named(tmp_path: Path, bad: object, problem: str, causal: 
 def test_files_that_are_no_calibration_text_are_named(tmp_path: Path) -> None:
     good = lines(tmp_path / "good.txt", "w1 w2 w3 w4")
     for name, content, problem in (
-        ("one.json", b'{\n"text": "w1"}', "one.json is one JSON document"),
-        ("list.json", b'[{"text": "w1"}]', "list.json is one JSON document"),
-        ("latin.txt", b"w1\nw2\nw\xe4", r"latin.txt is no UTF-8 text to calibrate on \(line 3"),
+        ("one.json", b'{\n"text": "w1"}', "one.json is a single JSON document"),
+        ("list.json", b'[{"text": "w1"}]', "list.json is a single JSON document"),
+        ("latin.txt", b"w1\nw2\nw\xe4", r"latin.txt is not UTF-8 text \(line 3"),
         ("few.txt", b"w1", "few.txt has 2 tokens, fewer than one sequence of 4"),
         ("empty.jsonl", b"\n\n", "empty.jsonl has 0 tokens"),
     ):

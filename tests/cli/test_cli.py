@@ -106,7 +106,7 @@ def test_info_of_weights_that_cannot_be_pruned(tmp_path: Path) -> None:
     assert found["small"]["patterns"] == [] and found["small"]["too_large"] == [32, 64], "padding is no sparsity"
     assert [one["name"] for one in content["unchecked"]] == ["p"]
     shown = run("info", tmp_path / "m").stdout
-    assert "side shorter than M = 32, 64" in " ".join(shown.split()) and "16:64" not in shown and "not looked at" in shown
+    assert "a side is shorter than M = 32, 64" in " ".join(shown.split()) and "16:64" not in shown and "not examined" in shown
 
 
 @posix
@@ -219,7 +219,7 @@ def test_bench_without_a_gpu_says_so_and_gives_what_is_exact() -> None:
     (layer,) = content["layers"]
     assert layer["convert"] is None and layer["timing"] is None and layer["forward_flops"] == 2 * 16384 * 4096 * 14336
     shown = run("bench", "-m", "4096x14336", "--inference").stdout
-    assert shown.startswith("Nothing is known of times: torch sees no CUDA device here, and no grid of measured times is stored")
+    assert shown.startswith("No times are known: torch sees no CUDA device here, and no grid of measured times is stored")
     assert "117.44 -> 66.06" in shown and "not known" in shown
 
 
@@ -258,7 +258,7 @@ def test_bench_measures_this_processor_and_predicts_others() -> None:
     if content["source"] == "measured":  # not where the processor has neither AVX-512 nor AVX2
         assert "this CPU" in content["device"] and content["layers"][0]["timing"]["dense"]["forward_ms"] > 0
     shown = run("bench", "-m", "4096x4096", "-n", "8192", "--device-name", "rtx 4090").stdout
-    assert "Predicted from public measurements of products (forward alone" in shown and "RTX4090" in shown and "H100" not in shown
+    assert "Predicted from public measurements of products (forward only" in shown and "RTX4090" in shown and "H100" not in shown
     assert "public times are of A100" in run("bench", "-m", "64x64", "--device-name", "abacus").stderr
 
 
@@ -355,7 +355,7 @@ def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_p
         (["verify", "nowhere", "-p", "2:4"], "nowhere does not exist"),
         (["bench", "-m", "64x64", "--grid", "nowhere"], "'nowhere' does not exist"),
         (["report", "nowhere"], "does not exist"),
-        (["report", "MODEL"], "holds no bisparse.json, so bisparse did not write it"),
+        (["report", "MODEL"], "has no bisparse.json, so bisparse did not write it"),
         (["report", "MODEL/config.json"], "is a file"),
         (["report", "MODEL", "--against", "nowhere"], "does not exist"),
         (["fly"], "fly"),

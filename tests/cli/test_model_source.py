@@ -225,7 +225,7 @@ def test_a_transformers_folder_that_cannot_be_loaded_names_the_file(tmp_path: Pa
     folder = tmp_path / "model"
     llama(num_hidden_layers=1).save_pretrained(folder)
     weights, config = folder / "model.safetensors", folder / "config.json"
-    for name, message in ((weights, "is a file: name the folder"), (config, "is a file: name the folder")):
+    for name, message in ((weights, "is a file: pass the folder"), (config, "is a file: pass the folder")):
         with pytest.raises(ValueError, match=f"{name.name} {message}"):
             open_source(str(name))
     with pytest.raises(ValueError, match="model: transformers cannot load the tokenizer: "):
@@ -243,7 +243,7 @@ def test_a_transformers_folder_that_cannot_be_loaded_names_the_file(tmp_path: Pa
     with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
         open_source(str(folder))
     config.unlink()
-    with pytest.raises(ValueError, match=r"model holds no config\.json, .*: add the config\.json .* or name a function of yours"):
+    with pytest.raises(ValueError, match=r"model has no config\.json, .*: add the config\.json .* or pass module:function"):
         open_source(str(folder))
 
 
@@ -291,7 +291,7 @@ def test_an_interrupted_job_says_what_it_leaves_and_how_to_go_on(beside: Path) -
     result = CliRunner().invoke(app, command, catch_exceptions=False)
     assert result.exit_code == 130 and "interrupted; nothing was left behind" in result.output
     result = CliRunner().invoke(app, [*command, "--resume", "journal"], catch_exceptions=False)
-    assert result.exit_code == 130 and "kept in journal, and the same command goes on from there" in result.output
+    assert result.exit_code == 130 and "kept in journal, and the same command continues from there" in result.output
     assert list((beside / "journal").glob("done-*")) and not (beside / "out").exists()
 
 
@@ -335,7 +335,7 @@ def test_a_function_without_batches_is_told_to_return_them(command: list[str], n
 
 def test_a_text_that_is_none_is_named(beside: Path) -> None:
     (beside / "picture.png").write_bytes(b"\xff\xfe\x00\x81")
-    with pytest.raises(CalibrationError, match=r"picture\.png is no UTF-8 text"):
+    with pytest.raises(CalibrationError, match=r"picture\.png is not UTF-8 text"):
         text_batches(None, beside / "picture.png", causal=True)
 
 
@@ -413,13 +413,13 @@ def refused(folder: Path, *options: str) -> str:
     [
         ({"num_hidden_layers": 4}, r"18 missing \(model\.layers\.2\.input_layernorm\.weight, .*, \.\.\.\)"),
         ({"num_hidden_layers": 1}, r"9 unexpected \(model\.layers\.1\.input_layernorm\.weight, .*, \.\.\.\)"),
-        ({"intermediate_size": 64}, r"6 of another shape \(model\.layers\.0\.mlp\.down_proj\.weight, stored as \(32, 48\), not"),
+        ({"intermediate_size": 64}, r"6 of a different shape \(model\.layers\.0\.mlp\.down_proj\.weight, stored as \(32, 48\), not"),
         ({"attention_bias": True}, r"8 missing \(model\.layers\.0\.self_attn\.k_proj\.bias"),
         ({"architectures": ["LlamaModel"]}, r"1 unexpected \(lm_head\.weight\)"),
         ({"architectures": ["LlamaForSequenceClassification"]}, r"1 missing \(score\.weight\); 1 unexpected \(lm_head\.weight\)"),
         ({"architectures": None}, r"config\.json names no architectures; add the class"),
         ({"architectures": []}, r"config\.json names no architectures"),
-        ({"architectures": ["NoSuchModel"]}, r"has architectures \['NoSuchModel'\], which is no model class of transformers"),
+        ({"architectures": ["NoSuchModel"]}, r"has architectures \['NoSuchModel'\], which is not a model class of transformers"),
         ({"architectures": ["AutoModel"]}, "is no model class of transformers"),
         ({"architectures": [5]}, "is no model class of transformers"),
     ],

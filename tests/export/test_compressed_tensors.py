@@ -152,6 +152,6 @@ def test_one_command_prunes_and_quantises(tmp_path: Path) -> None:
     pruned, kept = load_masks(tmp_path / "out"), load_masks(tmp_path / "out-int8")
     assert not any(bool((kept[name] & ~mask).any()) for name, mask in pruned.items())
     again = CliRunner().invoke(app, ["quantize", str(tmp_path / "out-int8"), str(tmp_path / "twice")], catch_exceptions=False)
-    assert again.exit_code == 1 and "quantised already" in again.output
+    assert again.exit_code == 1 and "already quantised" in again.output
     refused = CliRunner().invoke(app, [*command[:2], str(tmp_path / "new"), "--quantize", "int3"], catch_exceptions=False)
     assert refused.exit_code == 2 and not (tmp_path / "new").exists()

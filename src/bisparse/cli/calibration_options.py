@@ -35,8 +35,8 @@ Calibration = Annotated[
     typer.Option(
         exists=True,
         dir_okay=False,
-        help="Text to calibrate on: a running text for causal models, a sample a line for others; or JSON lines (.jsonl) with "
-        "texts or conversations. May be repeated; each file gives as many samples.",
+        help="Text to calibrate on: continuous text for causal models, one sample per line for others; or JSON lines (.jsonl) "
+        "with texts or conversations. May be repeated; every file contributes equally many samples.",
     ),
 ]
 TextField = Annotated[
@@ -46,29 +46,31 @@ TextField = Annotated[
     ),
 ]
 Sequences = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
-Length = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
-Order = Annotated[str, typer.Option(help="sequential: layers see those pruned before them; parallel: the dense network.")]
-BlockEpochs = Annotated[
-    int, typer.Option(min=0, help="After its layers, fit each block as a whole, in at most so many passes over the samples.")
+Length = Annotated[int, typer.Option(min=1, help="Tokens per sample.")]
+Order = Annotated[
+    str, typer.Option(help="sequential: inputs of a layer come from the network pruned so far; parallel: from the dense network.")
 ]
-Damping = Annotated[float | None, typer.Option(help="Ridge of the least squares; by default chosen by held-out data.")]
-Device = Annotated[str | None, typer.Option(help="Run transformer blocks there, one at a time, such as cuda.")]
-Resume = Annotated[Path | None, typer.Option(help="A folder to go on from, should the job be interrupted.")]
+BlockEpochs = Annotated[
+    int, typer.Option(min=0, help="Fit each block as a whole after its layers, in at most this many passes over the samples.")
+]
+Damping = Annotated[float | None, typer.Option(help="Ridge parameter of the least squares; by default chosen on held-out data.")]
+Device = Annotated[str | None, typer.Option(help="Device on which to run transformer blocks, one at a time, such as cuda.")]
+Resume = Annotated[Path | None, typer.Option(help="A folder for the journal, from which an interrupted job continues.")]
 
 
 @dataclass(frozen=True)
 class TextFiles:
-    """The calibration data that were asked for."""
+    """The calibration data as given on the command line."""
 
     paths: Sequence[Path] | None
-    """None: those that come with the model."""
+    """None: the batches that come with the model."""
     field: str | None
     sequences: int
     length: int
 
 
 def parse_method(name: str, damping: float | None = None) -> Method:
-    """A method by its name in `bisparse.pruning.METHODS`, with the damping of its least squares where one is given."""
+    """The method of this name in `bisparse.pruning.METHODS`, with the given damping of its least squares, if any."""
     from dataclasses import fields, is_dataclass
 
     from bisparse.pruning import METHODS
@@ -81,7 +83,7 @@ def parse_method(name: str, damping: float | None = None) -> Method:
         settings: set[str] = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
         found = next((setting for setting in ("refit_damping", "damping") if setting in settings), None)
         if found is None:
-            raise typer.BadParameter(f"{name} has no damping; name another method, such as adaprune", param_hint="--damping")
+            raise typer.BadParameter(f"{name} has no damping; choose another method, such as adaprune", param_hint="--damping")
         return by_name(name, **{found: damping})
     except typer.BadParameter:
         raise
@@ -91,7 +93,7 @@ def parse_method(name: str, damping: float | None = None) -> Method:
 
 
 def parse_device(name: str | None) -> str | None:
-    """A device that is there."""
+    """The name of the device, if it is usable; wrong use otherwise."""
     from bisparse.device import usable_device
 
     if name is not None:
@@ -103,7 +105,7 @@ def parse_device(name: str | None) -> str | None:
 
 
 def parse_order(order: str) -> Literal["sequential", "parallel"]:
-    """The order of calibration."""
+    """The order of calibration, if there is one of this name; wrong use otherwise."""
     if order == "sequential":
         return "sequential"
     if order == "parallel":
@@ -112,11 +114,11 @@ def parse_order(order: str) -> Literal["sequential", "parallel"]:
 
 
 def parse_reconstruction(epochs: int, order: str) -> BlockReconstruction | None:
-    """How blocks are fitted as a whole; None where they are not."""
+    """How blocks are fitted as a whole; None for 0 epochs."""
     if epochs == 0:
         return None
     if order != "sequential":
-        raise typer.BadParameter("blocks are fitted in the order sequential only", param_hint="--block-epochs")
+        raise typer.BadParameter("blocks can only be fitted with --order sequential", param_hint="--block-epochs")
     from bisparse.pruning import BlockReconstruction
 
     return BlockReconstruction(epochs=epochs)

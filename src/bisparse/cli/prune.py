@@ -48,8 +48,8 @@ def prune(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A folder of weights (sharded or not), a file of safetensors or torch, whatever its name, or a model in the "
-            "local Hugging Face cache, org/name. With --method also .gguf, or module:function returning (model, batches)."
+            help="A folder of weights (sharded or not), a safetensors or torch file under any name, or a model in the local "
+            "Hugging Face cache, org/name. With --method also .gguf, or module:function returning (model, batches)."
         ),
     ],
     target: Annotated[
@@ -60,8 +60,8 @@ def prune(
         typer.Option(
             "--pattern",
             "-p",
-            help="2:4, 4:8-T, 16:32-T, 4:8-seq, 50%, ... N is the number KEPT. By default 4:8-T. With --budget: one of those to "
-            "choose from, or dense; repeated.",
+            help="2:4, 4:8-T, 16:32-T, 4:8-seq, 50%, ... N is the number KEPT. By default 4:8-T. With --budget, repeat it: one "
+            "choice each, which may be dense.",
         ),
     ] = None,
     budget: BudgetOption = None,
@@ -70,10 +70,10 @@ def prune(
     key: Key = None,
     layer_pattern: Annotated[
         list[str] | None,
-        typer.Option("--layer-pattern", metavar="GLOB=PATTERN", help="Another pattern for some layers. May be repeated."),
+        typer.Option("--layer-pattern", metavar="GLOB=PATTERN", help="A different pattern for some layers. May be repeated."),
     ] = None,
     layout: Layouts = None,
-    remainder: Annotated[str, typer.Option(help="Where M does not divide a layer's sides: pad, dense or error.")] = "pad",
+    remainder: Annotated[str, typer.Option(help="What to do if M does not divide a layer's sides: pad, dense or error.")] = "pad",
     solver: Annotated[
         str | None,
         typer.Option(help="For transposable patterns: a name in bisparse.solvers.SOLVERS, such as greedy. Default: exact."),
@@ -81,8 +81,8 @@ def prune(
     method: Annotated[
         str,
         typer.Option(
-            help="magnitude, wanda, sparsegpt, adaprune, alps or another of bisparse.pruning.METHODS. With all but magnitude "
-            "the model is built and needs calibration data."
+            help="magnitude, wanda, sparsegpt, adaprune, alps or another of bisparse.pruning.METHODS. All but magnitude "
+            "build the model and need calibration data."
         ),
     ] = "magnitude",
     calibration: Calibration = None,
@@ -99,19 +99,19 @@ def prune(
     evaluate: EvalText = None,
     eval_tokens: EvalTokens = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be pruned and what not, and why; write nothing.")
+        bool, typer.Option("--dry-run", help="Show which layers would be pruned and which not, and why; write nothing.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that bisparse wrote.")] = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prune a checkpoint: the best mask there is for every layer, with the proof.
+    """Prune a checkpoint: every layer gets the best possible mask, with a proof.
 
-    By magnitude the model is not built and memory stays small. With --method and --calibration a transformers model, or
-    what your module:function returns, is pruned by what its layers see, block by block.
+    Pruning by magnitude does not build the model and needs little memory. With --method and --calibration, a transformers
+    model, or the one that your module:function returns, is pruned block by block, using the inputs of its layers.
 
-    The target holds plain dense weights with zeros, so it loads anywhere, bisparse.json (what was done to which layer) and
-    the masks. It is absent or whole, whenever the job is killed.
+    The target has plain dense weights with zeros, which load anywhere, bisparse.json (what was done to each layer) and the
+    masks. It only appears once it is complete, even if the job is killed.
     """
     structure, choices = parse_patterns(pattern, budget, layer_pattern)
     patterns = dict(_layer_pattern(text) for text in layer_pattern or ())

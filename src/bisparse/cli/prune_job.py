@@ -1,4 +1,4 @@
-"""The two ways in which `bisparse prune` works: by magnitude on the files, or with calibration data on the model."""
+"""The two kinds of job of `bisparse prune`: by magnitude on the files, or with calibration data on the model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = ["PruneJob", "prune_by_magnitude", "prune_calibrated"]
 
 @dataclass(frozen=True)
 class PruneJob:
-    """The arguments of `bisparse prune` that both ways take."""
+    """The arguments of `bisparse prune` that both kinds of job take."""
 
     source: Path
     target: Path | None
@@ -71,7 +71,7 @@ def prune_calibrated(
     *,
     dry_run: bool,
 ) -> None:
-    """Build the model and prune it by a method; of a dry run, only the plan is shown."""
+    """Build the model and prune it by a method; a dry run only shows the plan."""
     if job.key is not None:
         raise typer.BadParameter("chooses a state dict in a torch file, which only magnitude pruning reads", param_hint="--key")
     arguments: dict[str, Any] = dict(
@@ -105,7 +105,7 @@ def prune_calibrated(
 def prune_by_magnitude(
     job: PruneJob, unused: Mapping[str, object], measuring: AbstractContextManager[None], *, dry_run: bool
 ) -> None:
-    """Prune the files by magnitude, without building the model; of a dry run, only the plan is shown.
+    """Prune the files by magnitude, without building the model; a dry run only shows the plan.
 
     Args:
         unused: options of calibrated methods, by name; each must be None.
@@ -212,5 +212,5 @@ def _row(name: str, group: list[LayerResult]) -> tuple[str, ...]:
 
 
 def _gap(gap: float) -> str:
-    # Below this there is only the rounding of two sums in double precision.
+    # A smaller gap is only the rounding of two sums in double precision.
     return f"{gap:.0e}" if gap > 1e-13 else "0"
