@@ -480,7 +480,7 @@ def test_wider_patterns_stay_masked_dense_and_say_so(pattern: str) -> None:
         accelerate_(model, "reference")
     training = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     sparsify_(training, pattern)
-    with pytest.raises(BackendError, match=f"0: {pattern} has no path on tensor cores, it stays masked-dense"):
+    with pytest.raises(BackendError, match=f"0: {pattern} does not run on sparse tensor cores; it stays masked-dense"):
         accelerate_(training, "reference")
     assert all(one.reason.startswith("its weight is trained") for one in accelerate_(training).left_dense)
     assert training(torch.randn(2, 64)).shape == (2, 64)
@@ -631,7 +631,7 @@ def test_tied_weights_are_not_parted_by_packing() -> None:
     prune_(model, "2:4-T")
     report = accelerate_(model.eval(), "reference")
     assert [layer.name for layer in report.layers] == ["3"]
-    assert "another module holds the same weight" in report["0"].reason and model[0].weight is model[2].weight
+    assert "another module shares its weight" in report["0"].reason and model[0].weight is model[2].weight
     trained = accelerate_(model.train(), "reference", include="0")
     assert trained["0"].weight == "trained" and model[0].weight is model[2].weight
 

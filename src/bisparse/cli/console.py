@@ -167,7 +167,7 @@ def _left_behind(journal: Any) -> str:
     """A sentence on what an interrupted job left on disk: with --resume, its journal."""
     if journal is None or not journal.exists():
         return "nothing was left behind"
-    return f"the layers finished so far are kept in {journal}, and the same command continues from there; nothing else was left behind"
+    return f"the layers finished so far are kept in {journal}, and the same command continues from there; nothing else is left behind"
 
 
 def fail(message: str, code: int, *, as_json: bool = False) -> NoReturn:
@@ -250,7 +250,7 @@ def parse_solver_option(name: str | None) -> Solver | None:
 
 
 def parse_source(name: str | Path, hint: str) -> Path:
-    """The path of a checkpoint: the given path, or the model of this name in the local Hugging Face cache; wrong use if neither."""
+    """The path of a checkpoint: the given one, or the model of this name in the local Hugging Face cache; otherwise wrong use."""
     from bisparse.checkpoint.hub import find_source
     from bisparse.errors import CheckpointError
 

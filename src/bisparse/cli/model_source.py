@@ -62,7 +62,7 @@ def open_source(name: str, *, tokenizer: bool = True) -> Source:
         raise ValueError(f"{name} is a file: pass the folder of the transformers model, a .gguf file, or module:function")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(
-            f"{name} has no config.json, which describes the model to build: add the config.json that transformers saves with the "
+            f"{name} has no config.json, which describes the model: add the config.json that transformers saves with the "
             "weights, or pass module:function, your own function that builds the model, loads these weights and returns it"
         )
     try:

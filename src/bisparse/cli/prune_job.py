@@ -89,9 +89,7 @@ def prune_calibrated(
     if dry_run:
         structure = job.structure
         if structure is None:
-            raise typer.BadParameter(
-                "cannot be combined with --budget, which chooses patterns during the job", param_hint="--dry-run"
-            )
+            raise typer.BadParameter("does not work with --budget, which chooses patterns during the job", param_hint="--dry-run")
         on_first_rank(lambda: plan_with_data(str(job.source), job.target, structure, chosen, **arguments))
         return
     target = job.target

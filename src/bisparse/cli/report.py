@@ -42,7 +42,7 @@ def report(
 
     if not (pruned / SIDECAR).exists():
         fail(
-            f"{pruned} has no {SIDECAR}, so bisparse did not write it: pass a folder that bisparse wrote, or use `bisparse verify`",
+            f"{pruned} has no {SIDECAR}, so bisparse did not write it: pass a folder that it wrote, or use `bisparse verify`",
             2,
             as_json=as_json,
         )
