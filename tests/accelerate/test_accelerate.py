@@ -300,7 +300,7 @@ def test_a_packed_layer_that_cannot_be_packed_again_keeps_its_weight(monkeypatch
     assert torch.equal(model.up.weight, before) and model.up(torch.randn(3, 32)).dtype == torch.float32
     state = model.state_dict()
     state["up.weight"] = torch.where(before != 0, torch.nan, 0)
-    with pytest.raises(RuntimeError, match=r"up\.weight of shape .* does not give it back"):
+    with pytest.raises(RuntimeError, match=r"up\.weight of shape .* does not return the same values"):
         model.load_state_dict(state)
     assert torch.equal(model.up.weight, before)
 
