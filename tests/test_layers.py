@@ -143,7 +143,7 @@ def test_what_is_no_model_is_told() -> None:
 
 
 def test_a_broken_expression_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"'re:\(' is no regular expression: missing \)"):
+    with pytest.raises(ValueError, match=r"'re:\(' is not a regular expression: missing \)"):
         find_layers(Transformer(), include="re:(")
 
 
@@ -249,7 +249,7 @@ class Counting(nn.Linear):
     [
         (Standardised(8, 8, 3), "does not multiply by its weight as it is"),
         (Ternary(8, 8), "does not multiply by its weight as it is"),
-        (TwoOutputs(8, 8), "whose output is not that of Linear"),
+        (TwoOutputs(8, 8), "with an output other than Linear's"),
     ],
 )
 @pytest.mark.parametrize("include", [None, "1"])
@@ -395,7 +395,7 @@ class Mixture(nn.Module):
 def test_experts_go_by_what_their_module_says_and_by_their_shapes(experts: nn.Module, layout: LayoutKind | None) -> None:
     model = nn.ModuleDict({"experts": experts})
     if layout is None:
-        assert "nothing tells inputs from outputs" in reasons(model)["experts.down_proj"]
+        assert "nothing distinguishes inputs from outputs" in reasons(model)["experts.down_proj"]
         assert len(found(model, layouts={"experts.*": "experts-transposed"})) == 2
         return
     assert {one.layout.kind for one in found(model).values()} == {layout}
@@ -408,7 +408,7 @@ def test_experts_go_by_what_their_module_says_and_by_their_shapes(experts: nn.Mo
 def test_a_bare_parameter_is_listed_and_pruned_once_its_layout_is_given() -> None:
     model = nn.ModuleDict({"custom": nn.Module(), "a": nn.Linear(8, 8)})
     model["custom"].kernel = nn.Parameter(torch.randn(8, 12))
-    assert "does not tell how it is used" in reasons(model)["custom.kernel"]
+    assert "it is not known how it is used" in reasons(model)["custom.kernel"]
     (layer,) = (one for name, one in found(model, layouts={"*.kernel": "transposed"}).items() if name == "custom.kernel")
     assert layer.layout == Layout(LayoutKind.TRANSPOSED)
     bisparse.prune_(model, "2:4", layouts={"*.kernel": "transposed"})

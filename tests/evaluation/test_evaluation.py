@@ -94,7 +94,7 @@ def test_perplexity_of_a_model_that_returns_nan_is_refused() -> None:
 def test_perplexity_of_a_model_that_sees_what_follows_is_refused() -> None:
     model = Counting()
     model.can_generate = lambda: False
-    with pytest.raises(ValueError, match="no causal language model"):
+    with pytest.raises(ValueError, match="not a causal language model"):
         perplexity(model, torch.zeros(24, dtype=torch.long), context=8)
 
 
@@ -117,7 +117,7 @@ def test_a_text_is_named_in_what_is_said_of_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"corpus.txt: .*fewer than one window"):
         text_perplexity(Counting(), tokenizer, tmp_path / "corpus.txt")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="no UTF-8 text"):
+    with pytest.raises(ValueError, match="not UTF-8 text"):
         text_perplexity(Counting(), tokenizer, tmp_path / "binary")
 
 

@@ -336,7 +336,7 @@ def test_originals_damaged_while_a_job_runs_are_not_put_back(tmp_path: Path) -> 
             file.write(b"\x7f")
         return KeyboardInterrupt()
 
-    with pytest.raises(JournalError, match=r"blocks\.0\.0 had been was damaged on disk .* load the model again"):
+    with pytest.raises(JournalError, match=r"blocks\.0\.0 were damaged on disk .* load the model again"):
         prune_(model, "2:4", Failing(4, damage), batches, resume=tmp_path / "journal")
     after = model.state_dict()
     assert [key for key in before if not torch.equal(before[key], after[key])] in (["blocks.0.0.weight"], [
@@ -389,7 +389,7 @@ def test_a_journal_is_held_by_one_job_at_a_time(tmp_path: Path) -> None:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         model, batches = case("chain")
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(JournalError, match=r"journal of a job that is running.*wait for it to end, or give another folder"):
+        with pytest.raises(JournalError, match=r"journal of a running job.*wait for it to end, or pass another folder"):
             prune_(model, "2:4", AdaPrune(), batches, resume=folder)
         assert same(before, model.state_dict())
         remove_journal(folder)

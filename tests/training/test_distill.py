@@ -341,7 +341,7 @@ def dynamic(model):
 @pytest.mark.parametrize("change", [pruned, static, dynamic])
 def test_a_sparse_model_is_no_dense_teacher(net, change):
     change(net)
-    with pytest.raises(ValueError, match=r"sparse already.*teacher="):
+    with pytest.raises(ValueError, match=r"already sparse.*teacher="):
         Distillation(net)
     Distillation(net, Blocks())
 

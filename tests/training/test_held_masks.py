@@ -93,7 +93,7 @@ def test_the_state_of_a_static_run_with_a_mask_of_no_pattern_is_refused(mlp: nn.
         sparsity.load_state_dict(state)
     assert unchanged(mlp, before) and sparsity.step == 0
     del state["layers"]["2"]["mask"]
-    with pytest.raises(ValueError, match=r"2: .* must have its mask"):
+    with pytest.raises(ValueError, match=r"2: .* must have a mask"):
         sparsity.load_state_dict(state)
 
 

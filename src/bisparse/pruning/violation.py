@@ -50,7 +50,7 @@ class PatternViolation:
 
     pattern: Structure
     weights: float
-    """v_w: fraction of what the mask keeps (of its score, where scores were given) that the pattern must drop."""
+    """v_w: fraction of the kept weights (of their score, if scores were given) that the pattern must drop."""
     groups: float
     """v_b: fraction of the pattern's groups, of W and for transposable patterns of W^T, that keep too many."""
     predicted_weights: float | None

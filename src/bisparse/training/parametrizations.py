@@ -241,7 +241,7 @@ class SoftThreshold(_Parametrization):
     """S-STE: shrinks the weight towards zero until at most N of every M are non-zero, and multiplies by a fixed scale.
 
     In each group, t is the (N + 1)-th largest magnitude; ``weight~ = scale * sign(w) * max(0, |w| - t)``. Continuous in w,
-    so that the mask may change at every step without a jump. The gradient passes straight to all of w.
+    so the mask can change in every step without a jump. The gradient is passed unchanged to the whole w.
     Source: Hu et al., "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-Training", NeurIPS 2024.
     """
 
