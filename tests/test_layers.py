@@ -247,8 +247,8 @@ class Counting(nn.Linear):
 @pytest.mark.parametrize(
     ("module", "word"),
     [
-        (Standardised(8, 8, 3), "does not multiply by its weight as it is"),
-        (Ternary(8, 8), "does not multiply by its weight as it is"),
+        (Standardised(8, 8, 3), "does not multiply by its weight unchanged"),
+        (Ternary(8, 8), "does not multiply by its weight unchanged"),
         (TwoOutputs(8, 8), "with an output other than Linear's"),
     ],
 )

@@ -89,7 +89,7 @@ def accelerate_(
     search: bool = True,
     tokens: int = 1,
 ) -> AccelerationReport:
-    """Run Linear layers sparse, in place: 2:4 or 2:4-T weights on tensor cores, any zeros on CPUs. Returns a report of each layer.
+    """Run Linear layers sparse, in place: 2:4 or 2:4-T weights on tensor cores, any zeros on CPUs. Returns a report.
 
     >>> import bisparse
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()

@@ -84,4 +84,4 @@ class Advice:
         if self.source == "exact":
             return f"{len(self.layers)} layers, without times: {self.note}"
         total = "" if self.speedup is None else f"; {self.speedup:.2f}x on all layers that were {self.source}"
-        return f"{wins} of {len(self.layers)} layers are faster sparse at {self.tokens} tokens on {self.device}, {self.source}{total}"
+        return f"{wins} of {len(self.layers)} layers win at {self.tokens} tokens on {self.device}, {self.source}{total}"

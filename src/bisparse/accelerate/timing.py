@@ -90,7 +90,7 @@ def measure_linear(
 
 
 def random_mask(rows: int, columns: int, device: torch.device, seed: int = 0) -> Bool[Tensor, "R C"]:
-    """A random 2:4-T mask with exactly two kept entries per row and column of each tile: row and column permutations of one tile."""
+    """A random 2:4-T mask, two kept entries per row and column of each tile: one tile with rows and columns permuted."""
     generator = torch.Generator(device).manual_seed(seed)
     tiles = (-(-rows // 4), -(-columns // 4))
     first = torch.rand((*tiles, 4), device=device, generator=generator).argsort(-1)

@@ -74,7 +74,7 @@ def bench(
     exclude: Excluded = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure every layer dense and sparse, forward and backward, on this device: which are faster sparse, and why not the others.
+    """Measure every layer dense and sparse, forward and backward, on this device: which ones are faster sparse, and why.
 
     On a CPU with --inference, measures products of packed weights. If nothing can be measured, times are predicted from a grid;
     without one, only shapes, bytes and FLOPs are shown, which are exact. Finally, public measurements of forward products predict

@@ -102,7 +102,7 @@ def text_batches(
     """Calibration batches from files. Every file contributes the same number of samples, as far as it has enough.
 
     A text file is one continuous text for causal models and one sample per line for others. In a file of JSON lines
-    (``.jsonl``, or the first line is a JSON object) each line is a sample: its field "text"; or "messages" or "conversations", lists of
+    (``.jsonl``, or the first line is a JSON object) each line is a sample: its field "text"; or "messages" or "conversations", of
     ``{"role": ..., "content": ...}`` or ``{"from": ..., "value": ...}``, which become text by the tokenizer's chat template.
     For causal models samples are joined, with the token for the end of a text between them.
 

@@ -167,7 +167,7 @@ def _left_behind(journal: Any) -> str:
     """A sentence on what an interrupted job left on disk: with --resume, its journal."""
     if journal is None or not journal.exists():
         return "nothing was left behind"
-    return f"the layers finished so far are kept in {journal}, and the same command continues from there; nothing else is left behind"
+    return f"the layers finished so far are kept in {journal}, and the same command continues from there; nothing else was left"
 
 
 def fail(message: str, code: int, *, as_json: bool = False) -> NoReturn:

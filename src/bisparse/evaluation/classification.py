@@ -104,7 +104,7 @@ def classification(
     """
     if labels.ndim != 1 or len(labels) != len(inputs) or labels.is_floating_point():
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)} and type {labels.dtype} for {len(inputs)} inputs: expected one class per input"
+            f"labels of shape {tuple(labels.shape)} and type {labels.dtype} for {len(inputs)} inputs: expected a class per input"
         )
     found, classes = _classes(model, inputs, batch_size)
     if int(labels.min()) < 0 or int(labels.max()) >= classes:

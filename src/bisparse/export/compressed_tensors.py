@@ -177,7 +177,7 @@ def _after(pruned: PruneReport, weights: Mapping[str, Tensor], report: Quantizat
         weight = weights[one.parameter]
         verify(weight, parse_pattern(one.pattern), layout=one.layout, name=one.name).check()
         layers.append(replace(one, density=float((weight != 0).double().mean()), checksum=None))
-    note = f"figures are those of the pruning; the model was then quantised to {report.scheme} by {report.method} (see {QUANTIZATION})"
+    note = f"figures are of the pruning; the model was then quantised to {report.scheme} by {report.method} (see {QUANTIZATION})"
     return replace(pruned, layers=tuple(layers), notes=(*pruned.notes, note))
 
 

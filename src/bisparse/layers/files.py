@@ -110,7 +110,7 @@ class FileEvidence:
         return Kind(kind.layout, kind.refused, kind.uncertain, default or kind.default)
 
     def _stores_inputs_first(self) -> bool:
-        """Whether ``c_attn`` and similar layers are `Conv1D`: by the architecture or, without a config, by the biases' lengths."""
+        """Whether ``c_attn`` and similar layers are `Conv1D`, by the architecture or, without a config, by lengths of biases."""
         if self._types:
             return bool(self._types & set(CONV1D_MODELS))
         if architectures := self._config.get("architectures"):

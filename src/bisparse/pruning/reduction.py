@@ -17,7 +17,7 @@ __all__ = ["positions", "to_matrices_of_rows", "to_rows"]
 
 
 def positions(layout: Layout, shape: tuple[int, ...] | torch.Size) -> int:
-    """How many matrices of the weight share one least-squares problem: a convolution's number of kernel positions, otherwise 1."""
+    """How many matrices of the weight share one least-squares problem: a convolution's kernel positions, otherwise 1."""
     return kernel_positions(shape, layout)
 
 

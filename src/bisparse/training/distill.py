@@ -71,8 +71,8 @@ class Distillation:
 
     Args:
         student: the model to train, or its submodule whose output is the logits. Wrap (DDP, FSDP2) and compile it afterwards.
-            teacher: None: a frozen copy of the student as it is now; a module, which is used directly, frozen and in eval mode; or
-            a folder with safetensors of the student's architecture, read by its ``from_pretrained`` if it has one.
+            teacher: None: a frozen copy of the student as it is now; a module, used directly, frozen and in eval mode; or a
+            folder with safetensors of the student's architecture, read by its ``from_pretrained`` if it has one.
         logits: weight of the divergence of the class probabilities, ``T^2 * KL(teacher || student)``.
         hidden: weight of the distance of hidden states, a mean over layers.
         task: weight of the loss given to `loss`.
@@ -176,7 +176,7 @@ class Distillation:
             many = "no training forward pass" if not self._passes else f"{len(self._passes)} training forward passes"
             raise ValueError(
                 f"the student ({type(self.student).__name__}) had {many} since the last Distillation.loss: call loss once "
-                "after each (reset() discards earlier ones), and create Distillation with the module that is called, in training mode"
+                "after each (reset() discards earlier ones), and give Distillation the module that is called, in training mode"
             )
         (done,) = self._passes
         self.reset()
@@ -350,9 +350,7 @@ def _logits(output: Any) -> Tensor:
     if isinstance(found, tuple | list):
         found = next((one for one in found if isinstance(one, Tensor) and one.ndim > 0), None)
     if not isinstance(found, Tensor):
-        raise ValueError(
-            f"no logits in an output of type {type(output).__name__}: pass output=, a function that returns the logits of an output"
-        )
+        raise ValueError(f"no logits in an output of type {type(output).__name__}: pass output=, a function that returns them")
     return found
 
 

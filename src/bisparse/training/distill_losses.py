@@ -90,7 +90,7 @@ def hidden_distance(
     """Distance of hidden states, in float32: "mse" relative to the teacher's mean square, or "cosine" along the last dimension.
 
     Args:
-        where: positions that count, of the shape of all dimensions but the last; ignored if the hidden state has other dimensions.
+        where: positions that count, of the shape of all dimensions but the last; ignored if the hidden state has others.
     """
     wide = torch.promote_types(student.dtype, torch.float32)
     fits = where is not None and where.shape == student.shape[:-1]

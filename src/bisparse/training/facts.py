@@ -15,7 +15,7 @@ __all__ = ["layer_facts"]
 
 @torch.no_grad()
 def layer_facts(layer: SparseLayer, score: Score) -> LayerResult:
-    """Density and, for a dynamic mask, the fraction of the score that it keeps and its gap to the best mask of the current weight.
+    """Density and, for a dynamic mask, the fraction of the score that it keeps and its gap to the best mask of this weight.
 
     The gap is proved by the certificate of a new exact search, whichever solver the run uses. These figures are None for a
     static mask, which does not follow scores, and in a dense phase, which has no mask.

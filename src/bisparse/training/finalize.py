@@ -103,8 +103,8 @@ def _finalize(given: nn.Module, rollback: Rollback) -> nn.Module:
         delattr(module, f"{parameter}{MASK_SUFFIX}")
     if moved:
         warnings.warn(
-            "pruned weights were no longer zero, probably because Sparsity.attach(optimizer) was not called: they are set to zero, "
-            "and what they learned is lost",
+            "pruned weights were no longer zero, as without Sparsity.attach(optimizer): they are set to zero again, "
+            "which loses what they learned",
             stacklevel=4,  # past no_grad
         )
     for module in model.modules():

@@ -1,7 +1,7 @@
 """2:4-T masks of many layers on a GPU, with all kernels launched before a single synchronisation.
 
 Nothing is gathered and no magnitudes are stored: weights are read in place, 4 bytes per weight in float32, and masks are
-written, 1 byte per weight. Layers that the kernel cannot solve (tiles of a wide range, non-finite numbers) are left to `MaskSearch`.
+written, 1 byte per weight. Layers that the kernel cannot solve (wide ranges, non-finite numbers) are left to `MaskSearch`.
 """
 
 from __future__ import annotations

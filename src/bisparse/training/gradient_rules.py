@@ -52,7 +52,7 @@ def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], 
 def after_closure(
     args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[bool], None]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments of `optimizer.step` with a closure that calls `then(first)` after computing gradients; None without a closure.
+    """The arguments of `optimizer.step` with a closure that calls `then(first)` after each evaluation; None without a closure.
 
     Args:
         args: the arguments of a step hook, the optimizer first.

@@ -182,7 +182,7 @@ class MaskSearch:
         }
 
     def _scores_again(self, place: _Place, matrix: Float[Tensor, "R C"]) -> Callable[[], Float[Tensor, "B O I"]]:
-        """A function that returns a layer's scores later; it keeps the matrix only if recomputing the scores would be expensive."""
+        """A function that returns a layer's scores later; it keeps the matrix only if recomputing them would be expensive."""
         if self.score is magnitude and not is_sharded(place.layer):
             return partial(_magnitudes, place.layer)
         return partial(place.cut, matrix)

@@ -87,7 +87,7 @@ def mean_change(changes: Iterable[MaskChange]) -> MaskChange:
 
 
 def as_metrics(changes: Mapping[str, MaskChange], prefix: str = "sparsity") -> dict[str, float]:
-    """Metrics under flat names for a logger: ``sparsity/flip_rate`` for the model, ``sparsity/LAYER/flip_rate`` for each layer."""
+    """Metrics by flat names for a logger: ``sparsity/flip_rate`` for the model, ``sparsity/LAYER/flip_rate`` per layer."""
     if not changes:
         return {}
     named = {prefix: mean_change(changes.values())} | {f"{prefix}/{name}": change for name, change in changes.items()}

@@ -74,7 +74,7 @@ def _weights_of(optimizer: Any) -> set[int]:
 
 
 def after_each_step(outer: Any, then: Callable[[], None]) -> Callable[[], None]:
-    """Call `then` after each step of an optimizer's wrapper, whose class may have no step hooks; returns a function to undo it."""
+    """Call `then` after each step of an optimizer's wrapper, which may have no step hooks; returns a function to undo it."""
     step, on = outer.step, True
 
     @functools.wraps(step)

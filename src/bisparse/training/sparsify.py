@@ -80,8 +80,8 @@ def sparsify_(
         solver: for transposable patterns; by default the exact one.
         refresh: optimizer steps between mask searches.
         decay: total decay of pruned weights over the run: lambda times the sum of learning rates. `FixedDecay` sets lambda
-                itself. By default 3 with SGD if `steps` is known, otherwise a lambda of 2e-4; a lambda of 2e-3 for masked decay with
-                Adam and its variants. With a mapping from layer names or globs, only those layers decay.
+                itself. By default 3 with SGD if `steps` is known, otherwise a lambda of 2e-4; a lambda of 2e-3 for masked decay
+                with Adam and its variants. With a mapping from layer names or globs, only those layers decay.
         steps: optimizer steps of the whole run. The callbacks for the transformers Trainer and Lightning set it.
         schedule: dense and frozen phases of a dynamic run, in optimizer steps.
         include, exclude: which layers, by name, glob, ``re:`` or function, as `bisparse.layers.find_layers` takes them.
@@ -277,7 +277,7 @@ def _check_names(argument: str, given: Mapping[str, object], layers: list[tuple[
     for name in given:
         if not any(matches(name, layer.name, layer.module) for layer, _ in layers):
             raise ValueError(
-                f"{argument}: {name!r} matches none of the layers that are made sparse: {[layer.name for layer, _ in layers][:10]}"
+                f"{argument}: {name!r} matches none of the sparse layers: {[layer.name for layer, _ in layers][:10]}"
             )
 
 

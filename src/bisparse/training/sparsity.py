@@ -281,7 +281,7 @@ class Sparsity:
 
     @torch.no_grad()
     def _use_gradients(self, own: Optimizer, first: bool) -> None:
-        """Check the gradients that the optimizer is about to use, and mask or add decay; with a closure, after each evaluation."""
+        """Check the gradients of the step, and mask them or add decay; with a closure, after each of its evaluations."""
         held = [one for one in held_by(own, self._active) if one.weight.grad is not None]
         if self.check_gradients:
             check_gradients([one.layer for one in held], self.search.ranks, self.step + 1)

@@ -109,7 +109,7 @@ class Algorithm(NamedTuple):
 def search_algorithm(
     shape: tuple[int, int, int], by_rows: bool, bias: bool, transposed: bool, dtype: torch.dtype, device: torch.device
 ) -> Algorithm:
-    """The fastest algorithm for (rows, columns, tokens), by one run of each on random numbers; the default if its result is wrong.
+    """The fastest algorithm for (rows, columns, tokens), by a run of each on random numbers; the default if its result is wrong.
 
     Args:
         by_rows: the dense operand, (columns, tokens), is row-major; otherwise column-major.

@@ -105,7 +105,7 @@ def _nibbles(metadata: UInt8[Tensor, " B"]) -> Int[Tensor, " G"]:
 
 
 def _repeating(place: Int[Tensor, "R G"], slots: tuple[Tensor, Tensor]) -> MetadataLayout:
-    """The layout of the smallest block that repeats at regular strides and fills whole words; of the whole matrix if none does."""
+    """The layout of the smallest block that repeats at regular strides and fills whole words; or of the whole matrix."""
     rows, groups = place.shape
     blocks = [(height, width) for height, width in itertools.product(HEIGHTS, WIDTHS) if not (rows % height or groups % width)]
     for height, width in (*sorted(blocks, key=lambda block: block[0] * block[1]), (rows, groups)):

@@ -1,8 +1,8 @@
 """Products of a packed bfloat16 matrix with several tokens by AMX, the matrix instructions of Intel's server CPUs since 2023.
 
 Idea: an AMX tile has 16 rows of 32 bfloat16 weights, so a group of 4 blocks is expanded row by row, as it is stored, into the
-memory of a tile, and one instruction multiplies it with the same 32 columns of 16 tokens. Most of the time goes into expanding, so
-up to 64 tokens cost little more than one. The tokens are transposed once per call into the order that AMX reads: pairs of columns.
+memory of a tile, and one instruction multiplies it with the same 32 columns of 16 tokens. Most of the time is spent expanding, so
+64 tokens cost little more than one. The tokens are transposed once per call into the order that AMX reads: pairs of columns.
 
 Source: Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3.
 """
