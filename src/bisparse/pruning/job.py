@@ -219,8 +219,8 @@ class Job:
             self.ranks.fail(error)
         if damaged:
             raise JournalError(
-                f"the job failed ({error or type(error).__name__}), and the originals of {', '.join(damaged)} were damaged on disk "
-                "meanwhile: load the model again. All other layers are restored"
+                f"the job failed ({error or type(error).__name__}), and the originals of {', '.join(damaged)} were damaged on "
+                "disk meanwhile: load the model again. All other layers are restored"
             ) from error
 
     def _check_data(self) -> None:
