@@ -434,15 +434,15 @@ def test_layouts_as_text(text: str, shape: tuple[int, ...], layout: Layout) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lineal", "'lineal' is no layout: expected one of linear"),
-        ("groups:0", "is no layout"),
-        ("parts:", "is no layout"),
-        ("parts:0,0", "is no layout"),
-        ("parts:q", "is no layout"),
-        ("packed", "is no layout"),
+        ("lineal", "'lineal' is not a layout: expected one of linear"),
+        ("groups:0", "is not a layout"),
+        ("parts:", "is not a layout"),
+        ("parts:0,0", "is not a layout"),
+        ("parts:q", "is not a layout"),
+        ("packed", "is not a layout"),
         ("conv", "a: a weight of shape .24, 8. cannot have the layout 'conv'"),
         ("parts:7", "a: 'parts:7' does not divide"),
-        ("parts:8,8", "a: the parts of 'parts:8,8' have 16 outputs together"),
+        ("parts:8,8", "a: the parts of 'parts:8,8' have 16 outputs in total"),
     ],
 )
 def test_layouts_that_are_none(text: str, message: str) -> None:

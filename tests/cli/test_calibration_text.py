@@ -88,9 +88,9 @@ def test_several_files_give_as_many_samples_each_and_are_mixed(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("bad", "problem"),
     [
-        ("{oops", r"line 3 is no JSON"),
-        ("[" * 100_000, r"line 3 is no JSON"),
-        ("[1]", r"line 3 holds a list"),
+        ("{oops", r"line 3 is not JSON"),
+        ("[" * 100_000, r"line 3 is not JSON"),
+        ("[1]", r"line 3 is a list"),
         ({"body": "x"}, r"line 3 has no field 'text', 'messages' or 'conversations', only \['body'\]"),
         ({"text": 5}, r"line 3: text is a int"),
         ({"messages": ["hello"]}, r"line 3: messages: message 1 has no role and content"),
@@ -99,7 +99,7 @@ def test_several_files_give_as_many_samples_each_and_are_mixed(tmp_path: Path) -
             {"messages": [{"role": "stranger", "content": "w1"}]},
             r"line 3: messages: the tokenizer's chat template fails: KeyError",
         ),
-        ("\udcff", r"line 3 is no JSON"),
+        ("\udcff", r"line 3 is not JSON"),
     ],
 )
 @pytest.mark.parametrize("causal", [True, False])

@@ -200,7 +200,7 @@ def test_a_source_is_a_function_of_yours(beside: Path) -> None:
         "no_such_module_here:both": "no module 'no_such_module_here'",
         "no/such/folder": "no such folder",
         "mine_for_tests:raises": r"raises\(\) failed: RuntimeError: first second \(.*mine_for_tests.py:11\)$",
-        "mine_for_tests:asks": r"asks is called without arguments, but its own are \(x, \*, y=1\)",
+        "mine_for_tests:asks": r"asks is called without arguments, but takes \(x, \*, y=1\)",
         "mine_for_tests:breaks_off": r"reading its calibration batches failed: ZeroDivisionError: .*tests.py:15\)$",
         "mine_for_tests:one_tensor": r"an iterable such as a list .* not Tensor of shape \(3, 16\); a single batch .* \[batch\]",
         "mine_for_tests:one_batch": "an iterable such as a list .* not dict",
@@ -420,8 +420,8 @@ def refused(folder: Path, *options: str) -> str:
         ({"architectures": None}, r"config\.json names no architectures; add the class"),
         ({"architectures": []}, r"config\.json names no architectures"),
         ({"architectures": ["NoSuchModel"]}, r"has architectures \['NoSuchModel'\], which is not a model class of transformers"),
-        ({"architectures": ["AutoModel"]}, "is no model class of transformers"),
-        ({"architectures": [5]}, "is no model class of transformers"),
+        ({"architectures": ["AutoModel"]}, "is not a model class of transformers"),
+        ({"architectures": [5]}, "is not a model class of transformers"),
     ],
 )  # fmt: skip
 def test_a_model_that_its_files_do_not_hold_whole_is_refused(tmp_path: Path, changes: dict, message: str) -> None:
@@ -700,7 +700,7 @@ def test_a_dry_run_with_data_shows_what_would_be_done_and_writes_nothing(tmp_pat
     assert (data["sequences"], data["tokens"]) == (12, 12 * 32) and [one["sequences"] for one in data["files"]] == [6, 6]
     assert {"model.safetensors", "bisparse.json", "tokenizer.json", "README.md"} <= set(plan["files"])
     shown = " ".join(CliRunner().invoke(app, [str(one) for one in ("prune", folder, *options)]).output.split())
-    assert "12 sequences, 384 tokens" in shown and "Nothing was." in shown
+    assert "12 sequences, 384 tokens" in shown and "Nothing was written." in shown
     assert sorted(tmp_path.rglob("*")) == before
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()

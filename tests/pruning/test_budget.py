@@ -170,7 +170,7 @@ def test_layers_that_no_pattern_fits_or_no_data_reaches_stay_dense_outside_the_b
         ({"budget": "x", "patterns": ["2:4"]}, "percentage of the weights"),
         ({"budget": 50, "patterns": ["2:4"]}, "above 0 and at most 1"),
         ({"budget": "0%", "patterns": ["2:4"]}, "above 0 and at most 1"),
-        ({"budget": "40%", "patterns": ["2:4"]}, "too small: the patterns allow 0.5"),
+        ({"budget": "40%", "patterns": ["2:4"]}, "too small: the sparsest patterns need 0.5"),
         ({"budget": "100%", "patterns": ["2:4", "dense"]}, "leaves every layer dense"),
         ({"budget": "50%", "patterns": ["2:4"], "pattern": "2:4"}, "patterns= lists those to choose from"),
         ({"budget": "50%", "patterns": ["2:4"], "scores": lambda name, weight: weight.abs()}, "does not work with budget="),

@@ -191,7 +191,7 @@ def test_a_damaged_journal_is_named_with_what_to_do(damage: str, tmp_path: Path)
         damaged.write_bytes(next(file for file in (tmp_path / "journal").glob("done-*") if file != damaged).read_bytes())
     else:
         damaged.write_bytes(damaged.read_bytes()[: 0 if damage == "empty" else 50])
-    with pytest.raises(JournalError, match=re.escape(str(damaged)) + ".*delete .*journal.* begin again"):
+    with pytest.raises(JournalError, match=re.escape(str(damaged)) + ".*delete .*journal.* start over"):
         prune_(model, "2:4", Failing(2, KeyboardInterrupt), batches, resume=tmp_path / "journal")
     assert same(before, model.state_dict())
 
@@ -318,7 +318,7 @@ def test_one_flipped_bit_in_a_journal_never_gives_other_weights(order: str, tmp_
             damaged = bytearray(content)
             damaged[at] ^= 128
             (journal / name).write_bytes(damaged)
-            with pytest.raises(JournalError, match=r"damaged.*delete .* again"):
+            with pytest.raises(JournalError, match=r"damaged.*delete .* start over"):
                 prune_(model, "2:4", AdaPrune(), batches, order=order, resume=journal)
             assert same(before, model.state_dict())
             shutil.rmtree(journal)
@@ -395,7 +395,7 @@ def test_a_journal_is_held_by_one_job_at_a_time(tmp_path: Path) -> None:
         remove_journal(folder)
         assert (folder / "about.json").exists(), "a journal that is in use stays"
         holder.kill()
-    with Journal(folder, {"job": "x"}), pytest.raises(JournalError, match="in this one"):
+    with Journal(folder, {"job": "x"}), pytest.raises(JournalError, match="in this or another process"):
         Journal(folder, {"job": "x"})
     assert not folder.exists()
 

@@ -248,5 +248,5 @@ def test_a_layout_makes_a_layer_that_scales_its_weight_sparse() -> None:
     model = nn.Sequential(nn.Linear(16, 16), Scaled(16, 16))
     sparsity = sparsify_(model, "2:4-T", layouts={"1": "linear"})
     assert [layer.name for layer in sparsity.layers] == ["0", "1"]
-    with pytest.raises(ValueError, match="no layout"):
+    with pytest.raises(ValueError, match="not a layout"):
         sparsify_(nn.Sequential(nn.Linear(16, 16)), "2:4", layouts={"0": "sideways"})
