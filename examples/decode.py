@@ -2,8 +2,8 @@
 
 python examples/decode.py MODEL [PATTERN [TOKENS [THREADS]]]
 
-Both models have the same weights, pruned by magnitude, and decode greedily in turns with transformers' cache. Figures are medians over
-all tokens but the first. Without training the text is useless: this shows speed; docs/pruning.md is about quality.
+Both models have the same weights, pruned by magnitude, and decode greedily in turns with transformers' cache. Figures are medians
+over all tokens but the first. Without training the text is useless: this shows speed; docs/pruning.md is about quality.
 """
 
 import copy

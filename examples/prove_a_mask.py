@@ -5,8 +5,8 @@ keep more than
 
     N * sum(u) + N * sum(v) + sum of max(0, score - u - v)
 
-since the score of each kept weight is at most its row's price plus its column's price plus the excess over both. A mask that keeps
-exactly that much is therefore optimal. The arithmetic is in integers, so the comparison is exact.
+since the score of each kept weight is at most its row's price plus its column's price plus the excess over both. A mask that
+keeps exactly that much is therefore optimal. The arithmetic is in integers, so the comparison is exact.
 
     python examples/prove_a_mask.py
 """

@@ -2,8 +2,8 @@
 
 python examples/verify_a_checkpoint.py FOLDER [PATTERN]
 
-Without a pattern, a checkpoint that bisparse wrote is checked against its own pattern; for others, the patterns that they obey are
-printed. Exit code 1 if a layer breaks the pattern.
+Without a pattern, a checkpoint that bisparse wrote is checked against its own pattern; for others, the patterns that they obey
+are printed. Exit code 1 if a layer breaks the pattern.
 """
 
 import sys
