@@ -157,7 +157,7 @@ def test_bytes_are_those_that_accelerated_layers_take() -> None:
         said = advise(model, 16)["0"]
         layer = model[0]
         accelerate_(model, "reference")
-        held = [layer.weight, *layer.buffers()] if training else layer.packed_weight.tensors
+        held = [layer.weight, *layer.derived_tensors] if training else layer.packed_weight.tensors
         assert sum(one.nbytes for one in held) == said.sparse_bytes, training
 
 
