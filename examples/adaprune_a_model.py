@@ -1,4 +1,4 @@
-"""Prune a model by calibration data, in several ways, and see how much of its output each one keeps.
+"""Prune a model with calibration data by several methods, and compare how much each one changes the output.
 
 python examples/adaprune_a_model.py [PATTERN]
 """
@@ -14,7 +14,7 @@ from bisparse.pruning import GradientAdaPrune, MeanAbsorption
 
 
 def data(batches: int, size: int = 64) -> list[torch.Tensor]:
-    """Stands for your calibration set: a few batches as the model takes them; no labels."""
+    """Replace this with your calibration data: a few unlabelled batches of model inputs."""
     generator = torch.Generator().manual_seed(0)
     mixing = torch.randn(64, 64, generator=generator) / 8
     return [torch.randn(size, 64, generator=generator) @ mixing for _ in range(batches)]
@@ -39,7 +39,7 @@ def main(pattern: str = "4:8-T") -> None:
     print(f"{pattern}: change of the output on unseen inputs, seconds")
     for name, method in methods.items():
         pruned = copy.deepcopy(model)
-        # Layer by layer, each on what the layers pruned before it deliver. All layers change or, on an error, none.
+        # Layer by layer, each on the inputs from the layers pruned before it. All layers change or, on an error, none.
         report = bisparse.prune_(pruned, pattern, method, calibration)
         for layer in report:
             bisparse.verify(pruned.get_parameter(layer.parameter), pattern, layout=layer.layout).check()

@@ -1,4 +1,4 @@
-"""A model pruned one way must run on hardware that takes another pattern: convert it, without training.
+"""Convert a pruned model to another pattern, such as for different hardware, without training.
 
 python examples/convert_a_model.py [FROM [TO]]
 """
@@ -24,7 +24,7 @@ def main(origin: str = "4:8", to: str = "2:4") -> None:
 
     for regrow in (False, True):
         converted = copy.deepcopy(model)
-        # What was pruned stays pruned, unless it may re-grow where the new pattern has room.
+        # Pruned weights stay pruned, unless regrow=True and the new pattern has room.
         report = bisparse.convert_(converted, to, batches=batches, regrow=regrow)
         print(f"{origin} -> {to}{', places re-grown' if regrow else ''}")
         for layer in report:
@@ -36,7 +36,7 @@ def main(origin: str = "4:8", to: str = "2:4") -> None:
         with torch.inference_mode():
             print(f"  the model's output moved by {(converted(batches[0]) - before).norm() / before.norm():.3f}")
 
-    # Before pruning, channels can be put in an order that lets the masks keep more. The model stays the same function.
+    # Before pruning, channels can be reordered so that the masks keep more. The model still computes the same function.
     dense = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64)).eval()
     print(permute_(dense, to, batches[0]))
 

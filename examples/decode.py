@@ -1,9 +1,9 @@
-"""Let a language model write on this CPU: tokens per second and memory, dense and packed, in one run. See `make demo-speed`.
+"""Generate text on this CPU, dense and packed, and print tokens per second and memory. See `make demo-speed`.
 
 python examples/decode.py MODEL [PATTERN [TOKENS [THREADS]]]
 
-Both have the same weights, pruned by magnitude, and decode greedily with transformers' own cache, in turns. Figures are medians
-over all tokens but the first. Without any training the text is of no use: this shows speed; docs/pruning.md is about quality.
+Both models have the same weights, pruned by magnitude, and decode greedily in turns with transformers' cache. Figures are medians
+over all tokens but the first. Without training the text is useless: this shows speed; docs/pruning.md is about quality.
 """
 
 import copy
@@ -22,7 +22,7 @@ from bisparse.cli.model_source import open_source
 
 @torch.inference_mode()
 def generate(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[list[int], list[float]]:
-    """The tokens that follow, and the milliseconds that each took; the first includes the prompt."""
+    """The generated tokens, and milliseconds per token; the first includes the prompt."""
     cache, written, times = DynamicCache(config=model.config), [], []
     for _ in range(tokens):
         start = time.perf_counter()
@@ -34,7 +34,7 @@ def generate(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[list[int
 
 @torch.inference_mode()
 def alone(layers: list[nn.Module]) -> float:
-    """Milliseconds of Linear layers with one token, one after the other and nothing between them."""
+    """Milliseconds of the Linear layers alone, one after the other, with one token."""
     calls, times = [(layer, torch.randn(1, 1, layer.in_features).bfloat16()) for layer in layers], []
     for _ in range(15):
         start = time.perf_counter()
@@ -58,7 +58,7 @@ def main(name: str, pattern: str = "4:8-T", tokens: int = 128, threads: int = 2,
     print(*sorted(notes | {f"left dense: {one.reason}" for one in report.left_dense if one.name in names}), sep="\n")
     ids = source.tokenizer("The quick brown fox jumps over the lazy dog, and then", return_tensors="pt").input_ids
     times, texts = {"dense": [], "packed": []}, {}
-    for turn in range(rounds + 1):  # the first one compiles, fills caches, and does not count
+    for turn in range(rounds + 1):  # the first turn compiles and fills caches, and is not counted
         for one in sorted(models, reverse=turn % 2 == 1):
             texts[one], own = generate(models[one], ids, tokens if turn else 4)
             times[one] += own[1:] if turn else []

@@ -19,14 +19,14 @@ from bisparse.pruning import ALPS, Magnitude
 from bisparse.report import Task, write_comparison
 from lee50 import AGREEMENT, COSINE, agreement, embed, load, read_documents, read_similarities, speed
 
-# ALPS searches mask and weights jointly, by what the layers see of a few unlabelled documents; settings of docs/pruning.md.
+# ALPS searches mask and weights jointly, using the layers' inputs for a few unlabelled documents; settings of docs/pruning.md.
 METHODS = {"magnitude": Magnitude(), "with data": ALPS(rho_every=1, refit_damping=0.01, correct_upstream=False)}
 # At most N KEPT of every M; -T: along rows and along columns.
 PATTERNS = {"magnitude": ("2:4", "2:4-T", "4:8-T", "16:32-T"), "with data": ("2:4-T", "4:8-T", "16:32-T")}
 
 
 def main(source: Path, lee50: Path, out: Path, count: int = 60) -> None:
-    torch.set_num_threads(1)  # more threads collapse when anything else runs on the machine
+    torch.set_num_threads(1)  # more threads are much slower when anything else runs on the machine
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     console, scores = Console(record=True), {}

@@ -1,4 +1,4 @@
-"""How well a sentence encoder agrees with people (50 news documents and the human similarity of every pair), and how fast it is.
+"""Measure a sentence encoder's speed, and its agreement with human similarities of all pairs of 50 news documents.
 
 Source: Lee, Pincombe, Welsh, "An empirical evaluation of models of text document similarity", CogSci 2005.
 """
@@ -20,7 +20,7 @@ COSINE = "Mean cosine of the 50 embeddings to those of the dense model."
 
 
 def load(folder: Path) -> torch.nn.Module:
-    """The model, if every tensor of the checkpoint finds its place and none is missing."""
+    """Load the model, and check that no tensor is missing or unexpected."""
     model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), f"{folder} does not load strictly: {info}"
     return model.eval()
@@ -32,13 +32,13 @@ def read_documents(folder: Path, name: str = "lee.cor") -> list[str]:
 
 
 def read_similarities(folder: Path) -> np.ndarray:
-    """(50, 50), the upper triangle; between 0 and 1, the mean of several people's judgements."""
+    """(50, 50), the upper triangle: means of several people's judgements, between 0 and 1."""
     return np.loadtxt(folder / "similarities0-1.txt")
 
 
 @torch.inference_mode()
 def embed(model: torch.nn.Module, tokenizer, documents: list[str], batch_size: int = 25) -> torch.Tensor:
-    """(documents, features): the mean of the last hidden states, of length 1, as all-MiniLM-L6-v2 is meant to be used."""
+    """(documents, features): the normalised mean of the last hidden states, as intended for all-MiniLM-L6-v2."""
     parts = []
     for start in range(0, len(documents), batch_size):
         batch = tokenizer(
@@ -57,7 +57,7 @@ def agreement(embeddings: torch.Tensor, similarities: np.ndarray) -> float:
 
 @torch.inference_mode()
 def speed(models: Sequence[torch.nn.Module], tokenizer, documents: list[str], rounds: int = 3) -> list[float]:
-    """Sentences per second of each model, one short sentence at a time: the median of rounds in which the models take turns."""
+    """Sentences per second of each model, one short sentence at a time: the median over rounds that alternate between models."""
     sentences = [dict(tokenizer(" ".join(text.split()[:8]), return_tensors="pt")) for text in documents]
     rates: list[list[float]] = [[] for _ in models]
     for _ in range(rounds):

@@ -1,12 +1,12 @@
-"""Check with a few lines of numpy, and none of bisparse's, that a mask is the best there is.
+"""Prove with a few lines of numpy, without bisparse's own checks, that a mask is optimal.
 
 For any prices u of the rows and v of the columns of a tile, all >= 0, no mask with at most N kept in every row and column can
 keep more than
 
     N * sum(u) + N * sum(v) + sum of max(0, score - u - v)
 
-since each weight kept brings at most its row's price, its column's price, and what the two leave. A mask that keeps just
-that much cannot be beaten. The arithmetic is in integers, so equal means equal.
+since the score of each kept weight is at most its row's price plus its column's price plus the excess over both. A mask that
+keeps exactly that much is therefore optimal. The arithmetic is in integers, so the comparison is exact.
 
     python examples/prove_a_mask.py
 """

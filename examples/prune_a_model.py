@@ -1,4 +1,4 @@
-"""Prune a model in memory, see what was done to each layer, and save it as the plain model that it still is.
+"""Prune a model in memory, print a report per layer, and save it as a plain model.
 
 python examples/prune_a_model.py [PATTERN]
 """
@@ -14,7 +14,7 @@ import bisparse
 
 
 class Classifier(nn.Module):
-    """Stands for your model: attention, convolution and linear layers are all found by themselves."""
+    """Replace this with your model: attention, convolution and linear layers are found automatically."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ def main(pattern: str = "4:8-T") -> None:
     for skipped in report.left_dense:
         print(f"{skipped.name:32} dense: {skipped.reason}")
 
-    # Checked on W and on W^T, as the GEMMs see them; .check() raises with the first violation where there is one.
+    # Checks the GEMM operands W and W^T; .check() raises an error with the first violation, if any.
     for layer in report:
         bisparse.verify(model.get_parameter(layer.parameter), pattern, layout=layer.layout, name=layer.name).check()
 

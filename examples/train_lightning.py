@@ -10,7 +10,7 @@ from bisparse.training.integrations.lightning import SparsityCallback
 
 
 class Classifier(lightning.LightningModule):
-    """A small network; nothing in it knows of sparsity."""
+    """A small network without any code for sparsity."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Is this checkpoint really sparse? Check anyone's safetensors folder or state dict, layer by layer, without building the model.
+"""Check whether a checkpoint is really sparse: any safetensors folder or state dict, layer by layer, without building the model.
 
 python examples/verify_a_checkpoint.py FOLDER [PATTERN]
 
-Without a pattern, a checkpoint that bisparse wrote is held to its own, and any other is told which patterns it obeys.
-Exit code 1 where a layer breaks the pattern.
+Without a pattern, a checkpoint that bisparse wrote is checked against its own pattern; for others, the patterns that they obey
+are printed. Exit code 1 if a layer breaks the pattern.
 """
 
 import sys

@@ -143,7 +143,7 @@ def test_what_is_no_model_is_told() -> None:
 
 
 def test_a_broken_expression_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"'re:\(' is no regular expression: missing \)"):
+    with pytest.raises(ValueError, match=r"'re:\(' is not a regular expression: missing \)"):
         find_layers(Transformer(), include="re:(")
 
 
@@ -247,9 +247,9 @@ class Counting(nn.Linear):
 @pytest.mark.parametrize(
     ("module", "word"),
     [
-        (Standardised(8, 8, 3), "does not multiply by its weight as it is"),
-        (Ternary(8, 8), "does not multiply by its weight as it is"),
-        (TwoOutputs(8, 8), "whose output is not that of Linear"),
+        (Standardised(8, 8, 3), "does not multiply by its weight unchanged"),
+        (Ternary(8, 8), "does not multiply by its weight unchanged"),
+        (TwoOutputs(8, 8), "with an output other than Linear's"),
     ],
 )
 @pytest.mark.parametrize("include", [None, "1"])
@@ -395,7 +395,7 @@ class Mixture(nn.Module):
 def test_experts_go_by_what_their_module_says_and_by_their_shapes(experts: nn.Module, layout: LayoutKind | None) -> None:
     model = nn.ModuleDict({"experts": experts})
     if layout is None:
-        assert "nothing tells inputs from outputs" in reasons(model)["experts.down_proj"]
+        assert "nothing distinguishes inputs from outputs" in reasons(model)["experts.down_proj"]
         assert len(found(model, layouts={"experts.*": "experts-transposed"})) == 2
         return
     assert {one.layout.kind for one in found(model).values()} == {layout}
@@ -408,7 +408,7 @@ def test_experts_go_by_what_their_module_says_and_by_their_shapes(experts: nn.Mo
 def test_a_bare_parameter_is_listed_and_pruned_once_its_layout_is_given() -> None:
     model = nn.ModuleDict({"custom": nn.Module(), "a": nn.Linear(8, 8)})
     model["custom"].kernel = nn.Parameter(torch.randn(8, 12))
-    assert "does not tell how it is used" in reasons(model)["custom.kernel"]
+    assert "it is not known how it is used" in reasons(model)["custom.kernel"]
     (layer,) = (one for name, one in found(model, layouts={"*.kernel": "transposed"}).items() if name == "custom.kernel")
     assert layer.layout == Layout(LayoutKind.TRANSPOSED)
     bisparse.prune_(model, "2:4", layouts={"*.kernel": "transposed"})
@@ -434,15 +434,15 @@ def test_layouts_as_text(text: str, shape: tuple[int, ...], layout: Layout) -> N
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("lineal", "'lineal' is no layout: expected one of linear"),
-        ("groups:0", "is no layout"),
-        ("parts:", "is no layout"),
-        ("parts:0,0", "is no layout"),
-        ("parts:q", "is no layout"),
-        ("packed", "is no layout"),
+        ("lineal", "'lineal' is not a layout: expected one of linear"),
+        ("groups:0", "is not a layout"),
+        ("parts:", "is not a layout"),
+        ("parts:0,0", "is not a layout"),
+        ("parts:q", "is not a layout"),
+        ("packed", "is not a layout"),
         ("conv", "a: a weight of shape .24, 8. cannot have the layout 'conv'"),
         ("parts:7", "a: 'parts:7' does not divide"),
-        ("parts:8,8", "a: the parts of 'parts:8,8' have 16 outputs together"),
+        ("parts:8,8", "a: the parts of 'parts:8,8' have 16 outputs in total"),
     ],
 )
 def test_layouts_that_are_none(text: str, message: str) -> None:

@@ -300,7 +300,7 @@ def test_a_packed_layer_that_cannot_be_packed_again_keeps_its_weight(monkeypatch
     assert torch.equal(model.up.weight, before) and model.up(torch.randn(3, 32)).dtype == torch.float32
     state = model.state_dict()
     state["up.weight"] = torch.where(before != 0, torch.nan, 0)
-    with pytest.raises(RuntimeError, match=r"up\.weight of shape .* does not give it back"):
+    with pytest.raises(RuntimeError, match=r"up\.weight of shape .* does not return the same values"):
         model.load_state_dict(state)
     assert torch.equal(model.up.weight, before)
 
@@ -480,7 +480,7 @@ def test_wider_patterns_stay_masked_dense_and_say_so(pattern: str) -> None:
         accelerate_(model, "reference")
     training = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     sparsify_(training, pattern)
-    with pytest.raises(BackendError, match=f"0: {pattern} has no path on tensor cores, it stays masked-dense"):
+    with pytest.raises(BackendError, match=f"0: {pattern} does not run on sparse tensor cores; it stays masked-dense"):
         accelerate_(training, "reference")
     assert all(one.reason.startswith("its weight is trained") for one in accelerate_(training).left_dense)
     assert training(torch.randn(2, 64)).shape == (2, 64)
@@ -549,10 +549,10 @@ def test_nan_weights_and_a_library_that_loses_values_are_refused(monkeypatch: py
         kept = model.up.weight.nonzero()[0]
         model.up.weight[tuple(kept)] = float("nan")
     report = accelerate_(model, "reference")
-    assert "does not give it back (NaN among the weights" in report["up"].reason and type(model.up) is nn.Linear
+    assert "does not return the same values (NaN among the weights" in report["up"].reason and type(model.up) is nn.Linear
     reference = BACKENDS["reference"]
     monkeypatch.setattr(type(reference), "unpack", lambda self, packed, *rest: packed.new_zeros(rest[1:]))
-    with pytest.raises(BackendError, match="does not give it back"):
+    with pytest.raises(BackendError, match="does not return the same values"):
         accelerate_(block().eval(), "reference")
 
 
@@ -631,7 +631,7 @@ def test_tied_weights_are_not_parted_by_packing() -> None:
     prune_(model, "2:4-T")
     report = accelerate_(model.eval(), "reference")
     assert [layer.name for layer in report.layers] == ["3"]
-    assert "another module holds the same weight" in report["0"].reason and model[0].weight is model[2].weight
+    assert "another module shares its weight" in report["0"].reason and model[0].weight is model[2].weight
     trained = accelerate_(model.train(), "reference", include="0")
     assert trained["0"].weight == "trained" and model[0].weight is model[2].weight
 

@@ -47,9 +47,9 @@ def test_a_model_is_the_sum_of_its_layers_and_wins_from_a_number_of_tokens() -> 
 
 
 def test_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match="public times are of A100"):
+    with pytest.raises(ValueError, match="there are public times for A100"):
         predict_products([], 64, device="V100")
-    with pytest.raises(ValueError, match=r"are of .*, not of fp4"):
+    with pytest.raises(ValueError, match=r"for .*, not for fp4"):
         predict_products([], 64, dtype="fp4", device="A100")
     with pytest.raises(ValueError, match="at least 1"):
         predict_products([], 0)

@@ -240,7 +240,7 @@ def test_a_sidecar_whose_layout_covers_nothing_is_refused(tmp_path: Path, key: s
     sidecar = json.loads((tmp_path / "out" / "bisparse.json").read_text())
     sidecar["layers"][0]["layout"] |= {"kind": "packed" if key == "parts" else "conv", key: value}
     (tmp_path / "out" / "bisparse.json").write_text(json.dumps(sidecar))
-    with pytest.raises(CheckpointError, match="not what it should be"):
+    with pytest.raises(CheckpointError, match="is not valid"):
         verify_checkpoint(tmp_path / "out")
 
 

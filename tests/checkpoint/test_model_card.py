@@ -107,8 +107,8 @@ def test_a_readme_that_is_no_text_is_left_alone_and_that_is_said(source: Path, t
     copied = tmp_path / "out" / "README.md"
     if copied.exists():
         assert copied.read_bytes() == "Grüße".encode("latin-1")
-        assert any("no UTF-8" in note for note in report.notes)
-        assert any("no UTF-8" in note for note in read_sidecar(tmp_path / "out").report.notes)
+        assert any("not UTF-8" in note for note in report.notes)
+        assert any("not UTF-8" in note for note in read_sidecar(tmp_path / "out").report.notes)
 
 
 def test_names_from_a_file_can_neither_end_the_section_nor_break_a_table(tmp_path: Path) -> None:

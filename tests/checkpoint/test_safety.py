@@ -227,7 +227,7 @@ def test_sidecars_that_are_not_ours(folder: Path, tmp_path: Path, content: str, 
 
 
 def test_masks_that_are_not_ours(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="no masks file"):
+    with pytest.raises(CheckpointError, match="not a masks file"):
         load_masks(folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="bisparse-masks"):
         load_masks(folder)

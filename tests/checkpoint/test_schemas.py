@@ -70,7 +70,7 @@ def test_a_sidecar_of_other_types_or_values_is_an_error_at_once(folder: Path, tm
     path.write_text(json.dumps(document))
     start = time.perf_counter()
     for read in (read_sidecar, verify_checkpoint, lambda place: write_report(place, tmp_path / "page.html")):
-        with pytest.raises(CheckpointError, match=r"bisparse\.json is not what it should be") as caught:
+        with pytest.raises(CheckpointError, match=r"bisparse\.json is not valid") as caught:
             read(tmp_path / "out")
         assert "\n" not in str(caught.value) and "\x1b" not in str(caught.value)
     assert time.perf_counter() - start < 5

@@ -124,7 +124,7 @@ def test_a_target_that_exists_or_overlaps_is_refused_and_nothing_is_half_written
             to_dense(source, target)
     torch.save(torch.jit.script(nn.Linear(2, 2)).state_dict(), tmp_path / "x.pt")
     save_file({"a.weight_orig": weight, "a.weight_mask": torch.full((8, 8), 2.0)}, source / "model.safetensors")
-    with pytest.raises(CheckpointError, match="is no mask"):
+    with pytest.raises(CheckpointError, match="is not a mask"):
         to_dense(source, tmp_path / "out")
     assert not (tmp_path / "out").exists() and len(list(tmp_path.iterdir())) == 2
     assert snapshot(tmp_path).keys() == before.keys() | {"x.pt"}

@@ -88,9 +88,9 @@ def test_several_files_give_as_many_samples_each_and_are_mixed(tmp_path: Path) -
 @pytest.mark.parametrize(
     ("bad", "problem"),
     [
-        ("{oops", r"line 3 is no JSON"),
-        ("[" * 100_000, r"line 3 is no JSON"),
-        ("[1]", r"line 3 holds a list"),
+        ("{oops", r"line 3 is not JSON"),
+        ("[" * 100_000, r"line 3 is not JSON"),
+        ("[1]", r"line 3 is a list"),
         ({"body": "x"}, r"line 3 has no field 'text', 'messages' or 'conversations', only \['body'\]"),
         ({"text": 5}, r"line 3: text is a int"),
         ({"messages": ["hello"]}, r"line 3: messages: message 1 has no role and content"),
@@ -99,7 +99,7 @@ def test_several_files_give_as_many_samples_each_and_are_mixed(tmp_path: Path) -
             {"messages": [{"role": "stranger", "content": "w1"}]},
             r"line 3: messages: the tokenizer's chat template fails: KeyError",
         ),
-        ("\udcff", r"line 3 is no JSON"),
+        ("\udcff", r"line 3 is not JSON"),
     ],
 )
 @pytest.mark.parametrize("causal", [True, False])
@@ -114,9 +114,9 @@ def test_a_bad_line_is_named(tmp_path: Path, bad: object, problem: str, causal: 
 def test_files_that_are_no_calibration_text_are_named(tmp_path: Path) -> None:
     good = lines(tmp_path / "good.txt", "w1 w2 w3 w4")
     for name, content, problem in (
-        ("one.json", b'{\n"text": "w1"}', "one.json is one JSON document"),
-        ("list.json", b'[{"text": "w1"}]', "list.json is one JSON document"),
-        ("latin.txt", b"w1\nw2\nw\xe4", r"latin.txt is no UTF-8 text to calibrate on \(line 3"),
+        ("one.json", b'{\n"text": "w1"}', "one.json is a single JSON document"),
+        ("list.json", b'[{"text": "w1"}]', "list.json is a single JSON document"),
+        ("latin.txt", b"w1\nw2\nw\xe4", r"latin.txt is not UTF-8 text \(line 3"),
         ("few.txt", b"w1", "few.txt has 2 tokens, fewer than one sequence of 4"),
         ("empty.jsonl", b"\n\n", "empty.jsonl has 0 tokens"),
     ):

@@ -106,7 +106,7 @@ def test_info_of_weights_that_cannot_be_pruned(tmp_path: Path) -> None:
     assert found["small"]["patterns"] == [] and found["small"]["too_large"] == [32, 64], "padding is no sparsity"
     assert [one["name"] for one in content["unchecked"]] == ["p"]
     shown = run("info", tmp_path / "m").stdout
-    assert "side shorter than M = 32, 64" in " ".join(shown.split()) and "16:64" not in shown and "not looked at" in shown
+    assert "a side is shorter than M = 32, 64" in " ".join(shown.split()) and "16:64" not in shown and "not examined" in shown
 
 
 @posix
@@ -219,7 +219,7 @@ def test_bench_without_a_gpu_says_so_and_gives_what_is_exact() -> None:
     (layer,) = content["layers"]
     assert layer["convert"] is None and layer["timing"] is None and layer["forward_flops"] == 2 * 16384 * 4096 * 14336
     shown = run("bench", "-m", "4096x14336", "--inference").stdout
-    assert shown.startswith("Nothing is known of times: torch sees no CUDA device here, and no grid of measured times is stored")
+    assert shown.startswith("No times are known: torch sees no CUDA device here, and no grid of measured times is stored")
     assert "117.44 -> 66.06" in shown and "not known" in shown
 
 
@@ -236,7 +236,7 @@ def test_bench_of_a_checkpoint_tells_what_could_run_sparse_and_why_not(model: Pa
         else:
             assert re.search(r"not 2:4: row \d+, columns \d+ to \d+", layer["reason"])
     shown = run("bench", "-m", model, "-p", "4:8-T").stdout
-    assert "4:8-T has no path on tensor cores" in shown and "layers.*.up" in shown
+    assert "4:8-T does not run on sparse tensor cores" in shown and "layers.*.up" in shown
 
 
 def test_bench_predicts_from_a_grid(tmp_path: Path) -> None:
@@ -258,8 +258,8 @@ def test_bench_measures_this_processor_and_predicts_others() -> None:
     if content["source"] == "measured":  # not where the processor has neither AVX-512 nor AVX2
         assert "this CPU" in content["device"] and content["layers"][0]["timing"]["dense"]["forward_ms"] > 0
     shown = run("bench", "-m", "4096x4096", "-n", "8192", "--device-name", "rtx 4090").stdout
-    assert "Predicted from public measurements of products (forward alone" in shown and "RTX4090" in shown and "H100" not in shown
-    assert "public times are of A100" in run("bench", "-m", "64x64", "--device-name", "abacus").stderr
+    assert "Predicted from public measurements of products (forward only" in shown and "RTX4090" in shown and "H100" not in shown
+    assert "there are public times for A100" in run("bench", "-m", "64x64", "--device-name", "abacus").stderr
 
 
 def test_doctor_says_what_works() -> None:
@@ -343,11 +343,11 @@ def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_p
         (["bench", "-m", "64x64", "--device", "banana"], "'banana' cannot be used here: Expected one of cpu, cuda"),
         (["bench", "-m", "64x64", "--device", "cpu:-2"], "'cpu:-2' cannot be used here"),
         (["bench", "-m", "64x64", "--device", "meta"], "holds no numbers"),
-        (["bench", "-m", "json:loads"], "json:loads is called without arguments, but its own are"),
+        (["bench", "-m", "json:loads"], "json:loads is called without arguments, but takes"),
         (["bench", "-m", "builtins:dict"], "must return a model, or a model and its calibration batches, not dict"),
         (["bench", "-m", "64x64", "--dtype", "float32"], "float16"),
         (["bench", "-m", "64x64", "--tokens", "0"], "--tokens"),
-        (["bench", "-m", "64x64", "--grid", "MODEL/config.json"], "no grid of measured times"),
+        (["bench", "-m", "64x64", "--grid", "MODEL/config.json"], "not a grid of measured times"),
         (["prune", "nowhere", "OUT"], "nowhere does not exist"),
         (["prune", "nowhere", "--dry-run"], "nowhere does not exist"),
         (["prune", "nowhere", "OUT", "--method", "wanda"], "nowhere: no such folder or file"),
@@ -355,7 +355,7 @@ def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_p
         (["verify", "nowhere", "-p", "2:4"], "nowhere does not exist"),
         (["bench", "-m", "64x64", "--grid", "nowhere"], "'nowhere' does not exist"),
         (["report", "nowhere"], "does not exist"),
-        (["report", "MODEL"], "holds no bisparse.json, so bisparse did not write it"),
+        (["report", "MODEL"], "has no bisparse.json, so bisparse did not write it"),
         (["report", "MODEL/config.json"], "is a file"),
         (["report", "MODEL", "--against", "nowhere"], "does not exist"),
         (["fly"], "fly"),

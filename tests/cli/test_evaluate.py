@@ -102,7 +102,7 @@ def test_eval_of_a_classifier_against_another(tmp_path: Path, monkeypatch: pytes
         ([], "nothing to measure"),
         (["--pairs", "text.txt", "--tokens", "8"], "--text"),
         (["--images", "text.txt"], "--labels, --against"),
-        (["--images", "text.txt", "--labels", "text.txt"], "no .npy file"),
+        (["--images", "text.txt", "--labels", "text.txt"], "not a .npy file"),
         (["--text", "text.txt", "--stride", "600"], "more than the context"),
         (["--text", "text.txt", "--tokens", "100"], "fewer than one window"),
         (["--tasks", "arc_easy"], "pip install lm-eval"),
@@ -120,7 +120,7 @@ def test_prune_refuses_an_evaluation_that_it_cannot_make_before_it_begins(folder
     text, out = folder.parent / "text.txt", folder.parent / "out"
     for options, said in (
         (["--dry-run", "--eval", text], "--dry-run"),
-        ([out, "--eval-tokens", 600], "without --eval"),
+        ([out, "--eval-tokens", 600], "requires --eval"),
         ([out, "--eval", text, "--eval-tokens", 100], "fewer than one window"),
     ):
         code, content = invoke("prune", folder, *options)

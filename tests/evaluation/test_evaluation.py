@@ -94,7 +94,7 @@ def test_perplexity_of_a_model_that_returns_nan_is_refused() -> None:
 def test_perplexity_of_a_model_that_sees_what_follows_is_refused() -> None:
     model = Counting()
     model.can_generate = lambda: False
-    with pytest.raises(ValueError, match="no causal language model"):
+    with pytest.raises(ValueError, match="not a causal language model"):
         perplexity(model, torch.zeros(24, dtype=torch.long), context=8)
 
 
@@ -117,7 +117,7 @@ def test_a_text_is_named_in_what_is_said_of_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"corpus.txt: .*fewer than one window"):
         text_perplexity(Counting(), tokenizer, tmp_path / "corpus.txt")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="no UTF-8 text"):
+    with pytest.raises(ValueError, match="not UTF-8 text"):
         text_perplexity(Counting(), tokenizer, tmp_path / "binary")
 
 
@@ -169,7 +169,7 @@ def test_pairs_are_read_from_three_columns_and_from_those_of_sts(tmp_path: Path)
     assert read_pairs(path) == [(5.0, "a b", 'c "d'), (2.0, "e", "f")]
     path.write_text("main-news\tMSRpar\t2012test\t1\t4.4\ta\tb\tsource\tsource\n")
     assert read_pairs(path) == [(4.4, "a", "b")]
-    for text, said in (("1\ta\tb\nx\ta\tb\n", "line 2: 'x' is no score"), ("1\ta\n", "line 1: 2 columns"), ("\n", "no pairs")):
+    for text, said in (("1\ta\tb\nx\ta\tb\n", "line 2: 'x' is not a score"), ("1\ta\n", "line 1: 2 columns"), ("\n", "no pairs")):
         path.write_text(text)
         with pytest.raises(ValueError, match=said):
             read_pairs(path)
@@ -200,7 +200,7 @@ def test_accuracy_and_agreement_are_shares_of_samples() -> None:
 
 def test_classes_that_do_not_fit_are_refused() -> None:
     model, inputs = nn.Linear(4, 3), torch.randn(5, 4)
-    for labels, said in ((torch.tensor([0, 1, 2, 3, 0]), "classes 0 to 2"), (torch.zeros(4).long(), "a class each")):
+    for labels, said in ((torch.tensor([0, 1, 2, 3, 0]), "classes 0 to 2"), (torch.zeros(4).long(), "a class per input")):
         with pytest.raises(ValueError, match=said):
             classification(model, inputs, labels)
     with pytest.raises(ValueError, match="3 and 2 classes"):

@@ -117,7 +117,7 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="was changed after it was quantised"):
         save_quantized(changed, tmp_path / "quantised", done)
     convolution = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
-    with pytest.raises(ValueError, match="stores quantised Linear layers only"):
+    with pytest.raises(ValueError, match="only stores quantised Linear layers"):
         save_quantized(convolution, tmp_path / "quantised", quantize_(convolution, "int8", include="*"))
     assert not list(tmp_path.iterdir())
     (tmp_path / "quantised").mkdir()
@@ -152,6 +152,6 @@ def test_one_command_prunes_and_quantises(tmp_path: Path) -> None:
     pruned, kept = load_masks(tmp_path / "out"), load_masks(tmp_path / "out-int8")
     assert not any(bool((kept[name] & ~mask).any()) for name, mask in pruned.items())
     again = CliRunner().invoke(app, ["quantize", str(tmp_path / "out-int8"), str(tmp_path / "twice")], catch_exceptions=False)
-    assert again.exit_code == 1 and "quantised already" in again.output
+    assert again.exit_code == 1 and "already quantised" in again.output
     refused = CliRunner().invoke(app, [*command[:2], str(tmp_path / "new"), "--quantize", "int3"], catch_exceptions=False)
     assert refused.exit_code == 2 and not (tmp_path / "new").exists()

@@ -191,7 +191,7 @@ def test_a_damaged_journal_is_named_with_what_to_do(damage: str, tmp_path: Path)
         damaged.write_bytes(next(file for file in (tmp_path / "journal").glob("done-*") if file != damaged).read_bytes())
     else:
         damaged.write_bytes(damaged.read_bytes()[: 0 if damage == "empty" else 50])
-    with pytest.raises(JournalError, match=re.escape(str(damaged)) + ".*delete .*journal.* begin again"):
+    with pytest.raises(JournalError, match=re.escape(str(damaged)) + ".*delete .*journal.* start over"):
         prune_(model, "2:4", Failing(2, KeyboardInterrupt), batches, resume=tmp_path / "journal")
     assert same(before, model.state_dict())
 
@@ -318,7 +318,7 @@ def test_one_flipped_bit_in_a_journal_never_gives_other_weights(order: str, tmp_
             damaged = bytearray(content)
             damaged[at] ^= 128
             (journal / name).write_bytes(damaged)
-            with pytest.raises(JournalError, match=r"damaged.*delete .* again"):
+            with pytest.raises(JournalError, match=r"damaged.*delete .* start over"):
                 prune_(model, "2:4", AdaPrune(), batches, order=order, resume=journal)
             assert same(before, model.state_dict())
             shutil.rmtree(journal)
@@ -336,7 +336,7 @@ def test_originals_damaged_while_a_job_runs_are_not_put_back(tmp_path: Path) -> 
             file.write(b"\x7f")
         return KeyboardInterrupt()
 
-    with pytest.raises(JournalError, match=r"blocks\.0\.0 had been was damaged on disk .* load the model again"):
+    with pytest.raises(JournalError, match=r"blocks\.0\.0 were damaged on disk .* load the model again"):
         prune_(model, "2:4", Failing(4, damage), batches, resume=tmp_path / "journal")
     after = model.state_dict()
     assert [key for key in before if not torch.equal(before[key], after[key])] in (["blocks.0.0.weight"], [
@@ -389,13 +389,13 @@ def test_a_journal_is_held_by_one_job_at_a_time(tmp_path: Path) -> None:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         model, batches = case("chain")
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(JournalError, match=r"journal of a job that is running.*wait for it to end, or give another folder"):
+        with pytest.raises(JournalError, match=r"journal of a running job.*wait for it to end, or pass another folder"):
             prune_(model, "2:4", AdaPrune(), batches, resume=folder)
         assert same(before, model.state_dict())
         remove_journal(folder)
         assert (folder / "about.json").exists(), "a journal that is in use stays"
         holder.kill()
-    with Journal(folder, {"job": "x"}), pytest.raises(JournalError, match="in this one"):
+    with Journal(folder, {"job": "x"}), pytest.raises(JournalError, match="in this or another process"):
         Journal(folder, {"job": "x"})
     assert not folder.exists()
 

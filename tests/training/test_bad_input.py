@@ -26,8 +26,8 @@ from bisparse import PatternError, Schedule, finalize_, solve, sparsify_
         ({"decay": "3"}, "0 or more"),
         ({"measure_every": -1}, "0 for never"),
         ({"measure_every": 1.5}, "0 for never"),
-        ({"decay": {"nowhere": 0.1}}, "'nowhere' matches no layer"),
-        ({"patterns": {"nowhere": "2:4"}}, "'nowhere' matches no layer"),
+        ({"decay": {"nowhere": 0.1}}, "'nowhere' matches none of the sparse layers"),
+        ({"patterns": {"nowhere": "2:4"}}, "'nowhere' matches none of the sparse layers"),
         ({"include": "nowhere"}, "matches no layer"),
         ({"remainder": "maybe"}, "'pad', 'dense' or 'error'"),
         ({"pattern": "16:32-T", "remainder": "error"}, "32 does not divide the sides of its 32 x 16 matrix"),
@@ -37,7 +37,7 @@ from bisparse import PatternError, Schedule, finalize_, solve, sparsify_
         ({"mode": "static", "masks": "zeros"}, "'nonzero'"),
         ({"method": "s-ste"}, "plain N:M"),
         ({"score": lambda name, weight: weight.abs().sum()}, "one score per weight"),
-        ({"score": lambda name, weight: weight}, "magnitudes"),
+        ({"score": lambda name, weight: weight}, "non-negative numbers"),
         ({"score": lambda name, weight: weight.abs() * float("nan")}, "0: its scores"),
     ],
 )
@@ -85,7 +85,7 @@ def test_masks_of_another_shape_or_pattern(mlp):
     plain = {name: solve(torch.rand(mask.shape), "4:8").mask for name, mask in good.items()}
     for masks, error, message in [
         ({"0": good["0"]}, ValueError, r"none for \['2'\]"),
-        (good | {"9": good["0"]}, ValueError, r"\['9'\], which are no sparse layers"),
+        (good | {"9": good["0"]}, ValueError, r"\['9'\], which are not sparse layers"),
         (good | {"0": good["0"].T}, ValueError, r"shape \(16, 32\), the weight \(32, 16\)"),
         (good | {"0": good["0"].float()}, ValueError, "bool tensor"),
         (plain, PatternError, r"0: .* break 4:8-T; the first: 0: W\^T"),
@@ -105,7 +105,7 @@ def test_an_optimizer_that_does_not_hold_the_parameters(mlp):
     with pytest.raises(ValueError, match="needs the optimizer"):
         sparsity.attach()
     sparsity.attach(torch.optim.SGD(mlp[0].parameters(), lr=0.1), torch.optim.Adam(mlp[2].parameters()))
-    with pytest.raises(ValueError, match="attached already"):
+    with pytest.raises(ValueError, match="already attached"):
         sparsity.attach(torch.optim.SGD(mlp.parameters(), lr=0.1))
 
 
@@ -190,7 +190,7 @@ def test_weights_that_others_have_changed(mlp):
         sparsify_(pruned, "4:8-T")
     normed = copy.deepcopy(mlp)
     parametrizations.weight_norm(normed[0])
-    with pytest.raises(ValueError, match="parametrized already"):
+    with pytest.raises(ValueError, match="already parametrized"):
         sparsify_(normed, "4:8-T")
     with pytest.raises(ValueError, match="before wrapping it in DataParallel"):
         sparsify_(nn.DataParallel(mlp), "4:8-T")

@@ -77,7 +77,7 @@ def test_ending_in_the_dense_phase_at_the_start_is_said(mlp, step):
     optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
     sparsity.attach(optimizer)
     step(mlp, optimizer, 0)
-    with pytest.warns(UserWarning, match="dense phase at its start"):
+    with pytest.warns(UserWarning, match="initial dense phase"):
         finalize_(mlp)
 
 

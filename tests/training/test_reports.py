@@ -121,7 +121,7 @@ def test_an_ended_sparsity_gives_final_facts_or_says_that_it_ended() -> None:
         with pytest.raises(ValueError, match="this Sparsity ended with finalize_ after optimizer step 9"):
             action()
     fresh = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 8))
-    with pytest.raises(ValueError, match="ended with finalize_ after optimizer step 9: load the model's weights alone"):
+    with pytest.raises(ValueError, match="ended with finalize_ after optimizer step 9: load only the model's weights"):
         sparsify_(fresh, "4:8-T").load_state_dict(state)
 
 
@@ -150,7 +150,7 @@ def test_an_optimizer_that_carries_another_sparsity_of_the_same_weights_is_refus
     for layer in sparsity.layers:  # as others might do it, without finalize_
         nn.utils.parametrize.remove_parametrizations(layer.module, "weight", leave_parametrized=True)
     other = sparsify_(model, "2:4-T")
-    with pytest.raises(ValueError, match=r"carries another Sparsity of the same weights \(Sparsity\(2:4, dynamic"):
+    with pytest.raises(ValueError, match=r"is attached to another Sparsity of the same weights \(Sparsity\(2:4, dynamic"):
         other.attach(optimizer)
     sparsity.detach()
     other.attach(optimizer)

@@ -1,4 +1,4 @@
-"""`accelerate_`: every layer that can run sparse on its device does, and every other one has a reason."""
+"""`accelerate_`: runs every layer sparse that can be on its device, and reports a reason for every other one."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ class AcceleratedLayer:
     """(out_features, in_features)."""
     backend: str
     weight: Literal["packed", "trained"]
-    """Packed for good, or dense in training with its values taken in every pass."""
+    """"packed" permanently, or "trained": dense, with its kept values read in every pass."""
     backward: bool
     """Whether the gradient of the input is a sparse product too."""
     bytes_before: int
-    """Of the module's tensors."""
+    """Bytes of the module's tensors, before and after."""
     bytes_after: int
     note: str = ""
-    """Why the gradient of the input stays dense, what a timing found, and the like."""
+    """Such as why the gradient of the input stays dense, or the result of a timing."""
 
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What `accelerate_` did, and why each other layer stays as it is."""
+    """The layers that `accelerate_` changed, and why each other layer stays as it is."""
 
     layers: tuple[AcceleratedLayer, ...]
     left_dense: tuple[Skipped, ...]
     bytes_before: int
-    """Parameters, buffers and packed weights of the whole model, each storage once."""
+    """Bytes of parameters, buffers and packed weights of the whole model, each storage counted once."""
     bytes_after: int
 
     def __len__(self) -> int:
         return len(self.layers)
 
     def __getitem__(self, name: str) -> AcceleratedLayer | Skipped:
-        """The entry of a layer, accelerated or not."""
+        """The entry of a layer by name, accelerated or not."""
         entries: dict[str, AcceleratedLayer | Skipped] = {one.name: one for one in self.left_dense}
         return (entries | {one.name: one for one in self.layers})[name]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, in values that JSON knows."""
+        """The report as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ def accelerate_(
     search: bool = True,
     tokens: int = 1,
 ) -> AccelerationReport:
-    """Run Linear layers sparse: 2:4 or 2:4-T weights on tensor cores, any zeros on CPUs. In place; returns what became of each.
+    """Run Linear layers sparse, in place: 2:4 or 2:4-T weights on tensor cores, any zeros on CPUs. Returns a report.
 
     >>> import bisparse
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
@@ -97,32 +97,31 @@ def accelerate_(
     >>> print(accelerate_(model, backend="reference"))
     2 layers run sparse, 0 of them both ways; 0 stay as they are; 33,280 -> 17,920 bytes
 
-    A layer in sparse training (`sparsify_`) continues to be trained, its weight a dense parameter. So does any other layer whose
-    weight requires a gradient in a model in training mode; its mask is the weight's non-zeros, and stays. All other weights are
-    packed, and the dense ones freed. Gradients of the input are sparse products too where the weight is 2:4 on W^T, except in
-    packed layers of a model in evaluation mode, for which W^T is not packed.
+    A layer in sparse training (`sparsify_`) stays trainable, with a dense parameter. So does any other layer whose weight
+    requires a gradient in a model in training mode; its mask is fixed to the weight's non-zeros. All other weights are packed,
+    and the dense ones freed. Gradients of the input are sparse products too if the weight is 2:4 on W^T, except in packed
+    layers of a model in evaluation mode, for which W^T is not packed.
 
-    On a CPU, weights that are not trained are packed whatever their pattern, if at most 0.8 of their entries are not zero: as
-    their non-zeros and a bit mask. Each layer is timed with `tokens` tokens, and packed only if it is faster then.
+    On a CPU, weights that are not trained are packed as non-zeros and a bit mask, whatever their pattern, if at most 0.8 of the
+    entries are not zero. Each layer is timed with `tokens` tokens, and packed only if that is faster.
 
-    All or nothing: after an error the model is as it was, its parameters the same objects.
+    On an error the model is unchanged, and its parameters are the same objects.
 
     Args:
-        backend: "cusparselt" or "cutlass" on a GPU, "cpu" on a CPU; "reference" packs weights like the first two on any device,
-            and is no faster than dense; "auto" takes what the device has, and leaves the model masked-dense where it has nothing.
-        advice: the result of `advise` for this model: layers that do not win stay as they are, the others take the backend that
-            was fastest. Layers that it does not know are converted as without it.
+        backend: "cusparselt" or "cutlass" on a GPU, "cpu" on a CPU; "reference" packs weights like the first two on any device
+                but is no faster than dense; "auto" takes the device's backend, or leaves the model masked-dense if there is none.
+        advice: the result of `advise` for this model: layers that are not faster sparse stay as they are, the others use the
+                fastest backend. Layers without advice are converted as usual.
         include, exclude: which layers, by name, glob, ``re:`` or function.
         layouts: how single layers store their matrices, as for `prune_`; only plain Linear layers run sparse.
-        dtype: of the inputs of layers in training: by default the weight's if it is half precision, otherwise bfloat16. Either
-            half precision serves the other as well.
-        tokens: on a CPU, rows of a layer's input at which layers are timed: 1 for decoding, more for prompts and batches.
-        search: let cuSPARSELt try its algorithms once for each new shape. Turn it off if the number of tokens keeps varying.
+        dtype: dtype of the inputs of layers in training: by default the weight's if it is half precision, otherwise bfloat16.
+                With either half precision, inputs in the other one run sparse as well.
+        tokens: on a CPU, the number of input rows for which layers are timed: 1 for decoding, more for prompts and batches.
+        search: let cuSPARSELt try its algorithms once per new shape. Turn it off if the number of tokens varies a lot.
 
     Raises:
-        BackendError: the backend that was asked for does not run here; or it can take none of the layers, or not one that was
-            asked for by name, and this says why.
-        PatternError: a layer that was asked for by name, with a backend, is not 2:4, or for "cpu" has too few zeros.
+        BackendError: the given backend does not run here, or cannot run any layer, or not one that was included by name.
+            PatternError: a layer included by name, with a given backend, is not 2:4 or, for "cpu", has too few zeros.
         ValueError: weights in dynamic training are sharded over ranks already; tokens below 1.
     """
     check_module(model)
@@ -150,7 +149,7 @@ def accelerate_(
     with Rollback(model) as rollback:
         for layer, plan in plans:
             outcome = _install(layer, plan, search)
-            if isinstance(layer.module, PackedLinear):  # so that the dense weights of a whole model are not held until its end
+            if isinstance(layer.module, PackedLinear):  # otherwise the rollback would hold the dense weights of the whole model
                 rollback.release(layer.module, "weight", layer.module.packed_weight.parameter)
             if isinstance(outcome, AcceleratedLayer):
                 done.append(outcome)
@@ -164,7 +163,7 @@ def accelerate_(
 
 
 def held_bytes(module: nn.Module) -> int:
-    """Bytes of all parameters, buffers and packed weights, each storage once; of sharded ones, this rank's part."""
+    """Bytes of all parameters, buffers and packed weights, each storage counted once; of sharded ones, this rank's part."""
     storages = {}
     own = [one for one in module.modules() if isinstance(one, PackedLinear | SparseLinear)]
     derived = [tensor for one in own for tensor in one.derived_tensors]
@@ -176,20 +175,20 @@ def held_bytes(module: nn.Module) -> int:
 
 
 def _tied_parameters(model: nn.Module) -> set[int]:
-    """Ids of the parameters that more than one module holds."""
+    """Ids of the parameters that several modules share."""
     holders = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
     return {parameter for parameter, count in holders.items() if count > 1}
 
 
 def _left_dense(name: str, refusal: Refusal, asked_for: bool) -> Skipped:
-    """The entry of a layer that stays dense; an error if it was asked for by name."""
+    """The entry of a layer that stays dense; raises if it was included by name."""
     if asked_for:
         raise (PatternError if refusal.cause == "weight" else BackendError)(f"{name}: {refusal.reason}")
     return Skipped(name, refusal.reason)
 
 
 def _install(layer: Layer, plan: Plan, search: bool) -> AcceleratedLayer | Refusal:
-    """Turn one layer into what its plan says; what went wrong if it does not pack."""
+    """Convert one layer by its plan; returns a refusal if it cannot be packed."""
     module = layer.module
     assert isinstance(module, nn.Linear)
     before = held_bytes(module)

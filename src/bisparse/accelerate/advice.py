@@ -1,4 +1,4 @@
-"""What is known of a model's layers, dense and sparse: the result of `advise`, which `accelerate_` can follow."""
+"""The result of `advise`, which `accelerate_` can follow: times, memory and FLOPs of a model's layers, dense and sparse."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ Source = Literal["measured", "predicted", "exact"]
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What advice depends on in a layer."""
+    """The properties of a layer that advice depends on."""
 
     name: str
     shape: tuple[int, int]
     """(out_features, in_features)."""
     both_ways: bool = True
-    """2:4 on W^T too."""
+    """Whether it is 2:4 on W^T too."""
     reason: str = ""
     """Why it cannot run sparse on tensor cores; empty if it can."""
     density: float = 0.5
-    """Fraction of entries that are not zero, which matters on CPUs."""
+    """Fraction of entries that are not zero; used on CPUs."""
 
 
 @dataclass(frozen=True)
 class LayerAdvice:
-    """What is known of one layer, dense and sparse."""
+    """Times, memory and FLOPs of one layer, dense and sparse."""
 
     name: str
     shape: tuple[int, int]
     convert: bool | None
-    """None if this was not measured: then it is not known."""
+    """Whether to convert the layer; None if it was not measured."""
     reason: str
-    """Why not; or by how much it wins."""
+    """Why not to convert it, or how much faster it is."""
     backend: str | None = None
     timing: Timing | None = None
     forward_flops: int = 0
-    """Of the dense product; a sparse one takes half."""
+    """FLOPs of the dense products; a sparse one needs half."""
     dense_bytes: int = 0
-    """Of the weight."""
+    """Bytes of the dense weight."""
     sparse_bytes: int = 0
-    """The same packed, or in training with the positions and metadata that are kept next to it."""
+    """Bytes of the packed weight, or in training of the weight with positions and metadata."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Advice:
     layers: tuple[LayerAdvice, ...]
     left_dense: tuple[Skipped, ...]
     source: Source
-    """Measured here, predicted from a grid, or only exact figures: shapes, bytes, FLOPs."""
+    """"measured" here, "predicted" from a grid, or only the exact figures: shapes, bytes, FLOPs."""
     device: str
     tokens: int
     dtype: str
@@ -67,7 +67,7 @@ class Advice:
 
     @property
     def speedup(self) -> float | None:
-        """Dense time over time with the winning layers converted, of all layers with times; None if there are none."""
+        """Dense time divided by the time with the faster layers converted, over all layers with times; None if there are none."""
         known = [one for one in self.layers if one.timing is not None]
         if not known:
             return None
@@ -76,12 +76,12 @@ class Advice:
         return dense / best
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, in values that JSON knows."""
+        """The advice as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
         wins = sum(one.convert is True for one in self.layers)
         if self.source == "exact":
-            return f"{len(self.layers)} layers; their times are not known: {self.note}"
+            return f"{len(self.layers)} layers, without times: {self.note}"
         total = "" if self.speedup is None else f"; {self.speedup:.2f}x on all layers that were {self.source}"
         return f"{wins} of {len(self.layers)} layers win at {self.tokens} tokens on {self.device}, {self.source}{total}"

@@ -1,4 +1,4 @@
-"""Which layers win by running sparse, measured on this device or predicted from a stored grid; and why the others do not."""
+"""`advise`: which layers are faster sparse, measured on this device or predicted from a stored grid, and why others are not."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["advise", "advise_shapes", "layer_shapes", "shape_at"]
 
 @dataclass(frozen=True)
 class Measured:
-    """The fastest backend for a layer, and its times."""
+    """The fastest backend for a layer, with its times."""
 
     backend: str
     timing: Timing
@@ -46,24 +46,24 @@ def advise(
     exclude: Filter | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Advice:
-    """Whether each layer of a model wins by running sparse, from measurements of both, dense and sparse, on this device.
+    """Measure each layer of a model dense and sparse on this device, and advise which layers to run sparse.
 
-    On a CPU the forward pass is measured, dense and packed as `accelerate_` packs there, unless a product takes seconds. For
-    training without a CUDA device, times are predicted from a grid. Without a grid too, the advice has only shapes, bytes and
-    FLOPs, and its note says so. Layers of the same shape are measured once.
+    On a CPU, the forward pass is measured, dense and packed as by `accelerate_`, unless a product takes seconds. For training
+    without a CUDA device, times are predicted from a grid. Without a grid, the advice has only shapes, bytes and FLOPs, and its
+    note says so. Layers of the same shape are measured once.
 
     Args:
-        tokens: rows of the layers' inputs, all batches and positions together.
+        tokens: rows of the layers' inputs: batch size times sequence length.
         dtype: float16 or bfloat16.
-        device: by default CUDA where there is one.
-        backend: measure only this one; "auto" measures all that run here and takes the fastest.
+        device: by default CUDA if available.
+        backend: measure only this backend; "auto" measures all that run here and takes the fastest.
         training: time both passes; otherwise only the forward pass. By default the mode of the model.
-        pattern: assume that the layers are pruned to it; by default judge their weights, or masks in training.
-        grid: measured times to predict from, or their file; by default those that come with the package.
+        pattern: assume that the layers are pruned to it; by default use their weights, or their masks in training.
+        grid: measured times to predict from, or their file; by default the grids in the package.
         progress: called with the layer's name, the number of layers done and their total.
 
     Raises:
-        BackendError: the backend that was asked for does not run on this device.
+        BackendError: the given backend does not run on this device.
         ValueError: tokens below 1; a device that does not exist; a file that is not a grid.
     """
     shapes, left = layer_shapes(model, pattern, include, exclude)
@@ -79,7 +79,7 @@ def layer_shapes(
     include: Filter | None = None,
     exclude: Filter | None = None,
 ) -> tuple[list[LayerShape], list[Skipped]]:
-    """The layers of a model that may run sparse, as `advise_shapes` takes them, and all others with their reasons."""
+    """The layers of a model that may run sparse, as arguments of `advise_shapes`, and all others with reasons."""
     layers, left = find_layers(model, include, exclude)
     shapes = []
     for layer in layers:
@@ -105,7 +105,7 @@ def _density(layer: Layer) -> float:
 
 
 def shape_at(name: str, shape: tuple[int, int], pattern: str | Structure) -> LayerShape:
-    """A layer as if it were pruned to a pattern."""
+    """A layer of this shape, as if pruned to a pattern."""
     pattern = parse_pattern(pattern)
     rows, columns = is_2to4(pattern)
     return LayerShape(name, shape, columns, "" if rows else pattern_refusal(pattern).reason, pattern.density)
@@ -123,7 +123,7 @@ def advise_shapes(
     grid: Grid | str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Advice:
-    """`advise` without a model: layers by name and shape, as a checkpoint's headers give them."""
+    """`advise` without a model, for layers given by name and shape, such as from a checkpoint's headers."""
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"tokens={tokens!r}: expected the number of rows of a layer's input, at least 1")
     chosen = _device(device)
@@ -139,11 +139,11 @@ def advise_shapes(
         grids = stored_grids()
         stored = next((one for one in grids.values() if one.dtype == str(dtype).removeprefix("torch.")), None)
         if stored is None and grids:
-            note = f"torch sees no CUDA device here, and the stored times are not of {str(dtype).removeprefix('torch.')}"
+            note = f"torch sees no CUDA device here, and there are no stored times for {str(dtype).removeprefix('torch.')}"
         elif stored is None:
             note = "torch sees no CUDA device here, and no grid of measured times is stored; `make bench-gpu` measures one"
     if stored is not None and stored.dtype != str(dtype).removeprefix("torch."):
-        raise ValueError(f"the grid was measured in {stored.dtype}, and {str(dtype).removeprefix('torch.')} is asked for")
+        raise ValueError(f"the grid was measured in {stored.dtype}, not in {str(dtype).removeprefix('torch.')}")
     names = _candidates(backend, chosen, stored)
     if isinstance(names, Refusal):
         note, names = note or names.reason, []
@@ -167,11 +167,11 @@ def advise_shapes(
 
 
 def _measures_cpu(device: torch.device, backend: BackendName, dtype: torch.dtype, training: bool) -> bool:
-    """Whether packed products on this CPU are to be measured.
+    """Whether to measure packed products on this CPU.
 
     Raises:
-        BackendError: they are asked for by name and there are none.
-        ValueError: they are asked for by name, for training.
+        BackendError: backend="cpu" was given and this CPU has no kernels.
+        ValueError: backend="cpu" was given for training.
     """
     reason = cpu_reason(device, dtype)
     if backend == CPU and reason is not None:
@@ -190,7 +190,7 @@ def _device(device: str | torch.device | None) -> torch.device:
 
 
 def _candidates(backend: BackendName, device: torch.device, grid: Grid | None) -> list[str] | Refusal:
-    """The backends to compare, or why there are none."""
+    """The backends to compare, or a refusal if there are none."""
     if grid is not None:
         measured = sorted({point.backend for point in grid.points})
         return [one for one in measured if backend in ("auto", one)] or Refusal(f"the grid has no times of {backend!r}")
@@ -211,7 +211,7 @@ def _fastest(
     training: bool,
     grid: Grid | None,
 ) -> Measured | Refusal:
-    """The backend with the shortest time, or why none has one."""
+    """The backend with the shortest time, or a refusal if none has a time."""
     outcomes = [_timing(name, layer, tokens, dtype, device, training, grid) for name in names]
     measured = [one for one in outcomes if isinstance(one, Measured)]
     refused = [one for one in outcomes if isinstance(one, Refusal)]
@@ -230,7 +230,7 @@ def _timing(
     training: bool,
     grid: Grid | None,
 ) -> Measured | Refusal:
-    """A layer's times by one backend, or why there are none."""
+    """A layer's times by one backend, or a refusal."""
     (rows, columns), backend = layer.shape, BACKENDS[name]
     both_ways = training and layer.both_ways and backend.shape_reason(columns, rows) is None
     if (reason := backend.dtype_reason(dtype) or backend.shape_reason(rows, columns)) is not None:
@@ -238,7 +238,7 @@ def _timing(
     if grid is not None:
         timing = grid.predict(layer.shape, tokens, name, training=training, both_ways=both_ways)
         if timing is None:
-            reason = f"{rows} x {columns} at {tokens} tokens is outside of what was measured with {name}"
+            reason = f"{rows} x {columns} at {tokens} tokens is outside of the sizes measured with {name}"
             return Refusal(reason, "unmeasured")
         return Measured(name, timing)
     try:
@@ -254,7 +254,7 @@ def _advice(layer: LayerShape, tokens: int, dtype: torch.dtype, training: bool, 
     rows, columns = layer.shape
     weights = rows * columns
     ways = 2 if training and layer.both_ways else 1
-    # Positions take a byte per group of four, metadata two bits per kept weight; in training the float32 weight stays.
+    # Positions take one byte per group of four, metadata two bits per kept weight; in training the float32 weight stays.
     dense_bytes = weights * (4 if training else dtype.itemsize)
     sparse_bytes = dense_bytes + ways * weights * 3 // 8 if training else weights * dtype.itemsize * 9 // 16
     exact = (2 * tokens * weights, dense_bytes, dense_bytes if layer.reason else sparse_bytes)

@@ -15,7 +15,7 @@ from bisparse.layers import Skipped
 __all__ = ["advise_on_cpu"]
 
 MAX_FLOPS = 1e11
-"""Of one product: beyond it a layer takes seconds per turn, and is not measured unless the backend is asked for by name."""
+"""Operations of one product above which a layer takes seconds and is only measured if backend="cpu" is given."""
 
 
 @torch.no_grad()
@@ -27,7 +27,7 @@ def advise_on_cpu(
     dtype: torch.dtype = torch.bfloat16,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Advice:
-    """Advice from times of random weights of the layers' shapes and densities; the forward pass alone."""
+    """Advice for the forward pass, from times of random weights with the layers' shapes and densities."""
     layers, shapes = [], list(shapes)
     for number, one in enumerate(shapes):
         if progress is not None:

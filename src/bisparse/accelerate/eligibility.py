@@ -1,4 +1,4 @@
-"""How a layer can run sparse, or why not: decided from its weight, its mask and the backend, before anything is changed."""
+"""Decides how a layer can run sparse, or why it cannot, from its weight, mask and backend. Changes nothing."""
 
 from __future__ import annotations
 
@@ -26,44 +26,44 @@ __all__ = ["BackendName", "Directions", "Plan", "choose_backend", "directions_of
 BackendName = Literal["auto", "cusparselt", "cutlass", "cpu", "reference"]
 
 WIDER_PATTERNS = ("4:8-T", "8:16-T", "16:32-T", "32:64-T", "4:8", "8:16", "16:32", "32:64")
-"""Patterns named in the reason if a weight that is not 2:4 obeys them; the strictest first."""
+"""Wider patterns to mention if a weight that is not 2:4 obeys one of them; the strictest first."""
 MIN_BROKEN_FRACTION = 0.05
-"""Fraction of groups that must break 2:4 before a wider pattern is looked for: a slip here and there is none."""
+"""Minimum fraction of groups that break 2:4 for a wider pattern to be searched for; a few broken groups are an accident."""
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Whether a mask is 2:4 along the rows of W^T too; along those of W it is."""
+    """A mask that is 2:4 along the rows of W, and whether it is along the rows of W^T too."""
 
     both: bool
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How one layer will run sparse."""
+    """The way in which one layer will run sparse."""
 
     kind: Literal["packed", "trained"]
-    """Packed for good, or dense in training with its values taken in every pass."""
+    """"packed" permanently, or "trained": dense, with its kept values read in every pass."""
     backend: str
     dtype: torch.dtype
-    """Of the weight that is packed, or of the inputs in training."""
+    """Dtype of the packed weight, or of the inputs in training."""
     both_ways: bool
-    """The gradient of the input is a sparse product too."""
+    """Whether the gradient of the input is a sparse product too."""
     note: str = ""
-    """Why the gradient of the input stays dense, or what a timing found."""
+    """Why the gradient of the input stays dense, or the result of a timing."""
     max_tokens: int = 0
-    """By "cpu": up to so many tokens the weight is multiplied as it is stored."""
+    """For "cpu": the maximum number of tokens for which the weight is multiplied in packed form."""
 
 
 def plan_layer(
     layer: Layer, backend: BackendName | str, dtype: torch.dtype | None, tied: set[int], tokens: int = 1
 ) -> Plan | Refusal:
-    """How a layer will run sparse, or why it cannot; nothing is changed.
+    """The plan of a layer, or why it cannot run sparse. Changes nothing.
 
     Args:
-        dtype: of the inputs of layers in training; by default the weight's if it is half precision, otherwise bfloat16.
-        tied: ids of the parameters that more than one module holds.
-        tokens: on a CPU, the number at which the layer is timed.
+        dtype: dtype of the inputs of layers in training; by default the weight's if it is half precision, otherwise bfloat16.
+        tied: ids of the parameters that several modules share.
+        tokens: on a CPU, the number of tokens for which the layer is timed.
 
     Raises:
         BackendError: the backend does not run on the weight's device, or is "cpu" and this processor has no kernels for it.
@@ -99,14 +99,14 @@ def plan_layer(
 
 
 def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int], tokens: int) -> Plan | Refusal:
-    """How a layer of a model on the CPU will run sparse, whatever its pattern, or why not; it is timed."""
+    """The plan of a layer on the CPU, of any pattern, or why it stays dense; the layer is timed."""
     weight = state.weight
     if backend == CPU and (reason := cpu_reason(weight.device)) is not None and not weight.is_meta:
         raise BackendError(f"backend={CPU!r}: {reason}. Pass backend='auto' for what the device has")
     if (refusal := _layer_refusal(layer)) is not None:
         return refusal
     if _is_trained(layer, state):
-        reason = "its weight is trained, and on CPUs only weights that stay are packed; it stays masked-dense"
+        reason = "its weight is trained, and only constant weights are packed on CPUs; it stays masked-dense"
         return Refusal(f"{reason}. For inference: finalize_ where it is in sparse training, then model.eval()", "layer")
     if (reason := cpu_reason(weight.device, weight.dtype)) is not None:
         return Refusal(f"{reason}; it stays masked-dense")
@@ -130,16 +130,16 @@ def _is_trained(layer: Layer, state: LayerState) -> bool:
 def _tied_refusal(state: LayerState, tied: set[int]) -> Refusal | None:
     if id(state.weight) not in tied:
         return None
-    return Refusal("another module holds the same weight, and packing would part them; it stays as it is", "layer")
+    return Refusal("another module shares its weight, and packing would untie them; it stays as it is", "layer")
 
 
 def choose_backend(name: str, device: torch.device) -> Backend | Refusal:
-    """The 2:4 backend of a name, or for "auto" the first of cuSPARSELt and CUTLASS that runs on a device, or a refusal.
+    """The 2:4 backend of this name; for "auto", the first of cuSPARSELt and CUTLASS that runs on the device, or a refusal.
 
-    cuSPARSELt comes first because it has kernels for every generation and a search for the fastest. `advise` measures both.
+    cuSPARSELt is tried first, since it has kernels for every GPU generation and searches for the fastest. `advise` measures both.
 
     Raises:
-        BackendError: there is no backend of this name, or it does not run on this device.
+        BackendError: there is no backend of this name, or it does not run on the device.
     """
     if name == "auto":
         reasons = {one: BACKENDS[one].device_reason(device) for one in ("cusparselt", "cutlass")}
@@ -148,22 +148,22 @@ def choose_backend(name: str, device: torch.device) -> Backend | Refusal:
                 return BACKENDS[one]
         return Refusal("; ".join(str(reason) for reason in reasons.values()))
     if name == CPU:
-        raise BackendError(f"backend={name!r} packs weights of any pattern, and is no backend of 2:4 matrices")
+        raise BackendError(f"backend={name!r} packs weights of any pattern, and is not a backend for 2:4 matrices")
     if name not in BACKENDS:
         raise BackendError(f"backend={name!r}: expected 'auto', {', '.join(map(repr, (*BACKENDS, CPU)))}")
     if (reason := BACKENDS[name].device_reason(device)) is not None:
         raise BackendError(
-            f"backend={name!r}: {reason}. Pass backend='auto' to stay masked-dense there, or 'reference' for the same numbers"
+            f"backend={name!r}: {reason}. Pass backend='auto' to stay masked-dense there, or 'reference' for the same results"
         )
     return BACKENDS[name]
 
 
 def directions_of(layer: Layer) -> Directions | Refusal:
-    """Along which sides a layer's mask, or its weight, is 2:4; or why the layer cannot run sparse, whatever the backend."""
+    """The sides along which a layer's mask or weight is 2:4, or why the layer cannot run sparse with any backend."""
     if (refusal := _layer_refusal(layer)) is not None:
         return refusal
     state = layer_state(layer.module)
-    if state.pattern is not None and state.phase != "static":  # a static mask may be more than its pattern promises
+    if state.pattern is not None and state.phase != "static":  # a static mask may obey more than its pattern
         rows, columns = is_2to4(state.pattern)
         return Directions(columns) if rows else pattern_refusal(state.pattern)
     mask = state.weight if state.mask is None else state.mask
@@ -171,7 +171,7 @@ def directions_of(layer: Layer) -> Directions | Refusal:
 
 
 def _layer_refusal(layer: Layer) -> Refusal | None:
-    """Why a layer cannot run sparse, whatever its zeros and the backend; None where it can."""
+    """Why a layer cannot run sparse, apart from its zeros and the backend; None if it can."""
     module = layer.module
     if (reason := _kind_reason(module)) is not None:
         return Refusal(reason, "layer")
@@ -179,7 +179,7 @@ def _layer_refusal(layer: Layer) -> Refusal | None:
     if state.parametrization is None and (reason := computed_reason(module, "weight")) is not None:
         return Refusal(reason, "layer")
     if isinstance(state.parametrization, SoftThreshold):
-        return Refusal("S-STE moves its mask at every step, so nothing packed would last; it stays masked-dense", "layer")
+        return Refusal("S-STE changes its mask in every step, so packed values would be stale; it stays masked-dense", "layer")
     if isinstance(state.weight, DTensor):
         if state.phase in ("dynamic", "dense"):
             raise ValueError(f"{layer.name} is sharded over ranks already: call accelerate_ before fully_shard")
@@ -191,7 +191,7 @@ def _layer_refusal(layer: Layer) -> Refusal | None:
 
 def pattern_refusal(pattern: Structure) -> Refusal:
     """The refusal of a layer whose pattern is not 2:4."""
-    reason = f"{pattern} has no path on tensor cores, it stays masked-dense. {hardware(pattern).note}"
+    reason = f"{pattern} does not run on sparse tensor cores; it stays masked-dense. {hardware(pattern).note}"
     return Refusal(reason, "layer")
 
 
@@ -205,13 +205,13 @@ def is_2to4(structure: Structure) -> tuple[bool, bool]:
     if isinstance(structure, Unstructured):
         return False, False
     assert isinstance(structure, Pattern | Sequential | Paired)
-    # If 4 divides M, each aligned group of four is part of one group of M. With N = 1 it touches two groups at most.
+    # If 4 divides M, each aligned group of four is part of one group of M. With N = 1 it overlaps at most two groups.
     rows = structure.n == 1 or (structure.n == 2 and structure.m % 4 == 0)
     return rows, rows and isinstance(structure, Pattern) and structure.transposable
 
 
 def _kind_reason(module: nn.Module) -> str | None:
-    """Why layers of this kind do not run sparse; None where they can."""
+    """Why layers of this kind do not run sparse; None if they can."""
     if isinstance(module, Accelerated):
         return "accelerated already"
     if type(module).__name__ == "Conv1D":
@@ -219,7 +219,7 @@ def _kind_reason(module: nn.Module) -> str | None:
     parametrized = parametrize.is_parametrized(module)
     kind = type(module).__bases__[0] if parametrized else type(module)
     if kind not in (nn.Linear, MVUELinear):
-        return f"{kind.__name__}: only nn.Linear runs sparse so far, and not its subclasses, which may read the weight themselves"
+        return f"{kind.__name__}: only nn.Linear itself runs sparse so far; subclasses may read the weight themselves"
     if not parametrized:
         return None
     if set(module.parametrizations) != {"weight"}:  # type: ignore[arg-type]
@@ -230,7 +230,7 @@ def _kind_reason(module: nn.Module) -> str | None:
 
 
 def _weight_refusal(weight: Shaped[Tensor, "O I"]) -> Refusal | None:
-    """Why a weight, or a mask, cannot run sparse; None where it is 2:4."""
+    """Why a weight or mask cannot run sparse; None if it is 2:4."""
     found = verify(weight, "2:4")
     if found:
         return None

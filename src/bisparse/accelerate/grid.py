@@ -1,4 +1,4 @@
-"""Stored times of Linear layers over sizes and tokens, from which a machine without that GPU can predict its own layers.
+"""Stored times of Linear layers over sizes and tokens, to predict layers for a GPU on a machine without it.
 
 A file is JSON: device, dtype, versions, commit and date of the measurement, and one row per point. Between points, the logarithm
 of a time is interpolated linearly in the logarithms of out_features, in_features and tokens, which is exact if time is a product
@@ -33,9 +33,9 @@ class GridPoint:
     tokens: int
     backend: str
     training: bool
-    """Both passes with float32 weights under autocast; otherwise only the forward pass."""
+    """Whether both passes were timed, with float32 weights under autocast; otherwise only the forward pass."""
     both_ways: bool
-    """The gradient of the input is sparse too."""
+    """Whether the gradient of the input is sparse too."""
     timing: Timing
 
 
@@ -47,38 +47,38 @@ class Grid:
     dtype: str
     points: tuple[GridPoint, ...]
     about: dict[str, Any] = field(default_factory=dict)
-    """Versions, commit, date."""
+    """Versions, commit and date of the measurement."""
 
     @staticmethod
     def read(path: str | Path) -> Grid:
-        """A grid from its file.
+        """Read a grid from its file.
 
         Raises:
-            ValueError: the file is not a grid, or has another version of the format.
+            ValueError: the file is not a grid, or has a different format version.
         """
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content.get("format") != FORMAT:
-                raise ValueError(f"format {content.get('format')!r}, and this release reads {FORMAT}")
+                raise ValueError(f"format {content.get('format')!r}; this release reads {FORMAT}")
             points = tuple(
                 GridPoint(**{**row, "timing": Timing(Pass(**row["timing"]["dense"]), Pass(**row["timing"]["sparse"]))})
                 for row in content["points"]
             )
             grid = Grid(content["device"], content["dtype"], points, content["about"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise ValueError(f"{path} is no grid of measured times ({error}); `make bench-gpu` writes one") from error
+            raise ValueError(f"{path} is not a grid of measured times ({error}); `make bench-gpu` writes one") from error
         if any(min(one.timing.dense.forward_ms, one.timing.sparse.forward_ms) <= 0 for one in grid.points):
-            raise ValueError(f"{path} is no grid of measured times: it has a forward time that is not positive")
+            raise ValueError(f"{path} is not a grid of measured times: it has a forward time that is not positive")
         return grid
 
     def write(self, path: str | Path) -> None:
-        """Write the file that `read` reads."""
+        """Write the grid to a file that `read` accepts."""
         content = {"format": FORMAT, **asdict(self)}
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
     def predict(self, shape: tuple[int, int], tokens: int, backend: str, *, training: bool, both_ways: bool) -> Timing | None:
-        """The times of a layer of shape (out_features, in_features); None if measured points do not surround it."""
+        """The times of a layer of shape (out_features, in_features); None if it is outside of the measured points."""
         kind = (backend, training, both_ways)
         points = {
             (one.out_features, one.in_features, one.tokens): one.timing
@@ -124,7 +124,7 @@ def stored_grids() -> dict[str, Grid]:
 
 
 def _around(sizes: list[int], size: int) -> list[tuple[int, float]]:
-    """The measured sizes on both sides of a size, and their weights; empty if it is outside."""
+    """The measured sizes on both sides of a size, with interpolation weights; empty if it is outside."""
     place = bisect.bisect_left(sizes, size)
     if place < len(sizes) and sizes[place] == size:
         return [(size, 1.0)]

@@ -1,7 +1,7 @@
-"""A Linear layer whose weight is packed for good: less memory, and products on sparse tensor cores or by kernels for CPUs.
+"""A Linear layer with a permanently packed weight: less memory, and products on sparse tensor cores or by CPU kernels.
 
-Installed in place, by changing a Linear's class: hooks, names and references to the module stay as they are. Its `state_dict`
-holds a plain dense weight, and `restore_` makes it the Linear again that it was.
+Installed in place by changing a Linear's class, so hooks, names and references to the module do not change. The `state_dict`
+has a plain dense weight, and `restore_` turns the module back into the original Linear.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ __all__ = ["PackedLinear", "PackedWeight"]
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A constant 2:4 weight as a backend stores it, and W^T next to it where gradients of the input are sparse products too."""
+    """A constant 2:4 weight as a backend stores it, with W^T if gradients of the input are sparse products too."""
 
     shape: tuple[int, int]
     """(out_features, in_features)."""
     backend: str
     wanted_backend: str
-    """Used again once the layer is back on a device where it runs."""
+    """The backend to use whenever the layer is on a device where it runs."""
     search: bool
-    """Let the backend search for its fastest algorithm, once per shape."""
+    """Whether the backend searches for its fastest algorithm, once per shape."""
     trainable: bool
     """Whether the dense weight required a gradient."""
     packed: Shaped[Tensor, "..."]
@@ -46,11 +46,11 @@ class PackedWeight:
     def from_dense(
         cls, weight: Float[Tensor, "O I"], backend: str, *, transposed: bool, search: bool = True, name: str = ""
     ) -> PackedWeight:
-        """The weight, packed; with `transposed` W^T too. What was packed is unpacked once and compared.
+        """Pack a weight, with `transposed` also W^T. The packed weight is unpacked once and compared.
 
         Raises:
             PatternError: the weight, or with `transposed` its transpose, is not 2:4.
-            BackendError: unpacking does not give the weight back.
+            BackendError: unpacking does not return the same weight.
         """
         trainable, weight = weight.requires_grad, weight.detach()
         verify(weight, "2:4-T" if transposed else "2:4", name=name).check()
@@ -61,7 +61,7 @@ class PackedWeight:
             if not torch.equal(own.unpack(packed, metadata, *matrix.shape), matrix):
                 raise BackendError(
                     f"{name or 'a weight'} of shape {tuple(matrix.shape)} and {matrix.dtype}: unpacking what {backend} packed "
-                    "does not give it back (NaN among the weights, or a fault of the library); it is not packed"
+                    "does not return the same values (NaN among the weights, or a fault of the library); it is not packed"
                 )
             tensors += [packed, metadata]
         return cls((weight.shape[0], weight.shape[1]), backend, backend, search, trainable, *tensors)
@@ -74,7 +74,7 @@ class PackedWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is stored; the first one has the weight's dtype."""
+        """All stored tensors; the first one has the weight's dtype."""
         return tuple(one for one in (self.packed, self.metadata, self.packed_t, self.metadata_t) if one is not None)
 
     @property
@@ -84,7 +84,7 @@ class PackedWeight:
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "O I"]:
-        """The weight that was packed. All its zeros are 0.0: the packed storage has no sign for them."""
+        """The dense weight. Its zeros are all 0.0, since packed storage does not keep the sign of zeros."""
         return BACKENDS[self.backend].unpack(self.packed, self.metadata, *self.shape)
 
     def parameter(self) -> nn.Parameter:
@@ -99,13 +99,13 @@ class PackedWeight:
         )
 
     def repacked(self, weight: Float[Tensor, "O I"], name: str = "") -> PackedWeight:
-        """Another weight, dense, packed the same way: by the wanted backend where it runs, otherwise by the reference."""
+        """A different dense weight packed the same way: by the wanted backend where it runs, otherwise by the reference."""
         backend = backend_or_reference(self.wanted_backend, weight.device, weight.dtype)
         found = self.from_dense(weight, backend, transposed=self.packed_t is not None, search=self.search, name=name)
         return replace(found, wanted_backend=self.wanted_backend, trainable=self.trainable)
 
     def mapped(self, fn: Callable[[Tensor], Tensor]) -> PackedWeight:
-        """With a function applied to all tensors, which keep their dtypes."""
+        """A copy with a function applied to all tensors, which keep their dtypes."""
 
         def apply(tensor: Tensor) -> Tensor:
             return fn(tensor).to(tensor.dtype)
@@ -115,21 +115,21 @@ class PackedWeight:
 
 
 class PackedLinear(nn.Linear):
-    """A Linear whose weight is a constant, stored as its kept values and their positions.
+    """A Linear with a constant weight, stored as its kept values and their positions.
 
     `weight` is the dense weight, unpacked at each access; so is the entry of `state_dict`, which loads into a plain Linear.
-    Loading takes a plain Linear's entry: a 2:4 one for a 2:4 library, any for the CPU's kernels. What is packed is no buffer: it
-    belongs to a device and a library, and averaging or copying buffers between models would mix them up.
+    Loading takes a plain Linear's entry, which must be 2:4 for a 2:4 library. Packed tensors are not buffers, since they are
+    specific to a device and a library, and tools that average or copy buffers between models would corrupt them.
     """
 
     packed_weight: PackedWeight | BitmaskWeight
 
     @classmethod
     def install_(cls, module: nn.Linear, plan: Plan, *, search: bool = True, name: str = "") -> str:
-        """Turn a Linear into this class, with its weight packed; the dense parameter is dropped. Returns a note: there is none.
+        """Turn a Linear into this class, with its weight packed and the dense parameter dropped. Returns an empty note.
 
         Raises:
-            PatternError, BackendError: as `from_dense` of the packed weight. The module is unchanged then.
+            PatternError, BackendError: as for `from_dense` of the packed weight; the module is unchanged.
         """
         packed: PackedWeight | BitmaskWeight
         if plan.backend == CPU:
@@ -149,7 +149,7 @@ class PackedLinear(nn.Linear):
 
     @property
     def derived_tensors(self) -> tuple[Tensor, ...]:
-        """What is packed."""
+        """The packed tensors."""
         return self.packed_weight.tensors
 
     def dense_weight(self) -> Float[Tensor, "O I"]:
@@ -162,12 +162,12 @@ class PackedLinear(nn.Linear):
         if isinstance(own, BitmaskWeight) and own.fits(input):
             return own.linear(input, self._parameters["bias"])
         wanted = autocast_dtype(input)
-        if wanted is not None:  # the packed weight cannot be cast, so the input is; the output is what autocast asks for
+        if wanted is not None:  # the packed weight cannot be cast, so the input is; the output has autocast's dtype
             input = input.to(own.dtype)
         return own.linear(self._checked(input), self.bias).to(wanted or input.dtype)
 
     def mask_changed(self, *, proved: bool = False) -> None:
-        """Nothing to do: the weight is a constant."""
+        """No-op, since the weight is a constant."""
 
     @torch.no_grad()
     def restore_(self) -> None:
@@ -195,8 +195,8 @@ class PackedLinear(nn.Linear):
         held = own.tensors[0]
         found = fn(held.new_empty(1))
         # A packed matrix belongs to a device and a dtype. The old one is dropped only once the new one exists.
-        same = found.dtype == own.dtype and found.device == held.device  # as for sharing memory
-        if not same and found.is_meta:  # no numbers there to pack
+        same = found.dtype == own.dtype and found.device == held.device  # such as `share_memory_()`
+        if not same and found.is_meta:  # there are no values to pack
             if found.dtype != own.dtype:
                 raise ValueError(f"a packed weight cannot become {found.dtype} on the meta device: call finalize_(model) first")
             same = True
@@ -233,7 +233,7 @@ class PackedLinear(nn.Linear):
         else:
             try:
                 held = own.tensors[0].device
-                device = weight.device if held.type == "meta" else held  # where a model on the meta device gets its values
+                device = weight.device if held.type == "meta" else held  # a model on the meta device gets its values here
                 self.packed_weight = own.repacked(weight.detach().to(device, own.dtype), key)
             except (BackendError, PatternError) as error:
                 error_msgs.append(str(error))

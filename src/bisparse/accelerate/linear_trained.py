@@ -1,7 +1,7 @@
-"""A Linear layer in training whose products are sparse: the dense weight stays the optimizer's.
+"""A Linear layer in training with sparse products; the optimizer keeps the dense weight.
 
-Installed in place, by changing a Linear's class: hooks, names and references to the module stay as they are. Its `state_dict`
-holds a plain dense weight, and `restore_` makes it again what it was.
+Installed in place by changing a Linear's class, so hooks, names and references to the module do not change. The `state_dict`
+has a plain dense weight, and `restore_` turns the module back into the original class.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from bisparse.training.shared_classes import separate_class, share_class
 
 __all__ = ["SparseLinear", "SparseProducts"]
 
-UNKNOWN_LAYOUT = "its metadata layout is unknown, or memory was short"
+UNKNOWN_LAYOUT = "its metadata layout is unknown, or there was too little memory to find it"
 
 
 class Slots(NamedTuple):
-    """Positions of a mask's kept entries and hardware metadata: of W, and of W^T if that is used. All None without a mask."""
+    """Positions of a mask's kept entries and hardware metadata, of W and, if used, of W^T. All None without a mask."""
 
     positions: UInt8[Tensor, "O G"] | None = None
     metadata: Shaped[Tensor, "..."] | None = None
@@ -43,38 +43,38 @@ class Slots(NamedTuple):
 
 @dataclass(frozen=True)
 class SparseProducts:
-    """How the products of a layer in training run."""
+    """The backend and options by which the products of a layer in training run."""
 
     backend: str
     wanted_backend: str
-    """Used again once the layer is back on a device where it runs."""
+    """The backend to use whenever the layer is on a device where it runs."""
     dtype: torch.dtype
-    """Of the inputs for which the layer was accelerated."""
+    """Dtype of the inputs for which the layer was accelerated."""
     dtypes: tuple[torch.dtype, ...]
-    """Of all inputs that run sparse."""
+    """Dtypes of all inputs that run sparse."""
     both_ways: bool
-    """The gradient of the input is a sparse product too."""
+    """Whether the gradient of the input is a sparse product too."""
     mvue: bool
     fixed: bool
-    """The mask is the weight's own zeros, and stays."""
+    """Whether the mask is fixed to the weight's non-zeros."""
     search: bool
-    """Let the backend search for its fastest algorithm, once per shape."""
+    """Whether the backend searches for its fastest algorithm, once per shape."""
     repacks_every_pass: bool
-    """The backend's metadata layout is unknown: it packs the weight in every pass, and the metadata held are not used."""
+    """Whether the backend's metadata layout is unknown, so that it packs the weight in every pass and `metadata` is unused."""
     name: str
-    """Of the layer, for messages."""
+    """Name of the layer, for messages."""
 
     @classmethod
     def of(cls, module: nn.Linear, plan: Plan, *, search: bool = True, name: str = "") -> SparseProducts:
         """The planned products of a Linear, plain or in sparse training; `name` is the layer's, for messages."""
-        # A mask that nothing else holds does not move: gradients of its pruned weights would be lost work, or worse.
+        # A mask that only follows from the weight is fixed, so pruned weights must not get gradients.
         state, backend = layer_state(module), plan.backend
         mvue, fixed = isinstance(module, MVUELinear), state.phase == "plain"
         own = cls(backend, backend, plan.dtype, (), plan.both_ways, mvue, fixed, search, False, name)
         return own.on(backend, state.weight)
 
     def on(self, backend: str, weight: Float[Tensor, "O I"]) -> SparseProducts:
-        """The same by another backend, on the weight's device."""
+        """The same products by another backend, on the weight's device."""
         library, device = BACKENDS[backend], weight.device
         repacks = self.layouts(backend, weight.shape[0], weight.shape[1], device) is None
         dtypes = library.dtypes if repacks else library.dtypes_of_layout(self.dtype, device)
@@ -83,7 +83,7 @@ class SparseProducts:
     def layouts(
         self, backend: str, rows: int, columns: int, device: torch.device
     ) -> tuple[MetadataLayout, MetadataLayout] | None:
-        """The metadata layouts of W and of W^T, which is W's own where it is not used; None where one is unknown."""
+        """The metadata layouts of W and of W^T (W's again if W^T is not used); None if one is unknown."""
         library = BACKENDS[backend]
         layout = library.metadata_layout(rows, columns, self.dtype, device)
         layout_t = library.metadata_layout(columns, rows, self.dtype, device) if self.both_ways else layout
@@ -94,7 +94,7 @@ class SparseProducts:
         """Positions and metadata of a mask and, if both ways are sparse, of its transpose.
 
         Args:
-            held: those of an earlier mask, overwritten where they fit; the mask is not checked then.
+            held: slots of an earlier mask, to be overwritten if they fit; the mask is then not checked.
 
         Raises:
             PatternError: the mask is not 2:4.
@@ -136,37 +136,37 @@ class SparseProducts:
         )  # fmt: skip
 
     def _unused_metadata(self, mask: Bool[Tensor, "O I"]) -> Slots:
-        """Slots for a backend that packs in every pass: positions, and room for metadata."""
+        """Slots for a backend that packs in every pass: positions, and uninitialised metadata."""
         found: list[Tensor] = []
         for side in (mask, mask.t()) if self.both_ways else (mask,):
             try:
                 positions = find_positions(side)
             except ValueError:
-                self.check(mask)  # says where
+                self.check(mask)  # the error says where
                 raise
             found += [positions, positions.new_zeros(len(side), side.shape[1] // 8)]
         return Slots(*found)
 
 
 class SparseLinear(nn.Linear):
-    """A Linear that trains: its dense weight is the optimizer's, its products are sparse at the mask's positions.
+    """A trainable Linear: the optimizer has its dense weight, and products are sparse, at the mask's positions.
 
-    Positions are found where the mask changes; the values are taken from the weight in every pass, so nothing can be stale.
-    Without a mask to follow (a dense phase), and for inputs of a dtype that the products do not serve, it runs masked-dense.
+    Positions are found when the mask changes; values are read from the weight in every pass, so they cannot be stale. Without
+    a mask (a dense phase), and for inputs of other dtypes, it runs masked-dense.
     """
 
     products: SparseProducts
     slots: Slots
-    """Positions and metadata of the current mask. No buffers: those take part in other people's averages."""
+    """Positions and metadata of the current mask. They are not buffers, since tools that average models average buffers."""
 
     @classmethod
     def install_(cls, module: nn.Linear, plan: Plan, *, search: bool = True, name: str = "") -> str:
         """Turn a Linear, plain or in sparse training, into this class; parameters and masks stay the same objects.
 
-        Returns a note of what makes its products slow, or an empty string.
+        Returns a note on what makes its products slow, or an empty string.
 
         Raises:
-            PatternError: the mask is not 2:4. The module is unchanged then.
+            PatternError: the mask is not 2:4; the module is unchanged.
         """
         products = SparseProducts.of(module, plan, search=search, name=name)
         slots = Slots() if layer_state(module).phase == "dense" else products.slots(_mask_of(module))
@@ -211,32 +211,32 @@ class SparseLinear(nn.Linear):
 
     @torch.no_grad()
     def mask_changed(self, *, proved: bool = False) -> None:
-        """Find the positions of the current mask; sparse training calls it after each refresh.
+        """Find the positions of the current mask. Sparse training calls this after each refresh.
 
         Args:
-            proved: the mask is known to obey the layer's pattern. Then nothing waits for the device.
+            proved: the mask is known to obey the layer's pattern, so that no check has to synchronise with the device.
 
         Raises:
-            PatternError: the mask is not 2:4. The positions found before stay.
+            PatternError: the mask is not 2:4; the previous positions are kept.
         """
         state, own = layer_state(self), self.products
-        # All ones are those of a dense phase, also if the Sparsity's state, which says so, is loaded after the model's.
+        # An all-True mask means a dense phase, even if the Sparsity's state, which would say so, is loaded after the model's.
         if state.phase == "dense" or (state.phase == "dynamic" and not proved and bool(_mask_of(self).all())):
             self._hold(Slots())
         elif not own.fixed:
-            # A static mask may be 2:4 on W^T by chance, while its pattern promises less.
+            # A static mask may be 2:4 on W^T although its pattern does not require it.
             known = proved and (state.phase == "dynamic" or not own.both_ways)
             self._hold(own.slots(_mask_of(self), self.slots if known else None))
         elif not self.weight.is_meta:
             nonzero = _mask_of(self)
-            # Other zeros than before: the weight was loaded. A kept weight may well be zero for now.
+            # The weight has different zeros, so it was loaded. A kept weight may be zero temporarily.
             known = self.positions is not None and not self.positions.is_meta
             if not known or bool((nonzero & ~self._kept().to(nonzero.device)).any()):
                 self._hold(own.slots(nonzero))
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Become again what it was made of. Pruned entries of a weight in training keep their dense values."""
+        """Turn the module back into its original class. Pruned entries of a weight in training keep their dense values."""
         if self.products.fixed:
             weight, pruned = self.weight, ~self._kept()
             if bool((weight[pruned] != 0).any()):
@@ -274,20 +274,20 @@ class SparseLinear(nn.Linear):
                 kept.append(tensor)
                 continue
             if held is not tensor:
-                held.copy_(tensor)  # where a compiled graph, or a captured one, reads it
+                held.copy_(tensor)  # in place: compiled and captured graphs read this memory
             kept.append(held)
         self.slots = Slots(*kept)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before, backend = self.positions, self.products.backend
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        # Also without a mask to follow: the next one is found where the layer is then.
+        # Also without a mask: the next one will be found on the new device.
         weight, own = layer_state(self).weight, self.products
         self.products = own.on(backend_or_reference(own.wanted_backend, weight.device, own.dtype), weight)
         if before is None or before.device == weight.device:
             if before is not None and backend != self.products.backend:
                 self._hold(self.products.slots(self._kept()))
-        elif before.is_meta:  # which has no positions; loading a state finds those of its weight
+        elif before.is_meta:  # no positions yet; loading a state finds those of its weight
             self.slots = Slots()
         elif weight.is_meta:
             self.slots = Slots(*(None if one is None else one.to(weight.device) for one in self.slots))
@@ -298,7 +298,7 @@ class SparseLinear(nn.Linear):
 
 @torch.compiler.assume_constant_result
 def _warn_of_dense(name: str, backend: str, wanted: torch.dtype, given: torch.dtype) -> bool:
-    """Warn that a layer runs masked-dense. Python shows it once per layer; compiled code warns when it is compiled."""
+    """Warn that a layer runs masked-dense. Python shows this once per layer; compiled code warns at compile time."""
     warnings.warn(
         f"{name or 'a sparse Linear'} runs masked-dense: it was accelerated for {wanted}, the input is {given}. Run under "
         f"autocast, or pass dtype={given} to accelerate_ if {backend} takes it.",
@@ -308,8 +308,8 @@ def _warn_of_dense(name: str, backend: str, wanted: torch.dtype, given: torch.dt
 
 
 def _autocast(input: Tensor) -> Tensor:
-    """The input as autocast casts it, which leaves float64 alone. The products cast the weight themselves: autocast's own
-    cache of casts would miss an optimizer's step within its context."""
+    """The input, cast as autocast does, which leaves float64 unchanged. The products cast the weight themselves, since
+    autocast's cache of casts would miss an optimizer step inside its context."""
     dtype = autocast_dtype(input)
     return input if dtype is None else input.to(dtype)
 
@@ -319,7 +319,7 @@ def _alike(one: Tensor, other: Tensor) -> bool:
 
 
 def _mask_of(module: nn.Module) -> Bool[Tensor, "O I"]:
-    """The mask of a layer, for a plain one its non-zeros; whole on every rank where it is sharded (a collective call then)."""
+    """The mask of a layer, or its non-zeros if it is plain; of a sharded one the whole mask (a collective call)."""
     state = layer_state(module)
     if state.mask is not None:
         return state.mask
@@ -330,7 +330,7 @@ def _mask_of(module: nn.Module) -> Bool[Tensor, "O I"]:
 def _memory(
     held: tuple[Tensor | None, ...], rows: int, columns: int, device: torch.device
 ) -> tuple[UInt8[Tensor, "R G"], UInt8[Tensor, "R B"]]:
-    """Where positions and metadata of one side are written: into those held, if they are on the device."""
+    """Output tensors for positions and metadata of one side: those of `held`, if they are on the device."""
     positions, metadata = held
     if positions is None or metadata is None or positions.device != device:
         return empty_slots(rows, columns, device)

@@ -1,14 +1,14 @@
-"""The products as torch operators with gradients: `torch.compile` sees them whole, checkpointing and wrappers need know nothing.
+"""The products as torch operators with gradients, so that `torch.compile`, checkpointing and wrappers need no special cases.
 
-`linear_2to4` multiplies by a weight in training: the dense weight is an argument, its values are taken at the mask's positions in
-every pass, and positions and metadata are found when the mask changes. `packed_linear_2to4` multiplies by a packed constant.
+`linear_2to4` multiplies by a weight in training: it takes the dense weight and reads its values at the mask's positions in every
+pass; positions and metadata are found when the mask changes. `packed_linear_2to4` multiplies by a packed constant.
 
     y  = x W^T + b         sparse
     dx = g W               sparse if W^T is 2:4 too (its positions or its packed matrix are given), otherwise dense
     dW = g^T x             dense, or sparse by the unbiased 2:4 estimate of g (MVUE)
 
-Second derivatives, as of a gradient penalty, are exact: the backward formulas consist of operators that have formulas of their
-own, dx being the same operator with W^T. The derivative of MVUE's estimate of dW is that of its expectation, g^T x.
+Second derivatives, as for a gradient penalty, are exact, since the backward formulas consist of operators with gradients; dx is
+the same operator with W^T. The derivative of MVUE's estimate of dW is that of its expectation, g^T x.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ def linear_2to4(
     fixed: bool = False,
     search: bool = False,
 ) -> Float[Tensor, "*T O"]:
-    """``x W~^T + b`` in the input's dtype, where W~ is the weight at the mask's positions and zero elsewhere.
+    """``x W~^T + b`` in the input's dtype; W~ is the weight at the mask's positions and zero elsewhere.
 
-    The weight's gradient is in the weight's dtype, of all entries (straight through), or of the kept ones with `fixed`.
+    The weight's gradient has the weight's dtype, for all entries (straight through), or for the kept ones with `fixed`.
 
     Args:
-        positions, metadata: where the mask keeps entries of W, and metadata in the backend's layout; empty where that is unknown.
-        transposed: the same for W^T, if the mask is transposable: then the gradient of the input is a sparse product too.
+        positions, metadata: positions of W's kept entries, and metadata in the backend's layout, empty if that is unknown.
+        transposed: the same for W^T, if the mask is transposable; the gradient of the input is then a sparse product too.
         mvue: compute the weight's gradient as a sparse product with an unbiased estimate of the output's gradient.
         search: let the backend search for its fastest algorithm, once per shape.
     """
@@ -86,7 +86,7 @@ def packed_linear_2to4(
     *,
     search: bool = False,
 ) -> Float[Tensor, "*T O"]:
-    """``x W^T + b`` with a packed W, a constant; `transposed` is the packed W^T, for a sparse gradient of the input."""
+    """``x W^T + b`` with a packed constant W; `transposed` is the packed W^T, for a sparse gradient of the input."""
     packed_t, metadata_t = transposed if transposed is not None else (None, None)
     output: Tensor = torch.ops.bisparse.packed_linear_2to4(
         input, packed, metadata, packed_t, metadata_t, bias, rows, backend, search
@@ -95,7 +95,7 @@ def packed_linear_2to4(
 
 
 def refuse_onnx() -> None:
-    """Raise ValueError while a model is exported to ONNX, which has no operators for these products."""
+    """Raise ValueError if a model is being exported to ONNX, which has no operators for these products."""
     if torch.onnx.is_in_onnx_export():
         raise ValueError(
             "ONNX has no sparse products: export the plain model that finalize_(copy.deepcopy(model)) makes; its zeros stay "
@@ -104,7 +104,7 @@ def refuse_onnx() -> None:
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
-    """The dtype that autocast gives this input of a Linear; None where it leaves it as it is."""
+    """The dtype to which autocast casts this input of a Linear; None if it does not cast it."""
     kind = input.device.type
     if kind == "meta" or input.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return None
@@ -112,7 +112,7 @@ def autocast_dtype(input: Tensor) -> torch.dtype | None:
 
 
 def checked_input(input: Tensor, columns: int) -> Tensor:
-    """The input; ValueError if its last dimension is not `columns`."""
+    """The input unchanged; raises ValueError if its last dimension is not `columns`."""
     if input.shape[-1:] != (columns,):
         raise ValueError(f"an input of shape {tuple(input.shape)} does not fit a layer of {columns} inputs")
     return input
@@ -147,7 +147,7 @@ def _weight_gradient(gradient: Tensor, input: Tensor, backend: str, search: bool
     """``g~^T x`` with g~ the estimate of g, which keeps at most 2 of every 4 tokens in each column."""
     own = BACKENDS[backend]
     tokens, rows = gradient.shape
-    if tokens == 0:  # as for an expert to which no token was routed
+    if tokens == 0:  # such as an expert that got no token
         return input.new_zeros(rows, input.shape[1])
     multiple = max(own.column_multiple, WORD)
     columns = -(-tokens // multiple) * multiple
@@ -155,7 +155,7 @@ def _weight_gradient(gradient: Tensor, input: Tensor, backend: str, search: bool
         warnings.warn(f"the weight's gradient is a dense product, without MVUE: {reason}", stacklevel=2)
         return gradient.t() @ input
     seed = draw_seed(gradient.device)
-    # search=False says that the number of tokens keeps varying: then learning a layout per shape does not pay.
+    # search=False means that the number of tokens varies, so that finding a layout per shape is not worthwhile.
     known = gradient.dtype in HALF and (search or not own.learns_layout)
     layout = own.metadata_layout(rows, columns, gradient.dtype, gradient.device) if known else None
     if layout is None:
@@ -249,8 +249,8 @@ def _(packed: Tensor, metadata: Tensor, rows: int, columns: int, backend: str) -
 
 def _linear_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, weight, bias, positions, metadata, positions_t, metadata_t, *ctx.options = inputs
-    # The weight itself and not its packed transpose: nothing is held between the passes that would not be held anyway, and a
-    # sharded weight may be freed and gathered again.
+    # Save the weight itself, not its packed transpose: it is in memory anyway, and a sharded weight may be freed and gathered
+    # again between the passes.
     ctx.save_for_backward(input, weight, positions, metadata, positions_t, metadata_t)
     ctx.bias_dtype = None if bias is None else bias.dtype
 
@@ -295,7 +295,7 @@ def _weight_gradient_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) 
 
 
 def _weight_gradient_backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    """Of the expectation, ``g^T x``: a derivative of the draw itself would be biased."""
+    """Gradient of the expectation ``g^T x``; the derivative of the sample itself would be biased."""
     gradient, input = ctx.saved_tensors
     return input @ upstream.t(), gradient @ upstream, None, None
 

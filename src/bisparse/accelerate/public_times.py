@@ -1,8 +1,8 @@
-"""What others measured on GPUs that are not here: products at 2:4, 4:6 and 6:8, for the layers of a model.
+"""Predicts the products of a model's layers at 2:4, 4:6 and 6:8 on other GPUs, from public measurements.
 
-The figures are those of `public_gemm/SOURCE.md`: products alone, forward. Between measured numbers of tokens the logarithm of a
-time is interpolated linearly. A layer whose shape was not measured takes the times of the nearest one that was, by the distance
-of the logarithms, scaled by its number of weights; what is not measured is named in a note.
+The data are described in `public_gemm/SOURCE.md`: forward products only. Between measured numbers of tokens, the logarithm of a
+time is interpolated linearly. A layer whose shape was not measured gets the times of the nearest measured shape, by the distance
+of the logarithms, scaled by the number of weights. A note names everything that was not measured.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ PUBLIC_DEVICES = ("A100", "H100", "B200", "RTX4090", "RTX5080", "GB10")
 SPARSE = ("2:4", "4:6", "6:8")
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "int8": "int8", "fp8": "fp8", "fp4": "fp4"}
 FAR = 2.0
-"""Factor between a side of a layer and of the nearest measured shape beyond which the note says that it is far."""
+"""Factor between the sides of a layer and of the nearest measured shape above which the note says that it is far."""
 
 MIN_COUNTS = 4
-"""Numbers of tokens at which a shape must have been measured to stand for others: squares were at one only."""
+"""Minimum number of token counts at which a shape must have been measured to predict others; square shapes have only one."""
 
 Shape = tuple[int, int]
 Times = tuple[float, ...]
@@ -36,18 +36,18 @@ Times = tuple[float, ...]
 
 @dataclass(frozen=True)
 class LayerPrediction:
-    """Microseconds of one layer's product, dense and sparse."""
+    """Predicted time of one layer's product in microseconds, dense and sparse."""
 
     name: str
     shape: Shape
     """(out_features, in_features)."""
     measured_shape: Shape
-    """Whose times they are."""
+    """The shape whose times were used."""
     dense_us: float
     sparse_us: dict[str, float]
-    """By pattern."""
+    """Sparse times by pattern."""
     note: str = ""
-    """What was not measured."""
+    """What was extrapolated; empty if nothing was."""
 
 
 @dataclass(frozen=True)
@@ -59,36 +59,36 @@ class DevicePrediction:
     tokens: int
     layers: tuple[LayerPrediction, ...]
     wins_from: dict[str, int | None]
-    """By pattern: the fewest measured tokens from which on the layers together are faster sparse; None if they never are."""
+    """By pattern: the smallest measured number of tokens from which the layers together are faster sparse; None if never."""
     note: str = ""
 
     @property
     def dense_us(self) -> float:
-        """Of all layers together."""
+        """Dense time of all layers together."""
         return sum(one.dense_us for one in self.layers)
 
     @property
     def speedup(self) -> dict[str, float]:
-        """By pattern: dense time over sparse time of all layers together, none of them left dense."""
+        """By pattern: dense time divided by sparse time, with all layers sparse."""
         return {one: self.dense_us / sum(layer.sparse_us[one] for layer in self.layers) if self.layers else 1.0 for one in SPARSE}
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it, in values that JSON knows."""
+        """The prediction as JSON values."""
         return {**asdict(self), "dense_us": self.dense_us, "speedup": self.speedup}
 
 
 def predict_products(
     shapes: Iterable[LayerShape], tokens: int, *, dtype: str = "bfloat16", device: str | None = None
 ) -> tuple[DevicePrediction, ...]:
-    """Predicted products of layers, as if pruned, on each device of `PUBLIC_DEVICES` or on one of them.
+    """Predict the products of layers, as if pruned, on every device of `PUBLIC_DEVICES` or on one of them.
 
     Args:
         tokens: rows of a layer's input.
         dtype: "bfloat16", "float16", "int8", "fp8" or "fp4"; devices that were not measured with it are left out.
-        device: one of `PUBLIC_DEVICES`, in any case and with or without spaces.
+        device: one of `PUBLIC_DEVICES`, case-insensitive, with or without spaces.
 
     Raises:
-        ValueError: no such device; it was not measured with this dtype; tokens below 1.
+        ValueError: an unknown device, one that was not measured with this dtype, or tokens below 1.
 
     >>> (found,) = predict_products([LayerShape("mlp", (4096, 4096))], 4096, device="A100")
     >>> print(f"{found.speedup['2:4']:.2f}")
@@ -106,14 +106,14 @@ def predict_products(
             found.append(_predict(name, times, layers, tokens, dtype))
         elif device is not None:
             known = [one for one, short in DTYPES.items() if (name, short) in _table()]
-            raise ValueError(f"the public times of {name} are of {', '.join(known)}, not of {dtype}")
+            raise ValueError(f"there are public times of {name} for {', '.join(known)}, not for {dtype}")
     return tuple(found)
 
 
 def _device_named(text: str) -> str:
     plain = text.upper().replace(" ", "").replace("-", "").replace("_", "")
     if plain not in PUBLIC_DEVICES:
-        raise ValueError(f"device {text!r}: public times are of {', '.join(PUBLIC_DEVICES)}")
+        raise ValueError(f"device {text!r}: there are public times for {', '.join(PUBLIC_DEVICES)}")
     return plain
 
 
@@ -123,7 +123,7 @@ def _table() -> dict[tuple[str, str], dict[Shape, dict[int, Times]]]:
     data = (resources.files("bisparse.accelerate") / "public_gemm" / "gemm.csv.gz").read_bytes()
     found: dict[tuple[str, str], dict[Shape, dict[int, Times]]] = {}
     for row in csv.reader(io.StringIO(gzip.decompress(data).decode("utf-8"))):
-        if row[0] == "device" or "" in row:  # the head; a few int8, fp8 and fp4 products that lack a time
+        if row[0] == "device" or "" in row:  # the header; a few int8, fp8 and fp4 products without a time
             continue
         device, _, dtype, tokens, out, in_, *times = row
         found.setdefault((device, dtype), {}).setdefault((int(out), int(in_)), {})[int(tokens)] = tuple(map(float, times))
@@ -156,7 +156,7 @@ def _distance(one: Shape, other: Shape) -> float:
 
 
 def _at(times: dict[int, Times], tokens: int) -> tuple[Times, str]:
-    """Times at a number of tokens, and a note where that is outside of what was measured."""
+    """Times at a number of tokens, and a note if that is outside of the measured range."""
     counts = sorted(times)
     if tokens in times:
         return times[tokens], ""
@@ -173,7 +173,7 @@ def _at(times: dict[int, Times], tokens: int) -> tuple[Times, str]:
 
 
 def _wins_from(sources: list[tuple[float, dict[int, Times]]]) -> dict[str, int | None]:
-    """By pattern, the fewest of the measured tokens from which on all layers together are faster sparse."""
+    """By pattern, the smallest measured number of tokens from which all layers together are faster sparse."""
     found: dict[str, int | None] = dict.fromkeys(SPARSE)
     if not sources:
         return found

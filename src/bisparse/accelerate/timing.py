@@ -1,4 +1,4 @@
-"""Times and memory of a Linear, dense and sparse, on a device: medians of both passes, measured in turns."""
+"""Times and memory of a Linear on a device, dense and sparse: medians of both passes, measured in turns."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ __all__ = ["Pass", "Timing", "measure_linear", "random_mask"]
 
 @dataclass(frozen=True)
 class Pass:
-    """One way to run a layer: median times, and its peak memory beyond what was allocated before."""
+    """Median times of one way to run a layer, and its peak memory in addition to what was allocated before."""
 
     forward_ms: float
     backward_ms: float
-    """Gradients of input and weight; 0 where only the forward pass was asked for."""
+    """Time of the gradients of input and weight; 0 if only the forward pass was measured."""
     peak_bytes: int | None = None
-    """None on a device that does not report it."""
+    """Peak memory; None on a device that does not report it."""
 
     @property
     def total_ms(self) -> float:
-        """Both passes."""
+        """Time of both passes."""
         return self.forward_ms + self.backward_ms
 
 
@@ -44,7 +44,7 @@ class Timing:
 
     @property
     def speedup(self) -> float:
-        """Dense time over sparse time, both passes."""
+        """Dense time divided by sparse time, of both passes."""
         return self.dense.total_ms / self.sparse.total_ms
 
 
@@ -66,10 +66,10 @@ def measure_linear(
 
     Args:
         both_ways: the mask is 2:4-T, and the gradient of the input is a sparse product.
-        rounds: number of timed runs of each, after three to warm up.
+        rounds: number of timed runs of each, after three warm-up runs.
 
     Raises:
-        BackendError, RuntimeError: the backend refuses this, or memory runs out (`torch.OutOfMemoryError`).
+        BackendError, RuntimeError: the backend refuses the layer, or memory runs out (`torch.OutOfMemoryError`).
     """
     # Events are recorded on a stream of the current device, which may not be the one that is measured.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
@@ -90,12 +90,12 @@ def measure_linear(
 
 
 def random_mask(rows: int, columns: int, device: torch.device, seed: int = 0) -> Bool[Tensor, "R C"]:
-    """A 2:4-T mask with exactly two kept per row and column of a tile: one tile with its rows and columns permuted at random."""
+    """A random 2:4-T mask, two kept entries per row and column of each tile: one tile with rows and columns permuted."""
     generator = torch.Generator(device).manual_seed(seed)
     tiles = (-(-rows // 4), -(-columns // 4))
     first = torch.rand((*tiles, 4), device=device, generator=generator).argsort(-1)
     second = torch.rand((*tiles, 4), device=device, generator=generator).argsort(-1)
-    # Rows 0, 1 keep columns 0, 1 and rows 2, 3 keep columns 2, 3, in new orders.
+    # Before permutation, rows 0 and 1 keep columns 0 and 1, and rows 2 and 3 keep columns 2 and 3.
     kept = (first // 2).unsqueeze(-1) == (second // 2).unsqueeze(-2)
     return kept.transpose(1, 2).reshape(4 * tiles[0], 4 * tiles[1])[:rows, :columns].contiguous()
 
@@ -120,7 +120,7 @@ def _contender(
         if training:
             SparseLinear.install_(module, Plan("trained", backend, dtype, both_ways))
             assert isinstance(module, SparseLinear)
-            # As in sparse training, where the gradient goes to all of the weight.
+            # As in sparse training, where all weights get a gradient.
             module.products = replace(module.products, fixed=False, mvue=mvue)
         else:
             PackedLinear.install_(module, Plan("packed", backend, dtype, both_ways=False))

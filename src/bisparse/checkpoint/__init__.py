@@ -1,4 +1,4 @@
-"""Checkpoints: the only folder that knows file formats. Prune, verify, save and load plain dense weights with zeros."""
+"""Checkpoints: prune, verify, save and load plain dense weights with zeros. All code about file formats is here."""
 
 from bisparse.checkpoint.load import load
 from bisparse.checkpoint.model_card import record_evaluation

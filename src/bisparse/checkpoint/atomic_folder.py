@@ -1,14 +1,14 @@
-"""An output folder that is either absent or whole, whenever the process dies.
+"""An output folder that is either absent or complete, even if the process is killed.
 
 Everything is written into a new hidden folder next to the target, ``.TARGET.bisparse-RANDOM``, forced to disk, and renamed:
 
 * `output` is what becomes the target;
 * `previous` is the old target, where two names cannot be exchanged in one step and it has to be moved out of the way;
-* `bisparse-temporary` is the mark that the folder is ours. It names the target.
+* `bisparse-temporary` marks the folder as bisparse's, and contains the name of the target.
 
-A folder that a killed process left behind is removed by the next run with the same target, after its `previous` was put
-back. Folders without the mark are never touched, whatever their names. A lock, which the system drops when a process dies,
-tells a leftover from the folder of a run that is still going.
+A folder that a killed process left behind is removed by the next run with the same target, after its `previous` was restored.
+Folders without the mark are never touched. A lock, which the system releases when a process dies, distinguishes leftovers from
+the folder of a running job.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ __all__ = ["PLAIN", "check_room", "check_target", "check_writable", "output_fold
 
 MARK, OUTPUT, PREVIOUS = "bisparse-temporary", "output", "previous"
 PLAIN = "bisparse-plain.json"
-"""The mark of a folder of plain weights, about which there is nothing that a sidecar would say."""
+"""The file that marks a folder of plain weights, which has no sidecar."""
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100
 
 
 @contextmanager
 def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]:
-    """A folder to write into, which becomes `target` when the block ends without an error, and vanishes otherwise.
+    """A folder to write into, which becomes `target` when the block ends without an error, and is removed otherwise.
 
     Args:
-        overwrite: an existing target is replaced, in one step where the system can exchange two names (Linux), in two
-            renames elsewhere. Only an empty folder or one that bisparse wrote is; see `written_here`.
+        overwrite: replace an existing target, if it is empty or bisparse wrote it (see `written_here`); atomically on Linux,
+                by two renames on other systems.
 
     Raises:
         CheckpointError: the target exists, cannot be written, another run is writing it, or the disk is full.
@@ -50,7 +50,7 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
     given, target = target, Path(os.path.realpath(target))
     hidden: Path | None = None
     lock: int | None = None
-    # Paths below it are reported as paths below the target.
+    # Errors name paths below the target, not below this folder.
     temporary = target
     leftovers: list[tuple[Path, int | None]] = []
     try:
@@ -77,14 +77,14 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
         path = _as_given(error.path, given, temporary)
         raise CheckpointError(path, error.problem, error.remedy, tensor=error.tensor) from error
     finally:
-        # An old output that could not be put back is not removed either.
+        # A previous output that could not be restored is not removed.
         if hidden is not None and (not (hidden / PREVIOUS).exists() or os.path.lexists(target)):
             shutil.rmtree(hidden, ignore_errors=True)
         _unlock([*leftovers, (target, lock)])
 
 
 def written_here(folder: Path, ours: str) -> bool:
-    """Whether a folder may be replaced: it is empty, or bisparse wrote it, as the content of its file `ours` or `PLAIN` says."""
+    """Whether a folder may be replaced: it is empty, or bisparse wrote it, according to its file `ours` or `PLAIN`."""
     if not folder.is_dir():
         return False
     marked = _says(folder / ours, {"schema_version", "layers"}) or _says(folder / PLAIN, {"schema_version", "written_by"})
@@ -92,7 +92,7 @@ def written_here(folder: Path, ours: str) -> bool:
 
 
 def _says(path: Path, keys: set[str]) -> bool:
-    """Whether a file is a JSON object with these keys."""
+    """Whether a file contains a JSON object with these keys."""
     if not path.is_file():
         return False
     try:
@@ -103,7 +103,7 @@ def _says(path: Path, keys: set[str]) -> bool:
 
 
 def check_room(folder: Path, needed: int) -> None:
-    """Refuse, before anything is written, a job whose output cannot fit the disk.
+    """Check that there is enough disk space, before anything is written.
 
     Raises:
         CheckpointError: fewer than `needed` bytes are free.
@@ -117,10 +117,10 @@ def check_room(folder: Path, needed: int) -> None:
 
 
 def check_target(target: Path, overwrite: bool, ours: str) -> None:
-    """Refuse a target that may not be written, as `output_folder` does; a long job asks before it begins.
+    """Check that a target may be written, like `output_folder`; for long jobs, before they start.
 
     Raises:
-        CheckpointError: the target exists, and `overwrite` does not allow to replace it.
+        CheckpointError: the target exists and may not be replaced.
     """
     if not os.path.lexists(target):
         return
@@ -129,13 +129,13 @@ def check_target(target: Path, overwrite: bool, ours: str) -> None:
     if not written_here(target, ours):
         raise CheckpointError(
             target,
-            f"was not written by bisparse (it holds no {ours}, or one that is not ours or damaged)",
+            f"was not written by bisparse (it has no valid {ours})",
             "remove it yourself or choose another name; it is not replaced",
         )
 
 
 def check_writable(target: Path) -> None:
-    """Refuse a target in a place where nothing can be written, by trying it; a long job asks before it begins.
+    """Check that a target can be written, by writing next to it; for long jobs, before they start.
 
     Raises:
         CheckpointError: there is a file where a folder is needed, no permission, or no room.
@@ -150,7 +150,7 @@ def check_writable(target: Path) -> None:
 
 
 def _make_hidden(folder: Path, target: Path) -> Path:
-    """A new folder that only its owner may enter."""
+    """Create a folder that only its owner can access."""
     try:
         return Path(tempfile.mkdtemp(prefix=_prefix(target), dir=folder))
     except OSError as error:
@@ -167,12 +167,12 @@ def _mark(target: Path) -> str:
 
 
 def _as_given(path: Path, target: Path, hidden: Path) -> Path:
-    """The path by which the user knows what stands below a hidden folder."""
+    """The path below the target for a path below the hidden folder."""
     return target / path.relative_to(hidden) if path.is_relative_to(hidden) else path
 
 
 def _leftovers(target: Path) -> list[tuple[Path, int | None]]:
-    """The folders that killed runs with this target left behind, each with the lock that holds it, where there are locks.
+    """The folders that killed runs with this target left behind, each with its acquired lock, if the system has locks.
 
     Raises:
         CheckpointError: one of them is still being written.
@@ -189,7 +189,7 @@ def _leftovers(target: Path) -> list[tuple[Path, int | None]]:
                 target, f"is being written by another process, in {folder}", "wait for it or choose another name"
             ) from error
         except FileNotFoundError:
-            continue  # that process has just finished
+            continue  # the other process has just finished
         found.append((folder, lock))
     return found
 
@@ -215,14 +215,14 @@ def _restore(target: Path, leftovers: list[Path]) -> None:
 
 
 def _remove(leftovers: list[Path]) -> None:
-    """Remove leftovers, but for an old output whose place another one took before it was replaced."""
+    """Remove leftovers, except a previous output that could not be restored."""
     for folder in leftovers:
         if not ((folder / PREVIOUS).exists() and (folder / OUTPUT).exists()):
             shutil.rmtree(folder)
 
 
 def _flush(folder: Path) -> None:
-    """Force every file and folder name below `folder` to disk."""
+    """Sync every file and folder below `folder` to disk."""
     for root, _, files in os.walk(folder):
         for name in files:
             _fsync(Path(root) / name)
@@ -254,7 +254,7 @@ def _publish(temporary: Path, target: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system cannot."""
+    """Swap two names atomically; returns False if the system or file system cannot."""
     if sys.platform != "linux":
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -1,8 +1,8 @@
-"""One stored weight, pruned or looked at in bands of rows, so that memory does not grow with its size.
+"""Prunes or checks a stored weight in bands of rows, so that memory does not grow with its size.
 
-A band is a number of rows that M divides, so tiles and groups never straddle two bands, and the mask is the one that
-`solve` finds for the whole weight. Only an unstructured mask couples a whole matrix: its threshold is found first, digit
-by digit of the scores' bits, in passes over the file.
+The rows of a band are a multiple of M, so tiles and groups do not cross bands, and the mask is the one that `solve` finds for
+the whole weight. Only unstructured masks couple a whole matrix: their threshold is found first, digit by digit of the scores'
+bits, in passes over the file.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from bisparse.tiles import Layout, LayoutKind, from_matrices, kernel_positions, 
 __all__ = ["Band", "BitPacker", "bands", "prune_stored"]
 
 BAND_WEIGHTS = 1 << 20
-"""Weights in a band, unless M rows hold more."""
+"""Maximum number of weights per band, unless M rows have more."""
 DIGIT = 8
-"""Bits of a score's representation looked at in one pass over the file."""
+"""Bits of a score that are processed per pass over the file."""
 
 
 @dataclass(frozen=True)
 class Band:
-    """Some rows of a stored weight, as a small weight of its own."""
+    """Some rows of a stored weight, as a separate small weight."""
 
     weight: Shaped[Tensor, "..."]
     layout: Layout
     first: int
-    """Entries of the stored weight before it."""
+    """Number of entries of the stored weight before the band."""
     matrix: int
-    """GEMM matrices of the stored weight before its own."""
+    """Number of GEMM matrices of the stored weight before the band's."""
     row: int
-    """Stored rows before it in the same matrices."""
+    """Number of stored rows before the band in the same matrices."""
 
 
 def bands(tensor: StoredTensor, layout: Layout, m: int, weights: int | None = None) -> Iterator[Band]:
-    """Read a stored weight band by band, in the order in which it is stored; a band has about `weights` weights."""
+    """Yield a stored weight in bands of about `weights` weights, in storage order."""
     shape = tensor.shape
     blocks, inner = _blocks(shape, layout)
     rows, matrices = inner[0], kernel_positions(inner, layout)
@@ -67,7 +67,7 @@ def bands(tensor: StoredTensor, layout: Layout, m: int, weights: int | None = No
 
 
 def _blocks(shape: tuple[int, ...], layout: Layout) -> tuple[int, tuple[int, ...]]:
-    """How many equal parts, one after the other, a weight has whose tiles are independent, and the shape of one."""
+    """(number of consecutive equal parts of a weight with independent tiles, shape of a part)."""
     match layout.kind:
         case LayoutKind.EXPERTS | LayoutKind.EXPERTS_TRANSPOSED:
             return shape[0], shape[1:]
@@ -86,28 +86,28 @@ def _band_kind(kind: LayoutKind) -> LayoutKind:
 
 
 class BitPacker:
-    """Packs masks that come in pieces, eight weights a byte, the first in the highest bit."""
+    """Packs masks given in pieces, eight weights per byte, with the first in the highest bit."""
 
     def __init__(self, write: Callable[[bytes], None]) -> None:
         self._write = write
         self._rest = np.zeros(0, dtype=np.bool_)
 
     def add(self, mask: Bool[Tensor, "..."]) -> None:
-        """The next weights' mask."""
+        """Append the mask of the next weights."""
         bits = np.concatenate([self._rest, mask.flatten().numpy()])
         whole = len(bits) // 8 * 8
         self._write(np.packbits(bits[:whole]).tobytes())
         self._rest = bits[whole:]
 
     def finish(self) -> None:
-        """The last byte, filled up with zeros."""
+        """Write the last byte, padded with zeros."""
         self._write(np.packbits(self._rest).tobytes())
         self._rest = self._rest[:0]
 
 
 @dataclass
 class _Sums:
-    """What the bands add up to."""
+    """Sums over the bands."""
 
     kept: int = 0
     value: float = 0.0
@@ -120,10 +120,10 @@ class _Sums:
 def prune_stored(
     layer: StoredLayer, solver: Solver | None, write: Callable[[memoryview], None], write_mask: Callable[[bytes], None]
 ) -> tuple[LayerResult, SampleTile | None]:
-    """Prune a stored weight by magnitude; its bytes and its packed mask are handed on band by band.
+    """Prune a stored weight by magnitude, and pass its bytes and its packed mask on, band by band.
 
     Raises:
-        CheckpointError: weights that are NaN or infinite; names the file and the tensor.
+        CheckpointError: NaN or infinite weights; names the file and the tensor.
     """
     tensor, layout, pattern = layer.tensor, layer.layout, layer.pattern
     m = getattr(pattern, "m", 1)
@@ -145,7 +145,7 @@ def prune_stored(
         sums.time_s += time.perf_counter() - start
         if sums.sample is None:
             sums.sample = _sample(layer.name, band, mask, pattern)
-        # A mask may keep weights that were zero already.
+        # A mask may keep weights that were already zero.
         nonzeros = prune_in_place(band.weight, mask)
         sums.kept += int(torch.count_nonzero(band.weight.masked_fill_(~mask, 0))) if nonzeros is None else nonzeros
         write(as_bytes(band.weight))
@@ -187,7 +187,7 @@ def _scores(band: Band, tensor: StoredTensor) -> Float[Tensor, "..."]:
 def _solved(
     layer: StoredLayer, band: Band, scores: Float[Tensor, "..."], solver: Solver | None
 ) -> tuple[Bool[Tensor, "..."], float | None]:
-    """The mask, and its gap in score units; None from a solver that gives no bound."""
+    """The mask, and its gap in score units; None for a solver without a bound."""
     solution = solve(scores, layer.pattern, solver, layout=band.layout)
     return solution.mask, solution.gap if has_bound(solution) else None
 
@@ -199,9 +199,9 @@ def _sample(name: str, band: Band, mask: Bool[Tensor, "..."], pattern: Structure
 
 
 def _unstructured_chooser(layer: StoredLayer, sums: _Sums) -> Callable[[Band, Float[Tensor, "..."]], Bool[Tensor, "..."]]:
-    """A function from a band to its part of the mask that keeps each matrix's largest scores.
+    """A function from a band to its part of the mask, which keeps the largest scores of each matrix.
 
-    Of scores equal to a matrix's threshold, those stored first are kept.
+    Ties at the threshold of a matrix are kept in storage order.
     """
     assert isinstance(layer.pattern, Unstructured)
     blocks, inner = _blocks(layer.tensor.shape, layer.layout)
@@ -211,7 +211,7 @@ def _unstructured_chooser(layer: StoredLayer, sums: _Sums) -> Callable[[Band, Fl
     start = time.perf_counter()
     threshold, ties = _thresholds(layer, kept, count)
     sums.time_s += time.perf_counter() - start
-    # As prices of weak duality, thresholds bound what any mask keeps: kept * price + sum of max(0, score - price).
+    # By weak duality, thresholds as prices bound the score of any mask: kept * price + sum of max(0, score - price).
     sums.bound = kept * float(threshold.sum(dtype=torch.float64)) if kept else 0.0
 
     def choose(band: Band, scores: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
@@ -237,7 +237,7 @@ def _bits(scores: Float[Tensor, "B R C"]) -> Int[Tensor, "B R C"]:
 
 
 def _thresholds(layer: StoredLayer, kept: int, count: int) -> tuple[Float[Tensor, " B"], Int[Tensor, " B"]]:
-    """For each matrix its `kept`-th largest score, and how many scores equal to it are kept."""
+    """For each matrix, its `kept`-th largest score, and the number of scores equal to it that are kept."""
     double = layer.tensor.dtype == "F64"
     if kept == 0:
         return torch.full((count,), math.inf, dtype=torch.float64 if double else torch.float32), torch.zeros(count).long()
@@ -249,7 +249,7 @@ def _thresholds(layer: StoredLayer, kept: int, count: int) -> tuple[Float[Tensor
         for band in bands(layer.tensor, layer.layout, 1):
             bits = _bits(to_matrices(_scores(band, layer.tensor), band.layout)).flatten(1)
             for index, line in enumerate(bits, start=band.matrix):
-                # A sign bit is never set, so shifting by one digit more than there is leaves no digits: all agree.
+                # The sign bit is never set, so a shift by one more digit than there are leaves zero for all scores.
                 alike = line[(line >> shift >> DIGIT) == prefix[index]]
                 histogram[index] += torch.bincount((alike >> shift) & ((1 << DIGIT) - 1), minlength=1 << DIGIT)
         at_least = histogram.flip(1).cumsum(1).flip(1)

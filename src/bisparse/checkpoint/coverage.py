@@ -1,7 +1,7 @@
-"""What a check of a checkpoint looks at, what it cannot look at and why, and what is left out on purpose.
+"""Selects the layers that a check of a checkpoint examines, and reasons for those it cannot examine or leaves out.
 
-A weight is checked by its zeros, so its dtype need not be one that can be pruned: a stored zero is a zero weight in every
-float format and in signed integers without a zero point. Unsigned integers always have a zero point or contain packed values.
+A check only reads zeros, so dtypes that cannot be pruned are allowed: a stored zero is a zero weight in every float format and in
+signed integers without a zero point. Unsigned integers always have a zero point or contain packed values.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ __all__ = ["Coverage", "cover", "cover_by_sidecar", "nonzero"]
 
 UNSIGNED = ("U8", "U16", "U32", "U64")
 ZERO_POINTS = (".weight_zero_point", ".zero_point", ".weight_zp", ".weight.zero_point", ".zeros", ".qzeros")
-"""What quantisers call a layer's zero point, after the layer's name."""
+"""Suffixes of zero points, after the layer's name."""
 ZERO_POINT_ENTRIES = 1 << 24
-"""Zero points read at most; a larger tensor of them is taken as not zero."""
+"""Maximum number of zero points that are read; a larger tensor counts as not zero."""
 
 ENCODED = {
     r"\.(qweight|weight_packed|weight_q|W_q|weight_qdata|weight\.compressed)$": "contains packed or compressed values",
@@ -37,21 +37,21 @@ ENCODED = {
     r"\.(weight_orig|parametrizations\.weight\.original)$": "the weight is made from this and a mask when the model runs",
     r"\.(weight_v|parametrizations\.weight\.original1)$": "the weight is made from this and its norm when the model runs",
 }
-"""Endings of tensors from which a layer's weight is made: its zeros cannot be seen in them."""
+"""Suffixes of tensors from which a weight is computed, so that they do not show its zeros."""
 
 NO_WEIGHTS = r"(_blocks|scales?|scale_inv|zero_points?|zeros|bias(es)?|absmax|quant_map|g_idx|ind(ex|ices)|shape)$"
-"""Endings of the other tensors that experts have."""
+"""Suffixes of the other tensors of experts."""
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """The layers of a checkpoint, by what a check does with them."""
+    """The layers of a checkpoint that are checked, cannot be checked, or are left out."""
 
     checked: tuple[StoredLayer, ...]
     unchecked: tuple[Skipped, ...]
-    """Layers of a kind that the pattern is about, whose zeros cannot be seen or are not constrained."""
+    """Layers to which the pattern applies, but whose zeros cannot be read or are not constrained."""
     left_out: tuple[Skipped, ...]
-    """Heads, embeddings and whatever else is no layer to prune by default, and what the caller excluded."""
+    """Heads, embeddings and other tensors that are not pruned by default, and those that the caller excluded."""
 
 
 def cover(
@@ -64,7 +64,7 @@ def cover(
     metadata: Mapping[str, str] | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
 ) -> Coverage:
-    """The layers by their names and shapes, of any dtype; arguments as for `choose_layers`.
+    """Cover the layers by their names and shapes, in any dtype; arguments as for `choose_layers`.
 
     Raises:
         ValueError: a filter that matches nothing.
@@ -72,7 +72,7 @@ def cover(
     reasons: dict[str, str] = {}
     candidates: dict[str, StoredTensor] = {}
     for name, tensor in tensors.items():
-        # The rules of names see every weight as float32: whether its dtype can be read is asked afterwards.
+        # The rules of names treat every weight as float32; whether its dtype can be read is checked afterwards.
         candidates.setdefault(name, _as_float(tensor) if _is_weight(name) or tensor.operand is not None else tensor)
         for ending, reason in ENCODED.items():
             if re.search(ending, name) and (tensor.dtype in UNSIGNED or not name.endswith("_blocks")):
@@ -82,7 +82,7 @@ def cover(
                     shape = (*tensor.shape, 2, 2, 2)[:dimensions]
                     candidates[plain] = replace(_as_float(tensor), name=plain, shape=shape)
                     reasons[plain] = f"{name} {reason}"
-    # What makes a weight a quantised one is no evidence here against its being a layer: whether it can be read is asked below.
+    # Tensors that show a weight to be quantised are ignored here; whether it can be read is checked below.
     encoded = {name for name in candidates if any(re.search(ending, name) for ending in ENCODED)}
     companions = {name for name in candidates if name.endswith(tuple(f".{ending}" for ending in QUANTISED))}
     seen = {name: tensor for name, tensor in candidates.items() if name in reasons or name not in encoded | companions}
@@ -111,9 +111,9 @@ def cover_by_sidecar(
     metadata: Mapping[str, str] | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
 ) -> Coverage:
-    """The layers that a sidecar names, each with its own pattern unless one is given; others that look like layers are unchecked.
+    """Cover the layers of a sidecar, each with its own pattern unless one is given; other possible layers are unchecked.
 
-    The sidecar's tensors must be there.
+    The sidecar's tensors must exist.
     """
     named: dict[str, LayerResult] = {result.parameter: result for result in sidecar.report}
     stated = pattern or parse_pattern(sidecar.report.pattern)
@@ -144,7 +144,7 @@ def cover_by_sidecar(
 
 
 def unreadable(tensors: Mapping[str, StoredTensor], tensor: StoredTensor) -> str | None:
-    """Why a weight's zeros cannot be seen in its stored form; None where they can."""
+    """Why the zeros of a stored weight cannot be read; None if they can."""
     if tensor.torch_dtype is None:
         return f"dtype {tensor.dtype}, which torch cannot read"
     if tensor.dtype in UNSIGNED:
@@ -163,7 +163,7 @@ def unreadable(tensors: Mapping[str, StoredTensor], tensor: StoredTensor) -> str
 
 
 def nonzero(weight: Shaped[Tensor, "*S"]) -> Bool[Tensor, "*S"]:
-    """Where a weight of any dtype that torch can hold is not zero; NaN is not, and -0.0 is."""
+    """Where a weight of any torch dtype is not zero; NaN counts as non-zero, and -0.0 as zero."""
     if weight.is_floating_point() and weight.dtype.itemsize == 1:
         weight = weight.float()
     return weight != 0
@@ -178,7 +178,7 @@ def _as_float(tensor: StoredTensor) -> StoredTensor:
 
 
 def _constrained(checked: Iterable[StoredLayer], unchecked: list[Skipped], left_out: list[Skipped]) -> Coverage:
-    """Layers that a pattern allows every weight of, since their sides are shorter than M, count as unchecked."""
+    """Move layers that the pattern does not constrain, since their sides are shorter than M, to `unchecked`."""
     binding = []
     for layer in checked:
         matrix = matrix_sides(layer)
@@ -193,7 +193,7 @@ def _constrained(checked: Iterable[StoredLayer], unchecked: list[Skipped], left_
             and layer.pattern.transposable
             and matrix[0] <= layer.pattern.n
         ):
-            # A sidecar or a caller may say so of any weight, and W^T would hold whatever it is.
+            # A sidecar or caller may state such a layout for any weight, and W^T would then hold trivially.
             reason = (
                 f"its layout has parts of {matrix[0]} rows, of which {layer.pattern} constrains W alone; give its true layout"
             )
@@ -204,7 +204,7 @@ def _constrained(checked: Iterable[StoredLayer], unchecked: list[Skipped], left_
 
 
 def allows_everything(pattern: Structure, sides: tuple[int, int]) -> bool:
-    """Whether a pattern of density below 1 allows a dense (O, I) matrix, because its sides cut off every group."""
+    """Whether a pattern of density below 1 allows a dense (O, I) matrix, since its sides truncate every group."""
     if isinstance(pattern, Unstructured):
         return pattern.fraction < 1 and pattern.kept(sides[0] * sides[1]) == sides[0] * sides[1]
     m = getattr(pattern, "m", 1)

@@ -1,4 +1,4 @@
-"""Sources by their name on the Hugging Face hub: their snapshot in the local cache. Nothing is ever downloaded."""
+"""Finds sources by their Hugging Face name in the local cache. Nothing is ever downloaded."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ COMMIT_SHOWN = 12
 
 
 def find_source(name: str | Path) -> Path:
-    """The path of a source: the path itself if there is anything, otherwise the snapshot of the model ``org/name`` in the cache.
+    """The path of a source: the path itself if it exists, otherwise the snapshot of the model ``org/name`` in the cache.
 
     The cache is the one that `huggingface_hub` uses: ``HF_HUB_CACHE``, ``HF_HOME`` and its defaults. A cache entry
     (``models--org--name``) stands for the snapshot of its main branch.
 
     Raises:
-        CheckpointError: there is neither; names the command that downloads the model.
+        CheckpointError: neither exists; names the command that downloads the model.
     """
     path = Path(name)
     try:
         path.lstat()
     except ValueError as error:
-        raise CheckpointError(path, f"is no path ({error})", "check it") from error
+        raise CheckpointError(path, f"is not a path ({error})", "check it") from error
     except (FileNotFoundError, NotADirectoryError):
         return _cached(path)
     except OSError as error:
         raise CheckpointError(path, f"cannot be read ({error.strerror or error})", "check its permissions") from error
     if not path.exists():
-        raise CheckpointError(path, "is a link to nothing", "check where it leads")
+        raise CheckpointError(path, "is a broken link", "check its target")
     return resolve_cache(path)
 
 
@@ -54,7 +54,7 @@ def _cached(path: Path) -> Path:
         except (OSError, ValueError):
             entry = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
             if (entry / "snapshots").is_dir():
-                return resolve_cache(entry)  # of another branch than main
+                return resolve_cache(entry)  # the entry has no main branch
     if "/" not in name:
         raise CheckpointError(path, "does not exist", "check the path")
     raise CheckpointError(
@@ -63,13 +63,13 @@ def _cached(path: Path) -> Path:
 
 
 def source_name(path: Path) -> str:
-    """What a source is called: the name of its folder or file; of a snapshot in the cache the model's name and the commit."""
+    """The name of a source: that of its folder or file; for a snapshot in the cache, the model's name and commit."""
     entry = hub_id(path)
     return f"{entry}@{Path(os.path.abspath(path)).name[:COMMIT_SHOWN]}" if entry else path.resolve().name
 
 
 def hub_id(path: Path) -> str:
-    """The model's name on the hub of a snapshot in the cache; empty for any other path."""
+    """The Hugging Face name of a snapshot in the cache; empty for any other path."""
     path = Path(os.path.abspath(path))
     entry = path.parent.parent.name
     return entry.removeprefix("models--").replace("--", "/") if path.parent.name == "snapshots" and "models--" in entry else ""

@@ -1,4 +1,4 @@
-"""Input files: regular files that are refused once they are no longer what was opened first."""
+"""Input files: regular files that are refused if they change after they were first opened."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ __all__ = ["InputFile", "open_input", "read_json"]
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file that is opened several times and has to be the same file with the same content each time.
+    """A file that is opened several times and must be the same file with the same content each time.
 
-    A file counts as changed when its device, inode, size, or time of modification or status change differs. A write that
-    keeps the size and falls into the same tick of the file system's clock as the first opening (milliseconds) is not noticed.
+    A file has changed if its device, inode, size, or time of modification or status change differs. A write that keeps the size
+    within the same tick of the file system's clock as the first opening (milliseconds) is not noticed.
     """
 
     path: Path
     state: tuple[int, ...]
-    """As `_state` gives it, at the first opening."""
+    """The result of `_state` at the first opening."""
 
     @property
     def size(self) -> int:
@@ -34,10 +34,10 @@ class InputFile:
         return self.state[2]
 
     def open(self) -> io.BufferedReader:
-        """The file, opened for reading.
+        """Open the file for reading.
 
         Raises:
-            CheckpointError: it has changed, was removed, or cannot be read.
+            CheckpointError: the file has changed, was removed, or cannot be read.
         """
         self.check_unchanged()
         handle, state = _open(self.path)
@@ -47,10 +47,10 @@ class InputFile:
         return handle
 
     def read(self, offset: int, length: int, tensor: str = "") -> bytearray:
-        """`length` bytes from `offset` on; errors name `tensor`.
+        """Read `length` bytes from `offset`; errors name `tensor`.
 
         Raises:
-            CheckpointError: the file has changed, cannot be read, or ends before.
+            CheckpointError: the file has changed, cannot be read, or is too short.
         """
         data = bytearray(length)
         with self.open() as file:
@@ -66,10 +66,10 @@ class InputFile:
         return data
 
     def check_unchanged(self) -> None:
-        """Raise if the file is no longer what was opened first; asked after the last reading.
+        """Raise if the file has changed since it was first opened. Call it after the last read.
 
         Raises:
-            CheckpointError: it has changed or was removed.
+            CheckpointError: the file has changed or was removed.
         """
         try:
             state = _state(os.stat(self.path))
@@ -82,15 +82,15 @@ class InputFile:
         return CheckpointError(
             self.path,
             "was changed, replaced or removed while it was read",
-            "wait until nothing writes to it, then start again; nothing was made of the mixture",
+            "wait until nothing writes to it, then start again; nothing was written",
         )
 
 
 def open_input(path: Path) -> InputFile:
-    """The file at a path, as it is now. Nothing but a regular file is opened: a pipe would wait for its writer for ever.
+    """The file at a path, in its current state. Only regular files are opened, since a pipe could block forever.
 
     Raises:
-        CheckpointError: no regular file, or one that cannot be read.
+        CheckpointError: not a regular file, or one that cannot be read.
     """
     handle, state = _open(path)
     handle.close()
@@ -98,7 +98,7 @@ def open_input(path: Path) -> InputFile:
 
 
 def read_json(path: Path) -> tuple[InputFile, dict[str, Any]]:
-    """A JSON file's object, and the file.
+    """(the file, the object of a JSON file).
 
     Raises:
         CheckpointError: it cannot be read, is not JSON, is nested too deeply, or is not an object.
@@ -120,7 +120,7 @@ def read_json(path: Path) -> tuple[InputFile, dict[str, Any]]:
 
 def _open(path: Path) -> tuple[io.BufferedReader, tuple[int, ...]]:
     try:
-        # Asked before opening, which already acts on some devices, and again after, when the answer can no longer change.
+        # Checked before opening, which has effects on some devices, and again afterwards, when it can no longer change.
         if stat.S_ISREG(os.stat(path).st_mode):
             flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
             handle = os.fdopen(os.open(path, flags), "rb")
@@ -133,7 +133,7 @@ def _open(path: Path) -> tuple[io.BufferedReader, tuple[int, ...]]:
             path, f"cannot be read ({error.strerror or error})", "check the path and its permissions"
         ) from error
     raise CheckpointError(
-        path, "is no regular file, but a folder, pipe, socket or device", "copy what it yields to a file and name that"
+        path, "is not a regular file, but a folder, pipe, socket or device", "copy its content to a file and pass that"
     )
 
 

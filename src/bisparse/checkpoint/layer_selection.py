@@ -1,6 +1,6 @@
-"""Which tensors of a checkpoint are pruned, to which pattern, and a reason for each one left dense.
+"""Selects the tensors of a checkpoint to prune, with their patterns, and a reason for each one left dense.
 
-What a tensor is, `bisparse.layers` says, as it does for models; here are the caller's choices, and tensors that share storage.
+`bisparse.layers` decides what a tensor is, as for models; this file handles the caller's choices and tensors that share storage.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = ["NameFilter", "StoredLayer", "choose_layers", "layer_name"]
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """A tensor to prune, as what, and to which pattern."""
+    """A tensor to prune, with its layout and pattern."""
 
     name: str
     tensor: StoredTensor
@@ -58,12 +58,12 @@ def choose_layers(
     """The tensors to prune, and a reason for each matrix or larger tensor left dense.
 
     Args:
-        config: the content of config.json, or nothing.
-        metadata: what the safetensors header says of the file, such as ``{"format": "mlx"}``.
-        include, exclude: by the layer's or the parameter's name. `include` overrules the defaults for the layers that it
-            matches and leaves out the others; `exclude` always wins.
+        config: the content of config.json; empty if there is none.
+        metadata: metadata of the safetensors header, such as ``{"format": "mlx"}``.
+        include, exclude: by the layer's or the parameter's name. `include` overrides the defaults for the layers that it
+                matches and leaves out the others; `exclude` takes precedence.
         patterns: patterns of single layers, by filter; the first that matches counts.
-        layouts: layouts of single layers, by filter, where the file tells too little; see `bisparse.layers.parse_layout`.
+        layouts: layouts of single layers, by filter, if they cannot be detected; see `bisparse.layers.parse_layout`.
 
     Raises:
         ValueError: a filter that matches nothing, a layout that a tensor cannot have, or ``remainder="error"`` and a layer that M
@@ -88,7 +88,7 @@ def choose_layers(
         pattern_key, own = first_match(patterns, layer, name)
         unused -= {layout_key, pattern_key}
         kind = evidence.kind(name)
-        if isinstance(tensor.operand, Layout):  # the file says how it is read
+        if isinstance(tensor.operand, Layout):  # the file states its layout
             kind = Kind(tensor.operand, kind.refused)
         elif tensor.operand is not None:
             kind = Kind(None, kind.refused, tensor.operand)
@@ -127,13 +127,13 @@ def choose_layers(
 
 @dataclass(frozen=True)
 class _Extent:
-    """Where the bytes of a tensor are: a file or a storage, the first byte and the one after the last, and how they are read."""
+    """The location of a tensor's bytes: file or storage, first byte and end, and strides."""
 
     where: object
     start: int
     stop: int
     view: tuple[object, ...] = ()
-    """Offset and strides of a tensor that is not contiguous."""
+    """Offset and strides, if the tensor is not contiguous."""
 
 
 def _extent_of_file(tensor: FileTensor, view: tuple[object, ...] = ()) -> _Extent:
@@ -141,7 +141,7 @@ def _extent_of_file(tensor: FileTensor, view: tuple[object, ...] = ()) -> _Exten
     where: object = str(tensor.path)
     if isinstance(content, StorageRecord):
         start += content.offset
-    elif not isinstance(content, InputFile):  # bytes that were read already
+    elif not isinstance(content, InputFile):  # already in memory
         where = id(content)
     return _Extent(where, start, start + tensor.nbytes, view)
 
@@ -160,9 +160,9 @@ def _extent(tensor: StoredTensor) -> _Extent | None:
 
 
 def _reasons_of_sharing(tensors: Mapping[str, StoredTensor], chosen: Iterable[StoredLayer]) -> dict[str, str]:
-    """Why tensors that share storage stay dense, by name: all of them become the same weight, or none is changed.
+    """Why tensors that share storage stay dense, by name, unless all of them are pruned to the same weight.
 
-    Tied tensors are one parameter for the model, and each is written on its own: pruned alike they stay equal.
+    Tied tensors are one parameter of the model but are written separately; pruned in the same way, they stay equal.
     """
     planned = {layer.tensor.name: layer for layer in chosen}
     found: dict[str, str] = {}
@@ -184,7 +184,7 @@ def _reasons_of_sharing(tensors: Mapping[str, StoredTensor], chosen: Iterable[St
 
 
 def _sharing(tensors: Mapping[str, StoredTensor]) -> list[list[str]]:
-    """Groups of two or more tensors whose bytes overlap."""
+    """Groups of at least two tensors whose bytes overlap."""
     places = [(extent, name) for name, tensor in tensors.items() if tensor.size and (extent := _extent(tensor)) is not None]
     groups: list[list[str]] = []
     where: object = None

@@ -1,4 +1,4 @@
-"""A checkpoint's weights into a plain model, in place: all of them or none."""
+"""`load`: loads a checkpoint's weights into a plain model, in place, all or none."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ __all__ = ["load"]
 
 @torch.no_grad()
 def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str | None = None) -> Sidecar | None:
-    """Load a checkpoint's weights into a plain model, in place, tensor by tensor, once they are known to fit and to obey.
+    """Load a checkpoint's weights into a plain model, in place, after checking that they fit and obey their patterns.
 
     Args:
-        folder: what `save` or `prune_checkpoint` wrote, or any checkpoint that `prune_checkpoint` reads.
-        strict: every weight of the model must be in the checkpoint and the other way round; weights tied to one that is
-            there need not be. Without it tensors of other names are left out on both sides, as long as one has a name in common.
+        folder: the output of `save` or `prune_checkpoint`, or any checkpoint that `prune_checkpoint` reads.
+        strict: require that model and checkpoint have the same tensors, except for tied weights. Otherwise tensors of other
+                names are ignored on both sides, but at least one must match.
         key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
 
     Returns:
-        The sidecar, None where there is none. Figures that its weights contradict are replaced by the weights' own, or by None
-        where these do not tell, with a note and a warning.
+        The sidecar; None if there is none. Figures that the weights contradict are corrected, or set to None if the weights do
+        not determine them, with a note and a warning.
 
     Raises:
-        CheckpointError: names, shapes or dtypes that do not fit; values that the model's dtype cannot hold; tensors that differ
-            although the model ties them; a corrupt file, or one that changes while it is loaded. The model is unchanged.
+        CheckpointError: names, shapes or dtypes that do not match; values that the model's dtype cannot represent; tensors that
+                differ although the model ties them; a corrupt file, or one that changes during loading. The model is unchanged.
         ValueError: the model is accelerated, or has tensors on the meta device.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
     """
@@ -52,7 +52,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
     state = model.state_dict()
     if absent := [name for name, value in state.items() if value.is_meta]:
         raise ValueError(
-            f"{absent[0]} is on the meta device and has no place for numbers: call model.to_empty(device='cpu') first, and fill "
+            f"{absent[0]} is on the meta device and has no memory: call model.to_empty(device='cpu') first, and initialise "
             "what the checkpoint lacks"
         )
     sidecar = read_own_sidecar(source.path, source.tensors)
@@ -66,9 +66,9 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
         sidecar = corrected(sidecar, source, checked.layers)
     chosen = {name: tensor for name, tensor in source.tensors.items() if name in state}
     for tensor in chosen.values():
-        tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a checksum that is wrong
+        tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a wrong checksum
     with Rollback() as rollback:
-        # All before the first is written: tensors of the model may share memory.
+        # All tensors are saved before the first is written, since tensors of the model may share memory.
         rollback.touch(*(state[name] for name in chosen))
         for name, tensor in chosen.items():
             _write(tensor, state[name])
@@ -80,7 +80,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
 
 
 def _check_fit(state: Mapping[str, Tensor], source: Source) -> None:
-    """Raise unless the tensors that both have are of one shape, in a dtype whose values the model's has."""
+    """Raise unless common tensors have equal shapes, and dtypes whose values the model's can represent."""
     for name, tensor in source.tensors.items():
         if name not in state:
             continue
@@ -102,7 +102,7 @@ def _check_fit(state: Mapping[str, Tensor], source: Source) -> None:
 
 
 def _check_names(state: Mapping[str, Tensor], source: Source, strict: bool) -> None:
-    """Raise unless the two have names in common, and with `strict` all of them."""
+    """Raise unless the two have common names, or with `strict` the same names."""
     tensors = source.tensors
     if state and not state.keys() & tensors.keys():
         raise CheckpointError(
@@ -128,7 +128,7 @@ def _write(tensor: StoredTensor, own: Tensor) -> None:
     """Copy a stored tensor into a tensor of the model.
 
     Raises:
-        CheckpointError: it cannot be copied, or numbers become infinite, NaN or other integers by it.
+        CheckpointError: it cannot be copied, or numbers would become infinite, NaN or different integers.
     """
     new = tensor.read().view(tensor.shape)
     try:
@@ -164,12 +164,12 @@ def _finite(values: Tensor) -> Tensor:
 
 
 def _wide(values: Tensor) -> Tensor:
-    """The same numbers in a dtype in which torch calculates."""
+    """The values in a dtype for which torch has arithmetic."""
     return values if values.is_complex() else values.double()
 
 
 def _check_shared(state: Mapping[str, Tensor], chosen: Mapping[str, StoredTensor]) -> None:
-    """Raise if the model has one memory for tensors that differ in the file: the last one written would replace the others."""
+    """Raise if tensors that share memory in the model differ in the file, since the last one would overwrite the others."""
     places: dict[int, list[str]] = defaultdict(list)
     for name in chosen:
         if state[name].numel():
@@ -189,15 +189,15 @@ def _check_shared(state: Mapping[str, Tensor], chosen: Mapping[str, StoredTensor
 
 
 def _keeps_values(stored: torch.dtype | None, own: torch.dtype) -> bool:
-    """Whether one dtype holds the values of another, but for precision and range: fractions are no integers, for instance.
+    """Whether a dtype can represent the values of another, up to precision and range; integers cannot represent fractions.
 
-    Masks of 0 and 1 count as bool. What torch lacks is refused when it is read.
+    Masks of 0 and 1 count as bool. Dtypes that torch lacks are refused when they are read.
     """
     return stored is None or torch.can_cast(stored, own) or (own == torch.bool and stored in (torch.uint8, torch.int8))
 
 
 def _prefix_hint(state: Mapping[str, Tensor], tensors: Mapping[str, StoredTensor]) -> str:
-    """What one side's names have before the other's, where that makes them the same."""
+    """A hint on a prefix that one side's names have in addition, if that is the only difference."""
     for longer, shorter, whose in ((tensors, state, "the checkpoint's"), (state, tensors, "the model's")):
         for name in longer:
             for place in (i for i, letter in enumerate(name) if letter == "."):

@@ -1,8 +1,8 @@
 """The model card: `README.md` in a pruned folder, as the Hugging Face Hub shows it, and figures measured on that folder.
 
-What bisparse writes is between two marks. A README that came with the source, or text that a user added, stays as it is; only
-what is between the marks is replaced. In the metadata at the head of the file two tags are added, and a ``model-index`` is left
-out, since its figures are those of the dense model.
+bisparse writes a section between two marks, and replaces only that section; the rest of the source's README, or text that a user
+added, is not changed. In the metadata at the head of the file two tags are added, and a ``model-index`` is removed, since its
+figures are those of the dense model.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ TAGS = ("bisparse", "sparse")
 METADATA = re.compile(r"\A\s*---\r?\n.*?\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
 MODEL_INDEX = re.compile(r"^model-index\s*:", re.MULTILINE)
 REASONS = 12
-"""Reasons for dense layers that a card lists."""
+"""Maximum number of reasons for dense layers that a card lists."""
 METRICS = {
     "perplexity": ("perplexity", "perplexity_error"),
     "similarity": ("spearman", None),
     "classification": ("accuracy", "accuracy_error"),
     "agreement": ("agreement", "agreement_error"),
 }
-"""Of each kind of evaluation, the figure and its standard error."""
+"""By kind of evaluation, the names of the figure and of its standard error."""
 
 
 def write_card(folder: Path, sidecar: Sidecar, previous: Path | None = None) -> Sidecar:
-    """Write the section on sparsity into a folder's `README.md`; returns the sidecar, with a note if there is no such section.
+    """Write the section on sparsity into a folder's `README.md`. Returns the sidecar, with a note if that is not possible.
 
     Args:
-        previous: the folder that is replaced, whose README, if it has our section, keeps what its user wrote around that.
+        previous: the folder that is replaced; if its README has the section, the text around it is kept.
     """
     path = folder / CARD
     try:
@@ -55,7 +55,7 @@ def write_card(folder: Path, sidecar: Sidecar, previous: Path | None = None) -> 
         note = f"no model card was written, since huggingface_hub is not installed; {install_extra('hub')}"
         return replace(sidecar, report=replace(sidecar.report, notes=(*sidecar.report.notes, note)))
     except UnicodeDecodeError:
-        note = f"{CARD} was copied unchanged, since it is no UTF-8 text: it says nothing of the pruning"
+        note = f"{CARD} was copied without a section on the pruning, since it is not UTF-8 text"
         return replace(sidecar, report=replace(sidecar.report, notes=(*sidecar.report.notes, note)))
     with atomic_file(path) as written:
         written.write_bytes(content.encode("utf-8"))
@@ -63,14 +63,14 @@ def write_card(folder: Path, sidecar: Sidecar, previous: Path | None = None) -> 
 
 
 def record_evaluation(folder: str | Path, figures: Iterable[Mapping[str, Any]]) -> Sidecar:
-    """Record figures about a pruned folder in its `bisparse.json` and `README.md`; returns the sidecar as it is now.
+    """Record figures in the `bisparse.json` and `README.md` of a pruned folder. Returns the new sidecar.
 
     Args:
-        figures: as `bisparse.evaluation` gives them by `as_dict`, each with "when": "before" pruning or "after", the default.
-            A figure replaces an earlier one of the same protocol.
+        figures: results of `as_dict` in `bisparse.evaluation`, each with "when": "before" pruning or "after", the default. A
+                figure replaces an earlier one of the same protocol.
 
     Raises:
-        CheckpointError: the folder has no sidecar, or it cannot be read.
+        CheckpointError: the folder has no readable sidecar.
     """
     folder = Path(folder)
     sidecar = read_sidecar(folder)
@@ -89,7 +89,7 @@ def record_evaluation(folder: str | Path, figures: Iterable[Mapping[str, Any]]) 
 
 
 def _protocol(figure: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a figure: all of it but its results, which are floats or, of lm-eval, by task."""
+    """The parts of a figure that identify it: everything but the results, which are floats or, for lm-eval, by task."""
     return {
         key: sorted(value) if isinstance(value, dict) else value
         for key, value in figure.items()
@@ -98,7 +98,7 @@ def _protocol(figure: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _existing(path: Path, previous: Path | None) -> str:
-    """The README to add to: the one of the folder that is replaced, where it has our section; otherwise the source's."""
+    """The README to extend: that of the replaced folder if it has the section, otherwise the source's."""
     old = None if previous is None else previous / CARD
     if old is not None and old.is_file() and not old.is_symlink():
         found = old.read_bytes().decode("utf-8", errors="replace")
@@ -108,7 +108,7 @@ def _existing(path: Path, previous: Path | None) -> str:
 
 
 def _with_section(text: str, sidecar: Sidecar, folder: Path) -> str:
-    from huggingface_hub import ModelCard  # found before anything is made of the text
+    from huggingface_hub import ModelCard  # a missing package must fail before the text is changed
 
     title = "" if text.strip() else f"# {_plain(sidecar.source or 'A sparse model')}, pruned\n\n"
     ours = f"{BEGIN}\n{_section(sidecar, folder, dense_readme=bool(SECTION.sub('', text).strip()))}\n{END}"
@@ -127,7 +127,7 @@ def _with_section(text: str, sidecar: Sidecar, folder: Path) -> str:
     except Exception as error:
         if not _is_bad_metadata(error):
             raise
-        return text  # the metadata is the user's to repair
+        return text  # invalid metadata is left to the user
 
 
 def _is_bad_metadata(error: Exception) -> bool:
@@ -148,8 +148,8 @@ def _section(sidecar: Sidecar, folder: Path, *, dense_readme: bool) -> str:
 
 def _what_was_done(sidecar: Sidecar, *, dense_readme: bool) -> str:
     said = (
-        "Weights of this model were pruned with bisparse. N:M keeps at most N of every M weights along a layer's inputs, and -T "
-        "along its outputs too, so that the transposed weight of the backward pass obeys the pattern as well. The weights are "
+        "This model was pruned with bisparse. N:M keeps at most N of every M weights along a layer's inputs, and with -T along "
+        "its outputs too, so that the transposed weight of the backward pass obeys the pattern as well. The weights are "
         f"stored dense, with zeros. `{SIDECAR}` says what was done to each layer."
     )
     if dense_readme:
@@ -164,7 +164,7 @@ def _facts(sidecar: Sidecar) -> str:
         ("pattern", ", ".join(f"{_plain(name)} ({count} layers)" for name, count in patterns.most_common())),
         ("pruned from", _plain(sidecar.source)),
         ("weights in pruned layers", f"{report.weights:,}" + _fraction_of(report)),
-        ("of those not zero", f"{report.density:.2%}"),
+        ("non-zero weights among those", f"{report.density:.2%}"),
         ("method", _plain(report.method)),
         ("calibration data", _calibration(sidecar.provenance)),
     ]
@@ -176,7 +176,7 @@ def _fraction_of(report: PruneReport) -> str:
 
 
 def _calibration(provenance: Mapping[str, Any]) -> str:
-    """The data in words, a file by its name alone: paths are of the machine that pruned."""
+    """The calibration data, as text, with file names but without the paths of the machine that pruned."""
     found = provenance.get("calibration")
     if not isinstance(found, Mapping):
         return "none"
@@ -187,7 +187,7 @@ def _calibration(provenance: Mapping[str, Any]) -> str:
 
 
 def _figures(evaluation: Sequence[Mapping[str, Any]]) -> str:
-    """A row per protocol, with the figures before and after."""
+    """A table with a row per protocol, and the figures before and after."""
     rows: dict[str, dict[str, str]] = {}
     for figure in evaluation:
         for label, value in _labelled(figure):
@@ -258,7 +258,7 @@ def _architecture(folder: Path) -> str | None:
 
 
 def _plain(text: str) -> str:
-    """Text from outside as a table's cell may hold it: no markup, no line of its own, no mark of a section."""
+    """A given text, escaped for a table cell: without markup, line breaks or section marks."""
     return printable(text).replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").replace("`", "'")
 
 

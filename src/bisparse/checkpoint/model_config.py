@@ -1,4 +1,4 @@
-"""config.json of plain weights: without what says that they are stored as sparse ones."""
+"""Removes the settings for sparse storage from config.json."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ COMPRESSION = ("quantization_config", "compression_config")
 
 
 def plain_config(config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A config.json for plain weights; None where it is one already.
+    """The config.json for plain weights; None if it needs no change.
 
-    Left out, at any depth, are ``sparsity_config``, which serving engines reject and for which loaders look for packed weights,
-    and a configuration of compressed-tensors that quantises nothing, for which transformers would ask for that package.
+    Removes, at any depth, ``sparsity_config``, which serving engines reject and which makes loaders expect packed weights, and a
+    compressed-tensors configuration that quantises nothing, for which transformers would require that package.
     """
     plain = _plain(config)
     return plain if plain != config else None

@@ -1,4 +1,4 @@
-"""Weights under the names and shapes that their source has."""
+"""Names a model's weights as in its source, and checks that they match."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ NAMES_SHOWN = 4
 
 
 def named_as_in(source: Source, weights: Mapping[str, Tensor], keep: Collection[str] = ()) -> dict[str, Tensor]:
-    """The weights under exactly the names that the source has; further names of tied weights are left out.
+    """The weights under exactly the names of the source; additional names of tied weights are left out.
 
     Args:
-        keep: names that stay in any case.
+        keep: names to keep in any case.
 
     Raises:
-        CheckpointError: the weights lack a tensor of the source, have one more, or one of another shape, or are tied where the
-            source has different values.
+        CheckpointError: the weights lack a tensor of the source, have an additional one or one of another shape, or are tied
+                although the source has different values.
     """
     tensors = source.tensors
     check_tied(source, weights)
@@ -48,10 +48,10 @@ def named_as_in(source: Source, weights: Mapping[str, Tensor], keep: Collection[
 
 
 def check_tied(source: Source, weights: Mapping[str, Tensor]) -> None:
-    """Refuse weights that are one tensor under several names where the source has another value for each.
+    """Check that weights that are tied in the model are equal in the source.
 
     Raises:
-        CheckpointError: names two of them.
+        CheckpointError: two tied weights differ in the source; names both.
     """
     tensors = source.tensors
     first: dict[tuple[int, tuple[int, ...]], str] = {}
@@ -81,5 +81,5 @@ def some_of(names: Collection[str]) -> str:
 
 
 def _place(weight: Tensor) -> tuple[int, tuple[int, ...]]:
-    """Equal for tied weights."""
+    """A key that is equal for tied weights."""
     return weight.data_ptr(), tuple(weight.shape)

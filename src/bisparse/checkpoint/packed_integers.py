@@ -1,7 +1,7 @@
-"""compressed-tensors' ``pack-quantized`` weights as the integers that they hold, to look at their zeros.
+"""Unpacks compressed-tensors' ``pack-quantized`` weights into integers, to check their zeros.
 
 32 / bits integers, each plus 2^(bits - 1), are packed into an int32, the first in the lowest bits. Without a zero point the
-integer 0 is the weight 0. The integers alone are no weights: nothing that is written may be made from them.
+integer 0 is the weight 0. The integers are not weights, and must not be written as such.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["unpacked"]
 
 PACKED, SHAPE, ZERO_POINT, ORDER = ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx"
 BITS = (2, 4, 8)
-"""Widths that divide 32, whose packing has been the same in all versions of compressed-tensors."""
+"""Bit widths that divide 32, whose packing is the same in all versions of compressed-tensors."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class _Packed(StoredTensor):
 
 
 def unpacked(source: Source) -> Source:
-    """The source with packed integers without a zero point as int8 tensors in the weights' places, for checks of their zeros."""
+    """The source with packed integers (without a zero point) replaced by int8 tensors, for checks of zeros."""
     tensors = source.tensors
     widths = _widths(source.config)
     found = {name: whole for name, one in tensors.items() if (whole := _unpack(name, one, tensors, widths)) is not None}
@@ -73,7 +73,7 @@ def _unpack(name: str, packed: StoredTensor, tensors: Mapping[str, StoredTensor]
 
 
 def _widths(config: Mapping[str, Any]) -> frozenset[int]:
-    """The widths of weights that a config.json names."""
+    """The bit widths of weights in a config.json."""
     said = config.get("quantization_config")
     groups = said.get("config_groups") if isinstance(said, Mapping) else None
     weights = [one.get("weights") for one in groups.values() if isinstance(one, Mapping)] if isinstance(groups, Mapping) else []

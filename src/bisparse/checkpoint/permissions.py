@@ -1,4 +1,4 @@
-"""Permissions of what is written: never wider than those of what it was made from."""
+"""Restricts the permissions of written files to those of their sources."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ __all__ = ["copy_permissions"]
 
 
 def copy_permissions(written: Path, sources: Iterable[Path]) -> None:
-    """Give a file or folder the permissions that all of its sources have, for user, group and others.
+    """Set the permissions of a file or folder to those that all of its sources have, for user, group and others.
 
-    A folder keeps no permission that the process's umask took from it, and its owner may always write it. Where the group is
-    another one than a source's, it may do no more than others may with that source.
+    A folder does not get permissions that the umask excludes, and stays writable by its owner. If its group differs from a
+    source's, the group gets no more permissions than others have on that source.
     """
     if sys.platform == "win32":
         return

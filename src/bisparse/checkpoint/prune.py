@@ -1,4 +1,4 @@
-"""Prune a checkpoint by magnitude without building the model: read, solve, write, band by band."""
+"""`prune_checkpoint`: prunes a checkpoint by magnitude without building the model, band by band."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from bisparse.tiles import Layout
 __all__ = ["CheckpointPlan", "Progress", "copy_others", "plan_checkpoint", "prune_checkpoint", "read_back"]
 
 Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the bytes done and the bytes there are."""
+"""A function called with the current action, the bytes done and their total."""
 
 SAMPLES = 8
-"""Layers whose sample tile is kept."""
+"""Maximum number of layers with a sample tile."""
 SLACK = 8 << 20
-"""Bytes allowed for the sidecar when the disk's room is checked."""
+"""Bytes reserved for the sidecar when free disk space is checked."""
 
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """What `prune_checkpoint` would do."""
+    """The plan of `prune_checkpoint`."""
 
     source: Source
     layers: tuple[StoredLayer, ...]
@@ -52,7 +52,7 @@ class CheckpointPlan:
 
     @property
     def output_bytes(self) -> int:
-        """About how much will be written."""
+        """Approximate number of bytes that will be written."""
         copied = sum((self.source.path / name).stat().st_size for name in self.source.others)
         return self.source.nbytes + copied + sum(packed_size(layer.tensor.shape) for layer in self.layers)
 
@@ -68,7 +68,7 @@ def plan_checkpoint(
     layouts: Mapping[str, str | Layout] | None = None,
     key: str | None = None,
 ) -> CheckpointPlan:
-    """Which tensors of a checkpoint would be pruned, as what, and why the others stay dense. Reads headers only.
+    """Plan which tensors of a checkpoint are pruned, in which layout, and why the others stay dense. Reads only headers.
 
     Arguments and errors are those of `prune_checkpoint`.
     """
@@ -111,27 +111,27 @@ def prune_checkpoint(
 ) -> PruneReport:
     """Prune a checkpoint by magnitude, without building the model, into a new folder.
 
-    The target holds plain dense safetensors with zeros, of the source's names, dtypes and shards, the source's other
-    files, `bisparse.json` and `bisparse-masks.safetensors`. It is absent or whole at any moment. Memory does not grow with
-    the checkpoint. What was written is read back and verified before it gets its name.
+    The target has plain dense safetensors with zeros, with the source's names, dtypes and shards, the source's other files,
+    `bisparse.json` and `bisparse-masks.safetensors`. It only appears once it is complete, after its files are read back and
+    verified. Memory does not grow with the checkpoint.
 
     Args:
         source: a folder of safetensors (single or with their index), or of a torch state dict; or such a file.
-        target: a folder that does not exist yet.
+        target: a folder that must not exist.
         pattern: the structure or its text, such as ``"4:8-T"``. N is the number kept.
         include, exclude: layers, by name, glob or ``re:`` pattern. Heads, embeddings, first convolutions and routers stay
             dense unless included by name.
-        remainder: where M does not divide a layer's sides. "pad": prune as if completed with zeros; "dense": leave the
-            layer; "error".
+        remainder: what to do if M does not divide a layer's sides. "pad": prune as if padded with zeros; "dense": leave the layer
+                dense; "error": raise.
         patterns: patterns of single layers, by filter; the first that matches counts.
-        layouts: layouts of single layers, by filter, where the file tells too little: "linear", "transposed", "conv",
+        layouts: layouts of single layers, by filter, if they cannot be detected: "linear", "transposed", "conv",
             "conv-last", "conv-transposed", "experts", "experts-transposed", "groups:32", "parts:3", or a `Layout`.
         key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
         overwrite: replace a target that bisparse wrote.
 
     Raises:
         CheckpointError: the source cannot be read or holds NaN, the target exists, cannot be written or overlaps the source.
-        ValueError: a wrong pattern or filter.
+        ValueError: an invalid pattern or filter.
     """
     pattern = parse_pattern(pattern)
     plan = plan_checkpoint(
@@ -167,7 +167,7 @@ def prune_checkpoint(
 
 
 class _Job:
-    """One pass over the shards: each tensor is copied or pruned, then everything is read back."""
+    """A pass over the shards that copies or prunes each tensor, followed by a check of all written tensors."""
 
     def __init__(self, plan: CheckpointPlan, folder: Path, solver: Solver | None, progress: Progress | None) -> None:
         self.plan, self.folder, self.solver = plan, folder, solver
@@ -230,7 +230,7 @@ def read_back(
     layers: Mapping[str, StoredLayer],
     advance: Callable[[StoredTensor], None],
 ) -> None:
-    """Read a written file with the safetensors library: every byte as meant, every layer obeying its pattern.
+    """Read a written file with the safetensors library, and check every byte, and every layer against its pattern.
 
     Raises:
         CheckpointError: bytes that differ from those written.
@@ -238,7 +238,7 @@ def read_back(
     """
     for tensor in tensors:
         if tensor.dtype in DTYPES:
-            # Opened again each time: pages that a mapping has touched count as memory until it is closed.
+            # Opened again for each tensor, since pages that a mapping has touched count as memory until it is closed.
             with safe_open(path, framework="pt") as file:
                 read = file.get_tensor(tensor.name)
             if zlib.crc32(as_bytes(read)) != checksums[tensor.name]:
@@ -250,9 +250,9 @@ def read_back(
 
 
 def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
-    """Copy the source's other files into a folder, config.json as one of plain weights; returns notes.
+    """Copy the source's other files into a folder, with config.json changed to plain weights. Returns notes.
 
-    Files, and folders with what is in them, keep their permissions; see `copy_permissions`.
+    Files and folders keep their permissions; see `copy_permissions`.
     """
     notes: tuple[str, ...] = ()
     opened = {file.path: file for file in source.inputs}
@@ -279,10 +279,10 @@ def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
 
 
 def limit_permissions(folder: Path, source: Source, others: Iterable[str]) -> None:
-    """Give written shards the permissions of what they were made from, and those that all of the source's weights have to others.
+    """Restrict the permissions of written shards to those of their sources, and of other files to those of all weights.
 
     Args:
-        others: names of files that tell of all weights; the index of the shards is one of them anyway.
+        others: names of files about all weights; the index of the shards is always included.
     """
     for shard in source.shards:
         if (folder / shard.file).exists():

@@ -1,4 +1,4 @@
-"""What a path holds: weight files with their tensors, config.json, and the other files that belong to the model."""
+"""Opens a checkpoint: weight files with their tensors, config.json, and the other files of the model."""
 
 from __future__ import annotations
 
@@ -26,41 +26,41 @@ from bisparse.errors import CheckpointError
 __all__ = ["Shard", "Source", "open_source"]
 
 WEIGHT_SUFFIXES = (".pth.tar", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".jit", ".onnx", ".safetensors")
-"""Endings that are replaced by ``.safetensors`` in the name of what is written."""
+"""Suffixes that are replaced by ``.safetensors`` in names of written files."""
 NO_MODEL = r"optimizer.*|scheduler.*|scaler.*|training_args.*|rng_state.*|random_states.*"
-"""Torch files that training leaves next to the weights."""
+"""Torch files that training writes next to the weights."""
 FETCH = "fetch the index again"
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of weights to write, as safetensors, and where its tensors are read."""
+    """One safetensors file to write, and the stored tensors for it."""
 
     file: str
     header: bytes
     tensors: tuple[StoredTensor, ...]
-    """In the order in which they are written."""
+    """Tensors in the order in which they are written."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint that has been looked at, but not read."""
+    """An opened checkpoint, whose weights have not been read."""
 
     path: Path
     shards: tuple[Shard, ...]
     index: tuple[str, str] | None = None
-    """The index of a sharded checkpoint to write: file name and content."""
+    """File name and content of the index to write, for a sharded checkpoint."""
     config: Mapping[str, Any] = field(default_factory=dict)
     others: tuple[str, ...] = ()
-    """Further files that belong to the model, relative to its folder."""
+    """Other files of the model, relative to its folder."""
     notes: tuple[str, ...] = ()
     inputs: tuple[InputFile, ...] = ()
-    """The files that all this was read from: weights, index and config.json."""
+    """The files that were read: weights, index and config.json."""
     only_read: Format | None = None
-    """Set for formats that can be verified, and from which no safetensors are written."""
+    """Description of a format that can be verified, but not pruned or converted; otherwise empty."""
 
     def check_unchanged(self) -> None:
-        """Raise if the checkpoint changed since it was opened; to be called after its last tensor is read.
+        """Raise if the checkpoint has changed since it was opened. Call it after the last tensor is read.
 
         Raises:
             CheckpointError: weights, index or config.json were changed, replaced or removed.
@@ -69,7 +69,7 @@ class Source:
             file.check_unchanged()
 
     def check_writable(self) -> None:
-        """Raise if the checkpoint can be looked at only.
+        """Raise if the checkpoint has a format that can only be verified.
 
         Raises:
             CheckpointError: it is an ONNX model or a TorchScript program.
@@ -88,7 +88,7 @@ class Source:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What the headers of the safetensors files say of them, such as the framework that wrote them."""
+        """Metadata from the headers of the safetensors files, such as the framework that wrote them."""
         found: dict[str, str] = {}
         for shard in self.shards:
             found |= json.loads(shard.header[8:]).get("__metadata__") or {}
@@ -96,12 +96,12 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What it is called: the name of its folder or file, or of a model on the hub and its commit."""
+        """The name of its folder or file, or of a Hugging Face model with its commit."""
         return source_name(self.path)
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Names of the files of weights to write, and of their index."""
+        """Names of the weight files to write, and of their index."""
         return (*(shard.file for shard in self.shards), *([self.index[0]] if self.index else []))
 
     @property
@@ -111,11 +111,11 @@ class Source:
 
 
 def open_source(path: str | Path, key: str | None = None) -> Source:
-    """Find a checkpoint's weights, by the content of files: a folder or a file of safetensors, of torch, or an ONNX model.
+    """Open a checkpoint, recognised by content: a folder or file of safetensors or torch, or an ONNX model.
 
-    In a folder, safetensors are taken before torch files, and a whole file before an index, as transformers does: what the
-    others are, such as an index left over from a conversion, is not read. Sharded weights need their index. Weights that are
-    stored in parts, such as bit masks and values, are put together; see `bisparse.checkpoint.formats`.
+    In a folder, safetensors have precedence over torch files, and a single file over an index, as in transformers; other weight
+    files, such as an index left over from a conversion, are not read. Sharded weights need their index. Weights that are stored
+    in parts, such as bit masks and values, are combined; see `bisparse.checkpoint.formats`.
 
     Args:
         path: a folder, a file, or the name of a model in the local Hugging Face cache, ``org/name``; see `find_source`.
@@ -153,7 +153,7 @@ def _open(path: Path, key: str | None) -> Source:
 
 @dataclass(frozen=True)
 class _Weights:
-    """One file of weights."""
+    """The content of one weight file."""
 
     shard: Shard
     inputs: tuple[InputFile, ...]
@@ -162,7 +162,7 @@ class _Weights:
 
 
 def _read_file(path: Path, key: str | None) -> _Weights:
-    """A file of weights, by its content."""
+    """Read the header of a weight file, recognised by content."""
     file = open_input(path)
     found = recognize(file)
     if found is None and path.suffix == ".safetensors":
@@ -190,7 +190,7 @@ def _shard(file: str, tensors: Iterable[StoredTensor]) -> Shard:
 
 
 def _written_name(name: str) -> str:
-    """The name under which the weights of a file are written: the same, but for what says that they are torch's."""
+    """The name of the written file: the same, but with the suffix of safetensors and without "pytorch"."""
     if name.endswith(".safetensors"):
         return name
     ending = next((one for one in WEIGHT_SUFFIXES if name.lower().endswith(one) and len(name) > len(one)), "")
@@ -199,7 +199,7 @@ def _written_name(name: str) -> str:
 
 
 def _folded(source: Source) -> Source:
-    """The source with weights that are stored in parts put together."""
+    """The source, with weights that are stored in parts combined."""
     replaced, notes = fold(source.tensors)
     if not replaced:
         return source
@@ -218,7 +218,7 @@ def _folded(source: Source) -> Source:
 
 
 def _find_weights(folder: Path) -> Path:
-    """The file of weights in a folder, or the index of its shards."""
+    """The weight file in a folder, or the index of its shards."""
     for whole, pattern in (("model.safetensors", "*.safetensors.index.json"), ("pytorch_model.bin", "*.bin.index.json")):
         if os.path.lexists(folder / whole):
             return folder / whole
@@ -232,7 +232,7 @@ def _find_weights(folder: Path) -> Path:
 
 
 def _single_file(folder: Path) -> Path:
-    """The one file of weights in a folder, whatever it is called."""
+    """The only weight file in a folder, under any name."""
     names = [name for name in sorted(os.listdir(folder)) if (folder / name).is_file() and name not in OURS]
     found = {name: recognize(open_input(folder / name)) for name in names if not re.fullmatch(NO_MODEL, name)}
     torch_files = (Format.TORCH_ARCHIVE, Format.TORCH_LEGACY)
@@ -248,7 +248,7 @@ def _single_file(folder: Path) -> Path:
             )
     for name in sorted(os.listdir(folder)):
         if name.endswith(WEIGHT_SUFFIXES) and name not in names:
-            open_input(folder / name)  # a pipe, a device, a link to nothing: raises
+            open_input(folder / name)  # raises for a pipe, a device or a broken link
     ignored = (None, Format.JSON, Format.EMPTY, Format.HTML, *READABLE)
     if others := [name for name, kind in found.items() if kind not in ignored]:
         raise unreadable(open_input(folder / others[0]), found[others[0]])
@@ -263,7 +263,7 @@ def _single_file(folder: Path) -> Path:
 
 
 def _expected(name: str) -> Format | None:
-    """What a damaged file was meant to be; its reader says what is wrong."""
+    """The probable format of a damaged file, by its name; its reader reports what is wrong."""
     return Format.SAFETENSORS if name.endswith(".safetensors") else None
 
 
@@ -322,7 +322,7 @@ def _config(folder: Path) -> tuple[tuple[InputFile, ...], Mapping[str, Any]]:
 
 
 def _config_beside(path: Path) -> tuple[tuple[InputFile, ...], Mapping[str, Any], tuple[str, ...]]:
-    """The config.json next to a single file, which may be of something else: one that cannot be read is left out."""
+    """The config.json next to a single file, which may belong to another model; ignored if it cannot be read."""
     try:
         return *_config(path.parent), ()
     except CheckpointError as error:

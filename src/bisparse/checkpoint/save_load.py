@@ -1,4 +1,4 @@
-"""A pruned or sparse-trained model to a folder: plain dense weights with zeros, the sidecar, the masks."""
+"""`save`: writes a pruned or sparse-trained model to a folder: plain dense weights with zeros, the sidecar and the masks."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ WEIGHTS = "model.safetensors"
 
 @runtime_checkable
 class HasDenseWeight(Protocol):
-    """A module that holds its weight packed, and can give it back."""
+    """A module with a packed weight that can be unpacked."""
 
     def dense_weight(self) -> Tensor:
         """The weight, dense, with zeros."""
@@ -53,21 +53,21 @@ class HasDenseWeight(Protocol):
 
 @runtime_checkable
 class HasPattern(Protocol):
-    """A parametrization that keeps a weight to a pattern."""
+    """A parametrization whose weight obeys a pattern."""
 
     pattern: Structure
 
 
 @runtime_checkable
 class HasJson(Protocol):
-    """A transformers configuration, of a model or of its generation."""
+    """A transformers configuration of a model or of generation."""
 
     def to_json_string(self) -> str:
-        """Itself as JSON."""
+        """The configuration as JSON."""
 
 
 def plain_weights(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict that the model would have without parametrizations and packed layers: every weight dense, with zeros."""
+    """The state_dict of the model without parametrizations and packed layers: every weight dense, with zeros."""
     model = unwrapped_model(model)
     plain = plain_names(model)
     state = {plain(name): value for name, value in model.state_dict().items() if isinstance(value, Tensor)}
@@ -86,7 +86,7 @@ def plain_weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _named(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules(remove_duplicate=False):  # as state_dict: a module may have two names
+    for name, module in model.named_modules(remove_duplicate=False):  # like state_dict, with every name of a shared module
         if ".parametrizations." not in f".{name}." and not is_wrapper(module):
             yield name, module
 
@@ -106,32 +106,30 @@ def save(
     provenance: Mapping[str, Any] | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> Sidecar:
-    """Save a model whose layers obey a pattern: a plain `model.safetensors` that loads anywhere, the sidecar, the masks.
+    """Save a model whose layers obey a pattern: a plain `model.safetensors` that loads anywhere, the sidecar and the masks.
 
-    Every name of the model's state_dict is written, tied weights under each of their names. Parametrized weights are
-    written as the forward pass sees them, packed ones as their `dense_weight()`. Masks are the weights that are not zero.
-    A transformers model's configuration is written to config.json, and that of its generation to generation_config.json. A
-    tokenizer is no part of a model: pass `source`, or ``beside=tokenizer.save_pretrained``. The folder is absent or whole at any
-    moment.
+    Every name of the model's state_dict is written, tied weights under each of their names. Parametrized weights are written
+    as used by the forward pass, packed ones as their `dense_weight()`. Masks are the non-zero weights. The configuration of a
+    transformers model is written to config.json, and that of generation to generation_config.json. The tokenizer is not part
+    of the model: pass `source`, or ``beside=tokenizer.save_pretrained``. The folder only appears once it is complete.
 
     Args:
-        pattern: what the layers obey. By default what `report` says, or, in a model in sparse training, its parametrizations.
-        report: what `prune_` or `Sparsity.report` returned; its figures go into the sidecar, but for those that a training run
-            found on other weights than these.
-        state: the weights, instead of the model's own, where these are sharded over ranks.
-        include, exclude: the layers that `pattern` is about; see `find_layers`.
+        pattern: the pattern of the layers. By default that of `report` or, for a model in sparse training, of its masks.
+        report: the report of `prune_` or `Sparsity.report`; its figures go into the sidecar, except those that were computed for
+                different weights.
+        state: the weights, for a model whose weights are sharded over ranks.
+        include, exclude: the layers to which `pattern` applies; see `find_layers`.
         overwrite: replace a folder that bisparse wrote.
-        source: the checkpoint that the model was loaded from. All its other files (configurations, tokenizer, README, licence)
-            are copied as `prune_checkpoint` copies them, and tensors are written under its names: tied weights only under those
-            that it has.
-        provenance: how the job was called and on what data; goes into the sidecar.
-        beside: called with the folder before it appears, to write more into it: a tokenizer's ``save_pretrained``.
+        source: the checkpoint from which the model was loaded. All its other files (configurations, tokenizer, README, licence)
+                are copied as by `prune_checkpoint`, and tensors get its names, tied weights only those that it has.
+            provenance: how the job was called and on what data; stored in the sidecar.
+        beside: called with the folder before it appears, to write more files, such as a tokenizer's ``save_pretrained``.
 
     Raises:
-        PatternError: a layer breaks its pattern; names it. Nothing is written.
-        CheckpointError: the folder exists, cannot be written, or overlaps the source or what the model was loaded from; names or
-            shapes are not those of the source.
-        ValueError: nothing says which pattern the layers obey, or the report is of no layer.
+        PatternError: a layer breaks its pattern, and is named. Nothing is written.
+        CheckpointError: the folder exists, cannot be written, or overlaps the source or the files of the model; names or shapes
+                differ from the source's.
+        ValueError: the pattern of the layers is not known, or the report has no layers.
     """
     if report is not None and not report.layers:
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in report.left_dense[:4])
@@ -201,14 +199,14 @@ def save(
 def _report(
     model: nn.Module, weights: Mapping[str, Tensor], pattern: Structure | None, include: Filter | None, exclude: Filter | None
 ) -> PruneReport:
-    """What can be said of a model that was not pruned here: which layers obey which pattern, and how dense they are."""
+    """A report on a model that was not pruned here: the patterns and densities of its layers."""
     found, left = find_layers(model, include, exclude)
     plain = plain_names(model)
     results = []
     for layer in found:
         own = pattern or _pattern_of(layer)
         if own is None:
-            left.append(Skipped(layer.name, "no pattern was said to hold on it"))
+            left.append(Skipped(layer.name, "no pattern was given for it"))
             continue
         key = plain(layer.parameter_name)
         weight = weights[key]
@@ -217,14 +215,14 @@ def _report(
         figures = (density, None, None, None, 0.0)
         results.append(LayerResult(plain(layer.name), key, tuple(weight.shape), dtype, layer.layout, str(own), *figures))
     if not results:
-        raise ValueError("nothing says which pattern the layers obey: pass pattern, such as '4:8-T', or the report of prune_")
+        raise ValueError("the pattern of the layers is not known: pass pattern, such as '4:8-T', or the report of prune_")
     return PruneReport(
         results[0].pattern, "as given", "not recorded", tuple(results), tuple(left), parameters=count_parameters(model)
     )
 
 
 def _about(report: PruneReport, weights: Mapping[str, Tensor]) -> PruneReport:
-    """A report without the figures that were found on other weights than these."""
+    """A report without the figures that were computed for different weights."""
     results, trained = [], 0
     for result in report:
         if result.parameter not in weights:
@@ -242,12 +240,12 @@ def _about(report: PruneReport, weights: Mapping[str, Tensor]) -> PruneReport:
 
 
 def _is_of(result: LayerResult, weight: Tensor, method: str) -> bool:
-    """Whether the figures of a layer are about this weight, as far as that can be told."""
+    """Whether the figures of a layer belong to this weight, as far as that can be checked."""
     if result.checksum is not None:
         return result.checksum == checksum_of(weight)
     if method != "magnitude" or result.value is None:
         return True
-    # Magnitude pruning leaves the weights as they are, so that the score kept is the sum of what is there.
+    # Magnitude pruning does not change kept weights, so the kept score is the sum of their magnitudes.
     return same_sum(float(magnitude(weight).sum(dtype=torch.float64)), result.value)
 
 
@@ -261,7 +259,7 @@ def _pattern_of(layer: Layer) -> Structure | None:
 
 
 def sidecar_of(report: PruneReport, weights: Mapping[str, Tensor], source: str) -> Sidecar:
-    """What is said of weights that obey the patterns of a report, with squares of them to look at."""
+    """A sidecar for weights that obey the patterns of a report, with sample tiles."""
     step = max(1, -(-len(report) // SAMPLES))
     samples = []
     for result in report.layers[::step]:
@@ -271,7 +269,7 @@ def sidecar_of(report: PruneReport, weights: Mapping[str, Tensor], source: str) 
 
 
 def configs_of(model: nn.Module) -> dict[str, str]:
-    """The configurations that a transformers model has, by file name."""
+    """The configurations of a transformers model, as JSON by file name."""
     found = {}
     if isinstance(config := getattr(model, "config", None), HasJson):
         content: dict[str, Any] = json.loads(config.to_json_string())

@@ -1,4 +1,4 @@
-"""What JSON from outside has to look like before it is used: the index of shards, config.json, the shapes of masks."""
+"""Schemas that validate JSON from files before use: the index of shards, config.json, the shapes of masks."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["Config", "Index", "MaskShapes", "check_depth", "decode", "validate"]
 T = TypeVar("T")
 
 MAX_DEPTH = 100
-"""So deep may JSON be nested: what uses it goes through it by recursion."""
+"""Maximum nesting of JSON, since its users are recursive."""
 
 MaskShapes = dict[str, Annotated[list[Annotated[int, Meta(ge=0, lt=1 << 48)]], Meta(max_length=8)]]
-"""The shapes of the weights that packed masks are of."""
+"""Shapes of the weights of packed masks."""
 
 
 class Index(msgspec.Struct):
-    """``model.safetensors.index.json``: which shard holds which tensor."""
+    """``model.safetensors.index.json``: the shard of each tensor."""
 
     weight_map: Annotated[dict[str, str], Meta(min_length=1)]
     metadata: dict[str, Any] = {}
 
 
 class Config(msgspec.Struct):
-    """What is read of config.json."""
+    """The parts of config.json that are used."""
 
     model_type: str | None = None
     architectures: list[str] | None = None
@@ -41,23 +41,23 @@ def validate(content: Any, kind: type[T], path: Path, remedy: str) -> T:
     """Decoded JSON as a value of a type.
 
     Raises:
-        CheckpointError: it is not one; says where.
+        CheckpointError: the JSON does not match the type; says where.
     """
     try:
         return msgspec.convert(content, kind)
     except msgspec.ValidationError as error:
-        raise CheckpointError(path, f"is not what it should be ({error})", remedy) from error
+        raise CheckpointError(path, f"is not valid ({error})", remedy) from error
 
 
 def decode(text: str, path: Path, remedy: str) -> Any:
-    """JSON, all of whose numbers are finite.
+    """Decode JSON in which all numbers are finite.
 
     Raises:
-        CheckpointError: it is none, is nested too deeply, or has NaN, infinity or a number beyond a float.
+        CheckpointError: not JSON, nested too deeply, or with NaN, infinity or a number beyond the range of a float.
     """
 
     def refuse(number: str) -> float:
-        raise ValueError(f"{number[:32]} is no finite number")
+        raise ValueError(f"{number[:32]} is not a finite number")
 
     def parse(number: str) -> float:
         return value if math.isfinite(value := float(number)) else refuse(number)

@@ -1,6 +1,6 @@
-"""The files next to the weights: `bisparse.json` (what was done) and `bisparse-masks.safetensors` (masks, a bit per weight).
+"""The files next to the weights: `bisparse.json` (what was done) and `bisparse-masks.safetensors` (masks, one bit per weight).
 
-The weights themselves are plain and dense, with zeros: nothing needs these two files to load a model.
+The weights are plain and dense, with zeros, so a model loads without these two files.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ SIDECAR = "bisparse.json"
 MASKS = "bisparse-masks.safetensors"
 SCHEMA_VERSION = 1
 OURS = frozenset({SIDECAR, MASKS, PLAIN})
-"""Names of what bisparse writes next to weights, and writes again."""
+"""Names of the files that bisparse writes next to weights, and overwrites."""
 SAMPLE_SIDE = 16
-"""Least side of a sample tile."""
+"""Minimum side of a sample tile."""
 MAX_SAMPLE_SIDE = 4096
 MAX_WEIGHTS = 1 << 48
-"""In one layer."""
+"""Maximum number of weights per layer."""
 MAX_FIGURE = 1e40
-"""Of errors, seconds and sample weights, which are drawn; sums of scores may be larger."""
+"""Maximum of errors, seconds and sample weights, which are plotted; sums of scores may be larger."""
 FRACTIONS = ("density", "retained", "gap")
 ROUNDING = 1e-6
-"""By which a fraction may exceed 1."""
+"""Tolerance by which a fraction may exceed 1."""
 
 
 @dataclass(frozen=True)
 class SampleTile:
-    """A square of real weights and their mask, for pictures: the smallest multiple of M from 16 on, cropped to the layer."""
+    """A square of weights and their mask, for pictures; its side is the smallest multiple of M from 16, cropped to the layer."""
 
     layer: str
     matrix: int
-    """Which of the layer's GEMM matrices."""
+    """Index of the GEMM matrix in the layer."""
     row: int
     column: int
-    """Where its upper left corner stands in that matrix."""
+    """Position of its upper left corner in that matrix."""
     weights: tuple[tuple[float, ...], ...]
     """The dense weights, to 4 digits."""
     kept: tuple[tuple[int, ...], ...]
@@ -78,7 +78,7 @@ class SampleTile:
         pattern: Structure,
         place: tuple[int, int, int] = (0, 0, 0),
     ) -> SampleTile:
-        """The square in the middle of a matrix, or of a part of it that stands at `place` = (matrix, row, column)."""
+        """The square in the middle of a matrix, or of a part of it at `place` = (matrix, row, column)."""
         m = getattr(pattern, "m", SAMPLE_SIDE)
         side = -(-SAMPLE_SIDE // m) * m
         row, column = (max(0, (length - side) // 2 // m * m) for length in weights.shape)
@@ -112,12 +112,12 @@ class Sidecar:
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: Mapping[str, str] = field(default_factory=_versions)
     provenance: Mapping[str, Any] = field(default_factory=dict)
-    """How a job was called and on what data, as JSON knows values: command line, calibration file, sequences, length, order."""
+    """How a job was called and on what data, as JSON values: command line, calibration files, sequences, length, order."""
     evaluation: tuple[Mapping[str, Any], ...] = ()
-    """What was measured before and after; see `record_evaluation`."""
+    """Figures measured before and after; see `record_evaluation`."""
 
     def to_json(self) -> str:
-        """As text; `from_json` is the inverse."""
+        """The sidecar as JSON text; `from_json` is the inverse."""
         document = {
             "schema_version": SCHEMA_VERSION,
             "convention": "N:M keeps at most N of every M weights along the inputs; -T along the outputs too",
@@ -134,10 +134,10 @@ class Sidecar:
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> Sidecar:
-        """Read it back.
+        """Parse the text of a sidecar.
 
         Raises:
-            CheckpointError: no sidecar of ours, or one of a newer version.
+            CheckpointError: not a valid sidecar, or one of a newer version.
         """
         document = decode(text, path, "delete it, or prune again")
         schema = document.get("schema_version") if isinstance(document, dict) else None
@@ -154,7 +154,7 @@ class Sidecar:
             for result in read.layers:
                 _check_layer(result)
             if len({result.parameter for result in read.layers}) < len(read.layers):
-                raise ValueError("a parameter is there twice")
+                raise ValueError("duplicate parameter")
             if read.parameters < 0:
                 raise ValueError(f"parameters {read.parameters}")
             for sample in read.samples:
@@ -162,7 +162,7 @@ class Sidecar:
             for pattern in read.patterns.values():
                 parse_pattern(pattern)
         except ValueError as error:
-            raise CheckpointError(path, f"is not what it should be ({error})", "prune again") from error
+            raise CheckpointError(path, f"is not valid ({error})", "prune again") from error
         report = PruneReport(
             read.pattern,
             read.method,
@@ -178,7 +178,7 @@ class Sidecar:
 
 
 class _Document(msgspec.Struct):
-    """A sidecar as JSON holds it."""
+    """The JSON schema of a sidecar."""
 
     pattern: str
     method: str
@@ -198,7 +198,7 @@ class _Document(msgspec.Struct):
 
 
 def _check_layer(result: LayerResult) -> None:
-    """Raise unless the layout fits the shape, the pattern is one, and the figures are ones that a job could have written."""
+    """Raise ValueError unless the layout fits the shape, the pattern is valid, and the figures are possible."""
     shape, layout = result.shape, result.layout
     if min(layout.groups, layout.parts) < 1 or any(side < 0 for side in shape) or math.prod(shape) >= MAX_WEIGHTS:
         raise ValueError(f"layer {result.name!r}: shape {shape}, {layout}")
@@ -221,7 +221,7 @@ def _check_sample(sample: SampleTile) -> None:
 
 
 def read_sidecar(folder: str | Path) -> Sidecar | None:
-    """The sidecar of a folder, None where there is none."""
+    """The sidecar of a folder; None if there is none."""
     path = _place(Path(folder), SIDECAR)
     if not os.path.lexists(path):
         return None
@@ -234,18 +234,17 @@ def read_sidecar(folder: str | Path) -> Sidecar | None:
 
 
 def _place(folder: Path, name: str) -> Path:
-    """A file of a checkpoint that may be one in the local Hugging Face cache."""
+    """The path of a file in a checkpoint, which may be in the local Hugging Face cache."""
     return (folder if os.path.lexists(folder) else find_source(folder)) / name
 
 
 def read_own_sidecar(path: Path, tensors: Mapping[str, StoredTensor], *, needed: bool = True) -> Sidecar | None:
-    """What the sidecar says of a checkpoint: of a folder all of it, of a single file what is about this file's tensors.
+    """The sidecar of a checkpoint; for a single file, only the entries about this file's tensors.
 
-    A file's neighbours do not count: entries for tensors of other names or shapes are left out, and with none left there is
-    no sidecar.
+    For a single file, entries for tensors of other names or shapes are left out; None if no entry is left.
 
     Args:
-        needed: of a single file, whether a damaged sidecar next to it is an error.
+        needed: whether a damaged sidecar next to a single file is an error.
     """
     if path.is_dir():
         return read_sidecar(path)
@@ -262,7 +261,7 @@ def read_own_sidecar(path: Path, tensors: Mapping[str, StoredTensor], *, needed:
 
 
 def plain_mark(source: str, notes: Iterable[str]) -> str:
-    """The content of the file `PLAIN`: that bisparse wrote the folder, of what, and what it noted."""
+    """The content of the file `PLAIN`: source and notes of a folder that bisparse wrote."""
     content = {
         "schema_version": SCHEMA_VERSION,
         "written_by": "bisparse.checkpoint.to_dense",
@@ -275,7 +274,7 @@ def plain_mark(source: str, notes: Iterable[str]) -> str:
 
 
 def masks_header(parameters: Mapping[str, tuple[int, ...]]) -> bytes:
-    """Header of a masks file for parameters of these shapes, whose masks are written in this order."""
+    """The header of a masks file for parameters of these shapes, in the order in which their masks are written."""
     tensors = ((name, "U8", (packed_size(shape),), packed_size(shape)) for name, shape in parameters.items())
     shapes = {name: list(shape) for name, shape in parameters.items()}
     return build_header(tensors, {"format": "bisparse-masks", "version": "1", "shapes": json.dumps(shapes)})
@@ -308,6 +307,6 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
         raise
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
-            path, f"is no masks file of bisparse ({error!r})", "prune again, or read the zeros of the weights"
+            path, f"is not a masks file of bisparse ({error!r})", "prune again, or read the zeros of the weights"
         ) from error
     return masks

@@ -1,8 +1,8 @@
-"""What a sidecar says of weights, compared with these weights: what can be computed from them is, the rest names its origin.
+"""Compares the statements of a sidecar with the weights, as far as they can be computed from them.
 
-The pattern is checked by `verify_checkpoint`. From the weights follow the density and dtype of each layer, the number of all
-parameters, the checksum of a weight, and for magnitude pruning the total score kept. The share of the score kept and the gap
-need the dense weights; they are repeated as what the sidecar says.
+The pattern is checked by `verify_checkpoint`. The weights determine the density and dtype of each layer, the number of all
+parameters, the checksum of a weight and, for magnitude pruning, the total kept score. The retained fraction and the gap need
+the dense weights; they are reported as statements of the sidecar.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ RECORDED = (
     "and were not computed again"
 )
 TOLERANCE = 1e-6
-"""Relative, of sums of scores that are rounded in another order."""
+"""Relative tolerance of sums of scores, which are rounded in a different order."""
 TINY = 1e-30
 PIECE = 1 << 21
 SHOWN = 4
 
 
 def wrong_statements(sidecar: Sidecar, source: Source, checked: Iterable[Verification]) -> tuple[str, ...]:
-    """What a sidecar says of its weights that is not so, each as a sentence.
+    """The false statements of a sidecar about its weights, each as a sentence.
 
     Args:
         checked: the layers' verifications, whose densities are compared.
@@ -48,7 +48,7 @@ def wrong_statements(sidecar: Sidecar, source: Source, checked: Iterable[Verific
             found += _wrong(sidecar, result, tensor, density.get(result.name))
     stated, counted = sidecar.report.parameters, sum(tensor.size for tensor in source.tensors.values())
     least = sum(layer.size for layer in sidecar.report)
-    # Packed tensors hold several weights in an entry.
+    # Packed tensors have several weights per entry.
     plain = all(tensor.torch_dtype is not None and tensor.torch_dtype.is_floating_point for tensor in source.tensors.values())
     if stated and plain and source.path.is_dir() and not least <= stated <= counted:
         found.append(f"the number of parameters is not {stated:,}: the files have {counted:,}, the pruned layers {least:,}")
@@ -73,7 +73,7 @@ def _wrong(sidecar: Sidecar, result: LayerResult, tensor: StoredTensor, density:
 
 
 def corrected(sidecar: Sidecar, source: Source, checked: Iterable[Verification]) -> Sidecar:
-    """The sidecar with the weights' own densities, dtypes and number of parameters, and without figures that they contradict."""
+    """The sidecar with densities, dtypes and number of parameters from the weights, and without figures that they contradict."""
     verified = {one.layer: one for one in checked}
     layers, wrong = [], wrong_statements(sidecar, source, verified.values())
     for result in sidecar.report:
@@ -101,7 +101,7 @@ def corrected(sidecar: Sidecar, source: Source, checked: Iterable[Verification])
 
 
 def origin(sidecar: Sidecar) -> tuple[str, ...]:
-    """How the job was called and on what data, as the sidecar says, in sentences."""
+    """Sentences on how the job was called and on what data, from the sidecar."""
     said: dict[str, Any] = dict(sidecar.provenance)
     lines = []
     if isinstance(command := said.get("command"), str):
@@ -130,7 +130,7 @@ def _calibration(data: dict[str, Any]) -> str:
 
 
 def _keeps_weights(sidecar: Sidecar, result: LayerResult) -> bool:
-    """Whether the total score kept is the sum of the |w| that are there: magnitude pruning of a file, whose weights stay."""
+    """Whether the total kept score is the sum of |w|, as for magnitude pruning, which does not change kept weights."""
     return sidecar.report.method == "magnitude" and result.error is None and result.violated_weights is None
 
 
@@ -157,5 +157,5 @@ def _checksum(tensor: StoredTensor) -> int:
 
 
 def same_sum(one: float, other: float) -> bool:
-    """Whether two sums of scores are one but for rounding."""
+    """Whether two sums of scores are equal up to rounding."""
     return math.isclose(one, other, rel_tol=TOLERANCE, abs_tol=TINY)

@@ -1,6 +1,6 @@
-"""Tensors as they lie in files: read by the piece, written one after the other, so that memory stays small.
+"""Tensors in files, read in pieces and written sequentially, to save memory.
 
-The safetensors library maps a whole file and writes a whole shard at once; reading and writing by offsets costs a buffer.
+The safetensors library maps a whole file and writes a whole shard at once; reading and writing by offsets needs only a buffer.
 Files written here are read back with the library.
 """
 
@@ -43,7 +43,7 @@ DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8,
     "BOOL": torch.bool, "C64": torch.complex64,
 }  # fmt: skip
-"""The safetensors name of every dtype that torch has too."""
+"""Names in safetensors of all dtypes that torch has too."""
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 PIECE = 1 << 22
@@ -61,7 +61,7 @@ class StoredTensor(ABC):
     path: Path
     nbytes: int
     operand: Layout | str | None = field(default=None, kw_only=True)
-    """The layout in which the file itself says that it is multiplied by, or why it is not; None where files hold tensors only."""
+    """The layout of its product according to the file, or why there is none; None for formats that only have tensors."""
 
     @property
     def size(self) -> int:
@@ -70,7 +70,7 @@ class StoredTensor(ABC):
 
     @property
     def torch_dtype(self) -> torch.dtype | None:
-        """None for a dtype that torch lacks."""
+        """The torch dtype; None if torch lacks it."""
         return DTYPES.get(self.dtype)
 
     @abstractmethod
@@ -78,7 +78,7 @@ class StoredTensor(ABC):
         """Bytes ``start`` to ``stop`` of the contiguous tensor."""
 
     def read(self, start: int = 0, stop: int | None = None) -> Shaped[Tensor, " S"]:
-        """Entries ``start`` to ``stop`` of the flattened tensor, in memory of their own."""
+        """Entries ``start`` to ``stop`` of the flattened tensor, as a new tensor."""
         dtype = self.torch_dtype
         if dtype is None:
             raise CheckpointError(self.path, f"has dtype {self.dtype}, which torch lacks", "convert it first", tensor=self.name)
@@ -88,21 +88,21 @@ class StoredTensor(ABC):
         return torch.frombuffer(self.read_bytes(start * dtype.itemsize, stop * dtype.itemsize), dtype=dtype)
 
     def pieces(self) -> Iterator[bytearray]:
-        """The tensor's bytes, some at a time."""
+        """Yield the tensor's bytes in pieces."""
         for start in range(0, self.nbytes, PIECE):
             yield self.read_bytes(start, min(start + PIECE, self.nbytes))
 
 
 class Content(Protocol):
-    """Bytes that are read by offset: a file, or a part of one."""
+    """Bytes that are read by offset: a file or a part of one."""
 
     def read(self, offset: int, length: int, tensor: str = "") -> bytearray:
-        """`length` bytes from `offset` on; errors name `tensor`."""
+        """Read `length` bytes from `offset`; errors name `tensor`."""
 
 
 @dataclass(frozen=True)
 class FileTensor(StoredTensor):
-    """A tensor at an offset of a file, or of a record inside it."""
+    """A tensor at an offset in a file, or in a record inside it."""
 
     offset: int
     content: Content
@@ -113,7 +113,7 @@ class FileTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class MemoryTensor(StoredTensor):
-    """A tensor that is in memory as a whole."""
+    """A tensor that is in memory."""
 
     tensor: Shaped[Tensor, "..."]
 
@@ -123,7 +123,7 @@ class MemoryTensor(StoredTensor):
 
 @dataclass(frozen=True)
 class StridedTensor(StoredTensor):
-    """A transposed or otherwise strided view, of which no piece is contiguous in the file: read whole each time."""
+    """A transposed or otherwise strided view, which is read as a whole each time, since no piece is contiguous."""
 
     span: FileTensor
     """The part of the storage from the view's first entry to its last."""
@@ -135,7 +135,7 @@ class StridedTensor(StoredTensor):
 
 
 def as_bytes(tensor: Shaped[Tensor, "..."]) -> memoryview:
-    """A tensor's bytes, in row-major order; no copy where it is contiguous already."""
+    """A tensor's bytes in row-major order, without a copy if it is contiguous."""
     return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
@@ -153,12 +153,12 @@ def memory_tensor(name: str, tensor: Shaped[Tensor, "..."], path: Path) -> Memor
 
 
 def in_file_order(tensors: Iterable[StoredTensor]) -> list[StoredTensor]:
-    """As the library writes them: wider dtypes first, so that every tensor is aligned, then by name."""
+    """Tensors in the order of the library: wider dtypes first, so that every tensor is aligned, then by name."""
     return sorted(tensors, key=lambda one: (-DTYPES[one.dtype].itemsize, one.name))
 
 
 def read_header(file: InputFile) -> tuple[bytes, dict[str, StoredTensor]]:
-    """The header of a safetensors file, the length included, and its tensors in file order.
+    """The header of a safetensors file, including its length, and the tensors in file order.
 
     Raises:
         CheckpointError: truncated or corrupt.
@@ -198,7 +198,7 @@ def read_header(file: InputFile) -> tuple[bytes, dict[str, StoredTensor]]:
 
 
 def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metadata: Mapping[str, str]) -> bytes:
-    """A safetensors header, its length included, for tensors (name, dtype, shape, bytes) written in this order."""
+    """A safetensors header, including its length, for tensors (name, dtype, shape, bytes) in this order."""
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     offset = 0
     for name, dtype, shape, nbytes in tensors:
@@ -210,7 +210,7 @@ def build_header(tensors: Iterable[tuple[str, str, tuple[int, ...], int]], metad
 
 
 class SafetensorsWriter:
-    """Writes a safetensors file front to back; on leaving the `with` block without an error it is whole."""
+    """Writes a safetensors file sequentially; checks that it is complete when the `with` block ends without an error."""
 
     def __init__(self, path: Path, header: bytes) -> None:
         self.path = path
@@ -219,7 +219,7 @@ class SafetensorsWriter:
         self._file.write(header)
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append a tensor's bytes, or some of them."""
+        """Append a tensor's bytes, or a piece of them."""
         self._file.write(data)
 
     def __enter__(self) -> SafetensorsWriter:

@@ -1,4 +1,4 @@
-"""A checkpoint of any form that is read, written as a plain one: dense weights with zeros, which load anywhere."""
+"""`to_dense`: writes any readable checkpoint as plain dense weights with zeros, which load anywhere."""
 
 from __future__ import annotations
 
@@ -24,21 +24,21 @@ def to_dense(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Source:
-    """Write a checkpoint as plain safetensors into a new folder: every weight dense, under its own name, none changed.
+    """Write a checkpoint as plain safetensors into a new folder, with every weight dense, unchanged and under its own name.
 
     For checkpoints of compressed-tensors (``sparse-24-bitmask``, ``sparse-bitmask``), torch's semi-structured tensors,
     ``weight_orig`` and ``weight_mask`` of `torch.nn.utils.prune`, and training checkpoints of bisparse. config.json is copied
     without its sparsity_config and without a quantization_config that quantises nothing, and so are the source's other files.
-    The target is absent or whole at any moment; what was written is read back. `bisparse-plain.json` in it says that bisparse
-    wrote it.
+    The target only appears once it is complete and its files have been read back. `bisparse-plain.json` marks it as written by
+    bisparse.
 
     Args:
-        source: the written files have its names: ``x.pt`` becomes ``x.safetensors``, shards and their index keep theirs.
+        source: the checkpoint. ``x.pt`` is written as ``x.safetensors``; shards and their index keep their names.
         key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
         overwrite: replace a target that bisparse wrote.
 
     Returns:
-        What was read; its `notes` say what was put together, copied and left out.
+        The source, with `notes` on what was unpacked, copied and left out.
 
     Raises:
         CheckpointError: the source cannot be read, or the target exists, cannot be written or overlaps the source.

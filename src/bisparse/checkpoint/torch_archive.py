@@ -1,7 +1,7 @@
-"""The zip archives that `torch.save` writes: their records, found by the zip directory, wherever a tool has put them.
+"""Reads the zip archives of `torch.save`, with records located by the zip directory, even if a tool has rewritten the archive.
 
-torch computes where a record is from the sizes of those before it, which is wrong once an archive has been written again,
-and it reads without checking sizes and checksums. Here a record is used where its own header is, or refused.
+torch computes the offset of a record from the sizes of those before it, which is wrong for rewritten archives, and does not check
+sizes and checksums. Here a record is located by its own header, or refused.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ ENCRYPTED = 0x1
 UTF8_NAME = 0x800
 SAVE_AGAIN = "save `model.state_dict()` with torch.save, or use safetensors"
 PIECE = 1 << 22
-"""Bytes of a record in memory at a time while its checksum is computed."""
+"""Bytes that are read at a time to compute a checksum."""
 
 
 @dataclass
 class StorageRecord:
-    """The bytes of one storage. They are checked against the record's checksum before the first of them is returned."""
+    """The bytes of one storage, which are checked against the record's checksum before any are returned."""
 
     file: InputFile
     name: str
     offset: int
     size: int
     crc: int | None
-    """None where the archive was written without checksums."""
+    """The checksum; None if the archive was written without checksums."""
     _checked: bool = field(default=False, init=False)
 
     def read(self, offset: int, length: int, tensor: str = "") -> bytearray:
-        """`length` bytes of the record from `offset` on; errors name `tensor`.
+        """Read `length` bytes of the record from `offset`; errors name `tensor`.
 
         Raises:
             CheckpointError: the record breaks its checksum, or the file has changed.
@@ -57,22 +57,22 @@ class StorageRecord:
 
 @dataclass(frozen=True)
 class Archive:
-    """An archive's directory, checked as far as it is one."""
+    """The directory of an archive; records are checked when they are used."""
 
     file: InputFile
     root: str
     """The folder inside the archive that holds everything."""
     entries: dict[str, zipfile.ZipInfo]
-    """By name without the root."""
+    """Entries by name, without the root folder."""
     directory: int
     """Offset at which the zip directory begins; all records end before it."""
     has_checksums: bool
 
     def record(self, name: str, tensor: str = "") -> StorageRecord:
-        """A record's place, from its own header.
+        """Locate a record by its own header.
 
         Raises:
-            CheckpointError: it is missing, compressed, encrypted, or not where the directory says.
+            CheckpointError: the record is missing, compressed, encrypted, or not where the directory says.
         """
 
         def refuse(problem: str, remedy: str) -> CheckpointError:
@@ -112,7 +112,7 @@ class Archive:
 
 
 def is_archive(file: InputFile) -> bool:
-    """Whether torch takes a file for a zip archive: by its first bytes, whatever else it may be."""
+    """Whether torch treats a file as a zip archive, by its first bytes."""
     return file.size >= 4 and file.read(0, 4) == b"PK\x03\x04"
 
 
@@ -133,7 +133,7 @@ def open_archive(file: InputFile) -> Archive:
     if not infos or "/" not in infos[0].filename or min(info.header_offset for info in infos) != 0:
         raise CheckpointError(path, "is a zip archive that torch.save did not write", SAVE_AGAIN)
     root = infos[0].filename.partition("/")[0] + "/"
-    # torch finds records by names without regard to case.
+    # torch looks up records case-insensitively.
     names = [info.filename.casefold() for info in infos]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)

@@ -1,4 +1,4 @@
-"""State dicts saved by `torch.save`: names, shapes and offsets, without reading the weights and without running a pickle."""
+"""Reads names, shapes and offsets of state dicts saved by `torch.save`, without reading weights or executing pickles."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from bisparse.errors import CheckpointError
 __all__ = ["read_state_dict"]
 
 MAX_EXPANDED_BYTES = 1 << 26
-"""Bytes that a tensor may take when its storage holds fewer: small expanded buffers are read, 40 GB from one entry are not."""
+"""Maximum bytes of a tensor larger than its storage: small expanded buffers are read, but not 40 GB from one entry."""
 DAMAGE = (
     pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, TypeError, OverflowError,
     MemoryError, struct.error,
 )  # fmt: skip
-"""What unpickling damaged bytes raises."""
+"""Exceptions that unpickling damaged bytes can raise."""
 PROTOCOL = 1001
-"""Of torch's files before 1.6."""
+"""Protocol of torch files before 1.6."""
 
 Places = Callable[[StorageRef, str], StorageRecord]
-"""Where a storage is; errors name the tensor."""
+"""A function that locates a storage; its errors name the tensor."""
 
 
 def read_state_dict(file: InputFile, key: str | None = None) -> tuple[dict[str, StoredTensor], tuple[str, ...]]:
-    """The tensors of a torch file, and notes on what else it holds.
+    """The tensors of a torch file, and notes on its other content.
 
-    Nothing is executed: classes that the pickle names are not imported, and of objects only the tensors in them are read.
+    Nothing is executed: classes in the pickle are not imported, and only the tensors of objects are read.
 
     Args:
-        key: where the state dict is, such as ``"model.state_dict"``; by default it is found.
+        key: key of the state dict, such as ``"model.state_dict"``; by default it is found.
 
     Raises:
         CheckpointError: no tensors, several state dicts, truncated or corrupt, or a tensor that is not a plain view of its
@@ -60,7 +60,7 @@ def read_state_dict(file: InputFile, key: str | None = None) -> tuple[dict[str, 
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """While open, what a damaged file raises is an error that names the file."""
+    """A context manager that turns the errors of a damaged file into one that names the file."""
     try:
         yield
     except CheckpointError:
@@ -80,7 +80,7 @@ def _open_archived(archive: Archive) -> tuple[Any, Places]:
 
 
 def _open_legacy(file: InputFile) -> tuple[Any, Places]:
-    """Of torch < 1.6: five pickles, then for each storage its number of entries and its bytes."""
+    """Open a file of torch < 1.6: five pickles, then for each storage its number of entries and its bytes."""
     with file.open() as handle:
         load_pickle(handle)  # the magic number
         protocol, system, content, keys = (load_pickle(handle) for _ in range(4))
@@ -98,7 +98,7 @@ def _open_legacy(file: InputFile) -> tuple[Any, Places]:
             size = count * sizes.get(str(key), 0)
             if str(key) not in sizes or count < 0 or start + 8 + size > file.size:
                 if str(key) not in sizes:
-                    break  # of a storage that no tensor uses the size is not known, so those behind it are not found
+                    break  # the size of a storage that no tensor uses is not known, so later storages cannot be found
                 raise CheckpointError(file.path, "ends before its last byte", "fetch the file again")
             offsets[str(key)] = (start + 8, size)
             start += 8 + size
@@ -114,7 +114,7 @@ def _open_legacy(file: InputFile) -> tuple[Any, Places]:
 
 
 def _storages(content: Any) -> Iterator[StorageRef]:
-    """All storages that anything in a pickle refers to."""
+    """Yield all storages that occur in a pickle."""
     seen: set[int] = set()
     waiting = [content]
     while waiting:
@@ -134,7 +134,7 @@ def _storages(content: Any) -> Iterator[StorageRef]:
 
 
 def _stored(name: str, value: Stored, path: Path, place: Places, dtypes: dict[str, torch.dtype]) -> StoredTensor:
-    """A tensor in its file; refuses every one that is more than a strided view of bytes."""
+    """The stored tensor of a pickled one; raises CheckpointError unless it is a strided view of bytes."""
 
     def refuse(problem: str, remedy: str) -> CheckpointError:
         return CheckpointError(path, problem, remedy, tensor=name)
@@ -165,7 +165,7 @@ def _stored(name: str, value: Stored, path: Path, place: Places, dtypes: dict[st
     record = place(storage, name)
     last = sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
     span = (last + 1) * itemsize if nbytes else 0
-    # A storage that was cut from bytes may end within an entry: its record is longer by less than one.
+    # A storage that was cut from bytes may end within an entry, so its record may be longer by less than one entry.
     if not storage.nbytes <= record.size < storage.nbytes + itemsize or (nbytes and start + span > record.size):
         raise refuse(
             f"is corrupt: {record.name} has {record.size} bytes, its storage {storage.nbytes}, and the tensor ends at "

@@ -1,4 +1,4 @@
-"""Whether a checkpoint's weights obey a pattern, on W and on W^T, and which patterns they obey: any checkpoint, band by band."""
+"""Checks whether the weights of any checkpoint obey a pattern, on W and on W^T, or which patterns they obey, band by band."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from bisparse.tiles import Layout, pad_to_multiple, to_matrices
 __all__ = ["Detected", "detect_patterns", "verify_checkpoint", "verify_stored"]
 
 SIZES = (2, 4, 8, 16, 32, 64)
-"""Group sizes M that `detect_patterns` looks at."""
+"""Group sizes M that `detect_patterns` tests."""
 ANY_PATTERN = Pattern(1, 2)
 COUNTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes that `verify` compares with zero as they are."""
+"""Dtypes that `verify` compares with zero without a conversion."""
 
 
 def verify_checkpoint(
@@ -41,26 +41,25 @@ def verify_checkpoint(
     key: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Verification:
-    """Check every layer of a checkpoint, ours or another's: a folder, a safetensors file, or a torch state dict.
+    """Check every layer of any checkpoint: a folder, a safetensors file, or a torch state dict.
 
     Args:
         path: a folder, a file, or a model in the local Hugging Face cache, ``org/name``.
-        pattern: by default, each layer's own from the sidecar. Without a sidecar, or where layers are named by `include`,
-            the layers are those that `prune_checkpoint` would prune, in any dtype. Of a single file, only what the sidecar
-            next to it says about this file's tensors counts.
+        pattern: by default, each layer's own from the sidecar. Without a sidecar, or if `include` names layers, the layers are
+                those that `prune_checkpoint` would prune, in any dtype. For a single file, only the sidecar's entries about this
+                file's tensors are used.
         include, exclude: layers, by name, glob or ``re:`` pattern.
-        layouts: layouts of single layers, by filter, as for `prune_checkpoint`; they overrule the sidecar's.
-        key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
-        progress: called with the layer's name, the bytes read so far and those there are.
+        layouts: layouts of single layers, by filter, as for `prune_checkpoint`; they override the sidecar's.
+        key: key of the state dict in a torch file, such as ``"model.state_dict"``; by default it is found.
+        progress: called with the layer's name, the bytes read so far and their total.
 
     Returns:
-        A verification whose `layers` holds one for each layer that was checked, `unchecked` a reason for each that could
-        not be, `left_out` what is no layer to prune by default or was excluded, and `contradicted` what the sidecar says of
-        these weights that is not so. Truthy when at least one layer was
-        checked and all that were hold.
+        A verification with the checked layers in `layers`, a reason for each layer that could not be checked in `unchecked`,
+        tensors that are not pruned by default or were excluded in `left_out`, and false statements of the sidecar about these
+        weights in `contradicted`. It is true if at least one layer was checked and all checked layers obey.
 
     Raises:
-        CheckpointError: it cannot be read, has no layers, or lacks a layer that its sidecar names.
+        CheckpointError: the checkpoint cannot be read, has no layers, or lacks a layer of its sidecar.
         ValueError: neither a pattern nor a sidecar.
     """
     source = unpacked(open_source(path, key))
@@ -105,11 +104,11 @@ def _cover(
     exclude: NameFilter | None,
     layouts: Mapping[str, str | Layout] | None,
 ) -> Coverage:
-    """What is checked: the layers of the sidecar; those that `include` names; or, without either, those found by name."""
+    """The layers to check: those of the sidecar, those that `include` names or, without either, those found by name."""
     tensors = source.tensors
     sidecar = read_own_sidecar(source.path, tensors, needed=pattern is None)
     if sidecar is None and pattern is None:
-        raise ValueError(f"{source.path}: no sidecar says which pattern it obeys; pass one, such as --pattern 2:4")
+        raise ValueError(f"{source.path} has no sidecar that states its pattern; pass one, such as --pattern 2:4")
     found = None
     if sidecar is not None and include is None:
         _check_fit(source, sidecar)
@@ -146,7 +145,7 @@ def _check_fit(source: Source, sidecar: Sidecar) -> None:
 
 
 def verify_stored(layer: StoredLayer) -> Verification:
-    """`verify` of one stored weight of any dtype that torch can hold: the same answer, in the memory of a band."""
+    """`verify` of one stored weight of any torch dtype, with the same result, in the memory of one band."""
     tensor, pattern = layer.tensor, layer.pattern
     if isinstance(pattern, Unstructured):
         return verify(nonzero(tensor.read()).view(tensor.shape), pattern, layout=layer.layout, name=layer.name)
@@ -175,7 +174,7 @@ def verify_stored(layer: StoredLayer) -> Verification:
 
 
 def _moved(violation: Violation, band: Band, m: int) -> Violation:
-    """A band's violation, where it stands in the whole weight."""
+    """A band's violation, with its position in the whole weight."""
     along_rows = (violation.side == "W") != band.layout.inputs_first
     return replace(
         violation,
@@ -187,20 +186,20 @@ def _moved(violation: Violation, band: Band, m: int) -> Violation:
 
 @dataclass(frozen=True)
 class Detected:
-    """Patterns that a stored weight obeys."""
+    """The patterns that a stored weight obeys."""
 
     layer: str
     shape: tuple[int, ...]
     dtype: str
     density: float
     patterns: tuple[Pattern, ...]
-    """For each M the smallest N that holds on W, and on W and W^T; only those with N < M, and with no side shorter than M."""
+    """For each M the smallest N that holds on W, and on both W and W^T, if N < M and no side is shorter than M."""
     too_large: tuple[int, ...] = ()
-    """Sizes M that were not judged on W, on W^T or on both, since that side is shorter: a group may fit by its length alone."""
+    """Sizes M that were not tested on W, on W^T or on both, since that side is shorter and any group would fit."""
 
     @property
     def notable(self) -> tuple[Pattern, ...]:
-        """Those that no other one implies, and that are not nearly full by chance."""
+        """The patterns that are not implied by another one and are not close to dense."""
         loosest = self.density + (1 - self.density) / 4
         return tuple(
             one for one in self.patterns if one.density <= loosest and not any(_implies(other, one) for other in self.patterns)
@@ -208,7 +207,7 @@ class Detected:
 
 
 def _implies(strict: Pattern, loose: Pattern) -> bool:
-    """Whether every mask of one pattern is one of another: 2:4-T of 2:4, 2:4 of 4:8, and 1:8 of 1:4."""
+    """Whether every mask of one pattern obeys another: 2:4-T implies 2:4, 2:4 implies 4:8, and 1:8 implies 1:4."""
     if strict == loose or strict.transposable < loose.transposable:
         return False
     if loose.m % strict.m == 0:
@@ -222,7 +221,7 @@ def cover_source(
     exclude: NameFilter | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
 ) -> Coverage:
-    """The layers that `detect_patterns` looks at, and a reason for each that it does not look at.
+    """The layers that `detect_patterns` examines, and a reason for each other layer.
 
     Raises:
         CheckpointError: there are none.
@@ -242,12 +241,12 @@ def detect_patterns(
     key: str | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Detected]:
-    """Which N:M patterns each layer of a checkpoint obeys already; one layer at a time, as they are read.
+    """Yield the N:M patterns that each layer of a checkpoint already obeys, one layer at a time.
 
     Arguments as for `verify_checkpoint`.
 
     Raises:
-        CheckpointError: it cannot be read, or has no layers.
+        CheckpointError: the checkpoint cannot be read, or has no layers.
     """
     source = unpacked(open_source(path, key))
     layers = cover_source(source, include, exclude, layouts).checked

@@ -1,4 +1,4 @@
-"""The command line: one file a command, one line here each. Commands parse, call and print; the library does the work.
+"""The command line: one file per command, and one line per command here. Commands parse arguments, call the library and print.
 
 Nothing here imports torch before a command runs, so that help and usage errors are instant.
 """
@@ -40,11 +40,11 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def bisparse(
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it and stop.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
     quiet: Annotated[
         bool,
-        typer.Option("--quiet", "-q", help="Before the command: no tables, no progress; errors and --json are still printed."),
+        typer.Option("--quiet", "-q", help="Print no tables and no progress, only errors and --json. Goes before the command."),
     ] = False,
 ) -> None:
     """Sparse both ways: N:M masks, provably optimal, that hold on W and on its transpose.

@@ -1,4 +1,4 @@
-"""`bisparse prune --eval`: the perplexity of the model before and of what was written after, recorded with the model."""
+"""`bisparse prune --eval`: measures the perplexity before and after pruning, and records both with the model."""
 
 from __future__ import annotations
 
@@ -24,28 +24,26 @@ EvalText = Annotated[
         metavar="FILE",
         exists=True,
         dir_okay=False,
-        help="Perplexity of a causal language model on this text before and after (context and stride 512): measure and record "
-        "both in bisparse.json and README.md.",
+        help="Measure the perplexity of a causal language model on this text before and after (context and stride 512), and "
+        "record both in bisparse.json and README.md.",
     ),
 ]
-EvalTokens = Annotated[
-    int | None, typer.Option("--eval-tokens", min=2, help="Read only the first so many tokens of the text of --eval.")
-]
+EvalTokens = Annotated[int | None, typer.Option("--eval-tokens", min=2, help="Read only this many tokens of the --eval text.")]
 
 
 def before_and_after(
     source: Path, target: Path | None, text: Path | None, tokens: int | None, *, as_json: bool
 ) -> AbstractContextManager[None]:
-    """A block that measures the source, lets the job run, measures what it wrote from the disk, and records both.
+    """A context manager: measures the source on entry and the written target on exit, and records both.
 
-    Without a text it does nothing. Under torchrun the first rank measures.
+    Does nothing without a text. Under torchrun only the first rank measures.
     """
     if text is None and tokens is not None:
-        raise typer.BadParameter("has no use without --eval", param_hint="--eval-tokens")
+        raise typer.BadParameter("requires --eval", param_hint="--eval-tokens")
     if text is not None and target is None:
-        raise typer.BadParameter("needs a target: nothing is written with --dry-run", param_hint="--eval")
+        raise typer.BadParameter("does not work with --dry-run, which writes nothing to measure", param_hint="--eval")
     if text is not None and ":" in str(source) and not source.exists():
-        raise typer.BadParameter("needs a transformers model, with its tokenizer", param_hint="--eval")
+        raise typer.BadParameter("requires a transformers model, with its tokenizer", param_hint="--eval")
     if text is None or target is None or os.environ.get("RANK", "0") != "0":
         return nullcontext()
     return _measuring(source, target, text, tokens, as_json)
@@ -71,7 +69,7 @@ def _measuring(source: Path, target: Path, text: Path, tokens: int | None, as_js
 def measured(
     model: Path, text: Path, *, context: int = 512, stride: int | None = None, tokens: int | None = None
 ) -> tuple[Perplexity, str]:
-    """The perplexity of a transformers model on disk, and the dtype that it ran in."""
+    """The perplexity of a transformers model on disk, and the dtype in which it ran."""
     from bisparse.cli.model_source import open_source
     from bisparse.evaluation import text_perplexity
 

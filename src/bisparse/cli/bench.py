@@ -1,4 +1,4 @@
-"""`bisparse bench`: which layers of a model win by running sparse on this device, and why each other one does not."""
+"""`bisparse bench`: which layers of a model are faster sparse on this device, and why the others are not."""
 
 from __future__ import annotations
 
@@ -38,36 +38,47 @@ BACKENDS = ("auto", "cusparselt", "cutlass", "cpu", "reference")
 def bench(
     model: Annotated[
         str,
-        typer.Option("--model", "-m", metavar="CHECKPOINT|OxI", help="Or module:function returning a model; or a layer's size."),
+        typer.Option(
+            "--model",
+            "-m",
+            metavar="CHECKPOINT|OxI",
+            help="A checkpoint, module:function returning a model, or a layer's size such as 4096x14336.",
+        ),
     ],
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="Rows of a layer's input: batch times length.")] = 16384,
     pattern: Annotated[
         str | None,
-        typer.Option("--pattern", "-p", help="As if pruned to it, such as 2:4-T. By default what the weights obey now."),
+        typer.Option(
+            "--pattern", "-p", help="Assume that layers are pruned to this, such as 2:4-T. By default, the weights as they are."
+        ),
     ] = None,
-    inference: Annotated[bool, typer.Option("--inference", help="The forward pass alone counts.")] = False,
+    inference: Annotated[bool, typer.Option("--inference", help="Measure the forward pass only.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help=f"{' or '.join(DTYPES)}.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option("--device", help="By default CUDA where there is one.")] = None,
+    device: Annotated[str | None, typer.Option("--device", help="By default CUDA if available.")] = None,
     backend: Annotated[str, typer.Option("--backend", help=f"{', '.join(BACKENDS)}.")] = "auto",
     grid: Annotated[
         Path | None,
         typer.Option(
-            "--grid", metavar="FILE", exists=True, dir_okay=False, help="Predict from these times, measured on another machine."
+            "--grid",
+            metavar="FILE",
+            exists=True,
+            dir_okay=False,
+            help="Predict from this file of times, measured on another machine.",
         ),
     ] = None,
     device_name: Annotated[
         str | None,
-        typer.Option("--device-name", metavar="GPU", help="Predict for this one, layer by layer: A100, H100, B200, RTX4090, ..."),
+        typer.Option("--device-name", metavar="GPU", help="Predict layer by layer for this GPU: A100, H100, B200, RTX4090, ..."),
     ] = None,
     include: Included = None,
     exclude: Excluded = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure every layer dense and sparse, forward and backward, on this device: which win, and why not the others.
+    """Measure every layer dense and sparse, forward and backward, on this device: which ones are faster sparse, and why.
 
-    On a CPU with --inference, products of packed weights. Where nothing can be measured, times are predicted from a grid, or only
-    what is exact is shown: shapes, bytes, FLOPs. Then what public measurements of products (forward, nothing else) predict for
-    A100, H100, B200, RTX 4090, RTX 5080 and GB10, at 2:4, 4:6 and 6:8, as if all layers were pruned to it.
+    On a CPU with --inference, measures products of packed weights. If nothing can be measured, times are predicted from a grid;
+    without one, only shapes, bytes and FLOPs are shown, which are exact. Finally, public measurements of forward products predict
+    the times on A100, H100, B200, RTX 4090, RTX 5080 and GB10, at 2:4, 4:6 and 6:8, as if all layers were pruned to it.
     """
     for value, known, option in ((dtype, DTYPES, "--dtype"), (backend, BACKENDS, "--backend")):
         if value not in known:
@@ -136,7 +147,7 @@ def _stored(
     shapes, left = [], list(plan.left_dense)
     for layer in plan.layers:
         if layer.layout.kind is not LayoutKind.LINEAR or layer.tensor.name.rpartition(".")[2] != "weight":
-            left.append(Skipped(layer.name, f"no nn.Linear ({layer.layout} layout): only these run sparse so far"))
+            left.append(Skipped(layer.name, f"not an nn.Linear ({layer.layout} layout): only nn.Linear runs sparse so far"))
             continue
         size = (layer.tensor.shape[0], layer.tensor.shape[1])
         if pattern is not None:
@@ -145,7 +156,7 @@ def _stored(
         plain = verify_stored(replace(layer, pattern=Pattern(2, 4)))
         reason = ""
         if plain.density == 1.0:
-            reason = "its weight is dense: prune it first; --pattern 2:4-T shows what that would bring"
+            reason = "its weight is dense: prune it first; --pattern 2:4-T shows what that would gain"
         elif plain.first is not None:
             reason = (
                 f"its weight is not 2:4: row {plain.first.row}, columns {4 * plain.first.group} to {4 * plain.first.group + 3}"
@@ -158,7 +169,7 @@ def _show(advice: Advice) -> None:
     console = to_stdout()
     passes = "forward and backward, float32 weights under autocast" if advice.training else "forward"
     if advice.source == "exact":
-        console.print(f"Nothing is known of times: {advice.note}. What follows is exact.", markup=False, soft_wrap=True)
+        console.print(f"No times are known: {advice.note}. The figures below are exact.", markup=False, soft_wrap=True)
     else:
         console.print(
             f"{advice.source.capitalize()} on {advice.device}: {advice.tokens:,} tokens, {advice.dtype}, {passes}; medians.",
@@ -180,7 +191,7 @@ def _show_predicted(predicted: tuple[DevicePrediction, ...], *, layers: bool) ->
     console, patterns = to_stdout(), ("2:4", "4:6", "6:8")
     console.print()
     console.print(
-        f"Predicted from public measurements of products (forward alone, no packing, no activation lifting; bcacdwk/vllmbench), "
+        f"Predicted from public measurements of products (forward only, no packing, no activation lifting; bcacdwk/vllmbench), "
         f"{predicted[0].tokens:,} tokens, {predicted[0].dtype}, as if all layers were pruned:",
         markup=False,
         soft_wrap=True,

@@ -1,4 +1,4 @@
-"""`bisparse prune --budget`: a list of patterns, of which each layer gets one."""
+"""`bisparse prune --budget`: chooses each layer's pattern from a list, within a total."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ BudgetOption = Annotated[
     str | None,
     typer.Option(
         metavar="PERCENT",
-        help="What all layers may keep together of their weights, such as 50%: each gets the one of the patterns with which the "
-        "network loses least, by the calibration data if there are any. The model is built.",
+        help="Fraction of the weights that all layers together may keep, such as 50%: each layer gets the pattern with which "
+        "the network loses least, measured on calibration data if given. Builds the model.",
     ),
 ]
 DEFAULT = "4:8-T"
@@ -27,17 +27,17 @@ DEFAULT = "4:8-T"
 def parse_patterns(
     given: list[str] | None, budget: str | None, layer_patterns: list[str] | None
 ) -> tuple[Structure | None, dict[str, Any]]:
-    """The pattern of all layers, or None and the arguments of `prune_` for a budget; wrong use if they do not go together."""
+    """(The pattern of all layers, {}), or with a budget (None, arguments of `prune_`); wrong use if options contradict."""
     if budget is None:
         if given is not None and len(given) > 1:
             raise typer.BadParameter(f"{', '.join(given)}: several patterns need --budget", param_hint="--pattern")
         return parse_pattern_option(given[0] if given else DEFAULT), {}
     if layer_patterns:
         raise typer.BadParameter(
-            "does not go together with --budget, which chooses the pattern of each layer", param_hint="--layer-pattern"
+            "does not work with --budget, which chooses the pattern of each layer", param_hint="--layer-pattern"
         )
     if not given or all(one == "dense" for one in given):
-        raise typer.BadParameter("names no pattern; pass -p for each, such as -p 2:4-T -p 4:8-T -p dense", param_hint="--budget")
+        raise typer.BadParameter("needs patterns to choose from, such as -p 2:4-T -p 4:8-T -p dense", param_hint="--budget")
     from bisparse.pruning.budget import parse_budget
 
     structures = [one if one == "dense" else parse_pattern_option(one) for one in given]

@@ -1,19 +1,20 @@
-"""What `prune --method` and `convert` share: a model built, pruned by calibration data, and saved."""
+"""Build a model, prune it with calibration data and save it: the steps that `prune --method` and `convert` share."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from bisparse.cli.calibration_options import TextFiles
 from bisparse.cli.console import (
     command_line,
     grouped,
@@ -31,133 +32,27 @@ if TYPE_CHECKING:
     from bisparse.cli.calibration_text import TextBatches
     from bisparse.cli.model_source import Source
     from bisparse.pattern import Structure
-    from bisparse.pruning import BlockReconstruction, Method
+    from bisparse.pruning import Method
     from bisparse.results import LayerResult, PruneReport
 
 __all__ = [
-    "BlockEpochs",
-    "Calibration",
-    "Damping",
-    "Device",
-    "Length",
-    "Order",
-    "Resume",
-    "Sequences",
-    "TextField",
-    "TextFiles",
     "batches_of",
     "finish",
     "group_of_ranks",
     "on_first_rank",
     "open_job",
-    "parse_device",
-    "parse_method",
-    "parse_order",
-    "parse_reconstruction",
     "plan_with_data",
     "provenance",
     "prune_with_data",
 ]
 
-Calibration = Annotated[
-    list[Path] | None,
-    # Checked here, before a model is loaded.
-    typer.Option(
-        exists=True,
-        dir_okay=False,
-        help="Text to calibrate on: a running text for causal models, a sample a line for others; or JSON lines (.jsonl) with "
-        "texts or conversations. May be repeated; each file gives as many samples.",
-    ),
-]
-TextField = Annotated[
-    str | None,
-    typer.Option(
-        "--text-field", metavar="NAME", help='The field of JSON lines to read. By default "text", "messages" or "conversations".'
-    ),
-]
-Sequences = Annotated[int, typer.Option(min=1, help="Calibration samples.")]
-Length = Annotated[int, typer.Option(min=1, help="Tokens a sample.")]
-Order = Annotated[str, typer.Option(help="sequential: layers see those pruned before them; parallel: the dense network.")]
-BlockEpochs = Annotated[
-    int, typer.Option(min=0, help="After its layers, fit each block as a whole, in at most so many passes over the samples.")
-]
-Damping = Annotated[float | None, typer.Option(help="Ridge of the least squares; by default chosen by held-out data.")]
-Device = Annotated[str | None, typer.Option(help="Run transformer blocks there, one at a time, such as cuda.")]
-Resume = Annotated[Path | None, typer.Option(help="A folder to go on from, should the job be interrupted.")]
-
-
-@dataclass(frozen=True)
-class TextFiles:
-    """The calibration data that were asked for."""
-
-    paths: Sequence[Path] | None
-    """None: those that come with the model."""
-    field: str | None
-    sequences: int
-    length: int
-
-
-def parse_method(name: str, damping: float | None = None) -> Method:
-    """A method by its name in `bisparse.pruning.METHODS`, with the damping of its least squares where one is given."""
-    from dataclasses import fields, is_dataclass
-
-    from bisparse.pruning import METHODS
-    from bisparse.pruning import parse_method as by_name
-
-    try:
-        if damping is None or name not in METHODS:
-            return by_name(name)
-        kind = METHODS[name]
-        settings: set[str] = {field.name for field in fields(kind)} if is_dataclass(kind) else set()
-        found = next((setting for setting in ("refit_damping", "damping") if setting in settings), None)
-        if found is None:
-            raise typer.BadParameter(f"{name} has no damping; name another method, such as adaprune", param_hint="--damping")
-        return by_name(name, **{found: damping})
-    except typer.BadParameter:
-        raise
-    except ValueError as error:
-        hint = "--damping" if "damping=" in str(error) else "--method"
-        raise typer.BadParameter(str(error), param_hint=hint) from error
-
-
-def parse_device(name: str | None) -> str | None:
-    """A device that is there."""
-    from bisparse.device import usable_device
-
-    if name is not None:
-        try:
-            usable_device(name)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--device") from error
-    return name
-
-
-def parse_order(order: str) -> Literal["sequential", "parallel"]:
-    """The order of calibration."""
-    if order == "sequential":
-        return "sequential"
-    if order == "parallel":
-        return "parallel"
-    raise typer.BadParameter(f"{order!r} is not one of sequential, parallel", param_hint="--order")
-
-
-def parse_reconstruction(epochs: int, order: str) -> BlockReconstruction | None:
-    """How blocks are fitted as a whole; None where they are not."""
-    if epochs == 0:
-        return None
-    if order != "sequential":
-        raise typer.BadParameter("blocks are fitted in the order sequential only", param_hint="--block-epochs")
-    from bisparse.pruning import BlockReconstruction
-
-    return BlockReconstruction(epochs=epochs)
-
 
 @contextmanager
 def group_of_ranks(timeout: timedelta | None = None) -> Iterator[ProcessGroup | None]:
-    """All ranks of a torchrun, to share the job; None without torchrun.
+    """The process group of all ranks under torchrun; None without torchrun.
 
     Args:
-        timeout: for how long a rank waits for another; None: as long as torch does.
+        timeout: how long a rank waits for another; None: torch's default.
     """
     from torch import distributed
 
@@ -172,10 +67,10 @@ def group_of_ranks(timeout: timedelta | None = None) -> Iterator[ProcessGroup | 
 
 
 def on_first_rank(job: Callable[[], None]) -> None:
-    """Run a job that one process does alone: of several ranks the first. The others wait for it, and fail if it does."""
+    """Run a single-process job, on the first rank only. The other ranks wait, and fail if it fails."""
     from bisparse.process_group import Ranks
 
-    # A large checkpoint takes longer than torch lets ranks wait for each other; where one dies, torchrun ends the others.
+    # A large checkpoint takes longer than torch's default timeout; if a rank dies, torchrun ends the others.
     with group_of_ranks(timedelta(days=7)) as group:
         ranks = Ranks(group)
         if ranks.rank == 0:
@@ -230,7 +125,7 @@ def plan_with_data(
     resume: Path | None,
     **options: Any,
 ) -> None:
-    """Show what `prune_with_data` would do with the same arguments; nothing is written."""
+    """Show what `prune_with_data` would do with the same arguments. Writes nothing."""
     from bisparse.checkpoint.reader import open_source as read_headers
     from bisparse.checkpoint.save_load import WEIGHTS, plain_weights
     from bisparse.checkpoint.sidecar import MASKS, SIDECAR, packed_size
@@ -259,7 +154,7 @@ def plan_with_data(
     if source.folder is not None:
         nbytes += sum((source.folder / one).stat().st_size for one in others)
     files = (WEIGHTS, SIDECAR, MASKS, *others)
-    notes = ("which layers the data reach, and their errors, only the job itself can tell",) if data is not None else ()
+    notes = ("only the job itself finds out which layers the data reach, and their errors",) if data is not None else ()
     parameters = count_parameters(source.model)
     show_plan(Plan(pattern, method.name, layers, left, notes, parameters, nbytes, files, describe(name, texts, data)), as_json)
 
@@ -273,10 +168,13 @@ def open_job(
     resume: Path | None,
     asked: Mapping[str, bool],
 ) -> tuple[Source, TextBatches | list[Any] | None]:
-    """The model and its data, once it is known that the result can be written; a job may take hours.
+    """The model and its data, after a check that the result can be written, since a job may take hours.
 
-    Refused: a target or journal that overlaps with what is read or with each other, a target that exists or cannot be written, a
-    model with other tensors than its files, and missing data for those of `asked` that need them.
+    Refuses a target or journal that overlaps an input or the other one, a target that exists or cannot be written, a model
+    whose tensors are not those of its files, and missing data.
+
+    Args:
+        asked: by option or method, whether it needs calibration data.
     """
     from bisparse.apart import check_apart, origin_of
     from bisparse.checkpoint import SIDECAR
@@ -306,7 +204,7 @@ def open_job(
 
 
 def provenance(name: str, source: Source, texts: TextFiles, data: TextBatches | list[Any] | None, order: str) -> dict[str, Any]:
-    """What the sidecar says of how the job was called and what it was calibrated on."""
+    """How the job was called and what it was calibrated on, for the sidecar."""
     from bisparse.checkpoint.hub import source_name
 
     return {
@@ -319,7 +217,7 @@ def provenance(name: str, source: Source, texts: TextFiles, data: TextBatches | 
 
 
 def describe(name: str, texts: TextFiles, data: TextBatches | list[Any] | None) -> dict[str, Any] | None:
-    """The calibration data of a job, as JSON values."""
+    """A description of the calibration data, as JSON values; None without data."""
     from bisparse.cli.calibration_text import SEED, TextBatches
 
     if not isinstance(data, TextBatches):
@@ -341,23 +239,23 @@ def batches_of(data: TextBatches | list[Any] | None) -> list[Any] | None:
 
 
 def _versions() -> dict[str, str]:
-    """Of the libraries that build the model and its tokens; those of bisparse's own are in the sidecar anyway."""
+    """Versions of the libraries that build the model and its tokens; the sidecar has the other versions anyway."""
     from importlib.metadata import version
 
     return {package: version(package) for package in ("transformers", "tokenizers") if package in sys.modules}
 
 
 def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
-    """The batches: from the text files, or those that came with the model."""
+    """The batches, from the text files or from the model's function; None if there are none."""
     from bisparse.cli.calibration_text import text_batches
 
     if not texts.paths:
         if texts.field is not None:
-            raise typer.BadParameter("chooses a field of --calibration files, and there are none", param_hint="--text-field")
+            raise typer.BadParameter("requires --calibration", param_hint="--text-field")
         return source.batches
     if source.tokenizer is None:
         raise typer.BadParameter(
-            "a text needs a transformers model; module:function returns its own batches", param_hint="--calibration"
+            "text requires a transformers model; module:function returns its own batches", param_hint="--calibration"
         )
     causal = bool(getattr(source.model, "can_generate", lambda: False)())
     return text_batches(
@@ -366,13 +264,13 @@ def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
 
 
 def _check_data(name: str, source: Source, data: TextBatches | list[Any] | None, asked: Mapping[str, bool]) -> None:
-    """Refuse a job without data where something asked for needs them, and say where they would come from."""
+    """Refuse a job without data if a requested method or option needs data; the error says how to give them."""
     needing = next((what for what, needs in asked.items() if needs), None)
     if data is not None or needing is None:
         return
     if source.tokenizer is None:
         raise typer.BadParameter(
-            f"{name}() returns a model alone; {needing} needs calibration data: return (model, batches)", param_hint="SOURCE"
+            f"{name}() returns only a model, and {needing} needs calibration data: return (model, batches)", param_hint="SOURCE"
         )
     raise typer.BadParameter(f"missing; {needing} needs calibration data", param_hint="--calibration")
 
@@ -388,7 +286,7 @@ def finish(
     journal: Path | None,
     group: ProcessGroup | None = None,
 ) -> None:
-    """Save the model with all that belongs to it, and show what was done; of several ranks the first does."""
+    """Save the model with its sidecar and other files, and print the report, on the first rank."""
     from torch import distributed
 
     from bisparse.checkpoint import save
@@ -401,7 +299,7 @@ def finish(
     report = save(
         source.model, target, report=report, overwrite=overwrite, source=source.folder, provenance=made_from, beside=beside
     ).report
-    # Only now: if saving fails, the job goes on from there.
+    # Removed only now: if saving fails, the job can continue from the journal.
     if journal is not None:
         remove_journal(journal)
     if as_json:
@@ -445,6 +343,6 @@ def _row(name: str, group: list[LayerResult], converted: bool) -> tuple[str, ...
 
 
 def _fitted(group: list[LayerResult]) -> str:
-    """The sparsest N:M that each layer fitted before a conversion, from the sparsest to the densest."""
+    """The range of the sparsest N:M that each layer fitted before a conversion, as text."""
     found = sorted({one.fitted for one in group if one.fitted}, key=lambda text: int(text.partition(":")[0]))
     return found[0] if len(found) == 1 else f"{found[0]} to {found[-1]}" if found else "-"

@@ -20,31 +20,31 @@ from bisparse.user_errors import error_in_one_line
 __all__ = ["SEED", "CalibrationFile", "TextBatches", "text_batches", "token_batches"]
 
 SEED = 0
-"""Of the order of calibration samples."""
+"""Seed of the order of calibration samples."""
 RECORDS = (".jsonl", ".ndjson")
-"""Endings of files that are JSON lines in any case; others are if their first line is a JSON object."""
+"""Suffixes of files that are always read as JSON lines; other files are if their first line is a JSON object."""
 CONVERSATIONS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
-"""What ShareGPT's files call the roles of a chat template."""
+"""From the roles in ShareGPT's files to those of chat templates."""
 SHOWN = 6
 
 
 @dataclass(frozen=True)
 class CalibrationFile:
-    """One file that a job was calibrated on."""
+    """A calibration file, as recorded in the sidecar."""
 
     name: str
-    """As it was given."""
+    """The path as it was given."""
     sha256: str
-    """Of its content, as it was read."""
+    """Digest of its content when it was read."""
     bytes: int
     sequences: int
-    """How many samples were taken from it."""
+    """Number of samples taken from it."""
 
 
 @dataclass(frozen=True)
 class TextBatches:
-    """Batches for a transformers model, and where they come from."""
+    """Batches for a transformers model, and the files that they were made from."""
 
     batches: list[dict[str, Tensor]]
     files: tuple[CalibrationFile, ...]
@@ -56,7 +56,7 @@ class TextBatches:
 
     @property
     def tokens(self) -> int:
-        """Number of tokens, without those of padding."""
+        """Number of tokens, without padding."""
         masks = (batch.get("attention_mask", torch.ones_like(batch["input_ids"])) for batch in self.batches)
         return sum(int(mask.sum()) for mask in masks)
 
@@ -64,12 +64,12 @@ class TextBatches:
 class _Sample(NamedTuple):
     text: str
     is_chat: bool = False
-    """A conversation in the words of the chat template, which has the special tokens already."""
+    """Whether the text comes from the chat template, which has added the special tokens already."""
 
 
 @dataclass(frozen=True)
 class _File:
-    """A file that was read."""
+    """A calibration file and its content."""
 
     path: Path
     content: bytes
@@ -99,20 +99,20 @@ def text_batches(
     length: int = 512,
     batch_size: int = 8,
 ) -> TextBatches:
-    """Calibration batches from files, of which each gives the same number of samples, as long as it has so many.
+    """Calibration batches from files. Every file contributes the same number of samples, as far as it has enough.
 
-    A text file is one running text for causal models and a sample per line for others. In a file of JSON lines (``.jsonl``, or
-    the first line is a JSON object) each line is a sample: its field "text"; or "messages" or "conversations", lists of
+    A text file is one continuous text for causal models and one sample per line for others. In a file of JSON lines
+    (``.jsonl``, or the first line is a JSON object) each line is a sample: its field "text"; or "messages" or "conversations", of
     ``{"role": ..., "content": ...}`` or ``{"from": ..., "value": ...}``, which become text by the tokenizer's chat template.
     For causal models samples are joined, with the token for the end of a text between them.
 
     Args:
-        field: the field to read in place of these.
-        sequences: how many samples to take at most.
-        length: tokens per sample; for models that are not causal at most.
+        field: the field to read instead.
+        sequences: maximum number of samples.
+        length: tokens per sample; the maximum for models that are not causal.
 
     Raises:
-        CalibrationError: a file is empty, too short, or no text; a line is no JSON or lacks the field; names file and line.
+        CalibrationError: a file is empty, too short, or not text; a line is not JSON or lacks the field. Names file and line.
         CheckpointError: a file cannot be read.
     """
     files = [_read(Path(path)) for path in ([paths] if isinstance(paths, str | Path) else paths)]
@@ -123,7 +123,7 @@ def text_batches(
         samples = [[sample.text for sample in _samples(tokenizer, one, field)] for one in files]
         for one, own in zip(files, samples, strict=True):
             if not own:
-                raise CalibrationError(f"{one.path} holds no text to calibrate on")
+                raise CalibrationError(f"{one.path} has no text to calibrate on")
         batches, counts = _padded_batches(tokenizer, samples, sequences, length, batch_size)
     return TextBatches(batches, tuple(one.described(count) for one, count in zip(files, counts, strict=True)))
 
@@ -136,7 +136,7 @@ def _read(path: Path) -> _File:
 
 
 def _shares(available: Sequence[int], wanted: int) -> list[int]:
-    """How many samples to take of each file: as many of each as it has, and as many as of any other."""
+    """How many samples to take from each file: equally many from each, but no more than it has."""
     counts = [0] * len(available)
     for done, place in enumerate(sorted(range(len(available)), key=lambda i: available[i])):
         counts[place] = min(available[place], -(-(wanted - sum(counts)) // (len(available) - done)))
@@ -147,7 +147,7 @@ def _rows(ids: Int[Tensor, " T"], length: int, what: str) -> Int[Tensor, "S L"]:
     available = ids.numel() // length
     if available == 0:
         raise CalibrationError(
-            f"{what} has {ids.numel()} tokens, fewer than one sequence of {length}: give more text or less length"
+            f"{what} has {ids.numel()} tokens, fewer than one sequence of {length}: use more text or a smaller length"
         )
     return ids[: available * length].view(available, length)
 
@@ -158,7 +158,7 @@ def _token_batches(
     counts = _shares([len(one) for one in rows], sequences)
     chosen = [one[torch.linspace(0, len(one) - 1, count).round().long()] for one, count in zip(rows, counts, strict=True)]
     mixed = torch.cat(chosen)
-    # Neighbours in the text go to different batches, so that batches held out are of all of it.
+    # Neighbours in the text go to different batches, so that held-out batches cover the whole text.
     mixed = mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(SEED))]
     return [{"input_ids": part} for part in mixed.split(batch_size)], counts
 
@@ -171,7 +171,7 @@ def _padded_batches(
     for own, count in zip(samples, counts, strict=True):
         order = torch.randperm(len(own), generator=torch.Generator().manual_seed(SEED))[:count].tolist()
         texts += [own[i] for i in order]
-    # Lines of like length together, so that little is padding; then in random order again.
+    # Lines of similar length share a batch, to need little padding; then the batches are shuffled.
     texts.sort(key=len)
     batches = [
         dict(tokenizer(texts[i : i + batch_size], padding=True, truncation=True, max_length=length, return_tensors="pt"))
@@ -181,7 +181,7 @@ def _padded_batches(
 
 
 def _ids(tokenizer: Any, file: _File, field: str | None, enough: int) -> Int[Tensor, " T"]:
-    """The tokens of a file, for a causal model; of JSON lines, in random order, at most about `enough` of them."""
+    """The tokens of a file, for a causal model; JSON lines are read in random order until there are about `enough` tokens."""
     if not _is_records(file):
         ids: Tensor = tokenizer(_text(file), return_tensors="pt", verbose=False)["input_ids"][0]
         return ids
@@ -215,14 +215,14 @@ def _text(file: _File) -> str:
         return file.content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = file.content.count(b"\n", 0, error.start) + 1
-        raise CalibrationError(f"{file.path} is no UTF-8 text to calibrate on (line {line}: {error})") from error
+        raise CalibrationError(f"{file.path} is not UTF-8 text (line {line}: {error})") from error
 
 
 def _is_records(file: _File) -> bool:
     """Whether a file is JSON lines.
 
     Raises:
-        CalibrationError: it is one JSON document, whose punctuation would be calibrated on.
+        CalibrationError: it is a single JSON document, which is neither text nor JSON lines.
     """
     if file.path.suffix.lower() in RECORDS:
         return True
@@ -232,12 +232,12 @@ def _is_records(file: _File) -> bool:
     if isinstance(_json(start.split(b"\n", 1)[0]), dict):
         return True
     if _json(start) is not None:
-        raise CalibrationError(f"{file.path} is one JSON document: write a JSON object per line (.jsonl), or plain text")
+        raise CalibrationError(f"{file.path} is a single JSON document: write one JSON object per line (.jsonl), or plain text")
     return False
 
 
 def _json(text: bytes) -> Any:
-    """A JSON value; None where there is none."""
+    """The JSON value of a text; None if it is not JSON."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -249,13 +249,13 @@ def _sample(tokenizer: Any, line: bytes, field: str | None, where: str) -> _Samp
         record = json.loads(line.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else error
-        raise CalibrationError(f"{where} is no JSON ({problem}); each line holds one object") from error
+        raise CalibrationError(f"{where} is not JSON ({problem}); each line must be one object") from error
     if not isinstance(record, dict):
-        raise CalibrationError(f"{where} holds a {type(record).__name__}, not a JSON object with a text")
+        raise CalibrationError(f"{where} is a {type(record).__name__}, not a JSON object with a text")
     name = field or next((one for one in ("text", *CONVERSATIONS) if one in record), None)
     if name is None or name not in record:
         wanted = repr(field) if field else "'text', 'messages' or 'conversations'"
-        raise CalibrationError(f"{where} has no field {wanted}, only {list(record)[:SHOWN]}: name another with --text-field")
+        raise CalibrationError(f"{where} has no field {wanted}, only {list(record)[:SHOWN]}: choose one with --text-field")
     value = record[name]
     if isinstance(value, str):
         return _Sample(value)
@@ -265,7 +265,7 @@ def _sample(tokenizer: Any, line: bytes, field: str | None, where: str) -> _Samp
 
 
 def _chat(tokenizer: Any, messages: list[Any], where: str) -> str:
-    """A conversation as the tokenizer's chat template writes it."""
+    """A conversation as text, formatted by the tokenizer's chat template."""
     said = []
     for number, message in enumerate(messages, start=1):
         role, content = (
@@ -277,7 +277,7 @@ def _chat(tokenizer: Any, messages: list[Any], where: str) -> str:
             raise CalibrationError(f"{where}: message {number} has no role and content (or from and value)")
         said.append({"role": ROLES.get(role, role), "content": content})
     if not getattr(tokenizer, "chat_template", None):
-        raise CalibrationError(f"{where} is a conversation, and the model's tokenizer has no chat template: use texts instead")
+        raise CalibrationError(f"{where} is a conversation, but the model's tokenizer has no chat template: use plain texts")
     try:
         return str(tokenizer.apply_chat_template(said, tokenize=False))
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What all commands share: exit codes, messages without tracebacks, JSON, progress, options, and tables of layers."""
+"""Shared by all commands: exit codes, messages without tracebacks, JSON, progress, options, and tables of layers."""
 
 from __future__ import annotations
 
@@ -46,43 +46,47 @@ Included = Annotated[
 ]
 Excluded = Annotated[
     list[str] | None,
-    typer.Option("--exclude", "-x", metavar="GLOB", help="Leave these layers out; it wins over --include. May be repeated."),
+    typer.Option(
+        "--exclude", "-x", metavar="GLOB", help="Leave these layers out; takes precedence over --include. May be repeated."
+    ),
 ]
 Layouts = Annotated[
     list[str] | None,
     typer.Option(
         "--layout",
         metavar="GLOB=LAYOUT",
-        help="How some layers store their matrices, where that is not known: linear, transposed, conv, conv-last, "
+        help="How some layers store their matrices, if it cannot be detected: linear, transposed, conv, conv-last, "
         "conv-transposed, experts, experts-transposed, groups:32, parts:q,k,v. May be repeated.",
     ),
 ]
 Key = Annotated[
     str | None,
-    typer.Option("--key", metavar="KEY", help="Where a torch file keeps the state dict: model.state_dict. Found by default."),
+    typer.Option(
+        "--key", metavar="KEY", help="Key of the state dict in a torch file, such as model.state_dict. Found by default."
+    ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default as many as torch would take.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default torch's number.")]
 
 INTERRUPTED = 130
 PIPED_WIDTH = 160
 WRONG_USE: Any = typer.BadParameter.__mro__[1]
-"""What typer raises for arguments that do not parse, whatever is wrong with them; it gives the class no public name."""
+"""The exception that typer raises for every argument that does not parse; the class has no public name."""
 
 
 class _Terminal(Console):
-    """A console to which no name in a file can send an escape sequence or a line of its own."""
+    """A console that escapes control characters, so that names in files cannot send escape sequences or extra lines."""
 
     def print(self, *objects: Any, **options: Any) -> None:
         super().print(*(printable(one) if isinstance(one, str) else one for one in objects), **options)
 
 
 def to_stdout() -> Console:
-    """Where results go: nowhere with `--quiet`. If this is not a terminal it is wide enough that no table is cut."""
+    """The console for results; silent with `--quiet`. Without a terminal it is wide enough that no table is cut."""
     return _Terminal(width=None if sys.stdout.isatty() else PIPED_WIDTH, highlight=False, emoji=False, quiet=_quiet)
 
 
 def set_quiet(quiet: bool) -> None:
-    """Whether to print neither results nor progress from now on; errors and JSON are not affected."""
+    """Turn results and progress off or on; errors and JSON are always printed."""
     global _quiet
     _quiet = quiet
 
@@ -93,12 +97,12 @@ def shows_progress(*, as_json: bool) -> bool:
 
 
 def to_stderr() -> Console:
-    """Where messages and progress go."""
+    """The console for messages and progress."""
     return _Terminal(stderr=True, highlight=False, emoji=False)
 
 
 def command(function: Callable[P, None]) -> Callable[P, None]:
-    """A command whose errors are messages: exit code 1 for a failed job, 2 for wrong use, 130 after Ctrl-C, 143 after SIGTERM."""
+    """Decorate a command: errors become messages, with exit code 1 (failed job), 2 (wrong use), 130 (Ctrl-C) or 143 (SIGTERM)."""
 
     @functools.wraps(function)
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -141,7 +145,7 @@ def command_line() -> list[str]:
 
 
 class Commands(TyperGroup):
-    """The commands of an app; wrong use is reported in JSON too where `--json` is among the arguments."""
+    """The commands of an app; with `--json`, wrong use is reported as JSON too."""
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         given = list(args)
@@ -160,16 +164,14 @@ class Commands(TyperGroup):
 
 
 def _left_behind(journal: Any) -> str:
-    """What an interrupted job leaves: with --resume, its journal once there is one."""
+    """A sentence on what an interrupted job left on disk: with --resume, its journal."""
     if journal is None or not journal.exists():
         return "nothing was left behind"
-    return (
-        f"the layers finished so far are kept in {journal}, and the same command goes on from there; nothing else was left behind"
-    )
+    return f"the layers finished so far are kept in {journal}, and the same command continues from there; nothing else was left"
 
 
 def fail(message: str, code: int, *, as_json: bool = False) -> NoReturn:
-    """Say what went wrong and stop."""
+    """Print an error and exit with this code."""
     to_stderr().print(f"[bold red]bisparse:[/] {escape(message)}", soft_wrap=True)
     if as_json:
         print_json({"ok": False, "error": message, "exit_code": code})
@@ -177,10 +179,10 @@ def fail(message: str, code: int, *, as_json: bool = False) -> NoReturn:
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run an app as a process: SIGTERM unwinds the stack as Ctrl-C does, so that nothing half written stays behind."""
+    """Run an app as a process. SIGTERM unwinds the stack like Ctrl-C, so that no partial output is left behind."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
-        # A launcher may send it again; that must not interrupt the cleaning up.
+        # A launcher may send it again, which must not interrupt the cleanup.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise SystemExit(TERMINATED)
 
@@ -190,18 +192,18 @@ def run_app(app: typer.Typer) -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
-        # The reader, such as `head`, has what it wanted. Python would complain once more when it flushes at exit.
+        # The reader of the pipe, such as `head`, has closed it. Python would report that once more when it flushes at exit.
         sys.stderr.close()
         sys.exit(1)
 
 
 def print_json(content: object) -> None:
-    """One JSON document on standard output."""
+    """Print one JSON document on standard output."""
     typer.echo(json.dumps(content, indent=2, default=str))
 
 
 def set_threads(threads: int | None) -> None:
-    """Let torch, and with it our kernels, use that many threads."""
+    """Set the number of threads of torch, which bisparse's kernels use too."""
     if threads is not None:
         import torch
 
@@ -209,7 +211,7 @@ def set_threads(threads: int | None) -> None:
 
 
 def parse_pattern_option(text: str, hint: str = "--pattern") -> Structure:
-    """A pattern that the user typed; wrong use if it is none."""
+    """The pattern of a text from the command line; wrong use if it is not one."""
     from bisparse.pattern import parse_pattern
 
     try:
@@ -219,7 +221,7 @@ def parse_pattern_option(text: str, hint: str = "--pattern") -> Structure:
 
 
 def parse_layout_options(given: list[str] | None) -> dict[str, str]:
-    """Layouts by layer that the user typed as GLOB=LAYOUT; wrong use if they are none."""
+    """Layouts by layer, from texts GLOB=LAYOUT of the command line; wrong use if one is malformed."""
     from bisparse.layers import parse_layouts
 
     layouts: dict[str, str] = {}
@@ -236,7 +238,7 @@ def parse_layout_options(given: list[str] | None) -> dict[str, str]:
 
 
 def parse_solver_option(name: str | None) -> Solver | None:
-    """A solver by its name on the command line."""
+    """The solver of this name; wrong use if there is none."""
     from bisparse.solvers import parse_solver
 
     if name is None:
@@ -248,7 +250,7 @@ def parse_solver_option(name: str | None) -> Solver | None:
 
 
 def parse_source(name: str | Path, hint: str) -> Path:
-    """The path of a checkpoint that the user named: itself, or a model in the local Hugging Face cache; wrong use if neither."""
+    """The path of a checkpoint: the given one, or the model of this name in the local Hugging Face cache; otherwise wrong use."""
     from bisparse.checkpoint.hub import find_source
     from bisparse.errors import CheckpointError
 
@@ -260,7 +262,7 @@ def parse_source(name: str | Path, hint: str) -> Path:
 
 @contextmanager
 def progress_bar(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A function (what, done, total) that moves a bar on standard error; without a terminal it prints lines with the time."""
+    """A function (what, done, total) that shows progress on standard error: a bar, or lines with the time without a terminal."""
     if not show or _quiet:
         yield lambda what, done, total: None
         return
@@ -285,7 +287,7 @@ def progress_bar(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 def table(columns: Iterable[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
-    """A plain table; columns whose heading starts with a space are numbers, set flush right."""
+    """A plain table; columns whose heading starts with a space are right-aligned numbers."""
     made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title or None, title_justify="left", title_style="bold")
     for column in columns:
         made.add_column(column.strip(), justify="right" if column.startswith(" ") else "left", overflow="fold")
@@ -295,7 +297,7 @@ def table(columns: Iterable[str], rows: Iterable[Sequence[str]], title: str = ""
 
 
 def grouped(items: Iterable[Any], name: Callable[[Any], str], alike: Callable[[Any], object]) -> list[tuple[str, list[Any]]]:
-    """Layers that differ in the numbers of their names only, together: ``encoder.layer.*.output.dense``."""
+    """Layers grouped by name with the numbers replaced: ``encoder.layer.*.output.dense``."""
     groups: dict[object, list[Any]] = {}
     for item in items:
         groups.setdefault((re.sub(r"\d+", "*", name(item)), alike(item)), []).append(item)
@@ -303,13 +305,13 @@ def grouped(items: Iterable[Any], name: Callable[[Any], str], alike: Callable[[A
 
 
 def print_coverage(console: Console, coverage: str) -> None:
-    """How much of the model was pruned; a warning in yellow."""
+    """Print how much of the model was pruned; a warning is yellow."""
     if coverage:
         console.print(coverage, style="yellow" if coverage.startswith("Warning") else None, markup=False, soft_wrap=True)
 
 
 def print_left_dense(console: Console, left: Iterable[Any], heading: str = "left dense") -> None:
-    """The layers left dense, or out of something else, each group with its reason."""
+    """Print the layers left dense, or left out of another job, each group with its reason."""
     rows = [
         (name, str(len(group)), group[0].reason) for name, group in grouped(left, lambda one: one.name, lambda one: one.reason)
     ]

@@ -1,4 +1,4 @@
-"""`bisparse convert`: from one mask type to another, without training."""
+"""`bisparse convert`: converts masks to another pattern, without training."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Annotated
 
 import typer
 
-from bisparse.cli.calibrated import (
+from bisparse.cli.calibrated import batches_of, finish, group_of_ranks, on_first_rank, open_job, provenance
+from bisparse.cli.calibration_options import (
     BlockEpochs,
     Calibration,
     Damping,
@@ -19,16 +20,10 @@ from bisparse.cli.calibrated import (
     Sequences,
     TextField,
     TextFiles,
-    batches_of,
-    finish,
-    group_of_ranks,
-    on_first_rank,
-    open_job,
     parse_device,
     parse_method,
     parse_order,
     parse_reconstruction,
-    provenance,
 )
 from bisparse.cli.console import (
     AsJson,
@@ -57,7 +52,7 @@ def convert(
         str,
         typer.Argument(
             help="A transformers folder, a model in the local Hugging Face cache (org/name), or module:function returning "
-            "(model, batches); with --to-dense any checkpoint."
+            "(model, batches); with --to-dense, any checkpoint."
         ),
     ],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
@@ -68,17 +63,18 @@ def convert(
         bool,
         typer.Option(
             "--to-dense",
-            help="Change no weight, but write a checkpoint that is stored in packed or masked form as a plain one, which loads "
-            "anywhere.",
+            help="Write a checkpoint that is stored packed or masked as plain weights, unchanged, which load anywhere.",
         ),
     ] = False,
     key: Key = None,
-    method: Annotated[str | None, typer.Option(help="By default adaprune with calibration data, else magnitude.")] = None,
+    method: Annotated[str | None, typer.Option(help="By default adaprune with calibration data, otherwise magnitude.")] = None,
     calibration: Calibration = None,
     text_field: TextField = None,
     sequences: Sequences = 256,
     length: Length = 512,
-    regrow: Annotated[bool, typer.Option("--regrow", help="Fill places that are free in the new pattern.")] = False,
+    regrow: Annotated[
+        bool, typer.Option("--regrow", help="Use free places of the new pattern for weights that were pruned.")
+    ] = False,
     order: Order = "sequential",
     block_epochs: BlockEpochs = 0,
     damping: Damping = None,
@@ -92,12 +88,12 @@ def convert(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a model's masks, the non-zeros of its weights, to another pattern, and fit the weights to calibration data.
+    """Convert a model's masks (the non-zeros of its weights) to another pattern, and fit the weights to calibration data.
 
-    What was pruned stays pruned unless it may re-grow. Reports each layer's pattern violation and output error.
+    Pruned weights stay pruned without --regrow. Reports each layer's pattern violation and output error.
 
-    With --to-dense, from one form of storage to another: compressed-tensors' bit masks, torch's semi-structured tensors,
-    weight_orig and weight_mask, and training checkpoints become plain weights with zeros.
+    With --to-dense, only the storage changes: compressed-tensors' bit masks, torch's semi-structured tensors, weight_orig
+    and weight_mask, and training checkpoints become plain weights with zeros.
     """
     if to_dense:
         others = {
@@ -107,13 +103,13 @@ def convert(
             "--regrow": regrow or None, "--block-epochs": block_epochs or None,
         }  # fmt: skip
         if given := [name for name, value in others.items() if value not in (None, [])]:
-            raise typer.BadParameter("has no use with --to-dense, which changes no weight", param_hint=given[0])
+            raise typer.BadParameter("does not work with --to-dense, which changes no weight", param_hint=given[0])
         on_first_rank(lambda: _write_dense(source, target, key, overwrite, as_json))
         return
     if to is None:
-        raise typer.BadParameter("missing; name a pattern, or pass --to-dense", param_hint="--to")
+        raise typer.BadParameter("missing; pass a pattern, or --to-dense", param_hint="--to")
     if key is not None:
-        raise typer.BadParameter("is for --to-dense only", param_hint="--key")
+        raise typer.BadParameter("requires --to-dense", param_hint="--key")
     structure = parse_pattern_option(to, "--to")
     layouts = parse_layout_options(layout)
     set_threads(threads)

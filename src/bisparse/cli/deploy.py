@@ -1,4 +1,4 @@
-"""What `quantize`, `export` and `prune --quantize --export` share: folders quantised and exported, and what is said of them."""
+"""Quantise and export folders, and print the results: shared by `quantize`, `export` and `prune --quantize --export`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ Quantize = Annotated[
     typer.Option(
         "--quantize",
         metavar="SCHEME",
-        help="Afterwards quantise TARGET into TARGET-SCHEME, as `bisparse quantize` does: int8, int4-g64, fp8, ... With "
-        "--calibration by gptq, else rtn.",
+        help="Afterwards quantise TARGET into TARGET-SCHEME, as `bisparse quantize` does: int8, int4-g64, fp8, ... Uses gptq "
+        "with --calibration, otherwise rtn.",
     ),
 ]
 Export = Annotated[
@@ -32,7 +32,7 @@ Export = Annotated[
 
 
 def places(target: Path, quantize: str | None, export: str | None) -> tuple[Path | None, Path | None]:
-    """Where `prune` puts what is quantised and what is exported: next to its target."""
+    """The quantised folder and the exported file of `prune`, next to its target; None for each that is not wanted."""
     folder = None if quantize is None else target.with_name(f"{target.name}-{quantize}")
     return folder, None if export is None else target.with_name(f"{target.name}.onnx")
 
@@ -45,11 +45,11 @@ def check_deployment(
         return
     hint = "--quantize" if quantize is not None else "--export"
     if dry_run or target is None:
-        raise typer.BadParameter("has no use with --dry-run", param_hint=hint)
+        raise typer.BadParameter("does not work with --dry-run", param_hint=hint)
     if as_json:
-        raise typer.BadParameter("prints a report of its own: run `bisparse quantize` or `export` after it", param_hint=hint)
+        raise typer.BadParameter("does not work with --json: run `bisparse quantize` or `export` afterwards", param_hint=hint)
     if not Path(source).is_dir() or not (Path(source) / "config.json").is_file():
-        raise typer.BadParameter(f"needs a folder of transformers with its config.json, which {source} is not", param_hint=hint)
+        raise typer.BadParameter(f"requires a transformers folder with a config.json, which {source} is not", param_hint=hint)
     if quantize is not None:
         _check_scheme(quantize)
         import_for("compressed_tensors", "--quantize")
@@ -76,7 +76,7 @@ def deploy(
     length: int,
     overwrite: bool,
 ) -> None:
-    """Quantise and export what `prune` has written."""
+    """Quantise and export the folder that `prune` wrote, as far as requested."""
     folder, file = places(target, quantize, export)
     options: dict[str, Any] = {
         "method": "gptq" if calibration is not None else "rtn",
@@ -105,7 +105,7 @@ def quantize_folder(
     progress: bool = True,
     **options: Any,
 ) -> QuantizationReport:
-    """Build the model of a folder, quantise its Linear layers, and write it; options are those of `quantize_`."""
+    """Load a model, quantise its Linear layers and write the folder; options are those of `quantize_`."""
     from dataclasses import replace
 
     from bisparse.apart import check_apart
@@ -128,9 +128,13 @@ def quantize_folder(
     include, exclude = options.pop("include", None), options.pop("exclude", None)
     chosen, dense = find_layers(opened.model, include, exclude)
     linear = [one.name for one in chosen if can_be_stored(one.name, one.module)]
-    others = [Skipped(one.name, f"{type(one.module).__name__}: not stored quantised") for one in chosen if one.name not in linear]
+    others = [
+        Skipped(one.name, f"{type(one.module).__name__}: compressed-tensors stores only Linear layers")
+        for one in chosen
+        if one.name not in linear
+    ]
     if not linear:
-        raise ValueError(f"{source}: none of its layers is a Linear, which is what compressed-tensors stores quantised")
+        raise ValueError(f"{source}: none of its layers is a Linear, the only kind that compressed-tensors stores quantised")
     report = quantize_(opened.model, scheme, data=batches, method=method, include=linear, progress=progress, **options)
     refused = [one for one in report.left if one.name in linear]
     report = replace(report, left=(*dense, *others, *refused))
@@ -165,7 +169,7 @@ def export_folder(
     calibration_length: int = 512,
     overwrite: bool = False,
 ) -> OnnxExport:
-    """Build a model, quantise it where that is asked for, and write it as an ONNX file in float32."""
+    """Load a model, quantise it if requested, and write it as an ONNX file in float32."""
     import torch
 
     from bisparse.apart import check_apart
@@ -191,7 +195,7 @@ def export_folder(
 
 
 def show_quantization(report: QuantizationReport, target: Path, as_json: bool = False) -> None:
-    """Print what was quantised."""
+    """Print a quantisation report."""
     if as_json:
         print_json({"ok": True, "target": str(target), **report.as_dict()})
         return
@@ -232,11 +236,13 @@ def show_export(export: OnnxExport, as_json: bool = False) -> None:
     console = to_stdout()
     shapes = "; ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in export.inputs.items())
     console.print(f"Inputs: {shapes}. Output: {export.output}.", markup=False)
-    console.print(f"{export.weights} matrices are in the file, equal to the model's bit for bit.")
+    console.print(f"{export.weights} matrices in the file are bit-identical to the model's.")
     if export.unmatched:
-        console.print(f"Not in the file under their names, so not compared: {', '.join(export.unmatched[:8])}.", style="yellow")
+        console.print(
+            f"Not compared, since the file has no weights of these names: {', '.join(export.unmatched[:8])}.", style="yellow"
+        )
     for pattern, layers in export.verified.items():
-        console.print(f"{pattern} holds on {layers} layers along the axis that the graph multiplies over.")
+        console.print(f"{pattern} holds on {layers} layers along the reduction axis of the graph.")
     if export.difference is not None:
         console.print(f"onnxruntime: outputs differ by at most {export.difference:.2e} (largest output {export.largest:.3g}).")
     else:
@@ -245,7 +251,7 @@ def show_export(export: OnnxExport, as_json: bool = False) -> None:
 
 
 def import_for(package: str, what: str) -> None:
-    """Refuse, before a model is loaded, what needs a package that is not installed."""
+    """Raise ImportError before a model is loaded if a package is not installed."""
     from importlib.util import find_spec
 
     from bisparse.errors import install_extra
@@ -274,7 +280,7 @@ def _check_plain(source: str) -> None:
     from bisparse.errors import CheckpointError
 
     if Path(source).is_dir() and open_source(source).config.get("quantization_config"):
-        raise CheckpointError(source, "is quantised already (its config.json says how)", "start from the model before that")
+        raise CheckpointError(source, "is already quantised, by its config.json", "start from the unquantised model")
 
 
 def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length: int) -> list[Any] | None:
@@ -284,7 +290,7 @@ def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length
         batches: list[Any] | None = opened.batches
         return batches
     if opened.tokenizer is None:
-        raise typer.BadParameter("a text needs a transformers model", param_hint="--calibration")
+        raise typer.BadParameter("text requires a transformers model", param_hint="--calibration")
     causal = bool(getattr(opened.model, "can_generate", lambda: False)())
     return list(text_batches(opened.tokenizer, calibration, causal=causal, sequences=sequences, length=length).batches)
 
@@ -293,7 +299,9 @@ def _example(opened: Any, length: int, torch: Any) -> Any:
     """An example input: token ids and a mask for a transformers model, or the function's first batch."""
     if opened.tokenizer is None:
         if not opened.batches:
-            raise typer.BadParameter("a function must return (model, batches): the first is the example", param_hint="SOURCE")
+            raise typer.BadParameter(
+                "the function must return (model, batches): the first batch is the example", param_hint="SOURCE"
+            )
         return opened.batches[0]
     vocabulary = getattr(opened.model.config, "vocab_size", None) or len(opened.tokenizer)
     ids = torch.randint(0, vocabulary, (2, length), generator=torch.Generator().manual_seed(0))

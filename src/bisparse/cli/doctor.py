@@ -1,4 +1,4 @@
-"""`bisparse doctor`: what this machine has, what of bisparse works on it, and why the rest does not."""
+"""`bisparse doctor`: what this machine has, which parts of bisparse work on it, and why the others do not."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FEATURES = (
 
 @command
 def doctor(as_json: AsJson = False) -> None:
-    """Show versions, the processor's instructions and the kernels that they select, threads, GPUs, backends and the kernel cache.
+    """Show versions, the processor's instructions and the kernels they select, threads, GPUs, backends and the kernel cache.
 
-    Exit code 1 if not even the exact solver works here, otherwise 0.
+    Exit code 1 if the exact solver does not work here, otherwise 0.
     """
     found = _examine()
     if as_json:
@@ -65,7 +65,7 @@ def _version(package: str) -> str | None:
 
 
 def _solve() -> str | None:
-    """Why the solver fails on a small matrix; None where its mask obeys and is optimal."""
+    """Why the solver fails on a small matrix; None if its mask is valid and optimal."""
     import torch
 
     from bisparse import solve, verify
@@ -94,7 +94,7 @@ def _processor() -> dict[str, Any]:
 
 
 def _cache() -> dict[str, Any]:
-    """Where compiled kernels are kept, and whether they can be."""
+    """The folder of compiled kernels, and why nothing can be written there, if so."""
     import bisparse
     from bisparse.kernels.numba_runtime.target import cache_folder
 
@@ -113,10 +113,12 @@ def _show(found: dict[str, Any]) -> None:
     rows = [("works", "yes: a small matrix was solved, and its mask is optimal" if found["works"] else found["problem"])]
     rows += [("system", f"{found['platform']}, Python {found['python']}")]
     rows += [(package, version or "not installed") for package, version in found["versions"].items()]
-    rows += [("processor", f"{processor['name']}: {' '.join(processor['features']) or 'none of the vector instructions used'}")]
+    rows += [
+        ("processor", f"{processor['name']}: {' '.join(processor['features']) or 'no vector instructions that bisparse uses'}")
+    ]
     rows += [("packed products", products), ("torch's kernels", processor["torch"])]
     rows += [("threads", f"{found['threads']['torch']} of {found['threads']['cores']} cores")]
-    rows += [("GPUs", ", ".join(found["gpus"]) or "torch sees none")]
+    rows += [("GPUs", ", ".join(found["gpus"]) or "none that torch can use")]
     for device, backends in found["backends"].items():
         rows += [(f"{name} on {device}", reason or "usable") for name, reason in backends.items()]
     rows += [("kernel cache", f"{cache['folder']}: {cache['problem'] or 'writable'}")]

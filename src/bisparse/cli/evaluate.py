@@ -1,4 +1,4 @@
-"""`bisparse eval`: what a model can do, by one protocol that is stated with every figure."""
+"""`bisparse eval`: measures a model, and states the protocol with every figure."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ def evaluate(
     ] = None,
     context: Annotated[int, typer.Option(min=2, help="Tokens per window of --text.")] = 512,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between two windows of --text; by default the context, without overlap.")
+        int | None,
+        typer.Option(min=1, help="Tokens between the starts of two windows of --text; by default the context, without overlap."),
     ] = None,
-    tokens: Annotated[int | None, typer.Option(min=2, help="Read only the first so many tokens of --text.")] = None,
+    tokens: Annotated[int | None, typer.Option(min=2, help="Read only this many tokens of --text.")] = None,
     pairs: Annotated[
         Path | None,
         typer.Option(
@@ -47,15 +48,19 @@ def evaluate(
         Path | None, typer.Option("--labels", exists=True, dir_okay=False, help="Accuracy: the classes of --images, a .npy file.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option("--against", metavar="MODEL", help="How often that model gives the same class for --images.")
+        str | None,
+        typer.Option("--against", metavar="MODEL", help="Measure how often this model gives the same class for --images."),
     ] = None,
     tasks: Annotated[
         list[str] | None,
-        typer.Option("--tasks", metavar="TASK", help="A task of lm-eval, if that is installed. May be repeated."),
+        typer.Option("--tasks", metavar="TASK", help="A task of lm-eval, which must be installed. May be repeated."),
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Samples per task of lm-eval.")] = None,
     record: Annotated[
-        bool, typer.Option("--record", help="Write the figures into bisparse.json and README.md of MODEL, a folder of bisparse.")
+        bool,
+        typer.Option(
+            "--record", help="Write the figures into bisparse.json and README.md of MODEL, a folder that bisparse wrote."
+        ),
     ] = False,
     threads: Threads = None,
     as_json: AsJson = False,
@@ -138,9 +143,9 @@ def _check(
     tasks: list[str] | None,
     limit: int | None,
 ) -> None:
-    """Refuse options that measure nothing, before a model is loaded."""
+    """Refuse options that do not work together or measure nothing, before a model is loaded."""
     if not (text or pairs or images or tasks):
-        raise typer.BadParameter("nothing to measure; name --text, --pairs, --images or --tasks")
+        raise typer.BadParameter("nothing to measure; pass --text, --pairs, --images or --tasks")
     for hint, given, needed, other in (
         ("--tokens", tokens, text, "--text"),
         ("--stride", stride, text, "--text"),
@@ -149,26 +154,26 @@ def _check(
         ("--limit", limit, tasks, "--tasks"),
     ):
         if given is not None and not needed:
-            raise typer.BadParameter(f"has no use without {other}", param_hint=hint)
+            raise typer.BadParameter(f"requires {other}", param_hint=hint)
     if images is not None and labels is None and against is None:
-        raise typer.BadParameter("needs --labels, --against or both", param_hint="--images")
+        raise typer.BadParameter("requires --labels, --against or both", param_hint="--images")
     if stride is not None and stride > context:
         raise typer.BadParameter(
             f"{stride} is more than the context of {context}: tokens would be left out", param_hint="--stride"
         )
     if tokens is not None and tokens < context:
-        raise typer.BadParameter(f"{tokens} are fewer than one window of {context}", param_hint="--tokens")
+        raise typer.BadParameter(f"{tokens} tokens are fewer than one window of {context}", param_hint="--tokens")
 
 
 def _check_record(model: str) -> None:
     from bisparse.checkpoint import read_sidecar
 
     if read_sidecar(model) is None:
-        raise typer.BadParameter(f"{model} holds no bisparse.json to record figures in", param_hint="--record")
+        raise typer.BadParameter(f"{model} has no bisparse.json to record figures in", param_hint="--record")
 
 
 def _array(path: Path, hint: str) -> Tensor:
-    """The numbers of a .npy file."""
+    """The array of a .npy file, as a tensor; wrong use if it cannot be read."""
     import numpy as np
     import torch
 
@@ -178,11 +183,11 @@ def _array(path: Path, hint: str) -> Tensor:
             raise ValueError("it holds more than one array")
         return torch.from_numpy(array)
     except (ValueError, TypeError, OSError, EOFError) as error:
-        raise typer.BadParameter(f"{path} is no .npy file of numbers ({error})", param_hint=hint) from error
+        raise typer.BadParameter(f"{path} is not a .npy file of numbers ({error})", param_hint=hint) from error
 
 
 def _installed(run: Callable[[], Any]) -> Any:
-    """What a function returns; a package that it needs and that is not installed becomes an error of one line."""
+    """The result of a function; if it needs a package that is not installed, a one-line error."""
     try:
         return run()
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""`bisparse export`: a model as an ONNX file, verified and run."""
+"""`bisparse export`: writes a model as an ONNX file, verifies it and runs it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bisparse.cli.calibrated import Calibration, Sequences
+from bisparse.cli.calibration_options import Calibration, Sequences
 from bisparse.cli.console import AsJson, Threads, command, set_threads
 from bisparse.cli.deploy import export_folder, show_export
 
@@ -21,11 +21,11 @@ def export(
     ],
     target: Annotated[Path, typer.Argument(help="The file to write, such as model.onnx; it must not exist.")],
     to: Annotated[str, typer.Option("--to", help="The format: onnx.")] = "onnx",
-    length: Annotated[int, typer.Option(min=2, help="Tokens of the example that is traced; the file takes any number.")] = 16,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of the traced example; the exported model takes any number.")] = 16,
     quantize: Annotated[
         str | None, typer.Option("--quantize", help="int8: weights as int8 behind DequantizeLinear nodes.")
     ] = None,
-    method: Annotated[str, typer.Option(help="Of --quantize: rtn, or gptq with calibration data.")] = "rtn",
+    method: Annotated[str, typer.Option(help="Method of --quantize: rtn, or gptq with calibration data.")] = "rtn",
     calibration: Calibration = None,
     sequences: Sequences = 128,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
@@ -42,9 +42,7 @@ def export(
     if method not in ("rtn", "gptq"):
         raise typer.BadParameter(f"{method!r} is not one of rtn, gptq", param_hint="--method")
     if quantize is None and (method != "rtn" or calibration is not None):
-        raise typer.BadParameter(
-            "has no use without --quantize int8", param_hint="--method" if method != "rtn" else "--calibration"
-        )
+        raise typer.BadParameter("requires --quantize int8", param_hint="--method" if method != "rtn" else "--calibration")
     set_threads(threads)
     made = export_folder(
         source,

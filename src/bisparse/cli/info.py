@@ -1,4 +1,4 @@
-"""`bisparse info`: what a pattern allows and costs, or which patterns a checkpoint obeys already."""
+"""`bisparse info`: shows what a pattern allows and costs, or which patterns a checkpoint already obeys."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def info(
         str,
         typer.Argument(
             metavar="PATTERN|CHECKPOINT",
-            help="Such as 4:8-T; or a folder or file of weights, or a model in the local Hugging Face cache, org/name.",
+            help="A pattern such as 4:8-T; or a folder or file of weights, or a model in the local Hugging Face cache, org/name.",
         ),
     ],
-    size: Annotated[str, typer.Option("--size", metavar="T|RxC", help="The tensor whose masks are counted.")] = "64x64",
+    size: Annotated[str, typer.Option("--size", metavar="T|RxC", help="Size of the tensor whose masks are counted.")] = "64x64",
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="FILE", help="Draw mask diversity against retained magnitude: .png, .svg or .pdf."),
@@ -54,14 +54,14 @@ def info(
     key: Key = None,
     as_json: AsJson = False,
 ) -> None:
-    """Of a pattern: how many masks it allows (exactly, and by the paper's formula), density, metadata, selectors, sparse GEMMs.
+    """For a pattern: number of masks (exact, and by the paper's formula), density, metadata, selectors, sparse GEMMs.
 
-    Of a checkpoint: which N:M patterns each layer obeys already, on W alone and on W and W^T.
+    For a checkpoint: the N:M patterns that each layer already obeys, on W only and on W and W^T.
     """
     path = _checkpoint_named(subject)
     if path is not None:
         if plot is not None:
-            raise typer.BadParameter("a plot is drawn of a pattern, not of a checkpoint", param_hint="--plot")
+            raise typer.BadParameter("requires a pattern, not a checkpoint", param_hint="--plot")
         _checkpoint(path, include, exclude, parse_layout_options(layout), key, as_json)
     else:
         structure = parse_pattern_option(subject, "PATTERN|CHECKPOINT")
@@ -71,7 +71,7 @@ def info(
 
 
 def _checkpoint_named(subject: str) -> Path | None:
-    """The checkpoint of that name; None for what can only be a pattern."""
+    """The checkpoint of this name; None if the text can only be a pattern."""
     if re.fullmatch(r"[\d:]+(-\w+)?|[\d.]+%", subject) and not Path(subject).exists():
         return None
     named = "/" in subject or os.path.lexists(subject) or subject.endswith((".safetensors", ".pt", ".pth", ".bin"))
@@ -120,21 +120,24 @@ def _pattern(structure: Structure, size: tuple[int, ...], as_json: bool) -> None
     console.print(f"[bold]{structure}[/]  {_meaning(structure)}")
     rows = [("density", f"at most {structure.density:.4g}")]
     shape = " x ".join(map(str, size))
-    rows.append((f"masks of {shape}", f"{exact.scientific}  ({exact.log2_per_weight:.4f} bits a weight)"))
+    rows.append((f"masks of {shape}", f"{exact.scientific}  ({exact.log2_per_weight:.4f} bits per weight)"))
     if paper.log2 != exact.log2:
         rows.append(
-            ("  by the paper's formula", f"{paper.scientific}  ({paper.log2_per_weight:.4f} bits a weight; it counts too many)")
+            ("  by the paper's formula", f"{paper.scientific}  ({paper.log2_per_weight:.4f} bits per weight; an overcount)")
         )
     if cost.selectors:
-        rows.append(("selectors a group", f"{cost.selectors} of {cost.selector}"))
+        rows.append(("selectors per group", f"{cost.selectors} of {cost.selector}"))
     if cost.metadata_bits_packed is not None:
         rows.append(
-            ("metadata", f"{cost.metadata_bits_packed:.4g} bits a weight packed, {cost.metadata_bits_per_kept} bits a kept entry")
+            (
+                "metadata",
+                f"{cost.metadata_bits_packed:.4g} bits per weight packed, {cost.metadata_bits_per_kept} bits per kept entry",
+            )
         )
     gemms = f"{cost.sparse_gemms} of 3" + (
         "" if cost.sparse_gemms == 3 else f" ({cost.sparse_gemms_with_gradient} with MVUE gradients)"
     )
-    rows.append(("sparse GEMMs a training step", gemms))
+    rows.append(("sparse GEMMs per training step", gemms))
     rows.append(("today's tensor cores", ("yes. " if cost.tensor_cores else "no. ") + cost.note))
     console.print(table(("", ""), rows))
 
@@ -148,11 +151,11 @@ def _meaning(structure: Structure) -> str:
         case Pattern(n, m):
             return f"keeps at most {n} of every {m} weights along rows"
         case Sequential(n, m):
-            return f"keeps at most {n} of every {m} weights along rows; its {m - n} zeros are neighbours"
+            return f"keeps at most {n} of every {m} weights along rows; its {m - n} zeros are adjacent"
         case Paired(n, m):
             return f"keeps at most {n} of every {m} weights along rows, in adjacent pairs"
         case Unstructured():
-            return "keeps any weights, up to that share of each matrix"
+            return "keeps any weights, up to that fraction of each matrix"
     raise AssertionError(structure)
 
 
@@ -185,10 +188,10 @@ def _checkpoint(
         density = sum(one.density for one in group) / len(group)
         patterns = "  ".join(map(str, group[0].notable)) or "none (dense, or unstructured)"
         if group[0].too_large:
-            patterns += f"; a side shorter than M = {', '.join(map(str, group[0].too_large))}"
+            patterns += f"; not judged, since a side is shorter than M = {', '.join(map(str, group[0].too_large))}"
         rows.append((name, str(len(group)), " x ".join(map(str, group[0].shape)), group[0].dtype, f"{density:.4f}", patterns))
     console.print(table(("layer", " n", " shape", "dtype", " density", "obeys"), rows))
-    print_left_dense(console, covered.unchecked, "not looked at")
+    print_left_dense(console, covered.unchecked, "not examined")
     print_left_dense(console, covered.left_out)
     console.print()
     for note in source.notes:

@@ -1,4 +1,4 @@
-"""Models by name: a transformers folder, a model in the local Hugging Face cache, or a function of yours."""
+"""Load a model by name: a transformers folder, a model in the local Hugging Face cache, or a function of the user's."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 @dataclass(frozen=True)
 class Source:
-    """A model, and what belongs to it."""
+    """A model with its tokenizer, calibration data and folder."""
 
     model: nn.Module
     tokenizer: Any = None
-    """Of a transformers model."""
+    """Tokenizer of a transformers model."""
     batches: list[Any] | None = None
-    """Calibration data, where the source came with some."""
+    """Calibration data that the function returned; None if it returned none."""
     folder: Path | None = None
     """The transformers folder that it was loaded from, whose other files belong to the model; None for .gguf and functions."""
 
@@ -48,23 +48,22 @@ def open_source(name: str, *, tokenizer: bool = True) -> Source:
     ``org/name`` is taken from the local Hugging Face cache.
 
     Args:
-        tokenizer: load the model's tokenizer too; models of images have none.
+        tokenizer: also load the model's tokenizer; image models have none.
 
     Raises:
-        CheckpointError: the folder's files are damaged, or are not the whole model and nothing else:
-            config.json names no class of transformers, or asks for tensors that the weights lack, have besides, or have in
-            another shape.
-        ValueError: no such thing; it cannot be loaded; or transformers is not installed.
+        CheckpointError: the folder's files are damaged, config.json names no transformers class, or the model's tensors
+            and those of the files do not match: missing, unexpected or of different shapes.
+        ValueError: there is no such source, it cannot be loaded, or transformers is not installed.
     """
     if FUNCTION.fullmatch(name) and not Path(name).exists():
         return _call(name)
     path = _path_of(name)
     if path.is_file() and path.suffix != ".gguf":
-        raise ValueError(f"{name} is a file: name the folder of the transformers model, a .gguf file, or module:function")
+        raise ValueError(f"{name} is a file: pass the folder of the transformers model, a .gguf file, or module:function")
     if path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(
-            f"{name} holds no config.json, which says what model to build: add the config.json that transformers saves with the "
-            "weights, or name a function of yours, module:function, that builds the model, loads these weights and returns it"
+            f"{name} has no config.json, which describes the model: add the config.json that transformers saves with the "
+            "weights, or pass module:function, your own function that builds the model, loads these weights and returns it"
         )
     try:
         import transformers
@@ -75,7 +74,7 @@ def open_source(name: str, *, tokenizer: bool = True) -> Source:
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
     kind = transformers.AutoModelForCausalLM if options else _class_of(config, path)
     with _loading(path, "the model"):
-        # Tensors of another shape are to be named, not just to fail.
+        # So that the error can name tensors of a different shape.
         model, info = kind.from_pretrained(
             folder,
             dtype="auto" if not options else torch.float32,
@@ -85,7 +84,7 @@ def open_source(name: str, *, tokenizer: bool = True) -> Source:
         )
     _check_whole(path, info)
     if options:
-        # Weights are plain numbers once they are loaded; the record of their packed form would confuse whoever saves them.
+        # Loaded weights are plain numbers; a record of their packed form would be wrong once the model is saved.
         for attribute in ("hf_quantizer", "quantization_method"):
             if hasattr(model, attribute):
                 setattr(model, attribute, None)
@@ -97,13 +96,13 @@ def open_source(name: str, *, tokenizer: bool = True) -> Source:
         with _loading(path, "the tokenizer"):
             words = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     if options:
-        # Its other files are not in that folder, which may hold other models.
+        # The folder of a .gguf file may hold other models: its other files are not copied.
         model.name_or_path = str(path)
     return Source(model.eval(), words, folder=None if options else path)
 
 
 def place_of(name: str) -> Path | None:
-    """The folder or file of a source: of a function, the module's or package's file; None if there is none. Imports nothing.
+    """The folder or file of a source, for a function that of its module or package; None if there is none. Imports nothing.
 
     Raises:
         ValueError: no such folder or file, and no such model in the local Hugging Face cache.
@@ -119,12 +118,12 @@ def _path_of(name: str) -> Path:
         return find_source(name)
     except CheckpointError as error:
         raise ValueError(
-            f"{name}: no such folder or file (it {error.problem}); {error.remedy}; a function of yours is named module:function"
+            f"{name}: no such folder or file (it {error.problem}); {error.remedy}; a function is passed as module:function"
         ) from error
 
 
 def _class_of(config: Any, path: Path) -> Any:
-    """The transformers class that a configuration names: any other would leave out the head, and rename every tensor."""
+    """The transformers class that a configuration names; another class could drop the head and rename tensors."""
     import transformers
 
     named = config.architectures
@@ -133,50 +132,50 @@ def _class_of(config: Any, path: Path) -> Any:
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise CheckpointError(
             path / "config.json",
-            "names no architectures" if not named else f"has architectures {named!r}, which is no model class of transformers",
-            'add the class that the weights were saved from, such as "architectures": ["LlamaForCausalLM"], or name a function '
-            "of yours, module:function, that builds and loads the model",
+            "names no architectures" if not named else f"has architectures {named!r}, which is not a model class of transformers",
+            'add the class that the weights were saved from, such as "architectures": ["LlamaForCausalLM"], or pass '
+            "module:function, your own function that builds and loads the model",
         )
     return kind
 
 
 def _check_whole(path: Path, info: Mapping[str, Any]) -> None:
-    """Refuse a model that has tensors which were not in its files, or lacks some that were."""
+    """Refuse a model whose tensors are not exactly those of its files."""
     missing = [str(key) for key in info["missing_keys"]]
     unexpected = [str(key) for key in info["unexpected_keys"]]
     reshaped = [
         key if isinstance(key, str) else f"{key[0]}, stored as {tuple(key[1])}, not {tuple(key[2])}"
         for key in info["mismatched_keys"]
     ]
-    found = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    found = {"missing": missing, "unexpected": unexpected, "of a different shape": reshaped}
     if said := [f"{len(keys)} {what} ({some_of(keys)})" for what, keys in found.items() if keys]:
         raise CheckpointError(
             path,
-            f"does not hold the model that its configuration describes: of its tensors, {'; '.join(said)}",
-            "missing ones would be random numbers and unexpected ones would be dropped: fetch config.json and all weights again, "
+            f"does not match the model that its configuration describes: of the tensors, {'; '.join(said)}",
+            "missing ones would be random and unexpected ones dropped: download config.json and all weights again, "
             "or correct config.json (its number of layers, sizes, architectures)",
         )
     if info.get("error_msgs"):
-        raise CheckpointError(path, f"could not be loaded whole: {info['error_msgs'][0]}", "fetch its files again")
+        raise CheckpointError(path, f"could not be loaded completely: {info['error_msgs'][0]}", "download its files again")
 
 
 @contextmanager
 def _loading(path: Path, what: str) -> Iterator[None]:
-    """While open, errors name the path: transformers raises many kinds, and few of them say which file they are about."""
+    """A context manager whose errors name the path, which most errors of transformers do not."""
     try:
         yield
     except (ImportError, MemoryError):
         raise
     except Exception as error:
         if path.is_dir():
-            # Our own reader tells which file is damaged, and how.
+            # bisparse's own reader finds which file is damaged, and how.
             read_headers(path)
         raise ValueError(f"{path}: transformers cannot load {what}: {error_in_one_line(error)}") from error
 
 
 def _call(name: str) -> Source:
     module_name, _, function_name = name.partition(":")
-    # As `python -m` does: a module in the current folder is found.
+    # Modules in the current folder are found, as with `python -m`.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -196,10 +195,10 @@ def _call(name: str) -> Source:
         raise ValueError(f"{name}() must return a model, or a model and its calibration batches, not {_described(made)}")
     model, batches = made
     if isinstance(batches, Tensor | Mapping | str | bytes) or not isinstance(batches, Iterable):
-        # Most of these can be iterated over, but not into what was meant: rows, keys, letters.
+        # Most of these are iterable, but iterating yields rows, keys or letters, not batches.
         raise ValueError(
             f"{name}() must return a model and its calibration batches, an iterable such as a list or a DataLoader, not "
-            f"{_described(batches)}; a single batch is returned as [batch]"
+            f"{_described(batches)}; return a single batch as [batch]"
         )
     with user_code_errors(f"{name}(): reading its calibration batches failed"):
         return Source(model, batches=list(batches))
@@ -207,7 +206,7 @@ def _call(name: str) -> Source:
 
 @contextmanager
 def user_code_errors(doing: str) -> Iterator[None]:
-    """While open, errors of the user's own code become a `ValueError` of one line."""
+    """A context manager that turns errors of the user's code into a one-line `ValueError`."""
     try:
         yield
     except (MemoryError, ModuleNotFoundError):
@@ -222,13 +221,13 @@ def _check_needs_nothing(name: str, function: Callable[..., Any]) -> None:
     try:
         signature = inspect.signature(function)
     except ValueError:
-        # Some of those written in C tell nothing.
+        # Some functions written in C have no signature.
         return
     try:
         signature.bind()
     except TypeError as error:
         raise ValueError(
-            f"{name} is called without arguments, but its own are {signature}: give them defaults, or name a function without any"
+            f"{name} is called without arguments, but takes {signature}: give them defaults, or pass a function without arguments"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""What `prune --dry-run` shows: the layers that would be pruned, those that would not and why, and what would be written."""
+"""The plan of `prune --dry-run`: the layers that would be pruned, those that would not and why, and the files to write."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PlannedLayer:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a job would do."""
+    """The layers that a job would prune or leave dense, and the files it would write."""
 
     pattern: Structure
     method: str
@@ -38,12 +38,12 @@ class Plan:
     left_dense: Sequence[Skipped]
     notes: Sequence[str]
     weights: int
-    """Of the whole model."""
+    """Number of weights of the whole model."""
     output_bytes: int
     files: Sequence[str]
-    """Files that would be written."""
+    """Names of the files that would be written."""
     calibration: Mapping[str, Any] | None = field(default=None)
-    """The data, as the sidecar would describe them."""
+    """The calibration data, as described in the sidecar."""
 
 
 def show_plan(plan: Plan, as_json: bool) -> None:
@@ -75,7 +75,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
     console.print(
         f"{len(plan.layers)} layers by {plan.method}, {weights:,} of {plan.weights:,} weights "
         f"({weights / max(plan.weights, 1):.0%}); {plan.output_bytes / 1e6:,.1f} MB would be written: "
-        f"{', '.join(plan.files)}. Nothing was.",
+        f"{', '.join(plan.files)}. Nothing was written.",
         markup=False,
         soft_wrap=True,
     )

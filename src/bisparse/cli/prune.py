@@ -1,16 +1,15 @@
-"""`bisparse prune`: a checkpoint in, a checkpoint with provably best masks out."""
+"""`bisparse prune`: a checkpoint in, a checkpoint with the best masks and their proofs out."""
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from bisparse.cli.before_after import EvalText, EvalTokens, before_and_after
 from bisparse.cli.budget import BudgetOption, parse_patterns
-from bisparse.cli.calibrated import (
+from bisparse.cli.calibration_options import (
     BlockEpochs,
     Calibration,
     Damping,
@@ -21,13 +20,7 @@ from bisparse.cli.calibrated import (
     Sequences,
     TextField,
     TextFiles,
-    on_first_rank,
-    parse_device,
-    parse_method,
     parse_order,
-    parse_reconstruction,
-    plan_with_data,
-    prune_with_data,
 )
 from bisparse.cli.console import (
     AsJson,
@@ -37,26 +30,15 @@ from bisparse.cli.console import (
     Layouts,
     Threads,
     command,
-    grouped,
     parse_layout_options,
     parse_pattern_option,
-    parse_solver_option,
-    parse_source,
-    print_coverage,
-    print_json,
-    print_left_dense,
-    progress_bar,
     set_threads,
-    table,
-    to_stdout,
 )
-from bisparse.cli.deploy import Export, Quantize, check_deployment, deploy
-from bisparse.cli.plan import Plan, PlannedLayer, show_plan
+from bisparse.cli.deploy import Export, Quantize, check_deployment
+from bisparse.cli.prune_job import PruneJob, prune_by_magnitude, prune_calibrated
 
 if TYPE_CHECKING:
-    from bisparse.checkpoint import CheckpointPlan
     from bisparse.pattern import Structure
-    from bisparse.results import LayerResult, PruneReport
 
 __all__ = ["prune"]
 
@@ -66,8 +48,8 @@ def prune(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A folder of weights (sharded or not), a file of safetensors or torch, whatever its name, or a model in the "
-            "local Hugging Face cache, org/name. With --method also .gguf, or module:function returning (model, batches)."
+            help="A folder of weights (sharded or not), a safetensors or torch file under any name, or a model in the local "
+            "Hugging Face cache, org/name. With --method also .gguf, or module:function returning (model, batches)."
         ),
     ],
     target: Annotated[
@@ -78,8 +60,8 @@ def prune(
         typer.Option(
             "--pattern",
             "-p",
-            help="2:4, 4:8-T, 16:32-T, 4:8-seq, 50%, ... N is the number KEPT. By default 4:8-T. With --budget: one of those to "
-            "choose from, or dense; repeated.",
+            help="2:4, 4:8-T, 16:32-T, 4:8-seq, 50%, ... N is the number KEPT. By default 4:8-T. With --budget, repeat it: one "
+            "choice each, which may be dense.",
         ),
     ] = None,
     budget: BudgetOption = None,
@@ -88,10 +70,10 @@ def prune(
     key: Key = None,
     layer_pattern: Annotated[
         list[str] | None,
-        typer.Option("--layer-pattern", metavar="GLOB=PATTERN", help="Another pattern for some layers. May be repeated."),
+        typer.Option("--layer-pattern", metavar="GLOB=PATTERN", help="A different pattern for some layers. May be repeated."),
     ] = None,
     layout: Layouts = None,
-    remainder: Annotated[str, typer.Option(help="Where M does not divide a layer's sides: pad, dense or error.")] = "pad",
+    remainder: Annotated[str, typer.Option(help="What to do if M does not divide a layer's sides: pad, dense or error.")] = "pad",
     solver: Annotated[
         str | None,
         typer.Option(help="For transposable patterns: a name in bisparse.solvers.SOLVERS, such as greedy. Default: exact."),
@@ -99,8 +81,8 @@ def prune(
     method: Annotated[
         str,
         typer.Option(
-            help="magnitude, wanda, sparsegpt, adaprune, alps or another of bisparse.pruning.METHODS. With all but magnitude "
-            "the model is built and needs calibration data."
+            help="magnitude, wanda, sparsegpt, adaprune, alps or another of bisparse.pruning.METHODS. All but magnitude "
+            "build the model and need calibration data."
         ),
     ] = "magnitude",
     calibration: Calibration = None,
@@ -117,25 +99,23 @@ def prune(
     evaluate: EvalText = None,
     eval_tokens: EvalTokens = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what would be pruned and what not, and why; write nothing.")
+        bool, typer.Option("--dry-run", help="Show which layers would be pruned and which not, and why; write nothing.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a target that bisparse wrote.")] = False,
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prune a checkpoint: the best mask there is for every layer, with the proof.
+    """Prune a checkpoint: every layer gets the best possible mask, with a proof.
 
-    By magnitude the model is not built and memory stays small. With --method and --calibration a transformers model, or
-    what your module:function returns, is pruned by what its layers see, block by block.
+    Pruning by magnitude does not build the model and needs little memory. With --method and --calibration, a transformers
+    model, or the one that your module:function returns, is pruned block by block, using the inputs of its layers.
 
-    The target holds plain dense weights with zeros, so it loads anywhere, bisparse.json (what was done to which layer) and
-    the masks. It is absent or whole, whenever the job is killed.
+    The target has plain dense weights with zeros, which load anywhere, bisparse.json (what was done to each layer) and the
+    masks. It only appears once it is complete, even if the job is killed.
     """
-    from bisparse.checkpoint import plan_checkpoint, prune_checkpoint
-
     structure, choices = parse_patterns(pattern, budget, layer_pattern)
     patterns = dict(_layer_pattern(text) for text in layer_pattern or ())
-    layouts = parse_layout_options(layout)
+    layers = dict(include=include, exclude=exclude, patterns=patterns, remainder=remainder, layouts=parse_layout_options(layout))
     if remainder not in ("pad", "dense", "error"):
         raise typer.BadParameter(f"{remainder!r} is not one of pad, dense, error", param_hint="--remainder")
     if target is None and not dry_run:
@@ -144,85 +124,13 @@ def prune(
     check_deployment(str(source), target, quantize, export, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
     measuring = before_and_after(source, None if dry_run else target, evaluate, eval_tokens, as_json=as_json)
     set_threads(threads)
-    if method != "magnitude" or block_epochs or choices or ":" in str(source):
-        if key is not None:
-            raise typer.BadParameter(
-                "chooses a state dict in a torch file, which only magnitude pruning reads", param_hint="--key"
-            )
-        options = {
-            "include": include,
-            "exclude": exclude,
-            "patterns": patterns,
-            "remainder": remainder,
-            "layouts": layouts,
-            **choices,
-        }
-        arguments: dict[str, Any] = dict(
-            texts=TextFiles(calibration, text_field, sequences, length),
-            overwrite=overwrite,
-            as_json=as_json,
-            **options,
-            solver=parse_solver_option(solver),
-            order=chosen_order,
-            reconstruction=parse_reconstruction(block_epochs, order),
-            device=parse_device(device),
-            resume=resume,
-        )
-        chosen = parse_method(method, damping)
-        if dry_run and choices:
-            raise typer.BadParameter("the patterns of a budget are not planned ahead", param_hint="--dry-run")
-        if dry_run:
-            assert structure is not None
-            on_first_rank(lambda: plan_with_data(str(source), target, structure, chosen, **arguments))
-        else:
-            assert target is not None
-            with measuring:
-                prune_with_data(str(source), target, structure, chosen, **arguments)
-                on_first_rank(lambda: deploy(target, quantize, export, calibration, sequences, length, overwrite))
-        return
-    unused = {
-        "--calibration": calibration,
-        "--text-field": text_field,
-        "--damping": damping,
-        "--device": device,
-        "--resume": resume,
-    }
-    assert structure is not None
-    if given := [name for name, value in unused.items() if value is not None]:
-        raise typer.BadParameter("has no use at --method magnitude; name another, such as adaprune", param_hint=given[0])
-    source = parse_source(source, "SOURCE")
-    if dry_run:
-        plan = plan_checkpoint(
-            source, structure, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts, key=key
-        )
-        plan.source.check_writable()
-        show_plan(_plan(plan, structure), as_json)
-        return
-    destination = target
-    assert destination is not None
-
-    def job() -> None:
-        start = time.perf_counter()
-        with progress_bar(show=not as_json) as progress:
-            report = prune_checkpoint(
-                source,
-                destination,
-                structure,
-                include=include,
-                exclude=exclude,
-                solver=parse_solver_option(solver),
-                remainder=remainder,
-                patterns=patterns,
-                layouts=layouts,
-                key=key,
-                overwrite=overwrite,
-                progress=progress,
-            )
-        _print_report(report, destination, time.perf_counter() - start, as_json)
-        deploy(destination, quantize, export, None, sequences, length, overwrite)
-
-    with measuring:
-        on_first_rank(job)
+    texts = TextFiles(calibration, text_field, sequences, length)
+    job = PruneJob(source, target, structure, {**layers, **choices}, solver, key, overwrite, as_json, texts, quantize, export)
+    if method == "magnitude" and not block_epochs and not choices and ":" not in str(source):
+        unused = {"--calibration": calibration, "--text-field": text_field, "--damping": damping, "--device": device}
+        prune_by_magnitude(job, {**unused, "--resume": resume}, measuring, dry_run=dry_run)
+    else:
+        prune_calibrated(job, method, damping, chosen_order, block_epochs, device, resume, measuring, dry_run=dry_run)
 
 
 def _layer_pattern(text: str) -> tuple[str, Structure]:
@@ -230,75 +138,3 @@ def _layer_pattern(text: str) -> tuple[str, Structure]:
     if not name:
         raise typer.BadParameter(f"{text!r}: expected GLOB=PATTERN, such as '*.k_proj=2:4'", param_hint="--layer-pattern")
     return name, parse_pattern_option(pattern, "--layer-pattern")
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
-
-
-def _plan(plan: CheckpointPlan, pattern: Structure) -> Plan:
-    from bisparse.checkpoint.sidecar import MASKS, SIDECAR
-
-    layers = [
-        PlannedLayer(one.name, one.tensor.name, one.tensor.shape, one.tensor.dtype, one.layout, one.pattern)
-        for one in plan.layers
-    ]
-    files = (*plan.source.files, SIDECAR, MASKS, *plan.source.others)
-    total = sum(one.size for one in plan.source.tensors.values())
-    return Plan(pattern, "magnitude", layers, plan.left_dense, plan.notes, total, plan.output_bytes, files)
-
-
-def _print_report(report: PruneReport, target: Path, time_s: float, as_json: bool) -> None:
-    if as_json:
-        figures = {"density": report.density, "retained": report.retained, "gap": report.gap, "time_s": time_s}
-        print_json({"ok": True, "target": str(target), **figures, **report.as_dict()})
-        return
-    console = to_stdout()
-    groups = grouped(report, lambda one: one.name, lambda one: (one.shape, one.dtype, one.pattern))
-    console.print(
-        table(("layer", " n", " shape", "to", " density", " |w| kept", " gap at most"), [_row(*group) for group in groups])
-    )
-    print_left_dense(console, report.left_dense)
-    console.print()
-    for note in report.notes:
-        console.print(f"Note: {note}", markup=False)
-    retained = "" if report.retained is None else f"{report.retained:.2%} of |w| kept, "
-    if report.gap is None:
-        proof = "no proof of optimality with this solver"
-    else:
-        proof = "proved optimal" if _gap(report.gap) == "0" else f"proved within {_gap(report.gap)} of the optimum"
-    console.print(
-        f"[bold green]{len(report)} layers[/], {report.weights:,} weights: density {report.density:.4f}, {retained}{proof}; "
-        f"{time_s:.1f} s, {report.time_s:.1f} s of it mask search and proof."
-    )
-    print_coverage(console, report.coverage)
-    console.print(f"Written to {target}. Check it: bisparse verify {target}", markup=False, soft_wrap=True)
-
-
-def _row(name: str, group: list[LayerResult]) -> tuple[str, ...]:
-    first = group[0]
-    weights = sum(one.size for one in group)
-
-    def mean(values: list[float | None]) -> str:
-        known = [value for value in values if value is not None]
-        if len(known) < len(values):
-            return "-"
-        return f"{sum(value * one.size for value, one in zip(known, group, strict=True)) / weights:.4f}"
-
-    gaps = [one.gap for one in group]
-    worst = "-" if None in gaps else _gap(max(gap for gap in gaps if gap is not None))
-    densities: list[float | None] = [one.density for one in group]
-    return (
-        name,
-        str(len(group)),
-        _shape(first.shape),
-        first.pattern,
-        mean(densities),
-        mean([one.retained for one in group]),
-        worst,
-    )
-
-
-def _gap(gap: float) -> str:
-    # Below this there is only the rounding of two sums in double precision.
-    return f"{gap:.0e}" if gap > 1e-13 else "0"

@@ -1,4 +1,4 @@
-"""`bisparse quantize`: a model in, a folder of compressed-tensors out, zeros kept."""
+"""`bisparse quantize`: writes a model as a quantised compressed-tensors folder; zeros stay zeros."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from bisparse.cli.calibrated import Calibration, Device, Length, Sequences, parse_device
+from bisparse.cli.calibration_options import Calibration, Device, Length, Sequences, parse_device
 from bisparse.cli.console import AsJson, Excluded, Included, Layouts, Threads, command, parse_layout_options, set_threads
 from bisparse.cli.deploy import quantize_folder, show_quantization
 
@@ -22,15 +22,17 @@ def quantize(
         str, typer.Option("--scheme", "-s", help="int8, fp8 (a scale per output channel), int4-g32, int4-g64 or int4-g128.")
     ] = "int8",
     method: Annotated[
-        str, typer.Option(help="rtn: round to nearest; gptq: later columns make up for the error, with calibration data.")
+        str, typer.Option(help="rtn: round to nearest; gptq: later columns compensate for the error, with calibration data.")
     ] = "rtn",
     activations: Annotated[
-        str, typer.Option(help="none: weights alone; dynamic: engines round inputs too, per token (int8 and fp8).")
+        str, typer.Option(help="none: weights only; dynamic: engines also round inputs, per token (int8 and fp8).")
     ] = "none",
     calibration: Calibration = None,
     sequences: Sequences = 128,
     length: Length = 512,
-    damping: Annotated[float, typer.Option(min=0, help="Ridge of gptq, in units of the mean square of an input.")] = 0.01,
+    damping: Annotated[
+        float, typer.Option(min=0, help="Ridge parameter of gptq, in units of the mean square of an input.")
+    ] = 0.01,
     include: Included = None,
     exclude: Excluded = None,
     layout: Layouts = None,
@@ -39,10 +41,10 @@ def quantize(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Quantise the Linear layers of a model; weights that are zero stay exactly zero.
+    """Quantise the Linear layers of a model; zero weights stay exactly zero.
 
-    The target is a folder of compressed-tensors, which transformers and vLLM load. Its numbers are read back and compared, and
-    the patterns of a pruned model are verified on the file.
+    The target is a compressed-tensors folder, which transformers and vLLM load. The file is read back and compared, and the
+    patterns of a pruned model are verified on it.
     """
     if method not in ("rtn", "gptq"):
         raise typer.BadParameter(f"{method!r} is not one of rtn, gptq", param_hint="--method")

@@ -24,15 +24,15 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", help="The page to write.")] = Path("report.html"),
     as_json: AsJson = False,
 ) -> None:
-    """Write a page to look at: retained score, gap and density of every layer, pictures of real tiles, mask diversity.
+    """Write an HTML page: retained score, gap and density of every layer, pictures of real tiles, mask diversity.
 
-    Exit code 1 if a layer does not obey its pattern, as `bisparse verify` has it; the page is written and shows where.
+    Exit code 1 if a layer does not obey its pattern, as for `bisparse verify`; the page is still written and shows where.
     """
     if missing := [package for package in ("matplotlib", "jinja2") if importlib.util.find_spec(package) is None]:
         fail(f"reports need {' and '.join(missing)}; {install_extra('report')}", 2, as_json=as_json)
     pruned = parse_source(pruned, "PRUNED")
     if pruned.is_file():
-        raise typer.BadParameter(f"{pruned} is a file: name the folder that bisparse wrote", param_hint="PRUNED")
+        raise typer.BadParameter(f"{pruned} is a file: pass the folder that bisparse wrote", param_hint="PRUNED")
     against = None if against is None else parse_source(against, "--against")
     from bisparse.apart import check_apart
     from bisparse.atomic_file import check_output_file
@@ -42,7 +42,7 @@ def report(
 
     if not (pruned / SIDECAR).exists():
         fail(
-            f"{pruned} holds no {SIDECAR}, so bisparse did not write it: name a folder that it wrote, or use `bisparse verify`",
+            f"{pruned} has no {SIDECAR}, so bisparse did not write it: pass a folder that it wrote, or use `bisparse verify`",
             2,
             as_json=as_json,
         )

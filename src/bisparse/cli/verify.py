@@ -1,4 +1,4 @@
-"""`bisparse verify`: do W and W^T of every layer obey the pattern; any checkpoint."""
+"""`bisparse verify`: checks whether W and W^T of every layer of a checkpoint obey the pattern."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["verify"]
 
 SHOWN = 20
-"""Broken layers listed, unless --json."""
+"""Number of broken layers that are listed without --json."""
 
 
 @command
@@ -44,19 +44,19 @@ def verify(
     path: Annotated[
         Path,
         typer.Argument(
-            help="A checkpoint: a folder, a file of safetensors, torch, TorchScript or ONNX, whatever its name, or a model in "
+            help="A checkpoint: a folder, a safetensors, torch, TorchScript or ONNX file under any name, or a model in "
             "the local Hugging Face cache, org/name."
         ),
     ],
     pattern: Annotated[
-        str | None, typer.Option("--pattern", "-p", help="By default what bisparse.json says of each layer.")
+        str | None, typer.Option("--pattern", "-p", help="By default, each layer's pattern in bisparse.json.")
     ] = None,
     include: Included = None,
     exclude: Excluded = None,
     strict: Annotated[
         bool,
         typer.Option(
-            "--strict", help="Fail, too, if a layer could not be checked (accept one by --exclude), or if bisparse.json is wrong."
+            "--strict", help="Also fail if a layer could not be checked (--exclude accepts one), or if bisparse.json is wrong."
         ),
     ] = False,
     layout: Layouts = None,
@@ -64,10 +64,10 @@ def verify(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check that every layer obeys its pattern, as the GEMMs see W and, for transposable patterns, W^T.
+    """Check that every layer obeys its pattern, on the GEMM operand W and, for transposable patterns, on W^T.
 
-    Weights of any dtype are read. Layers whose zeros cannot be seen, such as packed ones, are listed as not checked, with a
-    reason. Exit code 1 if a layer does not obey, the first violation of each being named, or if none could be checked.
+    Weights of any dtype are read. Layers whose zeros cannot be read from the file, such as packed ones, are listed as not
+    checked, with the reason. Exit code 1 if a layer breaks its pattern (its first violation is shown) or none could be checked.
     """
     from bisparse.checkpoint import verify_checkpoint
 
@@ -114,7 +114,7 @@ def _as_dict(result: Verification, passed: bool) -> dict[str, object]:
 
 
 def _columns(violation: Violation, pattern: Structure) -> list[int] | None:
-    """First and last column of the group, on its side."""
+    """First and last column of the violated group, on its side (W or W^T); None for the whole matrix."""
     m = getattr(pattern, "m", None)
     return None if m is None else [violation.group * m, violation.group * m + m - 1]
 
@@ -139,7 +139,7 @@ def _print(result: Verification) -> None:
 def _verdict(result: Verification, broken: list[Verification]) -> str:
     count, total = len(result.layers), len(result.layers) + len(result.unchecked)
     if not count:
-        return f"[bold red]No layer was checked[/]: nothing is known about {total} of {total} layers."
+        return f"[bold red]No layer was checked[/]: the zeros of all {total} layers are unknown."
     not_checked = f" {len(result.unchecked)} of {total} layers were not checked." if result.unchecked else ""
     if broken:
         patterns = ", ".join(dict.fromkeys(str(one.pattern) for one in result.layers))

@@ -1,6 +1,6 @@
-"""What a model can do, before and after: perplexity, sentence similarity, classification, and lm-eval's tasks.
+"""Evaluation of models: perplexity, sentence similarity, classification, and lm-eval's tasks.
 
-Each function states its protocol in what it returns, and `as_dict` gives it as JSON knows values.
+Each result includes its protocol, and `as_dict` returns it as JSON values.
 """
 
 from bisparse.evaluation.classification import Agreement, Classification, agreement, classification

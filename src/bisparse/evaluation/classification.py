@@ -16,7 +16,7 @@ __all__ = ["Agreement", "Classification", "agreement", "classification"]
 
 
 def _error(share: float, samples: int) -> float:
-    """Standard error of a share of independent samples."""
+    """Standard error of a fraction of independent samples."""
     return math.sqrt(share * (1 - share) / samples)
 
 
@@ -35,7 +35,7 @@ class Classification:
         return _error(self.accuracy, self.samples)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON knows values."""
+        """The result as JSON values."""
         return {
             "kind": "classification",
             "corpus": self.corpus,
@@ -46,7 +46,7 @@ class Classification:
 
     @property
     def protocol(self) -> str:
-        """Corpus and samples in words."""
+        """Corpus and number of samples, as text."""
         return f"{f'{self.corpus}, ' if self.corpus else ''}{self.samples:,} samples"
 
     def __str__(self) -> str:
@@ -70,7 +70,7 @@ class Agreement:
         return _error(self.agreement, self.samples)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON knows values."""
+        """The result as JSON values."""
         return {
             "kind": "agreement",
             "corpus": self.corpus,
@@ -82,7 +82,7 @@ class Agreement:
 
     @property
     def protocol(self) -> str:
-        """Corpus, samples and the other model in words."""
+        """Corpus, number of samples and the other model, as text."""
         other = f" against {self.against}" if self.against else ""
         return f"{f'{self.corpus}, ' if self.corpus else ''}{self.samples:,} samples{other}"
 
@@ -97,14 +97,14 @@ def classification(
 
     Args:
         model: called as ``model(inputs)``; returns logits of shape (B, C), or an output that holds them.
-        labels: the right classes, 0 to C - 1.
+        labels: the correct classes, 0 to C - 1.
 
     Raises:
-        ValueError: no samples, labels that do not fit, or logits that are NaN or of another shape.
+        ValueError: no samples, labels that do not match, or logits that are NaN or have another shape.
     """
     if labels.ndim != 1 or len(labels) != len(inputs) or labels.is_floating_point():
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)} and type {labels.dtype} for {len(inputs)} inputs: expected a class each"
+            f"labels of shape {tuple(labels.shape)} and type {labels.dtype} for {len(inputs)} inputs: expected a class per input"
         )
     found, classes = _classes(model, inputs, batch_size)
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
@@ -124,7 +124,7 @@ def agreement(
     """How often two classifiers give the same class.
 
     Raises:
-        ValueError: no samples, other classes, or logits that are NaN or of another shape.
+        ValueError: no samples, different numbers of classes, or logits that are NaN or have another shape.
     """
     (first, classes), (second, others) = (_classes(one, inputs, batch_size) for one in (model, other))
     if classes != others:

@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness, where it is installed (``pip install lm-eval``). It may fetch its data."""
+"""Runs tasks of EleutherAI's lm-evaluation-harness, if installed (``pip install lm-eval``). It may download its data."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["TaskResults", "run_tasks"]
 
 @dataclass(frozen=True)
 class TaskResults:
-    """What lm-eval reported: per task its metrics, such as ``"acc,none"``, as it names them."""
+    """The results of lm-eval: metrics per task, by lm-eval's names, such as ``"acc,none"``."""
 
     tasks: Mapping[str, Mapping[str, float]]
     version: str
-    """Of lm-eval."""
+    """Version of lm-eval."""
     limit: int | None = None
-    """Samples per task, where they were limited: figures of a limited run do not compare with published ones."""
+    """Maximum samples per task, if limited; figures of a limited run are not comparable with published ones."""
     shots: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON knows values."""
+        """The results as JSON values."""
         return {
             "kind": "lm-eval",
             "version": self.version,
@@ -34,7 +34,7 @@ class TaskResults:
 
     @property
     def protocol(self) -> str:
-        """The harness, and how many samples it took, in words."""
+        """The harness and the limit of samples, as text."""
         return f"lm-eval {self.version}{f', at most {self.limit} samples per task' if self.limit else ''}"
 
     def __str__(self) -> str:
@@ -48,12 +48,12 @@ def run_tasks(
     """Run tasks of lm-eval on a transformers model.
 
     Args:
-        tasks: as lm-eval names them, such as ``"arc_easy"``.
+        tasks: lm-eval's task names, such as ``"arc_easy"``.
         limit: samples per task; by default all.
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: no task, or lm-eval returned no figure for any of them.
+        ValueError: no tasks, or lm-eval returned no figures for them.
     """
     if not tasks:
         raise ValueError("name at least one task of lm-eval, such as arc_easy")

@@ -1,4 +1,4 @@
-"""Running a model to look at its outputs: in eval mode, without gradients, and the tensor that an output holds."""
+"""Runs a model for evaluation, in eval mode and without gradients, and extracts the tensor of an output."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["as_json", "device_of", "evaluating", "tensor_of"]
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, the model is in eval mode and torch in inference mode; each module's mode is restored."""
+    """A context manager: the model is in eval mode and torch in inference mode; restores each module's mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -26,10 +26,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def tensor_of(output: Any, attribute: str) -> Tensor:
-    """The tensor of a model's output: its attribute or key of that name, its first item if it is a tuple, or itself.
+    """The tensor in a model's output: the attribute or key of this name, the first item of a tuple, or the output itself.
 
     Raises:
-        ValueError: it holds none.
+        ValueError: there is none.
     """
     found = output.get(attribute) if isinstance(output, dict) else getattr(output, attribute, None)
     if found is None:
@@ -40,11 +40,11 @@ def tensor_of(output: Any, attribute: str) -> Tensor:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter is."""
+    """The device of the model's first parameter."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
 
 def as_json(value: float | None) -> float | None:
-    """A number as JSON knows it: what is not finite becomes None."""
+    """A number as a JSON value: None if it is not finite."""
     return value if value is not None and abs(value) < float("inf") else None

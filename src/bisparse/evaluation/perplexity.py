@@ -1,9 +1,9 @@
 """Perplexity of a causal language model on a text, with its standard error over windows.
 
-The tokens are cut into windows of `context` tokens, one starting every `stride` tokens. A window scores the tokens that no
+The tokens are split into windows of `context` tokens, one starting every `stride` tokens. A window scores the tokens that no
 earlier window has scored, each given all tokens before it in the window; the first token of a window has none and is not scored.
 With ``stride=context`` windows do not overlap, which is fast; a smaller stride gives tokens more context and lowers the
-figure. Only whole windows count, so up to ``stride - 1`` tokens at the end are not read.
+perplexity. Only full windows are used, so up to ``stride - 1`` tokens at the end are not read.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["Perplexity", "perplexity", "text_perplexity"]
 
 @dataclass(frozen=True)
 class Perplexity:
-    """A perplexity, and the protocol that it was measured by."""
+    """A perplexity with its protocol."""
 
     nats: float
     """Mean cross-entropy in nats per scored token."""
     nats_error: float | None
-    """Its standard error over the windows, which it takes as independent; None of a single window."""
+    """Standard error over the windows, assumed independent; None for a single window."""
     windows: int
     scored: int
     """Tokens that were predicted."""
@@ -54,7 +54,7 @@ class Perplexity:
         return None if self.nats_error is None else self.perplexity * self.nats_error
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON knows values."""
+        """The result as JSON values."""
         return {
             "kind": "perplexity",
             "corpus": self.corpus,
@@ -75,7 +75,7 @@ class Perplexity:
 
     @property
     def protocol(self) -> str:
-        """Corpus, tokens, context and stride in words."""
+        """Corpus, tokens, context and stride, as text."""
         corpus = f"{self.corpus}, " if self.corpus else ""
         return f"{corpus}first {self.tokens:,} tokens, context {self.context}, stride {self.stride}"
 
@@ -90,23 +90,23 @@ def perplexity(
     batch_size: int = 4,
     corpus: str = "",
 ) -> Perplexity:
-    """The perplexity of a causal language model on a text given as token ids; see the head of the module for the windows.
+    """The perplexity of a causal language model on a text of token ids; the module's docstring describes the windows.
 
     Args:
         model: called as ``model(input_ids=...)``; returns logits of shape (B, context, V), or an output that holds them.
         context: tokens per window.
         stride: tokens between the starts of two windows; by default `context`, without overlap.
-        tokens: read only the first so many; by default all.
+        tokens: read only this many; by default all.
         batch_size: windows per forward pass.
-        corpus: what the text is, for the record.
+        corpus: name of the text, for the record.
 
     Raises:
-        ValueError: fewer tokens than one window, settings that make no window, or logits that are not finite.
+        ValueError: fewer tokens than one window, settings without a window, or logits that are not finite.
     """
     stride = context if stride is None else stride
     _check(ids, context, stride, tokens, batch_size)
     if callable(generates := getattr(model, "can_generate", None)) and not generates():
-        raise ValueError(f"{type(model).__name__} is no causal language model: it sees the tokens that it would have to predict")
+        raise ValueError(f"{type(model).__name__} is not a causal language model: its outputs depend on the tokens to predict")
     ids = ids[:tokens]
     rows = ids.unfold(0, context, stride)
     sums = torch.zeros(len(rows), dtype=torch.float64)
@@ -133,15 +133,15 @@ def text_perplexity(model: nn.Module, tokenizer: Any, path: str | Path, **settin
     """The `perplexity` of a model on a text file, tokenised as one text; the corpus is named after the file.
 
     Args:
-        settings: of `perplexity`.
+        settings: further arguments of `perplexity`.
 
     Raises:
-        ValueError: the file is no UTF-8 text, or too short.
+        ValueError: the file is not UTF-8 text, or too short.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error})") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     try:
         return perplexity(model, ids, **{"corpus": Path(path).name, **settings})
@@ -161,7 +161,7 @@ def _check(ids: Tensor, context: int, stride: int, tokens: int | None, batch_siz
     if tokens is not None and tokens < context:
         raise ValueError(f"tokens={tokens}: fewer than one window of context={context}")
     if len(ids) < context:
-        raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {context}: give more text or less context")
+        raise ValueError(f"the text has {len(ids)} tokens, fewer than one window of {context}: use more text or less context")
 
 
 def _error(sums: Tensor, counts: Tensor, mean: float) -> float | None:

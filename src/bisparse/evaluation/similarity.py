@@ -1,6 +1,6 @@
 """Sentence similarity: rank correlation of cosines between mean-pooled sentence embeddings with human scores.
 
-An embedding is the mean of the last hidden state over a sentence's tokens, padding left out, as sentence-transformers pools.
+An embedding is the mean of the last hidden state over a sentence's tokens without padding, as in sentence-transformers.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ __all__ = ["Pair", "Similarity", "read_pairs", "similarity"]
 Pair = tuple[float, str, str]
 """A human score and two sentences."""
 STS_COLUMNS = 7
-"""Of a row of STS-B: the score and the sentences are columns 5, 6 and 7; some rows name their sources after those."""
+"""Columns of STS-B: score and sentences are columns 5, 6 and 7; some rows have their sources after those."""
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """A rank correlation, and the protocol that it was measured by."""
+    """A rank correlation with its protocol."""
 
     spearman: float
     pairs: int
     length: int
-    """Tokens per sentence, at most."""
+    """Maximum number of tokens per sentence."""
     corpus: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """As JSON knows values."""
+        """The result as JSON values."""
         return {
             "kind": "similarity",
             "corpus": self.corpus,
@@ -49,7 +49,7 @@ class Similarity:
 
     @property
     def protocol(self) -> str:
-        """Corpus and pooling in words."""
+        """Corpus and pooling, as text."""
         return f"{f'{self.corpus}, ' if self.corpus else ''}{self.pairs:,} pairs, mean pooling, at most {self.length} tokens"
 
     def __str__(self) -> str:
@@ -57,15 +57,15 @@ class Similarity:
 
 
 def read_pairs(path: str | Path) -> list[Pair]:
-    """Scores and pairs of sentences of a tab-separated file: three columns, or those of STS-B (score in the fifth).
+    """Read scores and sentence pairs from a tab-separated file of three columns, or of STS-B (score in the fifth).
 
     Raises:
-        ValueError: a line of other columns or without a number; names it. Or the file is empty.
+        ValueError: a line with other columns or without a number, which is named; or the file is empty.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no UTF-8 text ({error})") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
     pairs: list[Pair] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -81,7 +81,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
         except ValueError as error:
             if number == 1 and not pairs:
                 continue  # names of the columns
-            raise ValueError(f"{path}, line {number}: {score!r:.40} is no score") from error
+            raise ValueError(f"{path}, line {number}: {score!r:.40} is not a score") from error
     if not pairs:
         raise ValueError(f"{path} holds no pairs of sentences")
     return pairs
@@ -93,8 +93,8 @@ def similarity(
     """Spearman's correlation between human scores and cosines of a model's mean-pooled sentence embeddings.
 
     Args:
-        model: an encoder, called with what the tokenizer returns; its output holds ``last_hidden_state`` of shape (B, T, D).
-        length: tokens per sentence; longer ones are cut.
+        model: an encoder, called with the tokenizer's output; its output has ``last_hidden_state`` of shape (B, T, D).
+        length: maximum tokens per sentence; longer sentences are truncated.
 
     Raises:
         ValueError: fewer than three pairs, embeddings that are not finite, or cosines or scores that are all equal.

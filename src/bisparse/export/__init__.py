@@ -1,4 +1,4 @@
-"""Pruned models in the formats that other programs run: compressed-tensors folders and ONNX files."""
+"""Export of pruned models for other engines: compressed-tensors folders and ONNX files."""
 
 from bisparse.export.compressed_tensors import QUANTIZATION, can_be_stored, save_quantized
 from bisparse.export.onnx import OnnxExport, export_onnx

@@ -1,6 +1,6 @@
-"""A quantised model as a folder of compressed-tensors, which transformers and vLLM load; its package packs the weights.
+"""`save_quantized`: writes a quantised model as a compressed-tensors folder, which transformers and vLLM load.
 
-The configuration has no ``sparsity_config``, which vLLM refuses: zeros are stored as zeros.
+The compressed-tensors package packs the weights. The configuration has no ``sparsity_config``, since vLLM refuses that.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ACTIVATIONS = ("none", "dynamic")
 
 @dataclass(frozen=True)
 class _Format:
-    """How compressed-tensors stores a scheme."""
+    """The storage format of a scheme in compressed-tensors."""
 
     name: str
     weights: Mapping[str, Any]
@@ -62,14 +62,14 @@ def _format(scheme_name: str, activations: str) -> _Format:
     if scheme.group is not None:
         weights |= {"strategy": "group", "group_size": scheme.group}
     inputs = {"num_bits": 8, "type": kind, "symmetric": True, "strategy": "token", "dynamic": True}
-    # Of integers what the package itself chooses: plain ones for integer products, packed ones for weights alone.
+    # For integers, the package's own choice: plain ones for integer products, packed ones for weights only.
     integers = "int-quantized" if activations == "dynamic" else "pack-quantized"
     name = "float-quantized" if scheme.floating else integers
     return _Format(name, weights, inputs if activations == "dynamic" else None)
 
 
 def can_be_stored(name: str, module: nn.Module) -> bool:
-    """Whether compressed-tensors stores a module's weight: a filter for the layers that `quantize_` is to quantise."""
+    """Whether compressed-tensors can store a module's weight; a filter for the layers that `quantize_` quantises."""
     return isinstance(module, nn.Linear)
 
 
@@ -86,27 +86,27 @@ def save_quantized(
     provenance: Mapping[str, Any] | None = None,
     beside: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a model that `quantize_` has quantised as a folder of compressed-tensors, which loads in transformers and vLLM.
+    """Write a model that `quantize_` has quantised as a compressed-tensors folder, for transformers and vLLM.
 
     The folder has stored numbers and scales, the configuration, `bisparse-quantization.json` with errors per layer and, for a
-    pruned model, `bisparse.json` and masks. It is absent or whole at any moment, and zeros and numbers are read back from it.
+    pruned model, `bisparse.json` and masks. It only appears once it is complete, and its numbers are read back and compared.
 
     Args:
-        report: what `quantize_` returned.
-        activations: "none": weights alone are quantised (``pack-quantized``, ``float-quantized``). "dynamic": engines round each
+        report: the report of `quantize_`.
+        activations: "none": only weights are quantised (``pack-quantized``, ``float-quantized``). "dynamic": engines round each
             token's inputs to int8 or fp8 too and multiply in that type (``int-quantized``, ``float-quantized``); outputs then
             differ from this model's.
-        pruned: what the zeros obey; by default what the sidecar of `source` says.
-        source: the folder that the model was loaded from, whose other files are copied and whose names are used.
+        pruned: the report of the pruning; by default the one in the sidecar of `source`.
+        source: the folder from which the model was loaded; its other files are copied, and its tensor names are used.
         overwrite: replace a folder that this function wrote.
-        provenance: how the job was called; goes into `bisparse-quantization.json`.
-        beside: called with the folder before it appears, to write more into it, such as a tokenizer's ``save_pretrained``.
+        provenance: how the job was called; stored in `bisparse-quantization.json`.
+        beside: called with the folder before it appears, to write more files, such as a tokenizer's ``save_pretrained``.
 
     Raises:
         CheckpointError: the folder exists, cannot be written, or overlaps the source.
         ImportError: compressed-tensors is not installed.
         PatternError: a layer breaks the pattern that it was pruned to. Nothing is written.
-        ValueError: a quantised layer that is no Linear, or whose weight was changed since.
+        ValueError: a quantised layer that is not a Linear, or whose weight was changed afterwards.
     """
     form = _format(report.scheme, activations)
     check_apart(folder, {"source": source, "model's own files": origin_of(model)})
@@ -156,30 +156,28 @@ def _check_layers(model: nn.Module, weights: Mapping[str, Tensor], report: Quant
         module = dict(model.named_modules()).get(layer.name)
         if layer.layout.kind is not LayoutKind.LINEAR or not isinstance(module, nn.Linear) or layer.parameter not in weights:
             raise ValueError(
-                f"{layer.name} is {type(module).__name__}: compressed-tensors stores quantised Linear layers only; pass "
+                f"{layer.name} is {type(module).__name__}: compressed-tensors only stores quantised Linear layers; pass "
                 "include=bisparse.export.can_be_stored to quantize_, or export to ONNX"
             )
         place = weights[layer.parameter].data_ptr()
         tied = [name for name, one in weights.items() if name != layer.parameter and one.numel() and one.data_ptr() == place]
         if tied:
-            raise ValueError(
-                f"{layer.name}: its weight is also {tied[0]}, which would not be quantised with it; exclude the layer"
-            )
+            raise ValueError(f"{layer.name}: its weight is tied to {tied[0]}, which would not be quantised; exclude the layer")
 
 
 def _check_plain(source: Source) -> None:
     if source.config.get("quantization_config"):
-        raise CheckpointError(source.path, "is quantised already (its config.json says how)", "start from the model before that")
+        raise CheckpointError(source.path, "is already quantised, by its config.json", "start from the unquantised model")
 
 
 def _after(pruned: PruneReport, weights: Mapping[str, Tensor], report: QuantizationReport) -> PruneReport:
-    """The report of the pruning, with the densities that are left, once each layer is known to obey its pattern still."""
+    """The report of the pruning, with the densities after quantisation; checks that each layer still obeys its pattern."""
     layers = []
     for one in pruned:
         weight = weights[one.parameter]
         verify(weight, parse_pattern(one.pattern), layout=one.layout, name=one.name).check()
         layers.append(replace(one, density=float((weight != 0).double().mean()), checksum=None))
-    note = f"figures are of the pruning; afterwards quantised to {report.scheme} by {report.method} (see {QUANTIZATION})"
+    note = f"figures are of the pruning; the model was then quantised to {report.scheme} by {report.method} (see {QUANTIZATION})"
     return replace(pruned, layers=tuple(layers), notes=(*pruned.notes, note))
 
 
@@ -201,18 +199,18 @@ def _scheme(form: _Format) -> Any:
 
 
 def _packed(layer: QuantizedLayer, weight: Tensor, form: _Format) -> dict[str, Tensor]:
-    """A layer's tensors, packed by the package and known to unpack to the weight."""
+    """A layer's tensors, packed by the package and checked by unpacking."""
     scheme = _scheme(form)
     from compressed_tensors.compressors import BaseCompressor
 
     compressor = BaseCompressor.get_value_from_registry(form.name)
     stored, scale = stored_values(weight, layer), layer.scale[0].cpu()
-    # In float32, as the package divides by the scale again: in the weight's dtype that could round to another number.
+    # In float32, since the package divides by the scale again, which could round differently in the weight's dtype.
     wide = stored.cpu().float() * parse_scheme(layer.scheme).spread(scale.float(), weight.shape[-1])
     parts = compressor.compress({"weight": wide, "weight_scale": scale.float()}, scheme)
     parts = {**parts, "weight_scale": scale}
     if not torch.equal(compressor.decompress(dict(parts), scheme)["weight"].to(weight.dtype), weight.cpu()):
-        raise ValueError(f"{layer.name}: compressed-tensors does not give back the weights that it packed; report this")
+        raise ValueError(f"{layer.name}: compressed-tensors does not unpack to the weights that it packed; report this")
     return {f"{layer.name}.{name}": tensor for name, tensor in parts.items()}
 
 
@@ -251,16 +249,14 @@ def _write_sidecar(folder: Path, pruned: PruneReport, weights: Mapping[str, Tens
 
 
 def _check_files(folder: Path, weights: Mapping[str, Tensor], report: QuantizationReport, pruned: PruneReport | None) -> None:
-    """Read the numbers back from the file: those that were meant, zeros where the weights have them, patterns obeyed."""
+    """Read the file back, and check its numbers, its zeros and the patterns."""
     tensors = unpacked(open_source(folder)).tensors
     for layer in report:
         stored = stored_values(weights[layer.parameter], layer).cpu()
         read = tensors[layer.parameter].read().view(stored.shape)
         if not torch.equal(read.view(torch.uint8), stored.view(torch.uint8)):
-            raise CheckpointError(
-                folder / WEIGHTS, "holds other numbers than were meant", "check the disk", tensor=layer.parameter
-            )
+            raise CheckpointError(folder / WEIGHTS, "differs from what was written", "check the disk", tensor=layer.parameter)
         if bool(((read.float() != 0) & (weights[layer.parameter].cpu() == 0)).any()):
-            raise PatternError(f"{layer.name}: weights that are zero were stored as others")
+            raise PatternError(f"{layer.name}: zero weights were stored as non-zero")
     for one in pruned or ():
         verify_stored(StoredLayer(one.name, tensors[one.parameter], one.layout, parse_pattern(one.pattern))).check()

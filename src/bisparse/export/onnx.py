@@ -1,7 +1,7 @@
-"""Models as ONNX files for TensorRT, onnxruntime and OpenVINO: weights stay initializers with all of their zeros.
+"""`export_onnx`: writes ONNX files for TensorRT, onnxruntime and OpenVINO, in which weights are initializers with their zeros.
 
-torch's own exporter writes the graph. Constants are folded up to `FOLDED` elements only, so that every weight keeps its name and
-its values; the file is then verified along the axis that TensorRT's 2:4 kernels reduce over, and run.
+torch's exporter writes the graph. Constants are folded only up to `FOLDED` elements, so that every weight keeps its name and
+values. The file is then verified along the axis over which TensorRT's 2:4 kernels reduce, and run.
 """
 
 from __future__ import annotations
@@ -30,38 +30,38 @@ from bisparse.user_errors import error_in_one_line
 __all__ = ["OnnxExport", "export_onnx"]
 
 FOLDED = 1024
-"""Elements of a constant that the exporter may compute with."""
+"""Maximum number of elements of a constant that the exporter may fold."""
 ONE_FILE_BYTES = 1_500_000_000
-"""Weights of more bytes go to a file next to the model: a protocol buffer holds 2 GiB at most."""
+"""Weights of more bytes are stored in a file next to the model, since a protocol buffer is limited to 2 GiB."""
 PREFIX = "model."
 OUTPUTS = ("logits", "last_hidden_state")
-"""Fields of a transformers model's output, of which the first that is there is exported."""
+"""Fields of a transformers model's output; the first one that exists is exported."""
 DynamicAxes = Mapping[str, Mapping[int, str]]
 
 
 @dataclass(frozen=True)
 class OnnxExport:
-    """What was written, and how it was checked."""
+    """The written file, and the results of the checks."""
 
     path: Path
     inputs: dict[str, tuple[int | str, ...]]
-    """Shapes; dynamic axes by name."""
+    """Shapes by input, with names for dynamic axes."""
     output: str
     weights: int
-    """Matrices of the model that are initializers of the file, equal bit for bit."""
+    """Number of the model's matrices that are bit-identical initializers of the file."""
     unmatched: tuple[str, ...]
-    """Names of the model's matrices that the file does not have, so that they were not compared; without tied ones."""
+    """Names of the model's matrices that are not in the file, and so were not compared; without tied ones."""
     verified: dict[str, int]
-    """Number of layers that obey each pattern along the axis that the graph reduces over."""
+    """By pattern, the number of layers that obey it along the reduction axis of the graph."""
     difference: float | None
-    """Largest difference of an output of onnxruntime from the model's; None where it was not run."""
+    """Largest difference between outputs of onnxruntime and of the model; None if it was not run."""
     largest: float | None
     """Largest absolute output of the model on the same inputs."""
     note: str = ""
 
 
 class _Exported(nn.Module):
-    """A model as a function of tensors by position, whose output is one tensor."""
+    """A model as a function of positional tensors that returns one tensor."""
 
     def __init__(self, model: nn.Module, names: Sequence[str] | None) -> None:
         super().__init__()
@@ -83,7 +83,9 @@ def _tensor_of(made: Any) -> Tensor:
     named = next((getattr(made, name) for name in OUTPUTS if isinstance(getattr(made, name, None), Tensor)), None)
     found = named if named is not None else made[0] if isinstance(made, tuple | list) and made else None
     if not isinstance(found, Tensor):
-        raise ValueError(f"the model returns {type(made).__name__}, of which no tensor is known to be the output; wrap it")
+        raise ValueError(
+            f"the model returns {type(made).__name__}, in which the output is not known; wrap the model to return a tensor"
+        )
     return found
 
 
@@ -101,17 +103,17 @@ def export_onnx(
     """Write a model as an ONNX file, check its weights and patterns in the file, and run it in onnxruntime.
 
     Args:
-        inputs: an example: tensors by name, which the model is called with, or by position.
-        pattern: what the weights obey, for all layers or by layer name; checked on the file. TensorRT needs ``"2:4"``.
-        quantized: what `quantize_` returned, with the scheme int8: its weights are written as int8 behind DequantizeLinear nodes.
-        dynamic_axes: names of axes that may have any length, by input; by default the first is "batch", and of integers with
-            two dimensions the second is "sequence".
+        inputs: example inputs, by name or by position.
+        pattern: the pattern of the weights, for all layers or by layer name; checked on the file. TensorRT needs ``"2:4"``.
+        quantized: the report of `quantize_` with the scheme int8: weights are written as int8 behind DequantizeLinear nodes.
+        dynamic_axes: names of axes of any length, by input; by default the first axis is "batch", and the second axis of
+                two-dimensional integers is "sequence".
         overwrite: replace the file.
 
     Raises:
-        CheckpointError: the file exists, or its weights are not the model's.
+        CheckpointError: the file exists, or its weights differ from the model's.
         ImportError: onnx or onnxscript is not installed.
-        PatternError: a weight in the file breaks its pattern. Nothing is left.
+        PatternError: a weight in the file breaks its pattern. No file is left.
         ValueError: an accelerated model, a scheme other than int8, or inputs that the model does not take.
     """
     path = Path(path)
@@ -119,7 +121,7 @@ def export_onnx(
         raise CheckpointError(path, "exists already", "choose another name, or pass overwrite (--overwrite)")
     if accelerated := [name for name, module in model.named_modules() if isinstance(module, HasDenseWeight)]:
         raise ValueError(
-            f"the model is accelerated (at {accelerated[0]!r}), which ONNX has no operators for: call finalize_ first"
+            f"the model is accelerated (at {accelerated[0]!r}), for which ONNX has no operators: call finalize_ first"
         )
     if quantized is not None:
         check_quantizable(quantized)
@@ -156,7 +158,7 @@ def export_onnx(
 
 
 def _output_name(whole: _Exported, tensors: Sequence[Tensor]) -> str:
-    """ "logits" where the output's last side is the vocabulary."""
+    """The name of the output: "logits" if its last axis is the vocabulary."""
     vocabulary = getattr(getattr(whole.model, "config", None), "vocab_size", None)
     try:
         made = whole(*tensors)
@@ -187,10 +189,10 @@ def _default_axes(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, 
 
 
 def _proto(whole: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], axes: DynamicAxes, output: str) -> Any:
-    """The exported graph, with the model's names of weights and the caller's of axes."""
+    """The exported graph, with the model's names for weights and the caller's names for axes."""
     from onnxscript import optimizer
 
-    # A side of 1 would be taken as a constant.
+    # An axis of length 1 would be exported as a constant.
     example = [_widened(one, axes.get(name, {})) for name, one in zip(names, tensors, strict=True)]
     shapes = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in names)
     with warnings.catch_warnings():
@@ -209,13 +211,13 @@ def _proto(whole: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], ax
         except torch.onnx.errors.OnnxExporterError as error:
             raise ValueError(f"torch cannot export {type(whole.model).__name__} to ONNX: {error_in_one_line(error)}") from error
         assert program is not None
-        # Without the rewriting rules, which merge a batch norm into the weights before it.
+        # Without the rewriting rules, which would fold batch norms into the weights before them.
         optimizer.inline(program.model)
         optimizer.fold_constants(
             program.model,
             input_size_limit=FOLDED,
             output_size_limit=FOLDED,
-            # Otherwise transposed weights are stored, under other names, whatever their size.
+            # Otherwise transposed weights of any size would be stored under other names.
             should_fold=lambda node: False if node.op_type == "Transpose" else None,
         )
         optimizer.remove_unused_nodes(program.model)
@@ -244,10 +246,10 @@ def _write(proto: Any, file: Path) -> Path:
 def _check_weights(
     file: Path, weights: Mapping[str, Tensor], quantized: QuantizationReport | None
 ) -> tuple[int, tuple[str, ...]]:
-    """How many matrices of the file are the model's bit for bit, and which the file lacks.
+    """The number of matrices in the file that are bit-identical to the model's, and the names of those it lacks.
 
     Raises:
-        CheckpointError: one has other values.
+        CheckpointError: a matrix has different values.
     """
     tensors = open_source(file).tensors
     stored = {} if quantized is None else {layer.parameter: layer for layer in quantized}
@@ -261,7 +263,7 @@ def _check_weights(
         meant = stored_values(weight, stored[name]) if name in stored else weight
         read = tensor.read().view(tensor.shape)
         if read.shape != meant.shape or read.dtype != meant.dtype or not bool((read == meant.cpu()).all()):
-            raise CheckpointError(file, "is not the model's weight any more", "report this", tensor=name)
+            raise CheckpointError(file, "differs from the model's weight", "report this", tensor=name)
         found[name] = weight.data_ptr()
     if lost := [name for name in stored if name not in found]:
         raise CheckpointError(file, "is not an initializer", "report this", tensor=lost[0])
@@ -269,7 +271,7 @@ def _check_weights(
 
 
 def _verify(file: Path, pattern: str | Structure | Mapping[str, str | Structure] | None) -> dict[str, int]:
-    """The patterns that hold on the file, each with the number of layers."""
+    """By pattern, the number of layers in the file that obey it."""
     if pattern is None:
         return {}
     if not isinstance(pattern, Mapping):
@@ -289,20 +291,20 @@ def _verify(file: Path, pattern: str | Structure | Mapping[str, str | Structure]
 def _run(
     whole: nn.Module, file: Path, names: Sequence[str], tensors: Sequence[Tensor], axes: DynamicAxes
 ) -> tuple[float | None, float | None, str]:
-    """The largest difference between onnxruntime and the model, on the example and on one of other lengths, and its output."""
+    """(the largest difference between onnxruntime and the model on two shapes, the largest output, a note)."""
     try:
         import onnxruntime
     except ImportError:
         return None, None, f"not run: {install_extra('serve')} for onnxruntime"
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Its further optimisations round the inputs of products by int8 weights, which is no property of the file.
+    # Further optimisations of onnxruntime round the inputs of products with int8 weights, which the file does not require.
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - its errors have no common type, and a model in bfloat16 is not an error of ours
-        return None, None, f"onnxruntime does not run it here: {str(error).splitlines()[0][:200]}"
+    except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no common type, and it may not support bfloat16
+        return None, None, f"onnxruntime cannot run it here: {str(error).splitlines()[0][:200]}"
     shorter = [
         one[tuple(slice(0, max(1, one.shape[i] - 1)) if i in axes.get(name, {}) else slice(None) for i in range(one.ndim))]
         for name, one in zip(names, tensors, strict=True)

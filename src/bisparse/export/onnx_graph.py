@@ -15,11 +15,11 @@ from bisparse.tiles import LayoutKind
 __all__ = ["check_quantizable", "name_axes", "quantize_weights", "rename_weights"]
 
 CHANNEL_AXIS = {LayoutKind.LINEAR: 0, LayoutKind.TRANSPOSED: 1, LayoutKind.CONV: 0}
-"""The axis of a stored weight that counts output channels."""
+"""The axis of output channels in a stored weight."""
 
 
 def rename_weights(proto: Any, prefix: str) -> None:
-    """Take a prefix off the names of all initializers and of whatever uses them."""
+    """Remove a prefix from the names of all initializers, and where they are used."""
     renamed = {one.name: one.name.removeprefix(prefix) for one in proto.graph.initializer if one.name.startswith(prefix)}
     taken = {name for node in proto.graph.node for name in (*node.input, *node.output)} | {one.name for one in proto.graph.input}
     renamed = {name: new for name, new in renamed.items() if new not in taken}
@@ -31,7 +31,7 @@ def rename_weights(proto: Any, prefix: str) -> None:
 
 
 def name_axes(proto: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
-    """Call the symbols of dynamic axes of inputs by their names, wherever they occur."""
+    """Rename the symbols of dynamic input axes throughout the graph."""
     symbols = {}
     for one in proto.graph.input:
         for axis, name in axes.get(one.name, {}).items():
@@ -43,10 +43,10 @@ def name_axes(proto: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
 
 
 def check_quantizable(report: QuantizationReport) -> None:
-    """Refuse a report whose weights cannot be written as int8 behind DequantizeLinear nodes.
+    """Raise ValueError if weights cannot be written as int8 behind DequantizeLinear nodes.
 
     Raises:
-        ValueError: another scheme than int8, or a layer of several matrices.
+        ValueError: a scheme other than int8, or a layer of several matrices.
     """
     for layer in report:
         if parse_scheme(layer.scheme).name != "int8":
@@ -62,7 +62,7 @@ def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[st
     """Store quantised layers' weights as int8, with a scale per channel and zero point 0, and dequantise them in the graph.
 
     Raises:
-        ValueError: a layer's weight is no initializer of its name.
+        ValueError: a layer's weight is not an initializer of its name.
     """
     from onnx import helper, numpy_helper
 
@@ -70,7 +70,7 @@ def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[st
     nodes = []
     for layer in report:
         if layer.parameter not in places:
-            raise ValueError(f"{layer.name}: the exporter kept no initializer of the name {layer.parameter}")
+            raise ValueError(f"{layer.name}: the exported graph has no initializer named {layer.parameter}")
         stored, scale = _stored(weights[layer.parameter], layer)
         name, result = layer.parameter, f"{layer.parameter}_dequantized"
         for node in proto.graph.node:

@@ -1,4 +1,4 @@
-"""The registry of layers: what is a layer, in which layout, by what evidence, and why not. Models and files both ask here."""
+"""The registry of layers, for models and files: what counts as a layer, its layout, the evidence for it, and why not."""
 
 from bisparse.layers.files import NOT_NAMED, QUANTISED, FileEvidence, TensorInfo
 from bisparse.layers.filters import (

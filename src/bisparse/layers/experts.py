@@ -1,8 +1,7 @@
-"""Whether the experts of a mixture that are one 3-D parameter are stored as (E, outputs, inputs) or (E, inputs, outputs).
+"""Detects whether experts in one 3-D parameter are stored as (E, outputs, inputs) or (E, inputs, outputs).
 
-Decided for all such parameters of one module together: by the outputs of the up projection, which are the inputs of the down
-projection; where both ways fit, by the length of an expert's bias and the width of the model. Where nothing tells, nothing is
-assumed.
+All such parameters of a module are decided together: the outputs of the up projection are the inputs of the down projection. If
+both layouts fit, the length of an expert's bias and the model's width decide. Without evidence the layout stays unknown.
 """
 
 from __future__ import annotations
@@ -24,13 +23,13 @@ DOWN = r"down|w2|wo|w_out|output|fc2|fc_out|out_proj|c_proj|lin2|linear2|mlp2|4h
 def experts_layout(
     name: str, stacks: Mapping[str, tuple[int, ...]], biases: Mapping[str, tuple[int, ...]], widths: Collection[int]
 ) -> Layout | str:
-    """The layout of an expert stack, or what is missing to know it.
+    """The layout of an expert stack, or a message on the missing evidence.
 
     Args:
         name: the parameter.
-        stacks: shapes (E, *, *) of all 3-D parameters of its module, this one included.
+        stacks: shapes (E, *, *) of all 3-D parameters of its module, including this one.
         biases: shapes of the 2-D parameters (E, *) of the same module.
-        widths: sizes of the tokens that experts take in and give back, from the router or config.json.
+        widths: sizes of the experts' inputs and outputs, from the router or config.json.
     """
     votes = _by_pair(stacks)
     if len(votes) == 1:
@@ -40,7 +39,7 @@ def experts_layout(
     if len(votes) == 1:
         return Layout(votes.pop())
     shape = stacks[name]
-    found = "the evidence contradicts itself" if votes else "nothing tells inputs from outputs"
+    found = "the evidence is contradictory" if votes else "nothing distinguishes inputs from outputs"
     return (
         f"experts of shape {shape}: {found} (config.json's hidden_size, a router, biases, up and down projections would); "
         "give the layout 'experts' for (E, outputs, inputs) or 'experts-transposed' for (E, inputs, outputs)"
@@ -48,12 +47,12 @@ def experts_layout(
 
 
 def is_pair(first: tuple[int, ...], second: tuple[int, ...]) -> bool:
-    """Whether two stacks of the same number of matrices can be the up and the down projection of experts."""
+    """Whether two stacks of equally many matrices can be the up and the down projection of experts."""
     return len(first) == len(second) == 3 and first[0] == second[0] > 1 and bool(_pair(first, second) | _pair(second, first))
 
 
 def config_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """A model's configuration and the configurations in it, such as ``text_config``."""
+    """Yield a model's configuration and its nested configurations, such as ``text_config``."""
     yield config
     for part in config.values():
         if isinstance(part, Mapping):
@@ -61,7 +60,7 @@ def config_parts(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def config_widths(config: Mapping[str, Any]) -> set[int]:
-    """Sizes of a model's tokens, as its configuration says."""
+    """Hidden sizes of a model, from its configuration."""
     numbers = ((key, value) for part in config_parts(config) for key, value in part.items())
     return {value for key, value in numbers if isinstance(value, int) and re.search(WIDTHS_IN_CONFIG, str(key))}
 
@@ -69,7 +68,7 @@ def config_widths(config: Mapping[str, Any]) -> set[int]:
 def _role(name: str) -> str:
     last = re.sub(r"[._](weight|kernel)$", "", name).rsplit(".", 1)[-1].lower()
     up, down = re.search(UP, last), re.search(DOWN, last)
-    # "output_linear" holds neither "up" nor "input"; where both are found, the name tells nothing.
+    # "output_linear" contains neither "up" nor "input"; a name that contains both decides nothing.
     return "" if bool(up) == bool(down) else "up" if up else "down"
 
 
@@ -89,7 +88,7 @@ def _by_width(name: str, shape: tuple[int, ...], widths: Collection[int]) -> set
     first, last = shape[1] in widths, shape[2] in widths
     if not role or first == last:
         return set()
-    # An up projection takes the model's width in, a down projection gives it back.
+    # The model's width is the input size of an up projection and the output size of a down projection.
     return {LayoutKind.EXPERTS if last == (role == "up") else LayoutKind.EXPERTS_TRANSPOSED}
 
 
@@ -100,7 +99,7 @@ def _by_pair(stacks: Mapping[str, tuple[int, ...]]) -> set[LayoutKind]:
 
 
 def _pair(up: tuple[int, ...], down: tuple[int, ...]) -> set[LayoutKind]:
-    """What an up and a down projection say together: the up's outputs, or half of them with a gate, are the down's inputs."""
+    """The layouts that fit an up and a down projection: the up's outputs (half of them with a gate) are the down's inputs."""
     stored = up[2] == down[1] and up[1] in (down[2], 2 * down[2])
     transposed = up[1] == down[2] and up[2] in (down[1], 2 * down[1])
     if stored == transposed:

@@ -1,7 +1,7 @@
-"""The layers of a checkpoint, without its model: what config.json, shapes and names say of each stored tensor.
+"""The layers of a checkpoint without its model, by config.json, shapes and names of the stored tensors.
 
-Evidence in this order: the file's metadata, config.json (architecture, sizes), shapes of biases and of neighbours, names. What
-stays uncertain is left dense with the reason; the caller settles it by a layout.
+Evidence, in this order: the file's metadata, config.json (architecture, sizes), shapes of biases and of neighbouring tensors,
+names. Tensors that remain uncertain are left dense with the reason, and the caller can give their layout.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ PRUNABLE = ("F64", "F32", "F16", "BF16")
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 CONV1D_ARCHITECTURES = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer", "Clvp")
 CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
-"""GPT-2's `Conv1D` stores (inputs, outputs). Models of that family, and the layers in them that are one."""
+"""Models that use GPT-2's `Conv1D`, which stores (inputs, outputs), and the names of those layers."""
 
 INPUTS_FIRST_EXPERTS = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter")
-"""Models that store experts as (E, inputs, outputs), for sizes that tell nothing."""
+"""Models that store experts as (E, inputs, outputs), in case the sizes do not show it."""
 GROUPS_BY_MODEL = {"mgp-str": 8}
-"""Groups of the convolutions with groups of models whose configurations do not say them."""
+"""Numbers of groups of convolutions in models whose configurations do not contain them."""
 EXPERTS_IN_CONFIG = r"(^|_)(n|num)_(local_|routed_|moe_)?experts$|^moe_num_experts$|^n_routed_experts$"
 CHANNELS_IN_CONFIG = (
     r"^(num_channels|in_channels|in_chans|num_mel_bins|input_channels|num_input_channels|n_mels|feature_size|input_feat.*)$"
@@ -42,11 +42,11 @@ QUANTISED = (
     "fc_scaling_factor",
     "weight_zero_point",
 )
-"""Names next to a weight that its module quantises."""
+"""Names of tensors that are next to a weight if its module quantises it."""
 
 RECURRENT = r"(^|\.)weight_(ih|hh|hr)(_l\d+)?(_reverse)?$"
 MOST_KERNEL = 31
-"""The largest odd kernel that a convolution of three dimensions has where nothing else says that it is one."""
+"""Maximum odd kernel size for which a three-dimensional tensor is taken as a convolution without other evidence."""
 
 
 NOT_NAMED = "not named as a layer's weight; give its layout, such as 'linear', to prune it"
@@ -55,19 +55,19 @@ EMBEDDING = "embedding: looked up, not multiplied"
 
 @runtime_checkable
 class TensorInfo(Protocol):
-    """What is known of a stored tensor before it is read."""
+    """The properties of a stored tensor that are known before it is read."""
 
     @property
     def dtype(self) -> str:
-        """safetensors' name of it, such as ``"BF16"``."""
+        """The dtype's name in safetensors, such as ``"BF16"``."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """As stored."""
+        """The shape as stored."""
 
 
 class FileEvidence:
-    """What a checkpoint as a whole says of its tensors."""
+    """The evidence of a whole checkpoint about its tensors."""
 
     def __init__(
         self, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], metadata: Mapping[str, str] | None = None
@@ -85,32 +85,32 @@ class FileEvidence:
         self._delivered = self._delivered_channels() | input_channels | set(_channel_lists(config))
         self._expert_counts = self._sizes(EXPERTS_IN_CONFIG)
         vocabularies = self._sizes(VOCABULARIES_IN_CONFIG)
-        # A vocabulary as large as something else tells nothing.
+        # A vocabulary of the same size as another dimension is no evidence.
         self._vocabularies = vocabularies - {
             number for key, number in self._numbers if not re.search(VOCABULARIES_IN_CONFIG, key)
         }
 
     def kind(self, name: str) -> Kind:
-        """What a tensor of two or more dimensions is."""
+        """The kind of a tensor of two or more dimensions."""
         shape, layer = self._shapes[name], layer_name(name)
         if self._dtypes[name] not in PRUNABLE:
             return Kind(refused=f"dtype {self._dtypes[name]}: integers, quantised and packed weights cannot be pruned")
         if 0 in shape:
             return Kind(refused="empty")
         if len(shape) > 5:
-            return Kind(refused=f"{len(shape)} dimensions: no weight that a GEMM multiplies by")
+            return Kind(refused=f"{len(shape)} dimensions: not the weight of a GEMM")
         is_table = len(shape) == 2 and self._bias(name) is None
         default = EMBEDDING if is_table and is_embedding_name(layer) else self._names.default_reason(name) or ""
         if not default and is_table and shape[0] in self._vocabularies and shape[0] > shape[1]:
             default = f"embedding or output head: its {shape[0]} rows are the vocabulary; include it by name to prune it"
         beside = [one for one in QUANTISED if f"{layer}.{one}" in self._shapes]
         if beside and name.endswith(".weight"):
-            return Kind(uncertain=f"next to it is {beside[0]}: its module quantises it; give its layout to prune it nevertheless")
+            return Kind(uncertain=f"its module quantises it, since {beside[0]} is next to it; give its layout to prune it anyway")
         kind = self._by_shape(name, layer)
         return Kind(kind.layout, kind.refused, kind.uncertain, default or kind.default)
 
     def _stores_inputs_first(self) -> bool:
-        """Whether ``c_attn`` and its like are `Conv1D`: by the architecture, or, without a config, by the biases' lengths."""
+        """Whether ``c_attn`` and similar layers are `Conv1D`, by the architecture or, without a config, by lengths of biases."""
         if self._types:
             return bool(self._types & set(CONV1D_MODELS))
         if architectures := self._config.get("architectures"):
@@ -122,21 +122,21 @@ class FileEvidence:
         return False
 
     def _delivered_channels(self) -> set[int]:
-        """How many outputs each layer and norm of the file has: what a convolution may read."""
+        """The numbers of outputs of all layers and norms in the file, which a convolution may read."""
         found = {shape[0] for name, shape in self._shapes.items() if len(shape) == 1 or len(shape) > 2}
         return found | {side for shape in self._shapes.values() if len(shape) == 2 for side in shape}
 
     def _sizes(self, key: str) -> set[int]:
-        """Numbers of config.json, of its parts too, by their names."""
+        """Numbers in config.json and its nested configurations, by name."""
         return {number for name, number in self._numbers if re.search(key, name)}
 
     def _bias(self, name: str) -> int | None:
-        """Length of the bias next to a weight; None where there is none."""
+        """Length of the bias next to a weight; None if there is none."""
         shape = self._shapes.get(f"{layer_name(name)}.bias")
         return shape[0] if shape is not None and len(shape) == 1 else None
 
     def _norm_after(self, layer: str) -> int | None:
-        """Size of the norm in the same small module as a convolution; None where there is none."""
+        """Size of the norm in the same small module as a convolution; None if there is none."""
         parent = layer.rpartition(".")[0]
         for one in ("normalization", "norm", "bn", "batch_norm", "batchnorm"):
             shape = self._shapes.get(f"{parent}.{one}.weight" if parent else f"{one}.weight")
@@ -175,7 +175,7 @@ class FileEvidence:
         return any(is_pair(shape, other) for other in self._stacks(name).values() if other is not shape)
 
     def _stacks(self, name: str) -> dict[str, tuple[int, ...]]:
-        """Stacks of as many matrices in the same module as this one's."""
+        """Stacks of equally many matrices in the same module."""
         parent = layer_name(name).rpartition(".")[0]
         return {
             one: shape
@@ -214,13 +214,13 @@ class FileEvidence:
             return Kind(refused=DEPTHWISE)
         if len(shape) == 3 and not self._is_conv1d(layer, shape, bias):
             return Kind(
-                uncertain="three dimensions, and nothing tells a convolution from experts; give its layout: 'conv', "
+                uncertain="three dimensions, which may be a convolution or experts; give its layout: 'conv', "
                 "'experts' for (E, outputs, inputs) or 'experts-transposed' for (E, inputs, outputs)"
             )
         if len(shape) == 4 and shape[1] == shape[2] != shape[3] and shape[1] <= MOST_KERNEL:
             return Kind(
                 uncertain=f"a kernel of {shape[2]} x {shape[3]} over {shape[1]} channels looks like channels last; give its "
-                "layout: 'conv-last', or 'conv' if it is what it seems"
+                "layout: 'conv-last', or 'conv' if this is wrong"
             )
         return self._oriented(layer, shape, bias)
 
@@ -234,7 +234,7 @@ class FileEvidence:
         )
 
     def _oriented(self, layer: str, shape: tuple[int, ...], bias: int | None) -> Kind:
-        """A convolution, plain or transposed: by its bias, else by its name and kernel."""
+        """A plain or transposed convolution, by its bias, otherwise by its name and kernel."""
         if bias is not None and (bias == shape[0]) != (bias == shape[1]):
             is_transposed: bool | None = bias == shape[1]
         else:
@@ -245,7 +245,7 @@ class FileEvidence:
         if is_transposed is None:
             kernel = " x ".join(map(str, shape[2:]))
             return Kind(
-                uncertain=f"its name and its kernel of {kernel} do not tell a transposed convolution from a plain one; give its "
+                uncertain=f"its name and its kernel of {kernel} do not show whether the convolution is transposed; give its "
                 "layout: 'conv' or 'conv-transposed'"
             )
         if is_transposed:
@@ -256,15 +256,15 @@ class FileEvidence:
         if groups is not None:
             return Kind(Layout(LayoutKind.CONV, groups=groups), default=default)
         return Kind(
-            uncertain=f"reads {shape[1]} channels per output, which nothing in the file delivers: a convolution with groups, or "
+            uncertain=f"reads {shape[1]} channels per output, which no layer in the file outputs: a convolution with groups, or "
             "one that reads the model's input; give its layout, such as 'groups:32' or 'conv'",
             default=default,
         )
 
     def _groups(self, layer: str, shape: tuple[int, ...]) -> int | None:
-        """The groups of a convolution (C_out, C_in / groups, *kernel); None where nothing tells.
+        """The groups of a convolution (C_out, C_in / groups, *kernel); None if unknown.
 
-        A convolution with groups has as many outputs as inputs, as a rule, so that its C_in / groups divides its C_out.
+        A convolution with groups usually has as many outputs as inputs, so its C_in / groups divides its C_out.
         """
         outputs, inputs = shape[:2]
         for key, number in self._numbers:
@@ -304,7 +304,7 @@ def _numbers(config: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _channel_lists(config: Mapping[str, Any]) -> Iterator[int]:
-    """Channels of a model's stages, as its configuration lists them."""
+    """Channels of a model's stages, from lists in its configuration."""
     for part in config_parts(config):
         for key, value in part.items():
             if isinstance(value, list) and re.search(r"channels|hidden_sizes|embed_dims", str(key)):

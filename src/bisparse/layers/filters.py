@@ -1,4 +1,4 @@
-"""Which layers the caller means, and whether a pattern fits the sides of their matrices."""
+"""Filters that select layers by name, and checks of whether a pattern fits the sides of their matrices."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Filter = str | Callable[[str, nn.Module], bool] | Iterable[str]
 """A layer name, a glob, ``"re:..."``, a list of these, or a function of (name, module)."""
 
 NameFilter = str | Iterable[str]
-"""A layer's name, a glob, ``"re:..."``, or a list of these: what can be said of a file, which has no modules."""
+"""A layer name, a glob, ``"re:..."``, or a list of these; for files, which have no modules."""
 
 T = TypeVar("T")
 
@@ -36,13 +36,13 @@ _NO_MODULE = nn.Identity()
 
 
 def matches(chosen: Filter, name: str, module: nn.Module) -> bool:
-    """Whether a layer is meant by a filter: exact name, glob, ``re:`` pattern (searched from the start), or function."""
+    """Whether a filter matches a layer: exact name, glob, ``re:`` pattern (matched from the start), or function."""
     if isinstance(chosen, str):
         if chosen.startswith("re:"):
             try:
                 return re.match(chosen[3:], name) is not None
             except re.error as error:
-                raise ValueError(f"{chosen!r} is no regular expression: {error}") from error
+                raise ValueError(f"{chosen!r} is not a regular expression: {error}") from error
         return name == chosen or fnmatch.fnmatchcase(name, chosen)
     if callable(chosen):
         return bool(chosen(name, module))
@@ -50,10 +50,10 @@ def matches(chosen: Filter, name: str, module: nn.Module) -> bool:
 
 
 def parse_patterns(patterns: Mapping[str, str | Structure] | None) -> dict[str, Structure]:
-    """The patterns of single layers, by name or glob.
+    """Parse the patterns of single layers, by name or glob.
 
     Raises:
-        ValueError: no mapping of texts, or a text that is no pattern.
+        ValueError: not a mapping of texts, or a text that is not a pattern.
     """
     if patterns is not None and not (isinstance(patterns, Mapping) and all(isinstance(one, str) for one in patterns)):
         raise ValueError(f"patterns={patterns!r:.60}: expected a mapping from layer names or globs to patterns")
@@ -61,13 +61,13 @@ def parse_patterns(patterns: Mapping[str, str | Structure] | None) -> dict[str, 
 
 
 def matches_name(chosen: NameFilter, layer: str, parameter: str) -> bool:
-    """Whether a filter means a layer, by its own name or its parameter's."""
+    """Whether a filter matches a layer, by the layer's name or its parameter's."""
     filters = (chosen,) if isinstance(chosen, str) else tuple(chosen)
     return matches(filters, layer, _NO_MODULE) or matches(filters, parameter, _NO_MODULE)
 
 
 def first_match(choices: Mapping[str, T] | None, layer: str, parameter: str) -> tuple[str | None, T | None]:
-    """The first filter of a mapping that means a layer, with its value; None and None where there is none."""
+    """The first filter of a mapping that matches a layer, and its value; (None, None) if there is none."""
     for one, value in (choices or {}).items():
         if matches_name(one, layer, parameter):
             return one, value
@@ -101,7 +101,7 @@ def sides(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
 
 
 def remainder_reason(matrix: tuple[int, int], pattern: Structure, remainder: str, name: str) -> str | None:
-    """Why a layer whose GEMM matrix has these sides (O, I) stays dense at a pattern; None where it is pruned.
+    """Why a layer whose GEMM matrix has these sides (O, I) stays dense for a pattern; None if it is pruned.
 
     Raises:
         ValueError: ``remainder="error"`` and M does not divide the sides.

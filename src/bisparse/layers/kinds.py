@@ -1,7 +1,7 @@
-"""What a parameter is: its layout, or why it is none that can be pruned, or why it stays dense unless it is asked for.
+"""The kind of a parameter: its layout, or why it cannot be pruned, or why it stays dense unless included by name.
 
-`modules.py` and `files.py` collect the evidence, from modules and from stored tensors; what they make of it is a `Kind`, and one
-function, `why_dense`, decides for both. The layout can be given by the caller as text; see `parse_layout`.
+`modules.py` and `files.py` turn evidence from modules and from stored tensors into a `Kind`, and `why_dense` decides for both.
+The caller can give the layout as text; see `parse_layout`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 CHANGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""Dtypes of weights that can be scored, masked and fitted; of others, such as float8, torch lacks some of the operations."""
+"""Dtypes of weights that can be scored, masked and fitted; torch lacks some operations for others, such as float8."""
 DEPTHWISE = "depthwise convolution, or one that reads a single channel: one input per filter, no reduction to make sparse"
 
 EXPECTED = (
@@ -43,34 +43,34 @@ EXPECTED = (
 
 @dataclass(frozen=True)
 class Skipped:
-    """A layer left dense, and why."""
+    """A layer left dense, with the reason."""
 
     name: str
     reason: str
     undecided: bool = False
-    """Whether it may well be a layer that a pattern applies to, and only its layout is not known."""
+    """Whether it may be a layer that can be pruned, but its layout is not known."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a parameter is, by the evidence there is."""
+    """The kind of a parameter, by the available evidence."""
 
     layout: Layout | None = None
-    """None where the evidence does not tell: then `uncertain` says so."""
+    """The layout; None if the evidence is insufficient, as described by `uncertain`."""
     refused: str = ""
-    """Why it cannot be pruned, whatever the caller asks for."""
+    """Why it can never be pruned; overrides the caller's choice."""
     uncertain: str = ""
-    """What is not known of it; a layout given by the caller settles it."""
+    """What is not known about it; resolved by a layout from the caller."""
     default: str = ""
     """Why it stays dense unless the caller includes it by name."""
 
 
 def why_dense(kind: Kind, *, included: bool | None, excluded: bool) -> str | None:
-    """Why a parameter stays dense; None where it is pruned.
+    """Why a parameter stays dense; None if it is pruned.
 
     Args:
-        included: whether the caller's `include` names it; None where there is no `include`.
-        excluded: whether the caller's `exclude` names it.
+        included: whether the caller's `include` matches it; None without an `include`.
+        excluded: whether the caller's `exclude` matches it.
     """
     if kind.refused:
         return kind.refused
@@ -84,10 +84,10 @@ def why_dense(kind: Kind, *, included: bool | None, excluded: bool) -> str | Non
 
 
 def parse_layouts(layouts: Mapping[str, str | Layout] | None) -> dict[str, str | Layout]:
-    """The layouts that a caller gives by layer, checked as far as they can be without the weights.
+    """Check a caller's layouts by layer, as far as possible without the weights.
 
     Raises:
-        ValueError: a text that is no layout.
+        ValueError: a text that is not a layout.
     """
     if layouts is not None and not isinstance(layouts, Mapping):
         raise ValueError(f"layouts={layouts!r:.60}: expected a mapping from layer names or globs to layouts")
@@ -95,19 +95,19 @@ def parse_layouts(layouts: Mapping[str, str | Layout] | None) -> dict[str, str |
         if isinstance(one, str):
             _parse(one)
         elif not isinstance(one, Layout):
-            raise ValueError(f"{one!r} is no layout: {EXPECTED}")
+            raise ValueError(f"{one!r} is not a layout: {EXPECTED}")
     return dict(layouts or {})
 
 
 def parse_layout(text: str | Layout, shape: tuple[int, ...], name: str) -> Layout:
-    """The layout that a caller gave for a weight of this shape.
+    """Parse a caller's layout for a weight of this shape.
 
     ``"linear"``, ``"transposed"``, ``"conv"``, ``"conv-last"``, ``"conv-transposed"``, ``"experts"``, ``"experts-transposed"``;
     ``"groups:32"`` is a convolution of 32 groups; ``"parts:3"`` and ``"parts:q,k,v"`` are 3 equal projections stacked along the
-    outputs, ``"parts:4096,1024,1024"`` projections of these outputs.
+    outputs, and ``"parts:4096,1024,1024"`` are projections with these numbers of outputs.
 
     Raises:
-        ValueError: no layout, or one that the shape does not have; names the layer.
+        ValueError: not a layout, or one that does not fit the shape; names the layer.
     """
     layout, outputs = (text, None) if isinstance(text, Layout) else _parse(text)
     if len(shape) not in DIMENSIONS[layout.kind]:
@@ -117,7 +117,7 @@ def parse_layout(text: str | Layout, shape: tuple[int, ...], name: str) -> Layou
         )
     if outputs is not None and outputs != shape[0]:
         raise ValueError(
-            f"{name}: the parts of {str(text)!r} have {outputs} outputs together, its weight of shape {shape} has others"
+            f"{name}: the parts of {str(text)!r} have {outputs} outputs in total, which does not fit a weight of shape {shape}"
         )
     if shape[0] % (layout.groups if layout.is_convolution else layout.parts):
         raise ValueError(f"{name}: {str(text)!r} does not divide the first side of its weight of shape {shape}")
@@ -125,7 +125,7 @@ def parse_layout(text: str | Layout, shape: tuple[int, ...], name: str) -> Layou
 
 
 def _parse(text: str) -> tuple[Layout, int | None]:
-    """A layout, and the outputs of all parts together where the text says them."""
+    """A layout, and the total outputs of its parts if the text gives them."""
     what, colon, detail = text.strip().partition(":")
     if not colon:
         if what in (*LayoutKind,) and what != LayoutKind.PACKED:
@@ -138,36 +138,36 @@ def _parse(text: str) -> tuple[Layout, int | None]:
         if len(numbers) == len(parts) == 1 and numbers[0] > 0:
             return Layout(LayoutKind.PACKED, parts=numbers[0]), None
         if len(numbers) == len(parts) and min(numbers) > 0:
-            # Equal parts as large as all of them allow: no tile of one projection reaches into the next.
+            # The greatest common divisor, so that no tile of one projection extends into the next.
             return Layout(LayoutKind.PACKED, parts=sum(numbers) // math.gcd(*numbers)), sum(numbers)
         if not numbers and all(parts) and len(parts) > 1:
             return Layout(LayoutKind.PACKED, parts=len(parts)), None
-    raise ValueError(f"{text!r} is no layout: {EXPECTED}")
+    raise ValueError(f"{text!r} is not a layout: {EXPECTED}")
 
 
 def computed_reason(module: nn.Module, parameter: str) -> str | None:
-    """Why what is written to a module's weight would be lost; None where the weight is the parameter itself."""
+    """Why values written to a module's weight would be lost; None if the weight is the parameter itself."""
     if not hasattr(module, parameter):
         raise ValueError(f"{type(module).__name__} has no parameter {parameter!r:.60}")
     if getattr(module, parameter) is module._parameters.get(parameter):
         return None
-    return f"its {parameter} is computed by {type(module).__name__} at each access, so that what is written to it is lost"
+    return f"its {parameter} is computed by {type(module).__name__} at each access, so values written to it are lost"
 
 
 def held_reason(module: nn.Module, parameter: str) -> str | None:
-    """Why no other mask may be written to a weight: sparse training or an accelerated layer holds its present one.
+    """Why the mask of a weight cannot be changed: it is stored by sparse training or an accelerated layer.
 
-    None where nothing holds a mask apart from the weight itself.
+    None if no mask is stored separately from the weight.
     """
     for name, held in static_masks(module):
         if name == parameter:
             return (
-                f"it is in sparse training with the fixed mask of {held.pattern} (sparsify_, mode='static'), which would undo "
+                f"it is in sparse training with a fixed mask of {held.pattern} (sparsify_, mode='static'), which would undo "
                 "any other mask: call finalize_(model) first"
             )
     if hasattr(module, "dense_weight") and hasattr(module, "mask_changed"):
         return (
-            "it is accelerated, and the positions of its kept weights are stored apart: call finalize_(model) first, and "
+            "it is accelerated, and the positions of its kept weights are stored separately: call finalize_(model) first, and "
             "accelerate_ afterwards"
         )
     if parametrize.is_parametrized(module, parameter):
@@ -178,7 +178,7 @@ def held_reason(module: nn.Module, parameter: str) -> str | None:
 
 
 def check_unheld(model: nn.Module, doing: str) -> None:
-    """Raise ValueError if a layer's mask is held apart from its weight, where something else would rewrite the weights."""
+    """Raise ValueError if any layer's mask is stored separately from its weight, before a function that changes weights."""
     check_module(model)
     for name, module in model.named_modules():
         own = [parameter for parameter, _ in static_masks(module)] or ["weight"]
@@ -188,7 +188,7 @@ def check_unheld(model: nn.Module, doing: str) -> None:
 
 
 def dtype_reason(weight: Tensor) -> str | None:
-    """Why a weight of this dtype cannot be made sparse in place; None where it can."""
+    """Why a weight of this dtype cannot be made sparse in place; None if it can."""
     if weight.dtype in CHANGEABLE:
         return None
     name = str(weight.dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""The layers of a model in memory: what each module's class says of its parameters, then shapes and names."""
+"""The layers of a model in memory, by the classes of modules, then by shapes and names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bisparse.tiles import Layout, LayoutKind
 __all__ = ["Layer", "find_layers"]
 
 RECURRENT = ("weight_ih", "weight_hh", "weight_hr")
-"""How torch's recurrent layers begin the names of their matrices; the gates are rows of one GEMM operand."""
+"""Prefixes of the matrices in torch's recurrent layers; the gates are rows of one GEMM operand."""
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -40,7 +40,7 @@ class Layer:
 
     @property
     def weight(self) -> Tensor:
-        """The weight as the module uses it now."""
+        """The weight as the module currently uses it."""
         weight = getattr(self.module, self.parameter)
         assert isinstance(weight, Tensor)
         return weight
@@ -55,7 +55,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class _Candidate:
-    """A parameter that may be a layer, and what its module says of it."""
+    """A parameter that may be a layer, with its kind according to its module."""
 
     name: str
     module: nn.Module
@@ -72,19 +72,19 @@ def find_layers(
     remainder: str = "pad",
     layouts: Mapping[str, str | Layout] | None = None,
 ) -> tuple[list[Layer], list[Skipped]]:
-    """The layers of a model that a pattern applies to, and a reason for each matrix or larger parameter left dense.
+    """The prunable layers of a model, and a reason for each other parameter of two or more dimensions.
 
-    By default every Linear, convolution (transposed ones too), Conv1D, recurrent weight, packed attention projection and stack
+    By default every Linear, convolution (also transposed), Conv1D, recurrent weight, packed attention projection and stack
     of experts, without embeddings, output heads (by name, and the Linear whose output is the model's), routers, adapters and the
-    first convolution. `include` overrides those defaults for the layers it matches and leaves out the others; `exclude` always
-    wins. A parameter shared by several modules is listed once, under its first name.
+    first convolution. `include` overrides those defaults for the layers it matches and leaves out the others; `exclude` takes
+    precedence. A parameter shared by several modules is listed once, under its first name.
 
     Args:
         include, exclude: names, globs, ``re:`` patterns, or functions ``(name, module) -> bool``.
-        pattern: with ``remainder="dense"``, layers that its M does not divide are left out.
-        remainder: "pad" (prune as if completed with zeros), "dense" (leave such a layer), "error".
-        layouts: how single layers store their matrices, by name, glob or ``re:`` pattern, where their modules do not tell; see
-            `parse_layout`. The first that matches counts.
+        pattern: with ``remainder="dense"``, layers whose sides its M does not divide are left out.
+        remainder: "pad" (prune as if padded with zeros), "dense" (leave such a layer dense) or "error".
+        layouts: how single layers store their matrices, by name, glob or ``re:`` pattern, if it cannot be detected; see
+                `parse_layout`. The first match counts.
 
     Raises:
         ValueError: a filter that matches nothing, a layout that a layer cannot have, or ``remainder="error"`` and a layer that M
@@ -102,7 +102,7 @@ def find_layers(
         raise ValueError(f"exclude={exclude!r} matches nothing in the model: a layer that should stay dense would be pruned")
     layers: list[Layer] = []
     skipped: list[Skipped] = []
-    owners: dict[int, tuple[str, Tensor]] = {}  # the tensor is held so that its id stays its own
+    owners: dict[int, tuple[str, Tensor]] = {}  # a reference to the tensor keeps its id from being reused
     tied = {
         id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
@@ -149,7 +149,7 @@ def find_layers(
 
 
 def _weight_reason(weight: Tensor) -> str | None:
-    """Why a weight has nothing to prune, by its type and shape."""
+    """Why a weight cannot be pruned, by its type and shape; None if it can."""
     if nn.parameter.is_lazy(weight):
         return "its weight has no shape yet; run the model once, then prune it"
     if not isinstance(weight, Tensor) or not (weight.is_floating_point() and weight.ndim >= 2):
@@ -158,7 +158,7 @@ def _weight_reason(weight: Tensor) -> str | None:
 
 
 def _candidates(model: nn.Module) -> Iterator[_Candidate]:
-    """Every parameter that might be pruned, with what is known of it."""
+    """Yield every parameter that may be prunable, with its kind."""
     names = Names([name for name, _ in model.named_parameters(remove_duplicate=False)])
     found = [
         _Candidate(f"{name}.{own}" if name and own != "weight" else own if own != "weight" else name, module, own, kind)
@@ -188,7 +188,7 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
 
 
 def _of_module(name: str, module: nn.Module, model: nn.Module) -> Iterator[tuple[str, Kind]]:
-    """A module's own matrices, each with what the module's class says of it."""
+    """Yield a module's own matrices, each with its kind by the module's class."""
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         yield "weight", Kind(refused="embedding: looked up, not multiplied")
     elif isinstance(module, nn.MultiheadAttention):
@@ -223,7 +223,7 @@ def _convolution(module: _ConvNd) -> Kind:
 
 
 def _bare(name: str, own: str, module: nn.Module, model: nn.Module) -> Kind:
-    """A parameter of a module whose class is not known: experts, if anything tells so."""
+    """The kind of a parameter in a module of unknown class: experts, if there is evidence for it."""
     stacks = {key: tuple(one.shape) for key, one in module.named_parameters(recurse=False) if one.ndim == 3}
     flag = getattr(module, "is_transposed", None)
     kind = type(module).__name__
@@ -236,12 +236,12 @@ def _bare(name: str, own: str, module: nn.Module, model: nn.Module) -> Kind:
         named_stacks = {f"{name}.{key}": shape for key, shape in stacks.items()}
         layout = experts_layout(f"{name}.{own}", named_stacks, biases, _widths(name, module, model, stacks[own][0]))
         return Kind(layout) if isinstance(layout, Layout) else Kind(uncertain=layout)
-    said = f"a parameter of {kind}, whose class does not tell how it is used; give its layout, such as 'linear', to prune it"
+    said = f"a parameter of {kind}, of which it is not known how it is used; give its layout, such as 'linear', to prune it"
     return Kind(uncertain=said)
 
 
 def _widths(name: str, module: nn.Module, model: nn.Module, experts: int) -> set[int]:
-    """Sizes of the tokens that experts take: as the module says, or the inputs of the router next to it."""
+    """Input sizes of experts, from the module or from the router next to it."""
     found = {getattr(module, key, None) for key in ("hidden_size", "hidden_dim", "d_model", "model_dim", "embed_dim")}
     parent = name.rpartition(".")[0]
     for one in model.get_submodule(parent).modules():
@@ -254,7 +254,7 @@ def _widths(name: str, module: nn.Module, model: nn.Module, experts: int) -> set
 
 
 def _stored(module: nn.Module, parameter: str) -> Any:
-    """The parameter itself, without computing a parametrized weight, which a sharded model cannot do outside a forward pass."""
+    """The stored parameter, without computing a parametrized weight, which is impossible for a sharded model at this point."""
     if parametrize.is_parametrized(module, parameter):
         lists = module.parametrizations
         assert isinstance(lists, nn.ModuleDict)
@@ -264,22 +264,22 @@ def _stored(module: nn.Module, parameter: str) -> Any:
 
 
 def _first_convolution(found: Sequence[_Candidate]) -> _Candidate | None:
-    """The first convolution of the model, if nothing before it delivers its channels: it reads the model's input."""
+    """The first convolution of the model, if no layer before it outputs its channels, so that it reads the model's input."""
     delivered: set[int] = set()
     for one in found:
         if isinstance(one.module, _ConvNd):
             return None if one.module.in_channels in delivered else one
         weight = _stored(one.module, one.parameter)
         if isinstance(weight, Tensor) and not nn.parameter.is_lazy(weight) and weight.ndim >= 2:
-            # An embedding delivers columns, a Linear rows.
+            # The output size of an embedding is its columns, that of a Linear its rows.
             delivered.add(weight.shape[1] if isinstance(one.module, nn.Embedding) else weight.shape[0])
     return None
 
 
 def _head_by_flow(model: nn.Module, found: Sequence[_Candidate]) -> _Candidate | None:
-    """The Linear whose output is the model's: the model's own, the last to be registered, of outputs that no layer takes.
+    """The Linear whose output is the model's: registered last, directly in the model, with an output size that no layer reads.
 
-    A model that is a mere container, such as `nn.Sequential`, gives its layers no roles, so that none of them is a head.
+    In a plain container such as `nn.Sequential` layers have no roles, so none of them is a head.
     """
     while (
         type(model).__name__ in ("DistributedDataParallel", "DataParallel", "OptimizedModule")

@@ -1,6 +1,6 @@
-"""What the name of a parameter says about its role: heads, embeddings, routers, adapters, tokens, first convolutions.
+"""Infers the role of a parameter from its name: head, embedding, router, adapter, token or first convolution.
 
-The same rules serve models and files. They only ever leave a parameter dense by default; `include` overrules them, by name.
+The same rules apply to models and files. They only leave a parameter dense by default; `include` by name overrides them.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ HEAD_NAMES = (
     "lm_head", "classifier", "head", "fc", "score", "embed_out", "output_layer", "logits", "output_projection", "lm_output",
     "*_head",
 )  # fmt: skip
-"""A layer whose last name is one of these is an output head, in the naming habits of torch, timm, fairseq and transformers."""
+"""Last names of output heads in torch, timm, fairseq and transformers."""
 OUTER_HEADS = ("linear", "output", "out", "final", "last_linear", "fc_out", "predict", "prediction", "output_proj")
-"""The same of a layer of the model itself, of which no other is a head: the names alone are too common."""
+"""Last names of heads that are only used for top-level layers of models without another head, since they are common."""
 HEAD_PATHS = ("*predictions.decoder", "*generator_lm_head")
 WRAPPERS = ("module", "model", "_orig_mod", "net", "network", "backbone", "student", "_forward_module", "_fsdp_wrapped_module")
-"""First names that belong to whoever wrapped or trained the model."""
+"""First names that wrappers and trainers add."""
 
 EMBEDDINGS = (
     "embed", "embed_*", "embedding", "embeddings", "*_embed", "*_embeds", "*_embedding", "*_embeddings", "tok_embeddings",
@@ -28,17 +28,17 @@ EMBEDDINGS = (
     "*_emb", "*_embeds_layer", "*_embedding_table", "*_embeddings_table", "codebook", "lookup_table",
     "relative_position_bias_table", "reference_points", "pe_k", "pe_v", "bias_values",
 )  # fmt: skip
-"""Last names of embeddings, in the habits of transformers, timm, fairseq, Whisper and Llama's own code."""
+"""Last names of embeddings in transformers, timm, fairseq, Whisper and Llama's original code."""
 
 ROUTERS = ("gate", "router", "wg", "gating", "switch")
-"""Names of a mixture's router, where experts are next to it."""
+"""Names of a mixture's router, if experts are next to it."""
 ROUTER = r"(^|[._])router([._]|$)|shared_expert_gate$|gate_network"
 
 ADAPTERS = r"(^|[._])(lora|dora|hada|lokr|ia3|vera|vblora|boft|oft)(_|\.)|_lora(\.|$)|(^|\.)prompt_encoder\."
-"""Low-rank and other adapters, as peft, diffusers and kohya name them."""
+"""Names of low-rank and other adapters in peft, diffusers and kohya."""
 
 TOKENS = r"(^|[._])tokens?$|(^|\.)(query_feat|quer(y|ies)_features|latents|latent_query|probe|prompt)$|^quer(y|ies)$"
-"""Learned inputs: class and mask tokens, queries of detection transformers, latents of perceivers."""
+"""Names of learned inputs: class and mask tokens, queries of detection transformers, latents of perceivers."""
 
 NORMS = r"(^|[._])(layer|group|batch|rms|instance|input|post)?_?(norm|ln|bn)\d*$|layernorm[a-z_]*$"
 
@@ -49,25 +49,25 @@ FIRST_CONVOLUTIONS = (
 """Names of convolutions that read the input of a model or of a part of it."""
 
 TRANSPOSED = r"conv_?trans|deconv|trans_?conv|convt_|conv_?tr(\.|$)"
-"""Names that only transposed convolutions have."""
+"""Names used only for transposed convolutions."""
 ENLARGING = r"up_?conv|upscale|up_?sampl|unpool|(^|[._])(up|resize|conv_up)([._]|\d|$)"
-"""Names of what enlarges its input: a transposed convolution, or a plain one after an interpolation."""
+"""Names of upsampling modules: a transposed convolution, or a plain one after interpolation."""
 REDUCING = r"down|subsampl|reduc|(^|\.)sr(\.|$)|patch|strid|squeeze|feature_extractor|pool|to_molecules"
-"""Names of what makes its input smaller, which a plain convolution does."""
+"""Names of downsampling modules, which are plain convolutions."""
 
 
 def layer_name(parameter: str) -> str:
-    """A parameter's name without ``.weight``, as layers are named."""
+    """The name of a parameter's layer: the parameter's name without ``.weight``."""
     return parameter.removesuffix(".weight")
 
 
 def _last(layer: str) -> str:
-    # Private attributes count as what they are: EfficientNet's head is `_fc`.
+    # The underscore of private attributes is ignored: EfficientNet's head is `_fc`.
     return layer.rsplit(".", 1)[-1].lower().strip("_")
 
 
 def head_reason(name: str) -> str | None:
-    """Why a layer of this name stays dense by default as an output head, or None."""
+    """Why a layer of this name stays dense by default as an output head; None if it is not one."""
     layer = layer_name(name)
     last = _last(layer)
     if any(fnmatch.fnmatchcase(last, one) for one in HEAD_NAMES) or any(fnmatch.fnmatchcase(layer, one) for one in HEAD_PATHS):
@@ -76,26 +76,26 @@ def head_reason(name: str) -> str | None:
 
 
 def _unwrapped(layer: str) -> str:
-    """A layer's name without that of whoever wrapped the model."""
+    """A layer's name without the parts added by wrappers."""
     first, _, rest = layer.partition(".")
     return _unwrapped(rest) if rest and first.lower() in WRAPPERS else layer
 
 
 def is_embedding_name(layer: str) -> bool:
-    """Whether a layer is named as an embedding is, or its list of layers."""
+    """Whether a layer, or its list of layers, has the name of an embedding."""
     parts = [part for part in layer.split(".") if not part.isdecimal()] or [layer]
     return any(fnmatch.fnmatchcase(_last(one), glob) for glob in EMBEDDINGS for one in (parts[-1], layer))
 
 
 def reads_input_by_name(layer: str) -> bool:
-    """Whether a convolution is named as one that reads the model's input."""
+    """Whether a convolution has the name of one that reads the model's input."""
     return re.search(FIRST_CONVOLUTIONS, layer.lower()) is not None
 
 
 def is_transposed_by_name(layer: str, kernel: tuple[int, ...]) -> bool | None:
-    """Whether a convolution is a transposed one, by its name and kernel; None where these do not tell.
+    """Whether a convolution is transposed, by its name and kernel; None if these do not decide it.
 
-    Transposed convolutions enlarge by even factors with even kernels, as a rule; plain ones have even kernels where they reduce.
+    Usually, transposed convolutions upsample by even factors with even kernels, and plain ones have even kernels to downsample.
     """
     name = layer.lower()
     if re.search(TRANSPOSED, name):
@@ -104,13 +104,13 @@ def is_transposed_by_name(layer: str, kernel: tuple[int, ...]) -> bool | None:
         return False
     if all(size % 2 for size in kernel):
         return None if re.search(r"up_?conv\d*$", name) else False
-    # Of both, the later name is of the smaller part of the model.
+    # If both kinds of name occur, the later one belongs to the smaller part of the model.
     enlarging, reducing = (max((one.start() for one in re.finditer(rule, name)), default=-1) for rule in (ENLARGING, REDUCING))
     return None if enlarging == reducing else enlarging > reducing
 
 
 class Names:
-    """What the names of all parameters of a model or file say about each of them."""
+    """The names of all parameters of a model or file, from which the role of each is inferred."""
 
     def __init__(self, parameters: Collection[str]) -> None:
         self._mixtures: set[str] = set()
@@ -127,7 +127,7 @@ class Names:
                 self._sequential_ends[parent] = max(self._sequential_ends.get(parent, -1), int(index))
 
     def default_reason(self, parameter: str) -> str | None:
-        """Why a parameter stays dense by default, by its name and those around it; None where they say nothing."""
+        """Why a parameter stays dense by default, by its name and those around it; None if there is no such reason."""
         layer = layer_name(parameter)
         if re.search(ADAPTERS, layer):
             return "low-rank (LoRA) or other adapter: its base layer is the one to prune; include it by name to prune it"
@@ -140,9 +140,9 @@ class Names:
         if layer == self._outer_head:
             return f"output head (the model's own '{_last(layer)}'); include it by name to prune it"
         if re.search(NORMS, _last(parent if _last(layer) in ("scale", "shift", "gamma", "beta") else layer)):
-            return "normalisation: it scales, and is no matrix of a product; include it by name to prune it"
+            return "normalisation: it scales and is not the matrix of a product; include it by name to prune it"
         if re.search(TOKENS, layer.lower()):
-            return "learned token or query: an input, no weight that inputs are multiplied by"
+            return "learned token or query: an input, not a weight that multiplies inputs"
         return None
 
     def _is_router(self, layer: str) -> bool:

@@ -1,10 +1,10 @@
-"""Whether a module of a subclass multiplies by its weight as it is.
+"""Tests whether a subclass of Linear or a convolution multiplies by its weight unchanged.
 
 Weight standardisation (timm's `StdConv2d`), BitLinear and ternary layers compute another weight from their parameter in every
-forward pass, some of them in training mode alone: zeros of the parameter may be none of the product's. What such a class computes
-is not known, so it is tried, in evaluation and in training mode. Its output is compared with that of the class that it derives
-from; and with a weight of which half is zero, outputs must not depend on inputs that only zeros multiply. The second test decides
-in training mode, where dropout and batch norms change outputs for other reasons.
+forward pass, some only in training mode, so zeros of the parameter may not be zeros of the product. Such classes are run in
+evaluation and in training mode. Their output is compared with that of the base class; and with half of the weight zero, outputs
+must not depend on inputs that only zeros multiply. In training mode the second test decides, since dropout and batch norms
+change outputs for other reasons.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ __all__ = ["own_forward_reason"]
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 OTHER_TOLERANCE = 3e-2
-"""Of the largest output, in which two ways to compute the same product may differ; half precision rounds more."""
+"""Maximum difference, relative to the largest output, between two computations of the same product; more in half precision."""
 TRIED_INPUTS = 6
-"""Number of inputs that are changed, one by one, to see which outputs follow."""
+"""Number of inputs that are changed one by one, to find out which outputs depend on them."""
 
 PLAIN = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 TRUSTED = ("torch.nn.modules.", "bisparse.")
-"""Modules of Python whose forward passes are known."""
+"""Python modules that define known forward passes."""
 
 
 def own_forward_reason(module: nn.Module) -> str | None:
-    """Why a Linear or convolution cannot be pruned: its class has a forward pass that does not multiply by the weight as it is.
+    """Why a Linear or convolution cannot be pruned: its class has a forward pass that does not multiply by the weight unchanged.
 
-    None where it does, for classes that use torch's own, and where the weight has no numbers (the meta device). The module is not
-    changed, no hook of it runs, and the random number generators go on as they would have.
+    None if it does, for classes that use torch's forward pass, and for weights on the meta device. The module is not changed,
+    its hooks do not run, and random number generators are not advanced.
     """
     base = next((kind for kind in PLAIN if isinstance(module, kind)), None)
     if base is None or not _is_own(module) or not isinstance(module.weight, Tensor) or module.weight.is_meta:
@@ -52,9 +52,9 @@ def own_forward_reason(module: nn.Module) -> str | None:
             if ends_the_process(error):
                 raise
             problem = error_in_one_line(error)
-            return f"{kind} has a forward pass of its own that takes other inputs than {base.__name__}'s ({problem})"
+            return f"{kind} has its own forward pass, with inputs other than {base.__name__}'s ({problem})"
         if differs == "shape":
-            return f"{kind} has a forward pass of its own whose output is not that of {base.__name__}"
+            return f"{kind} has its own forward pass, with an output other than {base.__name__}'s"
         if mixing is not None:
             when = (
                 "in training mode"
@@ -62,8 +62,8 @@ def own_forward_reason(module: nn.Module) -> str | None:
                 else "as with weight standardisation, or outputs that are normalised together"
             )
             return (
-                f"{kind} does not multiply by its weight as it is ({when}): its outputs depend on inputs whose weights are "
-                "zero, so that zeros of the weight are none of what it computes"
+                f"{kind} does not multiply by its weight unchanged ({when}): its outputs depend on inputs whose weights are "
+                "zero, so zeros of the weight have no effect"
             )
         if not differs:
             return None
@@ -71,14 +71,14 @@ def own_forward_reason(module: nn.Module) -> str | None:
     how = f"{scale:.6g} times its weight" if scale is not None else "something else"
     what = "" if scale is not None else " (it scales, rounds or quantises it, or changes the output)"
     return (
-        f"{kind} does not multiply by its weight as it is: its output is that of {how}{what}. Zeros of the weight were zeros of "
+        f"{kind} does not multiply by its weight unchanged: its output is that of {how}{what}. Zeros of the weight were zeros of "
         f"the product when tried, but what is fitted to {base.__name__}'s output would be wrong; give its layout, such as "
-        f"{'conv' if issubclass(base, _ConvNd) else 'linear'!r}, to make it sparse nevertheless"
+        f"{'conv' if issubclass(base, _ConvNd) else 'linear'!r}, to make it sparse anyway"
     )
 
 
 class _Trial:
-    """A module and the class that it derives from, on the same inputs."""
+    """Runs a module and its base class on the same inputs."""
 
     def __init__(self, module: nn.Module, base: type[nn.Module]) -> None:
         self.module, self.base = module, base
@@ -89,7 +89,7 @@ class _Trial:
         self.inputs = _inputs(module, weight)
 
     def compare(self) -> str:
-        """How the output in evaluation mode differs from the base class's: "shape", "numbers", or "" where it does not."""
+        """How the output in evaluation mode differs from the base class's: "shape", "numbers", or "" if it does not."""
         expected, output = _plain_output(self.module, self.base, self.inputs), self._own(self.inputs, None, training=False)
         if not isinstance(output, Tensor) or output.shape != expected.shape:
             return "shape"
@@ -98,10 +98,10 @@ class _Trial:
     def zeros_leak(self, *, training: bool) -> bool:
         """Whether, with half of the weight zero, an output depends on an input that only zeros multiply.
 
-        Tried in training mode with the same random numbers in each pass.
+        Every pass in training mode uses the same random numbers.
         """
         if "weight" not in self.module._parameters:
-            return False  # computed from another parameter, by something that was added later
+            return False  # the weight is computed from another parameter, such as by a parametrization
         generator = torch.Generator().manual_seed(1)
         pairs = torch.rand(self.weight.shape[:2], generator=generator) < 0.5
         kept = pairs.view(*pairs.shape, *[1] * (self.weight.ndim - 2)).to(self.weight.device)
@@ -121,7 +121,7 @@ class _Trial:
         return False
 
     def scale(self) -> float | None:
-        """The positive factor between the products of the two classes; None where there is none."""
+        """The positive factor between the products of the two classes; None if there is none."""
         zero = torch.zeros_like(self.inputs)
         own = (self._own(self.inputs, None, training=False) - self._own(zero, None, training=False)).double()
         plain = (_plain_output(self.module, self.base, self.inputs) - _plain_output(self.module, self.base, zero)).double()
@@ -157,7 +157,7 @@ def _module_of(function: Callable[..., Any]) -> str:
 
 
 def _inputs(module: nn.Module, weight: Tensor) -> Tensor:
-    """Two random inputs, all positive: a mean taken off the weight shows in every output."""
+    """Two random inputs, all positive, so that subtracting the weight's mean would change every output."""
     generator = torch.Generator().manual_seed(0)
     if isinstance(module, _ConvNd):
         spans = [d * (k - 1) + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
@@ -169,7 +169,7 @@ def _inputs(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def _twin(module: nn.Module) -> nn.Module:
-    """The module with parameters, buffers, tensors and parts of its own: some write to their weight or statistics as they run."""
+    """A copy of the module, since some modules write to their weight or statistics in the forward pass."""
     twin = copy.copy(module)
     for name, held in vars(module).items():
         if isinstance(held, Tensor):
@@ -191,7 +191,7 @@ def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:
 
 def _plain_output(module: nn.Module, base: type[nn.Module], inputs: Tensor) -> Tensor:
     if issubclass(base, _ConvNd) and not issubclass(base, _ConvTransposeNd):
-        # What their `forward` calls, of the class itself: a subclass may have another.
+        # The functions that the base class's `forward` calls; a subclass may have overridden them.
         plain: Callable[..., Tensor] = vars(base)["_conv_forward"]
         return plain(module, inputs, module.weight, module.bias)
     forward: Callable[..., Tensor] = vars(base)["forward"]

@@ -1,4 +1,4 @@
-"""Batch norms of pruned networks: re-estimated statistics, and folding into the layer before."""
+"""Batch norms of pruned networks: re-estimating their statistics, and folding them into the layer before."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ __all__ = ["fold_batch_norms_", "reestimate_batch_norms_"]
 def reestimate_batch_norms_(
     model: nn.Module, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> list[str]:
-    """Measure the running mean and variance of every batch norm again, on calibration data: plain averages over the batches.
+    """Re-estimate running mean and variance of every batch norm on calibration data, as plain averages over the batches.
 
-    Only the batch norms run in train mode: dropout stays off. On an error the model is as it was.
+    Only the batch norms run in train mode; dropout stays off. On an error the model is unchanged.
 
     Returns:
         The names of the batch norms.
@@ -71,11 +71,11 @@ def reestimate_batch_norms_(
 def fold_batch_norms_(
     model: nn.Module, batch: Any, *, forward: Callable[[nn.Module, Any], Any] | None = None, tolerance: float = 1e-4
 ) -> list[str]:
-    """Fold every batch norm that directly follows a convolution or Linear layer into it; the norm becomes an Identity.
+    """Fold every batch norm that directly follows a convolution or Linear layer into that layer; the norm becomes an Identity.
 
-    The layer then has a bias. The model's output on `batch`, in eval mode, is compared before and after; if it differs by
-    more than `tolerance` of its largest number (a layer's output that is used in a second place, say), the pairs are tried
-    one by one and those that change the output are left alone. On an error the model is as it was.
+    The layer then has a bias. The model's outputs on `batch`, in eval mode, are compared before and after; if they differ by
+    more than `tolerance` times the largest value (for example because a layer's output is used twice), the pairs are tried
+    one by one, and those that change the output are not folded. On an error the model is unchanged.
 
     Returns:
         The names of the layers that a batch norm was folded into.
@@ -128,7 +128,7 @@ def _close(before: list[Tensor], after: list[Tensor], tolerance: float) -> bool:
 
 
 def _fold_(model: nn.Module, name: str, norm: nn.Module) -> Callable[[], None]:
-    """Fold one norm; the returned function undoes it."""
+    """Fold one norm; returns a function that undoes it."""
     layer = model.get_submodule(name)
     assert isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.running_var is not None
     weight, bias = layer.weight, layer.bias

@@ -1,6 +1,6 @@
 """Where the constant added to a layer's outputs is stored: its bias or the running mean of the batch norm after it.
 
-BN(y + b) equals BN(y) with a running mean smaller by b, so that a batch norm serves as the bias of a layer that has none.
+BN(y + b) equals BN(y) with a running mean smaller by b, so a batch norm can replace the bias of a layer without one.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["Bias", "bias_of", "norms_after"]
 
 @dataclass(frozen=True)
 class Bias:
-    """What a constant added to a layer's outputs is stored in."""
+    """The tensor that stores the constant added to a layer's outputs."""
 
     tensor: Tensor
-    """The bias, or the running mean of the batch norm behind the layer."""
+    """The bias, or the running mean of the batch norm after the layer."""
     sign: int = 1
     """-1 for a running mean, which is subtracted."""
 
@@ -39,13 +39,13 @@ class Bias:
 
 
 def bias_of(layer: Layer, norms: Mapping[str, nn.Module] | None = None) -> Bias | None:
-    """Where the constant added to a layer's outputs is stored; None where it has none of its own.
+    """Where the constant added to a layer's outputs is stored; None if it has none of its own.
 
     Args:
-        norms: the batch norm behind each layer, from `norms_after`.
+        norms: the batch norm after each layer, from `norms_after`.
     """
     if isinstance(layer.module, nn.MultiheadAttention):
-        # Separate projections share one packed bias; it is left alone.
+        # Separate projections share one packed bias, which is not changed.
         name = "in_proj_bias" if layer.parameter == "in_proj_weight" else None
     elif layer.layout.kind in (LayoutKind.EXPERTS, LayoutKind.EXPERTS_TRANSPOSED) or layer.parameter != "weight":
         name = None
@@ -65,9 +65,9 @@ def bias_of(layer: Layer, norms: Mapping[str, nn.Module] | None = None) -> Bias 
 def norms_after(
     model: nn.Module, layers: Iterable[Layer], batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> dict[str, nn.Module]:
-    """The batch norm that takes each layer's output as its input, found by running one batch.
+    """By layer, the batch norm whose input is the layer's output, found by running one batch.
 
-    A norm that serves several layers, or a layer called more than once, is left out.
+    Norms of several layers, and layers that are called more than once, are left out.
     """
     by_module = {id(layer.module): layer.name for layer in layers}
     outputs: list[tuple[str, Tensor]] = []

@@ -1,13 +1,13 @@
-"""Block reconstruction: the kept weights of a whole block, fitted together to the dense block's output.
+"""Block reconstruction: fits the kept weights of a whole block together to the dense block's output.
 
-Once the layers of a block are pruned one by one, with x the block's inputs in the pruned network and z in the dense one::
+After the layers of a block have been pruned one by one, with x the block's inputs in the pruned network and z in the dense one::
 
     min over W' of sum over tokens of weight * |dense block(z) - block(x; S * W')|^2       S the masks, fixed
 
-Unlike a fit per layer, this sees an attention's softmax, the gate of an MLP, and that one layer can compensate for another. It
-uses Adam, because a block is not linear, with steps relative to the size of each parameter.
-Guarantee: masks stay; the error on held-out batches (every fifth) never grows: otherwise the block is left as it was.
-Deterministic.
+Unlike a fit per layer, this takes the softmax of attention and the gate of an MLP into account, and lets one layer compensate
+for another. It uses Adam, since a block is not linear, with steps relative to the size of each parameter.
+Guarantee: masks do not change, and the error on held-out batches (every fifth) does not grow; otherwise the block is left
+unchanged. Deterministic.
 Cost: about three forward passes of the block per epoch, and float32 copies and moments of one block's parameters.
 Source: the objective is that of BRECQ (Li et al., ICLR 2021, arXiv 2102.05426), for pruned models EBFT (Guo et al., 2024, arXiv
 2402.12419). Departures: held-out data decides; tokens of very high energy count less, as in all statistics here.
@@ -31,18 +31,18 @@ from bisparse.pruning.methods.base import check_count, check_number
 __all__ = ["BlockReconstruction"]
 
 WARM_UP = 0.05
-"""Fraction of an epoch's steps in which the step size rises; then it falls along a cosine."""
+"""Fraction of an epoch's steps in which the step size rises; after that it falls along a cosine."""
 
 
 @dataclass(frozen=True)
 class BlockReconstruction:
-    """How to fit a block; for ``prune_(..., reconstruction=...)``.
+    """Options of block reconstruction, for ``prune_(..., reconstruction=...)``.
 
     Args:
-        epochs: passes over the calibration batches, at most.
-        learning_rate: first step of Adam, as a fraction of the root mean square of a parameter's kept weights.
-        worthwhile: another epoch follows only if the last one reduced the held-out error by at least this fraction. First blocks
-            keep improving for many epochs, and all later blocks inherit their error; later blocks soon stop improving.
+        epochs: maximum number of passes over the calibration batches.
+        learning_rate: initial step of Adam, as a fraction of the root mean square of a parameter's kept weights.
+        worthwhile: another epoch follows only if the last one reduced the held-out error by at least this fraction. The first
+                blocks improve for many epochs, and all later blocks inherit their error; later blocks soon stop improving.
     """
 
     epochs: int = 8
@@ -57,7 +57,7 @@ class BlockReconstruction:
     def fit_(self, block: FinishedBlock) -> BlockFit:
         """Fit the kept weights, and biases, of the block's pruned layers, in place."""
         fitted = _parameters(block)
-        # Steps are smaller than what bfloat16 can hold.
+        # In float32, since steps are below the resolution of bfloat16.
         precise = [parameter.detach().float().clone() for parameter in fitted]
         kept = [parameter != 0 for parameter in precise[: len(block.layers)]]
         adam = torch.optim.Adam([{"params": [one]} for one in precise], betas=(0.9, 0.95), fused=True)
@@ -81,7 +81,7 @@ class BlockReconstruction:
                     adam.step()
                     _write_(fitted, precise)
                 before, end = best, _error(block)
-                # Not a number is no improvement.
+                # NaN does not count as an improvement.
                 if end < best:
                     best, best_values = end, [parameter.detach().clone() for parameter in fitted]
                 if not end < (1 - self.worthwhile) * before:

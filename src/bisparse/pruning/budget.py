@@ -5,9 +5,9 @@ The cost of a pattern for a layer is the fraction of the energy of its output th
     |W x - (S * W) x|^2 / |W x|^2 = tr(D G D^T) / tr(W G W^T),    D = W - S * W,    G = E[x x^T]
 
 with G from calibration data and S the mask that keeps most of ``w_oi^2 G_ii``; without data, the fraction of squared magnitude.
-It is measured on the dense network, before kept weights are fitted. The sum over layers is minimised exactly; see `choose`. That
-this sum stands for the damage to the network is an assumption. A layer can be denser than the budget only where another one is
-sparser: patterns that are all at least as dense as the budget leave no room.
+It is measured on the dense network, before kept weights are fitted. The sum over layers is minimised exactly; see `choose`.
+Using this sum as the damage to the network is an assumption. A layer can be denser than the budget only if another one is
+sparser, so the list of patterns should include some that are sparser than the budget.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ Times = Callable[[str, tuple[int, ...], str], float]
 
 @dataclass(frozen=True)
 class Budget:
-    """What the layers of a network may take together, as a fraction of what they take dense. One of the three is given.
+    """A total for all layers of a network, as a fraction of that of the dense layers. Exactly one of the three is given.
 
     Args:
-        weights: weights kept, at most.
-        bytes: of the kept values in the layer's dtype and the positions that hardware stores with them; see `hardware`.
+        weights: number of kept weights.
+        bytes: bytes of the kept values in the layer's dtype and of the positions that hardware stores with them; see `hardware`.
         time: the sum of measured times.
         times: for `time`: a function ``(layer name, shape of its weight, pattern)`` -> seconds, with the pattern as text or
             ``"dense"``.
@@ -66,25 +66,27 @@ class Budget:
     def __post_init__(self) -> None:
         given = {name: value for name in ("weights", "bytes", "time") if (value := getattr(self, name)) is not None}
         if len(given) != 1:
-            raise ValueError(f"a budget is of weights, bytes or time, one of them; given: {', '.join(given) or 'none'}")
+            raise ValueError(f"a budget limits exactly one of weights, bytes or time; given: {', '.join(given) or 'none'}")
         for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
                 raise ValueError(f"Budget({name}={value!r}): expected a fraction of the dense layers, above 0 and at most 1")
         if (self.time is None) != (self.times is None):
-            raise ValueError("a budget of time needs times=, the measured seconds per layer and pattern, and only that one does")
+            raise ValueError(
+                "a budget of time requires times=, the measured seconds per layer and pattern; other budgets do not take it"
+            )
 
     @property
     def unit(self) -> str:
-        """What is limited: "weights", "bytes" or "time"."""
+        """The limited quantity: "weights", "bytes" or "time"."""
         return next(name for name in ("weights", "bytes", "time") if getattr(self, name) is not None)
 
     @property
     def fraction(self) -> float:
-        """The limit."""
+        """The limit as a fraction."""
         return float(getattr(self, self.unit))
 
     def size(self, layer: Layer, structure: Structure | None) -> float:
-        """What a layer takes at a structure, or dense (None)."""
+        """The weights, bytes or seconds of a layer at a structure, or dense (None)."""
         weight = layer.weight
         if self.times is not None:
             text = DENSE if structure is None else str(structure)
@@ -109,7 +111,7 @@ class Budget:
 
 
 def parse_budget(budget: str | float | Budget) -> Budget:
-    """A budget from its text, such as ``"50%"``, or a fraction, both of weights; a `Budget` is returned unchanged.
+    """Make a budget of weights from a text such as ``"50%"`` or a fraction; a `Budget` is returned unchanged.
 
     >>> parse_budget("50%")
     Budget(weights=0.5)
@@ -127,13 +129,13 @@ def parse_budget(budget: str | float | Budget) -> Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a budget makes of a network."""
+    """The pattern of each layer under a budget."""
 
     layers: tuple[tuple[Layer, Structure], ...]
     """The layers to prune."""
     left_dense: tuple[Skipped, ...]
     reasons: Mapping[str, str]
-    """By layer, why it got its pattern."""
+    """By layer, the reason for its pattern."""
     note: str
     choice: Choice
 
@@ -144,7 +146,7 @@ class Plan:
 
     @property
     def others(self) -> dict[str, str | Structure]:
-        """The structures of layers that have another one."""
+        """The structures of layers with a different one."""
         return {layer.name: structure for layer, structure in self.layers if structure != self.most}
 
 
@@ -161,12 +163,12 @@ def plan_within(
     remainder: str = "pad",
     layouts: Mapping[str, str | Layout] | None = None,
 ) -> Plan:
-    """The structure of each layer that loses least within a budget. Changes nothing.
+    """Choose the structure of each layer such that the network loses least within a budget. Changes nothing.
 
     Layers that calibration does not reach, or to which no pattern applies, stay dense and do not count.
 
     Raises:
-        ValueError: no patterns, a budget that the sparsest of them exceeds, or one that leaves every layer dense.
+        ValueError: no patterns, a budget too small for the sparsest of them, or one that leaves every layer dense.
     """
     budget, structures = parse_budget(budget), _structures(patterns)
     found, left_dense = find_layers(model, include, exclude, remainder=remainder, layouts=layouts)
@@ -181,7 +183,7 @@ def plan_within(
             allowed[layer.name] = [one for one in structures if one is None or refused[one] is None]
     layers = [layer for layer in found if layer.name in allowed]
     if not layers:
-        raise ValueError(f"the model {type(model).__name__} has no layer to prune; include layers by name")
+        raise ValueError(f"the model {type(model).__name__} has no layer to prune; use include to choose layers by name")
     if ranks.size > 1:
         ranks.agree(
             {
@@ -193,7 +195,7 @@ def plan_within(
         )
     costs = _costs(model, layers, allowed, batches, options, ranks)
     left_dense += [
-        Skipped(one.name, unseen_reason(one) or "no calibration batch went through this layer")
+        Skipped(one.name, unseen_reason(one) or "no calibration batch reached this layer")
         for one in layers
         if one.name not in costs
     ]
@@ -224,7 +226,9 @@ def _chosen(
     smallest = sum(map(min, sizes))
     capacity = budget.fraction * total * (1 + 1e-12)
     if smallest > capacity:
-        raise ValueError(f"the budget of {budget} is too small: the patterns allow {smallest / total:.4g} of the dense at least")
+        raise ValueError(
+            f"the budget of {budget} is too small: the sparsest patterns need {smallest / total:.4g} of the dense layers"
+        )
     choice = choose([costs[layer.name] for layer in layers], sizes, capacity)
     what = "of the output's energy" if measured else "of the squared magnitude"
     planned, reasons = [], {}
@@ -239,7 +243,7 @@ def _chosen(
     if not planned:
         raise ValueError(f"the budget of {budget} leaves every layer dense: there is nothing to prune")
     counts = Counter(_text(allowed[layer.name][option]) for layer, option in zip(layers, choice.options, strict=True))
-    proof = "proved optimal" if choice.gap == 0 else f"at most {choice.gap:.1e} of it could be saved"
+    proof = "proved optimal" if choice.gap == 0 else f"within {choice.gap:.1e} of the optimum"
     used = ", ".join(f"{count} {text}" for text, count in counts.most_common())
     note = (
         f"budget of {budget} of {len(layers)} layers, {choice.size / total:.4g} used: "
@@ -247,9 +251,7 @@ def _chosen(
         f"(bound of the linear relaxation {choice.relaxed / len(layers):.4g})"
     )
     if smallest > (1 - 1e-9) * budget.fraction * total:
-        note += (
-            "; the sparsest patterns take all of the budget, so that no layer has room for a denser one: offer sparser ones too"
-        )
+        note += "; the sparsest patterns use the whole budget, so no layer can have a denser one: add sparser patterns"
     return Plan(tuple(planned), tuple(left_dense), reasons, note, choice)
 
 
@@ -271,7 +273,7 @@ def _costs(
     options: Options,
     ranks: Ranks,
 ) -> dict[str, list[float]]:
-    """By layer, what each allowed structure costs, without layers that no batch went through. The ranks share the work."""
+    """By layer, the cost of each allowed structure, without layers that no batch reached. The ranks share the work."""
     found: dict[str, list[float]] = {}
 
     def add(part: Iterable[tuple[Layer, Statistics | None]]) -> None:
@@ -292,7 +294,7 @@ def _costs(
         assert not isinstance(stage, FinishedBlock)
         add(zip(stage.layers, stage.statistics, strict=True))
     if not found:
-        raise CalibrationError("no calibration batch went through any of the layers to prune")
+        raise CalibrationError("no calibration batch reached any of the layers to prune")
     return found
 
 
@@ -316,13 +318,13 @@ def _lost(layer: Layer, structure: Structure | None, solver: Solver, statistics:
 
 
 def _in_units_of_the_largest(values: torch.Tensor) -> torch.Tensor:
-    """So that squares neither overflow nor vanish."""
+    """The values divided by the largest, so that squares neither overflow nor underflow."""
     largest = values.abs().amax() if values.numel() else values.new_ones(())
     return values / largest.clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _most_kept(layer: Layer, structure: Structure) -> int:
-    """How many weights a layer keeps at most; where M does not divide a side, the last group is shorter."""
+    """The maximum number of weights that a layer keeps; if M does not divide a side, the last group is shorter."""
     rows, columns = matrix_sides(layer.weight, layer.layout)
     matrices = layer.weight.numel() // max(1, rows * columns)
     if isinstance(structure, Unstructured):
@@ -339,7 +341,7 @@ def _most_kept(layer: Layer, structure: Structure) -> int:
 
 
 def _position_bits(structure: Structure, kept: int, weights: int) -> int:
-    """Bits that say where the kept weights are: as hardware stores them; of unstructured masks, one per weight."""
+    """Bits of the positions of the kept weights, as hardware stores them; one per weight for unstructured masks."""
     if (bits := hardware(structure).metadata_bits_per_kept) is None:
         return weights
     return bits * (kept // 2 if isinstance(structure, Paired) else kept)

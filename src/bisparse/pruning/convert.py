@@ -1,6 +1,6 @@
-"""Conversion of masks to another pattern without training.
+"""`convert_`: converts masks to another pattern without training.
 
-Pruned weights stay pruned unless `regrow` is set; the new pattern keeps the best of the kept ones, and those are fitted to
+Pruned weights stay pruned unless `regrow` is set. The new mask keeps the best of the kept weights, which are then fitted to
 restore each layer's output on calibration data.
 Source: Hubara et al., NeurIPS 2021, arXiv 2102.08124, section 5.
 """
@@ -61,16 +61,16 @@ def convert_(
 ) -> PruneReport:
     """Convert the masks of a model (the non-zeros of its weights) to another pattern, in place.
 
-    Any mask to any pattern: dense to N:M, unstructured to N:M, 4:8 to 2:4, 4:8 to 4:8-T, N:M to 4:8-paired. The report holds
-    per layer the pattern violation and that of random masks, the sparsest N:M that it fitted, the output error before and after,
-    the method and the time. All layers are changed or, on an error, none.
+    From any mask to any pattern: dense to N:M, unstructured to N:M, 4:8 to 2:4, 4:8 to 4:8-T, N:M to 4:8-paired. The report has
+    per layer the pattern violation and that of random masks, the sparsest N:M that the old mask fitted, the output error before
+    and after, the method and the time. All layers are changed or, on an error, none.
 
     Args:
-        pattern: the new one, or its text.
+        pattern: the new pattern, or its text.
         method: a method or its name; by default `AdaPrune` with data, otherwise `Magnitude`.
         batches: calibration data; see `prune_`. Without it, weights are dropped by magnitude and nothing is fitted.
-        regrow: weights that the old mask pruned may be kept again where the new pattern has room; needs data and `AdaPrune`.
-        patterns: patterns of single layers, by name; `fitting_patterns` proposes some.
+        regrow: let the new mask keep weights that the old one pruned; requires data and `AdaPrune`.
+        patterns: patterns of single layers, by name, such as from `fitting_patterns`.
         include, exclude, layouts, remainder, solver, order: as for `prune_`.
         reconstruction, forward, device, resume, keep_journal, progress, group: as for `prune_`.
 
@@ -88,9 +88,7 @@ def convert_(
         method = parse_method(method)
         if regrow:
             if not isinstance(method, AdaPrune) or batches is None:
-                raise ValueError(
-                    "regrow=True ranks pruned places by what they would gain: it needs batches and the method AdaPrune"
-                )
+                raise ValueError("regrow=True ranks pruned weights by their gain, which requires batches and the method AdaPrune")
             method = Regrow(method)
         options = Options(parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress)
         planned, left_dense = plan(
@@ -133,7 +131,7 @@ def fitting_patterns(
     exclude: Filter | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
 ) -> dict[str, Pattern]:
-    """The sparsest N:M per layer that a fraction `confidence` of its groups fit already; for ``patterns=`` of `convert_`.
+    """The sparsest N:M per layer that a fraction `confidence` of its groups already fits; for ``patterns=`` of `convert_`.
 
     A layer that fits no pattern below M:M is not listed.
     """

@@ -1,4 +1,4 @@
-"""Short digests of tensors and of other values: whether two jobs have the same data and weights."""
+"""Short digests of tensors and other values, to tell whether two jobs have the same data and weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 __all__ = ["fingerprint", "stable_repr"]
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-"""Integers of the same size as an element of so many bytes."""
+"""Integer dtypes by element size in bytes."""
 
 
 def fingerprint(*values: Any) -> str:
-    """A digest of tensors, by every bit of them, and of the `repr` of anything else.
+    """A digest of all bits of tensors, and of the `repr` of other values.
 
-    Of a tensor, it is the sums of its bits, as integers, along its first and its other axes: one pass over the tensor, on its
-    own device. Equal tensors have equal digests; tensors that differ have different ones unless they were made to collide.
+    A tensor is digested by the sums of its bits, as integers, along its first and its other axes: one pass over the tensor, on
+    its own device. Different tensors have different digests unless they were made to collide.
     """
     digest = hashlib.sha256()
     for value in values:
@@ -33,7 +33,7 @@ def fingerprint(*values: Any) -> str:
 
 
 def stable_repr(value: Any) -> str:
-    """The `repr` without addresses in memory, which differ between processes."""
+    """The `repr` without memory addresses, which differ between processes."""
     return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
 
 

@@ -1,4 +1,4 @@
-"""Pruning by scores of the caller's: keep the mask of largest total score; kept weights stay as they are. Needs no data."""
+"""Prunes by the caller's scores: keeps the mask of largest total score, and leaves kept weights unchanged. Needs no data."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from bisparse.tiles import to_matrices
 __all__ = ["GivenScores", "Scores", "methods_of"]
 
 Scores: TypeAlias = Mapping[str, Tensor] | Callable[[str, Tensor], Tensor]
-"""By layer name, or a function of the layer's name and a copy of its weight; of the weight's shape."""
+"""Scores of the weight's shape, by layer name, or as a function of the layer's name and a copy of its weight."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
 class GivenScores(Method):
-    """Keep the weights of one layer whose given scores are largest, as far as the pattern allows."""
+    """Keep the weights of one layer with the largest total of the given scores."""
 
     scores: Real[Tensor, "B O I"]
 
@@ -38,19 +38,20 @@ class GivenScores(Method):
 
 
 def methods_of(layers: Sequence[Layer], scores: Scores) -> list[Method]:
-    """A method per layer.
+    """A `GivenScores` method per layer.
 
     Raises:
-        ValueError: scores for no layer to prune, a layer without scores, or scores that are no tensor of the weight's shape.
+        ValueError: scores of a layer that is not pruned, a layer without scores, or scores that are not a tensor of the weight's
+            shape.
     """
     if not isinstance(scores, Mapping) and not callable(scores):
         raise ValueError(f"scores={scores!r:.60}: expected a dict {{layer name: tensor}} or a function (name, weight) -> tensor")
     if isinstance(scores, Mapping):
         names = [layer.name for layer in layers]
         if unknown := sorted(str(name) for name in scores if name not in names):
-            raise ValueError(f"scores= has {unknown[:20]}, which are none of the layers to prune: {names[:20]}")
+            raise ValueError(f"scores= has {unknown[:20]}, which are not among the layers to prune: {names[:20]}")
         if missing := [name for name in names if name not in scores]:
-            raise ValueError(f"scores= has none for {missing[:20]}: give them, or exclude these layers")
+            raise ValueError(f"scores= has none for {missing[:20]}: add them, or exclude these layers")
     return [GivenScores(_of_layer(layer, scores)) for layer in layers]
 
 

@@ -1,7 +1,7 @@
-"""A pruning job as one transaction: every layer of it is changed or, when anything is raised, none.
+"""A pruning job as one transaction: all of its layers are changed or, on an exception, none.
 
-What a job is about to change is kept first: on disk where it runs on calibration data, so that memory holds one copy of the
-model and an interrupted job can be resumed; in memory otherwise.
+The original tensors are stored before they are changed: with calibration data on disk, so that memory has only one copy of the
+model and an interrupted job can be resumed; otherwise in memory.
 """
 
 from __future__ import annotations
@@ -48,31 +48,31 @@ class Task:
     structure: Structure
     method: Method
     allowed: Tensor | None = None
-    """Where weights may be kept, of the weight's shape; None: everywhere."""
+    """Where weights may be kept, of the weight's shape; None: no restriction."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a job that was committed."""
+    """The result of a committed job."""
 
     results: tuple[LayerResult, ...]
-    """One per layer, in the order of the tasks, without those never reached."""
+    """One result per layer, in the order of the tasks, without layers that calibration never reached."""
     unreached: tuple[Skipped, ...] = ()
     """Layers that calibration never reached."""
     notes: tuple[str, ...] = ()
-    """On cost and data."""
+    """Notes on cost and data."""
 
 
 class Job:
-    """The layers of a job, what they were, what becomes of them, and the ranks that share the work.
+    """The layers of a job with their original and new tensors, and the ranks that share the work.
 
-    In a ``with`` block, `prune` and `reconstruct` find what is to become of layers, and `commit` ends the job. In the order
-    "sequential" on calibration data a layer is written as soon as it is pruned, so that later ones see it; otherwise `commit`
-    writes all of them. A block that raises is undone by `abort`.
+    Inside a ``with`` block, `prune` and `reconstruct` compute new tensors, and `commit` ends the job. With calibration data in
+    the order "sequential", a layer is written as soon as it is pruned, so that later layers get its outputs; otherwise `commit`
+    writes all of them. If the block raises, `abort` undoes it.
 
     Raises:
         DifferentJobsError: the ranks were called with different arguments, data or weights.
-        CalibrationError, ValueError: as for `prune_`; the model is unchanged.
+        CalibrationError, ValueError: as for `prune_`. The model is unchanged.
     """
 
     def __init__(
@@ -93,10 +93,10 @@ class Job:
         self.journal: Journal | None = None
         self._batches = batches
         self._changes: dict[str, Change] = {}
-        """By layer, what `commit` writes; where there is no journal to hold it."""
+        """By layer, the tensors that `commit` will write, if there is no journal for them."""
         self._touched: dict[str, Layer] = {}
         self._changed: dict[int, tuple[str, str]] = {}
-        """By id of a live tensor, the layer and key under which the journal has its original."""
+        """By id of a model's tensor, the layer and key under which the journal has its original."""
         self._open = ExitStack()
 
     def __enter__(self) -> Job:
@@ -126,11 +126,11 @@ class Job:
 
     @property
     def done(self) -> frozenset[str]:
-        """Layers whose result is known."""
+        """Names of the layers that have a result."""
         return frozenset(self.results)
 
     def prune(self, stage: Stage) -> None:
-        """Find what is to become of the layers of a stage, each rank of its share of them."""
+        """Prune the layers of a stage; each rank prunes its share of them."""
         own = {}
         for layer, statistics in self.ranks.share(list(zip(stage.layers, stage.statistics, strict=True))):
             if self.uses_data and not statistics.columns:
@@ -149,7 +149,7 @@ class Job:
             self._record(Change(layer, mask, weight, bias, bias_of(layer, self.norms)), result)
 
     def reconstruct(self, block: FinishedBlock) -> None:
-        """Fit a block whose layers are written, or take over what an interrupted job has made of it."""
+        """Fit a block whose layers are written, or load the result of an interrupted job."""
         assert self.options.reconstruction is not None and self.journal is not None
         if self.journal.has("block", block.name):
             tensors, saved = self.journal.get("block", block.name)
@@ -166,44 +166,44 @@ class Job:
                 self.results[layer.name] = _fitted(self.results[layer.name], fit)
 
     def touch(self, layer: Layer) -> None:
-        """Keep what a layer is, before it is written to."""
+        """Store a layer's original tensors, before it is written to."""
         tensors = live_tensors(layer, self.norms)
         if self.journal is None:
             self._rollback.touch(*tensors.values())
         elif layer.name not in self._touched:
-            # Mapped before anything is changed: going back must not depend on what becomes of the folder.
+            # Mapped before anything is changed, so that a rollback does not depend on the folder.
             self.journal.hold("dense", layer.name)
             self._touched[layer.name] = layer
             self._changed.update({id(live): (layer.name, key) for key, live in tensors.items()})
 
     def original(self, live: Tensor) -> Tensor | None:
-        """What a parameter or buffer was before this job; None where the job has not touched it."""
+        """The original of a parameter or buffer; None if the job has not touched it."""
         if self.journal is None or id(live) not in self._changed:
             return None
         name, key = self._changed[id(live)]
         return self.journal.get("dense", name)[0][key]
 
     def commit(self) -> Outcome:
-        """Write what is not written yet, wait for all ranks, and say what became of the layers."""
+        """Write the remaining layers, wait for all ranks, and return the outcome."""
         if self.uses_data and not self.results:
             raise CalibrationError(
-                f"no calibration batch went through any of the {len(self.layers)} layers to prune, such as "
+                f"no calibration batch reached any of the {len(self.layers)} layers to prune, such as "
                 f"{self.layers[0].name}; check that the batches run the part of the model that is to be pruned"
             )
         for layer in self.layers:
             if layer.name in self.results and layer.name not in self._touched:
                 self._write(layer)
-        # No rank is done before all are: one that fails until here takes the others with it.
+        # No rank finishes before all do: a failure up to here fails all of them.
         self.ranks.all(None)
         results = tuple(self.results[layer.name] for layer in self.layers if layer.name in self.results)
         unreached = tuple(Skipped(name, _why_unreached(self.tasks[name].layer)) for name in self.walk.unreached)
         return Outcome(results, unreached, self._notes())
 
     def abort(self, error: BaseException) -> None:
-        """Put everything back as it was, and tell the other ranks. Called for every exception, KeyboardInterrupt included.
+        """Roll back the model, and fail the other ranks. Called for every exception, including KeyboardInterrupt.
 
         Raises:
-            JournalError: what some layers were was damaged on disk while the job ran; all others are put back.
+            JournalError: the stored originals of some layers were damaged on disk while the job ran; all others are restored.
         """
         damaged = []
         try:
@@ -219,8 +219,8 @@ class Job:
             self.ranks.fail(error)
         if damaged:
             raise JournalError(
-                f"the job failed ({error or type(error).__name__}), and what {', '.join(damaged)} had been was damaged on disk "
-                "meanwhile: load the model again. All other layers are as they were"
+                f"the job failed ({error or type(error).__name__}), and the originals of {', '.join(damaged)} were damaged on "
+                "disk meanwhile: load the model again. All other layers are restored"
             ) from error
 
     def _check_data(self) -> None:
@@ -235,7 +235,7 @@ class Job:
         self.data = list(self._batches)
 
     def _description(self) -> dict[str, Any]:
-        """What makes this job another one than the next: a journal is for one of them, and all ranks have the same."""
+        """Everything that identifies this job; a journal belongs to one job, and all ranks must have the same."""
         options = self.options
         fit = "" if options.reconstruction is None else f", {options.reconstruction!r}"
         return {
@@ -247,7 +247,7 @@ class Job:
         }
 
     def _argument_by_argument(self, about: Mapping[str, Any]) -> dict[str, str]:
-        """The job with a line per layer and tensor, for ranks to compare."""
+        """The description of the job with one entry per layer and tensor, for ranks to compare."""
         lines = {f"the pruning of {name}": line for name, line in about["jobs"].items()}
         lines |= {"solver=": about["solver"], "order=": about["order"], "the digest of the data": about["data"]}
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
@@ -259,12 +259,12 @@ class Job:
         if self.options.resume is None:
             return None
         check_apart(self.options.resume, {"model's own files": origin_of(self.model)})
-        # Each rank has all of the result, and a journal of its own.
+        # Each rank has the whole result, and its own journal.
         own = "" if self.ranks.size == 1 else f"rank-{self.ranks.rank}-of-{self.ranks.size}"
         return Path(self.options.resume) / own
 
     def _resume(self, journal: Journal) -> None:
-        """Take over the layers that all ranks have in their journals, looking at all of them before any is written."""
+        """Load the layers that all ranks have in their journals, after checking all of them."""
         journals = self.ranks.all({layer.name for layer in self.layers if journal.has("done", layer.name)})
         resumed = [layer for layer in self.layers if all(layer.name in names for names in journals)]
         for layer in resumed:
@@ -301,7 +301,7 @@ class Job:
 
 
 def _fitted(result: LayerResult, fit: BlockFit) -> LayerResult:
-    """The layer's line, with what has become of it since its error was measured."""
+    """The layer's result, with a note on the fit of its block, which came after its error was measured."""
     done = f"then fitted with its block, whose error fell from {fit.error_before:.4f} to {fit.error:.4f}"
     note = done if fit.changed else f"fitting its block did not lower the error of {fit.error_before:.4f}"
     return replace(result, note=f"{result.note}; {note}" if result.note else note)
@@ -309,7 +309,7 @@ def _fitted(result: LayerResult, fit: BlockFit) -> LayerResult:
 
 def _note_of(fits: Sequence[BlockFit]) -> tuple[str, ...]:
     if not fits:
-        return ("no block was reconstructed: the layers are in no chain of blocks",)
+        return ("no block was reconstructed, since no layer is in a chain of blocks",)
     before, after = (sum(errors) / len(fits) for errors in ([fit.error_before for fit in fits], [fit.error for fit in fits]))
     return (
         f"reconstructed {sum(fit.changed for fit in fits)} of {len(fits)} blocks: mean error of their outputs on held-out "
@@ -318,7 +318,7 @@ def _note_of(fits: Sequence[BlockFit]) -> tuple[str, ...]:
 
 
 def _why_unreached(layer: Layer) -> str:
-    return unseen_reason(layer) or "no calibration batch went through this layer"
+    return unseen_reason(layer) or "no calibration batch reached this layer"
 
 
 def _notes(walk: Walk, batches: int, order: str) -> tuple[str, ...]:
@@ -330,10 +330,10 @@ def _notes(walk: Walk, batches: int, order: str) -> tuple[str, ...]:
 
 
 def _peak() -> str:
-    """What the process took at most, with all that is inside of blocks and layers; nothing where the system does not tell."""
+    """The peak memory of the process, as text; empty if the system does not report it."""
     if find_spec("resource") is None:
         return ""
     import resource
 
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return f"; the process took {most * (1 if sys.platform == 'darwin' else 1024) / 1e6:,.0f} MB at most"
+    return f"; peak memory of the process {most * (1 if sys.platform == 'darwin' else 1024) / 1e6:,.0f} MB"

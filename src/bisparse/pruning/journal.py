@@ -1,8 +1,8 @@
-"""A journal of what is being done to a model: originals to go back to, and finished layers to resume from.
+"""A journal of a pruning job: original tensors for a rollback, and finished layers to resume from.
 
-One safetensors file per layer, in a folder that one process holds at a time. A file appears whole or not at all: it is written
-under another name and renamed. Each says whose it is and of which job, and has a digest of all that it holds: one that was
-damaged, or copied from elsewhere, is refused. Only files with names of ours are ever deleted.
+One safetensors file per layer, in a folder that one process locks at a time. Files are written under another name and renamed,
+so they are always complete. Each file names its layer and job and has a digest of its content, so files that were damaged, or
+copied from elsewhere, are refused. Only files with the journal's own names are ever deleted.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ ABOUT = "about.json"
 DIGEST = "sha256"
 OURS = re.compile(r"(dense|done|block)-[0-9a-f]{24}\.safetensors")
 UNFINISHED = re.compile(rf"\.({OURS.pattern}|about\.json)\.[0-9a-f]{{16}}\.part")
-"""What `atomic_file` leaves when the process is killed."""
+"""Pattern of the temporary files that `atomic_file` leaves if the process is killed."""
 OF_A_RANK = re.compile(r"rank-\d+-of-\d+")
 
 
 class JournalError(ValueError):
-    """A journal cannot be used: it is another job's, damaged or held by another process, or it cannot be written."""
+    """A journal cannot be used: it belongs to another job, is damaged, locked by another process, or cannot be written."""
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
@@ -49,11 +49,11 @@ class Journal:
 
     Args:
         folder: kept after an interruption, so that the same job resumes from it; None: a temporary folder.
-        about: what the job is; a journal that was begun with something else is refused.
-        keep: leave the folder at the end of a job that succeeds, too.
+        about: description of the job; a journal that was started with another one is refused.
+        keep: keep the folder even after the job succeeds.
 
     Raises:
-        JournalError: the folder is another job's, is damaged, is held by another process, or cannot be written.
+        JournalError: the folder belongs to another job, is damaged, locked by another process, or cannot be written.
     """
 
     def __init__(self, folder: str | Path | None, about: Mapping[str, Any], *, keep: bool = False) -> None:
@@ -71,7 +71,7 @@ class Journal:
             raise
 
     def _begin(self, about: Mapping[str, Any]) -> None:
-        """Check that the folder is this job's, or make it so."""
+        """Check that the folder belongs to this job, or start a new journal in an empty one."""
         path = self.folder / ABOUT
         if path.exists():
             before, now = _record(path), json.loads(json.dumps(about))
@@ -79,12 +79,12 @@ class Journal:
                 differing = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
                 raise JournalError(
                     f"{self.folder} is the journal of another job (it differs in {', '.join(differing)}): resume with the same "
-                    "model, data, pattern and method, or give another folder"
+                    "model, data, pattern and method, or pass another folder"
                 )
             return
         with _explaining(self.folder, resumes=False):
             if not all(UNFINISHED.fullmatch(one.name) for one in self.folder.iterdir()):
-                raise JournalError(f"{self.folder} is not empty and holds no journal: give a new or empty folder")
+                raise JournalError(f"{self.folder} is not empty and has no journal: pass a new or empty folder")
         text = json.dumps({**about, DIGEST: self._job}, sort_keys=True, indent=1)
         self._write(path, lambda to: to.write_text(text, encoding="utf-8"))
 
@@ -96,10 +96,10 @@ class Journal:
             write(unfinished)
 
     def put(self, kind: str, name: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any] | None = None) -> None:
-        """Write a layer's tensors and a small record that fits JSON.
+        """Write a layer's tensors and a small record of JSON values.
 
         Raises:
-            JournalError: they cannot be written, such as to a full disk; nothing is left half written.
+            JournalError: they cannot be written, for example because the disk is full; no partial file is left.
         """
         held = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         metadata = {"name": name, "job": self._job, "about": json.dumps(about or {})}
@@ -119,15 +119,15 @@ class Journal:
         return self._read(kind, name, self._open(kind, name))
 
     def hold(self, kind: str, name: str) -> None:
-        """Keep a layer's file mapped: `held` finds what it holds even when the file is gone. Costs no memory until it is read.
+        """Map a layer's file, so that `held` can read it even after it is deleted. Needs no memory until it is read.
 
         Raises:
-            JournalError: as for `get`, but for damage that only reading it would find.
+            JournalError: as for `get`, except for damage that is only found by reading the tensors.
         """
         self._held[kind, name] = self._open(kind, name)
 
     def held(self, kind: str, name: str) -> dict[str, Tensor]:
-        """The tensors of a layer whose file is on hold.
+        """The tensors of a layer whose file was mapped by `hold`.
 
         Raises:
             JournalError: the file was damaged after it was written.
@@ -141,7 +141,7 @@ class Journal:
         except SafetensorError as error:
             raise self._damaged(kind, name, f"({error})") from error
         if metadata.get(DIGEST) != _digest(metadata, tensors):
-            raise self._damaged(kind, name, "(what it holds does not have its checksum)")
+            raise self._damaged(kind, name, "(its content does not match its checksum)")
         about: dict[str, Any] = json.loads(metadata["about"])
         return tensors, about
 
@@ -153,12 +153,10 @@ class Journal:
         except (OSError, SafetensorError) as error:
             raise self._damaged(kind, name, f"({error})") from error
         if not {"name", "job", "about", DIGEST} <= metadata.keys():
-            raise self._damaged(kind, name, "(it does not say whose it is)")
+            raise self._damaged(kind, name, "(it does not name its layer)")
         if metadata["name"] != name or metadata["job"] != self._job:
             whose = f"of {metadata['name']!r}" if metadata["name"] != name else "of another job"
-            raise JournalError(
-                f"{path} should hold what was done to {name}, but is {whose}, or damaged: {self._advice(kind, name)}"
-            )
+            raise JournalError(f"{path} should be the entry of {name}, but is {whose}, or damaged: {self._advice(kind, name)}")
         return file
 
     def _damaged(self, kind: str, name: str, how: str) -> JournalError:
@@ -166,11 +164,11 @@ class Journal:
         return JournalError(f"{path}, which the journal has for {name}, is missing or damaged {how}: {self._advice(kind, name)}")
 
     def _advice(self, kind: str, name: str) -> str:
-        return f"delete {self._path(kind, name).name} to have {name} done again, or all of {self.folder} to begin again"
+        return f"delete {self._path(kind, name).name} to redo {name}, or the whole folder {self.folder} to start over"
 
     def close(self, *, remove: bool) -> None:
-        """Forget everything (`remove`, and always for a temporary folder) or leave the folder to resume from."""
-        # Some systems do not delete a file that is mapped.
+        """Delete the journal (`remove`, and always for a temporary folder), or leave the folder to resume from."""
+        # Some systems cannot delete mapped files.
         self._held.clear()
         if self._temporary is not None:
             self._temporary.cleanup()
@@ -188,7 +186,7 @@ class Journal:
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Of every bit of an entry: whose it is, its record, and its tensors with their names, shapes and dtypes."""
+    """The digest of an entry: layer, job, record, and tensors with their names, shapes, dtypes and bytes."""
     digest = hashlib.sha256(json.dumps([metadata["name"], metadata["job"], metadata["about"]]).encode())
     for key, tensor in sorted(tensors.items()):
         digest.update(json.dumps([key, str(tensor.dtype), list(tensor.shape)]).encode())
@@ -201,28 +199,28 @@ def _digest_of_job(about: Mapping[str, Any]) -> str:
 
 
 def _record(path: Path) -> dict[str, Any]:
-    """What a journal says of its job.
+    """The job's description in a journal.
 
     Raises:
         JournalError: it is damaged.
     """
-    advice = f"delete {path.parent} and begin again"
+    advice = f"delete {path.parent} and start over"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise JournalError(f"{path} is damaged ({error}): {advice}") from error
     if not isinstance(found, dict):
-        raise JournalError(f"{path} holds a {type(found).__name__}, not a job: {advice}")
+        raise JournalError(f"{path} is a {type(found).__name__}, not a job: {advice}")
     if found.pop(DIGEST, None) != _digest_of_job(found):
-        raise JournalError(f"{path} is damaged (what it holds does not have its checksum): {advice}")
+        raise JournalError(f"{path} is damaged (its content does not match its checksum): {advice}")
     return found
 
 
 def _make_and_lock(folder: Path) -> int | None:
-    """Make a folder and hold it.
+    """Create a folder and lock it.
 
     Raises:
-        JournalError: another process holds it.
+        JournalError: another process has locked it.
     """
     while True:
         folder.mkdir(parents=True, exist_ok=True)
@@ -232,36 +230,36 @@ def _make_and_lock(folder: Path) -> int | None:
                 return lock
             os.close(lock)
         except FileNotFoundError:
-            continue  # the process that held it has just removed it
+            continue  # the process that had locked it has just removed it
         except BlockingIOError as error:
             raise JournalError(
-                f"{folder} is the journal of a job that is running, in another process or in this one: wait for it to end, or "
-                "give another folder"
+                f"{folder} is the journal of a running job, in this or another process: wait for it to end, or "
+                "pass another folder"
             ) from error
 
 
 @contextmanager
 def _explaining(path: Path, *, resumes: bool) -> Iterator[None]:
-    """Errors of the system while a journal is written, as those of the journal.
+    """A context manager that turns system errors while a journal is written into `JournalError`.
 
     Args:
-        resumes: whether there is a folder with finished layers, from which the job goes on.
+        resumes: whether the folder has finished layers from which the job can continue.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
-        later = "; the layers finished so far are kept, and the same call goes on from there" if resumes else ""
+        later = "; the layers finished so far are kept, and the same call continues from there" if resumes else ""
         raise JournalError(
-            f"{path}: the journal, which keeps what layers were and what they become, cannot be written ({reason}): free space, "
+            f"{path}: the journal, which stores original and finished layers, cannot be written ({reason}): free space, "
             f"or choose another folder (resume=, --resume; without it, TMPDIR). The model is unchanged{later}"
         ) from error
 
 
 def remove_journal(folder: str | Path) -> None:
-    """Remove the journal of a job that was to keep it, those of its ranks included; what else is in the folder stays.
+    """Remove a journal that was kept, including those of its ranks. Other files in the folder are not touched.
 
-    A journal that another process holds is left to it.
+    A journal that another process has locked is not removed.
     """
     folder = Path(folder)
     if not folder.is_dir():

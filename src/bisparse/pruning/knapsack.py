@@ -1,10 +1,11 @@
-"""The multiple-choice knapsack: one option per item, least total cost within a capacity, with a bound that proves it.
+"""The multiple-choice knapsack: one option per item, minimal total cost within a capacity, with a bound that proves it.
 
-Dynamic programming over the items with states (size, cost), cut down in three ways, none of which loses the optimum: a state that
-another one beats in both is dropped; so is one whose Lagrangian bound, at the price of capacity that solves the linear
-relaxation, exceeds the cost of a known choice; so are options that alone exceed it. Few states are left for a network.
+Dynamic programming over the items with states (size, cost), pruned in three ways that keep the optimum: states that another one
+dominates in both are dropped, and so are states and options whose Lagrangian bound, at the price of capacity that solves the
+linear relaxation, exceeds the cost of a known choice. Few states remain for a network.
 
-Guarantee: the choice is optimal unless more than `MAX_STATES` states are left at once; then the bound says how far off it may be.
+Guarantee: the choice is optimal unless more than `MAX_STATES` states remain at once; then the bound limits its distance to the
+optimum.
 Cost: items x options x states. Sizes and costs are floats; whole numbers are added exactly below 2^53.
 Source: Sinha and Zoltners, "The multiple-choice knapsack problem", Operations Research 27 (1979); Pisinger, EJOR 83 (1995).
 """
@@ -25,32 +26,32 @@ Indices = NDArray[np.int64]
 
 MAX_STATES = 200_000
 ROUNDING = 1e-9
-"""Relative to the costs: what sums of floats may differ by."""
+"""Maximum rounding error of sums, relative to the costs."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """An option per item."""
+    """The chosen option per item, with a proof."""
 
     options: tuple[int, ...]
     cost: float
     size: float
     bound: float
-    """No choice within the capacity costs less."""
+    """A lower bound on the cost of every choice within the capacity."""
     relaxed: float
     """The bound of the linear relaxation, where options may be mixed."""
     price: float
-    """What one more unit of capacity would save in that relaxation."""
+    """The saving per additional unit of capacity in that relaxation."""
 
     @property
     def gap(self) -> float:
-        """How much of the cost another choice could save at most, as a fraction of it; 0 = proved optimal."""
+        """The maximum saving of another choice, as a fraction of the cost; 0 = proved optimal."""
         return max(0.0, self.cost - self.bound) / self.cost if self.cost > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class _Item:
-    """The options of an item that no smaller one beats, by rising size and falling cost."""
+    """The undominated options of an item, by increasing size and decreasing cost."""
 
     sizes: Numbers
     costs: Numbers
@@ -58,15 +59,15 @@ class _Item:
 
 
 def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], capacity: float) -> Choice:
-    """The option of each item with the least total cost whose sizes add up to at most the capacity.
+    """Choose one option per item, with minimal total cost and a total size of at most the capacity.
 
     Args:
-        costs: per item, of each option.
-        sizes: the same; not negative.
+        costs: per item, the cost of each option.
+        sizes: per item, the size of each option; not negative.
 
     Raises:
-        ValueError: an item without options, numbers that are negative or not finite, or a capacity that even the smallest
-            options exceed.
+        ValueError: an item without options, numbers that are negative or not finite, or a capacity below the total of the
+                smallest options.
 
     >>> choice = choose([[5, 1], [4, 3]], [[1, 3], [1, 2]], 4)
     >>> choice.options, choice.cost, choice.bound
@@ -75,7 +76,7 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], c
     items = [_undominated(own_costs, own_sizes) for own_costs, own_sizes in zip(costs, sizes, strict=True)]
     least = sum(float(item.sizes[0]) for item in items)
     if not least <= capacity:
-        raise ValueError(f"the smallest options have the size {least:g}, more than the capacity of {capacity:g}")
+        raise ValueError(f"the smallest options have a total size of {least:g}, more than the capacity of {capacity:g}")
     price, start = _relaxation(items, capacity)
     relaxed = sum(float((item.costs + price * item.sizes).min()) for item in items) - price * capacity
     found, bound = _search(items, capacity, price, relaxed, start)
@@ -98,13 +99,13 @@ def _undominated(costs: Sequence[float], sizes: Sequence[float]) -> _Item:
 
 
 def _falling(costs: Numbers) -> Indices:
-    """Where costs, sorted by rising size, are below all before them."""
+    """Indices at which costs, sorted by increasing size, are below all previous ones."""
     before = np.concatenate(([np.inf], np.minimum.accumulate(costs)[:-1]))
     return np.flatnonzero(costs < before)
 
 
 def _relaxation(items: Sequence[_Item], capacity: float) -> tuple[float, list[int]]:
-    """The price of capacity that solves the linear relaxation, and a choice that fits: steps along the hulls, best first."""
+    """The price of capacity that solves the linear relaxation, and a feasible choice, by steps along the hulls, best first."""
     steps: list[tuple[float, int, int, int]] = []
     for number, item in enumerate(items):
         corners = _hull(item)

@@ -1,4 +1,4 @@
-"""One layer at a time: which layers, what a method makes of each, and writing the result into the model."""
+"""Pruning of single layers: choosing them, calling the method, and recording the result."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Change:
     layer: Layer
     mask: Bool[Tensor, "..."]
     weight: Float[Tensor, "..."] | None = None
-    """None: kept weights are unchanged."""
+    """The new weight; None: kept weights are unchanged."""
     bias: Float[Tensor, " O"] | None = None
-    """None: unchanged."""
+    """The new bias; None: unchanged."""
     bias_at: Bias | None = None
     """Where the bias is stored."""
 
@@ -59,7 +59,7 @@ def plan(
     patterns: Mapping[str, str | Structure] | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
 ) -> tuple[list[tuple[Layer, Structure]], list[Skipped]]:
-    """The layers to prune, each with its pattern, and a reason for each one left dense. Changes nothing.
+    """The layers to prune with their patterns, and a reason for each layer left dense. Changes nothing.
 
     Raises:
         ValueError: filters or patterns that match nothing, no layer to prune, or weights that cannot be changed in place.
@@ -104,7 +104,7 @@ def layer_problem(
     def output(inputs: Tensor, matrices: Tensor, bias: Tensor | None) -> Tensor:
         own = from_matrices(matrices, layer.layout, weight.shape)
         if isinstance(layer.module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            # The convolution's own method, because it handles the padding mode.
+            # The convolution's own method, since it handles the padding mode.
             result: Tensor = layer.module._conv_forward(inputs, own, bias)
             return result
         return functional.linear(inputs, own.t() if layer.layout.kind is LayoutKind.TRANSPOSED else own, bias)
@@ -125,7 +125,7 @@ def layer_problem(
 def record(layer: Layer, pattern: Structure, pruned: Pruned, change: Change, seconds: float) -> LayerResult:
     """The layer's record in the report."""
     weight = layer.weight if change.weight is None else change.weight
-    # A mask may keep weights that were zero already.
+    # A mask may keep weights that were already zero.
     kept = change.mask.to(weight.device) & (weight != 0)
     return LayerResult(
         layer.name,
@@ -155,11 +155,11 @@ def prune_layer(
     allowed: Bool[Tensor, "..."] | None = None,
     norms: Mapping[str, nn.Module] | None = None,
 ) -> tuple[Change, LayerResult]:
-    """Let a method prune one layer; the layer itself is not changed.
+    """The change of one layer by a method; the layer itself is not changed.
 
     Args:
-        allowed: where weights may be kept, of the weight's shape; None: everywhere.
-        norms: the batch norm behind each layer without a bias; see `norms_after`.
+        allowed: where weights may be kept, of the weight's shape; None: no restriction.
+        norms: the batch norm after each layer without a bias; see `norms_after`.
 
     Raises:
         ValueError: the method returned weights that are not finite; names the layer.
@@ -181,7 +181,7 @@ def prune_layer(
 
 
 def _all_zero(statistics: Statistics) -> bool:
-    """Whether calibration saw inputs, and all of them were 0."""
+    """Whether there were calibration inputs, and all of them were 0."""
     if statistics.columns == 0:
         return False
     everything = statistics.merged()
@@ -191,26 +191,26 @@ def _all_zero(statistics: Statistics) -> bool:
 
 
 def check_can_be_written(layer: Layer) -> None:
-    """Refuse a layer whose weight cannot be changed in place.
+    """Raise ValueError if the weight of a layer cannot be changed in place.
 
     Raises:
-        ValueError: it is computed, on the meta device, of a dtype that cannot be pruned, or made in inference mode.
+        ValueError: it is computed, on the meta device, of a dtype that cannot be pruned, or created in inference mode.
     """
     if (reason := held_reason(layer.module, layer.parameter)) is not None:
         raise ValueError(f"{layer.name}: {reason}")
     if layer.parameter not in layer.module._parameters:
         raise ValueError(
-            f"{layer.name}: its weight is computed by a parametrization, so that pruning it in place would be lost; "
+            f"{layer.name}: its weight is computed by a parametrization, so pruning it in place would have no effect; "
             "call finalize_ or torch.nn.utils.parametrize.remove_parametrizations first"
         )
     if (reason := computed_reason(layer.module, layer.parameter)) is not None:
         raise ValueError(f"{layer.name}: {reason}; export the model to plain layers first, or exclude the layer")
     weight = layer.weight
     if weight.is_meta:
-        raise ValueError(f"{layer.name}: its weight is on the meta device and holds no numbers; load the model first")
+        raise ValueError(f"{layer.name}: its weight is on the meta device and has no values; load the model first")
     if (reason := dtype_reason(weight)) is not None:
         raise ValueError(f"{layer.name}: {reason}")
     if weight.is_inference() and not torch.is_inference_mode_enabled():
         raise ValueError(
-            f"{layer.name}: its weight was made in inference mode and cannot be changed; load the model outside of it"
+            f"{layer.name}: its weight was created in inference mode and cannot be changed; load the model outside of that mode"
         )

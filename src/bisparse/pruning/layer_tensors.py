@@ -1,4 +1,4 @@
-"""The tensors of a layer that a pruning job changes: current, future, and as stored in a journal."""
+"""The tensors of a layer that a pruning job changes: current, new, and as stored in a journal."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def write_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.M
     """Overwrite a layer's tensors in place, by the names of `live_tensors`, and check them by reading back.
 
     Raises:
-        RuntimeError: the layer does not hold what was written to it.
+        RuntimeError: reading back returns other values.
     """
     with torch.no_grad():
         for key, live in live_tensors(layer, norms).items():
@@ -48,13 +48,13 @@ def write_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.M
     for key, live in live_tensors(layer, norms).items():
         if not same_bits(live, tensors[key]):
             raise RuntimeError(
-                f"{layer.name}: its {key} does not hold what was written to it: {type(layer.module).__name__} or "
+                f"{layer.name}: its {key} differs from what was written to it: {type(layer.module).__name__} or "
                 f"{type(live).__name__} changes the values written to it; exclude the layer"
             )
 
 
 def restore_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module]) -> None:
-    """Restore a layer's tensors. One that has not changed is not written: it may not be writable."""
+    """Restore a layer's tensors. Unchanged tensors are not written, since they may not be writable."""
     with torch.no_grad():
         for key, live in live_tensors(layer, norms).items():
             if not same_bits(live, tensors[key]):
@@ -62,19 +62,17 @@ def restore_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn
 
 
 def resumed_result(layer: Layer, journal: Journal, norms: Mapping[str, nn.Module]) -> LayerResult:
-    """The result that an interrupted job stored for a layer, which itself is still unchanged.
+    """The result that an interrupted job stored for a layer. The layer itself is still unchanged.
 
     Raises:
-        JournalError: it does not fit the layer, or its file is damaged.
+        JournalError: the result does not match the layer, or its file is damaged.
     """
     live = live_tensors(layer, norms)
     tensors, result = journal.get("done", layer.name)
     kinds, expected = ({key: (one.shape, one.dtype) for key, one in group.items()} for group in (tensors, live))
     if kinds != expected:
-        raise JournalError(
-            f"{layer.name}: {journal.folder} holds {kinds} for it, and the layer is {expected}; begin a new journal"
-        )
-    # The model's own values, whatever the interrupted job stored.
+        raise JournalError(f"{layer.name}: {journal.folder} has {kinds} for it, but the layer is {expected}; start a new journal")
+    # The model's own values take precedence over those that the interrupted job stored.
     journal.put("dense", layer.name, live)
     return _result_from(result)
 

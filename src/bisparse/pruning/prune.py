@@ -1,4 +1,4 @@
-"""One-shot pruning of a model in place; on bad input or an interruption, no layer is changed."""
+"""`prune_`: one-shot pruning of a model in place. On bad input or an interruption, no layer is changed."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def prune_(
     progress: bool | None = None,
     group: ProcessGroup | None = None,
 ) -> PruneReport:
-    """Prune the layers of a model in place; returns a report of each layer, and of those left dense with the reason.
+    """Prune the layers of a model in place. Returns a report on each layer, with a reason for each one left dense.
 
     All chosen layers are changed or, on an error, none.
 
@@ -67,10 +67,9 @@ def prune_(
         method: a method or its name in `bisparse.pruning.METHODS`, such as ``"wanda"``; by default `Magnitude`.
         batches: calibration data, for methods that need statistics: passed to the model as ``model(**batch)``,
             ``model(*batch)`` or ``model(batch)``.
-        budget: in place of a pattern, what all layers may keep together, such as ``"50%"`` of the weights, or a `Budget` of
-            weights, bytes or time. Each layer gets that one of `patterns` with which the network loses least; `batches`, if
-            given, measure the loss.
-        scores: in place of a method, what each weight is worth keeping: ``{layer name: tensor}`` or a function
+        budget: instead of a pattern, a total for all layers, such as ``"50%"`` of the weights, or a `Budget` of weights, bytes
+                or time. Each layer gets one of `patterns`, such that the network loses least, measured on `batches` if given.
+        scores: instead of a method, the importance of each weight: ``{layer name: tensor}`` or a function
             ``(name, weight) -> tensor``, of the weight's shape, non-negative and finite; see `bisparse.scores`. Each mask keeps
             the largest total score.
         include, exclude: names, globs, ``re:`` patterns, or functions ``(name, module) -> bool``; see `find_layers`.
@@ -79,20 +78,20 @@ def prune_(
             layer dense; "error": raise.
         patterns: patterns of single layers, by name, glob or ``re:`` pattern; the first that matches counts. With `budget`, the
             list of patterns to choose from, such as ``["2:4-T", "4:8-T", "6:8-T", "dense"]``.
-        layouts: how single layers store their matrices, if their modules do not determine it: "linear", "transposed", "conv",
+        layouts: how single layers store their matrices, if it cannot be detected: "linear", "transposed", "conv",
             "experts", "experts-transposed", "groups:32", "parts:3"; see `bisparse.layers.parse_layout`.
         order: "sequential": each layer is pruned on its inputs in the network pruned so far; "parallel": on the dense network's
             inputs, as in the paper.
         reconstruction: after the layers of each block of a chain, such as a transformer's, fit the kept weights of the whole
             block to the dense block's output. Needs the order "sequential".
-        forward: ``forward(model, batch)``, if none of the three ways above fits.
-        device: run transformer blocks there, one at a time; by default on the model's device.
+        forward: ``forward(model, batch)``, for batches that are passed in another way.
+        device: where to run transformer blocks, one at a time; by default the model's device.
         resume: a folder for the journal of this job. An interrupted job that is called again with the same arguments continues
             at the layer where it stopped; the folder is removed at the end.
         keep_journal: keep that folder until the caller has saved the model; `remove_journal` removes it.
-        progress: show a progress bar, or lines with the time where there is no terminal; None: a bar, on a terminal only.
-        group: ranks that share the job, such as ``torch.distributed.group.WORLD`` under torchrun: each calls this with the same
-            model and the same batches, runs a part of the batches, prunes a part of the layers, and ends with the whole result.
+        progress: show a progress bar, or lines with the time without a terminal; None: only a bar on a terminal.
+        group: ranks that share the job, such as ``torch.distributed.group.WORLD`` under torchrun. Each calls this function with
+                the same model and batches, runs some of the batches, prunes some of the layers, and gets the whole result.
 
     Raises:
         CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
@@ -133,7 +132,7 @@ def prune_(
 
 
 def _check_choice(pattern: object, budget: object, patterns: object, scores: object) -> None:
-    """Refuse arguments that do not say, or say twice, which patterns the layers get."""
+    """Raise ValueError unless the arguments define the layers' patterns exactly once."""
     if budget is None:
         if pattern is None:
             raise ValueError("no pattern: pass one, such as '4:8-T', or budget= with a list of patterns")
@@ -145,11 +144,11 @@ def _check_choice(pattern: object, budget: object, patterns: object, scores: obj
             f"pattern={pattern!r:.40} and budget={budget!r:.40}: with a budget, patterns= lists those to choose from"
         )
     if scores is not None:
-        raise ValueError("scores= and budget= do not go together: a budget compares losses of weights")
+        raise ValueError("scores= does not work with budget=, which compares losses of weights")
 
 
 def _with_reasons(outcome: Outcome, within: Plan) -> Outcome:
-    """The outcome with a note per layer on why it got its pattern."""
+    """The outcome, with a note per layer on the reason for its pattern."""
     results = [
         replace(one, note=f"{within.reasons[one.name]}; {one.note}" if one.note else within.reasons[one.name])
         for one in outcome.results
@@ -171,7 +170,7 @@ def prune_layers_(
 
 
 def _stages(job: Job) -> Generator[Stage | FinishedBlock]:
-    """The layers of a job in the order in which they are pruned, with the statistics that their methods need."""
+    """Yield the layers of a job in the order in which they are pruned, with the statistics that their methods need."""
     if not job.uses_data:
         yield Stage(tuple(job.layers), tuple(Statistics(0) for _ in job.layers))
         return

@@ -1,8 +1,8 @@
-"""GEMM matrices as the rows of independent least-squares problems: outputs by everything that is summed into one output.
+"""Rearranges GEMM matrices into independent least-squares problems: one row per output, over all inputs summed into it.
 
 A Linear layer is one problem of O rows over I inputs. A convolution couples its kernel positions: one output row sums over
-C_in * R * S products, so its problems are (C_out / g, R * S * C_in / g), one for each of its g groups, with the kernel
-position outermost. Each run of C_in / g columns is then a row of one of the matrices that a pattern applies to.
+C_in * R * S products, so its problems are (C_out / g, R * S * C_in / g), one per group of the g groups, with the kernel
+position outermost. Each C_in / g consecutive columns are then a row of one of the matrices that a pattern applies to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["positions", "to_matrices_of_rows", "to_rows"]
 
 
 def positions(layout: Layout, shape: tuple[int, ...] | torch.Size) -> int:
-    """How many matrices of the weight share one least-squares problem: the kernel positions of a convolution, else 1."""
+    """How many matrices of the weight share one least-squares problem: a convolution's kernel positions, otherwise 1."""
     return kernel_positions(shape, layout)
 
 

@@ -1,4 +1,4 @@
-"""Pattern violation: how far a mask is from a pattern, what chance alone would give, and the sparsest pattern that fits.
+"""Pattern violation: how far a mask is from a pattern, compared with random masks, and the sparsest pattern that fits.
 
     v_w = fraction of the kept weights (or of their score) that the best mask of the pattern must drop
     v_b = fraction of the pattern's groups that keep too many
@@ -37,11 +37,11 @@ __all__ = [
 
 SIMULATED_TILES = 256
 CONFIDENCE = 0.95
-"""Fraction of groups that have to fit a pattern for it to be proposed."""
+"""Minimum fraction of groups that fit a pattern for it to be proposed."""
 ORIGINS = (2, 4, 8, 16, 32, 64)
-"""Group sizes M at which an N:M in the mask is looked for."""
+"""Group sizes M for which the mask is tested for an N:M."""
 FULL = 0.98
-"""A mask that obeys an N:M and keeps at least this fraction of what it allows counts as a mask of that N:M."""
+"""Minimum fraction of the weights allowed by an N:M that a mask must keep to count as a mask of that N:M."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +50,15 @@ class PatternViolation:
 
     pattern: Structure
     weights: float
-    """v_w: fraction of what the mask keeps (of its score, where scores were given) that the pattern must drop."""
+    """v_w: fraction of the kept weights (of their score, if scores were given) that the pattern must drop."""
     groups: float
-    """v_b: fraction of the pattern's groups, of W and of W^T where it is transposable, that keep too many."""
+    """v_b: fraction of the pattern's groups, of W and for transposable patterns of W^T, that keep too many."""
     predicted_weights: float | None
-    """v_w of a random unstructured mask of the same density; None where the pattern is unstructured too."""
+    """v_w of a random unstructured mask of the same density; None if the pattern is unstructured."""
     predicted_groups: float | None
-    """v_b of a random unstructured mask of the same density; None where the pattern is unstructured too."""
+    """v_b of a random unstructured mask of the same density; None if the pattern is unstructured."""
     origin: Pattern | None = None
-    """The N:M of smallest M that the mask obeys and fills; None where there is none."""
+    """The N:M of smallest M that the mask obeys and fills; None if there is none."""
     origin_weights: float | None = None
     """v_w of a random mask of `origin`."""
     origin_groups: float | None = None
@@ -66,7 +66,7 @@ class PatternViolation:
 
 
 MAX_GROUP = 1 << 16
-"""Entries of the longest group that is counted."""
+"""Maximum group size."""
 
 
 def check_group(name: str, m: int) -> None:
@@ -87,11 +87,11 @@ def violation(
     *,
     layout: Layout | None = None,
 ) -> PatternViolation:
-    """How far a mask, or the non-zeros of a weight, is from a pattern.
+    """Measure how far a mask, or the non-zeros of a weight, is from a pattern.
 
     Args:
         mask: bool, or a weight whose non-zeros are the mask.
-        pattern: the target. For an unstructured one v_w is the excess over its density, and there is no comparison with chance.
+        pattern: the target. For an unstructured one v_w is the excess over its density, without a comparison with random masks.
         scores: the value of each weight; by default every kept weight counts the same.
 
     >>> mask = torch.tensor([[True, True, True, False], [False, True, True, False]])
@@ -138,7 +138,7 @@ def _origin(kept: Bool[Tensor, "..."], layout: Layout, density: float) -> Patter
 def predicted_violation(origin: float | str | Structure, pattern: str | Structure) -> tuple[float, float]:
     """Expected (v_w, v_b) of random masks of a density, or of random masks that obey an N:M.
 
-    With Z = M - N zeros needed and every weight pruned with probability p, a group fits with probability
+    With Z = M - N required zeros and every weight pruned with probability p, a group fits with probability
     ``sum over i >= Z of C(M, i) p^i (1-p)^(M-i)``; from an N:M mask the counts are hypergeometric. For a transposable
     pattern v_w has no closed form and is measured on random tiles (seeded, solved exactly); so are both for paired and
     sequential patterns.
@@ -150,7 +150,9 @@ def predicted_violation(origin: float | str | Structure, pattern: str | Structur
     """
     pattern = parse_pattern(pattern)
     if isinstance(pattern, Unstructured):
-        raise ValueError(f"violation of {pattern} by chance is not defined: expected a pattern such as '2:4' or '4:8-T'")
+        raise ValueError(
+            f"the violation of {pattern} by random masks is not defined: expected a pattern such as '2:4' or '4:8-T'"
+        )
     if isinstance(origin, float | int):
         _check_fraction("origin", origin)
     else:
@@ -165,7 +167,7 @@ def predicted_violation(origin: float | str | Structure, pattern: str | Structur
     groups = sum(over.values())
     weights = sum((count - pattern.n) * chance for count, chance in over.items()) / mean if mean else 0.0
     if pattern.transposable:
-        # Along the columns, rows that obey a plain N:M are independent of each other.
+        # Along the columns, entries are independent, since a plain N:M only constrains rows.
         plain = isinstance(origin, Pattern) and not origin.transposable
         columns = _count_chances(origin.density, pattern.m) if plain and isinstance(origin, Pattern) else chances
         groups = (groups + sum(chance for count, chance in columns.items() if count > pattern.n)) / 2
@@ -174,7 +176,7 @@ def predicted_violation(origin: float | str | Structure, pattern: str | Structur
 
 
 def _count_chances(origin: float | Pattern, m: int) -> dict[int, float]:
-    """Chance of each number of kept weights in a group of m."""
+    """Probability of each number of kept weights in a group of m."""
     if isinstance(origin, Pattern):
         if origin.m % m == 0:
             ways = comb(origin.m, origin.n)
@@ -200,14 +202,14 @@ def _simulated(origin: float | Pattern, pattern: Structure) -> tuple[float, floa
 def kept_counts(
     kept: Bool[Tensor, "..."], m: int, *, transposable: bool = False, layout: Layout | None = None
 ) -> Int[Tensor, " M+1"]:
-    """How many groups of `m` keep 0, 1, ..., m; of W and, if transposable, of W^T."""
+    """The numbers of groups of `m` that keep 0, 1, ..., m; of W and, if transposable, of W^T."""
     matrices = to_matrices(kept, layout or default_layout(kept.ndim))
     sides = [matrices, matrices.transpose(1, 2)] if transposable else [matrices]
     return torch.stack([row_groups(side, m).sum(-1).flatten().bincount(minlength=m + 1) for side in sides]).sum(0)
 
 
 def sparsest_for(counts: Int[Tensor, " M+1"], confidence: float = CONFIDENCE, *, transposable: bool = False) -> Pattern | None:
-    """The sparsest N:M that at least a fraction `confidence` of the groups in `kept_counts` fit; None: no N < M fits."""
+    """The sparsest N:M that at least a fraction `confidence` of the groups in `kept_counts` fits; None if no N < M does."""
     total, fitting = int(counts.sum()), counts.cumsum(0).tolist()
     m = len(fitting) - 1
     return next((Pattern(n, m, transposable) for n in range(1, m) if total and fitting[n] >= confidence * total), None)
@@ -221,14 +223,14 @@ def sparsest_pattern(
     transposable: bool = False,
     layout: Layout | None = None,
 ) -> Pattern | None:
-    """The sparsest N:M that existing zeros fit: at least a fraction `confidence` of the groups keep N or fewer.
+    """The sparsest N:M for existing zeros: at least a fraction `confidence` of the groups keeps N or fewer.
 
     Args:
         zeros: the fraction of zeros, at random positions (the `extract_topk` idea of the paper's code); or a mask or weight,
             whose own groups are counted.
 
     Returns:
-        The pattern, or None where even M - 1 kept of M does not fit.
+        The pattern, or None if even (M - 1):M does not fit.
 
     >>> str(sparsest_pattern(0.8, 8))
     '4:8'

@@ -1,4 +1,4 @@
-"""Quantisation of weights that keeps every zero: `quantize_`, its schemes and its report."""
+"""Quantisation of weights in which zeros stay zero: `quantize_`, its schemes and its report."""
 
 from bisparse.quantization.quantize import quantize_
 from bisparse.quantization.report import QuantizationReport, QuantizedLayer, stored_values

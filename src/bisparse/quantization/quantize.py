@@ -1,4 +1,4 @@
-"""Quantisation of a model's weights in place; zeros stay zeros, and on an error no layer is changed."""
+"""`quantize_`: quantises a model's weights in place. Zeros stay zeros, and on an error no layer is changed."""
 
 from __future__ import annotations
 
@@ -55,18 +55,18 @@ def quantize_(
     device: torch.device | str | None = None,
     progress: bool | None = None,
 ) -> QuantizationReport:
-    """Quantise the weights of a model's layers in place; weights that are zero stay exactly zero.
+    """Quantise the weights of a model's layers in place; zero weights stay exactly zero.
 
-    Weights keep their dtype and hold the numbers that the stored ones stand for, so that the model runs everywhere; scales are in
-    the report, from which `bisparse.export` writes files of stored numbers. All layers are changed or, on an error, none.
+    Weights keep their dtype and contain the dequantised values, so that the model runs everywhere. The scales are in the
+    report, from which `bisparse.export` writes files of stored numbers. All layers are changed or, on an error, none.
 
     Args:
         scheme: ``"int8"`` and ``"fp8"`` (e4m3), with a scale per output channel; ``"int4-g32"``, ``"int4-g64"`` and
-            ``"int4-g128"``, with a scale per so many inputs.
-        data: calibration batches, as for `prune_`; needed by "gptq". With data the report has output errors.
-        method: "rtn": each weight is rounded to nearest; "gptq": column by column, and later columns make up for the error.
+            ``"int4-g128"``, with a scale per group of inputs.
+        data: calibration batches, as for `prune_`; required by "gptq". With data the report has output errors.
+        method: "rtn": each weight is rounded to nearest; "gptq": column by column, and later columns compensate for the error.
         include, exclude, layouts: which layers, and how they store their matrices, as for `prune_`.
-        damping: ridge of "gptq", in units of the mean square of an input.
+        damping: ridge parameter of "gptq", in units of the mean square of an input.
         forward, device, progress: as for `prune_`.
 
     Raises:
@@ -109,13 +109,13 @@ def _choose(
     exclude: Filter | None,
     layouts: Mapping[str, str | Layout] | None,
 ) -> tuple[list[Layer], list[Skipped]]:
-    """The layers to quantise, and a reason for each one left. Changes nothing."""
+    """The layers to quantise, and a reason for each layer left out. Changes nothing."""
     found, left = find_layers(model, include, exclude, layouts=layouts)
     layers = []
     for layer in found:
         check_can_be_written(layer)
         if not bool(torch.isfinite(layer.weight).all()):
-            raise ValueError(f"{layer.name}: its weight holds NaN or infinity, which no scheme can store")
+            raise ValueError(f"{layer.name}: its weight has NaN or infinite numbers, which cannot be quantised")
         inputs = matrix_sides(layer.weight, layer.layout)[1]
         reason = scheme.refusal(inputs, positions(layer.layout, layer.weight.shape))
         if reason is None:
@@ -134,7 +134,7 @@ def _choose(
 def _stages(
     model: nn.Module, layers: Sequence[Layer], data: Iterable[Any] | None, options: Options
 ) -> Generator[Stage | FinishedBlock]:
-    """The layers in the order in which they are quantised, with the moments of their inputs where there is data."""
+    """The layers in the order in which they are quantised, with the moments of their inputs if there is data."""
     if data is None:
         yield Stage(tuple(layers), tuple(Statistics(0) for _ in layers))
         return
@@ -145,7 +145,7 @@ def _stages(
         yield stage
     if not reached:
         raise CalibrationError(
-            f"no calibration batch went through any of the {len(layers)} layers to quantise, such as {layers[0].name}; check "
+            f"no calibration batch reached any of the {len(layers)} layers to quantise, such as {layers[0].name}; check "
             "that the batches run the part of the model that is to be quantised"
         )
 
@@ -170,7 +170,7 @@ def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> Qua
             stored, scale = fed
         errors = after, rounded
     elif settings.method == "gptq":
-        note = "no calibration batch went through this layer: its weights are rounded to nearest"
+        note = "no calibration batch reached this layer: its weights are rounded to nearest"
     weight = _dequantised(layer, problem, (stored, scale), scheme)
     _check_zeros(layer, weight)
     before = layer.weight.double()
@@ -194,18 +194,18 @@ def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> Qua
 
 
 def _dequantised(layer: Layer, problem: LayerProblem, stored: Stored, scheme: Scheme) -> Tensor:
-    """What the stored numbers stand for, in the layer's shape and dtype: computed as the engines that read them do."""
+    """The dequantised weight, in the layer's shape and dtype, computed as inference engines do."""
     dtype = layer.weight.dtype
     numbers, scale = stored
     rows = numbers.to(dtype) * scheme.spread(scale, numbers.shape[-1]).to(dtype)
     if not bool(torch.isfinite(rows).all()):
-        raise ValueError(f"{layer.name}: weights that round up beyond the largest {dtype}; quantise the model in bfloat16")
+        raise ValueError(f"{layer.name}: its weights round up to more than the largest {dtype}; quantise the model in bfloat16")
     result: Tensor = from_matrices(problem.matrices(rows), layer.layout, layer.weight.shape)
     return result
 
 
 def _check_zeros(layer: Layer, weight: Tensor) -> None:
-    """Refuse a new weight that is not zero where the old one is."""
+    """Raise PatternError if the new weight is not zero where the old one is."""
     broken = int(((weight != 0) & (layer.weight == 0)).sum())
     if broken:
-        raise PatternError(f"{layer.name}: quantisation gave {broken} weights a value that were zero")
+        raise PatternError(f"{layer.name}: quantisation would change {broken} zero weights")

@@ -1,4 +1,4 @@
-"""What quantisation did: one record per layer, with the scales from which its stored numbers follow."""
+"""The report of a quantisation: one record per layer, with the scales from which the stored numbers follow."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ class QuantizedLayer:
     """One quantised parameter."""
 
     name: str
-    """The layer: the parameter's name without ``.weight``."""
+    """Name of the layer: the parameter's without ``.weight``."""
     parameter: str
     """The parameter's key in the state_dict."""
     shape: tuple[int, ...]
     dtype: str
-    """Of the model's weight, which holds the numbers that the stored ones stand for."""
+    """Dtype of the model's weight, which has the dequantised values."""
     layout: Layout
     scheme: str
     scale: Float[Tensor, "G O S"]
-    """Per output and group of inputs, for each of the layer's G problems (1 for a Linear layer), in the weight's dtype."""
+    """Scales per output and group of inputs, for each of the layer's G problems (1 for a Linear), in the weight's dtype."""
     density: float
     """Fraction of weights that are not zero."""
     density_before: float
-    """The same before: small weights may round to zero, and zeros stay."""
+    """The same before quantisation: small weights may round to zero, and zeros stay zero."""
     weight_error: float
-    """Root of the squared changes of weights over the squared weights."""
+    """Relative error of the weights: root of their squared changes divided by the squared weights."""
     weight_energy: float
-    """Sum of the squared weights before."""
+    """Sum of the squared weights before quantisation."""
     error: float | None = None
     """Relative error of the layer's output on calibration data; None without data."""
     error_rounded: float | None = None
@@ -48,14 +48,14 @@ class QuantizedLayer:
     note: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the scales, as JSON knows values."""
+        """Everything but the scales, as JSON values."""
         kept = {key: value for key, value in vars(self).items() if key not in ("scale", "layout", "weight_energy")}
         return {**kept, "layout": str(self.layout)}
 
 
 @dataclass(frozen=True)
 class QuantizationReport:
-    """What was quantised, how well, and what was not and why."""
+    """The quantised layers with their errors, and a reason for each layer that was not quantised."""
 
     scheme: str
     method: str
@@ -71,7 +71,7 @@ class QuantizationReport:
         return len(self.layers)
 
     def __getitem__(self, name: str) -> QuantizedLayer:
-        """A layer by its name."""
+        """The record of a layer, by its name."""
         for layer in self.layers:
             if name in (layer.name, layer.parameter):
                 return layer
@@ -79,7 +79,7 @@ class QuantizationReport:
 
     @property
     def weight_error(self) -> float:
-        """Root of the squared changes of all quantised weights over their squares."""
+        """Relative error of all quantised weights: root of their squared changes divided by the squared weights."""
         total = sum(layer.weight_energy for layer in self.layers)
         changed = sum(layer.weight_error**2 * layer.weight_energy for layer in self.layers)
         return float((changed / total) ** 0.5) if total else 0.0
@@ -91,7 +91,7 @@ class QuantizationReport:
         return sum(known) / len(known) if known else None
 
     def as_dict(self) -> dict[str, Any]:
-        """All but the scales, as JSON knows values."""
+        """Everything but the scales, as JSON values."""
         return {
             "scheme": self.scheme,
             "method": self.method,
@@ -112,14 +112,16 @@ class QuantizationReport:
 
 @torch.no_grad()
 def stored_values(weight: Shaped[Tensor, "..."], layer: QuantizedLayer) -> Shaped[Tensor, "..."]:
-    """The stored numbers (int8 or float8) of a quantised weight, of its shape: each times its scale is the weight.
+    """The stored numbers (int8 or float8) of a quantised weight, of its shape; times the scales they are the weight.
 
     Raises:
-        ValueError: the weight is not what the layer was quantised to, since it was changed afterwards.
+        ValueError: the weight was changed after quantisation.
     """
     scheme = parse_scheme(layer.scheme)
     if tuple(weight.shape) != layer.shape:
-        raise ValueError(f"{layer.name}: its weight has shape {tuple(weight.shape)}; quantised was one of shape {layer.shape}")
+        raise ValueError(
+            f"{layer.name}: its weight has shape {tuple(weight.shape)}, but the quantised one had shape {layer.shape}"
+        )
     count = positions(layer.layout, weight.shape)
     rows = to_rows(to_matrices(weight.detach(), layer.layout), count)
     scale = scheme.spread(layer.scale.to(weight.device), rows.shape[-1])

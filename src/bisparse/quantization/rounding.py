@@ -1,9 +1,9 @@
-"""Rows of weights to stored numbers: each rounded to nearest, or column by column with the error fed back.
+"""Rounds rows of weights to stored numbers: to nearest, or column by column with error feedback.
 
-Error feedback: columns are rounded from left to right, and what rounding changes in a layer's output is made up for by the
-columns after, with the inverse Hessian, as SparseGPT makes up for pruned weights. A weight that is zero stays zero: what would
-be added to it is made up for by later columns too.
-Cost: as SparseGPT, one Cholesky of K x K and one product (O, K) x (K, K) per layer.
+Error feedback: columns are rounded from left to right, and later columns compensate for the change in the layer's output, by the
+inverse Hessian, as SparseGPT compensates for pruned weights. A weight that is zero stays zero, and later columns compensate for
+the update that it would have received.
+Cost: like SparseGPT, one Cholesky of K x K and one product (O, K) x (K, K) per layer.
 Source: Frantar et al., "GPTQ", ICLR 2023, arXiv 2210.17323, algorithm 1.
 Departures: zeros are kept; scales of groups are searched (see `Scheme.scales`).
 """
@@ -20,14 +20,14 @@ from bisparse.quantization.scheme import Scheme
 __all__ = ["round_to_nearest", "round_with_feedback"]
 
 COLUMNS = 128
-"""Rounded before the columns after are updated, where the scheme has no groups."""
+"""Number of columns rounded before later columns are updated, if the scheme has no groups."""
 
 Stored = tuple[Float[Tensor, "G O K"], Float[Tensor, "G O S"]]
 """The stored numbers as float32, and their scales."""
 
 
 def round_to_nearest(rows: Float[Tensor, "G O K"], scheme: Scheme, dtype: torch.dtype) -> Stored:
-    """Each weight rounded to the nearest stored number."""
+    """Round each weight to the nearest stored number."""
     scale = scheme.scales(rows, dtype)
     return scheme.round(rows, scheme.spread(scale, rows.shape[-1])), scale
 
@@ -40,10 +40,10 @@ def round_with_feedback(
     dtype: torch.dtype,
     name: str,
 ) -> Stored:
-    """Columns rounded from left to right, each one's error fed back to those after.
+    """Round columns from left to right, and feed each column's error back to those after it.
 
     Args:
-        kept: where weights may be other than 0.
+        kept: where weights may be non-zero.
         gram: the damped second moments of the inputs.
 
     Raises:
@@ -60,7 +60,7 @@ def round_with_feedback(
         for start in range(0, columns, width):
             part = slice(start, min(start + width, columns))
             if scheme.group is not None:
-                # Of the weights as they are by now, changed by the columns before.
+                # Scales of the current weights, which previous columns have changed.
                 own[:, start // width] = scheme.scales(weight[:, part] * kept[g][:, part], dtype)[:, 0]
             scale = own[:, 0 if scheme.group is None else start // width]
 

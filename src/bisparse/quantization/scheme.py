@@ -11,12 +11,12 @@ from torch import Tensor
 __all__ = ["SCHEMES", "Scheme", "parse_scheme"]
 
 SHRINKS = (1.0, 0.95, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.66, 0.62)
-"""Fractions of the largest weight that are tried as a 4-bit scale's range: clipping a few weights may round the others better."""
+"""Fractions of the largest weight tried as the range of a 4-bit scale, since clipping a few weights may help the others."""
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How weights are stored: a number of `bits` times a scale."""
+    """A number format for weights: a number of `bits` bits times a scale."""
 
     name: str
     bits: int
@@ -35,21 +35,21 @@ class Scheme:
 
     @property
     def dtype(self) -> torch.dtype:
-        """In which stored numbers are held in memory; 4-bit ones take a byte each there."""
+        """Dtype of stored numbers in memory, where 4-bit ones take one byte each."""
         return torch.float8_e4m3fn if self.floating else torch.int8
 
     def refusal(self, inputs: int, positions: int = 1) -> str | None:
-        """Why rows of `positions` times `inputs` weights cannot be stored in this scheme; None where they can."""
+        """Why rows of `positions` times `inputs` weights cannot be stored in this scheme; None if they can."""
         if self.group is None:
             return None
         if positions > 1:
-            return f"{self.name} has groups of inputs, which a convolution's kernel positions interrupt; use int8 or fp8"
+            return f"{self.name} has groups of inputs, which do not work for a convolution's kernel positions; use int8 or fp8"
         if inputs % self.group:
             return f"{self.group} does not divide its {inputs} inputs, as {self.name} needs"
         return None
 
     def scales(self, rows: Float[Tensor, "... O K"], dtype: torch.dtype) -> Float[Tensor, "... O S"]:
-        """The scales of rows of weights, float32, but with values that `dtype` has; 1 for weights that are all 0."""
+        """The scales of rows of weights, in float32 but representable in `dtype`; 1 for weights that are all 0."""
         parts = rows.unflatten(-1, (-1, self.group or rows.shape[-1]))
         most = parts.abs().amax(-1)
         best = self._scale(most, dtype)
@@ -67,16 +67,16 @@ class Scheme:
         low, high = self.range
         scaled = (weights / scale).clamp(low, high)
         rounded = scaled.to(torch.float8_e4m3fn).float() if self.floating else scaled.round()
-        # 0 * -1 is -0, which is no integer.
+        # 0 * -1 is -0.0, which integers do not have.
         return rounded + 0.0
 
     def spread(self, scale: Float[Tensor, "... S"], columns: int) -> Float[Tensor, "... K"]:
-        """The scale of each of so many columns."""
+        """The scales, repeated to one per column."""
         return scale.repeat_interleave(columns // scale.shape[-1], dim=-1)
 
     def _scale(self, most: Tensor, dtype: torch.dtype) -> Tensor:
         scale = (most / self.range[1]).to(dtype).float()
-        # A scale that rounds to 0 would lose the weights; the smallest number of the dtype keeps them where it can.
+        # A scale that rounds to 0 would lose the weights, so it is at least the smallest number of the dtype.
         smallest = torch.finfo(dtype).smallest_normal if dtype != torch.float64 else torch.finfo(torch.float32).smallest_normal
         return torch.where(most > 0, scale.clamp(min=smallest), 1.0)
 
@@ -100,7 +100,7 @@ SCHEMES = {
 
 
 def parse_scheme(scheme: str | Scheme) -> Scheme:
-    """A scheme by its name in `SCHEMES`.
+    """The scheme of this name in `SCHEMES`.
 
     >>> parse_scheme("int4-g64").group
     64

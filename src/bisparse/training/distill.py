@@ -1,8 +1,8 @@
-"""A teacher for sparse training: the dense model's logits and hidden states, added to the loss in one line.
+"""Distillation for sparse training: adds distances to the dense model's logits and hidden states to the loss, in one line.
 
-`Distillation` records what the student was called with, by hooks, and runs the teacher on the same inputs when `loss` is called:
-in eval mode, without gradients. Hooks and teacher are no part of the student: its state_dict, copies and saved files are
-unchanged. Source of the recipe: Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2023.
+`Distillation` records the student's inputs by hooks, and runs the teacher on them when `loss` is called, in eval mode and without
+gradients. Hooks and teacher are not part of the student, so its state_dict, copies and saved files do not change.
+Source of the recipe: Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2023.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bisparse.wrappers import plain_names, unwrapped_model
 __all__ = ["Distillation"]
 
 PEFT = "base_model.model."
-"""What peft adds to the names of the modules that it wraps."""
+"""Parts that peft adds to the names of the modules it wraps."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class _Pass:
 
 
 class _Hook:
-    """A forward hook that records an output. Copies and pickles of the module hold an inert one, and no teacher."""
+    """A forward hook that records an output. In copies and pickles of the module it does nothing and has no teacher."""
 
     def __init__(self, record: Callable[..., None]) -> None:
         self.record: Callable[..., None] | None = record
@@ -56,7 +56,7 @@ class _Hook:
 
 
 class Distillation:
-    """A frozen teacher, and the loss that pulls a student towards it. Make it before the model is pruned or sparsified.
+    """A frozen teacher, and a loss for a student to match it. Create it before the model is pruned or sparsified.
 
     ::
 
@@ -66,30 +66,29 @@ class Distillation:
             loss = teacher.loss(cross_entropy(model(inputs), labels))  # the only change in the loop
             loss.backward()
 
-    It costs the teacher's memory (2 bytes per weight with ``dtype=torch.bfloat16``), one forward pass of it per call of `loss`,
-    and, for hidden states, the teacher's hidden states at the chosen layers.
+    The cost is the teacher's memory (2 bytes per weight with ``dtype=torch.bfloat16``), one forward pass of the teacher per call
+    of `loss` and, if hidden states are compared, the teacher's hidden states at the chosen layers.
 
     Args:
-        student: the model that is trained, or the submodule of it whose output are the logits. Wrap (DDP, FSDP2) and compile it
-            after this.
-        teacher: None: a frozen copy of the student as it is now; a module, which is used itself, frozen and in eval mode; or a
-            folder with safetensors of the student's architecture, read by its ``from_pretrained`` where it has one.
+        student: the model to train, or its submodule whose output is the logits. Wrap (DDP, FSDP2) and compile it afterwards.
+            teacher: None: a frozen copy of the student as it is now; a module, used directly, frozen and in eval mode; or a
+            folder with safetensors of the student's architecture, read by its ``from_pretrained`` if it has one.
         logits: weight of the divergence of the class probabilities, ``T^2 * KL(teacher || student)``.
-        hidden: weight of the distance of hidden states, the mean over layers.
+        hidden: weight of the distance of hidden states, a mean over layers.
         task: weight of the loss given to `loss`.
         temperature: T, which divides the logits of both.
-        layers: for hidden states: names, globs, ``re:`` patterns or functions; of nested modules that match, the outermost. By
-            default the repeated blocks (the items of the outermost ModuleLists).
+        layers: the modules whose hidden states are compared: names, globs, ``re:`` patterns or functions; of nested modules that
+                match, the outermost. By default the repeated blocks (the items of the outermost ModuleLists).
         hidden_loss: "mse", relative to the teacher's mean square, or "cosine".
-        dtype: of the teacher, such as ``torch.bfloat16``; None: as it is.
-        output: student's or teacher's output -> logits, classes last; by default the output itself if it is a tensor, or its
-            ``logits``.
-        where: (args, kwargs) of the forward pass -> bool tensor of the positions that count; by default ``attention_mask``, where
-            it has the logits' leading shape.
+        dtype: dtype of the teacher, such as ``torch.bfloat16``; None: unchanged.
+        output: function from an output of student or teacher to logits, classes last; by default the output itself if it is a
+                tensor, otherwise its ``logits``.
+        where: function from (args, kwargs) of the forward pass to a bool tensor of the positions that count; by default
+                ``attention_mask``, if it has the logits' leading shape.
 
     Raises:
-        ValueError: weights or options that make no loss, layers that neither or only one of the models has, a student that is
-            sparse already without a teacher given, or a teacher that shares parameters with the student.
+        ValueError: weights or options without a loss, layers that are not in both models, a student that is already sparse if
+                no teacher is given, or a teacher that shares parameters with the student.
     """
 
     def __init__(
@@ -141,10 +140,10 @@ class Distillation:
         return f"Distillation({type(self.teacher).__name__}, {parts}, temperature={self.temperature:g})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distillation:
-        raise TypeError("a Distillation belongs to one student: make another for a copy of it")
+        raise TypeError("a Distillation belongs to one student: create another one for a copy")
 
     def __getstate__(self) -> dict[str, Any]:
-        raise TypeError("a Distillation is not saved: make it again from the same teacher; state_dict() identifies that")
+        raise TypeError("a Distillation cannot be pickled: create it again from the same teacher, which state_dict() identifies")
 
     def _keep(self, held: dict[str, list[Tensor]], name: str, module: nn.Module, output: Any) -> None:
         if _trains(module):
@@ -159,25 +158,25 @@ class Distillation:
         self._hidden = {}
 
     def reset(self) -> None:
-        """Forget the forward passes that `loss` was not called for."""
+        """Discard recorded forward passes for which `loss` was not called."""
         self._passes, self._hidden, self._given = [], {}, {}
 
     def loss(self, task: Tensor | None = None) -> Tensor:
-        """The weighted sum of the task's loss and the distances to the teacher, for the student's last training forward pass.
+        """The weighted sum of the task loss and the distances to the teacher, for the student's last training forward pass.
 
         Runs the teacher. Call it once after each training forward pass of the student.
 
         Args:
-            task: the loss without a teacher, a mean over examples; None: the distances alone.
+            task: the loss without a teacher, a mean over examples; None: only the distances.
 
         Raises:
-            ValueError: no training forward pass since the last call, or several (see `reset`); outputs that do not fit.
+            ValueError: no training forward pass since the last call, or several (see `reset`); outputs of different shapes.
         """
         if len(self._passes) != 1:
             many = "no training forward pass" if not self._passes else f"{len(self._passes)} training forward passes"
             raise ValueError(
                 f"the student ({type(self.student).__name__}) had {many} since the last Distillation.loss: call loss once "
-                "after each (reset() forgets those before), and give Distillation the module that is called, in training mode"
+                "after each (reset() discards earlier ones), and give Distillation the module that is called, in training mode"
             )
         (done,) = self._passes
         self.reset()
@@ -222,17 +221,17 @@ class Distillation:
             own = hidden.get(name, [])
             if not own or any(not one.requires_grad for one in own):
                 raise ValueError(
-                    f"{name}: the student has no hidden state with a gradient, as where the layer is frozen or in eval mode, or "
-                    "under reentrant activation checkpointing (pass use_reentrant=False there)"
+                    f"{name}: the student's hidden state has no gradient; the layer may be frozen, in eval mode or "
+                    "under reentrant activation checkpointing (then pass use_reentrant=False)"
                 )
             if len(own) != len(theirs) or any(one.shape != other.shape for one, other in zip(own, theirs, strict=True)):
                 raise ValueError(
                     f"{name}: the student has hidden states of shapes {[tuple(one.shape) for one in own]}, the teacher "
-                    f"{[tuple(one.shape) for one in theirs]}; they must agree (choose others with layers=)"
+                    f"{[tuple(one.shape) for one in theirs]}; they must agree (choose others by layers=)"
                 )
             distances += [hidden_distance(one, other, self.hidden_loss, where) for one, other in zip(own, theirs, strict=True)]
         if not distances:
-            raise ValueError("none of the layers whose hidden states are to be compared was run by the teacher")
+            raise ValueError("the teacher ran none of the layers whose hidden states are to be compared")
         return torch.stack(distances).mean()
 
     def metrics(self) -> dict[str, float]:
@@ -240,24 +239,24 @@ class Distillation:
         return {f"distill/{name}": float(part) for name, part in self.terms.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """A checksum that identifies the teacher; None if its weights are sharded. The teacher itself is not in it."""
+        """A checksum that identifies the teacher, without its weights; the checksum is None if they are sharded."""
         if self._checksum is None and not any(hasattr(one, "full_tensor") for one in self.teacher.parameters()):
             held = {name: value for name, value in self.teacher.state_dict().items() if isinstance(value, Tensor)}
             self._checksum = zlib.crc32(repr([(name, checksum_of(value)) for name, value in held.items()]).encode())
         return {"teacher": self._checksum}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Check that the teacher is the one of the run that is resumed.
+        """Check that this teacher is the same as in the saved run.
 
         Raises:
-            ValueError: it is another one.
+            ValueError: it is a different one.
         """
         own = self.state_dict()["teacher"]
         if "teacher" not in state:
-            raise ValueError("the checkpoint is of a run without a teacher: resume it without distill=")
+            raise ValueError("the checkpoint comes from a run without a teacher: resume it without distill=")
         if state["teacher"] is not None and own is not None and state["teacher"] != own:
             raise ValueError(
-                "the teacher differs from that of the run to resume: make the Distillation from the same dense weights, in the "
+                "the teacher differs from that of the run to resume: create the Distillation from the same dense weights, in the "
                 "same dtype"
             )
 
@@ -284,11 +283,11 @@ def _check_options(
         if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < float("inf"):
             raise ValueError(f"{name}={number!r}: expected a weight that is 0 or more")
     if not logits and not hidden:
-        raise ValueError("logits=0 and hidden=0: a teacher needs one of them")
+        raise ValueError("logits=0 and hidden=0: at least one must be positive")
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature!r}: expected a positive number")
     if layers is not None and not hidden:
-        raise ValueError("layers= are those whose hidden states are compared, and hidden=0: give it a weight")
+        raise ValueError("layers= has no effect with hidden=0: give hidden a weight")
     if hidden_loss not in HIDDEN_LOSSES:
         raise ValueError(f"hidden_loss={hidden_loss!r}: expected one of {', '.join(map(repr, HIDDEN_LOSSES))}")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
@@ -305,14 +304,14 @@ def _named(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
 
 
 def _chosen(student: nn.Module, layers: Filter | None) -> dict[str, nn.Module]:
-    """The modules whose hidden states are compared, by their plain names."""
+    """The modules whose hidden states are compared, by names without wrappers."""
     if layers is None:
         lists = [(name, module) for name, module in _named(student) if isinstance(module, nn.ModuleList) and len(module) > 0]
         outer = [one for one in lists if not any(one[0].startswith(f"{name}.") for name, _ in lists)]
         found = {f"{name}.{number}": item for name, module in outer for number, item in enumerate(module)}
         if not found:
             raise ValueError(
-                "the model has no ModuleList of blocks whose hidden states could be compared: name modules by layers="
+                "the model has no ModuleList of blocks whose hidden states could be compared: choose modules by layers="
             )
         return {_plain(name): module for name, module in found.items()}
     chosen: dict[str, nn.Module] = {}
@@ -328,7 +327,7 @@ def _chosen(student: nn.Module, layers: Filter | None) -> dict[str, nn.Module]:
 
 
 def _trains(module: nn.Module) -> bool:
-    """Whether this forward pass trains: not one in evaluation, or repeated in the backward pass by activation checkpointing."""
+    """Whether this is a training forward pass, neither evaluation nor a repetition by activation checkpointing."""
     if not module.training or not torch.is_grad_enabled():
         return False
     return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
@@ -342,7 +341,7 @@ def _state(output: Any, name: str) -> Tensor:
     elif isinstance(output, tuple | list):
         first = output[0] if output else None
     if not isinstance(first, Tensor):
-        raise ValueError(f"{name}: its output is {type(output).__name__} and begins with no tensor: choose other layers=")
+        raise ValueError(f"{name}: its output is {type(output).__name__} and does not begin with a tensor: choose other layers=")
     return first
 
 
@@ -351,9 +350,7 @@ def _logits(output: Any) -> Tensor:
     if isinstance(found, tuple | list):
         found = next((one for one in found if isinstance(one, Tensor) and one.ndim > 0), None)
     if not isinstance(found, Tensor):
-        raise ValueError(
-            f"no logits in an output of type {type(output).__name__}: pass output=, a function that takes them out of it"
-        )
+        raise ValueError(f"no logits in an output of type {type(output).__name__}: pass output=, a function that returns them")
     return found
 
 
@@ -373,7 +370,7 @@ def _check_logits(own: Tensor, theirs: Tensor) -> None:
         )
     if own.shape[-1] < 2:
         raise ValueError(
-            "outputs with one number each are no class probabilities, and their divergence is always 0: "
+            "outputs of one number per sample are not class probabilities, and their divergence is always 0: "
             "pass logits=0 and hidden=, or output="
         )
 

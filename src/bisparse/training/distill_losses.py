@@ -1,4 +1,4 @@
-"""Distances between the outputs of a student and its teacher: divergence of class probabilities, distance of hidden states."""
+"""Distances between student and teacher: divergence of class probabilities, and distance of hidden states."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["HIDDEN_LOSSES", "HiddenLoss", "hidden_distance", "logit_divergence"]
 
 HiddenLoss = Literal["mse", "cosine"]
 CHUNK = 1 << 22
-"""Maximum number of logits that are converted to float32 probabilities at once, which bounds the additional memory."""
+"""Maximum number of logits converted to float32 probabilities at a time, to bound the additional memory."""
 
 
 def logit_divergence(
@@ -25,8 +25,8 @@ def logit_divergence(
 ) -> Float[Tensor, ""]:
     """``T^2 * KL(softmax(teacher / T) || softmax(student / T))``, the mean over positions (Hinton et al. 2015).
 
-    Computed in float32, whatever the dtypes. Keeps one tensor of the logits' size and dtype for the backward pass. There is no
-    second derivative.
+    Computed in float32 for all dtypes. Saves one tensor of the logits' size and dtype for the backward pass. Has no second
+    derivative.
 
     Args:
         where: positions that count; by default all.
@@ -90,7 +90,7 @@ def hidden_distance(
     """Distance of hidden states, in float32: "mse" relative to the teacher's mean square, or "cosine" along the last dimension.
 
     Args:
-        where: positions that count, of the shape of all dimensions but the last; ignored where the hidden state has other ones.
+        where: positions that count, of the shape of all dimensions but the last; ignored if the hidden state has others.
     """
     wide = torch.promote_types(student.dtype, torch.float32)
     fits = where is not None and where.shape == student.shape[:-1]

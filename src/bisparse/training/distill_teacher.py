@@ -1,4 +1,4 @@
-"""The frozen dense model that teaches: a copy of the student, a module, or one read from a folder."""
+"""The frozen dense teacher model: a copy of the student, a module, or a model read from a folder."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from bisparse.wrappers import unwrapped_model
 __all__ = ["frozen_teacher"]
 
 MAX_ZEROS = 0.2
-"""Maximum fraction of zeros in the layers of a model that passes for dense; patterns keep 75 % of the weights or less."""
+"""Maximum fraction of zeros in the layers of a model that counts as dense; patterns keep at most 75 % of the weights."""
 
 
 def frozen_teacher(
     student: nn.Module, teacher: nn.Module | str | Path | None, dtype: torch.dtype | None
 ) -> tuple[nn.Module, bool]:
-    """(the teacher: frozen, in eval mode, in `dtype`; whether it is a copy of its own).
+    """(the teacher, frozen, in eval mode and in `dtype`; whether it is a new copy).
 
     Args:
         student: without wrappers.
         teacher: None: a copy of the student; a module; or a folder.
 
     Raises:
-        ValueError: a copy was asked for and the student is sparse or sharded already; a module that shares parameters with the
-            student; a folder without safetensors, or of another architecture.
+        ValueError: a copy is needed but the student is already sparse or sharded; a module that shares parameters with the
+                student; a folder without safetensors, or of a different architecture.
     """
     own = True
     if teacher is None:
@@ -66,13 +66,13 @@ def _check_dense(student: nn.Module) -> None:
         sparse = _with_zeros(student)
     if sparse:
         raise ValueError(
-            f"the model is sparse already (at {sparse[0]!r}), so a copy of it is no dense teacher: make the Distillation before "
+            f"the model is already sparse (at {sparse[0]!r}), so a copy is not a dense teacher: create the Distillation before "
             "prune_ and sparsify_, or pass the dense model, or its folder, as teacher="
         )
 
 
 def _with_zeros(student: nn.Module) -> list[str]:
-    """Layers that are sparse, if the model is as a whole."""
+    """Names of the sparse layers, if the model as a whole is sparse."""
     layers, _ = find_layers(student)
     held = {layer.name: layer.weight.detach() for layer in layers if not layer.weight.is_meta}
     zeros = {name: int((weight == 0).sum()) for name, weight in held.items() if not isinstance(weight, DTensor)}
@@ -83,7 +83,7 @@ def _with_zeros(student: nn.Module) -> list[str]:
 
 def _copied(model: nn.Module) -> nn.Module:
     if any(isinstance(one, DTensor) for one in model.parameters()):
-        raise ValueError("the model is sharded: make the Distillation before fully_shard, or pass a teacher of its own")
+        raise ValueError("the model is sharded: create the Distillation before fully_shard, or pass a separate teacher")
     gradients = [(one, one.grad) for one in model.parameters()]
     for one, _ in gradients:
         one.grad = None  # copying would copy them
@@ -103,7 +103,7 @@ def _read(student: nn.Module, folder: Path) -> nn.Module:
         read: nn.Module = kind.from_pretrained(folder)
         return read
     if any(True for _ in masked_parameters(student)):
-        raise ValueError("make the Distillation before sparsify_ to read its teacher from a folder, or pass a module")
+        raise ValueError("create the Distillation before sparsify_ to read its teacher from a folder, or pass a module")
     made = _copied(student)
     state = {name: value for file in files for name, value in load_file(file).items()}
     aliases = made.state_dict()
@@ -115,9 +115,9 @@ def _read(student: nn.Module, folder: Path) -> nn.Module:
     try:
         result = made.load_state_dict(state, strict=False)
     except RuntimeError as error:
-        raise ValueError(f"{folder} holds another architecture than the student's: {error}") from error
+        raise ValueError(f"{folder} has a different architecture than the student: {error}") from error
     if missing := sorted(set(result.missing_keys) - shared):
         raise ValueError(f"{folder} lacks {missing[:3]} of the student's weights")
     if result.unexpected_keys:
-        raise ValueError(f"{folder} holds {sorted(result.unexpected_keys)[:3]}, which the student does not have")
+        raise ValueError(f"{folder} has {sorted(result.unexpected_keys)[:3]}, which the student does not have")
     return made

@@ -1,4 +1,4 @@
-"""Figures of a layer in training, computed from its current weight alone."""
+"""Figures of a layer in training, computed only from its current weight."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["layer_facts"]
 
 @torch.no_grad()
 def layer_facts(layer: SparseLayer, score: Score) -> LayerResult:
-    """Density and, for a dynamic mask, the score that it keeps and how much more the best mask of the current weight would keep.
+    """Density and, for a dynamic mask, the fraction of the score that it keeps and its gap to the best mask of this weight.
 
-    The gap is proved by the certificate of a new search, whatever solver the run uses. For a static mask, which follows no
-    scores, and in a dense phase, which has no mask, these figures are None.
+    The gap is proved by the certificate of a new exact search, whichever solver the run uses. These figures are None for a
+    static mask, which does not follow scores, and in a dense phase, which has no mask.
     """
     weight = layer.full_weight()
     own = layer.parametrization

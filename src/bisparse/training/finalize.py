@@ -1,4 +1,4 @@
-"""The end of sparse training: `finalize_` turns a sparsified model into a plain one."""
+"""`finalize_`: ends sparse training and turns a sparsified model into a plain one."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ __all__ = ["finalize_", "plain_state_dict"]
 
 @torch.no_grad()
 def finalize_(model: nn.Module) -> nn.Module:
-    """Turn a sparsified or accelerated model into a plain one: weights contain their zeros, and no wrapper or hook is left.
+    """Turn a sparsified or accelerated model into a plain one: weights contain their zeros, and wrappers and hooks are removed.
 
     Returns the model. Its `Sparsity` ends: it detaches from the optimizers, and further training is dense. Parameters stay the
     same objects, so optimizers keep them, except weights that were packed. The masks are checked against their patterns first.
-    A layer whose module was replaced after `sparsify_` is reported by a warning, and stays as it is.
-    Parametrizations that were added after `sparsify_`, such as a spectral norm, stay. An average of the weights (a copy of the
-    model, such as `AveragedModel`) uses the masks of the model that it averages. On an error the model is what it was.
+    A layer whose module was replaced after `sparsify_` is not changed, and a warning names it. Parametrizations that were added
+    after `sparsify_`, such as a spectral norm, are kept. An average of the weights (a copy of the model, such as
+    `AveragedModel`) uses the masks of the model that it averages. On an error the model is unchanged.
 
     Raises:
-        ValueError: the model is neither sparsified nor accelerated, or its weights are sharded over ranks (take
-            `plain_state_dict` there).
-        PatternError: a mask breaks its pattern, as after averaging masks.
+        ValueError: the model is neither sparsified nor accelerated, or its weights are sharded over ranks (use
+                `plain_state_dict` instead).
+        PatternError: a mask breaks its pattern, for example because masks were averaged.
     """
     with Rollback(unwrapped_model(model)) as rollback:
         return _finalize(model, rollback)
@@ -75,19 +75,19 @@ def _finalize(given: nn.Module, rollback: Rollback) -> nn.Module:
     now = ((own.start, sample_of(trained_parameter(module, parameter))) for _, module, parameter, own in dynamic)
     if any(start is not None and not torch.equal(start.to(sample), sample) for start, sample in now):
         warnings.warn(
-            "the weights were trained, but the masks are still the first ones, since no step of an optimizer was counted: call "
+            "the weights were trained, but the masks were never refreshed, since no optimizer step was counted: call "
             "Sparsity.attach(optimizer) before the first step, or Sparsity.refresh() in a loop of your own",
             stacklevel=4,  # past no_grad
         )
     elif dense := [name for name, _, _, own in dynamic if own.state.warm_up]:
         warnings.warn(
-            f"the run ends in the dense phase at its start (Schedule.dense_until): {len(dense)} layers stay dense, the first "
+            f"the run ends in its initial dense phase (Schedule.dense_until): {len(dense)} layers stay dense, the first "
             f"{dense[0]!r}. prune_(model, pattern) makes them sparse",
             stacklevel=4,  # past no_grad
         )
     masked = {id(own): own(trained_parameter(module, parameter)).clone() for _, module, parameter, own in dynamic}
     for _, module, parameter, own in dynamic:
-        # Copied into the dense weight, whose storage others may share; twice for tied weights, with the same values.
+        # Copied into the dense weight, whose storage may be shared; tied weights are written twice, with the same values.
         weight = trained_parameter(module, parameter)
         rollback.touch(weight)
         weight.copy_(masked[id(own)])
@@ -103,8 +103,8 @@ def _finalize(given: nn.Module, rollback: Rollback) -> nn.Module:
         delattr(module, f"{parameter}{MASK_SUFFIX}")
     if moved:
         warnings.warn(
-            "pruned weights had moved from zero, as without Sparsity.attach(optimizer): they are zero again, but what they had "
-            "learned is lost",
+            "pruned weights were no longer zero, as without Sparsity.attach(optimizer): they are set to zero again, "
+            "which loses what they learned",
             stacklevel=4,  # past no_grad
         )
     for module in model.modules():
@@ -117,7 +117,7 @@ def _finalize(given: nn.Module, rollback: Rollback) -> nn.Module:
 
 
 def _remove(module: nn.Module, parameter: str, own: nn.Module) -> None:
-    """Take a parametrization away; others of the same parameter stay."""
+    """Remove one parametrization; others of the same parameter stay."""
     chain: Any = module.parametrizations[parameter]  # type: ignore[index]
     if len(chain) > 1:
         del chain[next(index for index, one in enumerate(chain) if one is own)]
@@ -128,9 +128,9 @@ def _remove(module: nn.Module, parameter: str, own: nn.Module) -> None:
 
 @torch.no_grad()
 def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict that the finalized model would have, without changing the model or naming its wrappers.
+    """The state_dict that the finalized model would have, with its names, without changing the model.
 
-    Sharded weights are gathered: in a sharded run all ranks must call it.
+    Sharded weights are gathered, so in a sharded run all ranks must call it.
     """
     model = unwrapped_model(model)
     plain = plain_names(model)

@@ -1,15 +1,15 @@
 """The hook that refreshes masks before the first training forward pass that needs it, in eager and in compiled code.
 
-The model that is evaluated, saved or finalized is the one that was trained: an optimizer step only marks a refresh as due, and
-the next training forward pass does it. The hook is on every sparse layer and on every module that contains one, so that it runs
-whichever of them is called, outermost first.
+An optimizer step only marks a refresh as due, and the next training forward pass does it, so that the model that is evaluated,
+saved or finalized is the one that was trained. The hook is on every sparse layer and on every module that contains one, so that
+it runs no matter which of them is called, outermost first.
 
-A forward pass trains if the called module is in training mode and gradients are recorded. The backward pass runs no refresh,
-so that the forward passes that activation checkpointing repeats there see the masks of the first. If no such forward pass
-came before the next optimizer step is done (layers trained in eval mode, or gradients written by hand), the refresh follows that
-step. In compiled code the hook is traced: a step without a refresh adds only a guard to the graph, and a step with one has its
-own graph, without a break, in which one operator does the refresh. A change of phase changes the code that runs, which a graph
-cannot do, so compiled models change their phase directly after the optimizer step.
+A training forward pass is one in training mode with gradients recorded. No refresh runs in the backward pass, so that the forward
+passes that activation checkpointing repeats there use the same masks. If there was no training forward pass before the next
+optimizer step (layers trained in eval mode, or gradients written by hand), the refresh follows that step. In compiled code the
+hook is traced: a step without a refresh adds only a guard to the graph, and a step with one has its own graph, without a break,
+in which one operator does the refresh. A change of phase changes the code that runs, which a graph cannot do, so compiled models
+change their phase directly after the optimizer step.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ __all__ = ["RefreshHook", "Refreshed", "ZerosHook", "gathered_again", "remove_ho
 
 
 class Refreshed(Protocol):
-    """The refresh that the hook runs, and its state."""
+    """The object that the hook refreshes."""
 
     due: bool
-    """The next training forward pass refreshes the masks first."""
+    """Whether the next training forward pass starts with a refresh."""
     handle: int
-    """Its key for the operator in compiled code."""
+    """Key by which the operator in compiled code finds it."""
     in_compiled_code: bool
-    """The hook was traced by a compiler."""
+    """Whether a compiler has traced the hook."""
     written: list[Tensor]
-    """What a refresh writes, while one is due."""
+    """The tensors that a refresh writes, while one is due."""
 
     def refresh_due(self) -> None:
         """Run the refresh that is due."""
@@ -47,8 +47,8 @@ _REFRESHED: WeakValueDictionary[int, Refreshed] = WeakValueDictionary()
 
 
 class RefreshHook:
-    """A forward pre-hook, without effect until `refreshed` is set. In copies of the model it refreshes nothing, but lets
-    layers that cache something derived from their mask update it; in the original that needs no hook."""
+    """A forward pre-hook that runs a due refresh; it does nothing until `refreshed` is set. In copies of the model it does not
+    refresh masks, but updates layers that cache something derived from their mask; the original does not need a hook for that."""
 
     copied = False
 
@@ -76,16 +76,16 @@ class RefreshHook:
             refreshed.refresh_due()
 
     def install(self, modules: Iterable[nn.Module]) -> None:
-        """Put the hook before all others of these modules: those of FSDP2 gather weights."""
+        """Install the hook before all other hooks of these modules, since FSDP2's hooks gather weights."""
         for module in modules:
             remove_hooks(module, self)
             module.register_forward_pre_hook(self, prepend=True)
 
 
 class ZerosHook:
-    """A forward pre-hook of a static run: the first forward pass after a step checks that pruned weights are still zero.
+    """A forward pre-hook of static runs: the first forward pass after a step checks that pruned weights are still zero.
 
-    An optimizer that wraps the attached one, such as Lookahead, may write weights after it. Compiled code does not check.
+    An optimizer that wraps the attached one, such as Lookahead, may write weights after the step. Compiled code does not check.
     """
 
     def __init__(self) -> None:
@@ -103,14 +103,14 @@ class ZerosHook:
             self.check()
 
     def install(self, modules: Iterable[nn.Module]) -> None:
-        """Put the hook before all others of these modules."""
+        """Install the hook before all other hooks of these modules."""
         for module in modules:
             remove_hooks(module, self)
             module.register_forward_pre_hook(self, prepend=True)
 
 
 def remove_hooks(module: nn.Module, own: RefreshHook | ZerosHook | None = None) -> None:
-    """Remove one hook, and all without effect, from a module; all hooks of these kinds if none is named."""
+    """Remove a hook and all inactive ones from a module; without `own`, all hooks of these kinds."""
     for key, hook in list(module._forward_pre_hooks.items()):
         idle = (isinstance(hook, RefreshHook) and hook.refreshed is None) or (isinstance(hook, ZerosHook) and hook.check is None)
         if hook is own or idle or (own is None and isinstance(hook, RefreshHook | ZerosHook)):
@@ -125,7 +125,7 @@ def _follow(module: nn.Module) -> None:
 
 
 def gathered_again(modules: Iterable[nn.Module]) -> None:
-    """Let FSDP2 free the weights that it gathered for an evaluation; what the optimizer holds are the shards."""
+    """Make FSDP2 free the weights that it gathered for an evaluation, so that the modules have the optimizer's shards."""
     for module in modules:
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -133,7 +133,7 @@ def gathered_again(modules: Iterable[nn.Module]) -> None:
 
 @torch.compiler.assume_constant_result
 def _traced(handle: int) -> bool:
-    """Runs once, when the compiler traces the hook."""
+    """Note that the compiler traces the hook; runs once, at compile time."""
     if (refreshed := _REFRESHED.get(handle)) is not None:
         refreshed.in_compiled_code = True
     return True
@@ -141,7 +141,7 @@ def _traced(handle: int) -> bool:
 
 @torch.library.custom_op("bisparse::refresh_masks", mutates_args=("written",))
 def _refresh_masks(written: list[Tensor], handle: int) -> None:
-    """Do the refresh that is due; a compiler may have replaced what it writes by copies."""
+    """Run the due refresh, and copy its results to `written`, which the compiler may have replaced by copies."""
     refreshed = _REFRESHED[handle]
     originals = refreshed.written
     refreshed.refresh_due()

@@ -1,8 +1,7 @@
-"""2:4-T masks of many layers on a GPU: all kernels are launched before a single synchronisation.
+"""2:4-T masks of many layers on a GPU, with all kernels launched before a single synchronisation.
 
-Nothing is gathered and no magnitudes are stored: each weight is read in place, 4 bytes per weight in float32, and its mask is
-written, 1 byte per weight. Layers that a kernel cannot decide (a tile of too wide a range, non-finite numbers) are left to
-`MaskSearch`.
+Nothing is gathered and no magnitudes are stored: weights are read in place, 4 bytes per weight in float32, and masks are
+written, 1 byte per weight. Layers that the kernel cannot solve (wide ranges, non-finite numbers) are left to `MaskSearch`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ PATTERN = Pattern(2, 4, transposable=True)
 
 
 def masks_together(layers: Iterable[SparseLayer], exactly: bool) -> dict[str, Bool[Tensor, "O I"]]:
-    """The best masks by magnitude, by name, of the layers that this search can decide."""
+    """The best masks by magnitude, by layer name, of the layers that this search can solve."""
     masks, doubts = {}, []
     for layer in layers:
         weight = layer.weight.detach()

@@ -1,4 +1,4 @@
-"""A check for non-finite gradients before an optimizer's step spreads them."""
+"""Checks gradients for non-finite numbers before an optimizer step uses them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["check_gradients"]
 
 
 def check_gradients(layers: Iterable[SparseLayer], ranks: Ranks | None, step: int) -> None:
-    """Raise ValueError if a gradient holds NaN or infinite numbers, by layer and rank.
+    """Raise ValueError, naming layer and ranks, if a gradient has NaN or infinite numbers.
 
-    Where weights are sharded, all ranks must call it.
+    With sharded weights all ranks must call it.
 
     Args:
         step: the number of the optimizer step, for the message.
@@ -28,7 +28,7 @@ def check_gradients(layers: Iterable[SparseLayer], ranks: Ranks | None, step: in
         return
     sums = [gradient.sum(dtype=torch.float32) for gradient in gradients.values()]
     wrong = (~torch.isfinite(torch.stack([one.to(sums[0].device) for one in sums]))).any().int()
-    # A replicated weight has the same gradient on every rank; that of a shard is known to its own rank alone.
+    # A replicated weight has the same gradient on every rank; that of a shard exists on its own rank only.
     ranks = ranks if any(is_sharded(layer) for layer in layers) else None
     if ranks is not None and ranks.size > 1:
         torch.distributed.all_reduce(wrong, group=ranks.group)

@@ -1,4 +1,4 @@
-"""Update rules for the weights off the mask: masked decay and SR-STE, for any torch optimizer."""
+"""Updates of the weights off the mask, masked decay and SR-STE, for any torch optimizer."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], 
         pruned = off(dense, part_of(layer.mask, weight))
         if method == "sr-ste":
             rate = group["lr"]
-            if isinstance(rate, Tensor):  # reading its number would wait for the device
+            if isinstance(rate, Tensor):  # reading its value would synchronise with the device
                 dense.sub_(pruned * (rate.to(dense.device, dense.dtype) * own))
             else:
                 dense.sub_(pruned, alpha=rate * own)
@@ -52,10 +52,10 @@ def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], 
 def after_closure(
     args: tuple[Any, ...], kwargs: dict[str, Any], then: Callable[[bool], None]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """The arguments of `optimizer.step` with a closure that calls `then(first)` on the gradients it made; None without a closure.
+    """The arguments of `optimizer.step` with a closure that calls `then(first)` after each evaluation; None without a closure.
 
     Args:
-        args: as a step hook gets them, the optimizer first.
+        args: the arguments of a step hook, the optimizer first.
     """
     given = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if not callable(given):

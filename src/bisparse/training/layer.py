@@ -28,7 +28,7 @@ __all__ = [
 
 @runtime_checkable
 class Accelerated(Protocol):
-    """A layer with its own storage of the weight and its own products, as `bisparse.accelerate` makes them."""
+    """An accelerated layer, with its own storage of the weight and its own products; see `bisparse.accelerate`."""
 
     @property
     def derived_tensors(self) -> tuple[Tensor, ...]:
@@ -38,29 +38,29 @@ class Accelerated(Protocol):
         """The weight, dense, with zeros."""
 
     def mask_changed(self, *, proved: bool = False) -> None:
-        """Follow the weight's current mask; with `proved` it is known to obey the layer's pattern."""
+        """Update to the weight's current mask; with `proved` the mask is known to obey the layer's pattern."""
 
     def restore_(self) -> None:
         """Turn the module back into the original layer."""
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; the tensor itself where it is whole."""
+    """This rank's part of a sharded tensor; the tensor itself if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(mask: Tensor, weight: Tensor) -> Tensor:
-    """The part of a full mask that belongs to this rank's shard of its weight; all of it where the weight is not sharded."""
+    """The part of a full mask for this rank's shard of its weight; the whole mask if the weight is not sharded."""
     if isinstance(weight, DTensor):
         mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
     return mask
 
 
 def keep_only_(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> None:
-    """Set a tensor to exactly zero off the mask, whatever its values there, NaN included.
+    """Set a tensor to exactly zero off the mask, even if it has NaN there.
 
-    It ANDs the bits with all ones where the mask is True. That takes a third of the time of `masked_fill_` on a CPU, which is not
-    vectorised; a product would keep NaN, and the sign of zeros.
+    ANDs the bits with all ones where the mask is True, in a third of the time of `masked_fill_`, which is not vectorised on a
+    CPU. A product would keep NaN and the sign of zeros.
     """
     bits = BITS[tensor.element_size()]
     tensor.view(bits).bitwise_and_(mask.to(bits).neg_())
@@ -70,7 +70,7 @@ def keep_only_(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> None
 class SparseLayer:
     """A parameter whose forward value obeys a pattern.
 
-    Parameter and mask are looked up in the module at each use: wrappers such as FSDP replace the objects.
+    Parameter and mask are looked up in the module at each use, since wrappers such as FSDP replace the objects.
     """
 
     name: str
@@ -82,13 +82,13 @@ class SparseLayer:
     key: str
     """The parameter's key in the plain model's state_dict."""
     decay: Decay | None = None
-    """Masked decay of this layer; None: the run's."""
+    """Decay of this layer; None: that of the run."""
     sharing: tuple[nn.Module, ...] = ()
-    """Other modules that hold the same parameter, and with it the same mask."""
+    """Other modules that share the parameter, and therefore the mask."""
 
     @property
     def parametrization(self) -> Masked | SoftThreshold | None:
-        """What makes the forward weight of a dynamic layer; None for a static one, or once finalized."""
+        """The parametrization of a dynamic layer; None for a static one, or once finalized."""
         return own_parametrization(self.module, self.parameter)
 
     @property
@@ -121,7 +121,7 @@ class SparseLayer:
 
     @torch.no_grad()
     def full_weight(self) -> Float[Tensor, "..."]:
-        """The dense weight, gathered from all ranks where it is sharded (a collective call)."""
+        """The dense weight, gathered from all ranks if it is sharded (a collective call)."""
         weight = self.weight.detach()
         return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
@@ -131,16 +131,36 @@ class SparseLayer:
         keep_only_(local(self.weight.detach()), self.local_mask)
 
     def follow_nothing(self) -> None:
-        """In a copy of a model: use a mask of its own from now on, instead of the original's."""
+        """In a copy of a model: stop using the original's mask, and keep an independent one."""
         if (own := self.parametrization) is not None:
             own.origin = own.copied = None
 
     def mask_changed(self, *, proved: bool = False) -> None:
         """Notify modules that cache something derived from the mask."""
         for module in (self.module, *self.sharing):
-            # The name first: isinstance with a protocol looks every method up each time, which counts where layers are small.
+            # The name is checked first, since isinstance with a protocol looks up every method, which is slow for small layers.
             if hasattr(module, "mask_changed") and isinstance(module, Accelerated):
                 module.mask_changed(proved=proved)
+
+    @property
+    def refreshed_tensors(self) -> list[Tensor]:
+        """What a mask refresh writes: the mask, and what accelerated modules derive from it."""
+        derived = (one.derived_tensors for one in (self.module, *self.sharing) if isinstance(one, Accelerated))
+        return [self.mask, *(tensor for tensors in derived for tensor in tensors)]
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a dynamic layer is in a dense phase."""
+        own = self.parametrization
+        return own is not None and own.dense
+
+    def make_dense(self) -> None:
+        """Begin a dense phase: the mask is all True. A static layer is unchanged."""
+        own = self.parametrization
+        if own is not None:
+            own.state.dense = True
+            own.mask.fill_(True)
+            self.mask_changed()
 
     @property
     def transposable(self) -> bool:

@@ -1,9 +1,9 @@
-"""Merging low-rank adapters into sparse weights without losing the zeros.
+"""Merges low-rank adapters into sparse weights without losing the zeros.
 
 ``W + s B A`` is dense even where W is sparse. `merged_weight` keeps the pattern of W: ``mask * (W + s B A)`` with W's own mask,
-or with the best mask for the sum. The adapter's part at pruned positions is lost; the result says how much that is. In a static
-run the mask is that of the run, which may keep a weight that is currently zero. Adapters that were trained under the mask
-(`add_masked_lora_`, `mask_lora_`) lose nothing: what is merged is what was trained.
+or with the best mask for the sum. The adapter's part at pruned positions is lost; the result states how much. In a static run
+the run's mask is used, which may keep a weight that is currently zero. Adapters that were trained under the mask
+(`add_masked_lora_`, `mask_lora_`) lose nothing.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def merged_weight(
 
     Raises:
         PatternError: W does not obey the pattern, and `new_mask` is not set.
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not match.
     """
     for argument, tensor in (("weight", weight), ("a", a), ("b", b)):
         check_dense(argument, tensor)
@@ -109,29 +109,29 @@ def _merge(
 def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = False) -> list[MergedAdapter]:
     """Merge LoRA adapters into their base layers, which keep the pattern: those of `add_masked_lora_`, and peft's active ones.
 
-    Adapters of `add_masked_lora_` are removed, and the weights they trained are plain parameters again. Adapters of peft's are
-    zeroed; those that were trained under the mask (`mask_lora_`) lose nothing, DoRA included. What follows is about the others.
+    Adapters of `add_masked_lora_` are removed, and the weights they trained are plain parameters again. peft's adapters are
+    zeroed; those that were trained under the mask (`mask_lora_`) lose nothing, including DoRA. The rest is about other adapters.
 
-    A layer is recognised as peft makes them: it has `base_layer`, `lora_A`, `lora_B`, `scaling` and `active_adapters`. What is
-    merged is ``W + s B A``, with whatever s is (rsLoRA's too), into a Linear or transformers' Conv1D whose weight is a plain
-    parameter; several active adapters are merged as one. After the call the model computes with the merged base weights, and
-    ``model.unload()`` of peft gives the plain model.
+    A LoRA layer of peft is recognised by `base_layer`, `lora_A`, `lora_B`, `scaling` and `active_adapters`. ``W + s B A`` is
+    merged, for any s (also rsLoRA's), into a Linear or transformers' Conv1D whose weight is a plain parameter; several active
+    adapters are merged as one. Afterwards the model uses the merged base weights, and peft's ``model.unload()`` returns the
+    plain model.
 
     Returns:
         One record per layer.
 
     Raises:
-        PatternError: a base weight does not obey the pattern and `new_mask` is not set, as where PiSSA, OLoRA or another
-            initialization has rewritten it.
-        ValueError: the model has no such layer, an adapter is merged already, or an adapter or a base layer is of another
-            kind (DoRA and other variants, embeddings, convolutions, LoRA with a bias, quantised or dynamic sparse weights). In
-            either case nothing is changed.
+        PatternError: a base weight does not obey the pattern and `new_mask` is not set, for example because PiSSA, OLoRA or
+                another initialization has rewritten it. Nothing is changed.
+        ValueError: the model has no such layer, an adapter is already merged, or an adapter or base layer is of another kind
+                (DoRA and other variants, embeddings, convolutions, LoRA with a bias, quantised or dynamic sparse weights).
+                Nothing is changed.
     """
     check_module(model)
     pattern = parse_pattern(pattern)
     own = [(name, module, parameter, adapter) for name, module, parameter, adapter in masked_adapters(model)]
     if own and new_mask:
-        raise ValueError(f"{own[0][0]}: its adapter was trained under the mask, which merging keeps; new_mask is for others")
+        raise ValueError(f"{own[0][0]}: its adapter was trained under the mask, which merging keeps; leave out new_mask")
     exact = []
     for name, module, parameter, adapter in own:
         weight = getattr(module, parameter)
@@ -139,7 +139,7 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
     merged: list[tuple[Any, list[str], MergedAdapter]] = []
     for name, module in model.named_modules():
         if any(len(getattr(module, part, ())) for part in ("lora_embedding_A", "lora_embedding_B")):
-            raise ValueError(f"{name}: an adapter of an embedding, which merge_lora_ cannot merge; train without it, or drop it")
+            raise ValueError(f"{name}: merge_lora_ cannot merge the adapter of an embedding; train without it, or drop it")
     for name, module in lora_layers(model):
         layer: Any = module
         adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
@@ -185,7 +185,7 @@ def _trained_under_mask(
 
 
 def _why_not_merged(layer: Any, adapters: list[str], new_mask: bool) -> str | None:
-    """Why ``mask * (W + s B A)`` is not what the adapters of a layer would give; None where it is."""
+    """Why ``mask * (W + s B A)`` is not the merged weight of a layer's adapters; None if it is."""
     base = layer.base_layer
     if adapters and getattr(layer, "disable_adapters", False):
         return "its adapters are disabled; call enable_adapter_layers() first"
@@ -194,18 +194,18 @@ def _why_not_merged(layer: Any, adapters: list[str], new_mask: bool) -> str | No
     if not adapters:
         return None
     if isinstance(layer, MaskedPeft):
-        return "its adapter was trained under the mask, which merging keeps; new_mask is for others" if new_mask else None
+        return "its adapter was trained under the mask, which merging keeps; leave out new_mask" if new_mask else None
     if new_mask and static_mask(base, "weight") is not None:
         return "its base layer is in static sparse training, whose mask is fixed; call finalize_(model) before new_mask=True"
     variants = dict(getattr(layer, "lora_variant", None) or {})
     magnitudes = getattr(layer, "lora_magnitude_vector", None)
     for adapter in adapters:
         if (getattr(layer, "use_dora", None) or {}).get(adapter) or (magnitudes is not None and adapter in magnitudes):
-            return f"adapter {adapter!r} is DoRA, which rescales the merged weight: masking it after would not be exact"
+            return f"adapter {adapter!r} is DoRA, which rescales the merged weight, so masking afterwards would not be exact"
         if adapter in variants:
-            return f"adapter {adapter!r} is of the variant {type(variants[adapter]).__name__}, and not W + s B A"
+            return f"adapter {adapter!r} is the variant {type(variants[adapter]).__name__}, which is not W + s B A"
         if (getattr(layer, "lora_bias", None) or {}).get(adapter) or getattr(layer.lora_B[adapter], "bias", None) is not None:
-            return f"adapter {adapter!r} has a bias (lora_bias=True), which the weight cannot take"
+            return f"adapter {adapter!r} has a bias (lora_bias=True), which cannot be merged into the weight"
         if any(type(part[adapter]) is not nn.Linear for part in (layer.lora_A, layer.lora_B)):
-            return f"adapter {adapter!r} is made of {type(layer.lora_A[adapter]).__name__} layers, not of two Linear ones"
+            return f"adapter {adapter!r} consists of {type(layer.lora_A[adapter]).__name__} layers, not of two Linear layers"
     return None

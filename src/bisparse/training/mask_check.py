@@ -1,4 +1,4 @@
-"""Masks in a state_dict are checked before `load_state_dict` changes anything: each must be one of its layer's pattern."""
+"""Checks the masks in a state_dict against the patterns of their layers, before `load_state_dict` changes anything."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["check_loaded_masks", "remove_mask_checks"]
 
 
 def check_loaded_masks(module: nn.Module, state_dict: Mapping[str, Any], prefix: str, *_: object) -> None:
-    """A pre-hook of `load_state_dict`: raise PatternError, naming the layer, if a mask in the state is none of its pattern."""
+    """A pre-hook of `load_state_dict`: raises PatternError, naming the layer, if a mask in the state breaks its pattern."""
     for name, own in module.named_modules(prefix=prefix.removesuffix("."), remove_duplicate=False):
         if not isinstance(own, Masked | SoftThreshold):
             continue

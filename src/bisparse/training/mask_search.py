@@ -1,8 +1,8 @@
-"""Mask search for many layers at once: scores are gathered into few matrices, solved with a warm start, and split up again.
+"""Mask search for many layers at once: scores are gathered into a few matrices, solved with a warm start, and split again.
 
-Layers with the same pattern and (padded) number of columns are stacked in one matrix, so that a model takes a few solver calls,
-whatever its number of layers. Over ranks, each solves a band of whole tile rows of every such matrix and receives the others'
-bands: masks are the same everywhere, and no tile is split between shards.
+Layers with the same pattern and (padded) number of columns are stacked in one matrix, so that a model of any number of layers
+needs only a few solver calls. Over ranks, each solves a band of whole tile rows of every such matrix and receives the others'
+bands, so masks are the same everywhere, and no tile is split between shards.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ Score = Callable[[str, Tensor], Tensor]
 
 GATHERED_WEIGHTS = {"cpu": 1 << 22}
 GATHERED_ELSEWHERE = 1 << 25
-"""Maximum weights per gathered matrix, which bounds the search's additional memory. On a CPU that is 16 MB of float32, which the
-allocator keeps: fresh pages would cost up to a tenth of the search."""
+"""Maximum number of weights per gathered matrix, to bound additional memory. On a CPU that is 16 MB of float32, which the
+allocator reuses: fresh pages would cost up to a tenth of the search."""
 
 
 def magnitude(name: str, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-    """How large each weight is."""
+    """The absolute value of each weight."""
     return weight.abs()
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Dual prices of one layer's tiles, where its next search starts: (tiles, M), (tiles, M), (tiles)."""
+    """Dual prices of one layer's tiles, the start of its next search: (tiles, M), (tiles, M), (tiles)."""
 
     u: Tensor
     v: Tensor
@@ -108,7 +108,7 @@ class MaskSearch:
     """The masks of a model's layers, and the prices that the next search starts from.
 
     Args:
-        layers: those to solve together.
+        layers: the layers to solve together.
         solver: for transposable patterns; by default the exact one.
         score: (layer name, weight) -> scores.
     """
@@ -116,10 +116,10 @@ class MaskSearch:
     def __init__(self, layers: Iterable[SparseLayer], solver: Solver | None, score: Score) -> None:
         self.solver, self.score = solver, score
         self.ranks: Ranks | None = None
-        """The ranks that hold the layers; None until they are known, which may be after the model is wrapped."""
+        """The ranks that have the layers; None until they are known, which may be after the model is wrapped."""
         self.prices: dict[str, Prices] = {}
         self._whole: dict[str, tuple[list[Prices], Certificate]] = {}
-        """By a gathered matrix's first layer: the prices of its layers, and the solution that they are slices of."""
+        """By the first layer of a gathered matrix: the prices of its layers, and the solution of which they are slices."""
         self._gathered = _gather(layers)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -131,11 +131,11 @@ class MaskSearch:
     ) -> dict[str, tuple[Bool[Tensor, "..."], Callable[[], Float[Tensor, "B O I"]]]]:
         """(mask, function that returns the scores of its GEMM matrices) per named layer.
 
-        With `share` the ranks divide the work (a collective call).
+        With `share` the ranks share the work (a collective call).
 
         Raises:
-            ValueError: scores that are NaN, infinite or negative; the message names the layer, and the ranks that hold them.
-            OtherRankError: another rank failed in its part. If one rank raises, all do.
+            ValueError: scores that are NaN, infinite or negative; names the layer and the ranks that have them.
+            OtherRankError: another rank failed in its part. If one rank raises, all raise.
         """
         ranks = (self.ranks or ranks_of(place.layer for one in self._gathered for place in one.places)) if share else Ranks()
         layers = {place.layer.name: place.layer for gathered in self._gathered for place in gathered.places}
@@ -161,10 +161,10 @@ class MaskSearch:
 
     def _solve(self, gathered: _Gathered, ranks: Ranks) -> dict[str, tuple[Tensor, Callable[[], Tensor]]]:
         weights = [place.layer.full_weight() for place in gathered.places]
-        # A matrix with an unstructured pattern cannot be divided, and selection is cheap.
+        # A matrix with an unstructured pattern cannot be divided, but selection is cheap.
         alone = ranks.size == 1 or isinstance(gathered.pattern, Unstructured)
         matrix, failure = None, None
-        try:  # all up to the next exchange: a rank that left here alone would let the others wait for it
+        try:  # everything up to the next exchange: if one rank left here, the others would wait for it
             matrix = self._scores(gathered, weights)
             mask, prices = (self._solve_here(gathered, matrix), None) if alone else self._solve_band(gathered, matrix, ranks)
         except Exception as error:  # noqa: BLE001 - raised by the next line
@@ -182,7 +182,7 @@ class MaskSearch:
         }
 
     def _scores_again(self, place: _Place, matrix: Float[Tensor, "R C"]) -> Callable[[], Float[Tensor, "B O I"]]:
-        """A function that returns a layer's scores later; it holds the matrix only if recomputing them would be expensive."""
+        """A function that returns a layer's scores later; it keeps the matrix only if recomputing them would be expensive."""
         if self.score is magnitude and not is_sharded(place.layer):
             return partial(_magnitudes, place.layer)
         return partial(place.cut, matrix)
@@ -195,7 +195,7 @@ class MaskSearch:
             scores = weight if self.score is magnitude else self.score(layer.name, weight)
             if scores.shape != weight.shape:
                 raise ValueError(
-                    f"{layer.name}: the score function gave shape {tuple(scores.shape)} for a weight of shape "
+                    f"{layer.name}: the score function returned shape {tuple(scores.shape)} for a weight of shape "
                     f"{tuple(weight.shape)}; it must return one score per weight"
                 )
             if matrix is None:
@@ -206,7 +206,7 @@ class MaskSearch:
                 place_of_own.copy_(own)
             elif own.dtype == matrix.dtype and own.device == matrix.device:
                 torch.abs(own, out=place_of_own)
-            else:  # layers that were moved or cast apart since they were gathered
+            else:  # layers that now have different devices or dtypes
                 place_of_own.copy_(own.abs())
         assert matrix is not None
         return matrix
@@ -228,7 +228,7 @@ class MaskSearch:
     def _solve_band(
         self, gathered: _Gathered, matrix: Float[Tensor, "R C"], ranks: Ranks
     ) -> tuple[Bool[Tensor, "R C"], Certificate | None]:
-        """Mask and prices of the whole matrix, found in this rank's band alone."""
+        """Mask and prices for the whole matrix, filled in for this rank's band only."""
         solver = parse_solver(self.solver)
         rows, tiles = _bands(gathered, ranks.size)[ranks.rank]
         mask = torch.zeros(matrix.shape, dtype=torch.bool, device=matrix.device)
@@ -283,7 +283,7 @@ def _magnitudes(layer: SparseLayer) -> Float[Tensor, "B O I"]:
 
 
 def _bands(gathered: _Gathered, count: int) -> list[tuple[slice, slice]]:
-    """The rows, and the tiles, of the matrix that each of `count` ranks solves."""
+    """The rows and the tiles of the matrix that each of `count` ranks solves."""
     height = gathered.side if gathered.transposable else 1
     bands = gathered.rows // height
     bounds = [bands * place // count for place in range(count + 1)]
@@ -294,7 +294,7 @@ def _bands(gathered: _Gathered, count: int) -> list[tuple[slice, slice]]:
 
 
 def _raise_failures(gathered: _Gathered, matrix: Tensor | None, ranks: Ranks, failure: Exception | None) -> None:
-    """Raise an error of this or another rank as one that names the layer (a collective call)."""
+    """Raise an error of this or another rank, with the name of the layer (a collective call)."""
     if isinstance(failure, ValueError) and matrix is not None:
         explained = _explained(failure, gathered, matrix)
         if explained is not failure:
@@ -304,7 +304,7 @@ def _raise_failures(gathered: _Gathered, matrix: Tensor | None, ranks: Ranks, fa
         if failure is not None:
             raise failure
     elif any(ranks.all(failure is not None)):
-        # Bands are not shards: the rank that failed need not be the one that holds the bad numbers.
+        # Bands are not shards: the rank that failed need not be the one that has the bad numbers.
         layers = [place.layer for place in gathered.places]
         held = ranks.all([bool(torch.isfinite(local(layer.weight.detach())).all()) for layer in layers])
         for number, layer in enumerate(layers):
@@ -320,7 +320,7 @@ def _explained(error: ValueError, gathered: _Gathered, matrix: Float[Tensor, "R 
         if not bool(torch.isfinite(own).all()):
             return _not_finite(place.layer, own.dtype)
         if bool((own < 0).any()):
-            return ValueError(f"{place.layer.name}: its scores hold negative numbers; the score function must return magnitudes")
+            return ValueError(f"{place.layer.name}: its scores are negative; the score function must return non-negative numbers")
     return error
 
 
@@ -332,7 +332,7 @@ def _not_finite(layer: SparseLayer, dtype: torch.dtype, where: str = "") -> Valu
 
 
 def _priced(gathered: _Gathered, solver: Solver) -> bool:
-    """Whether prices speed up the next search; they do not at M = 4, which is solved without prices."""
+    """Whether prices speed up the next search; not at M = 4, which is solved without prices."""
     return gathered.transposable and solver.exact and gathered.side > 4
 
 
@@ -355,7 +355,7 @@ def _no_prices(tiles: int, m: int, exactly: bool, device: torch.device) -> Certi
 
 
 def _gather(layers: Iterable[SparseLayer]) -> list[_Gathered]:
-    """Layers of one pattern, width, dtype and device together, in order, up to `GATHERED_WEIGHTS` weights."""
+    """Groups of layers of the same pattern, width, dtype and device, in order, with up to `GATHERED_WEIGHTS` weights each."""
     by_kind: dict[tuple[object, ...], list[list[_Place]]] = {}
     sizes: dict[tuple[object, ...], int] = {}
     for layer in layers:

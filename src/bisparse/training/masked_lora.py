@@ -1,8 +1,8 @@
 """Low-rank adapters trained under the mask: the weight is ``mask * (W + s B A)`` in training, and so is the merged one.
 
 Merging an adapter that was trained without the mask loses what it learned off the mask. Here the zeros of W hold throughout, and
-`merge_lora_` gives exactly the weights that were trained. A step materializes one weight-sized product per layer and the gradient
-of the whole weight, as training W itself does; optimizer state and saved files stay low-rank.
+`merge_lora_` returns exactly the trained weights. A step materializes one weight-sized product per layer and the gradient of the
+whole weight, like training W itself; optimizer state and saved files stay low-rank.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class MaskedLoRA(nn.Module):
         self.magnitude = nn.Parameter(_row_norms(to_matrices(weight.detach(), layout)[0].to(dtype))) if dora else None
 
     def forward(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
-        with torch.autocast(weight.device.type, enabled=False):  # merged later, without it
+        with torch.autocast(weight.device.type, enabled=False):  # merging runs without autocast
             delta = from_matrices((self.scaling * (self.lora_B @ self.lora_A))[None], self.layout, weight.shape)
             merged = torch.where(weight != 0, weight + delta, 0)
             if self.magnitude is not None:
@@ -80,10 +80,10 @@ def add_masked_lora_(
     include: Filter | None = None,
     exclude: Filter | None = None,
 ) -> list[nn.Parameter]:
-    """Give the sparse layers of a pruned model adapters under their masks, freeze the rest, and return the adapters' parameters.
+    """Add adapters under the masks of a pruned model's sparse layers, freeze the rest, and return the adapters' parameters.
 
-    Needs no other library; for a model of peft's see `mask_lora_`. Train the returned parameters, then `merge_lora_`. A kept
-    weight that is exactly zero counts as pruned.
+    Does not need peft; for a peft model see `mask_lora_`. Train the returned parameters, then call `merge_lora_`. A kept weight
+    that is exactly zero counts as pruned.
 
     >>> from bisparse.pruning import prune_
     >>> model = nn.Sequential(nn.Linear(16, 16))
@@ -92,16 +92,16 @@ def add_masked_lora_(
 
     Args:
         pattern: the one that the layers obey.
-        rank: of B A.
+        rank: rank of B A.
         alpha: B A is scaled by ``alpha / rank``; by default 2 * rank.
         rslora: scale by ``alpha / sqrt(rank)`` instead (Kalajdzievski 2023).
-        dora: train the norms of the rows, too.
+        dora: also train the norms of the rows.
         include, exclude: which layers, as `bisparse.layers.find_layers` takes them.
 
     Raises:
         PatternError: a layer does not obey the pattern.
-        ValueError: wrong arguments, a model that is in sparse training or has such adapters already, or a layer of several
-            matrices (experts, packed projections, convolutions with kernels). In either case nothing is changed.
+        ValueError: wrong arguments, a model that is in sparse training or already has such adapters, or a layer of several
+                matrices (experts, packed projections, convolutions with kernels). On an error nothing is changed.
     """
     pattern = parse_pattern(pattern)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
@@ -134,10 +134,10 @@ def _check_plain(model: nn.Module) -> None:
     training += [name for name, module in model.named_modules() if static_masks(module)]
     if training:
         raise ValueError(
-            f"the model is in sparse training (at {training[0]!r}): finalize_(model) it first, which keeps its zeros"
+            f"the model is in sparse training (at {training[0]!r}): call finalize_(model) first, which keeps its zeros"
         )
     if adapted := masked_adapters(model):
-        raise ValueError(f"the model has adapters under its masks already (at {adapted[0][0]!r}): merge_lora_ them first")
+        raise ValueError(f"the model already has adapters under its masks (at {adapted[0][0]!r}): call merge_lora_ first")
 
 
 def _check_layer(layer: Layer, pattern: Structure, rank: int) -> None:
@@ -145,18 +145,18 @@ def _check_layer(layer: Layer, pattern: Structure, rank: int) -> None:
     if (reason := computed_reason(layer.module, layer.parameter) or dtype_reason(weight)) is not None:
         raise ValueError(f"{layer.name}: {reason}")
     if not isinstance(layer.module._parameters.get(layer.parameter), Tensor):
-        raise ValueError(f"{layer.name}: its weight is no plain parameter of the module; exclude the layer")
+        raise ValueError(f"{layer.name}: its weight is not a plain parameter of the module; exclude the layer")
     matrices, out, inside = to_matrices(weight, layer.layout).shape
     if matrices != 1:
-        raise ValueError(f"{layer.name}: its weight holds {matrices} matrices, and B A is one: exclude the layer")
+        raise ValueError(f"{layer.name}: its weight consists of {matrices} matrices, but B A is only one: exclude the layer")
     if isinstance(layer.module, nn.RNNBase):
         raise ValueError(f"{layer.name}: {type(layer.module).__name__} does not read its weights at each step; exclude the layer")
     if rank > min(out, inside):
-        raise ValueError(f"{layer.name}: rank {rank} is more than its {out} x {inside} matrix can have")
+        raise ValueError(f"{layer.name}: rank {rank} is more than a {out} x {inside} matrix can have")
     try:
         verify(weight, pattern, layout=layer.layout, name=layer.name).check()
     except PatternError as error:
-        raise PatternError(f"{error}. Prune the layer first, or leave it out by exclude=") from error
+        raise PatternError(f"{error}. Prune the layer first, or exclude it") from error
 
 
 def masked_adapters(model: nn.Module) -> list[tuple[str, nn.Module, str, MaskedLoRA]]:

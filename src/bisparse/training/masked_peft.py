@@ -1,7 +1,7 @@
-"""peft's LoRA layers trained under the mask of their base weight, so that merging keeps the pattern exactly.
+"""Trains peft's LoRA layers under the masks of their base weights, so that merging keeps the pattern exactly.
 
-The layers stay peft's, with their adapters, names and files; what changes is the product they compute: ``mask * (W + s B A)``,
-materialized at each step. peft's own `merge_and_unload` then keeps the zeros too, as the adapter's part off the mask is zero.
+The layers stay peft's, with their adapters, names and files, but multiply by ``mask * (W + s B A)``, materialized in each step.
+peft's own `merge_and_unload` then keeps the zeros too, since the adapter's part off the mask is zero.
 peft itself is not imported.
 """
 
@@ -27,7 +27,7 @@ REWRITTEN = (
 
 
 class MaskedPeft:
-    """What a LoRA layer of peft's inherits from first, once it trains under its mask."""
+    """First base class of a LoRA layer of peft that trains under its mask."""
 
     def base_mask(self) -> Tensor:
         """The mask, of the base weight's shape: that of a static run, otherwise the non-zeros of the base weight."""
@@ -47,7 +47,7 @@ class MaskedPeft:
         base = layer.get_base_layer()
         weight = base.weight
         adapters = [one for one in layer.active_adapters if one in layer.lora_A]
-        with torch.autocast(weight.device.type, enabled=False):  # merged later, without it
+        with torch.autocast(weight.device.type, enabled=False):  # merging runs without autocast
             total = weight
             for one in adapters:
                 total = total + self.get_delta_weight(one)
@@ -62,14 +62,14 @@ class MaskedPeft:
             return merged
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The base layer's output with the merged weight; dropout applies to the adapters' part, as in peft."""
+        """The base layer's output with the merged weight; dropout applies to the adapters' part only, as in peft."""
         layer: Any = self
         adapters = [one for one in layer.active_adapters if one in layer.lora_A]
         if layer.disable_adapters or layer.merged or not adapters:
             plain: Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return plain
         if kwargs.get("adapter_names") is not None:
-            raise ValueError("adapter_names= (another adapter for each row of a batch) is not possible under one mask")
+            raise ValueError("adapter_names= (a different adapter for each row of a batch) is not possible under one mask")
         base, weight = layer.get_base_layer(), self.merged_weight()
         dropouts = [layer.lora_dropout[one] for one in adapters]
         if not layer.training or all(isinstance(one, nn.Identity) for one in dropouts):
@@ -85,7 +85,7 @@ def _product(x: Tensor, weight: Tensor, base: nn.Module, bias: Tensor | None) ->
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is transformers' Conv1D, whose weight is (I, O)."""
+    """Whether a module is transformers' Conv1D, whose weight is (I, O)."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
@@ -95,9 +95,9 @@ _CLASSES: dict[type, type] = {}
 def mask_lora_(model: nn.Module, pattern: str | Structure, *, exclude: Filter | None = None) -> list[str]:
     """Train the LoRA layers of a peft model under the masks of their base weights; returns the layers' names.
 
-    Call it after ``get_peft_model``, before the model is wrapped or compiled. Linear layers and transformers' Conv1D; LoRA,
-    rsLoRA and DoRA, dropout included, are exact: `merge_lora_`, and peft's own ``merge_and_unload``, give the weights that were
-    trained, with their zeros.
+    Call it after ``get_peft_model``, before the model is wrapped or compiled. For Linear layers and transformers' Conv1D, LoRA,
+    rsLoRA and DoRA are exact, including dropout: `merge_lora_` and peft's own ``merge_and_unload`` return the trained weights,
+    with their zeros.
 
     ::
 
@@ -107,13 +107,13 @@ def mask_lora_(model: nn.Module, pattern: str | Structure, *, exclude: Filter | 
 
     Args:
         pattern: the one that the base weights obey.
-        exclude: LoRA layers whose base weight is dense, by name, glob, ``re:`` or function; they stay as peft has them.
+        exclude: LoRA layers whose base weight is dense, by name, glob, ``re:`` or function; they are left unchanged.
 
     Raises:
-        PatternError: a base weight does not obey the pattern, as where PiSSA, OLoRA or another initialization has rewritten it.
+        PatternError: a base weight does not obey the pattern, for example because PiSSA or OLoRA has rewritten it.
         ValueError: the model has no such layer, or one of another kind: embeddings, convolutions, variants other than DoRA, LoRA
             with a bias, quantised or dynamic sparse weights, merged adapters, DoRA next to another adapter or on a row without
-            a kept weight. In either case nothing is changed.
+            a kept weight. On an error nothing is changed.
     """
     structure = parse_pattern(pattern)
     chosen: list[tuple[str, nn.Module]] = []
@@ -121,9 +121,9 @@ def mask_lora_(model: nn.Module, pattern: str | Structure, *, exclude: Filter | 
         if exclude is not None and matches(exclude, name, module):
             continue
         if (reason := _why_not_masked(module)) is not None:
-            raise ValueError(f"{name}: {reason}; leave the layer out by exclude= or train it without a mask. Nothing was changed")
+            raise ValueError(f"{name}: {reason}; exclude the layer or train it without a mask. Nothing was changed")
         if isinstance(module, MaskedPeft):
-            raise ValueError(f"{name} trains under its mask already; nothing was changed")
+            raise ValueError(f"{name} already trains under its mask; nothing was changed")
         base: Any = module.base_layer
         held = static_mask(base, "weight")
         weight = base.weight if held is None else held
@@ -143,25 +143,25 @@ def mask_lora_(model: nn.Module, pattern: str | Structure, *, exclude: Filter | 
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules of a model that are LoRA layers as peft makes them."""
+    """The LoRA layers of peft in a model, by name."""
     parts = ("base_layer", "lora_A", "lora_B", "scaling", "active_adapters")
     return [(name, module) for name, module in model.named_modules() if all(hasattr(module, part) for part in parts)]
 
 
 def why_not_linear(layer: Any) -> str | None:
-    """Why the base layer of a LoRA layer has no plain weight (O, I) or (I, O) to merge into; None if it has."""
+    """Why the base layer of a LoRA layer has no plain weight (O, I) or (I, O) to merge into; None if it has one."""
     base = layer.base_layer
     if any(len(getattr(layer, part, ())) for part in ("lora_embedding_A", "lora_embedding_B")):
-        return "an adapter of an embedding, which has no mask"
+        return "it is an adapter of an embedding, which has no mask"
     if getattr(layer, "merged", False):
-        return "its adapter is merged already, by peft, which leaves no zeros; call unmerge_adapter() first"
+        return "peft has already merged its adapter, which leaves no zeros; call unmerge_adapter() first"
     if own_parametrization(base, "weight") is not None:
         return "its base layer is in dynamic sparse training; call finalize_(model) first"
     if not isinstance(base, nn.Linear) and not is_conv1d(base):
         return f"its base layer is a {type(base).__name__}; only Linear and Conv1D are possible"
     weight = base._parameters.get("weight")
     if weight is None or weight is not base.weight or not weight.is_floating_point() or hasattr(base, "dense_weight"):
-        return "the weight of its base layer is quantised, packed, parametrized or accelerated, and no plain parameter"
+        return "the weight of its base layer is quantised, packed, parametrized or accelerated, not a plain parameter"
     return None
 
 
@@ -171,16 +171,16 @@ def _why_not_masked(layer: Any) -> str | None:
     variants = dict(getattr(layer, "lora_variant", None) or {})
     for adapter, variant in variants.items():
         if type(variant).__name__ != "DoraLinearVariant":
-            return f"adapter {adapter!r} is of the variant {type(variant).__name__}, and not W + s B A"
+            return f"adapter {adapter!r} is the variant {type(variant).__name__}, which is not W + s B A"
     if variants and len(layer.lora_A) > 1:
-        return "DoRA next to another adapter rescales it, too"
+        return "DoRA next to another adapter would rescale that one too"
     if variants:
         kept = layer.base_layer.weight != 0
         if not bool(kept.any(0 if is_conv1d(layer.base_layer) else 1).all()):
             return "DoRA on a row without a kept weight divides by its norm, 0"
     for adapter, part in layer.lora_B.items():
         if getattr(part, "bias", None) is not None:
-            return f"adapter {adapter!r} has a bias (lora_bias=True), which the weight cannot take"
+            return f"adapter {adapter!r} has a bias (lora_bias=True), which cannot be merged into the weight"
         if type(part) is not nn.Linear or type(layer.lora_A[adapter]) is not nn.Linear:
-            return f"adapter {adapter!r} is made of {type(part).__name__} layers, not of two Linear ones"
+            return f"adapter {adapter!r} consists of {type(part).__name__} layers, not of two Linear layers"
     return None

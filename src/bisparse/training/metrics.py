@@ -19,7 +19,7 @@ __all__ = ["MaskChange", "mean_change", "measure_change"]
 
 @dataclass(frozen=True)
 class MaskChange:
-    """One layer at one refresh."""
+    """Metrics of one layer at one refresh."""
 
     step: int
     """Optimizer steps done."""
@@ -32,9 +32,9 @@ class MaskChange:
     distance: float
     """How far the new mask is below the optimum, as a fraction of it; 0 for an exact solver."""
     stale_distance: float
-    """How far the old mask is below the optimum of the present scores, as a fraction of it."""
+    """How far the old mask is below the optimum of the current scores, as a fraction of it."""
     changed_tiles: float
-    """Fraction of tiles (of groups, where the pattern is not transposable) in which an entry changed."""
+    """Fraction of tiles (or groups, for a pattern that is not transposable) in which an entry changed."""
 
 
 def measure_change(
@@ -46,7 +46,7 @@ def measure_change(
     *,
     optimal: bool,
 ) -> MaskChange:
-    """Compare two masks of a layer under its present scores; unless `new` is known to be optimal the optimum is found."""
+    """Compare two masks of a layer under its current scores; searches the optimum unless `new` is known to be optimal."""
     changed = old ^ new
     numbers = scores.double()
     kept_new, kept_old, total = float(numbers[new].sum()), float(numbers[old].sum()), float(numbers.sum())
@@ -75,7 +75,7 @@ def measure_change(
 
 
 def mean_change(changes: Iterable[MaskChange]) -> MaskChange:
-    """Over layers, weighted by their sizes."""
+    """The mean over layers, weighted by their sizes."""
     changes = list(changes)
     size = sum(change.size for change in changes)
     means = {
@@ -87,7 +87,7 @@ def mean_change(changes: Iterable[MaskChange]) -> MaskChange:
 
 
 def as_metrics(changes: Mapping[str, MaskChange], prefix: str = "sparsity") -> dict[str, float]:
-    """Flat names for a logger: ``sparsity/flip_rate`` for the model, ``sparsity/LAYER/flip_rate`` for each layer."""
+    """Metrics by flat names for a logger: ``sparsity/flip_rate`` for the model, ``sparsity/LAYER/flip_rate`` per layer."""
     if not changes:
         return {}
     named = {prefix: mean_change(changes.values())} | {f"{prefix}/{name}": change for name, change in changes.items()}

@@ -1,14 +1,14 @@
-"""The third GEMM: an unbiased 2:4 estimate, of minimum variance, of the output gradient for the weight gradient.
+"""The third GEMM: the weight gradient from an unbiased 2:4 estimate, of minimum variance, of the output gradient.
 
 With transposable masks the forward pass and the input gradient multiply by a sparse weight. The weight gradient is
 ``G^T X`` with G (tokens, out); sparse hardware speeds it up if G is 2:4 along the tokens, the axis it sums over. Each group
 g of 4 keeps entry i with probability p_i and the value g_i / p_i, which has mean g_i and variance g_i^2 (1 / p_i - 1). Among
 all unbiased estimates with at most two entries kept, ``p_i = min(1, |g_i| / tau)`` with tau such that the p_i sum to 2 has the
-least variance. Systematic sampling draws exactly two entries with these probabilities: entry i is kept when the
+smallest variance. Systematic sampling draws exactly two entries with these probabilities: entry i is kept when the
 running sum of the p_i passes u or u + 1, for one uniform u per group.
 
 Source: Chmiel et al., "Minimum Variance Unbiased N:M Sparsity for the Neural Gradients", ICLR 2023, arXiv 2203.10991; systematic
-sampling after Madow (1949). Here the sparse gradient is multiplied as a dense matrix, to study the arithmetic; the sparse kernels
+sampling after Madow (1949). The sparse gradient is multiplied as a dense matrix here, to study convergence; the sparse kernels
 are in `bisparse.accelerate`.
 """
 
@@ -30,7 +30,7 @@ __all__ = ["MVUELinear", "keep_probabilities", "mvue_2_4"]
 def mvue_2_4(gradient: Float[Tensor, "T O"], generator: torch.Generator | None = None) -> Float[Tensor, "T O"]:
     """An unbiased estimate of a gradient with at most 2 of every 4 consecutive tokens (rows) non-zero in each column.
 
-    Sampling runs in float32, or float64 for float64. A last group of fewer than 4 tokens counts as completed with zeros.
+    Sampling runs in float32, or float64 for float64. A last group of fewer than 4 tokens is padded with zeros.
     """
     check_dense("gradient", gradient)
     if gradient.ndim != 2 or not gradient.is_floating_point():
@@ -46,7 +46,7 @@ def _transposed_estimate(gradient: Float[Tensor, "T O"], generator: torch.Genera
 
 
 class _WeightGradient(torch.autograd.Function):
-    """``g~^T x`` with g~ the estimate of g. Its derivative is that of the expectation, ``g^T x``: the draw's own is biased."""
+    """``g~^T x`` with g~ the estimate of g. Its derivative is that of the expectation ``g^T x``; the sample's own is biased."""
 
     @staticmethod
     def forward(gradient: Tensor, inputs: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class _MVUEMatmul(torch.autograd.Function):
 
 
 class MVUELinear(nn.Linear):
-    """A Linear whose weight gradient comes from a 2:4 estimate of the output gradient; the parameters are Linear's own."""
+    """A Linear whose weight gradient comes from a 2:4 estimate of the output gradient; parameters are as in Linear."""
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         weight: Tensor = self.weight
@@ -102,7 +102,7 @@ class MVUELinear(nn.Linear):
 
     @staticmethod
     def install_(module: nn.Module) -> bool:
-        """Turn a plain Linear into this class, and return whether it was one; other modules are left unchanged."""
+        """Turn a plain Linear into this class; returns False and changes nothing for other modules."""
         if type(module) is nn.Linear:
             module.__class__ = MVUELinear
         return type(module) is MVUELinear

@@ -1,4 +1,4 @@
-"""Queries to an optimizer in sparse training: which weights it holds, and whether it takes this step."""
+"""Queries about an optimizer in sparse training: which weights it has, and whether it takes this step."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ __all__ = [
 
 
 class Held(NamedTuple):
-    """A sparse layer whose weight an optimizer holds."""
+    """A sparse layer whose weight is in an optimizer."""
 
     layer: SparseLayer
     weight: Tensor
     """The parameter, looked up once."""
     group: dict[str, Any]
-    """The parameter group that has it."""
+    """Its parameter group."""
 
 
 def held_by(optimizer: Optimizer, layers: Iterable[SparseLayer]) -> list[Held]:
-    """Those of `layers` whose weight the optimizer holds now; groups may change at any step."""
+    """Those of `layers` whose weight is currently in the optimizer; groups may change at any step."""
     groups = {id(held): group for group in optimizer.param_groups for held in group["params"]}
     pairs = ((layer, layer.weight) for layer in layers)
     return [Held(layer, weight, group) for layer, weight in pairs if (group := groups.get(id(weight))) is not None]
@@ -51,9 +51,9 @@ def why_not_followed(optimizer: Optimizer, method: str) -> str | None:
 
 
 def unwrapped(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that takes the steps, inside wrappers such as accelerate's, Lookahead or SAM; they hold it as an attribute.
+    """The optimizer that takes the steps, inside wrappers such as accelerate's, Lookahead or SAM, which have it as an attribute.
 
-    An inner optimizer of only a part of the weights, as ZeroRedundancyOptimizer has, is none of these.
+    An inner optimizer of only some of the weights, as in ZeroRedundancyOptimizer, is not unwrapped.
     """
     while (inner := _inner(optimizer)) is not None:
         optimizer = inner
@@ -74,7 +74,7 @@ def _weights_of(optimizer: Any) -> set[int]:
 
 
 def after_each_step(outer: Any, then: Callable[[], None]) -> Callable[[], None]:
-    """Call `then` after each step of a wrapper around an optimizer, whose class may have no step hooks; returns a remover."""
+    """Call `then` after each step of an optimizer's wrapper, which may have no step hooks; returns a function to undo it."""
     step, on = outer.step, True
 
     @functools.wraps(step)
@@ -95,11 +95,11 @@ def after_each_step(outer: Any, then: Callable[[], None]) -> Callable[[], None]:
 
 
 def flattened(weight: Tensor) -> bool:
-    """Whether FullyShardedDataParallel (FSDP1) has made a weight a part of a flat one."""
+    """Whether FullyShardedDataParallel (FSDP1) has made a weight part of a flat parameter."""
     return hasattr(weight, "_fsdp_flattened") or not isinstance(weight, nn.Parameter)
 
 
 def skipped_by_scaler(optimizer: Optimizer) -> bool:
-    """Whether GradScaler makes a fused optimizer skip this step; other optimizers are not called at all then."""
+    """Whether GradScaler makes a fused optimizer skip this step; it does not call other optimizers in that case."""
     found_inf = getattr(optimizer, "found_inf", None)
     return found_inf is not None and bool(found_inf)

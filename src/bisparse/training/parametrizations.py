@@ -1,10 +1,9 @@
-"""The weight that the forward pass sees: the mask times the dense weight, or its soft threshold.
+"""Computes the weight of the forward pass from the dense one: the mask times the weight, or its soft threshold.
 
 Masks are in the state_dict, but they are not buffers, because weight averaging (torch's AveragedModel, Lightning's and timm's
-moving averages) also averages buffers, and an average of masks is not a mask. A copy of a model keeps the masks that it was
-copied with as long as its weights are unchanged: a snapshot stays what was trained. Once the copy's weights change, as an
-average's do at each update, it uses the present masks and phase of the model that it was copied from. A copy that is trained
-needs its own `Sparsity`, attached to its optimizer.
+moving averages) also averages buffers, and an average of masks is not a mask. A copy of a model, such as a snapshot, keeps its
+masks as long as its weights do not change. Once they change, as in each update of an average, it uses the current masks and
+phase of the model that it was copied from. A copy that is to be trained needs its own `Sparsity`, attached to its optimizer.
 """
 
 from __future__ import annotations
@@ -43,18 +42,18 @@ __all__ = [
 
 
 SAMPLED = 64
-"""Number of a weight's entries that are compared to detect changed values."""
+"""Number of entries per weight that are compared to detect changed values."""
 
 
 def sample_of(weight: Float[Tensor, "..."]) -> Float[Tensor, " S"]:
-    """A sample of a weight's entries, to detect that it was trained: copies, casts and broadcasts do not change them."""
+    """A sample of a weight's entries, to detect training; copies, casts and broadcasts do not change it."""
     own = weight.to_local() if isinstance(weight, DTensor) else weight
     flat = own.detach().flatten()
     return flat[:: max(1, flat.numel() // SAMPLED)].clone()
 
 
 class _StraightThroughThreshold(torch.autograd.Function):
-    """Forward: the values given. Backward: their gradient, to all of the weight."""
+    """Forward: the given values. Backward: their gradient, for the whole weight."""
 
     @staticmethod
     def forward(weight: Tensor, value: Tensor) -> Tensor:
@@ -71,13 +70,13 @@ class _StraightThroughThreshold(torch.autograd.Function):
 
 @dataclass
 class MaskState:
-    """The mask of a dynamic weight. Copies of the model refer to that of the model they were copied from."""
+    """The mask and phase of a dynamic weight. Copies of the model refer to the state of the original."""
 
     mask: Tensor
     dense: bool = False
-    """The schedule is in a dense phase: the mask is all True."""
+    """Whether the schedule is in a dense phase, in which the mask is all True."""
     warm_up: bool = False
-    """It is the dense phase at the start of the run."""
+    """Whether that is the initial dense phase of the run."""
 
 
 class _Parametrization(nn.Module):
@@ -85,16 +84,16 @@ class _Parametrization(nn.Module):
 
     pattern: Structure
     start: Float[Tensor, " S"] | None = None
-    """`sample_of` the weight when `sparsify_` found the mask; None where the mask needs no optimizer to follow, and once it
-    follows one, was found again, or was loaded."""
+    """`sample_of` the weight when `sparsify_` found the mask; None if the mask needs no optimizer, and once it was refreshed,
+    loaded, or an optimizer has taken a step."""
     owner: tuple[nn.Module, str] | None = None
-    """The module, in a tuple so that it is no submodule, and its parameter."""
+    """The module, in a tuple so that it is not a submodule, and the name of its parameter."""
     origin: MaskState | None = None
-    """In a copy: the state of what it was copied from."""
+    """In a copy: the state of the original."""
     has_dense_phase: bool = False
-    """The run's schedule has a dense phase, of which an all-True mask may come."""
+    """Whether the run's schedule has a dense phase, so that an all-True mask is possible."""
     copied: Float[Tensor, " S"] | None = None
-    """In a copy: `sample_of` the weight that the mask belongs to."""
+    """In a copy: `sample_of` the weight for which the mask was found."""
 
     def __init__(self, mask: Bool[Tensor, "..."], pattern: Structure, layout: Layout) -> None:
         super().__init__()
@@ -103,7 +102,7 @@ class _Parametrization(nn.Module):
 
     @property
     def mask(self) -> Bool[Tensor, "..."]:
-        """Where the weight is kept; all True in a dense phase."""
+        """The mask, True where the weight is kept; all True in a dense phase."""
         return self.state.mask
 
     @property
@@ -112,7 +111,7 @@ class _Parametrization(nn.Module):
         return self.state.dense
 
     def follow(self) -> None:
-        """In a copy whose weights have changed: use the present mask of the original."""
+        """In a copy whose weights have changed: use the original's current mask."""
         if self.origin is None or self.owner is None:
             return
         module, parameter = self.owner
@@ -125,26 +124,26 @@ class _Parametrization(nn.Module):
         self.copied = sample
         self.state.dense, self.state.warm_up = origin.dense, origin.warm_up
         self.state.mask.copy_(origin.mask)
-        if hasattr(module, "mask_changed"):  # it keeps something that was made from the mask
+        if hasattr(module, "mask_changed"):  # it caches something derived from the mask
             changed: Any = module
             changed.mask_changed()
 
     @torch.no_grad()
     def mask_refusal(self, mask: Tensor) -> str | None:
-        """Why a mask of the right shape from outside cannot be this weight's; None where it can, or is an average of masks."""
+        """Why a given mask of the right shape cannot be this weight's; None if it can, or if it is an average of masks."""
         if mask.is_meta or mask.is_complex():
             return "the mask is complex" if mask.is_complex() else None
         if not bool(((mask == 0) | (mask == 1)).all()):
             if mask.is_floating_point() and bool(((mask >= 0) & (mask <= 1)).all()):
                 return None
-            return f"its mask of dtype {mask.dtype} holds other values than 0 and 1"
+            return f"its mask of dtype {mask.dtype} has values other than 0 and 1"
         kept = mask != 0
         if bool(kept.all()) and (self.dense or self.has_dense_phase):
             return None
         return mask_refusal(kept, self.pattern, self.layout)
 
     def on_device_of(self, weight: Tensor) -> Bool[Tensor, "..."]:
-        """The mask, moved to the weight's device if something other than the module moved the weight, as FSDP2 does."""
+        """The mask, moved to the weight's device if the weight was not moved by the module, such as by FSDP2."""
         if self.state.mask.device != weight.device:
             self.state.mask = self.state.mask.to(weight.device)
         return self.state.mask
@@ -171,7 +170,9 @@ class _Parametrization(nn.Module):
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination[f"{prefix}mask"] = self.state.mask.clone()  # some averages write into what a state_dict holds
+        destination[f"{prefix}mask"] = (
+            self.state.mask.clone()
+        )  # a clone, since some averages write into the tensors of a state_dict
 
     def _load_from_state_dict(
         self,
@@ -199,9 +200,11 @@ class _Parametrization(nn.Module):
             error_msgs.append(f"{key}: {reason}")
             return
         with torch.no_grad():
-            weight = trained_parameter(*self.owner) if self.owner is not None else None  # loaded before its parametrizations
+            weight = (
+                trained_parameter(*self.owner) if self.owner is not None else None
+            )  # already loaded, before its parametrizations
             if not bool(((mask == 0) | (mask == 1)).all()) and weight is not None and not isinstance(weight, DTensor):
-                # An average of several masks is not a mask: this is the best one for the average of their weights.
+                # An average of masks is not a mask: use the best mask for the average of the weights.
                 mask = solve(weight.detach().abs(), self.pattern, layout=self.layout).mask
             if self.mask.is_meta:
                 self.state.mask = mask.to(torch.bool).clone()
@@ -223,7 +226,7 @@ def _follow(own: _Parametrization) -> None:
 
 
 class Masked(_Parametrization):
-    """A parametrization whose weight is zero off the mask; all of it gets the gradient."""
+    """A parametrization that zeroes the weight off the mask; the whole dense weight gets the gradient."""
 
     def forward(self, weight: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         if self.origin is not None:
@@ -235,10 +238,10 @@ class Masked(_Parametrization):
 
 
 class SoftThreshold(_Parametrization):
-    """S-STE: the weight shrunk towards zero until at most N of every M are left, times a fixed scale.
+    """S-STE: shrinks the weight towards zero until at most N of every M are non-zero, and multiplies by a fixed scale.
 
     In each group, t is the (N + 1)-th largest magnitude; ``weight~ = scale * sign(w) * max(0, |w| - t)``. Continuous in w,
-    so that the mask may change at every step without a jump. The gradient passes straight to all of w.
+    so the mask can change in every step without a jump. The gradient is passed unchanged to the whole w.
     Source: Hu et al., "S-STE: Continuous Pruning Function for Efficient 2:4 Sparse Pre-Training", NeurIPS 2024.
     """
 
@@ -250,7 +253,7 @@ class SoftThreshold(_Parametrization):
             raise ValueError(f"S-STE's soft threshold is for plain N:M patterns such as '2:4', not '{pattern}'")
         with torch.no_grad():
             thresholded = soft_threshold(weight, pattern, layout)
-            # The mask is what is kept now, for the flip rate only: the forward pass does not read it.
+            # The mask of the currently non-zero weights is only for the flip rate; the forward pass does not read it.
             super().__init__(thresholded != 0, pattern, layout)
             self.register_buffer("scale", least_squares_scale(weight, thresholded))
 
@@ -269,11 +272,11 @@ class SoftThreshold(_Parametrization):
 
 
 def mask_refusal(mask: Bool[Tensor, "..."], pattern: Structure, layout: Layout) -> str | None:
-    """Why a bool mask is none that a layer can be trained with: it breaks the pattern, or keeps nothing; None where it is one."""
+    """Why a layer cannot be trained with a bool mask (it breaks the pattern, or keeps nothing); None if it can."""
     if not bool(mask.any()):
-        return f"its mask at {pattern} keeps nothing: no weight of the layer could ever be trained"
+        return f"its mask at {pattern} keeps nothing, so no weight of the layer could be trained"
     found = verify(mask, pattern, layout=layout)
-    return None if found else f"its mask is none of {pattern}: {found.message}"
+    return None if found else f"its mask does not obey {pattern}: {found.message}"
 
 
 def soft_threshold(weight: Float[Tensor, "..."], pattern: Pattern, layout: Layout) -> Float[Tensor, "..."]:
@@ -293,25 +296,25 @@ def soft_threshold(weight: Float[Tensor, "..."], pattern: Pattern, layout: Layou
 
 
 def least_squares_scale(weight: Float[Tensor, "..."], thresholded: Float[Tensor, "..."]) -> Float[Tensor, ""]:
-    """The factor b that minimises ``||w - b S(w)||``; 1 where S(w) is zero."""
+    """The factor b that minimises ``||w - b S(w)||``; 1 if S(w) is zero."""
     power = (thresholded * thresholded).sum()
     return torch.where(power > 0, (weight * thresholded).sum() / power.clamp(min=torch.finfo(power.dtype).tiny), 1.0)
 
 
 def own_parametrization(module: nn.Module, parameter: str) -> Masked | SoftThreshold | None:
-    """What makes a dynamic parameter's forward weight; None for any other parameter."""
+    """The parametrization of a dynamic parameter; None for any other parameter."""
     chain = _chain(module, parameter)
     return None if chain is None else next((own for own in chain if isinstance(own, Masked | SoftThreshold)), None)
 
 
 def _chain(module: nn.Module, parameter: str) -> Any:
-    """The parametrizations of a parameter; None where there are none. Read from the dictionaries, as it is done often."""
+    """The parametrizations of a parameter, or None; read from the dictionaries for speed, since this runs often."""
     held = module._modules.get("parametrizations")
     return None if held is None else held._modules.get(parameter)
 
 
 def trained_parameter(module: nn.Module, parameter: str) -> Float[Tensor, "..."]:
-    """The parameter that the optimizer holds: the dense weight of a dynamic one."""
+    """The parameter that the optimizer has: for a dynamic one, its dense weight."""
     chain = _chain(module, parameter)
     # By the dictionary where it is there, which is faster; FSDP1 takes parameters out of it.
     weight = getattr(module, parameter) if chain is None else chain._parameters.get("original", None)
@@ -323,18 +326,18 @@ def trained_parameter(module: nn.Module, parameter: str) -> Float[Tensor, "..."]
 
 @dataclass(frozen=True)
 class LayerState:
-    """What sparse training holds for one parameter of a module, now."""
+    """The current state of one parameter of a module in sparse training."""
 
     weight: Float[Tensor, "..."]
-    """The parameter that the optimizer holds; a DTensor where the model is sharded."""
+    """The parameter that the optimizer has; a DTensor if the model is sharded."""
     mask: Bool[Tensor, "..."] | None
     """The whole mask; all True in a dense phase, None for a plain layer."""
     pattern: Structure | None
-    """What the mask obeys; None for a plain layer."""
+    """The pattern of the mask; None for a plain layer."""
     phase: Literal["plain", "static", "dynamic", "dense"]
-    """No part of sparse training; a mask that stays; a mask that is found again; or the dense phase of a schedule."""
+    """Not in sparse training; with a fixed mask; with a mask that is refreshed; or in a dense phase of the schedule."""
     parametrization: Masked | SoftThreshold | None
-    """What computes a dynamic layer's forward weight."""
+    """The parametrization of a dynamic layer."""
 
 
 def layer_state(module: nn.Module, parameter: str = "weight") -> LayerState:
@@ -353,7 +356,7 @@ def layer_state(module: nn.Module, parameter: str = "weight") -> LayerState:
 
 
 def masked_parameters(model: nn.Module, *, each_name: bool = False) -> list[tuple[str, nn.Module, str, Masked | SoftThreshold]]:
-    """(name of the parameter, module, name inside the module, parametrization) of each dynamic weight.
+    """(name of the parameter, module, name inside the module, parametrization) for each dynamic weight.
 
     With `each_name` a module that the model has under several names is listed under each of them, as in its state_dict.
     """

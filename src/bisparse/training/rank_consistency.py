@@ -1,4 +1,4 @@
-"""Ranks of a distributed run: which train together, whether they hold the same masks and weights, and failing together."""
+"""Consistency of ranks in a distributed run: which train together, whether masks and weights agree, and joint errors."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ __all__ = ["check_ranks_agree", "is_sharded", "raise_together", "ranks_of"]
 
 
 def ranks_of(layers: Iterable[SparseLayer], group: ProcessGroup | None = None) -> Ranks:
-    """The ranks that hold these layers: those of `group` if given, otherwise of the weights' device mesh, otherwise all.
+    """The ranks that have these layers: those of `group`, otherwise of the weights' device mesh, otherwise all.
 
     Raises:
-        ValueError: weights are sharded over meshes of different ranks.
+        ValueError: the weights are sharded over meshes of different ranks.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return Ranks()
@@ -35,17 +35,17 @@ def ranks_of(layers: Iterable[SparseLayer], group: ProcessGroup | None = None) -
     if len(meshes) > 1:
         raise ValueError(
             f"the sparse layers are sharded over different ranks, {' and '.join(map(str, meshes))}: call sparsify_ on each part "
-            "of the model that shares a mesh, with an attach() of its own"
+            "of the model that shares a mesh, and attach() each separately"
         )
     for own, mesh in meshes.items():
         if len(own) < torch.distributed.get_world_size():
-            # A mesh of several dimensions has a group for each, and none for all of its ranks.
+            # A mesh of several dimensions has one group per dimension, but none for all of its ranks.
             return Ranks(mesh.get_group() if mesh.ndim == 1 else torch.distributed.new_group(own, use_local_synchronization=True))
     return Ranks(torch.distributed.group.WORLD)
 
 
 def is_sharded(layer: SparseLayer) -> bool:
-    """Whether the layer's weight is spread over ranks (FSDP2)."""
+    """Whether the layer's weight is sharded over ranks (FSDP2)."""
     return isinstance(layer.weight, DTensor)
 
 
@@ -53,7 +53,7 @@ def raise_together(ranks: Ranks, error: Exception | None, doing: str) -> None:
     """Raise on every rank if any of them failed (a collective call); `error` is this rank's own failure.
 
     Raises:
-        OtherRankError: on the ranks that did not fail, naming one that did; that one raises its own error.
+        OtherRankError: on the ranks that did not fail, naming one that did; ranks that failed raise their own error.
     """
     failures = ranks.all(None if error is None else f"{type(error).__name__}: {error}")
     failed = {ranks.name(rank): message for rank, message in enumerate(failures) if message is not None}
@@ -66,12 +66,13 @@ def raise_together(ranks: Ranks, error: Exception | None, doing: str) -> None:
 
 
 def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks) -> None:
-    """Compare layers, patterns, masks and replicated weights over the ranks (a collective call).
+    """Check that layers, patterns, masks and replicated weights agree over the ranks (a collective call).
 
-    Masks that differ while weights are equal are replaced by the first rank's: DistributedDataParallel copied its weights.
+    Masks that differ although the weights are equal, since DistributedDataParallel copied the first rank's weights, are
+    replaced by the first rank's.
 
     Raises:
-        ValueError: on every rank alike, naming the first layer that differs and a rank that differs from the first.
+        ValueError: on every rank, naming the first layer that differs and a rank that differs from the first.
     """
     if ranks.size == 1:
         return
@@ -95,8 +96,8 @@ def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks) -> None:
             different = sorted(set(names) ^ set(first_names))
             raise ValueError(
                 f"rank {rank} has other sparse layers than rank {first_rank} ({different[:3] or 'in another order'}): call "
-                "sparsify_ with the same arguments on every rank. Where ranks are meant to hold different layers, name those "
-                "that hold the same: attach(..., group=)"
+                "sparsify_ with the same arguments on every rank. If ranks are meant to have different layers, pass the group of "
+                "those that have the same: attach(..., group=)"
             )
         for mine, others in zip(first, theirs, strict=True):
             if mine[-1] is not None and mine[:3] == others[:3] and mine[-1] == others[-1]:
@@ -107,7 +108,7 @@ def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks) -> None:
                     raise ValueError(
                         f"{mine[0]}: the {what} on rank {rank} differs from rank {first_rank}{shown}. Start all ranks from the "
                         "same seed or checkpoint, or wrap the model in DistributedDataParallel (which copies one rank's) before "
-                        "attach(); where DistributedDataParallel has a process_group, pass it: attach(..., group=)"
+                        "attach(); if DistributedDataParallel has a process_group, pass it: attach(..., group=)"
                     )
     unequal = {mine[0] for theirs in everyone for mine, others in zip(first, theirs, strict=True) if mine[3] != others[3]}
     for layer in layers:

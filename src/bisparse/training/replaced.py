@@ -1,4 +1,4 @@
-"""Sparse layers whose module was put out of the model after `sparsify_`, as by ``model.fc = nn.Linear(...)``."""
+"""Finds sparse layers whose module was replaced after `sparsify_`, such as by ``model.fc = nn.Linear(...)``."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["Links"]
 
 
 class Links:
-    """Which modules a model consists of, for a quick check that sparse layers are still among them.
+    """The path of modules from a model to its sparse layers, for a quick check that they are still part of the model.
 
-    The links from the model to its layers are remembered and compared; only where one has changed, as by a wrapper around a
-    layer, is the whole model looked through.
+    The links along the path are compared; the whole model is searched only if one has changed, such as by a wrapper around
+    a layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -23,7 +23,7 @@ class Links:
         self._edges: list[tuple[nn.Module, str, nn.Module]] | None = None
 
     def missing(self, layers: Iterable[SparseLayer]) -> list[SparseLayer]:
-        """The layers of which no module is in the model any more."""
+        """The layers none of whose modules is still in the model."""
         if self._edges is not None and all(parent._modules.get(name) is child for parent, name, child in self._edges):
             return []
         layers = list(layers)

@@ -1,4 +1,4 @@
-"""Random state, for runs that resume bit by bit."""
+"""Saves and restores the state of random generators, for runs that resume bit by bit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["random_state", "restore_random_state"]
 
 
 def random_state() -> dict[str, Any]:
-    """State of Python's, NumPy's and torch's generators (all devices), in types that `torch.load` reads safely."""
+    """The state of Python's, NumPy's and torch's generators (all devices), in types that `torch.load` reads safely."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()
     return {

@@ -1,6 +1,6 @@
-"""What happens to the weights off the mask, and when a mask may change, as one value: `GradientRule`.
+"""`GradientRule`: how weights off the mask are updated, and when a mask may change, as one value.
 
-A rule is given to ``sparsify_(rule=...)`` by name or as a value, so that rules can be compared with everything else equal.
+A rule is passed to ``sparsify_(rule=...)`` by name or as a value, so that rules can be compared with everything else equal.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class GradientRule:
     """
 
     method: str = "masked-decay"
-    """"ste", "sr-ste", "masked-decay" or "s-ste", as `sparsify_` explains them."""
+    """"ste", "sr-ste", "masked-decay" or "s-ste"; see `sparsify_`."""
     decay: float | FixedDecay | AnnealedDecay | None = None
     """Total decay over the run, or lambda itself; None: the default of the method and the optimizer."""
     margin: float = 0.0
     """Hysteresis: a new mask must gain more than this fraction of the scores that it gives up. Scores of kept weights are
-    multiplied by 1 + margin before the search, so that the exact solver finds the best mask including what changing it costs."""
+    multiplied by 1 + margin before the search, so that the exact solver takes the cost of changes into account."""
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -43,9 +43,9 @@ class GradientRule:
         if isinstance(self.margin, bool) or not isinstance(self.margin, int | float) or not 0 <= self.margin < float("inf"):
             raise ValueError(f"GradientRule(margin={self.margin!r}): expected a number that is 0 or more")
         if self.method == "s-ste" and (self.margin or self.decay is not None):
-            raise ValueError("GradientRule('s-ste'): its mask follows from the weights, without a margin and without decay")
+            raise ValueError("GradientRule('s-ste') takes neither margin nor decay: its mask follows from the weights")
         if self.method == "ste" and self.decay is not None:
-            raise ValueError("GradientRule('ste'): pruned weights do not decay; use 'masked-decay' or 'sr-ste'")
+            raise ValueError("GradientRule('ste') takes no decay: use 'masked-decay' or 'sr-ste'")
 
 
 RULES: dict[str, GradientRule] = {
@@ -56,14 +56,14 @@ RULES: dict[str, GradientRule] = {
     "ast": GradientRule("masked-decay", decay=AnnealedDecay(4e-4)),
     "hysteresis": GradientRule("masked-decay", margin=0.1),
 }
-"""Rules by name. "ast": decay that grows linearly over the run (Huang et al. 2024), with Zhou et al.'s 2e-4 as its mean."""
+"""Rules by name. "ast": decay that grows linearly over the run (Huang et al. 2024), with Zhou et al.'s 2e-4 as mean."""
 
 
 def parse_rule(rule: str | GradientRule) -> GradientRule:
-    """A rule by its name, or the rule itself.
+    """The rule of this name; a `GradientRule` is returned unchanged.
 
     Raises:
-        ValueError: no rule of that name.
+        ValueError: there is no rule of this name.
     """
     if isinstance(rule, GradientRule):
         return rule
@@ -73,7 +73,7 @@ def parse_rule(rule: str | GradientRule) -> GradientRule:
 
 
 class StickyScore:
-    """Scores with the present mask's weights raised by a margin. Equals the plain scores until `layers` is set."""
+    """Scores raised by a margin for weights of the current mask. Equal to the plain scores until `layers` is set."""
 
     def __init__(self, score: Score, margin: float) -> None:
         self.score, self.margin = score, margin
@@ -88,6 +88,6 @@ class StickyScore:
 
 
 def _all_kept(layer: SparseLayer) -> bool:
-    """In a dense phase there is no mask to keep."""
+    """Whether the layer is in a dense phase, in which there is no mask to prefer."""
     own = layer.parametrization
     return own is not None and own.dense

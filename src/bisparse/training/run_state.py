@@ -1,4 +1,4 @@
-"""Whether the saved state of a run fits another run: version, mode, layers, patterns, shapes, masks."""
+"""The saved state of a run: what is stored per layer, and whether it fits another run."""
 
 from __future__ import annotations
 
@@ -12,28 +12,61 @@ from torch import Tensor
 from bisparse.pattern import Structure
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
+from bisparse.training.decay import Decay, TotalDecay
 from bisparse.training.layer import SparseLayer
+from bisparse.training.mask_search import Prices
 from bisparse.training.parametrizations import mask_refusal
 
-__all__ = ["STATE_VERSION", "check_mask", "check_state"]
+__all__ = ["STATE_VERSION", "check_mask", "check_state", "entry_of", "load_entry"]
 
 STATE_VERSION = 2
+
+
+def entry_of(layer: SparseLayer, mode: str, prices: Prices | None, decay: TotalDecay | None) -> dict[str, Any]:
+    """The entry of a layer in `Sparsity.state_dict`: pattern, shape, prices, the mask of a static run, and the decay done."""
+    entry: dict[str, Any] = {"pattern": str(layer.pattern), "shape": list(layer.mask.shape)}
+    if prices is not None:
+        entry |= {"u": prices.u, "v": prices.v, "exponent": prices.exponent}
+    if mode == "static":
+        entry["mask"] = layer.mask
+    if decay is not None:
+        entry["decay"] = [decay.done, decay.peak]
+    return entry
+
+
+def load_entry(
+    entry: Mapping[str, Any], layer: SparseLayer, given: Decay | None, prices: dict[str, Prices], decays: dict[str, TotalDecay]
+) -> None:
+    """Load an entry that `check_state` accepts into its layer and the run's prices and decays, both by layer name.
+
+    Args:
+        given: the decay of the layer in this run.
+    """
+    if "u" in entry:
+        device = layer.mask.device
+        moved = (entry[side].detach().clone().to(device) for side in ("u", "v", "exponent"))
+        prices[layer.name] = Prices(*moved)
+    if "decay" in entry:
+        decays[layer.name] = TotalDecay.resumed(entry["decay"], given=given)
+    if "mask" in entry:
+        layer.mask.copy_(entry["mask"])
+        layer.zero_pruned()
 
 
 def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: str) -> None:
     """Raise ValueError unless a run of these layers and this mode can load the result of `Sparsity.state_dict`."""
     if not isinstance(state, Mapping):
-        raise ValueError(f"a sparsity state is the mapping that Sparsity.state_dict() returned, not a {type(state).__name__}")
+        raise ValueError(f"a sparsity state is a mapping from Sparsity.state_dict(), not a {type(state).__name__}")
     if state.get("version") != STATE_VERSION:
         raise ValueError(f"sparsity state of version {state.get('version')!r}: this release reads version {STATE_VERSION}")
     if missing := [key for key in ("mode", "step", "refreshes", "due", "ended", "layers") if key not in state]:
-        raise ValueError(f"the checkpoint lacks {missing}: it is not what Sparsity.state_dict() returned, or a part of it")
+        raise ValueError(f"the checkpoint lacks {missing}: it is not a complete result of Sparsity.state_dict()")
     if state["mode"] != mode:
-        raise ValueError(f"the checkpoint is of a {state['mode']} run, this one is {mode}: pass mode={state['mode']!r}")
+        raise ValueError(f"the checkpoint comes from a {state['mode']} run, this run is {mode}: pass mode={state['mode']!r}")
     if state["ended"] is not None:
         raise ValueError(
-            f"the checkpoint is of a run that ended with finalize_ after optimizer step {state['ended']}: load the model's "
-            "weights alone, and sparsify_ it with mode='static', masks='nonzero' to keep its zeros"
+            f"the checkpoint comes from a run that ended with finalize_ after optimizer step {state['ended']}: load only the "
+            "model's weights, and sparsify_ it with mode='static', masks='nonzero' to keep its zeros"
         )
     for key in ("step", "refreshes"):
         if isinstance(state[key], bool) or not isinstance(state[key], int) or state[key] < 0:
@@ -54,7 +87,7 @@ def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: s
             or not {"pattern", "shape"} <= entry.keys()
             or not isinstance(entry["shape"], list | tuple)
         ):
-            raise ValueError(f"{name}: the checkpoint's entry is no mapping with the layer's pattern and shape")
+            raise ValueError(f"{name}: the checkpoint's entry is not a mapping with the layer's pattern and shape")
         if entry["pattern"] != str(layer.pattern):
             raise ValueError(f"{name}: the checkpoint has pattern {entry['pattern']}, this run {layer.pattern}")
         if list(entry["shape"]) != list(layer.mask.shape):
@@ -64,7 +97,7 @@ def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: s
         if "decay" in entry:
             _check_decay(name, entry["decay"])
         if mode == "static" and "mask" not in entry:
-            raise ValueError(f"{name}: the checkpoint of a static run must have its mask, and has none")
+            raise ValueError(f"{name}: the checkpoint of a static run must have a mask, but has none")
         if "mask" in entry:
             check_mask(name, entry["mask"], layer.pattern, layer)
 
@@ -78,7 +111,7 @@ def _check_decay(name: str, given: Any) -> None:
 
 
 def _check_prices(name: str, entry: Mapping[str, Any], layer: SparseLayer) -> None:
-    """Raise ValueError unless the next search of the layer's masks can start from these prices."""
+    """Raise ValueError unless the next mask search of the layer can start from these prices."""
     m = getattr(layer.pattern, "m", 1)
     matrices, rows, columns = to_matrices(torch.empty(layer.mask.shape, device="meta"), layer.layout).shape
     tiles = matrices * -(-rows // m) * -(-columns // m)
@@ -90,10 +123,10 @@ def _check_prices(name: str, entry: Mapping[str, Any], layer: SparseLayer) -> No
 
 
 def check_mask(name: str, mask: Tensor, pattern: Structure, layer: SparseLayer) -> None:
-    """Raise ValueError unless a mask from outside has the layer's shape, obeys its pattern and keeps something."""
+    """Raise ValueError unless a given mask has the layer's shape, obeys its pattern and keeps something."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         found = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
-        raise ValueError(f"{name}: a mask must be a bool tensor, True = kept; this one is of {found}")
+        raise ValueError(f"{name}: a mask must be a bool tensor, True = kept; this one is {found}")
     if mask.shape != layer.weight.shape:
         raise ValueError(f"{name}: the mask has shape {tuple(mask.shape)}, the weight {tuple(layer.weight.shape)}")
     verify(mask, pattern, layout=layer.layout, name=name).check()

@@ -1,4 +1,4 @@
-"""Schedule of the dense, sparse and frozen phases of a run, in optimizer steps."""
+"""The schedule of the dense, sparse and frozen phases of a run, in optimizer steps."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Schedule:
     freeze_at: int | None = None
     """After this many steps, masks no longer change."""
     dense_from: int | None = None
-    """After this many steps, the rest of the run is dense; the model ends dense."""
+    """After this many steps, the rest of the run is dense, and so is the trained model."""
 
     def __post_init__(self) -> None:
         marks = [("dense_until", self.dense_until), ("freeze_at", self.freeze_at), ("dense_from", self.dense_from)]
@@ -47,7 +47,7 @@ class Schedule:
     def shares(
         cls, total_steps: int, *, dense_first: float = 0.0, frozen_from: float | None = None, dense_last: float = 0.0
     ) -> Schedule:
-        """A schedule from fractions of a run of `total_steps` optimizer steps.
+        """Make a schedule from fractions of a run of `total_steps` optimizer steps.
 
         >>> Schedule.shares(1000, dense_first=0.1, dense_last=0.2)
         Schedule(dense_until=100, freeze_at=None, dense_from=800)

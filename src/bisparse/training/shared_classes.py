@@ -1,7 +1,7 @@
-"""Classes of parametrized modules: one class for all equal ones, so that compiled code is shared, or a separate class.
+"""Classes of parametrized modules: one shared class for equal modules, so that they share compiled code, or a separate one.
 
-torch makes a new class for each module that it parametrizes. Compiled code is guarded by its modules' classes, so each of several
-equal blocks would be compiled separately, until torch's limit of recompilations is reached.
+torch makes a new class for each module that it parametrizes. Compiled code is guarded by the classes of its modules, so equal
+blocks would be compiled separately, until torch's recompilation limit is reached.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from torch import Tensor, nn
 __all__ = ["separate_class", "share_class"]
 
 _SHARED: WeakValueDictionary[tuple[type[nn.Module], frozenset[str]], type[nn.Module]] = WeakValueDictionary()
-"""By the class before and the parametrized names."""
+"""Shared classes by original class and parametrized names."""
 PYTHONS_OWN = {"__module__", "__doc__", "__dict__", "__weakref__", "__annotations__", "__slotnames__"}
-"""Of any class; isinstance with a protocol adds `__annotations__`, copying and pickling add `__slotnames__`."""
+"""Attributes of any class; isinstance with a protocol adds `__annotations__`, copying and pickling add `__slotnames__`."""
 TORCHS_OWN = {"__getstate__", "__deepcopy__"} | PYTHONS_OWN
-"""Of a class that torch made for a parametrized module."""
+"""Attributes of a class that torch made for a parametrized module."""
 
 
 class _Shared(type):
-    """A class shared by many modules: torch may add or remove a parametrization of one without affecting the others."""
+    """Metaclass of shared classes: torch may add or remove a parametrization of one module without affecting the others."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if isinstance(value, property):
             value = _of_parametrized(name, value)
             for key in [key for key, kind in _SHARED.items() if kind is cls]:
-                del _SHARED[key]  # it is no longer what its key says; modules to come get another
+                del _SHARED[key]  # it no longer matches its key; later modules get a new class
         super().__setattr__(name, value)
 
     def __delattr__(cls, name: str) -> None:
-        if not isinstance(vars(cls).get(name), property):  # which others still need
+        if not isinstance(vars(cls).get(name), property):  # other modules still need these
             super().__delattr__(name)
 
 
 def share_class(module: nn.Module) -> None:
-    """Give a parametrized module the class of all that derive from the same one, with the same names parametrized.
+    """Give a parametrized module the class shared by all with the same original class and parametrized names.
 
-    A module of which another library changed the class as well keeps its own.
+    A module whose class was also changed by another library keeps its own.
     """
     old, base = type(module), type(module).__bases__[0]
     own = {name: value for name, value in vars(old).items() if isinstance(value, property)}
@@ -56,10 +56,10 @@ def share_class(module: nn.Module) -> None:
 
 
 def separate_class(module: nn.Module, base: type[nn.Module] | None = None) -> None:
-    """Give a parametrized module a class that it shares with no other, derived from `base` or from what it was before.
+    """Give a parametrized module a class of its own, derived from `base` or from its original class.
 
-    Copies share the class of what they were copied from, and removing a parametrization from one module takes the parameter
-    away from its class.
+    Needed before a parametrization is removed, since copies share a class, and the removal deletes the parameter's property
+    from it.
     """
     old = type(module)
     kind = base or old.__bases__[0]
@@ -68,7 +68,7 @@ def separate_class(module: nn.Module, base: type[nn.Module] | None = None) -> No
 
 def _refuse_pickling(module: nn.Module) -> Any:
     raise RuntimeError(
-        f"a model with parametrized weights, as in sparse training, cannot be pickled whole (by torch.save(model); this is a "
+        f"a model with parametrized weights, as in sparse training, cannot be pickled (such as by torch.save(model); this is a "
         f"{type(module).__bases__[0].__name__}): save model.state_dict() and sparsity.state_dict(), or the plain model that "
         "finalize_(copy.deepcopy(model)) makes"
     )
@@ -80,7 +80,7 @@ def _contents(kind: type[nn.Module]) -> dict[str, Any]:
 
 
 def _of_parametrized(name: str, own: property) -> property:
-    """The property for modules where that name is parametrized; of others, the parameter that they have."""
+    """The property for modules in which this name is parametrized; for others it returns their parameter."""
     get: Callable[[Any], Tensor] = own.fget  # type: ignore[assignment]
 
     def guarded(self: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The start of sparse training: `sparsify_` chooses the layers and gives them masks."""
+"""`sparsify_`: chooses the layers for sparse training and gives them masks."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def sparsify_(
     measure_every: int = 40,
     check_gradients: bool = True,
 ) -> Sparsity:
-    """Make a model train with sparse weights; the returned `Sparsity` is then attached to the optimizer.
+    """Prepare a model, in place, to train with sparse weights. Attach the returned `Sparsity` to the optimizer.
 
-    A compiled or wrapped model is made sparse inside; names are those of the model without its wrapper.
+    In a compiled or wrapped model, the inner model is made sparse; names are those without the wrapper.
 
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 8))
     >>> sparsity = sparsify_(model, "4:8-T")
@@ -70,40 +70,40 @@ def sparsify_(
 
     Args:
         pattern: such as ``"4:8-T"``; N is the number kept.
-        mode: "dynamic": dense weights are kept, the forward pass uses ``mask * W``, masks follow the weights. "static": masks
-            are fixed now, weights off the mask are zero from now on, and state_dict keys stay as they are.
-        method: of a dynamic run. "ste": the gradient of ``mask * W`` goes to all of W. "masked-decay": in addition,
+        mode: "dynamic": dense weights are kept, the forward pass uses ``mask * W``, and masks are refreshed. "static": masks are
+                fixed, weights off the mask are zero from now on, and state_dict keys do not change.
+        method: for a dynamic run. "ste": the gradient of ``mask * W`` is used for the whole W. "masked-decay": in addition,
             ``decay * (1 - mask) * W`` is added to the gradient before the optimizer's step (Zhou et al.'s code with SGD;
             Hu et al. 2024 with Adam). "sr-ste": ``W -= lr * decay * (1 - mask) * W`` separately from the optimizer's step,
             SR-STE's formula as printed. "s-ste": a continuous soft threshold, for plain N:M.
-        rule: instead of `method` and `decay`: a `GradientRule`, or its name in `RULES`.
+        rule: a `GradientRule` or its name in `RULES`, instead of `method` and `decay`.
         solver: for transposable patterns; by default the exact one.
         refresh: optimizer steps between mask searches.
-        decay: how much pruned weights decay over the whole run: lambda times the sum of learning rates. `FixedDecay` gives lambda
-            itself. By default 3 with SGD if `steps` is known, otherwise a lambda of 2e-4; a lambda of 2e-3 for masked decay with
-            Adam and its variants. A mapping from layer names or globs: only those layers decay.
+        decay: total decay of pruned weights over the run: lambda times the sum of learning rates. `FixedDecay` sets lambda
+                itself. By default 3 with SGD if `steps` is known, otherwise a lambda of 2e-4; a lambda of 2e-3 for masked decay
+                with Adam and its variants. With a mapping from layer names or globs, only those layers decay.
         steps: optimizer steps of the whole run. The callbacks for the transformers Trainer and Lightning set it.
         schedule: dense and frozen phases of a dynamic run, in optimizer steps.
         include, exclude: which layers, by name, glob, ``re:`` or function, as `bisparse.layers.find_layers` takes them.
         layouts: how single layers store their matrices, as for `prune_`.
         remainder: for layers that M does not divide: "pad" as if with zeros, leave "dense" with the reason, or "error".
-        patterns: other patterns for single layers, from names or globs, the first match wins; ``"dense"`` leaves a layer out.
+        patterns: different patterns for some layers, by name or glob; the first match counts. ``"dense"`` leaves a layer out.
         score: (layer name, weight) -> scores; by default the magnitude.
-        masks: of a static run: a mask for each layer by name instead of the best for the scores; or "nonzero": keep the
-            zeros that the weights have.
+        masks: for a static run: a mask for each layer by name, instead of the best one for the scores; or "nonzero": the
+                non-zeros of the weights.
         mvue: Linear layers compute an unbiased weight gradient from a 2:4 output gradient; see `bisparse.training.mvue`.
-        measure_every: optimizer steps between measurements of flip rate and other metrics, at least one refresh; 0 for never.
+        measure_every: optimizer steps between measurements of flip rate and other metrics, at least `refresh`; 0 for never.
         check_gradients: raise an error on a NaN or infinite gradient before the optimizer's step spreads it.
 
     Raises:
-        ValueError: wrong or contradicting arguments, no layer to make sparse, a model already sparsified.
+        ValueError: wrong or contradictory arguments, no layer to make sparse, or a model that is already sparsified.
         PatternError: a given mask that breaks its pattern.
     """
     pattern = parse_pattern(pattern)
     schedule = schedule or Schedule()
     if rule is not None:
         if method != "masked-decay" or decay is not None or mode != "dynamic":
-            raise ValueError("rule= stands for method= and decay= of a dynamic run: give one or the other")
+            raise ValueError("rule= replaces method= and decay= of a dynamic run: pass one or the other")
         rule = parse_rule(rule)
         method, decay = cast(Method, rule.method), rule.decay
     sticky = StickyScore(score, rule.margin) if rule is not None and rule.margin else None
@@ -153,7 +153,7 @@ def sparsify_(
         check_gradients=check_gradients,
     )
     if mvue and not any(type(layer.module) in (nn.Linear, MVUELinear) for layer in sparse):
-        raise ValueError("mvue=True is an option of torch.nn.Linear layers, and none is made sparse")
+        raise ValueError("mvue=True applies to torch.nn.Linear layers, but none is made sparse")
     with torch.no_grad(), Rollback(model) as rollback:
         found = _given_masks(sparse, masks) if masks is not None else _first_masks(sparsity)
         for layer in sparse:
@@ -175,7 +175,7 @@ def sparsify_(
 
 
 def _called(model: nn.Module, layers: list[SparseLayer]) -> list[nn.Module]:
-    """The modules whose forward pass may use a sparse weight: those that hold one, and all that contain these."""
+    """The modules whose forward pass may use a sparse weight: those that have one, and all that contain those."""
     holders = {id(module) for layer in layers for module in (layer.module, *layer.sharing)}
     return [module for module in model.modules() if any(id(inner) in holders for inner in module.modules())]
 
@@ -201,9 +201,9 @@ def _check_arguments(
     if isinstance(measure_every, bool) or not isinstance(measure_every, int) or measure_every < 0:
         raise ValueError(f"measure_every={measure_every!r}: expected a number of optimizer steps, or 0 for never")
     if mode == "static" and schedule != Schedule():
-        raise ValueError("a static run has its masks fixed throughout: a schedule is for mode='dynamic'")
+        raise ValueError("a schedule requires mode='dynamic': masks of a static run are fixed")
     if mode == "dynamic" and masks is not None:
-        raise ValueError("masks= are for mode='static'; a dynamic run finds its own")
+        raise ValueError("masks= requires mode='static'; a dynamic run finds its own masks")
     if isinstance(masks, str) and masks != "nonzero":
         raise ValueError(f"masks={masks!r}: expected a mapping from layer names to masks, or 'nonzero'")
     for number in decay.values() if isinstance(decay, Mapping) else [decay]:
@@ -214,7 +214,7 @@ def _check_arguments(
     already = [name for name, *_ in masked_parameters(model)]
     already += [name for name, module in model.named_modules() if static_masks(module)]
     if already:
-        raise ValueError(f"the model is sparsified already (at {already[0]!r}): call finalize_(model) first")
+        raise ValueError(f"the model is already sparsified (at {already[0]!r}): call finalize_(model) first")
     if mode == "dynamic" and isinstance(model, DistributedDataParallel | DataParallel):
         raise ValueError(f"sparsify_ the model before wrapping it in {type(model).__name__}")
     if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
@@ -249,7 +249,9 @@ def _choose(
             skipped.append(Skipped(layer.name, "left dense by its pattern"))
         elif mode == "dynamic" and isinstance(layer.module, nn.RNNBase):
             kind = type(layer.module).__name__
-            reason = f"{kind} reads its weights as one flat buffer, which no changing mask reaches; mode='static' can mask it"
+            reason = (
+                f"{kind} reads its weights from one flat buffer, which a dynamic mask cannot change; mode='static' can mask it"
+            )
             skipped.append(Skipped(layer.name, reason))
         elif remainder != "pad" and (problem := _remainder(layer, own)):
             if remainder == "error":
@@ -275,7 +277,7 @@ def _check_names(argument: str, given: Mapping[str, object], layers: list[tuple[
     for name in given:
         if not any(matches(name, layer.name, layer.module) for layer, _ in layers):
             raise ValueError(
-                f"{argument}: {name!r} matches no layer that is made sparse; those are {[layer.name for layer, _ in layers][:10]}"
+                f"{argument}: {name!r} matches none of the sparse layers: {[layer.name for layer, _ in layers][:10]}"
             )
 
 
@@ -289,7 +291,7 @@ def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method:
     for layer in layers:
         if layer.module._parameters.get(layer.parameter) is not None and layer.weight.is_meta:
             raise ValueError(
-                f"{layer.name}: its weight is on the meta device and holds no numbers to find a mask for; load the model's "
+                f"{layer.name}: its weight is on the meta device and has no values to find a mask for; load the model's "
                 "weights first"
             )
         if isinstance(layer.module, Accelerated):
@@ -298,11 +300,11 @@ def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method:
             )
         if parametrize.is_parametrized(layer.module, layer.parameter):
             raise ValueError(
-                f"{layer.name} is parametrized already (weight_norm and the like): remove that first, or exclude the layer"
+                f"{layer.name} is already parametrized, such as by weight_norm: remove that first, or exclude the layer"
             )
         if not isinstance(layer.module._parameters.get(layer.parameter), Tensor):
             raise ValueError(
-                f"{layer.name}: its weight is no parameter of the module, as after torch.nn.utils.prune: call prune.remove "
+                f"{layer.name}: its weight is not a parameter of the module, as after torch.nn.utils.prune: call prune.remove "
                 "first, or exclude the layer"
             )
         if (reason := computed_reason(layer.module, layer.parameter)) is not None:
@@ -310,9 +312,9 @@ def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method:
         if (reason := dtype_reason(layer.weight)) is not None:
             raise ValueError(f"{layer.name}: {reason}")
         if hasattr(layer.module, layer.mask_name):
-            raise ValueError(f"{layer.name} has an attribute {layer.mask_name!r} already, which the mask needs")
+            raise ValueError(f"{layer.name} already has an attribute {layer.mask_name!r}, the name of the mask")
         if mode == "dynamic" and isinstance(layer.weight, DTensor):
-            raise ValueError(f"{layer.name} is sharded already: for a dynamic run call sparsify_ before fully_shard")
+            raise ValueError(f"{layer.name} is already sharded: for a dynamic run call sparsify_ before fully_shard")
         if (
             mode == "dynamic"
             and method == "s-ste"
@@ -324,7 +326,7 @@ def _check_ready(model: nn.Module, layers: list[SparseLayer], mode: str, method:
 
 
 def _first_masks(sparsity: Sparsity) -> dict[str, Tensor]:
-    # Ranks may still have different weights (DDP makes them equal later), so work is divided only where weights are sharded.
+    # Ranks may still have different weights (DDP makes them equal later), so they share the work only if weights are sharded.
     share = any(isinstance(layer.weight, DTensor) for layer in sparsity.layers)
     return {name: mask for name, (mask, _) in sparsity.search.masks(share=share).items()}
 
@@ -335,10 +337,10 @@ def _given_masks(layers: list[SparseLayer], masks: Mapping[str, Tensor] | str) -
     else:
         names = {layer.name for layer in layers}
         if missing := sorted(names - masks.keys()):
-            raise ValueError(f"masks= has none for {missing[:5]}: give one for each sparse layer, or exclude these layers")
+            raise ValueError(f"masks= has none for {missing[:5]}: pass one for each sparse layer, or exclude these layers")
         if surplus := sorted(masks.keys() - names):
             raise ValueError(
-                f"masks= names {surplus[:5]}, which are no sparse layers of this model; those are {sorted(names)[:10]}"
+                f"masks= names {surplus[:5]}, which are not sparse layers of this model; those are {sorted(names)[:10]}"
             )
         found = dict(masks)
     for layer in layers:
@@ -361,9 +363,9 @@ def _parametrize(model: nn.Module, layer: SparseLayer, mask: Tensor, method: str
     owners = [
         (module, name) for module in model.modules() for name, held in module.named_parameters(recurse=False) if held is weight
     ]
-    for module, name in owners:  # all that share the weight see it masked
+    for module, name in owners:  # all modules that share the weight use it masked
         parametrize.register_parametrization(module, name, own)
         share_class(module)
     own.owner = layer.module, layer.parameter
-    if method != "s-ste" or schedule != Schedule():  # a soft threshold moves with the weight
+    if method != "s-ste" or schedule != Schedule():  # a soft threshold follows the weight by itself
         own.start = sample_of(local(weight))

@@ -1,10 +1,10 @@
-"""Sparse training: `sparsify_` a model, `attach` its `Sparsity` to the optimizer, train as always, `finalize_`.
+"""`Sparsity`: sparse training of a model that `sparsify_` has prepared. `attach` it to the optimizer, train, `finalize_`.
 
-The forward pass reads masked weights (dynamic runs). Hooks before and after the optimizer's step add the masked decay, keep
+In dynamic runs the forward pass uses masked weights. Hooks before and after the optimizer's step add the masked decay, keep
 static zeros at zero and count steps. Gradient accumulation, clipping and skipped mixed-precision steps need no special handling:
-only optimizer steps that take place count. Masks are refreshed, and phases changed, by the first training forward pass after
-they are due (`bisparse.training.forward_hook`), never after the last step: the model evaluated, saved or finalized is the one
-that was trained.
+only optimizer steps that take place count. Masks are refreshed, and phases changed, in the first training forward pass after
+they are due (`bisparse.training.forward_hook`), never after the last step, so that the model that is evaluated, saved or
+finalized is the one that was trained.
 """
 
 from __future__ import annotations
@@ -28,19 +28,20 @@ from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import from_matrices
-from bisparse.training.decay import DEFAULT_DECAY, DEFAULT_DECAY_ADAM, DEFAULT_TOTAL, AnnealedDecay, Decay, FixedDecay, TotalDecay
+from bisparse.training.attach_check import attach_error, check_not_flattened, check_run_length
+from bisparse.training.decay import Decay, TotalDecay, decay_rate
 from bisparse.training.facts import layer_facts
 from bisparse.training.forward_hook import RefreshHook, ZerosHook, gathered_again
 from bisparse.training.gradient_check import check_gradients
 from bisparse.training.gradient_rules import after_closure, decay_pruned, mask_gradient
-from bisparse.training.layer import Accelerated, SparseLayer, local
-from bisparse.training.mask_search import MaskSearch, Prices, Score
+from bisparse.training.layer import SparseLayer
+from bisparse.training.mask_search import MaskSearch, Score
 from bisparse.training.metrics import MaskChange, as_metrics, measure_change
-from bisparse.training.optimizer import after_each_step, flattened, held_by, skipped_by_scaler, unwrapped, why_not_followed
-from bisparse.training.parametrizations import SAMPLED
+from bisparse.training.optimizer import after_each_step, held_by, skipped_by_scaler, unwrapped
+from bisparse.training.pruned_sample import PrunedSample
 from bisparse.training.rank_consistency import check_ranks_agree, raise_together, ranks_of
 from bisparse.training.replaced import Links
-from bisparse.training.run_state import STATE_VERSION, check_state
+from bisparse.training.run_state import STATE_VERSION, check_state, entry_of, load_entry
 from bisparse.training.schedule import Phase, Schedule
 
 __all__ = ["Method", "Mode", "Sparsity"]
@@ -53,10 +54,10 @@ _HANDLES = itertools.count()
 
 
 class Sparsity:
-    """The sparse layers of a model in training. Made by `sparsify_`.
+    """The sparse layers of a model in training, returned by `sparsify_`.
 
-    Its state is what a checkpoint of the model lacks: the step counter, the prices that mask searches start from, and the
-    masks of a static run. It has `state_dict` and `load_state_dict`, as torch's own objects do.
+    Its `state_dict` has what the model's lacks: the step counter, the prices from which mask searches start, and the masks of a
+    static run.
     """
 
     def __init__(
@@ -83,28 +84,28 @@ class Sparsity:
         self.step = 0
         """Optimizer steps done."""
         self.steps = steps
-        """Optimizer steps of the whole run, None where unknown; trainers' callbacks set it."""
+        """Optimizer steps of the whole run; None if unknown. Trainers' callbacks set it."""
         self._decays: dict[str, TotalDecay] = {}
         self._rates: dict[str, float] = {}
         self.changes: dict[str, MaskChange] = {}
         """Metrics of the last measured refresh, by layer name."""
         self.refreshes = 0
-        """Mask refreshes done by this object."""
+        """Number of mask refreshes so far."""
         self.search_seconds = 0.0
-        """Time spent on finding masks, without measuring them."""
+        """Time spent on mask searches, without measurements."""
         self.on_refresh: list[Callable[[Sparsity], None]] = []
-        """Called after each measured refresh."""
+        """Functions called with this object after each measured refresh."""
         self.search = MaskSearch(layers, solver, score)
         self.due = False
-        """The next training forward pass refreshes the masks, or changes the phase, first."""
+        """Whether the next training forward pass starts with a refresh or a change of phase."""
         self.written: list[Tensor] = []
         self.in_compiled_code = False
         self.ended: int | None = None
-        """The step at which `finalize_` ended this object; None before."""
+        """The step at which `finalize_` ended the run; None before."""
         self.called = called
         self._links = Links(called[0])
         self._replaced: dict[str, str] = {}
-        """Why layers are no longer followed, by name."""
+        """By layer name, why a layer is no longer trained sparse."""
         self._final: dict[str, LayerResult] = {}
         self._begin()
 
@@ -112,7 +113,7 @@ class Sparsity:
         self.handle = next(_HANDLES)
         self.hook = RefreshHook(self)
         self.zeros_hook = ZerosHook()
-        self._off: dict[str, Tensor] = {}
+        self._pruned_sample = PrunedSample()
         self._attached: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
         self._undo: list[Callable[[], None]] = []
@@ -125,8 +126,8 @@ class Sparsity:
         return f"Sparsity({self.pattern}, {how}: {counts})"
 
     def __getstate__(self) -> dict[str, Any]:
-        # Hooks belong to the optimizers and the model of this object, not to those of its copies.
-        own = ("_attached", "_handles", "hook", "zeros_hook", "handle", "_off", "_undo")
+        # Hooks are on this object's model and optimizers, not on those of a copy.
+        own = ("_attached", "_handles", "hook", "zeros_hook", "handle", "_pruned_sample", "_undo")
         return {name: value for name, value in self.__dict__.items() if name not in own} | {"on_refresh": [], "written": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -142,17 +143,17 @@ class Sparsity:
         return Phase.FROZEN if self.mode == "static" else self.schedule.phase(step)
 
     def metrics(self) -> dict[str, float]:
-        """The last measured refresh as flat numbers: ``sparsity/flip_rate``, ``sparsity/LAYER/retained``, ...
+        """Metrics of the last measured refresh, by flat names: ``sparsity/flip_rate``, ``sparsity/LAYER/retained``, ...
 
-        ``sparsity/step`` is the number of optimizer steps that were done when it was measured, up to `measure_every` steps ago.
+        ``sparsity/step`` is the number of optimizer steps when it was measured, up to `measure_every` steps ago.
         """
         self.notice_replaced()
         return as_metrics({name: one for name, one in self.changes.items() if name not in self._replaced})
 
     def report(self) -> PruneReport:
-        """Each sparse layer as its weight is now, and each dense one with its reason, for `bisparse.checkpoint.save`.
+        """A report on the current weights of each sparse layer, and a reason for each dense one, for `bisparse.checkpoint.save`.
 
-        Retained scores and gaps are computed now, by a search at the cost of a refresh. After `finalize_` they are those of that
+        Retained scores and gaps are computed by a search, at the cost of a refresh. After `finalize_` the figures are from that
         time, and a note says so. In a sharded run, all ranks must call it.
         """
         self.notice_replaced()
@@ -165,12 +166,12 @@ class Sparsity:
         return PruneReport(str(self.pattern), method, type(solver).__name__, tuple(results), skipped, notes=notes)
 
     def facts_within(self, model: nn.Module) -> dict[str, LayerResult]:
-        """What `report` says of the layers that are in a model, by name."""
+        """The results in `report` for the layers in a model, by name."""
         modules = {id(module) for module in model.modules()}
         return {layer.name: layer_facts(layer, self.search.score) for layer in self._active if id(layer.module) in modules}
 
     def end(self, facts: Mapping[str, LayerResult]) -> None:
-        """Called when layers are finalized: freeze their figures, and detach once no layer is left."""
+        """Record the figures of layers that are being finalized, and detach once no layer is left."""
         self._final |= facts
         if facts and len(self._final | self._replaced) == len(self.layers):
             self.detach()
@@ -178,11 +179,11 @@ class Sparsity:
             _LIVE.discard(self)
 
     def notice_replaced(self) -> None:
-        """Warn once of each sparse layer whose module is no longer in the model, and stop following it."""
+        """Warn once per sparse layer whose module is no longer in the model, and leave it out from now on."""
         if self.ended is not None:
             return
         for layer in self._links.missing(self._active):
-            reason = f"replaced after sparsify_: the module that is {layer.name!r} now has no mask, and trains dense"
+            reason = f"replaced after sparsify_: the new module {layer.name!r} has no mask and trains dense"
             self._replaced[layer.name] = reason
             warnings.warn(
                 f"{layer.name}: {reason}. Replace modules before sparsify_; to make it sparse, call finalize_(model), "
@@ -198,56 +199,28 @@ class Sparsity:
             )
 
     def attach(self, *optimizers: Optimizer, group: ProcessGroup | None = None) -> Sparsity:
-        """Follow the optimizers that train the model; steps are counted on the first. Returns itself.
+        """Attach to the optimizers that train the model; steps are counted on the first. Returns itself.
 
         Call it once they are built and the model is wrapped (DDP, FSDP2), before the first step.
 
         Args:
-            group: the ranks that hold the same model, as given to DistributedDataParallel as process_group; by default those of
-                the device mesh that the weights are sharded over, or all ranks.
+            group: the ranks that have the same model, such as DistributedDataParallel's process_group; by default those of the
+                    device mesh over which the weights are sharded, or all ranks.
 
         Raises:
-            ValueError: an optimizer is attached already, a sparse parameter that needs gradients is in none of them, or ranks
-                hold different masks or weights.
+            ValueError: an optimizer is already attached, a sparse parameter that requires gradients is in none of them, or ranks
+                    have different masks or weights.
         """
         self._check_not_ended("attach an optimizer")
         self.notice_replaced()
-        totals = [layer.decay if layer.decay is not None else self.decay for layer in self._active]
-        if self.steps is None and any(
-            isinstance(one, AnnealedDecay) or (isinstance(one, float | int) and one > 0) for one in totals
-        ):
-            raise ValueError(
-                "decay is a shrink over the whole run, whose length is not known: pass steps= to sparsify_ (or use a trainer's "
-                "callback, which knows it), or give a fixed lambda: decay=FixedDecay(2e-4)"
-            )
+        check_run_length([self._decay_of(layer) for layer in self._active], self.steps)
         if not optimizers:
             raise ValueError("attach() needs the optimizer that trains the model")
         if self._attached:
-            raise ValueError("this Sparsity is attached already; call detach() first to follow another optimizer")
+            raise ValueError("this Sparsity is already attached; call detach() first to attach it to another optimizer")
         plain = [unwrapped(optimizer) for optimizer in optimizers]
-        held = {id(held) for one in plain for group in one.param_groups for held in group["params"]}
-        weights = {id(layer.weight) for layer in self._active}
-        if names := [one.name for one in self._active if flattened(one.weight)]:
-            raise ValueError(
-                f"FullyShardedDataParallel has flattened the weights of {len(names)} sparse layers, the first {names[0]!r}: "
-                "masks need whole matrices. Shard with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
-            )
-        missing = [one.name for one in self._active if one.weight.requires_grad and id(one.weight) not in held]
-        error = None
-        if missing:
-            error = ValueError(
-                f"the optimizer does not hold the weights of {len(missing)} sparse layers, the first {missing[0]!r}: build it "
-                "from model.parameters() after sparsify_ (and after wrapping the model), or freeze these layers, or exclude them"
-            )
-        for one in plain:
-            error = error or ((why := why_not_followed(one, self.method)) and ValueError(why)) or None
-        for other in _LIVE:
-            same = any(id(layer.weight) in weights for layer in other._active)
-            if other is not self and same and any(one is mine for one in other._attached for mine in plain):
-                error = error or ValueError(
-                    f"this optimizer still carries another Sparsity of the same weights ({other!r}): end it with finalize_, or "
-                    "call its detach()"
-                )
+        check_not_flattened(self._active)
+        error = attach_error(plain, self._active, self.method, self._other_on(plain))
         ranks = ranks_of(self._active, group)
         raise_together(ranks, error, "attaching the optimizer")
         check_ranks_agree(self._active, ranks)
@@ -266,19 +239,28 @@ class Sparsity:
             self.hook.install(self.called)
         else:
             for outer, inner in zip(optimizers, plain, strict=True):
-                if outer is not inner:  # such as Lookahead, which may write values of its own after the inner step
+                if outer is not inner:  # such as Lookahead, which may write weights after the inner step
                     self._undo.append(after_each_step(outer, self._zero_pruned))
             self.zeros_hook.check = self._zeros_hold
             self.zeros_hook.install(self.called)
-            # Masked when it is accumulated, so that clipping measures the gradient that is used.
+            # Gradients are masked when they are accumulated, so that clipping uses the masked norm.
             for layer in self._active:
                 if layer.weight.requires_grad:
                     hook = layer.weight.register_post_accumulate_grad_hook(lambda weight, own=layer: mask_gradient(own, weight))
                     self._handles.append(hook)
         return self
 
+    def _other_on(self, optimizers: list[Optimizer]) -> Sparsity | None:
+        """Another live `Sparsity` of some of the same weights that is attached to one of these optimizers."""
+        weights = {id(layer.weight) for layer in self._active}
+        for other in _LIVE - {self}:
+            attached = any(one is mine for one in other._attached for mine in optimizers)
+            if attached and any(id(layer.weight) in weights for layer in other._active):
+                return other
+        return None
+
     def detach(self) -> None:
-        """Stop following the optimizers."""
+        """Detach from the optimizers, and remove all hooks."""
         for handle in self._handles:
             handle.remove()
         for undo in self._undo:
@@ -299,7 +281,7 @@ class Sparsity:
 
     @torch.no_grad()
     def _use_gradients(self, own: Optimizer, first: bool) -> None:
-        """Check and complete the gradients that the optimizer is about to use; with a closure, each time it has made them."""
+        """Check the gradients of the step, and mask them or add decay; with a closure, after each of its evaluations."""
         held = [one for one in held_by(own, self._active) if one.weight.grad is not None]
         if self.check_gradients:
             check_gradients([one.layer for one in held], self.search.ranks, self.step + 1)
@@ -307,26 +289,21 @@ class Sparsity:
             for one in held:
                 mask_gradient(one.layer, one.weight)
         elif self.method == "masked-decay" or (self.method == "sr-ste" and first):
-            if first:
-                for one in held:
-                    self._rates[one.layer.name] = self._decay_rate(one.layer, float(one.group.get("lr", 1.0)), own)
+            adaptive = self.method == "masked-decay" and any("betas" in group for group in own.param_groups)
+            for one in held if first else ():
+                self._rates[one.layer.name] = decay_rate(
+                    self._decay_of(one.layer),
+                    self._decays,
+                    one.layer.name,
+                    self.step,
+                    self.steps,
+                    learning_rate=float(one.group.get("lr", 1.0)),
+                    adaptive=adaptive,
+                )
             decay_pruned(self.method, self._rates, held, own)
 
-    def _decay_rate(self, layer: SparseLayer, learning_rate: float, own: Optimizer) -> float:
-        """The decay rate lambda of a layer at this step."""
-        given = layer.decay if layer.decay is not None else self.decay
-        if given is None:
-            adaptive = self.method == "masked-decay" and any("betas" in group for group in own.param_groups)
-            if adaptive or self.steps is None:
-                return DEFAULT_DECAY_ADAM if adaptive else DEFAULT_DECAY
-            given = DEFAULT_TOTAL
-        if isinstance(given, AnnealedDecay):
-            return 0.0 if self.steps is None else given.at(self.step, self.steps)
-        if isinstance(given, FixedDecay) or self.steps is None:
-            return given.rate if isinstance(given, FixedDecay) else 0.0
-        decay = self._decays.setdefault(layer.name, TotalDecay(given, self.steps))
-        decay.steps = self.steps
-        return decay.rate(self.step, learning_rate)
+    def _decay_of(self, layer: SparseLayer) -> Decay | None:
+        return layer.decay if layer.decay is not None else self.decay
 
     @torch.no_grad()
     def _after_step(self, own: Optimizer, counts: bool) -> None:
@@ -342,7 +319,7 @@ class Sparsity:
             for layer in self.layers:
                 if (parametrization := layer.parametrization) is not None:
                     parametrization.start = None
-        missed = self.due  # no hook saw a training forward pass since the step before
+        missed = self.due  # there was no training forward pass since the last step
         self.step += 1
         if self.mode == "static":
             return
@@ -358,31 +335,17 @@ class Sparsity:
 
     @torch.no_grad()
     def _zeros_hold(self) -> None:
-        """Zero pruned weights again if something other than an attached optimizer has changed them; a sample detects that."""
-        moved = []
-        for layer in self._active:
-            weight = local(layer.weight.detach())
-            if weight.is_meta:
-                continue
-            if layer.name not in self._off:
-                off = (~layer.local_mask).flatten().nonzero().flatten()
-                self._off[layer.name] = off[:: max(1, off.numel() // SAMPLED)]
-            moved.append(weight.take(self._off[layer.name].to(weight.device)))
-        if moved and bool(torch.cat([one.to(moved[0].device) for one in moved]).any()):
+        """Zero pruned weights again if a sample shows that something other than an attached optimizer has changed them."""
+        if self._pruned_sample.any_nonzero(self._active):
             self._zero_pruned()
 
     def _expect(self, due: bool) -> None:
-        self.due, self.written = due, []
-        if due:
-            for layer in self._active:
-                self.written.append(layer.mask)
-                for module in (layer.module, *layer.sharing):
-                    if isinstance(module, Accelerated):
-                        self.written += module.derived_tensors
+        self.due = due
+        self.written = [tensor for layer in self._active for tensor in layer.refreshed_tensors] if due else []
 
     @torch.no_grad()
     def refresh_due(self) -> None:
-        """Find new masks, or change to dense, if that is due; otherwise do nothing.
+        """Refresh the masks, or change to the dense phase, if that is due.
 
         The next training forward pass calls it. In a distributed run, all ranks must call it.
         """
@@ -390,24 +353,25 @@ class Sparsity:
             return
         gathered_again(self.called)
         if self.phase is Phase.DENSE:
-            self._make_dense()
+            for layer in self._active:
+                layer.make_dense()
         else:
             self.refresh()
         self._expect(False)
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Find the masks of the present weights now. In a distributed run, all ranks must call it.
+        """Find the masks of the current weights now. In a distributed run, all ranks must call it.
 
-        The weights were trained with the previous masks: train on before you evaluate, save or finalize.
+        The weights were trained with the previous masks: continue to train before you evaluate, save or finalize.
         """
         self._check_not_ended("refresh the masks")
         self.notice_replaced()
         if absent := [layer.name for layer in self._active if layer.weight.is_meta]:
-            raise ValueError(f"{absent[0]}: its weight is on the meta device and holds no numbers to find a mask for")
+            raise ValueError(f"{absent[0]}: its weight is on the meta device and has no values to find a mask for")
         for layer in self._active:
             layer.follow_nothing()
-        layers = [layer for layer in self._active if (layer.weight.requires_grad or self._is_dense(layer))]
+        layers = [layer for layer in self._active if layer.weight.requires_grad or layer.is_dense]
         start = time.perf_counter()
         found = self.search.masks([layer.name for layer in layers], share=True)
         self.search_seconds += time.perf_counter() - start
@@ -425,42 +389,22 @@ class Sparsity:
             own = layer.parametrization
             if own is not None:
                 own.state.dense, own.state.warm_up, own.start = False, False, None
-            layer.mask_changed(proved=solver is None)  # the library's own: a check would wait for the device
+            layer.mask_changed(proved=solver is None)  # the default solver's masks are valid; a check would synchronise
         self._expect(False)
         if measured:
-            for tell in self.on_refresh:
-                tell(self)
-
-    @staticmethod
-    def _is_dense(layer: SparseLayer) -> bool:
-        own = layer.parametrization
-        return own is not None and own.dense
-
-    def _make_dense(self) -> None:
-        for layer in self._active:
-            own = layer.parametrization
-            if own is not None:
-                own.state.dense = True
-                own.mask.fill_(True)
-                layer.mask_changed()
+            for callback in self.on_refresh:
+                callback(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the model's state_dict lacks: counter, prices, static masks. Tensors, numbers and texts only.
+        """The state that the model's state_dict lacks: counters, prices and static masks, as tensors, numbers and strings.
 
-        After `finalize_` it contains the step at which this object ended, and no run can load it.
+        After `finalize_` it has the step at which the run ended, and cannot be loaded.
         """
         self.notice_replaced()
-        layers: dict[str, dict[str, Any]] = {}
-        for layer in self._active:
-            entry: dict[str, Any] = {"pattern": str(layer.pattern), "shape": list(layer.mask.shape)}
-            if layer.name in self.search.prices:
-                prices = self.search.prices[layer.name]
-                entry |= {"u": prices.u, "v": prices.v, "exponent": prices.exponent}
-            if self.mode == "static":
-                entry["mask"] = layer.mask
-            if layer.name in self._decays:
-                entry["decay"] = [self._decays[layer.name].done, self._decays[layer.name].peak]
-            layers[layer.name] = entry
+        layers = {
+            layer.name: entry_of(layer, self.mode, self.search.prices.get(layer.name), self._decays.get(layer.name))
+            for layer in self._active
+        }
         numbers = {"step": self.step, "refreshes": self.refreshes, "due": self.due, "ended": self.ended}
         return {"version": STATE_VERSION, "mode": self.mode, **numbers, "layers": layers}
 
@@ -474,30 +418,21 @@ class Sparsity:
         """Resume from the state of another `Sparsity` with the same layers and patterns.
 
         Raises:
-            ValueError: the state is of other layers, patterns, shapes, or of the other mode, or one of both has ended.
+            ValueError: the state has different layers, patterns, shapes or mode, or one of the two runs has ended.
         """
         self._check_not_ended("load a state")
         self.notice_replaced()
         check_state(state, self._active, self.mode)
         saved, own = state["layers"], {layer.name: layer for layer in self._active}
-        self._off.clear()
+        self._pruned_sample.clear()
         for layer in self._active:
             layer.follow_nothing()
         self.step, self.refreshes = int(state["step"]), int(state["refreshes"])
         for name, entry in saved.items():
-            layer = own[name]
-            if "u" in entry:
-                device = layer.mask.device
-                moved = (entry[side].detach().clone().to(device) for side in ("u", "v", "exponent"))
-                self.search.prices[name] = Prices(*moved)
-            if "decay" in entry:
-                self._decays[name] = TotalDecay.resumed(
-                    entry["decay"], given=layer.decay if layer.decay is not None else self.decay
-                )
-            if "mask" in entry:
-                layer.mask.copy_(entry["mask"])
-                layer.zero_pruned()
-        dense = self._phase_after(self.step - 1 if state["due"] else self.step) is Phase.DENSE  # what is due has not happened
+            load_entry(entry, own[name], self._decay_of(own[name]), self.search.prices, self._decays)
+        dense = (
+            self._phase_after(self.step - 1 if state["due"] else self.step) is Phase.DENSE
+        )  # a due change has not happened yet
         for layer in self._active:
             parametrization = layer.parametrization
             if parametrization is not None:
@@ -508,5 +443,5 @@ class Sparsity:
 
 
 def live_sparsities() -> list[Sparsity]:
-    """Those that no `finalize_` has ended."""
+    """All `Sparsity` objects that `finalize_` has not ended."""
     return list(_LIVE)

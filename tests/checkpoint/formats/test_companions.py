@@ -105,4 +105,4 @@ def test_parts_that_modules_json_names_are_copied_dense_and_said_to_be(tmp_path:
     report = prune_checkpoint(source, tmp_path / "out", "2:4")
     assert (tmp_path / "out" / "2_Dense" / "model.safetensors").read_bytes() == save(DENSE)
     assert not (tmp_path / "out" / "other").exists()
-    assert any("copied as they are, dense" in note and "2_Dense/model.safetensors" in note for note in report.notes)
+    assert any("copied unchanged, with dense weights" in note and "2_Dense/model.safetensors" in note for note in report.notes)

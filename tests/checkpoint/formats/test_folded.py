@@ -92,7 +92,7 @@ def test_the_parts_of_a_weight_may_be_in_several_shards(tmp_path: Path) -> None:
         ("a value too few", r"l has 127 values where its bit mask has 128 bits|has 127 values"),
         ("a bit too many", "values where its bit mask has"), ("another shape", r"has a bit mask of shape \(16, 2\)"),
         ("a shape of one", "has a shape of 1 entries"), ("huge", "has a bit mask of shape"),
-        ("a shape of floats", "two integers are expected"), ("whole, too", "is there as a whole and in parts"),
+        ("a shape of floats", "two integers are expected"), ("whole, too", "is stored both as a whole and in parts"),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_errors(tmp_path: Path, how: str, message: str) -> None:
@@ -135,7 +135,7 @@ def test_weights_with_the_masks_of_torch_prune(tmp_path: Path, saved_as: str) ->
     assert all(torch.equal(found[name], weight) for name, weight in truth.items())
     assert int((found["0.bias"] == 0).sum()) == 3
     assert verify_checkpoint(path, "2:4") and not verify_checkpoint(path, "1:4")
-    with pytest.raises(CheckpointError, match=r"0\.weight_mask is no mask"):
+    with pytest.raises(CheckpointError, match=r"0\.weight_mask is not a mask"):
         torch.save(model.state_dict() | {"0.weight_mask": torch.full((16, 16), 0.5)}, path)
         verify_checkpoint(path, "2:4")
     torch.save(model.state_dict() | {"0.weight_mask": torch.ones(8, 16)}, path)

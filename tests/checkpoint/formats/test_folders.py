@@ -132,5 +132,5 @@ def test_a_config_of_other_types_is_an_error_for_a_folder_and_a_note_for_a_file(
 def test_an_index_of_other_types_is_an_error(tmp_path: Path, weight_map: str) -> None:
     save_file(STATE, tmp_path / "model-1.safetensors")
     (tmp_path / "model.safetensors.index.json").write_text(f'{{"weight_map": {weight_map}}}')
-    with pytest.raises(CheckpointError, match=r"index\.json is not what it should be \(.*weight_map"):
+    with pytest.raises(CheckpointError, match=r"index\.json is not valid \(.*weight_map"):
         verify_checkpoint(tmp_path, "2:4")

@@ -67,10 +67,10 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str]] = {
     "TFLite": (lambda: b"\x1c\x00\x00\x00TFL3" + bytes(100), "is a TensorFlow Lite model"),
     "SavedModel": (lambda: b"\x08\x01\x12\x20" + bytes(32), "is a TensorFlow SavedModel"),
     "Core ML": (lambda: b"\x08\x07\x12\x02ab\xa2\x1f\x10" + bytes(16), "is a Core ML model"),
-    "another protobuf": (lambda: b"\x08\x07\x12\x02ab\x4a\x10" + bytes(16), "is in no format that is known here"),
+    "another protobuf": (lambda: b"\x08\x07\x12\x02ab\x4a\x10" + bytes(16), "is in an unknown format"),
     "msgpack": (lambda: b"\x82\xa7encoder\x81" + bytes(100), r"is a msgpack file \(Flax\)"),
     "JSON": (lambda: b'  {"a": 1}', "is JSON, not weights"),
-    "noise": (lambda: bytes(range(255, 128, -1)), "is in no format that is known here"),
+    "noise": (lambda: bytes(range(255, 128, -1)), "is in an unknown format"),
 }
 
 

@@ -21,11 +21,11 @@ __all__ = [
 ]
 
 BACKENDS: dict[str, Backend] = {one.name: one for one in (CuSparseLt(), Cutlass(), Reference())}
-"""Those of 2:4 matrices, by name. "auto" takes the first one that runs, and never the reference."""
+"""Backends for 2:4 matrices, by name. "auto" takes the first one that runs, and never the reference."""
 
 
 def usable_backends(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
-    """Why each backend cannot run on this device with this dtype; None where it can. "cpu" is for weights of any pattern.
+    """By backend, why it cannot run on this device with this dtype; None if it can. "cpu" is for weights of any pattern.
 
     >>> usable_backends(torch.device("cpu"))["cusparselt"]
     'cusparselt needs a CUDA device, and the weights are on cpu'
@@ -38,6 +38,6 @@ def usable_backends(device: torch.device, dtype: torch.dtype | None = None) -> d
 
 
 def backend_or_reference(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The wanted backend where it runs, otherwise the reference, as for a copy on the CPU."""
+    """The wanted backend if it runs on the device, otherwise the reference, such as for a copy on the CPU."""
     own = BACKENDS[wanted]
     return wanted if own.device_reason(device) is None and own.dtype_reason(dtype) is None else "reference"

@@ -1,7 +1,7 @@
-"""What a backend is: a way to store a 2:4 matrix and to multiply by it.
+"""The interface of backends: how a 2:4 matrix is stored and multiplied by.
 
-Each backend keeps a packed matrix in two tensors: `packed`, of the weight's dtype, and `metadata`. None of them checks that what
-it packs is 2:4: callers must.
+Each backend stores a packed matrix as two tensors: `packed`, of the weight's dtype, and `metadata`. Backends do not check that
+a matrix is 2:4; callers must.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class BackendError(ValueError):
-    """A backend that was asked for cannot run here, or cannot take this layer."""
+    """The given backend cannot run here, or cannot run this layer."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Refusal:
 
     reason: str
     cause: Literal["layer", "weight", "backend", "unmeasured"] = "backend"
-    """The kind of layer; a weight that is not 2:4; what the backend takes; or sizes that no grid has measured."""
+    """What the reason is about: the kind of layer, a weight that is not 2:4, the backend, or sizes that no grid has measured."""
 
 
 class Backend(ABC):
@@ -43,10 +43,10 @@ class Backend(ABC):
     row_multiple: int = 1
     column_multiple: int = 1
     learns_layout: bool = False
-    """The first call of `metadata_layout` for a shape takes as long as some fifteen products."""
+    """Whether the first call of `metadata_layout` for a shape takes as long as about fifteen products."""
 
     def shape_reason(self, rows: int, columns: int) -> str | None:
-        """Why a (rows, columns) matrix cannot be packed, by the library's documentation; None where it can."""
+        """Why the library's documentation excludes (rows, columns) matrices; None if it does not."""
         if rows % self.row_multiple == 0 and columns % self.column_multiple == 0:
             return None
         return (
@@ -55,16 +55,16 @@ class Backend(ABC):
         )
 
     def probed_reason(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why the library itself refuses a shape that its documentation allows, found by a probe; None where it takes it."""
+        """Why the library refuses a shape that its documentation allows, found by a probe; None if it does not."""
         del rows, columns, dtype, device
         return None
 
     def matrix_reason(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Why a (rows, columns) matrix cannot be packed, by documentation and by a probe; None where it can."""
+        """Why a (rows, columns) matrix cannot be packed, by documentation and probe; None if it can."""
         return self.shape_reason(rows, columns) or self.probed_reason(rows, columns, dtype, device)
 
     def dtype_reason(self, dtype: torch.dtype) -> str | None:
-        """Why numbers of this dtype cannot be packed; None where they can."""
+        """Why numbers of this dtype cannot be packed; None if they can."""
         if dtype in self.dtypes:
             return None
         taken = ", ".join(str(one).removeprefix("torch.") for one in self.dtypes)
@@ -72,7 +72,7 @@ class Backend(ABC):
 
     @abstractmethod
     def device_reason(self, device: torch.device) -> str | None:
-        """Why it cannot run on this device; None where it can."""
+        """Why the backend cannot run on this device; None if it can."""
 
     @abstractmethod
     def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
@@ -86,10 +86,10 @@ class Backend(ABC):
 
     @abstractmethod
     def metadata_layout(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataLayout | None:
-        """How it stores the metadata of (rows, columns) matrices; None where that is unknown: then only it can pack them."""
+        """The layout of the metadata of (rows, columns) matrices; None if unknown, so that only the backend can pack them."""
 
     def dtypes_of_layout(self, dtype: torch.dtype, device: torch.device) -> tuple[torch.dtype, ...]:
-        """The dtypes of values that metadata in the layout of `dtype` serve; by default all that the backend takes."""
+        """The dtypes of values that can use metadata in the layout of `dtype`; by default all that the backend takes."""
         del dtype, device
         return self.dtypes
 
@@ -104,11 +104,11 @@ class Backend(ABC):
         """(packed, metadata) of the current values of a weight at the given positions, cast to a dtype.
 
         Args:
-            metadata: bytes in the backend's `metadata_layout`; empty where that is unknown.
+            metadata: bytes in the backend's `metadata_layout`; empty if that is unknown.
         """
 
     def split(self, flat: Shaped[Tensor, " P"], rows: int, columns: int) -> tuple[Shaped[Tensor, "..."], Shaped[Tensor, "..."]]:
-        """(packed, metadata) from one tensor that holds the values of a matrix and then its metadata."""
+        """(packed, metadata) from one tensor that has the values of a matrix followed by its metadata."""
         values, metadata = split_packed(flat, rows, columns)
         return values, metadata.view(torch.uint8)
 

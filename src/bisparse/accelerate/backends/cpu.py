@@ -1,4 +1,4 @@
-"""Weights with any pattern of zeros on CPUs: stored as non-zeros and a bit mask, packed where a timing says that it is faster."""
+"""The CPU backend: weights with any pattern of zeros as non-zeros and a bit mask, packed if a timing shows that it is faster."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ __all__ = [
 CPU = "cpu"
 """The backend's name."""
 MAX_DENSITY = 0.8
-"""Fraction of non-zeros up to which packing is tried: beyond that it saves less than a seventh of a half-precision weight."""
+"""Maximum fraction of non-zeros for which packing is tried; above, it saves less than a seventh of a half-precision weight."""
 DENSITY_STEPS = 20
-"""Weights of one shape share a timing if their densities agree when rounded to 1 / this."""
+"""Weights of one shape share a timing if their densities agree when rounded to multiples of 1 / this number."""
 TOKENS = (4, 8, 16, 32, 64)
-"""Numbers of tokens at which the two ways to multiply by a packed weight are compared."""
+"""Numbers of tokens for which the two ways to multiply by a packed weight are compared."""
 MANY_TOKENS = 512
-"""At so many, a packed weight is always expanded; what that costs against a dense weight is measured and reported."""
+"""A number of tokens for which a packed weight is always expanded; its cost relative to dense is measured and reported."""
 MIN_SPEEDUP = 1.05
-"""Below it a win is taken for noise, and the layer stays dense."""
+"""Minimum speedup for a layer to be packed; a smaller one may be noise."""
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 50, 0.03
-"""Timed runs of each contender: as many as fit into so many seconds, within these bounds."""
+"""Timed runs of each contender: as many as fit into the time budget in seconds, within these bounds."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,16 @@ class BitmaskWeight:
     trainable: bool
     """Whether the dense weight required a gradient."""
     max_tokens: int
-    """Up to so many tokens the weight is multiplied as it is stored; beyond that, bands of it are expanded."""
+    """Maximum number of tokens for which the weight is multiplied in packed form; for more, bands of it are expanded."""
     packed: BitmaskPacked
 
     @classmethod
     @torch.no_grad()
     def from_dense(cls, weight: Float[Tensor, "O I"], *, max_tokens: int, name: str = "") -> BitmaskWeight:
-        """The weight, packed. What was packed is unpacked once and compared.
+        """Pack a weight. The packed weight is unpacked once and compared.
 
         Raises:
-            BackendError: the weight has no values, or unpacking does not give it back.
+            BackendError: the weight has no values, or unpacking does not return the same weight.
         """
         trainable, weight = weight.requires_grad, weight.detach()
         shape = (weight.shape[0], weight.shape[1])
@@ -71,7 +71,7 @@ class BitmaskWeight:
         packed = pack_bitmask(weight)
         if not same_bits(unpack_bitmask(packed, *shape), torch.where(weight == 0, 0.0, weight)):
             raise BackendError(
-                f"{name or 'a weight'} of shape {shape} and {weight.dtype}: unpacking what was packed does not give it back; "
+                f"{name or 'a weight'} of shape {shape} and {weight.dtype}: unpacking does not return the same values; "
                 "it is not packed"
             )
         return cls(shape, trainable, max_tokens, packed)
@@ -84,7 +84,7 @@ class BitmaskWeight:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All that is stored; the first one has the weight's dtype."""
+        """All stored tensors; the first one has the weight's dtype."""
         return tuple(self.packed)
 
     @property
@@ -94,7 +94,7 @@ class BitmaskWeight:
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "O I"]:
-        """The weight that was packed. All its zeros are 0.0: the packed storage has no sign for them."""
+        """The dense weight. Its zeros are all 0.0, since packed storage does not keep the sign of zeros."""
         return unpack_bitmask(self.packed, *self.shape)
 
     def parameter(self) -> nn.Parameter:
@@ -106,7 +106,7 @@ class BitmaskWeight:
         return linear_at_once(input, self.packed, bias, *self.shape, self.max_tokens)
 
     def fits(self, input: Tensor) -> bool:
-        """Whether an input can be multiplied as it is: its dtype and size are the weight's, and autocast asks for no other."""
+        """Whether an input needs no conversion: its dtype and size match the weight's, and autocast requests no other dtype."""
         return (
             input.dtype == self.packed.values.dtype
             and input.ndim > 0
@@ -115,14 +115,14 @@ class BitmaskWeight:
         )
 
     def repacked(self, weight: Float[Tensor, "O I"], name: str = "") -> BitmaskWeight:
-        """Another weight, dense, packed the same way; on another device or in float64 its products expand all of it."""
+        """A different dense weight packed the same way; on another device or in float64, products expand all of it."""
         return replace(self.from_dense(weight, max_tokens=self.max_tokens, name=name), trainable=self.trainable)
 
     def mapped(self, fn: Callable[[Tensor], Tensor]) -> BitmaskWeight:
-        """With a function applied to all tensors that keeps the weight's dtype, and the bits."""
+        """A copy with a function applied to all tensors, which keeps the weight's dtype and the bits of the masks."""
 
         def apply(tensor: Shaped[Tensor, "..."]) -> Tensor:
-            # As numbers of the weight's dtype: a function such as `.type(bfloat16)` would round integers.
+            # Viewed as the weight's dtype, since a function such as `.type(bfloat16)` would round integers.
             return fn(tensor.view(self.dtype)).view(tensor.dtype)
 
         return replace(self, packed=BitmaskPacked(*(apply(one) for one in self.packed)))
@@ -130,22 +130,22 @@ class BitmaskWeight:
 
 @dataclass(frozen=True)
 class CPUTiming:
-    """Seconds of a product, dense and packed, and the most tokens for which a packed one need not expand."""
+    """Seconds of a product, dense and packed, and the maximum number of tokens for which the packed one need not expand."""
 
     dense_s: float
     packed_s: float
     max_tokens: int
     many: float = 1.0
-    """Dense time over packed time at `MANY_TOKENS`: below 1 the packed weight is slower there."""
+    """Dense time divided by packed time for `MANY_TOKENS` tokens; below 1 the packed weight is slower there."""
 
     @property
     def speedup(self) -> float:
-        """Dense time over packed time, at the number of tokens that was asked for."""
+        """Dense time divided by packed time, for the requested number of tokens."""
         return self.dense_s / self.packed_s
 
 
 def cpu_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
-    """Why packed weights of this dtype have no compiled product on this device; None where they have."""
+    """Why packed weights of this dtype have no compiled product on this device; None if they have one."""
     from bisparse.kernels.packed_cpu.instructions import NUMBERS, usable_ways
 
     if device.type != "cpu":
@@ -159,7 +159,7 @@ def cpu_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | 
 
 
 def density_refusal(weight: Float[Tensor, "O I"]) -> Refusal | None:
-    """Why a weight has too few zeros to be packed; None where it has enough."""
+    """Why a weight has too few zeros to be packed; None if it has enough."""
     density = _density(weight)
     if density == 1.0:
         return Refusal("its weight is dense: prune it first", "weight")
@@ -172,14 +172,14 @@ def density_refusal(weight: Float[Tensor, "O I"]) -> Refusal | None:
 
 
 _timings: dict[tuple[tuple[int, int], torch.dtype, int, int, int], CPUTiming] = {}
-"""By shape, dtype, density in steps, threads, and tokens."""
+"""Timings by shape, dtype, rounded density, threads and tokens."""
 
 
 @torch.no_grad()
 def measured(weight: Float[Tensor, "O I"], tokens: int = 1) -> CPUTiming:
-    """Times of products with a weight, dense and packed, on this CPU; measured once per shape, dtype, density, threads, tokens.
+    """Times of products with a weight on this CPU, dense and packed; measured once per shape, dtype, density, threads and tokens.
 
-    The same product is repeated: a weight that fits into the caches is timed there.
+    The same product is repeated, so a weight that fits into the caches is timed in the caches.
     """
     weight = weight.detach()
     rows, columns = weight.shape
@@ -214,7 +214,7 @@ def _density(weight: Tensor) -> float:
 
 
 def _fastest(*contenders: Callable[[], Tensor]) -> list[float]:
-    """The shortest time of each contender in seconds, measured in turns: other work on the machine only ever adds time."""
+    """The shortest time of each contender in seconds, measured in turns, since other work on the machine can only add time."""
     for run in contenders:  # compiles, and fills caches
         run()
     times: list[list[float]] = [[] for _ in contenders]

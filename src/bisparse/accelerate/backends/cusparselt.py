@@ -1,4 +1,4 @@
-"""The cuSPARSELt backend: NVIDIA's library, which keeps values and metadata in one tensor, and its search for an algorithm.
+"""The cuSPARSELt backend: NVIDIA's library, which stores values and metadata in one tensor, and its algorithm search.
 
 Source of signatures: torch/csrc/cuda/shared/cusparselt.cpp and ATen/native/sparse/cuda/cuSPARSELtOps.cpp, torch 2.11 to 2.13; of
 shapes and dtypes: `torch.sparse.SparseSemiStructuredTensorCUSPARSELT`. The operators are prototypes in torch; this file alone
@@ -23,11 +23,11 @@ from bisparse.kernels.sparse24.positions import kept_mask, take_values
 __all__ = ["Algorithm", "CuSparseLt", "search_algorithm"]
 
 MAX_ALGORITHM_ERROR = 1e-2
-"""Relative error that half precision and another order of sums may make."""
+"""Maximum relative error from half precision and a different order of summation."""
 
 
 class CuSparseLt(TensorCoreBackend):
-    """NVIDIA's cuSPARSELt: values and metadata in one tensor, in a layout that the library does not document."""
+    """NVIDIA's cuSPARSELt: values and metadata in one tensor, in an undocumented layout."""
 
     name = "cusparselt"
     row_multiple, column_multiple = 16, 16
@@ -37,14 +37,14 @@ class CuSparseLt(TensorCoreBackend):
         return None if torch.backends.cusparselt.is_available() else "this torch is built without cuSPARSELt"
 
     def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Shaped[Tensor, "R P"], Shaped[Tensor, "0"]]:
-        # Adding zero turns -0.0 into 0.0: whether the library takes -0.0 for a zero is not documented.
+        # Adding zero turns -0.0 into 0.0; it is not documented whether the library treats -0.0 as a zero.
         packed = self._compress(matrix.contiguous() + 0.0)
         return packed.view(matrix.shape[0], -1), matrix.new_empty(0)
 
     def unpack(
         self, packed: Shaped[Tensor, "R P"], metadata: Shaped[Tensor, "..."], rows: int, columns: int
     ) -> Float[Tensor, "R C"]:
-        # Exact for finite numbers: every sum has one term that is not zero.
+        # Exact for finite numbers: every sum has at most one non-zero term.
         return self.multiply(packed, metadata, torch.eye(columns, dtype=packed.dtype, device=packed.device), rows)
 
     def metadata_layout(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataLayout | None:
@@ -96,20 +96,20 @@ class CuSparseLt(TensorCoreBackend):
 
 
 class Algorithm(NamedTuple):
-    """How `torch._cslt_sparse_mm` shall compute a product; its own argument names."""
+    """Arguments of `torch._cslt_sparse_mm` that select how a product is computed."""
 
     alg_id: int = 0
     split_k: int = 1
     """Number of parts into which the sum over columns is split."""
     split_k_mode: int = -1
-    """How the parts are added; used where there are several."""
+    """How the parts are added, if there are several."""
 
 
 @functools.lru_cache(maxsize=1024)
 def search_algorithm(
     shape: tuple[int, int, int], by_rows: bool, bias: bool, transposed: bool, dtype: torch.dtype, device: torch.device
 ) -> Algorithm:
-    """The fastest algorithm for (rows, columns, tokens), by one run of each on random numbers; the default one if that is wrong.
+    """The fastest algorithm for (rows, columns, tokens), by a run of each on random numbers; the default if its result is wrong.
 
     Args:
         by_rows: the dense operand, (columns, tokens), is row-major; otherwise column-major.
@@ -118,7 +118,9 @@ def search_algorithm(
     rows, columns, tokens = shape
     default = Algorithm()
     try:
-        own = torch.Generator(device).manual_seed(0)  # a search in the middle of a run must not move its random numbers
+        own = torch.Generator(device).manual_seed(
+            0
+        )  # a search in the middle of a run must not advance its random number generator
         matrix = torch.randn(rows, columns // 4, 4, dtype=dtype, device=device, generator=own)
         matrix[..., 2:] = 0
         packed = torch._cslt_compress(matrix.view(rows, columns)).view(rows, -1)
@@ -133,7 +135,7 @@ def search_algorithm(
             ]
     except RuntimeError:  # also out of memory
         return default
-    # Some algorithms have given wrong products (pytorch/pytorch issue 155333), or refused what they were found for.
+    # Some algorithms have returned wrong products (pytorch/pytorch issue 155333), or failed on the shape they were found for.
     right, other = (product.float() for product in products)
     return found if bool((right - other).norm() <= MAX_ALGORITHM_ERROR * right.norm()) else default
 

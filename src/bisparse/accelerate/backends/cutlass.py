@@ -1,4 +1,4 @@
-"""The CUTLASS backend: torch's CUTLASS kernels, which take values and metadata apart.
+"""The CUTLASS backend: torch's CUTLASS kernels, which take values and metadata as separate tensors.
 
 Source of shapes and dtypes: `torch.sparse.SparseSemiStructuredTensorCUTLASS`, torch 2.11 to 2.13. The operators are prototypes in
 torch; this file alone calls them.

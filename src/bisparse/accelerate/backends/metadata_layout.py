@@ -1,10 +1,10 @@
-"""The layout of the metadata that cuSPARSELt packs, learnt from what it packs, since it is documented nowhere.
+"""Finds the layout of cuSPARSELt's metadata from matrices that it packs, since the layout is not documented.
 
-Matrices whose groups encode their own number in kept sets show where each group's four bits go; one with all kept sets shows the
-bits and slots of each set. The layout is used only if it predicts, bit by bit, what the library makes of a random matrix. Then a
-mask's metadata can be written without the library, which reads and writes whole dense matrices for it.
+Matrices whose groups encode their own index in the choice of kept entries show where each group's four bits are stored; one
+with all choices shows the bits and slots of each. The layout is used only if it predicts the library's packing of a random
+matrix bit by bit. A mask's metadata can then be written without the library, which would read and write whole dense matrices.
 
-Known from other sources, and not assumed here: the values come first, group after group; four bits per group follow, on
+Known from other sources, but not assumed here: the values come first, group after group; four bits per group follow, on
 Ampere in blocks of 128 rows and 64 columns, a word for four groups of a row (torch, SparseSemiStructuredTile.cu), on Hopper in
 blocks of 64 rows and 32 columns, a word for two groups of each of two rows (torchao, sparse24_sm90_sparsify.cu).
 """
@@ -26,22 +26,22 @@ __all__ = ["learn_layout"]
 
 SETS = tuple(kept for kept in range(16) if kept.bit_count() <= 2)
 DIGITS = (0b0011, 0b0101, 0b1010, 0b1100)
-"""Kept sets that encode the digits of a number in base four."""
+"""Choices of kept entries that encode the digits of a number in base four."""
 TAGS = 63
-"""Number of tags of groups: with four places each, integers that bfloat16 represents exactly."""
+"""Number of tags of groups: with four places each, they are integers that bfloat16 represents exactly."""
 HEIGHTS, WIDTHS = (1, 2, 4, 8, 16, 32, 64, 128, 256), (4, 8, 16, 32, 64)
-"""Blocks of rows and groups in which an order may repeat."""
+"""Block sizes (rows, groups) at which an order may repeat."""
 
 Pack = Callable[[Float[Tensor, "R C"]], Tensor]
-"""All that the library keeps of a matrix, as one tensor."""
+"""A function that returns everything the library stores for a matrix, as one tensor."""
 
 
 @functools.lru_cache(maxsize=256)
 def learn_layout(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> MetadataLayout | None:
-    """The layout of (rows, columns) matrices, if the values come first, group after group, and then four bits for each group.
+    """The layout of (rows, columns) matrices, if the values come first, group after group, followed by four bits per group.
 
-    It packs some fifteen matrices of this size, once. None if the library stores them in another way, or memory is short: this
-    is cached too, since trying in every pass would be slower than letting the library pack.
+    Packs about fifteen matrices of this size, once. None if the library stores them differently, or there is too little memory;
+    this is cached too, since trying again in every pass would be slower than letting the library pack.
     """
     try:
         return _learnt(pack, rows, columns, dtype, device)
@@ -94,7 +94,7 @@ def _learnt(pack: Pack, rows: int, columns: int, dtype: torch.dtype, device: tor
 
 
 def _image(sets: Int[Tensor, " G"], tags: Int[Tensor, " G"] | int, dtype: torch.dtype) -> Float[Tensor, "G 4"]:
-    """Groups whose kept entries are their places, 1 to 4, plus four times a tag."""
+    """Groups whose kept entries have as values their places, 1 to 4, plus four times a tag."""
     place = torch.arange(4, dtype=torch.int16, device=sets.device)
     numbers = place + 1 + 4 * (tags.to(torch.int16)[:, None] if isinstance(tags, Tensor) else tags)
     return torch.where((sets.to(torch.int16)[:, None] >> place & 1).bool(), numbers, 0).to(dtype)
@@ -105,7 +105,7 @@ def _nibbles(metadata: UInt8[Tensor, " B"]) -> Int[Tensor, " G"]:
 
 
 def _repeating(place: Int[Tensor, "R G"], slots: tuple[Tensor, Tensor]) -> MetadataLayout:
-    """The layout of the smallest block that repeats at regular distances and fills its words; of the whole if none does."""
+    """The layout of the smallest block that repeats at regular strides and fills whole words; or of the whole matrix."""
     rows, groups = place.shape
     blocks = [(height, width) for height, width in itertools.product(HEIGHTS, WIDTHS) if not (rows % height or groups % width)]
     for height, width in (*sorted(blocks, key=lambda block: block[0] * block[1]), (rows, groups)):

@@ -1,4 +1,4 @@
-"""Backends on tensor cores, whose library is probed before it is used: small products of integers, compared bit by bit."""
+"""Base of the tensor-core backends, which are probed before use: small products of integers, compared bit by bit."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from bisparse.kernels.sparse24.metadata import empty_slots, lay_out
 __all__ = ["TensorCoreBackend", "halves_share_metadata", "numbered", "pad_tokens", "probe_device", "probe_shape"]
 
 TOKEN_MULTIPLE = 8
-"""Both libraries take activations whose number of tokens is a multiple of this; others are padded with zeros."""
+"""Both libraries need a multiple of this number of tokens; activations are padded with zeros."""
 
 
 class TensorCoreBackend(Backend):
-    """A backend that needs a GPU with sparse tensor cores; usable where a probe of its library succeeds."""
+    """A backend that needs a GPU with sparse tensor cores; usable if a probe of its library succeeds."""
 
     dtypes = HALF
 
@@ -30,7 +30,7 @@ class TensorCoreBackend(Backend):
             return f"{self.name} needs a CUDA device, and the weights are on {device.type}"
         if not torch.cuda.is_available():
             return f"{self.name} needs a CUDA device, and torch sees none here"
-        if torch.version.hip:  # ROCm has some of the operators, by hipSPARSELt; a trial tells which
+        if torch.version.hip:  # ROCm has some of the operators, by hipSPARSELt; the probe finds out which
             return probe_device(self, numbered(device))
         major, minor = torch.cuda.get_device_capability(device)
         if major < 8:
@@ -42,31 +42,31 @@ class TensorCoreBackend(Backend):
 
     @abstractmethod
     def library_reason(self, major: int, minor: int) -> str | None:
-        """Why this build of the library does not serve devices of a compute capability; None where it does."""
+        """Why this build of the library does not support devices of a compute capability; None if it does."""
 
 
 def probe_device(backend: Backend, device: torch.device) -> str | None:
-    """Why a small product fails on this device, or has wrong numbers; None where it is right."""
+    """Why a small product fails or is wrong on this device; None if it is right."""
     return _probed(_small_product, backend, device)
 
 
 def probe_shape(backend: Backend, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the library refuses matrices of this shape, in packing or in multiplying; None where it takes them."""
+    """Why the library refuses to pack or multiply matrices of this shape; None if it does not."""
     return _probed(_shaped_product, backend, rows, columns, dtype, device)
 
 
 def halves_share_metadata(backend: Backend, device: torch.device) -> bool:
-    """Whether metadata in bfloat16's layout serve values in float16 too."""
+    """Whether metadata in bfloat16's layout also works for values in float16."""
     return _probed(_other_half, backend, device) is None
 
 
 def numbered(device: torch.device) -> torch.device:
-    """The device with its index, so that "cuda" and "cuda:0" share what is cached."""
+    """The device with its index, so that "cuda" and "cuda:0" share a cache entry."""
     return torch.device(device.type, device.index or 0)
 
 
 def pad_tokens(dense: Float[Tensor, "C N"]) -> Float[Tensor, "C N8"]:
-    """The matrix with zero columns added up to the libraries' multiple; row-major or column-major."""
+    """The matrix, padded with zero columns to the libraries' multiple; row-major or column-major as before."""
     missing = -dense.shape[1] % TOKEN_MULTIPLE
     if missing:
         dense = torch.nn.functional.pad(dense.t(), (0, 0, 0, missing)).t()
@@ -74,7 +74,7 @@ def pad_tokens(dense: Float[Tensor, "C N"]) -> Float[Tensor, "C N8"]:
 
 
 def _probed(probe: Callable[..., str | None], *arguments: Any) -> str | None:
-    """The result of a probe, which runs once; one that ran out of memory runs again at the next call."""
+    """The cached result of a probe; one that ran out of memory runs again at the next call."""
     try:
         return probe(*arguments)
     except torch.OutOfMemoryError as error:
@@ -128,7 +128,7 @@ def _other_half(backend: Backend, device: torch.device) -> str | None:
 def _operands(
     device: torch.device, dtype: torch.dtype
 ) -> tuple[Float[Tensor, "64 128"], Float[Tensor, "128 16"], Float[Tensor, "64 16"]]:
-    """A 2:4 matrix with zero, one or two kept per group, a dense one, and their product."""
+    """A 2:4 matrix with zero, one or two kept entries per group, a dense matrix, and their product."""
     numbers = torch.Generator(device="cpu").manual_seed(0)
     rank = torch.rand(64, 32, 4, generator=numbers).argsort(-1)
     kept = rank < torch.randint(0, 3, (64, 32, 1), generator=numbers)

@@ -1,4 +1,4 @@
-"""The reference backend: stores the same packed matrices as the libraries, on any device, and is no faster than dense."""
+"""The reference backend: stores the same packed matrices as the libraries, on any device, but is no faster than dense."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Reference"]
 
 
 class Reference(Backend):
-    """Packed storage that every product unpacks: the libraries' numbers on any device, and no faster than dense."""
+    """Unpacks the matrix for every product: the same results as the libraries, on any device, but no faster than dense."""
 
     name = "reference"
     dtypes = (torch.float64, torch.float32, *HALF)
@@ -25,7 +25,7 @@ class Reference(Backend):
         return None
 
     def pack(self, matrix: Float[Tensor, "R C"]) -> tuple[Float[Tensor, "R C2"], UInt8[Tensor, "R B"]]:
-        positions, _ = torch.ops.bisparse.find_positions(matrix != 0)  # of a group that keeps more, two, as the libraries do
+        positions, _ = torch.ops.bisparse.find_positions(matrix != 0)  # two of a group that keeps more, like the libraries
         return take_values(matrix, positions), to_metadata(positions)
 
     def unpack(
@@ -43,7 +43,7 @@ class Reference(Backend):
         metadata: Shaped[Tensor, "..."],
         dtype: torch.dtype,
     ) -> tuple[Float[Tensor, "R C2"], Shaped[Tensor, "..."]]:
-        # The given metadata are not used: an average that runs here may receive the buffers of a model that runs by a library.
+        # The given metadata is not used: an averaged model that runs here may receive the buffers of one that runs by a library.
         return take_values(weight, positions, dtype), to_metadata(positions)
 
     def multiply(
@@ -58,7 +58,7 @@ class Reference(Backend):
         search: bool = False,
     ) -> Float[Tensor, "..."]:
         matrix = self.unpack(packed, metadata, rows, dense.shape[0])
-        with torch.autocast(dense.device.type, enabled=False):  # as in the libraries, which autocast does not know
+        with torch.autocast(dense.device.type, enabled=False):  # autocast does not affect the libraries' operators either
             product = torch.nn.functional.linear(dense.t(), matrix, bias)
         return product if transposed else product.t().contiguous()
 

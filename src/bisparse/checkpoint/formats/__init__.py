@@ -1,1 +1,1 @@
-"""File formats: what a file or folder is by its content, and readers that yield plain tensors or a refusal with a remedy."""
+"""File formats: recognition by content, and readers that return plain tensors or raise an error with a remedy."""

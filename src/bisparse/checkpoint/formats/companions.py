@@ -1,8 +1,8 @@
-"""The other files of a model's folder: which belong to the model and are copied next to pruned weights, and which are left out.
+"""Selects the other files in a model's folder that are copied next to pruned weights.
 
-What is copied is text (configurations, tokenizers, code, licences), a tokenizer's own binary, or a picture. Whatever holds
-weights is not, by its content and not by its name: it would be a dense model next to the pruned one. Nor is a folder that has
-weights of its own, such as an earlier training checkpoint, unless the model's modules.json says that it is a part of it.
+Text (configurations, tokenizers, code, licences), binary tokenizers and pictures are copied. Files that contain weights, judged
+by content, are not, since they would be a dense model next to the pruned one. Neither are folders with weights, such as earlier
+training checkpoints, unless the model's modules.json names them as parts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ WEIGHT_SUFFIXES = (
     ".ggml", ".tflite", ".mlmodel", ".mlpackage", ".pb", ".npz", ".npy", ".pkl", ".pickle", ".jit", ".engine", ".plan", ".pt2",
     ".distcp", ".nemo", ".pdparams", ".params", ".index.json", ".mar", ".llamafile",
 )  # fmt: skip
-"""Of formats that have no mark of their own, too."""
+"""Suffixes of weights, also of formats that cannot be recognised by content."""
 TOKENIZERS = (".model", ".spm", ".vocab", ".bpe", ".tiktoken", ".dict")
 PICTURES = (b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"RIFF", b"%PDF")
 MAX_TOKENIZER_BYTES = 64 << 20
@@ -37,8 +37,8 @@ def companions(folder: Path, used: Set[str], ours: Set[str]) -> tuple[tuple[str,
     """Files to copy, relative to the folder, and notes that list them and those left out.
 
     Args:
-        used: files that are read as the weights.
-        ours: what bisparse itself writes, which is written again.
+        used: files that are read as weights.
+        ours: files that bisparse writes itself.
     """
     kept: list[str] = []
     left: list[str] = []
@@ -60,9 +60,9 @@ def companions(folder: Path, used: Set[str], ours: Set[str]) -> tuple[tuple[str,
             (kept if _belongs(path) else left).append(name)
     if left:
         left.sort(key=lambda name: not name.endswith("/"))
-        notes += (f"not copied, since these may hold the dense weights or are of no model: {_listed(left)}",)
+        notes += (f"not copied, since they may contain dense weights or do not belong to a model: {_listed(left)}",)
     if dense:
-        notes += (f"copied as they are, dense, since modules.json names them as parts of the model: {_listed(dense)}",)
+        notes += (f"copied unchanged, with dense weights, since modules.json names them as parts of the model: {_listed(dense)}",)
     if links := sorted(path.name for path in folder.rglob("*") if path.is_symlink() and path.is_dir()):
         notes += (f"links to folders are not followed, so these are not copied: {_listed(links)}",)
     if kept:
@@ -85,7 +85,7 @@ def _top_level(folder: Path) -> Iterator[str]:
 
 
 def _files(folder: Path) -> Iterator[str]:
-    """All files below a folder, by their path in it."""
+    """Yield the relative paths of all files below a folder."""
     for root, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if name not in NOT_OF_THE_MODEL and ".bisparse-" not in name)
         for name in sorted(names):
@@ -113,7 +113,7 @@ def _holds_weights(path: Path) -> bool:
 
 
 def _belongs(path: Path) -> bool:
-    """Whether a file is copied: it is text, a tokenizer's or a picture, and neither weights nor a pointer to a file."""
+    """Whether a file is copied: text, a tokenizer or a picture, but neither weights nor a Git LFS pointer."""
     if path.name in OF_A_TRAINING or _holds_weights(path) or _format(path) is Format.LFS_POINTER:
         return False
     with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Weights that are stored in parts, as the plain tensors that they stand for: read by the piece, like any other.
+"""Reads weights that are stored in several parts as plain tensors, piece by piece.
 
 * compressed-tensors' ``sparse-bitmask`` and ``sparse-24-bitmask``: the kept values, and a bit per weight.
 * ``torch.nn.utils.prune``: ``weight_orig`` times ``weight_mask``.
@@ -25,12 +25,12 @@ __all__ = ["fold"]
 BITMASK = ("bitmask", "compressed", "shape")
 PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.(.+)")
 PIECE = 1 << 20
-"""Bytes of a bit mask that are counted at a time."""
+"""Bytes of a bit mask that are processed at a time."""
 
 
 @dataclass(frozen=True)
 class _Bitmask(StoredTensor):
-    """Rows of which only the entries whose bit is set are stored, one after the other."""
+    """A matrix stored as a bit mask and the values of the set entries, row by row."""
 
     bitmask: StoredTensor
     """(rows, ceil(columns / 8)) bytes, the first weight in the lowest bit."""
@@ -38,10 +38,10 @@ class _Bitmask(StoredTensor):
 
     @cached_property
     def _starts(self) -> Int64[np.ndarray, " R1"]:
-        """How many values are stored before each row, and at the end how many there are.
+        """The number of values before each row, and their total at the end.
 
         Raises:
-            CheckpointError: not as many as are stored.
+            CheckpointError: the total is not the number of stored values.
         """
         rows, width = self.bitmask.shape
         counts = np.zeros(rows, dtype=np.int64)
@@ -88,7 +88,10 @@ class _Product(StoredTensor):
         weight, mask = self.weight.read(first, last), self.mask.read(first, last)
         if mask.dtype != torch.bool and not bool(((mask == 0) | (mask == 1)).all()):
             raise CheckpointError(
-                self.path, "is no mask: it holds other numbers than 0 and 1", "multiply it into the weight", tensor=self.mask.name
+                self.path,
+                "is not a mask: it has numbers other than 0 and 1",
+                "multiply it into the weight",
+                tensor=self.mask.name,
             )
         bits = weight.view(_integers(itemsize)).masked_fill_(mask == 0, 0)
         return bytearray(as_bytes(bits)[start - first * itemsize : stop - first * itemsize])
@@ -99,13 +102,13 @@ def _integers(itemsize: int) -> torch.dtype:
 
 
 def fold(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor | None], tuple[str, ...]]:
-    """The weights of a checkpoint that are stored in parts, by the name of the part whose place they take, and notes.
+    """The weights of a checkpoint that are stored in parts, by the name of the part they replace, and notes.
 
-    Names of their other parts are there too, with None: what they hold is in the weights.
+    The names of their other parts are included with None.
 
     Raises:
-        CheckpointError: parts that do not fit each other, a weight that is also there as a whole, or a parametrization of
-            bisparse that cannot be read without the model.
+        CheckpointError: parts that do not match, a weight that is also stored as a whole, or a parametrization of bisparse that
+                cannot be read without the model.
     """
     replaced: dict[str, StoredTensor | None] = {}
     kinds: dict[str, int] = {}
@@ -114,7 +117,7 @@ def fold(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor | 
             continue
         whole, parts, kind = folded
         if whole.name in tensors:
-            problem = f"is there as a whole and in parts ({name})"
+            problem = f"is stored both as a whole and in parts ({name})"
             raise CheckpointError(whole.path, problem, "remove one of them", tensor=whole.name)
         replaced |= {name: whole, **dict.fromkeys(parts)}
         kinds[kind] = kinds.get(kind, 0) + 1
@@ -122,7 +125,7 @@ def fold(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor | 
 
 
 def _fold(name: str, tensor: StoredTensor, tensors: Mapping[str, StoredTensor]) -> tuple[StoredTensor, Sequence[str], str] | None:
-    """What a tensor stands for together with others: the whole, the others' names, and what it is called."""
+    """(the whole weight, the names of its other parts, the name of the format) for a first part."""
     base, _, last = name.rpartition(".")
     if last == "compressed" and all(f"{base}.{part}" in tensors for part in BITMASK):
         return _bitmask(base, tensors)

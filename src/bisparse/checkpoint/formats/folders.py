@@ -1,4 +1,4 @@
-"""Folders that hold weights in other ways than a model's own folder: followed where that is safe, otherwise refused by name."""
+"""Folders other than a model's own: Hugging Face caches are resolved, and other formats are refused by name."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_REF_BYTES = 256
 
 
 def resolve_cache(path: Path) -> Path:
-    """Of a Hugging Face cache entry (``models--org--name``) the snapshot of its main branch; any other path as it is.
+    """The snapshot of the main branch of a Hugging Face cache entry (``models--org--name``); other paths are returned unchanged.
 
     Raises:
-        CheckpointError: several snapshots, and no main among them; or a folder of such entries.
+        CheckpointError: several snapshots without a main branch, or a folder of such entries.
     """
     snapshots = path / "snapshots"
     if path.is_dir() and not (path / "config.json").exists() and snapshots.is_dir() and (path / "blobs").is_dir():
@@ -43,7 +43,7 @@ def resolve_cache(path: Path) -> Path:
 
 
 def check_kind(folder: Path) -> None:
-    """Refuse a folder whose weights are not in one place, with what to do.
+    """Raise CheckpointError, with a remedy, for folders of formats that are not read.
 
     Raises:
         CheckpointError: a diffusers pipeline, a DeepSpeed or torch.distributed checkpoint, a TensorFlow SavedModel, or a folder

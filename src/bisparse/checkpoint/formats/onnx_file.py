@@ -1,4 +1,4 @@
-"""ONNX models: their initializers and constants, also those of graphs inside the graph, and as what it multiplies by each.
+"""Reads ONNX models: initializers and constants, including those of nested graphs, and how the graph multiplies by each.
 
 TensorRT looks for 2:4 along the reduction axis of the weights of MatMul, Gemm and Conv, as the GEMM does. A weight reaches these
 nodes directly or through nodes that keep its zeros: Identity, Cast, Transpose, and DequantizeLinear with a zero point of zero.
@@ -25,7 +25,7 @@ CODES = {
     1: "F32", 2: "U8", 3: "I8", 4: "U16", 5: "I16", 6: "I32", 7: "I64", 9: "BOOL", 10: "F16", 11: "F64", 12: "U32", 13: "U64",
     14: "C64", 16: "BF16", 17: "F8_E4M3", 18: "F8_E4M3FNUZ", 19: "F8_E5M2", 20: "F8_E5M2FNUZ",
 }  # fmt: skip
-"""safetensors' name of each of onnx.TensorProto's data types that it has too."""
+"""Names in safetensors of those data types of onnx.TensorProto that it has."""
 KEEPS_ZEROS = ("Identity", "Cast", "DequantizeLinear", "Transpose")
 EXTERNAL = 1
 
@@ -42,7 +42,7 @@ class _Bytes:
 
 
 def read_onnx(file: InputFile) -> tuple[dict[str, StoredTensor], tuple[InputFile, ...]]:
-    """An ONNX model's initializers, each with the layout in which it is multiplied by or why it is not, and the files read.
+    """(the initializers of an ONNX model, each with the layout of its product or why there is none, the files that were read).
 
     Raises:
         CheckpointError: the onnx package is missing, the model is damaged, or its external data is not in its folder.
@@ -59,7 +59,7 @@ def read_onnx(file: InputFile) -> tuple[dict[str, StoredTensor], tuple[InputFile
     reading = _Reading(file)
     try:
         reading.read(model.graph, {}, "")
-    except ValueError as error:  # attributes and data that are not what their node or shape needs
+    except ValueError as error:  # attributes or data that do not fit their node or shape
         raise CheckpointError(file.path, f"is damaged or no valid ONNX model ({error})", "fetch or export it again") from error
     return reading.named(), (file, *reading.external.values())
 
@@ -69,7 +69,7 @@ Place = tuple[str, bool]
 
 
 class _Reading:
-    """One pass over a graph and those inside it, in whose order of nodes each value is made before it is used."""
+    """A pass over a graph and its nested graphs, whose nodes are in topological order."""
 
     def __init__(self, file: InputFile) -> None:
         self.file = file
@@ -78,7 +78,7 @@ class _Reading:
         self.found: dict[str, Layout | str] = {}
 
     def named(self) -> dict[str, StoredTensor]:
-        """The tensors, each with the layout in which it is multiplied by, or why it is not."""
+        """The tensors, each with the layout of its product, or why there is none."""
         unused = "no MatMul, Gemm or Conv multiplies by it"
         return {
             name: replace(tensor, operand=self.found.get(name, unused) if len(tensor.shape) >= 2 else None)
@@ -86,7 +86,7 @@ class _Reading:
         }
 
     def read(self, graph: Any, outer: Mapping[str, Place], prefix: str) -> None:
-        """Add a graph's initializers and constants, and what its nodes do with them and with those of the graphs around it."""
+        """Add a graph's initializers and constants, and the products of its nodes with them and with those of outer graphs."""
         scope = dict(outer)
         for initializer in graph.initializer:
             self._add(initializer, initializer.name, scope, prefix)
@@ -114,11 +114,11 @@ class _Reading:
             scope[value] = (name, False)
 
     def _follow(self, node: Any, scope: dict[str, Place]) -> None:
-        """Let the result of a node stand for the tensor that it is made from, if it has zeros where that has."""
+        """Map the result of a node to its input tensor, if the node keeps zeros."""
         name, transposed = scope[node.input[0]]
         point = scope.get(node.input[2]) if node.op_type == "DequantizeLinear" and len(node.input) > 2 and node.input[2] else None
         if point is not None and bool((self.tensors[point[0]].read().float() != 0).any()):
-            self.found[name] = "quantised with a zero point that is not zero: a stored zero is no zero of the weight"
+            self.found[name] = "quantised with a non-zero zero point, so a stored zero is not a zero weight"
         elif point is None and node.op_type == "DequantizeLinear" and len(node.input) > 2 and node.input[2]:
             self.found[name] = "quantised with a zero point that the graph computes"
         elif node.op_type != "Transpose":
@@ -181,9 +181,9 @@ def _attribute(node: Any, name: str, default: Any) -> Any:
 
 
 def _multiplied(node: Any, scope: Mapping[str, Place], tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, Layout | str]]:
-    """The initializers that a node multiplies by, and how."""
+    """Yield the initializers that a node multiplies by, and their layouts."""
     rules: dict[str, Callable[[int], bool | None]] = {
-        # Whether the operand is stored as (O, I). The second factor of a MatMul is (I, O), the first (O, I).
+        # Whether the operand is stored as (O, I). The first factor of a MatMul is (O, I), the second (I, O).
         "MatMul": lambda place: place == 0,
         "Gemm": lambda place: (
             None if place > 1 else not _attribute(node, "transA", 0) if place == 0 else bool(_attribute(node, "transB", 0))
@@ -205,7 +205,7 @@ def _multiplied(node: Any, scope: Mapping[str, Place], tensors: Mapping[str, Sto
         elif node.op_type == "Conv" and place == 1 and len(shape) in (3, 4, 5) and not transposed:
             groups = int(_attribute(node, "group", 1))
             if shape[1] == 1 and groups > 1:
-                yield name, "depthwise convolution: one input channel a filter, no reduction to make sparse"
+                yield name, "depthwise convolution: one input channel per filter, no reduction to make sparse"
             elif groups < 1 or shape[0] % groups:
                 yield name, f"a convolution of {groups} groups, which do not divide its {shape[0]} outputs"
             else:

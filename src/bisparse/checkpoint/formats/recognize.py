@@ -1,4 +1,4 @@
-"""What a file is, by its content: the formats that are read, and those that are refused by name with what to do."""
+"""Recognises the format of a file by its content: formats that are read, and those that are refused with a remedy."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ __all__ = ["READABLE", "Format", "is_text", "recognize", "unreadable"]
 LEGACY_MAGIC = b"l\xfc\x9cF\xf9 j\xa8P\x19."
 """The number 0x1950a86a20f9469cfc6c, with which torch < 1.6 began its files, as pickle writes it."""
 MAX_SAFETENSORS_HEADER = 100_000_000
-"""Bytes; the library's own limit."""
+"""Maximum bytes of a safetensors header, as in the library."""
 HEAD = 4096
 ONNX_GRAPH = 7
 ONNX_FIELDS = {1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26}
 """Fields of onnx.ModelProto."""
 CORE_ML_TYPES = 200
-"""The fields from this one on hold a Core ML model of one type or another."""
+"""First of the fields for the types of Core ML models."""
 MAX_FIELDS = 64
-"""Different ones, of a protocol buffer that is looked at."""
+"""Maximum number of different fields of a protocol buffer that are examined."""
 MAX_VARINTS = 20
-"""Bytes of a tag and a length."""
+"""Maximum bytes of a tag and a length."""
 
 
 class Format(StrEnum):
-    """A format; the value is how messages call it."""
+    """A file format; the value is its description in messages."""
 
     SAFETENSORS = "a safetensors file"
     TORCH_ARCHIVE = "a torch archive"
@@ -55,7 +55,7 @@ class Format(StrEnum):
 
 
 READABLE = (Format.SAFETENSORS, Format.TORCH_ARCHIVE, Format.TORCH_LEGACY, Format.TORCHSCRIPT, Format.ONNX)
-"""In the order in which they are preferred where a folder holds several."""
+"""Formats that are read, in order of preference if a folder has several."""
 
 TO_SAFETENSORS = "load it with the library that wrote it and save the weights with safetensors"
 REMEDIES = {
@@ -89,15 +89,15 @@ STARTS = (
 
 
 def recognize(file: InputFile) -> Format | None:
-    """A file's format, whatever it is called; None where its first bytes are of none that is known here.
+    """The format of a file, independent of its name; None if its first bytes are not recognised.
 
     Raises:
-        CheckpointError: it cannot be read, or has changed.
+        CheckpointError: the file cannot be read, or has changed.
     """
     head = bytes(file.read(0, min(file.size, HEAD)))
     if not head:
         return Format.EMPTY
-    # First of all, since the length of the header may begin with the mark of another format.
+    # Tested first, since the length of the header may begin with the magic bytes of another format.
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= MAX_SAFETENSORS_HEADER:
         return Format.SAFETENSORS
     if (found := next((kind for start, kind in STARTS if head.startswith(start)), None)) is not None:
@@ -126,7 +126,7 @@ def _zip(file: InputFile) -> Format:
             with zipfile.ZipFile(handle) as archive:
                 names = archive.namelist()
         except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError):
-            return Format.TORCH_ARCHIVE  # whose reader says what is wrong
+            return Format.TORCH_ARCHIVE  # its reader reports what is wrong
     inner = {name.partition("/")[2] for name in names}
     if {"archive_format", "models/model.json"} & (inner | set(names)):
         return Format.PT2
@@ -138,7 +138,7 @@ def _zip(file: InputFile) -> Format:
 
 
 def _protobuf(file: InputFile) -> Format | None:
-    """The format of a protocol buffer whose first field is a version: by the fields that it has at the outermost level."""
+    """The format of a protocol buffer whose first field is a version, by its top-level fields."""
     fields: dict[int, int] = {}
     place = 0
     while place < file.size and len(fields) < MAX_FIELDS:
@@ -160,7 +160,7 @@ def _protobuf(file: InputFile) -> Format | None:
 
 
 def _varint(data: bytes, place: int) -> tuple[int, int]:
-    """A number and the place behind it; (0, 0) where there is none."""
+    """A number and the position after it; (0, 0) if there is none."""
     value = 0
     for count, byte in enumerate(data[place : place + 10]):
         value |= (byte & 0x7F) << (7 * count)
@@ -170,7 +170,7 @@ def _varint(data: bytes, place: int) -> tuple[int, int]:
 
 
 def is_text(head: bytes) -> bool:
-    """Whether the beginning of a file is text: UTF-8 without NULs, the last character perhaps cut."""
+    """Whether the beginning of a file is text: UTF-8 without NULs, where the last character may be truncated."""
     try:
         head.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -180,11 +180,11 @@ def is_text(head: bytes) -> bool:
 
 
 def unreadable(file: InputFile, found: Format | None) -> CheckpointError:
-    """The refusal of a file whose format is not read."""
+    """The error for a file whose format is not read."""
     if found is None:
         return CheckpointError(
             file.path,
-            f"is in no format that is known here (it begins with {bytes(file.read(0, min(8, file.size)))!r})",
+            f"is in an unknown format (it begins with {bytes(file.read(0, min(8, file.size)))!r})",
             "fetch it again, or save the weights with safetensors or torch.save(model.state_dict(), ...)",
         )
     return CheckpointError(file.path, f"is {found}", REMEDIES[found])

@@ -1,4 +1,4 @@
-"""torch's semi-structured tensors as saved in torch files: the kept values, and two bits for each, in the CUTLASS layout."""
+"""Reads torch's semi-structured tensors in torch files: kept values, with two bits for each, in the CUTLASS layout."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CUSPARSELT = "torch.sparse.semi_structured.SparseSemiStructuredTensorCUSPARSELT"
 
 @dataclass(frozen=True)
 class _Unpacked(StoredTensor):
-    """The dense tensor, rebuilt each time it is read: CUTLASS's metadata order has no contiguous piece."""
+    """The dense tensor, rebuilt at each read, since no piece of CUTLASS's metadata is contiguous."""
 
     values: StoredTensor
     metadata: StoredTensor
@@ -44,10 +44,10 @@ class _Unpacked(StoredTensor):
 
 
 def semi_structured(name: str, path: Path, wrapped: Wrapped, parts: Mapping[str, StoredTensor]) -> StoredTensor | None:
-    """The dense tensor that a semi-structured one stands for; None for other tensor subclasses.
+    """The dense tensor of a semi-structured one; None for other tensor subclasses.
 
     Raises:
-        CheckpointError: it is cuSPARSELt's, whose layout is known to that library only, or its parts do not fit its shape.
+        CheckpointError: it is packed by cuSPARSELt, whose layout is not public, or its parts do not fit its shape.
     """
     if wrapped.kind == CUSPARSELT:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Where a torch file keeps a model's weights: a state dict, nested in a training checkpoint, or in a pickled module."""
+"""Finds a model's weights in a torch file: a state dict, possibly nested in a training checkpoint, or a pickled module."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from bisparse.errors import CheckpointError
 __all__ = ["Stored", "find_weights"]
 
 Stored = TensorRef | NotPlain | Wrapped
-"""What stands for a tensor."""
+"""The representation of a tensor that was not loaded."""
 
 NESTED = ("state_dict", "model_state_dict", "model", "module")
-"""Where training checkpoints keep the model's weights, the first that holds tensors counts."""
+"""Keys of the model's weights in training checkpoints; the first one with tensors counts."""
 MAX_DEPTH = 64
 MAX_MODULES = 1 << 17
 SHOWN = 8
@@ -23,10 +23,10 @@ SAVE = "save `model.state_dict()` with torch.save, or use safetensors"
 
 
 def find_weights(content: Any, path: Path, key: str | None = None) -> tuple[dict[str, Stored], tuple[str, ...]]:
-    """A model's tensors by name, and notes on what else the file holds.
+    """A model's tensors by name, and notes on other content of the file.
 
     Args:
-        key: where they are, such as ``"model.state_dict"``; by default they are found.
+        key: key of the weights, such as ``"model.state_dict"``; by default it is found.
 
     Raises:
         CheckpointError: there are none, or several state dicts to choose from.
@@ -91,7 +91,7 @@ def _outline(content: Any) -> str:
 
 
 def _mapping(node: Any) -> Mapping[Any, Any]:
-    """What a node holds by name: a dict's items, or the attributes of an object that was not loaded."""
+    """The content of a node by name: a dict's items, or the attributes of a stub."""
     if isinstance(node, Mapping):
         return node
     if isinstance(node, Stub):
@@ -116,7 +116,7 @@ def _tensors(node: Any) -> dict[str, Stored]:
 
 
 def _stored(value: Any) -> Stored | None:
-    """What stands for a tensor, also where a function that is not known makes one of a storage or of another tensor."""
+    """The representation of a tensor, or None; tensors made by an unknown function become `NotPlain`."""
     if isinstance(value, Stored):
         return value
     if isinstance(value, Stub) and any(isinstance(one, StorageRef | Stored) for one in value.args):
@@ -125,10 +125,10 @@ def _stored(value: Any) -> Stored | None:
 
 
 def _module_tensors(module: Any) -> dict[str, Stored]:
-    """The tensors of a module and those in it, in the order of its state_dict.
+    """The tensors of a module and its submodules, in the order of its state_dict.
 
     Raises:
-        ValueError: more modules than a model has, counted under each of their names, as where each holds the next one twice.
+        ValueError: too many modules, counted under each of their names, such as if each contains the next one twice.
     """
     found: dict[str, Stored] = {}
     waiting = [("", module, 0)]
@@ -145,7 +145,7 @@ def _module_tensors(module: Any) -> dict[str, Stored]:
 
 
 def _parts(module: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    """What a module holds of its own, by name, and the modules in it."""
+    """A module's own tensors and its submodules, by name."""
     if _is_script(module):
         own = dict(_mapping(module))
         return own, {name: inner for name, inner in own.items() if _is_script(inner)}
@@ -158,7 +158,7 @@ def _parts(module: Any) -> tuple[dict[Any, Any], dict[Any, Any]]:
 
 
 def _holds_tensors(node: Any) -> bool:
-    """Whether a node is, or has somewhere inside it, tensors by name; lists, such as an optimizer's, are not looked at."""
+    """Whether a node contains named tensors at any depth; lists, such as an optimizer's, are not searched."""
     seen: set[int] = set()
     waiting = [node]
     while waiting:
@@ -175,7 +175,7 @@ def _holds_tensors(node: Any) -> bool:
 
 
 def _lookup(node: Any, key: str) -> Any:
-    """The node at a path of keys, which may hold dots themselves."""
+    """The node at a path of keys, which may contain dots."""
     own = _mapping(node)
     if key in own:
         return own[key]

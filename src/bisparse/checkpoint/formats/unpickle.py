@@ -1,7 +1,7 @@
-"""The pickles inside torch's files, read without running any: tensors become references, unknown classes stubs.
+"""Reads the pickles in torch files without executing them: tensors become references, and unknown classes become stubs.
 
-Every global of a pickle is answered here, by a few functions of this file, `OrderedDict`, `set` and `tuple`; all others become
-`Stub` classes that record what they are given. None of these can be changed by the pickle.
+Every global of a pickle is resolved here, to a few functions of this file, `OrderedDict`, `set` and `tuple`; all others become
+`Stub` classes that record their arguments. The pickle cannot change any of these.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STORAGES = {
     "ComplexFloat": torch.complex64, "ComplexDouble": torch.complex128, "Untyped": torch.uint8, "QInt8": torch.qint8,
     "QUInt8": torch.quint8, "QInt32": torch.qint32, "QUInt4x2": torch.quint4x2, "QUInt2x4": torch.quint2x4,
 }  # fmt: skip
-"""The dtype of ``torch.FloatStorage`` and its like."""
+"""Dtypes by storage class, such as ``torch.FloatStorage``."""
 REFUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "BYTEARRAY8", "NEXT_BUFFER", "READONLY_BUFFER", "PERSID"}
 """Opcodes that torch.save does not write: extensions, and lengths that are allocated before they are checked."""
 
@@ -34,11 +34,11 @@ class StorageRef(NamedTuple):
     key: str
     dtype: torch.dtype
     entries: int
-    """How many of that dtype."""
+    """Number of entries."""
 
     @property
     def nbytes(self) -> int:
-        """Its size as the pickle states it."""
+        """Size in bytes, according to the pickle."""
         return self.entries * self.dtype.itemsize
 
 
@@ -50,30 +50,30 @@ class TensorRef(NamedTuple):
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-    """In entries."""
+    """Offset in entries."""
     problem: str = ""
-    """Why the bytes are not the values."""
+    """Why the bytes are not the values; None if they are."""
     remedy: str = ""
 
 
 class NotPlain(NamedTuple):
-    """A tensor that is no view of one storage."""
+    """A tensor that is not a view of one storage."""
 
     problem: str
     remedy: str
 
 
 class Wrapped(NamedTuple):
-    """A tensor subclass, with what it is made of."""
+    """A tensor subclass, with its parts."""
 
     kind: str
-    """Its class."""
+    """Path of its class."""
     shape: tuple[int, ...]
     parts: dict[str, object]
 
 
 class Stub:
-    """An object of a class that is not loaded: what its pickle says of it."""
+    """An object of a class that is not loaded, with the content of its pickle."""
 
     path = ""
     """Module and name of the class."""
@@ -109,7 +109,7 @@ class Stub:
 
 
 class _Known:
-    """A function that a pickle may call and not change."""
+    """A function that a pickle may call but not change."""
 
     __slots__ = ("_function",)
     _function: Callable[..., Any]
@@ -246,7 +246,7 @@ class _Unpickler(pickle.Unpickler):
         return self._stubs[path]
 
     def persistent_load(self, saved: Any) -> Any:
-        if saved[0] in ("module", b"module"):  # a class together with its source code, which torch < 1.6 wrote
+        if saved[0] in ("module", b"module"):  # a class with its source code, as written by torch < 1.6
             return saved[1]
         kind, storage_type, key, _, count, *views = saved
         if kind not in ("storage", b"storage") or not isinstance(storage_type, _StorageType) or any(views):
@@ -256,19 +256,19 @@ class _Unpickler(pickle.Unpickler):
 
 
 def load_pickle(file: BinaryIO, stubs: dict[str, type[Stub]] | None = None) -> Any:
-    """The next object of a stream of pickles, of which nothing is executed; the stream is then behind it.
+    """Read the next object of a stream of pickles, without executing anything.
 
     Args:
-        stubs: classes that are not loaded, by path; those met here are added.
+        stubs: stub classes by path; new ones are added.
 
     Raises:
-        pickle.UnpicklingError, ValueError, TypeError and others that damaged bytes lead to.
+        pickle.UnpicklingError, ValueError, TypeError and others: the bytes are damaged.
     """
     start = file.tell()
     for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
         if opcode.name in REFUSED_OPCODES:
             raise pickle.UnpicklingError(f"opcode {opcode.name}, which torch does not write")
-        # Memory for all indices up to the largest is allocated at once.
+        # The unpickler allocates memory for all indices up to the largest at once.
         if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument is not None and argument > 2 * count + 256:
             raise pickle.UnpicklingError(f"memo index {argument} after {count} opcodes")
     stop = file.tell()

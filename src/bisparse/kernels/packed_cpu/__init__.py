@@ -1,4 +1,4 @@
-"""Products with any sparse matrix on CPUs, stored as its non-zeros and a bit mask: format, specification, kernels.
+"""Products on CPUs with any sparse matrix, stored as its non-zeros and a bit mask: format, specification and kernels.
 
 `layout` defines the format and the operators, and specifies them in plain torch; `instructions` writes the inner loops for
 AVX-512 and AVX2; `kernels` compiles them; `multiply` chooses between them and torch's dense product.

@@ -1,7 +1,7 @@
-"""Products of a packed bfloat16 matrix with several tokens by AMX, the matrix instructions of Intel's servers since 2023.
+"""Products of a packed bfloat16 matrix with several tokens by AMX, the matrix instructions of Intel's server CPUs since 2023.
 
-Idea: an AMX tile holds 16 rows of 32 bfloat16 weights, so a group of 4 blocks is expanded as it is stored, row by row, into the
-memory of a tile, and one instruction multiplies it with the same 32 columns of 16 tokens. Expanding is what takes time, so up to
+Idea: an AMX tile has 16 rows of 32 bfloat16 weights, so a group of 4 blocks is expanded row by row, as it is stored, into the
+memory of a tile, and one instruction multiplies it with the same 32 columns of 16 tokens. Most of the time is spent expanding, so
 64 tokens cost little more than one. The tokens are transposed once per call into the order that AMX reads: pairs of columns.
 
 Source: Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3.
@@ -40,17 +40,17 @@ SIDE = 16
 ROW_BYTES = 64
 TILE_BYTES = SIDE * ROW_BYTES
 CHUNK = 8
-"""Groups that are expanded at a time; with their tiles they stay in the L1 cache."""
+"""Number of groups that are expanded at a time; with their tiles they fit into the L1 cache."""
 MAX_TOKENS = 64
-"""Of one pass over the matrix: four tiles of sums, one of weights and one of tokens, of the eight there are."""
+"""Tokens per pass over the matrix: of the eight tiles, four are used for sums, one for weights and one for tokens."""
 ASK, EXTENDED_STATE, TILE_DATA = 158, 0x1023, 18
-"""Linux on x86-64: the system call arch_prctl, its request ARCH_REQ_XCOMP_PERM, and the number of the tiles' state."""
+"""Linux on x86-64: the system call arch_prctl, its request ARCH_REQ_XCOMP_PERM, and the number of the tile state."""
 MIN_ENTRIES_PER_BAND = 1 << 16
 
 
 @cache
 def amx_works() -> bool:
-    """Whether this processor has AMX's bfloat16 products, numba compiles for them, and Linux lets this process use them."""
+    """Whether this processor has AMX's bfloat16 products, numba compiles for them, and Linux allows this process to use them."""
     if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     if not {"amx-tile", "amx-bf16"} <= processor()[1] or Way.AVX512_BF16 not in usable_ways(torch.bfloat16):
@@ -68,7 +68,7 @@ def _address(b: Any, address: Any) -> Any:
 
 @intrinsic
 def _configure(typing: Any, address: Any) -> tuple[Any, Codegen]:
-    """Give the tiles the shapes in the 64 bytes at an address."""
+    """Configure the shapes of the tiles from the 64 bytes at an address."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         call_llvm(b, "llvm.x86.ldtilecfg", ir.VoidType(), [_address(b, args[0])])
@@ -218,7 +218,7 @@ def amx_kernel(tiles: int) -> Kernel:
 
 @cache
 def _configuration() -> Tensor:
-    """All eight tiles are of 16 rows of 64 bytes."""
+    """The configuration of all eight tiles, with 16 rows of 64 bytes each."""
     bytes_ = torch.zeros(64, dtype=torch.uint8)
     bytes_[0] = 1
     bytes_[16:32:2] = ROW_BYTES

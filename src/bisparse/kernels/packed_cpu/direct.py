@@ -1,10 +1,10 @@
-"""Products that skip torch's dispatcher where it would do nothing but call the kernel, as in the decoding of a language model.
+"""Products that skip torch's dispatcher if it would only call the kernel, such as when a language model decodes.
 
-An operator that is written in Python costs about 12 microseconds per call, as much as the product of a 192 x 576 weight with one
-token. What could see or change the call is checked here: gradients, autocast, modes, tracing, `torch.func`, the profiler, and
-tensors that are more than plain memory. With any of them the operator is called as usual.
+An operator written in Python costs about 12 microseconds per call, as much as the product of a 192 x 576 weight with one token.
+Everything that could observe or change the call is checked here: gradients, autocast, modes, tracing, `torch.func`, the profiler,
+and tensor subclasses. With any of them the operator is called as usual.
 
-This file alone reads torch's dispatch keys, which are private; where torch lacks them nothing is skipped.
+Only this file reads torch's dispatch keys, which are private; if torch lacks them, nothing is skipped.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["linear_at_once"]
 
 
 def _key_sets() -> tuple[set[int], set[int]]:
-    """Dispatch keys of plain tensors on the CPU, and of calls that nothing intercepts; each without and in inference mode."""
+    """Dispatch keys of plain CPU tensors, and of calls that are not intercepted; each outside of and in inference mode."""
     try:
         key, keys = torch._C.DispatchKey, torch._C.DispatchKeySet
         tensor, call = keys(key.CPU) | keys(key.AutocastCPU), keys(key.BackendSelect)
@@ -31,7 +31,7 @@ def _key_sets() -> tuple[set[int], set[int]]:
 
 
 def _intercepted() -> tuple[int, bool]:
-    """What sees a call now: its dispatch keys, and whether functions of torch, a profiler or autocast do."""
+    """(current dispatch keys, whether torch functions, a profiler or autocast intercept calls)."""
     watched = (
         torch._C._len_torch_function_stack() > 0 or torch._C._autograd._profiler_enabled() or torch.is_autocast_enabled("cpu")
     )

@@ -1,7 +1,7 @@
-"""The inner loops of products with packed matrices, written in LLVM's vectors for AVX-512 and AVX2.
+"""The inner loops of products with packed matrices, in LLVM vector code for AVX-512 and AVX2.
 
-A group of 32 columns is loaded as 32 values or fewer, of which its mask selects the places: AVX-512's expand instruction is the
-selector. AVX2 has none, so 8 places at a time are found by a table of 256 permutations. The three ways:
+The values of a group of 32 columns are moved to the places that its mask selects, by AVX-512's expand instruction. AVX2 has none,
+so 8 places at a time are filled by a table of 256 permutations. There are three ways:
 
 * `AVX512_BF16`: bfloat16 only; 32 values at once, and the dot product of pairs that adds in float32;
 * `AVX512`: 16 values at a time, as float32, and fused multiply-adds;
@@ -32,13 +32,13 @@ __all__ = ["MASK_BYTES", "MAX_TOKENS", "NUMBERS", "Way", "expand_block", "expand
 Codegen = Callable[[Any, Any, Any, Any], Any]
 
 PREFETCH_AHEAD = 4096
-"""Bytes of values between those that are multiplied and those that are fetched: 2 to 8 KiB were equally fast, without any the
-processor's own prefetching fell behind past the caches."""
+"""Prefetch distance in bytes of values. 2 to 8 KiB were equally fast; without it, hardware prefetching was too slow for
+matrices larger than the caches."""
 MASK_BYTES = 4 * BLOCK_ROWS
 
 
 class Way(IntEnum):
-    """Instructions that a kernel is made of."""
+    """The instruction set of a kernel."""
 
     AVX512_BF16 = 0
     AVX512 = 1
@@ -53,12 +53,12 @@ FEATURES = {
 LANES = {Way.AVX512_BF16: 16, Way.AVX512: 16, Way.AVX2: 8}
 """Float32 sums per register."""
 MAX_TOKENS = {Way.AVX512_BF16: 4, Way.AVX512: 4, Way.AVX2: 2}
-"""Tokens that are multiplied at once: the sums of 4 rows times these take half of the registers."""
+"""Number of tokens multiplied at once; the sums of 4 rows times this number take half of the registers."""
 
 
 @cache
 def usable_ways(dtype: torch.dtype) -> tuple[Way, ...]:
-    """The ways that numba's target has instructions for, fastest first; none on other processors."""
+    """The ways that the processor supports according to numba, fastest first; empty on other processors."""
     there = processor()[1]
     if dtype not in NUMBERS:
         return ()
@@ -66,7 +66,7 @@ def usable_ways(dtype: torch.dtype) -> tuple[Way, ...]:
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
-    """LLVM's bfloat, which llvmlite has no name for."""
+    """LLVM's bfloat type, which llvmlite lacks."""
 
     intrinsic_name = "bf16"
 
@@ -83,7 +83,7 @@ class _BFloat(ir.Type):  # type: ignore[misc]
 BFLOAT, HALF = _BFloat(), ir.HalfType()
 BF16, F16, F32_NUMBER = range(3)
 NUMBERS = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32_NUMBER}
-"""Dtypes as the kernels know them."""
+"""Numbers of the dtypes in kernels."""
 
 
 def _pointer(b: Any, address: Any, element: ir.Type) -> Any:
@@ -111,7 +111,7 @@ def _size(kind: int) -> int:
 
 
 def _to_float_bits(b: Any, raw: Any, kind: int) -> Any:
-    """Numbers as the int32 bits of float32."""
+    """Convert numbers to the int32 bits of float32."""
     bits = ir.VectorType(I32, raw.type.count)
     if kind == F32_NUMBER:
         return raw
@@ -122,13 +122,13 @@ def _to_float_bits(b: Any, raw: Any, kind: int) -> Any:
 
 
 def _from_float(b: Any, vector: Any, kind: int) -> Any:
-    """Float32 as numbers of a kind, rounded to nearest, ties to even; as integers of their width."""
+    """Convert float32 to the bits of another kind, as integers of its width, rounded to nearest, ties to even."""
     count = vector.type.count
     if kind == F32_NUMBER:
         return b.bitcast(vector, ir.VectorType(I32, count))
     if kind == F16:
         return b.bitcast(b.fptrunc(vector, ir.VectorType(HALF, count)), ir.VectorType(I16, count))
-    # By integers: not every target has the conversion, and LLVM would call a function that is not there.
+    # In integer arithmetic, since not every target has the conversion, and LLVM would call a missing function.
     bits = b.bitcast(vector, ir.VectorType(I32, count))
     upper = b.lshr(bits, number(I32, count, 16))
     odd = b.and_(upper, number(I32, count, 1))
@@ -138,7 +138,7 @@ def _from_float(b: Any, vector: Any, kind: int) -> Any:
 
 
 def _permutations(module: Any) -> Any:
-    """A table: for each byte of a mask, where each of 8 places takes its value from, -1 where it is zero."""
+    """A table with, for each byte of a mask, the source of each of 8 places, -1 for zero."""
     name = "bisparse.permutations"
     if name in module.globals:
         return module.globals[name]
@@ -153,7 +153,7 @@ def _permutations(module: Any) -> Any:
 
 
 def _expand(b: Any, way: int, address: Any, mask: Any, kind: int, convert: Callable[[Any], Any]) -> list[Any]:
-    """A group of 32 columns from its values and mask, as vectors: one of int16, or several of int32 after `convert`."""
+    """Expand a group of 32 columns from its values and mask into vectors: one of int16, or several of int32 after `convert`."""
     if way == Way.AVX512_BF16:
         flags = b.bitcast(mask, ir.VectorType(BIT, GROUP))
         vector = ir.VectorType(I16, GROUP)
@@ -178,12 +178,12 @@ def _expand(b: Any, way: int, address: Any, mask: Any, kind: int, convert: Calla
 
 
 def _packed_group(b: Any, values: Any, masks: Any, group: Any, kind: int) -> tuple[list[tuple[Any, Any]], Any]:
-    """(address of the values, mask) of each row of a group whose values begin at an address; and the address behind them."""
+    """(address of the values, mask) of each row of a group whose values begin at an address, and the address after them."""
     first = b.add(masks, b.mul(group, ir.Constant(I64, MASK_BYTES)))
     rows, before = [], ir.Constant(I64, 0)
     for row in range(BLOCK_ROWS):
         mask = b.load(_pointer(b, _plus(b, first, 4 * row), I32), align=4)
-        # The next group waits for one addition only, of the sum of all counts.
+        # The next group only depends on one addition, that of the sum of all counts.
         rows.append((b.add(values, b.mul(before, ir.Constant(I64, _size(kind)))), mask))
         before = b.add(before, b.zext(b.ctpop(mask), I64))
     return rows, b.add(values, b.mul(before, ir.Constant(I64, _size(kind))))
@@ -213,10 +213,10 @@ def multiply_block(
     typing: Any, way: Any, kind: Any, tokens: Any, packed: Any, values: Any, masks: Any, groups: Any, x: Any, x_stride: Any,
     bias: Any, out: Any, out_stride: Any,
 ) -> tuple[Any, Codegen]:  # fmt: skip
-    """Write the products of a block of 4 rows with 1 to 4 tokens, plus the bias, or none at address 0.
+    """Write the products of a block of 4 rows with 1 to 4 tokens, plus the bias unless its address is 0.
 
-    The block is packed, or with `packed` 0 expanded by `expand_block`, group by group, as the multiplication reads it. The input
-    is bfloat16 for `AVX512_BF16` and float32 otherwise, rows of whole groups; bias and output are of the matrix's kind.
+    The block is packed, or with `packed` 0 already expanded by `expand_block`. The input is bfloat16 for `AVX512_BF16` and
+    float32 otherwise, in rows of whole groups; bias and output have the matrix's kind.
     """
     way_, kind_, tokens_, packed_ = (one.literal_value for one in (way, kind, tokens, packed))
     lanes = LANES[Way(way_)]
@@ -259,12 +259,12 @@ def multiply_block(
 
 
 def _operand_size(way: int) -> int:
-    """Bytes of a number of the input, and of an expanded block that is multiplied with it."""
+    """Bytes per number of the input and of an expanded block."""
     return 2 if way == Way.AVX512_BF16 else 4
 
 
 def _inputs(b: Any, way: int, token: Any, group: Any) -> list[Any]:
-    """A token's group, in the parts of `_expand`."""
+    """A token's group, split into the same vectors as in `_expand`."""
     first, lanes = b.add(token, b.mul(group, ir.Constant(I64, GROUP * _operand_size(way)))), LANES[Way(way)]
     if way == Way.AVX512_BF16:
         return [_load(b, first, I16, GROUP)]
@@ -283,9 +283,9 @@ def expand_block(
     typing: Any, way: Any, kind: Any, operand: Any, values: Any, masks: Any, groups: Any, out: Any, row_stride: Any,
     group_stride: Any,
 ) -> tuple[Any, Codegen]:  # fmt: skip
-    """Write a block of 4 rows as dense numbers, whole groups at ``out + row * row_stride + group * group_stride``.
+    """Write a block of 4 rows as dense numbers, with each group at ``out + row * row_stride + group * group_stride``.
 
-    With `operand` 1 in the type that `multiply_block` multiplies, otherwise in the matrix's own.
+    With `operand` 1 in the dtype that `multiply_block` multiplies, otherwise in the matrix's dtype.
     """
     way_, kind_, operand_ = (one.literal_value for one in (way, kind, operand))
     as_float = operand_ and way_ != Way.AVX512_BF16
@@ -321,7 +321,7 @@ def expand_block(
 def expand_groups(
     typing: Any, values: Any, masks: Any, groups: Any, out: Any, row_stride: Any, group_stride: Any
 ) -> tuple[Any, Codegen]:
-    """Write groups of a bfloat16 block as `expand_block` does, by AVX-512; returns the address behind their values."""
+    """Write groups of a bfloat16 block like `expand_block`, by AVX-512; returns the address after their values."""
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         values, masks, groups, out, row_stride, group_stride = args

@@ -13,7 +13,7 @@ from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
 __all__ = ["expand_kernel", "multiply_kernel"]
 
 NEAR_BYTES = 1 << 15
-"""Maximum bytes of an expanded block and 4 tokens that stay in the L1 cache; larger blocks are expanded once per 4 tokens."""
+"""Maximum bytes of an expanded block and 4 tokens to fit into the L1 cache; larger blocks are expanded once per 4 tokens."""
 
 
 @cache

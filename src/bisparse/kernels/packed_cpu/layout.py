@@ -1,17 +1,17 @@
-"""A sparse matrix as its non-zeros and one bit per entry: the format, its operators, and their specification in plain torch.
+"""The format of sparse matrices as non-zeros and one bit per entry, its operators, and their specification in plain torch.
 
-The matrix is cut into blocks of 4 rows and groups of 32 columns; sides that do not divide are completed with zeros. Block by
-block, and within a block group by group, 4 rows per group:
+The matrix is split into blocks of 4 rows and groups of 32 columns, padded with zeros. Block by block, and within a block group
+by group, 4 rows per group:
 
 * `masks`, int32 of shape (blocks, groups, 4): bit k of a mask is set where column k of the group is not zero;
 * `values`, 1-D, in the matrix's dtype: the non-zeros in the same order, columns ascending, then `PADDING` zeros, so that a
   kernel may load 32 values from any position;
 * `starts`, int64 of length blocks + 1: the position of each block's first value, and their number.
 
-At half density a bfloat16 matrix takes 36 bytes per 64 dense ones, whatever the pattern. The 4 rows of a block lie next to each
-other so that a product reads one stream of values and one of masks, and loads each group of the input once per 4 rows. Values
-have no fixed stride per group: counting bits costs no time where memory is the limit, and a stride would make "50%", whose
-groups of 32 keep up to 28, take half as much again as 16:32.
+At half density a bfloat16 matrix takes 36 bytes per 64 dense ones, for any pattern. The 4 rows of a block are interleaved so that
+a product reads one stream of values and one of masks, and loads each group of the input once per 4 rows. Values have no fixed
+stride per group: counting bits is free when memory is the bottleneck, and with a stride "50%", whose groups of 32 keep up to 28,
+would take 1.5 times as much as 16:32.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ BLOCK_ROWS = 4
 GROUP = 32
 PADDING = 32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-"""float64 is served by the specification alone."""
+"""Dtypes of packed matrices; float64 is only supported by the specification."""
 BAND_ENTRIES = 1 << 20
-"""Entries that are packed at a time, which bounds the memory of packing."""
+"""Maximum number of entries packed at a time, to bound memory."""
 
 
 class BitmaskPacked(NamedTuple):
@@ -62,7 +62,7 @@ define(
 
 
 def pack_bitmask(matrix: Float[Tensor, "R C"]) -> BitmaskPacked:
-    """The packed form of a matrix: its non-zeros, NaN included, and where they are; -0.0 counts as zero.
+    """Pack a matrix: its non-zeros, including NaN, and their positions; -0.0 counts as zero.
 
     Raises:
         ValueError: not a matrix of one of `DTYPES`.
@@ -88,8 +88,8 @@ def linear_bitmask(
     """``input W^T + bias`` in the input's dtype, with gradients of input and bias; W is a constant.
 
     Args:
-        max_tokens: up to so many tokens W is multiplied as it is stored; beyond that, bands of it are unpacked and multiplied by
-            torch's dense product.
+        max_tokens: up to this number of tokens W is multiplied in packed form; for more, bands of it are unpacked and
+                multiplied by torch's dense product.
 
     Raises:
         ValueError: dtypes or shapes do not agree.
@@ -107,15 +107,15 @@ def linear_bitmask(
 
 
 def packed_bytes(rows: int, columns: int, kept: int, dtype: torch.dtype) -> int:
-    """Bytes of a packed matrix with so many non-zeros."""
+    """Bytes of a packed matrix with `kept` non-zeros."""
     blocks, groups = -(-rows // BLOCK_ROWS), -(-columns // GROUP)
     return (kept + PADDING) * dtype.itemsize + 4 * BLOCK_ROWS * blocks * groups + 8 * (blocks + 1)
 
 
 def check_packed(packed: BitmaskPacked, rows: int, columns: int) -> None:
-    """Raise ValueError where the three tensors are not those of a (rows, columns) matrix: kernels read memory by them.
+    """Raise ValueError unless the three tensors fit a (rows, columns) matrix, since kernels address memory by them.
 
-    The numbers in `starts` and `masks` are trusted: they come from `pack_bitmask`.
+    The values of `starts` and `masks` are not checked: they come from `pack_bitmask`.
     """
     blocks, groups = -(-rows // BLOCK_ROWS), -(-columns // GROUP)
     expected = (blocks, groups, BLOCK_ROWS)
@@ -151,7 +151,7 @@ def _pack(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 @register_kernel("unpack_bitmask", ANY_DEVICE)
 def reference_unpack(values: Tensor, masks: Tensor, starts: Tensor, rows: int, columns: int) -> Tensor:
     """The specification of `unpack_bitmask`."""
-    del starts  # the values of all blocks, one after the other
+    del starts  # not needed here, since the values of all blocks are contiguous
     places = torch.arange(GROUP, dtype=torch.int32, device=masks.device)
     kept = (masks.unsqueeze(-1) >> places) & 1 != 0
     matrix = values.new_zeros(kept.shape)
@@ -164,7 +164,7 @@ def reference_linear(
     input: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int, max_tokens: int
 ) -> Tensor:
     """The specification of `linear_bitmask`, without gradients."""
-    del max_tokens  # a matter of speed
+    del max_tokens  # only affects speed
     bias = None if bias is None else bias.to(input.dtype)
     with torch.autocast(input.device.type, enabled=False):
         output: Tensor = linear(input, reference_unpack(values, masks, starts, rows, input.shape[-1]), bias)
@@ -188,7 +188,7 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _no_gradient(ctx: Any, *gradients: Tensor | None) -> None:
-    raise RuntimeError("a packed matrix is a constant, through which no gradient flows: pack matrix.detach()")
+    raise RuntimeError("a packed matrix is a constant without a gradient: pack matrix.detach()")
 
 
 torch.library.register_autograd("bisparse::linear_bitmask", _backward, setup_context=_context)

@@ -1,4 +1,4 @@
-"""Products with a packed matrix on a CPU: by kernels for a few tokens, by unpacked bands and torch's product for many."""
+"""Products with a packed matrix on a CPU: by kernels for few tokens, by unpacked bands and torch's product for many."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP, reference_line
 __all__ = ["expand", "multiply", "multiply_bands", "product", "unpack"]
 
 MIN_ENTRIES_PER_BAND = 1 << 16
-"""Minimum of matrix entries times tokens per band, below which another thread does not pay off."""
+"""Minimum number of matrix entries times tokens per band for which another thread is worthwhile."""
 MIN_TOKENS_AMX = 5
-"""From here on AMX is faster than dot products, which take another pass per 4 tokens."""
+"""Minimum number of tokens for AMX, which is then faster than dot products with one pass per 4 tokens."""
 WORKSPACE_BYTES = 1 << 22
-"""Bytes of unpacked rows that are multiplied at a time; each thread that calls keeps so many."""
+"""Bytes of unpacked rows that are multiplied at a time; each calling thread keeps a workspace of this size."""
 
 
 def unpack(values: Tensor, masks: Tensor, starts: Tensor, rows: int, columns: int) -> Tensor:
@@ -37,7 +37,7 @@ def unpack(values: Tensor, masks: Tensor, starts: Tensor, rows: int, columns: in
 
 
 def expand(way: Way, values: Tensor, masks: Tensor, starts: Tensor, out: Tensor, first: int, blocks: int) -> None:
-    """Write so many blocks from the first on as dense rows of whole groups."""
+    """Write `blocks` blocks, beginning with `first`, as dense rows of whole groups."""
     groups, size = masks.shape[1], values.element_size()
     code = expand_kernel(int(way), NUMBERS[values.dtype], size)
     arguments = values, masks, starts, out, groups, first
@@ -66,7 +66,7 @@ def product(
 
 
 def multiply(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """The product as the matrix is stored, in one pass over it; the input may have any number of dimensions."""
+    """The product in packed form, in one pass over the matrix; the input may have any number of dimensions."""
     tokens = math.prod(x.shape[:-1])
     blocks, groups, _ = masks.shape
     x = x if way == Way.AVX512_BF16 else x.float()
@@ -86,13 +86,13 @@ def multiply(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor,
 
 
 def multiply_bands(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """The product by torch, band by band, each unpacked into the same workspace."""
+    """The product by torch, band by band, with each band unpacked into the same workspace."""
     tokens, columns = x.shape
     blocks, groups, _ = masks.shape
     step = max(1, WORKSPACE_BYTES // max(1, BLOCK_ROWS * GROUP * groups * values.element_size()))
     step = -(-blocks // -(-blocks // step)) if blocks else 1  # bands of equal height
     workspace = _workspace(min(step, blocks) * BLOCK_ROWS, groups * GROUP, values.dtype)
-    with torch.autocast("cpu", enabled=False):  # numbers must not depend on which way a product takes
+    with torch.autocast("cpu", enabled=False):  # results must not depend on the way in which a product is computed
         if step >= blocks:
             expand(way, values, masks, starts, workspace, 0, blocks)
             return linear(x, workspace[:rows, :columns], bias)
@@ -110,10 +110,10 @@ _held = threading.local()
 
 
 def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory for a band, kept for the thread's next call: page faults of fresh memory took longer than the expansion."""
+    """Workspace for a band, kept for the thread's next call, since page faults of fresh memory took longer than the expansion."""
     needed = rows * columns * dtype.itemsize
     room: Tensor | None = getattr(_held, "room", None)
     if room is None or room.numel() < needed:
-        with torch.inference_mode(False):  # it outlives the mode of this call
+        with torch.inference_mode(False):  # the workspace outlives the mode of this call
             room = _held.room = torch.empty(max(needed, WORKSPACE_BYTES), dtype=torch.uint8)
     return room[:needed].view(dtype).view(rows, columns)
