@@ -290,10 +290,12 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
     """The masks of a checkpoint that bisparse wrote, by parameter name; `True` = kept.
 
     Raises:
-        CheckpointError: no masks file, or a corrupt one.
+        CheckpointError: no masks file, a corrupt one, or a mask that keeps nothing where the sidecar says that something is kept.
     """
     path = Path(folder) if Path(folder).is_file() else _place(Path(folder), MASKS)
     header, tensors = read_header(open_input(path))
+    sidecar = read_sidecar(path.parent)
+    densities = {} if sidecar is None else {one.parameter: one.density for one in sidecar.report}
     try:
         text = json.loads(header[8:])["__metadata__"]["shapes"]
         shapes = validate(decode(text, path, "prune again"), MaskShapes, path, "prune again")
@@ -304,6 +306,8 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
                 raise ValueError(f"{name}: {tensor.nbytes} bytes for shape {shape}")
             bits = np.unpackbits(tensor.read().numpy(), count=math.prod(shape))
             masks[name] = torch.from_numpy(bits).view(torch.bool).view(shape)
+            if masks[name].numel() and not masks[name].any() and densities.get(name, 1) > 0:
+                raise ValueError(f"{name}: a mask that keeps nothing")
     except CheckpointError:
         raise
     except (KeyError, ValueError, TypeError) as error:

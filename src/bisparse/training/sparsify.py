@@ -51,7 +51,7 @@ def sparsify_(
     layouts: Mapping[str, str | Layout] | None = None,
     remainder: Literal["pad", "dense", "error"] = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
-    score: Score = magnitude,
+    score: Score | Literal["magnitude"] = magnitude,
     masks: Mapping[str, Tensor] | Literal["nonzero"] | None = None,
     mvue: bool = False,
     measure_every: int = 40,
@@ -88,7 +88,7 @@ def sparsify_(
         layouts: how single layers store their matrices, as for `prune_`.
         remainder: for layers that M does not divide: "pad" as if with zeros, leave "dense" with the reason, or "error".
         patterns: other patterns for single layers, from names or globs, the first match wins; ``"dense"`` leaves a layer out.
-        score: (layer name, weight) -> scores; by default the magnitude.
+        score: (layer name, weight) -> scores, or "magnitude".
         masks: of a static run: a mask for each layer by name instead of the best for the scores; or "nonzero": keep the
             zeros that the weights have.
         mvue: Linear layers compute an unbiased weight gradient from a 2:4 output gradient; see `bisparse.training.mvue`.
@@ -100,6 +100,9 @@ def sparsify_(
         PatternError: a given mask that breaks its pattern.
     """
     pattern = parse_pattern(pattern)
+    score = magnitude if isinstance(score, str) and score == "magnitude" else score
+    if not callable(score):
+        raise ValueError(f"score={score!r:.60}: expected a function (layer name, weight) -> scores, or 'magnitude'")
     schedule = schedule or Schedule()
     if rule is not None:
         if method != "masked-decay" or decay is not None or mode != "dynamic":
