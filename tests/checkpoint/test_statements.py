@@ -99,8 +99,8 @@ def change_mask(folder: Path, name: str, change: Any) -> None:
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        (torch.zeros_like, "the mask of a in bisparse-masks.safetensors drops 256 weights that are not zero"),
-        (lambda mask: mask ^ 255, "drops 256 weights that are not zero"),
+        (torch.zeros_like, "the mask of a in bisparse-masks.safetensors drops 254 weights that are not zero"),
+        (lambda mask: mask ^ 255, "drops 254 weights that are not zero"),
         (lambda mask: mask[:5], "does not have the shape of its weight"),
         (lambda mask: None, "has no mask of a"),
         (lambda mask: mask.float(), "does not have the shape of its weight"),
@@ -122,6 +122,7 @@ def test_a_mask_that_keeps_nothing_is_not_handed_on(pruned: Path) -> None:
 
 def test_a_layer_of_zeros_has_a_mask_that_keeps_nothing(tmp_path: Path) -> None:
     zeros = model()
+    bisparse.prune_(zeros, "2:4")
     zeros["a"].weight.data.zero_()
     save(zeros, tmp_path / "out", "2:4")
     assert not load_masks(tmp_path / "out")["a.weight"].any() and verify_checkpoint(tmp_path / "out").contradicted == ()

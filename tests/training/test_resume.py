@@ -147,7 +147,7 @@ def test_a_random_state_that_is_none_is_refused_and_no_generator_is_changed(how)
     random.seed(5)
     np.random.seed(5)
     torch.manual_seed(5)
-    with pytest.raises(ValueError, match="random_state|random state"):
+    with pytest.raises(ValueError, match=r"random_state|random state"):
         restore_random_state(broken)
     after = random.random(), np.random.rand(), float(torch.rand(()))
     random.seed(5)

@@ -262,7 +262,12 @@ def remove_journal(folder: str | Path) -> None:
     """Remove the journal of a job that was to keep it, those of its ranks included; what else is in the folder stays.
 
     A journal that another process holds is left to it.
+
+    Raises:
+        ValueError: an empty text, which stands for the working directory elsewhere.
     """
+    if not str(folder):
+        raise ValueError("folder='': expected the folder of a journal")
     folder = Path(folder)
     if not folder.is_dir():
         return

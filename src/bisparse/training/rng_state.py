@@ -66,7 +66,7 @@ def _numpy(state: Any) -> tuple[str, Any, int, int, float]:
             raise TypeError("its keys are no tensor of 32-bit numbers")
         restored = kind, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached
         np.random.RandomState().set_state(restored)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError, IndexError) as error:
         raise _refused("numpy", error) from error
     return restored
 

@@ -299,7 +299,7 @@ class TestWanda:
             prune_(model, "2:4-T", Wanda(power=300.0), batches)
         assert torch.equal(model[0].weight, before)
 
-    @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e15])
+    @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e14])
     @pytest.mark.parametrize("power", [0.5, 2.0, 4.0])
     def test_the_mask_of_a_power_does_not_depend_on_the_unit_of_the_inputs(self, power: float, scale: float) -> None:
         model, x = nn.Sequential(nn.Linear(16, 16)), torch.randn(64, 16)
