@@ -1,6 +1,8 @@
 """Layouts: the matrices that a weight holds are the ones its GEMMs multiply by."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+import bisparse
+from bisparse.pruning import violation
 from bisparse.tiles import (
     Layout,
     LayoutKind,
@@ -171,3 +175,10 @@ def test_layout_that_does_not_fit_the_weight(shape: tuple[int, ...], layout: Lay
         to_matrices(torch.zeros(shape), layout)
     with pytest.raises(ValueError, match=message):
         from_matrices(torch.zeros(1, *shape[:2]), layout, shape)
+
+
+@pytest.mark.parametrize("call", [bisparse.solve, violation])
+def test_a_pattern_that_would_take_gigabytes_of_padding_is_refused(call: Callable[[Tensor, str], Any]) -> None:
+    with pytest.raises(ValueError, match="M = 99999 is far larger"):
+        call(torch.rand(16, 16), "1:99999-T")
+    assert bisparse.solve(torch.rand(16, 16), "1:64-T").mask.sum() > 0

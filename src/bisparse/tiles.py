@@ -202,17 +202,31 @@ def _check_layout(shape: tuple[int, ...], layout: Layout) -> None:
         )
 
 
+MAX_PADDED, MAX_PADDING = 1 << 26, 4
+"""Entries that matrices may have after padding, and how many times their own; the larger of the two is the limit."""
+
+
 def _check_side(m: int) -> None:
     if not 1 <= m < 1 << 31:
         raise ValueError(f"{m!r:.40} is no side of a tile")
 
 
 def pad_to_multiple(matrices: Shaped[Tensor, "*B R C"], m: int) -> Shaped[Tensor, "*B R2 C2"]:
-    """Zeros appended so that `m` divides the last two sides; the same tensor where it already does."""
+    """Zeros appended so that `m` divides the last two sides; the same tensor where it already does.
+
+    Raises:
+        ValueError: no matrices, no side of a tile, or one so large that almost all would be padding.
+    """
     _check_side(m)
     if matrices.ndim < 2:
         raise ValueError(f"a tensor of shape {tuple(matrices.shape)} holds no matrices")
     rows, columns = -matrices.shape[-2] % m, -matrices.shape[-1] % m
+    padded = math.prod((*matrices.shape[:-2], matrices.shape[-2] + rows, matrices.shape[-1] + columns))
+    if padded > max(MAX_PADDED, MAX_PADDING * matrices.numel()):
+        raise ValueError(
+            f"M = {m} is far larger than the sides of matrices of shape {tuple(matrices.shape)}, which would take {padded:,} "
+            "entries with zeros appended; choose a smaller M, or leave the layer dense"
+        )
     return torch.nn.functional.pad(matrices, (0, columns, 0, rows)) if rows or columns else matrices
 
 

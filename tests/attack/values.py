@@ -38,8 +38,17 @@ MODULES = (
     "solution",
     "_solve",
 )
-LEFT_OUT = {"MVUELinear", "remove_journal", "measure_linear", "advise", "stored_grids", "usable_backends"}
-"""Modules made by torch's own constructor; what deletes what it is given, or measures for a long time."""
+LEFT_OUT = {
+    "MVUELinear",
+    "PackedLinear",
+    "SparseLinear",
+    "remove_journal",
+    "measure_linear",
+    "advise",
+    "stored_grids",
+    "usable_backends",
+}
+"""Modules that bisparse makes of others; what deletes what it is given, or measures for a long time."""
 
 
 @cache
@@ -113,7 +122,7 @@ def bad_tensors(choose: random.Random) -> list[Callable[[], Tensor]]:
         lambda: nn.Parameter(torch.ones(shape)),
         lambda: torch.full(shape, 1e-45),
         lambda: torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8),
-        lambda: torch.ones(shape).to_mkldnn(),
+        lambda: torch.ones(3, 5).to_mkldnn(),
     ]
 
 
@@ -244,7 +253,7 @@ def _function(found: Found, folder: Path, choose: random.Random) -> None:
     except (ValueError, NameError, TypeError):
         return
     plausible, names = (
-        good(choose, folder),
+        good(choose, folder) | ({"target": lambda: folder / "new"} if "source" in signature.parameters else {}),
         [one for one in signature.parameters.values() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)],
     )
     if not names:
@@ -324,7 +333,7 @@ def _options(found: Found, folder: Path, choose: random.Random) -> None:
     if name == "convert" or choose.random() < 0.2:
         plausible["source"] = "attack.jobs:model_and_data"
     parameters = [one for one in commands[name].params if not one.is_eager]
-    spoiled = set(choose.sample([one.name for one in parameters], choose.choice([1, 1, 2, 3])))
+    spoiled = set(choose.sample([one.name for one in parameters], min(len(parameters), choose.choice([1, 1, 2, 3]))))
     arguments = []
     for one in parameters:
         if one.name in spoiled:

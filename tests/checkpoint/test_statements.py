@@ -163,3 +163,11 @@ def test_a_layout_that_cannot_be_is_an_error_of_the_sidecar(pruned: Path, fields
     for call in (verify_checkpoint, read_sidecar, lambda path: load(model(), path), load_masks):
         with pytest.raises(CheckpointError, match=r"bisparse\.json"):
             call(pruned)
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", ""), ("name", "b"), ("note", "\ud800"), ("parameter", "b.weight")])
+def test_a_sidecar_whose_layers_have_other_names_or_no_text_is_refused(pruned: Path, key: str, value: str) -> None:
+    change(pruned, key, value)
+    for call in (verify_checkpoint, read_sidecar, load_masks):
+        with pytest.raises(CheckpointError, match=r"bisparse\.json"):
+            call(pruned)

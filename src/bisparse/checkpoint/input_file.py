@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bisparse.checkpoint.schemas import check_depth
+from bisparse.checkpoint.schemas import check_depth, check_text
 from bisparse.errors import CheckpointError
 
 __all__ = ["InputFile", "open_input", "read_json"]
@@ -107,6 +107,7 @@ def read_json(path: Path) -> tuple[InputFile, dict[str, Any]]:
     try:
         content = json.loads(file.read(0, file.size).decode("utf-8"))
         check_depth(content)
+        check_text(content)
     except CheckpointError:
         raise
     except RecursionError as error:

@@ -27,7 +27,7 @@ from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.schemas import MaskShapes, decode, validate
 from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, read_header
 from bisparse.errors import CheckpointError
-from bisparse.layers import Skipped
+from bisparse.layers import Skipped, layer_name
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport
 from bisparse.tiles import to_matrices
@@ -204,6 +204,8 @@ def _check_layer(result: LayerResult) -> None:
         raise ValueError(f"layer {result.name!r}: shape {shape}, {layout}")
     to_matrices(torch.empty(shape, device="meta"), layout)
     parse_pattern(result.pattern)
+    if result.name != layer_name(result.parameter):
+        raise ValueError(f"layer {result.name!r}: its parameter is {result.parameter!r}")
     for name, value in asdict(result).items():
         most = 1 + ROUNDING if name in FRACTIONS else math.inf if name == "value" else MAX_FIGURE
         if isinstance(value, float | int) and not 0 <= value <= most:
@@ -221,7 +223,11 @@ def _check_sample(sample: SampleTile) -> None:
 
 
 def read_sidecar(folder: str | Path) -> Sidecar | None:
-    """The sidecar of a folder, None where there is none."""
+    """The sidecar of a folder, None where it has none.
+
+    Raises:
+        CheckpointError: there is no such folder, or the sidecar is none of ours or damaged.
+    """
     path = _place(Path(folder), SIDECAR)
     if not os.path.lexists(path):
         return None

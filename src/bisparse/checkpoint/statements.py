@@ -64,7 +64,13 @@ def _wrong(sidecar: Sidecar, result: LayerResult, tensor: StoredTensor, density:
         found.append(f"the density of {result.name} is {density:.6g}, not {result.density:.6g}")
     if result.checksum is not None and _checksum(tensor) != result.checksum:
         found.append(f"{result.name} is not the weight that its figures are about, by their checksum")
-    elif result.value is not None and _keeps_weights(sidecar, result) and not same_sum(kept := _kept(tensor), result.value):
+    elif (
+        result.value is not None
+        and tensor.torch_dtype is not None
+        and tensor.torch_dtype.is_floating_point
+        and _keeps_weights(sidecar, result)
+        and not same_sum(kept := _kept(tensor), result.value)
+    ):
         found.append(f"the kept weights of {result.name} sum up to {kept:.6g}, not {result.value:.6g}")
     if (result.value == 0 and result.retained not in (None, 0, 1)) or (result.retained == 0 and result.value):
         found.append(f"the score kept of {result.name} is both {result.value} and {result.retained:.2%} of all")

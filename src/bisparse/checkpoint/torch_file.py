@@ -165,8 +165,7 @@ def _stored(name: str, value: Stored, path: Path, place: Places, dtypes: dict[st
     record = place(storage, name)
     last = sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
     span = (last + 1) * itemsize if nbytes else 0
-    # A storage that was cut from bytes may end within an entry: its record is longer by less than one.
-    if not storage.nbytes <= record.size < storage.nbytes + itemsize or (nbytes and start + span > record.size):
+    if record.size != storage.nbytes or (nbytes and start + span > record.size):
         raise refuse(
             f"is corrupt: {record.name} has {record.size} bytes, its storage {storage.nbytes}, and the tensor ends at "
             f"{start + span}",
