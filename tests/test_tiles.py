@@ -167,7 +167,6 @@ def test_no_layout_for_other_dimensions(ndim: int) -> None:
         ((2, 3), Layout(LayoutKind.EXPERTS), r"'experts', which needs 3 dimensions"),
         ((4, 3), Layout(LayoutKind.PACKED, parts=3), r"shape \(4, 3\) cannot be split into 3 parts"),
         ((4, 3, 2), Layout(LayoutKind.CONV, groups=3), r"cannot be split into 3 groups"),
-        ((4, 3, 2), Layout(LayoutKind.CONV, groups=0), r"cannot be split into 0 groups"),
     ],
 )
 def test_layout_that_does_not_fit_the_weight(shape: tuple[int, ...], layout: Layout, message: str) -> None:

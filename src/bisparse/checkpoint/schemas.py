@@ -53,7 +53,7 @@ def decode(text: str, path: Path, remedy: str) -> Any:
     """JSON, all of whose numbers are finite.
 
     Raises:
-        CheckpointError: it is none, is nested too deeply, or has NaN, infinity, a number beyond a float, or what is no Unicode text.
+        CheckpointError: it is none, is nested too deeply, or has NaN, infinity, a number beyond a float, or no Unicode text.
     """
 
     def refuse(number: str) -> float:
