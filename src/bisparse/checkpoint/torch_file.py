@@ -21,7 +21,7 @@ from bisparse.checkpoint.stored_tensor import CODES, FileTensor, StoredTensor, S
 from bisparse.checkpoint.torch_archive import Archive, StorageRecord, is_archive, open_archive
 from bisparse.errors import CheckpointError
 
-__all__ = ["read_state_dict"]
+__all__ = ["damage_named", "read_state_dict", "read_tensor"]
 
 MAX_EXPANDED_BYTES = 1 << 26
 """Bytes that a tensor may take when its storage holds fewer: small expanded buffers are read, 40 GB from one entry are not."""
@@ -49,7 +49,7 @@ def read_state_dict(file: InputFile, key: str | None = None) -> tuple[dict[str, 
         CheckpointError: no tensors, several state dicts, truncated or corrupt, or a tensor that is not a plain view of its
             storage.
     """
-    with _damage(file.path):
+    with damage_named(file.path):
         content, place = _open_archived(open_archive(file)) if is_archive(file) else _open_legacy(file)
         weights, notes = find_weights(content, file.path, key)
         dtypes: dict[str, torch.dtype] = {}
@@ -58,8 +58,20 @@ def read_state_dict(file: InputFile, key: str | None = None) -> tuple[dict[str, 
     return tensors, notes
 
 
+def read_tensor(file: InputFile, name: str) -> StoredTensor:
+    """The tensor that a torch file consists of, under a name.
+
+    Raises:
+        CheckpointError: it holds anything else, is damaged, or the tensor is not a plain view of its storage.
+    """
+    content, place = _open_archived(open_archive(file))
+    if not isinstance(content, Stored):
+        raise CheckpointError(file.path, f"is a {type(content).__name__}, not a tensor", "fetch or save it again", tensor=name)
+    return _stored(name, content, file.path, place, {})
+
+
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
+def damage_named(path: Path) -> Iterator[None]:
     """While open, what a damaged file raises is an error that names the file."""
     try:
         yield
