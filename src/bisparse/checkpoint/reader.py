@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bisparse.checkpoint.distributed import METADATA, is_distributed, read_distributed
 from bisparse.checkpoint.formats.companions import companions
-from bisparse.checkpoint.formats.distributed import METADATA, is_distributed, read_distributed
 from bisparse.checkpoint.formats.folded import fold
 from bisparse.checkpoint.formats.folders import check_kind
 from bisparse.checkpoint.formats.onnx_file import read_onnx
