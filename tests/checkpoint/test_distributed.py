@@ -92,6 +92,10 @@ def of(metadata: Any, name: str) -> Any:
     return next(one for index, one in metadata.storage_data.items() if index.fqn == name)
 
 
+def chunk_of(metadata: Any, name: str) -> Any:
+    return metadata.state_dict_metadata[name].chunks[0]
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -102,7 +106,7 @@ def of(metadata: Any, name: str) -> Any:
         lambda metadata: setattr(of(metadata, "up.weight"), "transform_descriptors", ["zstd"]),
         lambda metadata: metadata.storage_data.clear(),
         lambda metadata: setattr(metadata.state_dict_metadata["up.weight"], "size", torch.Size([32, 32])),
-        lambda metadata: metadata.state_dict_metadata["up.weight"].chunks.append(metadata.state_dict_metadata["up.weight"].chunks[0]),
+        lambda metadata: metadata.state_dict_metadata["up.weight"].chunks.append(chunk_of(metadata, "up.weight")),
         lambda metadata: metadata.state_dict_metadata["up.weight"].chunks.clear(),
         lambda metadata: setattr(metadata.state_dict_metadata["up.weight"], "size", ("a", None)),
         lambda metadata: setattr(metadata, "storage_data", None),
