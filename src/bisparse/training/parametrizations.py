@@ -313,7 +313,9 @@ def _chain(module: nn.Module, parameter: str) -> Any:
 def trained_parameter(module: nn.Module, parameter: str) -> Float[Tensor, "..."]:
     """The parameter that the optimizer holds: the dense weight of a dynamic one."""
     chain = _chain(module, parameter)
-    weight = getattr(module, parameter) if chain is None else chain._parameters["original"]
+    weight = getattr(module, parameter) if chain is None else chain._parameters.get("original")
+    if weight is None:  # a wrapper such as FSDP1 has taken the parameter and left a view
+        weight = chain.original
     assert isinstance(weight, Tensor)
     return weight
 
