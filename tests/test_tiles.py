@@ -181,3 +181,10 @@ def test_a_pattern_that_would_take_gigabytes_of_padding_is_refused(call: Callabl
     with pytest.raises(ValueError, match="M = 99999 is far larger"):
         call(torch.rand(16, 16), "1:99999-T")
     assert bisparse.solve(torch.rand(16, 16), "1:64-T").mask.sum() > 0
+
+
+@pytest.mark.parametrize("m", [0, -4, True, 4.0, "4", None, torch.ones(2)], ids=str)
+def test_a_side_that_is_no_whole_number_is_refused(m: Any) -> None:
+    for call in (lambda: pad_to_multiple(torch.ones(4, 4), m), lambda: to_tiles(torch.ones(4, 4), m)):
+        with pytest.raises(ValueError, match="is no side of a tile"):
+            call()

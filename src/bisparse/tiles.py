@@ -207,7 +207,7 @@ MAX_PADDED, MAX_PADDING = 1 << 26, 4
 
 
 def _check_side(m: int) -> None:
-    if not 1 <= m < 1 << 31:
+    if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m < 1 << 31:
         raise ValueError(f"{m!r:.40} is no side of a tile")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.utils.prune
 from torch import Tensor, nn
 
 import bisparse
@@ -116,7 +117,7 @@ def bad_tensors(choose: random.Random) -> list[Callable[[], Tensor]]:
         lambda: torch.ones(shape, device="meta"),
         lambda: torch.eye(4).to_sparse(),
         lambda: torch.ones(shape, requires_grad=True),
-        lambda: torch.ones(1).expand(shape),
+        lambda: torch.ones(()).expand(shape),
         lambda: torch.full(shape, 1e38),
         lambda: torch._neg_view(torch.ones(shape)),
         lambda: nn.Parameter(torch.ones(shape)),
@@ -345,12 +346,12 @@ def _options(found: Found, folder: Path, choose: random.Random) -> None:
         else:
             continue
         arguments += value if one.param_type_name == "argument" else [max(one.opts, key=len), *value]
-    before = {path: tree(folder / path) for path in ("model", "pruned")}
+    before, existed = {path: tree(folder / path) for path in ("model", "pruned")}, (folder / "new").exists()
     code = run_command(found, [name, *arguments])
     for path, held in before.items():
         if tree(folder / path) != held:
             found.add("wrong", f"bisparse {name} {arguments}: changed {path}, which is not its output")
-    if code == 2 and (folder / "new").exists():
+    if code == 2 and not existed and (folder / "new").exists():
         found.add("wrong", f"bisparse {name} {arguments}: wrong use, and an output was written")
 
 

@@ -23,6 +23,7 @@ import bisparse
 from bisparse.apart import check_apart
 from bisparse.checkpoint import CheckpointError, load_masks, prune_checkpoint, read_sidecar, to_dense, verify_checkpoint
 from bisparse.checkpoint import atomic_folder as output
+from bisparse.report import write_report
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="fork and signals")
 
@@ -769,3 +770,12 @@ def test_a_folder_that_may_not_be_written_is_refused_and_nothing_is_left(state: 
         assert in_child(refused) == 0 and snapshot(place / "locked") == before
         for path in (place, *place.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\u00e4" * 200])
+def test_a_name_that_is_too_long_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    prune_checkpoint(folder, tmp_path / "pruned", "2:4")
+    with pytest.raises(CheckpointError, match="too long"):
+        prune_checkpoint(folder, tmp_path / name, "2:4")
+    with pytest.raises(CheckpointError, match="too long"):
+        write_report(tmp_path / "pruned", tmp_path / name)

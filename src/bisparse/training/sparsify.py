@@ -103,6 +103,8 @@ def sparsify_(
     score = magnitude if isinstance(score, str) and score == "magnitude" else score
     if not callable(score):
         raise ValueError(f"score={score!r:.60}: expected a function (layer name, weight) -> scores, or 'magnitude'")
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule={schedule!r:.60}: expected a Schedule")
     schedule = schedule or Schedule()
     if rule is not None:
         if method != "masked-decay" or decay is not None or mode != "dynamic":
