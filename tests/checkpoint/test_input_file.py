@@ -154,9 +154,7 @@ def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path, name: str, w
             (folder / name).symlink_to(tmp_path / "nothing")
     for path in (folder,) if name.endswith(".json") or what == "folder" else (folder, folder / name):
         for job in (lambda path: prune_checkpoint(path, tmp_path / "out", "2:4"), lambda path: verify_checkpoint(path, "2:4")):
-            with pytest.raises(
-                CheckpointError, match=r"is no regular file|No such file|does not exist|is a link to nothing"
-            ) as caught:
+            with pytest.raises(CheckpointError, match=r"is no regular file|No such file|not exist|a link to nothing") as caught:
                 job(path)
             assert name in str(caught.value)
     assert not (tmp_path / "out").exists()

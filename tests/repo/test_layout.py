@@ -78,8 +78,12 @@ def test_table_of_contents_test_sees_the_solvers() -> None:
 @pytest.mark.parametrize(
     ("library", "rooms"),
     [
-        # The journal holds statistics of a job under way; the Trainer rewrites the checkpoint that it has just saved.
-        ("safetensors", ("checkpoint", "pruning/journal.py", "training/integrations/transformers.py")),
+        # The journal holds statistics of a job under way; the Trainer rewrites the checkpoint that it has just saved; a teacher's
+        # folder is read by the packages that wrote it.
+        (
+            "safetensors",
+            ("checkpoint", "pruning/journal.py", "training/integrations/transformers.py", "training/distill_teacher.py"),
+        ),
         ("torch.sparse", ("accelerate", "checkpoint/formats/semi_structured.py")),  # reads what torch packed
         ("numba", ("kernels", "pruning/channels/stripe_kernel.py")),  # channel permutation, not the mask problem
         ("triton", ("kernels",)),

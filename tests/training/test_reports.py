@@ -79,7 +79,7 @@ def test_figures_of_a_report_do_not_outlive_its_weights(tmp_path, finalized: boo
     save(model, tmp_path / "later", "4:8-T", report=report)
     later = read_sidecar(tmp_path / "later").report
     assert later["0"].gap is later["0"].retained is later["0"].value is None
-    assert later["2"].gap == report["2"].gap and "1 layers were trained after the report" in later.notes[-1]
+    assert later["2"].gap == report["2"].gap and "1 layers were changed after the report" in later.notes[-1]
 
 
 def test_finalize_ends_a_sparsity_and_leaves_the_optimizer_to_the_next() -> None:

@@ -64,14 +64,10 @@ def _wrong(sidecar: Sidecar, result: LayerResult, tensor: StoredTensor, density:
         found.append(f"the density of {result.name} is {density:.6g}, not {result.density:.6g}")
     if result.checksum is not None and _checksum(tensor) != result.checksum:
         found.append(f"{result.name} is not the weight that its figures are about, by their checksum")
-    elif (
-        result.value is not None
-        and tensor.torch_dtype is not None
-        and tensor.torch_dtype.is_floating_point
-        and _keeps_weights(sidecar, result)
-        and not same_sum(kept := _kept(tensor), result.value)
-    ):
-        found.append(f"the kept weights of {result.name} sum up to {kept:.6g}, not {result.value:.6g}")
+    elif result.value is not None and _keeps_weights(sidecar, result):
+        kept = _kept(tensor)
+        if kept is not None and not same_sum(kept, result.value):
+            found.append(f"the kept weights of {result.name} sum up to {kept:.6g}, not {result.value:.6g}")
     if (result.value == 0 and result.retained not in (None, 0, 1)) or (result.retained == 0 and result.value):
         found.append(f"the score kept of {result.name} is both {result.value} and {result.retained:.2%} of all")
     return found
@@ -143,7 +139,10 @@ def _dtype(tensor: StoredTensor) -> str:
     return tensor.dtype if tensor.torch_dtype is None else str(tensor.torch_dtype).removeprefix("torch.")
 
 
-def _kept(tensor: StoredTensor) -> float:
+def _kept(tensor: StoredTensor) -> float | None:
+    """Sum of |w|; None of quantised numbers, whose scales are elsewhere."""
+    if tensor.torch_dtype is None or not tensor.torch_dtype.is_floating_point or tensor.torch_dtype.itemsize == 1:
+        return None
     total = 0.0
     for start in range(0, tensor.size, PIECE):
         total += float(magnitude(tensor.read(start, min(start + PIECE, tensor.size))).sum(dtype=torch.float64))

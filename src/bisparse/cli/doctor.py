@@ -79,15 +79,15 @@ def _solve() -> str | None:
 
 def _processor() -> dict[str, Any]:
     import torch
-    from numba.core.registry import cpu_target
 
+    from bisparse.kernels.numba_runtime.target import processor
     from bisparse.kernels.packed_cpu.instructions import NUMBERS, usable_ways
 
-    _, name, features = cpu_target.target_context.codegen().magic_tuple()
+    name, features = processor()
     ways = {str(dtype).removeprefix("torch."): [way.name for way in usable_ways(dtype)] for dtype in NUMBERS}
     return {
         "name": name,
-        "features": [one for one in FEATURES if f"+{one}" in features.split(",")],
+        "features": [one for one in FEATURES if one in features],
         "packed_products": {dtype: own[0] if own else "plain torch" for dtype, own in ways.items()},
         "torch": torch.backends.cpu.get_cpu_capability(),
     }
@@ -95,11 +95,10 @@ def _processor() -> dict[str, Any]:
 
 def _cache() -> dict[str, Any]:
     """Where compiled kernels are kept, and whether they can be."""
-    import numba
-
     import bisparse
+    from bisparse.kernels.numba_runtime.target import cache_folder
 
-    folder = Path(numba.config.CACHE_DIR) if numba.config.CACHE_DIR else Path(bisparse.__file__).parent
+    folder = cache_folder() or Path(bisparse.__file__).parent
     try:
         with tempfile.TemporaryFile(dir=folder if folder.exists() else folder.parent):
             problem = None

@@ -71,10 +71,9 @@ class _Eager(torch.autograd.Function):
 
 def kept_straight_through(weight: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> Shaped[Tensor, "..."]:
     """The weight where the mask is True, zero elsewhere; all of the weight gets the gradient (the STE, Bengio et al. 2013)."""
-    if torch._C._get_tracing_state() is not None:  # as for an ONNX file, which knows no views of bits
-        return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype, device=weight.device))
     plain = type(weight) in (Tensor, nn.Parameter) and not weight.is_meta
-    eager = plain and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    eager = plain and not traced and not torch._C._are_functorch_transforms_active()
     function: Any = _Eager if eager else _Transformable
     result: Tensor = function.apply(weight, mask)
     return result

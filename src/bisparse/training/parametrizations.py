@@ -313,8 +313,9 @@ def _chain(module: nn.Module, parameter: str) -> Any:
 def trained_parameter(module: nn.Module, parameter: str) -> Float[Tensor, "..."]:
     """The parameter that the optimizer holds: the dense weight of a dynamic one."""
     chain = _chain(module, parameter)
-    weight = getattr(module, parameter) if chain is None else chain._parameters.get("original")
-    if weight is None:  # a wrapper such as FSDP1 has taken the parameter and left a view
+    # By the dictionary where it is there, which is faster; FSDP1 takes parameters out of it.
+    weight = getattr(module, parameter) if chain is None else chain._parameters.get("original", None)
+    if weight is None:
         weight = chain.original
     assert isinstance(weight, Tensor)
     return weight

@@ -320,7 +320,7 @@ class TestBadData:
         before = copy.deepcopy(model.state_dict())
         bad = torch.randn(4, 8)
         bad[2, 3] = number
-        with pytest.raises(CalibrationError, match=r"0: an input of shape .*NaN or infinite"):
+        with pytest.raises(CalibrationError, match=r"0: calibration batch \d: an input of shape .*NaN or infinite"):
             prune_(model, "2:4", AdaPrune(), [torch.randn(4, 8), bad], order=order)
         assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 

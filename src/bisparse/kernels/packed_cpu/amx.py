@@ -26,6 +26,7 @@ from torch.nn.functional import pad
 
 from bisparse.kernels.numba_runtime.cache import cached_njit
 from bisparse.kernels.numba_runtime.llvm import I8, I64, call_llvm
+from bisparse.kernels.numba_runtime.target import processor
 from bisparse.kernels.numba_runtime.thread_pool import Kernel, array_at, kernel, over_bands
 from bisparse.kernels.packed_cpu.instructions import MASK_BYTES, Way, expand_groups, usable_ways
 from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
@@ -50,12 +51,9 @@ MIN_ENTRIES_PER_BAND = 1 << 16
 @cache
 def amx_works() -> bool:
     """Whether this processor has AMX's bfloat16 products, numba compiles for them, and Linux lets this process use them."""
-    from numba.core.registry import cpu_target
-
     if sys.platform != "linux" or platform.machine().lower() not in ("x86_64", "amd64"):
         return False
-    features = set(cpu_target.target_context.codegen().magic_tuple()[2].split(","))
-    if not {"+amx-tile", "+amx-bf16"} <= features or Way.AVX512_BF16 not in usable_ways(torch.bfloat16):
+    if not {"amx-tile", "amx-bf16"} <= processor()[1] or Way.AVX512_BF16 not in usable_ways(torch.bfloat16):
         return False
     return bool(ctypes.CDLL(None, use_errno=True).syscall(ASK, EXTENDED_STATE, TILE_DATA) == 0)
 

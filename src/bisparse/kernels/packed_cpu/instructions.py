@@ -24,6 +24,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from bisparse.kernels.numba_runtime.llvm import BIT, F32, I8, I16, I32, I64, call_llvm, load, number, store
+from bisparse.kernels.numba_runtime.target import processor
 from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
 
 __all__ = ["MASK_BYTES", "MAX_TOKENS", "NUMBERS", "Way", "expand_block", "expand_groups", "multiply_block", "usable_ways"]
@@ -58,10 +59,7 @@ MAX_TOKENS = {Way.AVX512_BF16: 4, Way.AVX512: 4, Way.AVX2: 2}
 @cache
 def usable_ways(dtype: torch.dtype) -> tuple[Way, ...]:
     """The ways that numba's target has instructions for, fastest first; none on other processors."""
-    from numba.core.registry import cpu_target
-
-    features = cpu_target.target_context.codegen().magic_tuple()[2].split(",")
-    there = {one[1:] for one in features if one.startswith("+")}
+    there = processor()[1]
     if dtype not in NUMBERS:
         return ()
     return tuple(way for way in Way if FEATURES[way] <= there and (dtype == torch.bfloat16 or way != Way.AVX512_BF16))

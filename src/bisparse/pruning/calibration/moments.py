@@ -39,8 +39,8 @@ ABOUT = {
 }
 """The means that the two factors of each second moment are centred on."""
 DENSE = frozenset({"cross_covariance", "dense_covariance", "dense_mean"})
-MAX_INPUT = 2.0**50
-"""Largest magnitude of an input: sums of squares of 2**27 such numbers are still finite in float32."""
+MAX_INPUT = 2.0**53
+"""Largest magnitude of an input: sums of squares of 2**21 such numbers are still finite in float32."""
 MAX_TOKEN_ENERGY_RATIO = 32.0
 """Columns with more than this many times the usual energy are weighted down to that energy."""
 SPLIT_COLUMNS = 512
