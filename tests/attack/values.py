@@ -222,7 +222,9 @@ def bad(hint: Any, choose: random.Random, folder: Path) -> tuple[Any, bool]:
         return choose.choice(bad_tensors(choose))(), False
     if origin is not None and isinstance(origin, type):
         if issubclass(origin, Mapping):
-            return {bad(str, choose, folder)[0] if choose.random() < 0.5 else "blocks.*": bad(inner[-1], choose, folder)[0]}, True
+            return {
+                str(bad(str, choose, folder)[0]) if choose.random() < 0.5 else "blocks.*": bad(inner[-1], choose, folder)[0]
+            }, True
         if issubclass(origin, tuple):
             return tuple(bad(one, choose, folder)[0] for one in inner if one is not Ellipsis), True
         if hasattr(origin, "__iter__"):
