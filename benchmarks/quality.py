@@ -17,7 +17,7 @@ from torch import Tensor
 from bisparse import Pattern, solve, verify
 from bisparse.solvers import Exact, Greedy, Sinkhorn, Solver, TwoApproximation
 from bisparse.tiles import Layout, LayoutKind
-from record import RESULTS, Record, gaussian
+from record import Record, gaussian, results_file
 
 STRUCTURES = (
     "50%", "16:32", "8:16", "4:8", "2:4", "1:2", "32:64-T", "16:32-T", "8:16-T", "4:8-T", "2:4-T",
@@ -31,10 +31,10 @@ def main() -> None:
     parser.add_argument("--side", type=int, help="side of the matrix; default 1024")
     parser.add_argument("--quick", action="store_true", help="256 x 256: does it all run?")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
-    parser.add_argument("--results", type=Path, default=RESULTS / "quality.jsonl")
+    parser.add_argument("--results", type=Path, help="default benchmarks/results/quality.jsonl; with --quick out/quick/")
     options = parser.parse_args()
     side = options.side or (256 if options.quick else 1024)
-    record = Record(options.results, options.fresh)
+    record = Record(results_file(options.results, "quality.jsonl", quick=options.quick), options.fresh)
     scores = gaussian(side, side).abs()
     for structure in STRUCTURES:
         add(

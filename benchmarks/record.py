@@ -21,6 +21,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("bisparse", "torch", "numpy", "numba", "ortools")
 
 
+def results_file(given: Path | None, name: str, *, quick: bool = False) -> Path:
+    """Where rows are kept: what was given, else the committed results, or out/quick/ of a run that only tries the program."""
+    if given is not None:
+        return given
+    folder = ROOT / "out" / "quick" if quick else RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / name
+
+
 def device() -> dict[str, Any]:
     """The processor as it names itself, what it can do, and how many cores this process may use."""
     model, flags = platform.processor() or platform.machine(), ""

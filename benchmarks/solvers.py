@@ -25,7 +25,7 @@ import startup
 from bisparse import Pattern, Solution, solve, verify
 from bisparse.solvers import Exact, Greedy, Sinkhorn, TwoApproximation
 from inputs import HARD, INPUTS, LAYER, scores
-from record import RESULTS, Record, cores, gaussian
+from record import Record, cores, gaussian, results_file
 
 PATTERNS = ("2:4-T", "4:8-T", "8:16-T", "16:32-T")
 SIDES = (1024, 8192)
@@ -65,10 +65,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, help="default 9, at 8192 and above 5")
     parser.add_argument("--skip-startup", action="store_true", help="leave out import and compilation times")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
-    parser.add_argument("--results", type=Path, default=RESULTS / "solvers.jsonl")
+    parser.add_argument("--results", type=Path, help="default benchmarks/results/solvers.jsonl; with --quick out/quick/")
     options = parser.parse_args()
     sides = options.side or ((256,) if options.quick else SIDES)
-    record = Record(options.results, options.fresh)
+    record = Record(results_file(options.results, "solvers.jsonl", quick=options.quick), options.fresh)
     for side in sides:
         inputs = options.input or (("gaussian", "constant") if options.quick else (*INPUTS, *HARD) if side <= 1024 else INPUTS)
         for pattern in options.pattern or PATTERNS:

@@ -1,9 +1,13 @@
-"""Every test runs on one thread, offline, from a fixed seed."""
+"""Every test runs on one thread, offline, from a fixed seed, in an empty working directory."""
 
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTHONPATH" in os.environ:  # for processes that tests start, whose working directory is another
+    os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(one) for one in os.environ["PYTHONPATH"].split(os.pathsep))
 
 import pytest
 import torch
@@ -14,6 +18,25 @@ torch.set_num_threads(1)
 settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("explore", max_examples=1000, deadline=None)  # pytest --hypothesis-profile=explore
 settings.load_profile("fast")
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths, such as bad values that a test passes as one, are no paths in the repository."""
+    if not request.path.is_relative_to(ROOT / "tests" / "repo"):
+        monkeypatch.chdir(tmp_path_factory.mktemp("working"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_new_in_the_repository() -> Iterator[None]:
+    before = {path for folder in (ROOT, ROOT / "tests") for path in folder.iterdir()}
+    yield
+    after = {path for folder in (ROOT, ROOT / "tests") for path in folder.iterdir()}
+    new = sorted(path.name for path in after - before if not path.name.startswith((".", "__pycache__")))
+    assert not new, f"tests wrote {new} into the repository"
 
 
 @pytest.fixture(autouse=True)

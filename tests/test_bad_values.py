@@ -21,7 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import bisparse
+from bisparse import tiles
 from bisparse.accelerate import BackendError
+from bisparse.layers import matrix_sides
 
 MODULES = (
     "bisparse", "bisparse.solvers", "bisparse.results", "bisparse.layers", "bisparse.scores", "bisparse.tiles",
@@ -225,3 +227,89 @@ def test_dataclasses_of_settings_refuse_bad_numbers() -> None:
             if not isinstance(field.default, bool):
                 with pytest.raises((ValueError, TypeError)):
                     kind(**{field.name: math.nan})
+
+
+TAKES_MODELS = sorted(
+    name for name, one in CALLABLES.items() if inspect.isfunction(one) and "model" in inspect.signature(one).parameters
+)
+MAPPINGS = sorted(
+    (name, argument)
+    for name, one in CALLABLES.items()
+    if inspect.isfunction(one)
+    for argument in ("patterns", "layouts")
+    if argument in inspect.signature(one).parameters
+)
+
+
+@pytest.mark.parametrize("where", TAKES_MODELS)
+@pytest.mark.parametrize("bad", [None, "model", {}, nn.Linear], ids=str)
+def test_what_is_no_model_is_refused_in_our_own_words(where: str, bad: Any, tmp_path: Path) -> None:
+    torch.save(model().state_dict(), tmp_path / "weights.pt")
+    parameters = inspect.signature(CALLABLES[where]).parameters
+    given = {
+        name: good_values(name, str(one.annotation), tmp_path)
+        for name, one in parameters.items()
+        if one.default is one.empty and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+    }
+    with pytest.raises((TypeError, ValueError), match=r"torch module"):
+        CALLABLES[where](**given | {"model": bad})
+
+
+@pytest.mark.parametrize(("where", "argument"), MAPPINGS)
+@pytest.mark.parametrize("bad", ["2:4", "linear", ["0"], 5])
+def test_patterns_and_layouts_that_are_no_mappings_are_refused(where: str, argument: str, bad: Any, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    source.mkdir()
+    torch.save(model().state_dict(), source / "weights.pt")
+    parameters = inspect.signature(CALLABLES[where]).parameters
+    if bad == ["0"] and "budget" in parameters:
+        pytest.skip("with a budget, patterns= is a list")
+    given = {
+        name: good_values(name, str(one.annotation), source)
+        for name, one in parameters.items()
+        if one.default is one.empty and one.kind not in (one.VAR_KEYWORD, one.VAR_POSITIONAL)
+    }
+    given |= {"target": tmp_path / "out"} if "target" in parameters else {}
+    given |= {"folder": tmp_path / "out"} if "folder" in parameters else {}
+    given |= {"pattern": "2:4"} if "pattern" in parameters else {}
+    given |= {"target": model()} if where == "bisparse.verify" else {}
+    with pytest.raises((TypeError, ValueError), match=r"expected a mapping|is no layout|patterns="):
+        CALLABLES[where](**given | {argument: bad})
+
+
+@pytest.mark.parametrize("bad", [None, "linear", tiles.LayoutKind.LINEAR, 3])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda bad: tiles.to_matrices(torch.ones(4, 4), bad),
+        lambda bad: tiles.from_matrices(torch.ones(1, 4, 4), bad, (4, 4)),
+        lambda bad: tiles.kernel_positions((4, 4), bad),
+        lambda bad: matrix_sides(torch.ones(4, 4), bad),
+    ],
+)
+def test_a_layout_of_another_type_is_refused(call: Callable[[Any], Any], bad: Any) -> None:
+    with pytest.raises(TypeError, match="layout must be a Layout"):
+        call(bad)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [("sideways",), (None,), ("linear", 2), ("linear", 1, 3), ("conv", 0), ("packed", 1, 0), ("packed", 1, -1), ("experts", 4)],
+)
+def test_a_layout_that_cannot_be_is_not_made(fields: tuple[Any, ...]) -> None:
+    with pytest.raises(ValueError, match="Layout"):
+        tiles.Layout(*fields)
+    assert tiles.Layout("conv", 2).kind is tiles.LayoutKind.CONV
+
+
+@pytest.mark.parametrize("call", ["save", "load", "report", "state"])
+def test_saving_and_loading_refuse_wrong_types(call: str, tmp_path: Path) -> None:
+    calls: dict[str, Callable[[], Any]] = {
+        "save": lambda: bisparse.save(None, tmp_path / "out", "2:4"),  # type: ignore[arg-type]
+        "load": lambda: bisparse.load(None, tmp_path),  # type: ignore[arg-type]
+        "report": lambda: bisparse.save(model(), tmp_path / "out", report="2:4"),  # type: ignore[arg-type]
+        "state": lambda: bisparse.save(model(), tmp_path / "out", "2:4", state="x"),  # type: ignore[arg-type]
+    }
+    with pytest.raises((TypeError, ValueError), match=r"torch module|expected"):
+        calls[call]()
+    assert not (tmp_path / "out").exists()

@@ -384,3 +384,18 @@ def test_a_merge_or_an_end_that_fails_at_any_step(job: str, kind: str, tmp_path:
             steps.JOBS[job](tried, [], tmp_path)
         assert steps.everything(tried) == before, f"step {at}"
         assert all(one is held[name] for name, one in tried.named_parameters())
+
+
+@pytest.mark.parametrize("order", [("whole", "part"), ("part", "whole"), ("part", "other"), ("same", "part")])
+def test_tensors_that_share_memory_are_restored_whatever_was_touched_when(order: tuple[str, str]) -> None:
+    storage = torch.arange(12.0)
+    views = {"whole": storage, "part": storage[2:7], "other": storage[5:9], "same": storage.view(3, 4)}
+    try:
+        with Rollback() as rollback:
+            for number, name in enumerate(order):
+                rollback.touch(views[name])
+                views[name].fill_(-1.0 - number)
+            raise Stop
+    except Stop:
+        pass
+    assert torch.equal(storage, torch.arange(12.0))

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+import time
 from fractions import Fraction
 from typing import Any
 
@@ -531,3 +532,23 @@ def test_scores_are_left_alone() -> None:
     assert torch.equal(scores.detach(), before)
     assert not solution.scores.requires_grad
     assert from_matrices(to_matrices(solution.mask, solution.layout), solution.layout, scores.shape).shape == scores.shape
+
+
+@pytest.mark.parametrize("m", [16, 64])
+def test_a_tile_over_all_magnitudes_takes_less_than_a_hundred_times_as_long(m: int) -> None:
+    usual, generator = torch.rand(m, m), torch.Generator().manual_seed(0)
+    extreme = torch.ldexp(torch.rand(m, m, generator=generator), torch.randint(-140, 120, (m, m), generator=generator).float())
+    outliers = torch.rand(m, m, generator=generator).square() * torch.where(torch.rand(m, generator=generator) < 0.1, 1e8, 1.0)
+    pattern = f"{m // 2}:{m}-T"
+
+    def seconds(scores: Tensor) -> float:
+        solve(scores, pattern)  # compiles
+        times = []
+        for _ in range(3):
+            begun = time.perf_counter()
+            solve(scores, pattern)
+            times.append(time.perf_counter() - begun)
+        return min(times)
+
+    least = max(seconds(usual), 1e-4)
+    assert max(seconds(extreme), seconds(outliers)) < 100 * least

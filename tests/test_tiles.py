@@ -1,6 +1,8 @@
 """Layouts: the matrices that a weight holds are the ones its GEMMs multiply by."""
 
 import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
 
+import bisparse
+from bisparse.pruning import violation
 from bisparse.tiles import (
     Layout,
     LayoutKind,
@@ -163,7 +167,6 @@ def test_no_layout_for_other_dimensions(ndim: int) -> None:
         ((2, 3), Layout(LayoutKind.EXPERTS), r"'experts', which needs 3 dimensions"),
         ((4, 3), Layout(LayoutKind.PACKED, parts=3), r"shape \(4, 3\) cannot be split into 3 parts"),
         ((4, 3, 2), Layout(LayoutKind.CONV, groups=3), r"cannot be split into 3 groups"),
-        ((4, 3, 2), Layout(LayoutKind.CONV, groups=0), r"cannot be split into 0 groups"),
     ],
 )
 def test_layout_that_does_not_fit_the_weight(shape: tuple[int, ...], layout: Layout, message: str) -> None:
@@ -171,3 +174,17 @@ def test_layout_that_does_not_fit_the_weight(shape: tuple[int, ...], layout: Lay
         to_matrices(torch.zeros(shape), layout)
     with pytest.raises(ValueError, match=message):
         from_matrices(torch.zeros(1, *shape[:2]), layout, shape)
+
+
+@pytest.mark.parametrize("call", [bisparse.solve, violation])
+def test_a_pattern_that_would_take_gigabytes_of_padding_is_refused(call: Callable[[Tensor, str], Any]) -> None:
+    with pytest.raises(ValueError, match="M = 99999 is far larger"):
+        call(torch.rand(16, 16), "1:99999-T")
+    assert bisparse.solve(torch.rand(16, 16), "1:64-T").mask.sum() > 0
+
+
+@pytest.mark.parametrize("m", [0, -4, True, 4.0, "4", None, torch.ones(2)], ids=str)
+def test_a_side_that_is_no_whole_number_is_refused(m: Any) -> None:
+    for call in (lambda: pad_to_multiple(torch.ones(4, 4), m), lambda: to_tiles(torch.ones(4, 4), m)):
+        with pytest.raises(ValueError, match="is no side of a tile"):
+            call()

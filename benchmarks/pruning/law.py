@@ -16,7 +16,7 @@ from network import accuracy, arguments, calibration, opened, trained
 from resnet import converted
 
 from bisparse.pruning import reestimate_batch_norms_
-from record import RESULTS
+from record import results_file
 
 DENSITIES = (100, 90, 80, 70, 60, 50, 45, 40, 35, 30, 20, 10)
 COMPARED = ("magnitude", "adaprune (a), Adam", "adaprune (b), same mask and inputs", "adaprune (b), default", "alps")
@@ -29,10 +29,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(COMPARED))
     parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8"])
     parser.add_argument("--densities", nargs="+", type=int, default=list(DENSITIES))
-    parser.add_argument("--results", type=Path, default=RESULTS / "pruning_law.jsonl")
+    parser.add_argument("--results", type=Path, help="default benchmarks/results/pruning_law.jsonl; with --quick out/quick/")
     options = parser.parse_args()
     data, how, budget = opened(options)
-    rows = Rows(options.results)
+    rows = Rows(results_file(options.results, "pruning_law.jsonl", quick=options.quick))
     for density in options.densities[:: 5 if options.quick else 1]:
         origin = None if density == 100 else f"{density}%"
         with rows.new({**budget, "origin_density": density, "to": None}) as row:

@@ -32,7 +32,7 @@ from bisparse.pruning import (
     convert_,
     reestimate_batch_norms_,
 )
-from record import RESULTS
+from record import results_file
 
 ROUTES = (
     (None, "2:4"), (None, "4:8"), (None, "2:4-T"), (None, "4:8-T"), (None, "16:32-T"), ("4:8", "2:4"), ("50%", "4:8"),
@@ -75,10 +75,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--patterns", nargs="+", default=list(dict.fromkeys(to for _, to in ROUTES)))
-    parser.add_argument("--results", type=Path, default=RESULTS / "pruning_resnet.jsonl")
+    parser.add_argument("--results", type=Path, help="default benchmarks/results/pruning_resnet.jsonl; with --quick out/quick/")
     options = parser.parse_args()
     data, how, budget = opened(options)
-    rows = Rows(options.results)
+    rows = Rows(results_file(options.results, "pruning_resnet.jsonl", quick=options.quick))
     for origin in dict.fromkeys(origin for origin, to in ROUTES if to in options.patterns):
         with rows.new({**budget, "origin": origin or "dense", "to": None}) as row:
             if row is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,14 +25,14 @@ def check_apart(target: str | Path, inputs: Mapping[str, str | Path | None]) -> 
         inputs: files and folders that are read, by what they are: ``{"source": path}``. None is skipped.
 
     Raises:
-        CheckpointError: they overlap; names both.
+        CheckpointError: they overlap; names both. Or a name is too long.
     """
-    here = Path(os.path.realpath(target))
+    here = _real(target)
     written = {_identity(path): path for path in _files(here)}
     for what, given in inputs.items():
         if given is None:
             continue
-        there = Path(os.path.realpath(given))
+        there = _real(given)
         within, around = _holds(there, here), _holds(here, there)
         if within or around:
             relation = "is" if within and around else "is inside" if within else "contains"
@@ -39,6 +40,21 @@ def check_apart(target: str | Path, inputs: Mapping[str, str | Path | None]) -> 
         for path in _files(there) if written else ():
             if (same := written.get(_identity(path))) is not None:
                 raise _overlap(target, f"and the {what} {given} share a file: {same} and {path} are two names of it")
+
+
+def _real(path: str | Path) -> Path:
+    """A path with all links resolved, whether or not there is anything.
+
+    Raises:
+        CheckpointError: no system could have such a path.
+    """
+    real = Path(os.path.realpath(path))
+    try:
+        os.lstat(real)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise CheckpointError(Path(path), "has a name that is too long", "choose a shorter one") from error
+    return real
 
 
 def origin_of(model: nn.Module) -> Path | None:

@@ -92,7 +92,8 @@ class Rollback:
             parameter.requires_grad_(required)
             parameter.grad = gradient
         with torch.no_grad():
-            for live, before in self._tensors.values():
+            # The last copy first: of tensors that share memory the earlier copy has the older numbers.
+            for live, before in reversed(self._tensors.values()):
                 # A tensor that could not be written to cannot be restored either, and need not be.
                 if not same_bits(live, before):
                     live.copy_(before)

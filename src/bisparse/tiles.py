@@ -18,6 +18,7 @@ from torch import Tensor
 __all__ = [
     "Layout",
     "LayoutKind",
+    "check_layout",
     "default_layout",
     "from_matrices",
     "from_tiles",
@@ -74,9 +75,16 @@ class Layout:
     parts: int = 1
 
     def __post_init__(self) -> None:
+        if not isinstance(self.kind, str) or self.kind not in (*LayoutKind,):
+            raise ValueError(f"Layout(kind={self.kind!r:.40}): expected one of {', '.join(LayoutKind)}")
+        object.__setattr__(self, "kind", LayoutKind(self.kind))
         for name, number in (("groups", self.groups), ("parts", self.parts)):
-            if isinstance(number, bool) or not isinstance(number, int):
-                raise ValueError(f"Layout({name}={number!r:.40}): expected a whole number")
+            if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number < 1 << 31:
+                raise ValueError(f"Layout({name}={number!r:.40}): expected a whole number that is 1 or more")
+        if self.groups > 1 and not self.is_convolution:
+            raise ValueError(f"Layout('{self.kind}', groups={self.groups}): only convolutions have groups")
+        if self.parts > 1 and self.kind is not LayoutKind.PACKED:
+            raise ValueError(f"Layout('{self.kind}', parts={self.parts}): only the kind 'packed' has parts")
 
     @property
     def is_convolution(self) -> bool:
@@ -137,6 +145,12 @@ def to_matrices(weight: Shaped[Tensor, "..."], layout: Layout) -> Shaped[Tensor,
     raise AssertionError(layout.kind)
 
 
+def check_layout(layout: object) -> None:
+    """Raise TypeError for what is no `Layout`; text is turned into one by `bisparse.layers.parse_layout`."""
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout must be a Layout, such as Layout('linear'), not {layout!r:.40}")
+
+
 def from_matrices(
     matrices: Shaped[Tensor, "B O I"], layout: Layout, shape: tuple[int, ...] | torch.Size
 ) -> Shaped[Tensor, "..."]:
@@ -166,12 +180,14 @@ def from_matrices(
 
 def kernel_positions(shape: tuple[int, ...] | torch.Size, layout: Layout) -> int:
     """The number of kernel positions, which are summed into one output; 1 for layouts other than convolutions."""
+    check_layout(layout)
     if not layout.is_convolution:
         return 1
     return math.prod(tuple(shape)[1:-1] if layout.kind is LayoutKind.CONV_LAST else tuple(shape)[2:])
 
 
 def _check_layout(shape: tuple[int, ...], layout: Layout) -> None:
+    check_layout(layout)
     kind = layout.kind
     if len(shape) not in DIMENSIONS[kind]:
         raise ValueError(
@@ -186,17 +202,31 @@ def _check_layout(shape: tuple[int, ...], layout: Layout) -> None:
         )
 
 
+MAX_PADDED, MAX_PADDING = 1 << 26, 4
+"""Entries that matrices may have after padding, and how many times their own; the larger of the two is the limit."""
+
+
 def _check_side(m: int) -> None:
-    if not 1 <= m < 1 << 31:
+    if isinstance(m, bool) or not isinstance(m, int) or not 1 <= m < 1 << 31:
         raise ValueError(f"{m!r:.40} is no side of a tile")
 
 
 def pad_to_multiple(matrices: Shaped[Tensor, "*B R C"], m: int) -> Shaped[Tensor, "*B R2 C2"]:
-    """Zeros appended so that `m` divides the last two sides; the same tensor where it already does."""
+    """Zeros appended so that `m` divides the last two sides; the same tensor where it already does.
+
+    Raises:
+        ValueError: no matrices, no side of a tile, or one so large that almost all would be padding.
+    """
     _check_side(m)
     if matrices.ndim < 2:
         raise ValueError(f"a tensor of shape {tuple(matrices.shape)} holds no matrices")
     rows, columns = -matrices.shape[-2] % m, -matrices.shape[-1] % m
+    padded = math.prod((*matrices.shape[:-2], matrices.shape[-2] + rows, matrices.shape[-1] + columns))
+    if padded > max(MAX_PADDED, MAX_PADDING * matrices.numel()):
+        raise ValueError(
+            f"M = {m} is far larger than the sides of matrices of shape {tuple(matrices.shape)}, which would take {padded:,} "
+            "entries with zeros appended; choose a smaller M, or leave the layer dense"
+        )
     return torch.nn.functional.pad(matrices, (0, columns, 0, rows)) if rows or columns else matrices
 
 

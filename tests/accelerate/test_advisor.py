@@ -310,3 +310,19 @@ def test_on_a_gpu_layers_are_measured_and_the_winners_converted() -> None:
     assert all(one.timing.dense.peak_bytes for one in advice.layers)
     report = accelerate_(model, advice=advice)
     assert {one.name for one in report.layers} == {one.name for one in advice.layers if one.convert}
+
+
+def test_layouts_make_layers_of_parameters_whose_class_does_not_tell() -> None:
+    class Scaled(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(input, self.weight * 0.5, self.bias)
+
+    model = nn.Sequential(nn.Linear(64, 64), Scaled(64, 64))
+    assert [one.name for one in layer_shapes(model, "2:4")[0]] == ["0"]
+    shapes, left = layer_shapes(model, "2:4", layouts={"1": "linear"})
+    assert {one.name for one in shapes} | {one.name for one in left} == {"0", "1"}
+    assert not any("does not compute" in one.reason for one in left)
+    with pytest.raises(ValueError, match="no layer"):
+        layer_shapes(model, layouts={"7": "linear"})
+    with pytest.raises(ValueError, match="expected a mapping"):
+        advise(model, 8, layouts="linear")

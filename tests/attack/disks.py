@@ -53,6 +53,8 @@ def attack(seed: int, folder: Path) -> Found:
         found.add("hang", what)
     elif code < 0:
         found.add("crash", f"{what}: signal {-code}")
+    elif kind == "full" and code == 99:
+        pass  # there was no room for the message either
     elif (code not in (0, 1, 2) or "Traceback" in said) and not (job == "journal" and "OSError" in said):
         found.add("foreign", f"{what}: exit code {code}: {said[-400:]}")
     written = weights_of(target_of(folder, job))

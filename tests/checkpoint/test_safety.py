@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,9 @@ from safetensors.torch import load_file, save_file
 
 import bisparse
 from bisparse.apart import check_apart
-from bisparse.checkpoint import CheckpointError, load_masks, prune_checkpoint, read_sidecar, verify_checkpoint
+from bisparse.checkpoint import CheckpointError, load_masks, prune_checkpoint, read_sidecar, to_dense, verify_checkpoint
 from bisparse.checkpoint import atomic_folder as output
+from bisparse.report import write_report
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="fork and signals")
 
@@ -728,3 +730,52 @@ def test_memory_does_not_grow_with_the_checkpoint(tmp_path: Path, pattern: str, 
     peak = int(done.stdout.split()[-1])
     assert peak < 3 * largest + CONSTANT < whole / 2
     assert bisparse.verify_checkpoint(tmp_path / "out")
+
+
+NOBODY = 65534
+
+
+@posix
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("what", ["new", "deeper", "overwrite", "dense", "save"])
+def test_a_folder_that_may_not_be_written_is_refused_and_nothing_is_left(state: State, what: str) -> None:
+    """By the rights of the system; of the superuser, who may write anywhere, in a process of another user."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        write_folder(place / "model", state)
+        prune_checkpoint(place / "model", place / "locked" / "old", "2:4")
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
+        layer = torch.nn.Sequential(torch.nn.Linear(16, 16))
+        report = bisparse.prune_(layer, "2:4")
+        jobs: dict[str, Callable[[], object]] = {
+            "new": lambda: prune_checkpoint(place / "model", place / "locked" / "out", "1:4"),
+            "deeper": lambda: prune_checkpoint(place / "model", place / "locked" / "a" / "out", "1:4"),
+            "overwrite": lambda: prune_checkpoint(place / "model", place / "locked" / "old", "1:4", overwrite=True),
+            "dense": lambda: to_dense(place / "model", place / "locked" / "out"),
+            "save": lambda: bisparse.save(layer, place / "locked" / "out", report=report),
+        }
+
+        def refused() -> None:
+            if os.geteuid() == 0:
+                os.setgid(NOBODY)
+                os.setuid(NOBODY)
+            with pytest.raises(
+                CheckpointError, match=r"could not be written: permission denied; choose a folder that you may write"
+            ):
+                jobs[what]()
+            only(place / "locked", "old")
+
+        before = snapshot(place / "locked")
+        assert in_child(refused) == 0 and snapshot(place / "locked") == before
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "\u00e4" * 200])
+def test_a_name_that_is_too_long_is_refused(folder: Path, tmp_path: Path, name: str) -> None:
+    prune_checkpoint(folder, tmp_path / "pruned", "2:4")
+    with pytest.raises(CheckpointError, match="too long"):
+        prune_checkpoint(folder, tmp_path / name, "2:4")
+    with pytest.raises(CheckpointError, match="too long"):
+        write_report(tmp_path / "pruned", tmp_path / name)

@@ -313,3 +313,62 @@ def test_nothing_is_saved_with_wider_permissions_than_the_source_has(tmp_path: P
     written = dict.fromkeys(("model.safetensors", "bisparse.json", "bisparse-masks.safetensors", "README.md"), 0o640)
     assert found == {**written, "token": 0o600, "private": 0o700, "private/notes": 0o644}
     assert (tmp_path / "out").stat().st_mode & 0o777 == 0o750
+
+
+class OldBuffers(nn.Module):
+    """A model whose older versions saved a buffer that it does not save any more."""
+
+    def __init__(self, persistent: bool) -> None:
+        super().__init__()
+        self.body = nn.Linear(16, 16)
+        self.register_buffer("position_ids", torch.arange(8), persistent=persistent)
+
+
+def test_buffers_that_a_model_no_longer_saves_are_kept_as_the_source_has_them(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    old = OldBuffers(True)
+    save_file(old.state_dict(), tmp_path / "source" / "model.safetensors")
+    model = OldBuffers(False)
+    model.load_state_dict(old.state_dict(), strict=False)
+    report = prune_(model, "2:4", include="body")
+    sidecar = save(model, tmp_path / "out", report=report, source=tmp_path / "source")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == old.state_dict().keys() and torch.equal(written["position_ids"], torch.arange(8))
+    assert sidecar.report.parameters == 272
+    # A tensor that the model does not know at all is evidence of another model.
+    save_file(old.state_dict() | {"position_embeddings": torch.ones(8)}, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="position_embeddings"):
+        save(model, tmp_path / "again", report=report, source=tmp_path / "source")
+
+
+def test_the_parameters_of_an_accelerated_model_are_those_of_its_plain_weights(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Linear(64, 64)).eval()
+    prune_(model, "2:4-T")
+    bisparse.accelerate_(model, "reference")
+    sidecar = save(model, tmp_path / "out", "2:4-T")
+    assert sidecar.report.parameters == 2 * (64 * 64 + 64) + 2 * 64
+    assert verify_checkpoint(tmp_path / "out").contradicted == ()
+
+
+def test_layouts_say_how_layers_of_unknown_classes_are_stored(tmp_path: Path) -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(8, 16))
+
+    model = nn.Sequential(Own(), nn.Linear(16, 16))
+    prune_(model, "2:4", layouts={"0": "transposed"})
+    sidecar = save(model, tmp_path / "out", "2:4", layouts={"0": "transposed"})
+    assert [(one.name, str(one.layout)) for one in sidecar.report] == [("0", "transposed"), ("1", "linear")]
+    with pytest.raises(PatternError, match="0"):
+        save(model, tmp_path / "wrong", "2:4", layouts={"0": "linear"})
+
+
+def test_text_as_patterns_or_layouts_of_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    save_file({"a.weight": torch.randn(16, 16)}, tmp_path / "source" / "model.safetensors")
+    for argument in ("patterns", "layouts"):
+        for value in ("2:4", ["a"], 3):
+            with pytest.raises(ValueError, match=f"{argument}=.*expected a mapping"):
+                bisparse.prune_checkpoint(tmp_path / "source", tmp_path / "out", "2:4", **{argument: value})
+    assert not (tmp_path / "out").exists()

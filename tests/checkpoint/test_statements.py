@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_files import write_folder
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 import bisparse
-from bisparse.checkpoint import load, prune_checkpoint, read_sidecar, save, verify_checkpoint
+from bisparse import CheckpointError
+from bisparse.checkpoint import load, load_masks, prune_checkpoint, read_sidecar, save, verify_checkpoint
 from bisparse.report import read_figures, write_report
 
 
@@ -83,3 +86,88 @@ def test_a_model_that_changed_after_its_report_is_saved_with_its_own_figures(tmp
     assert saved is not None and saved.report.gap is None and saved.report.layers[0].dtype == "float16"
     assert "changed after the report" in saved.report.notes[-1]
     assert verify_checkpoint(tmp_path / "half").contradicted == ()
+
+
+def change_mask(folder: Path, name: str, change: Any) -> None:
+    path = folder / "bisparse-masks.safetensors"
+    with safe_open(path, framework="pt") as file:
+        masks, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    masks[name] = change(masks[name])
+    save_file({key: one for key, one in masks.items() if one is not None}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        (torch.zeros_like, "the mask of a in bisparse-masks.safetensors drops 254 weights that are not zero"),
+        (lambda mask: mask ^ 255, "drops 254 weights that are not zero"),
+        (lambda mask: mask[:5], "does not have the shape of its weight"),
+        (lambda mask: None, "has no mask of a"),
+        (lambda mask: mask.float(), "does not have the shape of its weight"),
+    ],
+)
+def test_masks_that_are_not_those_of_the_weights_are_said(pruned: Path, how: Any, said: str) -> None:
+    change_mask(pruned, "a.weight", how)
+    checked = verify_checkpoint(pruned)
+    assert checked and len(checked.contradicted) == 1 and said in checked.contradicted[0]
+    with pytest.warns(UserWarning, match="bisparse-masks.safetensors"):
+        load(model(), pruned)
+
+
+def test_a_mask_that_keeps_nothing_is_not_handed_on(pruned: Path) -> None:
+    change_mask(pruned, "a.weight", torch.zeros_like)
+    with pytest.raises(CheckpointError, match=r"a\.weight.*keeps nothing"):
+        load_masks(pruned)
+
+
+def test_a_layer_of_zeros_has_a_mask_that_keeps_nothing(tmp_path: Path) -> None:
+    zeros = model()
+    bisparse.prune_(zeros, "2:4")
+    zeros["a"].weight.data.zero_()
+    save(zeros, tmp_path / "out", "2:4")
+    assert not load_masks(tmp_path / "out")["a.weight"].any() and verify_checkpoint(tmp_path / "out").contradicted == ()
+
+
+def change_layout(folder: Path, **fields: Any) -> None:
+    path = folder / "bisparse.json"
+    content = json.loads(path.read_text())
+    content["layers"][0]["layout"] |= fields
+    path.write_text(json.dumps(content))
+
+
+def test_a_layout_that_the_files_evidence_contradicts_is_said(tmp_path: Path) -> None:
+    weight = torch.randn(16, 32)
+    weight *= bisparse.solve(weight.abs().T, "2:4").mask.T  # groups along the outputs only
+    write_folder(tmp_path / "model", {"a.weight": weight, "a.bias": torch.ones(16)})
+    write_folder(tmp_path / "dense", {"a.weight": torch.randn(16, 32), "a.bias": torch.ones(16)})
+    prune_checkpoint(tmp_path / "dense", tmp_path / "out", "2:4")
+    save_file({"a.weight": weight, "a.bias": torch.ones(16)}, tmp_path / "out" / "model.safetensors", {"format": "pt"})
+    assert not verify_checkpoint(tmp_path / "out")
+    change_layout(tmp_path / "out", kind="transposed")
+    checked = verify_checkpoint(tmp_path / "out")
+    assert any("it reads a as 'transposed'" in one for one in checked.contradicted)
+    with_layout = verify_checkpoint(tmp_path / "out", layouts={"a": "transposed"})
+    assert with_layout and not any("reads a as" in one for one in with_layout.contradicted)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"parts": 0}, {"parts": -3}, {"groups": 0}, {"parts": 3}, {"kind": "packed", "parts": 7}, {"groups": 4},
+        {"kind": "conv"}, {"kind": "experts"}, {"kind": "sideways"}, {"kind": "packed", "parts": 2**40},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_layout_that_cannot_be_is_an_error_of_the_sidecar(pruned: Path, fields: dict[str, Any]) -> None:
+    change_layout(pruned, **fields)
+    for call in (verify_checkpoint, read_sidecar, lambda path: load(model(), path), load_masks):
+        with pytest.raises(CheckpointError, match=r"bisparse\.json"):
+            call(pruned)
+
+
+@pytest.mark.parametrize(("key", "value"), [("name", ""), ("name", "b"), ("note", "\ud800"), ("parameter", "b.weight")])
+def test_a_sidecar_whose_layers_have_other_names_or_no_text_is_refused(pruned: Path, key: str, value: str) -> None:
+    change(pruned, key, value)
+    for call in (verify_checkpoint, read_sidecar, load_masks):
+        with pytest.raises(CheckpointError, match=r"bisparse\.json"):
+            call(pruned)

@@ -331,3 +331,16 @@ def test_a_record_that_breaks_its_checksum_leaves_the_model_unchanged(tmp_path: 
     with pytest.raises(CheckpointError, match=r"w\.pt: tensor 1\.bias is corrupt: data/3 breaks its checksum"):
         load(model, path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("at", [0, 100, 4096])
+def test_a_storage_with_a_byte_too_many_is_corrupt_wherever_it_is(tmp_path: Path, at: int) -> None:
+    """Everything behind an inserted byte would be other numbers; the checksum of a file that was zipped again is right."""
+    torch.save({"a.weight": torch.randn(32, 32)}, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt") as archive:
+        records = {one: archive.read(one) for one in archive.namelist()}
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        for name, data in records.items():
+            archive.writestr(name, data[:at] + b"x" + data[at:] if name.endswith("data/0") else data)
+    with pytest.raises(CheckpointError, match="corrupt"):
+        prune_checkpoint(tmp_path / "w.pt", tmp_path / "out", "2:4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -266,3 +267,22 @@ def test_permutation_is_compared_with_stripe_groups(ours: float, met: str) -> No
         permutation([rows_of(**common, method="ours", kept=ours), rows_of(**common, method="stripe groups", kept=0.75)])
     )
     assert met in page and "| l | 8 x 16 | ours |" in page
+
+
+@pytest.mark.parametrize("program", sorted(path for path in BENCHMARKS.rglob("*.py") if '"--quick"' in path.read_text()))
+def test_a_quick_run_never_writes_into_the_committed_results(
+    program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program with --quick takes its file from `results_file`, or records nothing at all in that case."""
+    import record
+
+    text = program.read_text()
+    users = [path for path in BENCHMARKS.rglob("*.py") if re.search(rf"from {program.stem} import .*arguments", path.read_text())]
+    records = [path for path in (program, *users) if "--results" in path.read_text()]
+    for path in records:
+        assert "quick=options.quick" in path.read_text() and "default=RESULTS" not in path.read_text(), path
+    assert records or "if not quick:" in text
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    assert not record.results_file(None, "x.jsonl", quick=True).is_relative_to(record.RESULTS)
+    assert record.results_file(None, "x.jsonl") == record.RESULTS / "x.jsonl"
+    assert record.results_file(tmp_path / "y", "x.jsonl", quick=True) == tmp_path / "y"

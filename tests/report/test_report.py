@@ -493,3 +493,18 @@ def test_columns_that_no_layer_has_a_figure_for_are_left_out(page: Page) -> None
     assert not {"Violation", "Groups violated", "Fitted before", "Error masked", "Output error", "Damping"} & {
         cell.strip() for row in page.rows for cell in row
     }
+
+
+def test_charts_of_a_job_with_data_are_errors_and_are_drawn_again_for_narrow_screens(tmp_path: Path) -> None:
+    from torch import nn
+
+    from bisparse import prune_
+    from bisparse.checkpoint import save
+
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    save(model, tmp_path / "out", report=prune_(model, "2:4", "adaprune", [torch.randn(64, 32) for _ in range(6)]))
+    text = write_report(tmp_path / "out", tmp_path / "report.html").read_text()
+    first = text.index("Relative output error of each layer")
+    assert first < text.index("Fraction of the score that each layer keeps")
+    widths = [int(float(one)) for one in re.findall(r'class="for-(?:wide|narrow)"><svg[^>]*viewBox="0 0 ([\d.]+)', text)]
+    assert len(widths) == 4 and widths[1] == widths[3] <= 400 < widths[0] == widths[2], widths

@@ -228,3 +228,13 @@ def test_fsdp1_is_refused_before_and_after_wrapping(mlp, tmp_path, mode, use_ori
             sparsity.attach(torch.optim.SGD(wrapped.parameters(), lr=0.1))
     finally:
         torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("bad", [torch.ones(2), "dense", 5, {}], ids=str)
+def test_what_is_no_schedule_or_score_is_refused_before_anything_is_changed(mlp, bad):
+    before = list(mlp.state_dict())
+    for argument in ("schedule", "score"):
+        with pytest.raises(ValueError, match=f"{argument}=.*expected"):
+            sparsify_(mlp, "2:4", **{argument: bad})
+    assert list(mlp.state_dict()) == before
+    sparsify_(mlp, "2:4", score="magnitude")

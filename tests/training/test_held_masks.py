@@ -3,6 +3,7 @@
 import copy
 import io
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch.optim.swa_utils import AveragedModel
 import bisparse
 from bisparse import PatternError, accelerate_, convert_, finalize_, prune_, sparsify_, verify
 from bisparse.pruning import fold_batch_norms_, permute_
+from bisparse.quantization import quantize_
 
 
 def numbers(model: nn.Module) -> dict[str, Tensor]:
@@ -24,8 +26,12 @@ def unchanged(model: nn.Module, before: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("held", ["static", "dynamic", "accelerated", "packed"])
-@pytest.mark.parametrize("how", ["prune_", "convert_", "with data", "permute_", "fold_batch_norms_", "sparsify_"])
-def test_what_rewrites_weights_refuses_a_model_whose_masks_are_held(held: str, how: str) -> None:
+@pytest.mark.parametrize(
+    "how", ["prune_", "convert_", "with data", "permute_", "fold_batch_norms_", "sparsify_", "quantize_", "load", "load a part"]
+)
+def test_what_rewrites_weights_refuses_a_model_whose_masks_are_held(held: str, how: str, tmp_path: Path) -> None:
+    other = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16))
+    bisparse.save(other, tmp_path / "other", report=prune_(other, "4:8"))
     model = nn.Sequential(nn.Linear(16, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 16))
     if held in ("static", "dynamic"):
         sparsify_(model, "2:4-T", mode=held)
@@ -40,8 +46,11 @@ def test_what_rewrites_weights_refuses_a_model_whose_masks_are_held(held: str, h
         "permute_": lambda: permute_(model, "2:4", inputs),
         "fold_batch_norms_": lambda: fold_batch_norms_(model, inputs),
         "sparsify_": lambda: sparsify_(model, "1:4"),
+        "quantize_": lambda: quantize_(model, "int8"),
+        "load": lambda: bisparse.load(model, tmp_path / "other"),
+        "load a part": lambda: bisparse.load(model, tmp_path / "other", strict=False),
     }
-    with pytest.raises(ValueError, match=r"finalize_"):
+    with pytest.raises(ValueError, match=r"finalize_|load into the plain model"):
         calls[how]()
     assert unchanged(model, before)
 

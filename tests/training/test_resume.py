@@ -122,3 +122,35 @@ def test_a_state_that_was_taken_stays_as_it_was():
     train(parts, 2)
     assert all(torch.equal(state["layers"][name]["u"], u) for name, u in before.items())
     assert any(not torch.equal(parts[3].state_dict()["layers"][name]["u"], u) for name, u in before.items())
+
+
+BROKEN = {
+    "no mapping": lambda state: None,
+    "a part": lambda state: {"torch": state["torch"]},
+    "python": lambda state: state | {"python": [3, [1, 2, 3], None]},
+    "python of another type": lambda state: state | {"python": "x"},
+    "a word too large": lambda state: state | {"python": [3, [2**80, *state["python"][1][1:]], None]},
+    "gauss": lambda state: state | {"python": [*state["python"][:2], "x"]},
+    "numpy": lambda state: state | {"numpy": ["MT19937", torch.zeros(3, dtype=torch.int64), 0, 0, 0.0]},
+    "negative numbers of numpy": lambda state: state | {"numpy": ["MT19937", -torch.ones(624, dtype=torch.int64), 0, 0, 0.0]},
+    "another generator of numpy": lambda state: state | {"numpy": ["PCG64", *state["numpy"][1:]]},
+    "torch": lambda state: state | {"torch": torch.zeros(16, dtype=torch.uint8)},
+    "torch of another type": lambda state: state | {"torch": torch.zeros(16)},
+    "cuda": lambda state: state | {"cuda": [torch.zeros(3)]},
+    "devices that are not here": lambda state: state | {"cuda": [torch.zeros(16, dtype=torch.uint8)] * 99},
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_a_random_state_that_is_none_is_refused_and_no_generator_is_changed(how):
+    broken = BROKEN[how](random_state())
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    with pytest.raises(ValueError, match=r"random_state|random state"):
+        restore_random_state(broken)
+    after = random.random(), np.random.rand(), float(torch.rand(()))
+    random.seed(5)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert after == (random.random(), np.random.rand(), float(torch.rand(())))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from bisparse.accelerate.timing import Timing, measure_linear
 from bisparse.device import usable_device
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
+from bisparse.tiles import Layout
 from bisparse.training.parametrizations import layer_state
 
 __all__ = ["advise", "advise_shapes", "layer_shapes", "shape_at"]
@@ -44,6 +45,7 @@ def advise(
     grid: Grid | str | Path | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Advice:
     """Measure each layer of a model dense and sparse on this device, and advise which layers to run sparse.
@@ -58,15 +60,16 @@ def advise(
         device: by default CUDA if available.
         backend: measure only this backend; "auto" measures all that run here and takes the fastest.
         training: time both passes; otherwise only the forward pass. By default the mode of the model.
-        pattern: assume that the layers are pruned to it; by default use their weights, or their masks in training.
-        grid: measured times to predict from, or their file; by default the grids in the package.
+        pattern: assume that the layers are pruned to it; by default judge their weights, or masks in training.
+        grid: measured times to predict from, or their file; by default those that come with the package.
+        include, exclude, layouts: which layers, and how they store their matrices, as for `prune_`.
         progress: called with the layer's name, the number of layers done and their total.
 
     Raises:
         BackendError: the given backend does not run on this device.
         ValueError: tokens below 1; a device that does not exist; a file that is not a grid.
     """
-    shapes, left = layer_shapes(model, pattern, include, exclude)
+    shapes, left = layer_shapes(model, pattern, include, exclude, layouts)
     training = model.training if training is None else training
     return advise_shapes(
         shapes, tokens, left=left, dtype=dtype, device=device, backend=backend, training=training, grid=grid, progress=progress
@@ -78,9 +81,10 @@ def layer_shapes(
     pattern: str | Structure | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
 ) -> tuple[list[LayerShape], list[Skipped]]:
-    """The layers of a model that may run sparse, as arguments of `advise_shapes`, and all others with reasons."""
-    layers, left = find_layers(model, include, exclude)
+    """The layers of a model that may run sparse, as `advise_shapes` takes them, and all others with their reasons."""
+    layers, left = find_layers(model, include, exclude, layouts=layouts)
     shapes = []
     for layer in layers:
         found = directions_of(layer)

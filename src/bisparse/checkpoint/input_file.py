@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bisparse.checkpoint.schemas import check_depth
+from bisparse.checkpoint.schemas import check_depth, check_text
 from bisparse.errors import CheckpointError
 
-__all__ = ["InputFile", "open_input", "read_json"]
+__all__ = ["FilePart", "InputFile", "open_input", "read_json"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class InputFile:
     def size(self) -> int:
         """Bytes."""
         return self.state[2]
+
+    @property
+    def base(self) -> int:
+        """Where it begins in the file at its path."""
+        return 0
 
     def open(self) -> io.BufferedReader:
         """Open the file for reading.
@@ -86,6 +91,63 @@ class InputFile:
         )
 
 
+@dataclass(frozen=True)
+class FilePart(InputFile):
+    """A part of a file that holds a file of its own, such as an archive between others."""
+
+    start: int
+    length: int
+
+    @property
+    def size(self) -> int:
+        return self.length
+
+    @property
+    def base(self) -> int:
+        return self.start
+
+    def open(self) -> io.BufferedReader:
+        return io.BufferedReader(_Part(super().open(), self.start, self.length))
+
+    def read(self, offset: int, length: int, tensor: str = "") -> bytearray:
+        if not 0 <= offset <= offset + length <= self.length:
+            raise CheckpointError(self.path, "is truncated or corrupt", "fetch or save it again", tensor=tensor)
+        data = bytearray(length)
+        with self.open() as file:
+            file.seek(offset)
+            file.readinto(data)
+        return data
+
+
+class _Part(io.RawIOBase):
+    """Bytes `start` to ``start + length`` of an open file, as a file."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._at = max(0, offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._length - self._at))
+        self._file.seek(self._start + self._at)
+        data = self._file.read(count)
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
 def open_input(path: Path) -> InputFile:
     """The file at a path, in its current state. Only regular files are opened, since a pipe could block forever.
 
@@ -107,6 +169,7 @@ def read_json(path: Path) -> tuple[InputFile, dict[str, Any]]:
     try:
         content = json.loads(file.read(0, file.size).decode("utf-8"))
         check_depth(content)
+        check_text(content)
     except CheckpointError:
         raise
     except RecursionError as error:

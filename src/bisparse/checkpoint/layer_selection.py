@@ -140,8 +140,8 @@ def _extent_of_file(tensor: FileTensor, view: tuple[object, ...] = ()) -> _Exten
     content, start = tensor.content, tensor.offset
     where: object = str(tensor.path)
     if isinstance(content, StorageRecord):
-        start += content.offset
-    elif not isinstance(content, InputFile):  # already in memory
+        start += content.file.base + content.offset
+    elif not isinstance(content, InputFile):  # bytes that were read already
         where = id(content)
     return _Extent(where, start, start + tensor.nbytes, view)
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.save_load import HasDenseWeight
 from bisparse.checkpoint.sidecar import Sidecar, read_own_sidecar
-from bisparse.checkpoint.statements import corrected, wrong_statements
+from bisparse.checkpoint.statements import corrected
 from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
 from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError
+from bisparse.layers import check_unheld
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError
+from bisparse.wrappers import check_module
 
 __all__ = ["load"]
 
@@ -38,16 +40,19 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
         not determine them, with a note and a warning.
 
     Raises:
-        CheckpointError: names, shapes or dtypes that do not match; values that the model's dtype cannot represent; tensors that
-                differ although the model ties them; a corrupt file, or one that changes during loading. The model is unchanged.
-        ValueError: the model is accelerated, or has tensors on the meta device.
+        CheckpointError: names, shapes or dtypes that do not fit; values that the model's dtype cannot hold; tensors that differ
+            although the model ties them; a corrupt file, or one that changes while it is loaded. The model is unchanged.
+        ValueError: the model is accelerated or in sparse training, whose masks would not be those of the weights, or has tensors
+            on the meta device.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
     """
+    check_module(model)
     if packed := [name for name, module in model.named_modules() if isinstance(module, HasDenseWeight)]:
         raise ValueError(
             f"the model is accelerated (at {packed[0]!r}): load into the plain model, then call accelerate_, or read the weights "
             "yourself and pass them to model.load_state_dict"
         )
+    check_unheld(model, "loading weights")
     source = open_source(folder, key)
     state = model.state_dict()
     if absent := [name for name, value in state.items() if value.is_meta]:
@@ -62,7 +67,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
         checked = verify_checkpoint(source.path, key=key)
         if checked.violations:
             raise PatternError(f"{source.path}: {checked.message}; the masks were lost after pruning, prune again")
-        wrong = wrong_statements(sidecar, source, checked.layers)
+        wrong = checked.contradicted
         sidecar = corrected(sidecar, source, checked.layers)
     chosen = {name: tensor for name, tensor in source.tensors.items() if name in state}
     for tensor in chosen.values():

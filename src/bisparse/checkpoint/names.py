@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bisparse.checkpoint.reader import Source
 from bisparse.checkpoint.stored_tensor import StoredTensor
 from bisparse.errors import CheckpointError
+from bisparse.wrappers import plain_names
 
-__all__ = ["check_tied", "named_as_in", "some_of"]
+__all__ = ["check_tied", "named_as_in", "some_of", "unsaved_buffers"]
 
 NAMES_SHOWN = 4
 
 
-def named_as_in(source: Source, weights: Mapping[str, Tensor], keep: Collection[str] = ()) -> dict[str, Tensor]:
-    """The weights under exactly the names of the source; additional names of tied weights are left out.
+def named_as_in(
+    source: Source, weights: Mapping[str, Tensor], keep: Collection[str] = (), unsaved: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """The weights under exactly the names that the source has; further names of tied weights are left out.
 
     Args:
-        keep: names to keep in any case.
+        keep: names that stay in any case.
+        unsaved: buffers that the model has and does not save, by name; see `unsaved_buffers`. A tensor of the source by the name
+            of one is kept as the source has it: older versions of a library saved more buffers than newer ones.
 
     Raises:
         CheckpointError: the weights lack a tensor of the source, have an additional one or one of another shape, or are tied
@@ -29,7 +34,9 @@ def named_as_in(source: Source, weights: Mapping[str, Tensor], keep: Collection[
     check_tied(source, weights)
     present = {_place(weights[name]) for name in tensors if name in weights}
     fitting = {name: value for name, value in weights.items() if name in tensors or name in keep or _place(value) not in present}
-    lost = [name for name in tensors if name not in weights]
+    old = {name for name, own in (unsaved or {}).items() if name in tensors and tensors[name].shape == tuple(own.shape)}
+    fitting |= {name: tensors[name].read().view(tensors[name].shape) for name in tensors if name in old and name not in weights}
+    lost = [name for name in tensors if name not in weights and name not in old]
     added = [name for name in fitting if name not in tensors and name not in keep]
     reshaped = [
         f"{name} {tensor.shape} as {tuple(weights[name].shape)}"
@@ -45,6 +52,17 @@ def named_as_in(source: Source, weights: Mapping[str, Tensor], keep: Collection[
             "of yours, module:function, that returns the model",
         )
     return fitting
+
+
+def unsaved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers that a model has and its state_dict leaves out, by the name that they would have there."""
+    plain = plain_names(model)
+    return {
+        plain(f"{prefix}.{name}" if prefix else name): buffer
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    }
 
 
 def check_tied(source: Source, weights: Mapping[str, Tensor]) -> None:

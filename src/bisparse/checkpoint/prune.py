@@ -24,7 +24,7 @@ from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, mas
 from bisparse.checkpoint.stored_tensor import DTYPES, MemoryTensor, SafetensorsWriter, StoredTensor, as_bytes
 from bisparse.checkpoint.verify import verify_stored
 from bisparse.errors import CheckpointError
-from bisparse.layers import Skipped
+from bisparse.layers import Skipped, parse_patterns
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport
 from bisparse.solvers import Solver, parse_solver
@@ -73,7 +73,7 @@ def plan_checkpoint(
     Arguments and errors are those of `prune_checkpoint`.
     """
     opened = open_source(source, key)
-    structures = {name: parse_pattern(one) for name, one in (patterns or {}).items()}
+    structures = parse_patterns(patterns)
     layers, left = choose_layers(
         opened.tensors,
         opened.config,
@@ -152,7 +152,7 @@ def prune_checkpoint(
             repr(parse_solver(solver)),
             results,
             plan.left_dense,
-            {name: str(parse_pattern(one)) for name, one in (patterns or {}).items()},
+            {name: str(one) for name, one in parse_patterns(patterns).items()},
             notes,
             sum(tensor.size for tensor in plan.source.tensors.values()),
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bisparse.checkpoint.distributed import METADATA, is_distributed, read_distributed
 from bisparse.checkpoint.formats.companions import companions
 from bisparse.checkpoint.formats.folded import fold
 from bisparse.checkpoint.formats.folders import check_kind
@@ -142,6 +143,12 @@ def _open(path: Path, key: str | None) -> Source:
         notes = (*read.notes, *notes)
         return _folded(Source(path, (read.shard,), None, config, (), notes, (*read.inputs, *config_files), read.only_read))
     single = _find_weights(path)
+    if single.name == METADATA:
+        tensors, inputs, notes = read_distributed(path, key)
+        others, left = companions(path, {file.path.name for file in inputs}, OURS)
+        config_files, config = _config(path)
+        shard = _shard("model.safetensors", tensors.values())
+        return _folded(Source(path, (shard,), None, config, others, (*notes, *left), (*inputs, *config_files)))
     if single.name.endswith(".index.json"):
         return _folded(_open_sharded(path, single, key))
     read = _read_file(single, key)
@@ -227,6 +234,8 @@ def _find_weights(folder: Path) -> Path:
             raise CheckpointError(folder, f"holds {len(indices)} indices of shards", "keep one checkpoint per folder")
         if indices:
             return indices[0]
+    if is_distributed(folder):
+        return folder / METADATA
     check_kind(folder)
     return _single_file(folder)
 

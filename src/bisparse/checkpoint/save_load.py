@@ -18,7 +18,7 @@ from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
 from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.model_card import CARD, write_card
-from bisparse.checkpoint.names import named_as_in
+from bisparse.checkpoint.names import named_as_in, unsaved_buffers
 from bisparse.checkpoint.prune import SAMPLES, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import open_source
 from bisparse.checkpoint.sidecar import MASKS, SIDECAR, SampleTile, Sidecar, masks_header, packed_size
@@ -32,10 +32,10 @@ from bisparse.checkpoint.stored_tensor import (
 )
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.results import LayerResult, PruneReport, checksum_of, count_parameters
+from bisparse.results import LayerResult, PruneReport, checksum_of
 from bisparse.scores import magnitude
 from bisparse.solution import verify
-from bisparse.tiles import to_matrices
+from bisparse.tiles import Layout, to_matrices
 from bisparse.wrappers import is_wrapper, plain_names, unwrapped_model
 
 __all__ = ["HasDenseWeight", "configs_of", "plain_weights", "save", "sidecar_of"]
@@ -101,6 +101,7 @@ def save(
     state: Mapping[str, Tensor] | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
     overwrite: bool = False,
     source: str | Path | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -116,28 +117,32 @@ def save(
     Args:
         pattern: the pattern of the layers. By default that of `report` or, for a model in sparse training, of its masks.
         report: the report of `prune_` or `Sparsity.report`; its figures go into the sidecar, except those that were computed for
-                different weights.
+            different weights.
         state: the weights, for a model whose weights are sharded over ranks.
-        include, exclude: the layers to which `pattern` applies; see `find_layers`.
+        include, exclude, layouts: the layers to which `pattern` applies, and how they store their matrices; see `find_layers`.
         overwrite: replace a folder that bisparse wrote.
         source: the checkpoint from which the model was loaded. All its other files (configurations, tokenizer, README, licence)
-                are copied as by `prune_checkpoint`, and tensors get its names, tied weights only those that it has.
-            provenance: how the job was called and on what data; stored in the sidecar.
+            are copied as by `prune_checkpoint`, and tensors get its names, tied weights only those that it has.
+        provenance: how the job was called and on what data; stored in the sidecar.
         beside: called with the folder before it appears, to write more files, such as a tokenizer's ``save_pretrained``.
 
     Raises:
         PatternError: a layer breaks its pattern, and is named. Nothing is written.
         CheckpointError: the folder exists, cannot be written, or overlaps the source or the files of the model; names or shapes
-                differ from the source's.
+            differ from the source's.
         ValueError: the pattern of the layers is not known, or the report has no layers.
     """
+    model = unwrapped_model(model)
+    if report is not None and not isinstance(report, PruneReport):
+        raise ValueError(f"report={report!r:.60}: expected what prune_ or Sparsity.report returned")
+    if state is not None and not (isinstance(state, Mapping) and all(isinstance(one, Tensor) for one in state.values())):
+        raise ValueError(f"state={state!r:.60}: expected a mapping from names to tensors")
     if report is not None and not report.layers:
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in report.left_dense[:4])
         raise ValueError(
             f"no layer of the model {type(model).__name__} was pruned, so that nothing is written "
             f"({reasons or 'it has none that a pattern applies to'}); include layers by name"
         )
-    model = unwrapped_model(model)
     opened = None if source is None else open_source(source)
     check_apart(folder, {"source": None if opened is None else opened.path, "model's own files": origin_of(model)})
     if opened is not None:
@@ -145,13 +150,13 @@ def save(
     weights = dict(state) if state is not None else plain_weights(model)
     if absent := [name for name, value in weights.items() if value.is_meta]:
         raise ValueError(f"{absent[0]} is on the meta device and holds no numbers to save; load the model first")
-    report = report or _report(model, weights, None if pattern is None else parse_pattern(pattern), include, exclude)
+    report = report or _report(model, weights, None if pattern is None else parse_pattern(pattern), include, exclude, layouts)
     if others := [name for name, value in model.state_dict().items() if not isinstance(value, Tensor)]:
         report = replace(
             report, notes=(*report.notes, f"entries of the state_dict that are no tensors are not kept: {others[:8]}")
         )
     if opened is not None:
-        weights = named_as_in(opened, weights, keep={one.parameter for one in report})
+        weights = named_as_in(opened, weights, {one.parameter for one in report}, unsaved_buffers(model))
     folder = Path(folder)
     report = _about(report, weights)
     stored = {name: memory_tensor(name, weight, folder / WEIGHTS) for name, weight in weights.items()}
@@ -197,10 +202,15 @@ def save(
 
 
 def _report(
-    model: nn.Module, weights: Mapping[str, Tensor], pattern: Structure | None, include: Filter | None, exclude: Filter | None
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    pattern: Structure | None,
+    include: Filter | None,
+    exclude: Filter | None,
+    layouts: Mapping[str, str | Layout] | None,
 ) -> PruneReport:
-    """A report on a model that was not pruned here: the patterns and densities of its layers."""
-    found, left = find_layers(model, include, exclude)
+    """What can be said of a model that was not pruned here: which layers obey which pattern, and how dense they are."""
+    found, left = find_layers(model, include, exclude, layouts=layouts)
     plain = plain_names(model)
     results = []
     for layer in found:
@@ -215,10 +225,21 @@ def _report(
         figures = (density, None, None, None, 0.0)
         results.append(LayerResult(plain(layer.name), key, tuple(weight.shape), dtype, layer.layout, str(own), *figures))
     if not results:
-        raise ValueError("the pattern of the layers is not known: pass pattern, such as '4:8-T', or the report of prune_")
+        raise ValueError("nothing says which pattern the layers obey: pass pattern, such as '4:8-T', or the report of prune_")
+    buffers = {plain(name) for name, _ in model.named_buffers(remove_duplicate=False)}
     return PruneReport(
-        results[0].pattern, "as given", "not recorded", tuple(results), tuple(left), parameters=count_parameters(model)
+        results[0].pattern,
+        "as given",
+        "not recorded",
+        tuple(results),
+        tuple(left),
+        parameters=_count({name: value for name, value in weights.items() if name not in buffers}),
     )
+
+
+def _count(weights: Mapping[str, Tensor]) -> int:
+    """Number of weights, tied ones once."""
+    return sum({(one.data_ptr(), one.shape): one.numel() for one in weights.values()}.values())
 
 
 def _about(report: PruneReport, weights: Mapping[str, Tensor]) -> PruneReport:

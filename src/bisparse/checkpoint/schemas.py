@@ -12,7 +12,7 @@ from msgspec import Meta
 
 from bisparse.errors import CheckpointError
 
-__all__ = ["Config", "Index", "MaskShapes", "check_depth", "decode", "validate"]
+__all__ = ["Config", "Index", "MaskShapes", "check_depth", "check_text", "decode", "validate"]
 
 T = TypeVar("T")
 
@@ -53,7 +53,7 @@ def decode(text: str, path: Path, remedy: str) -> Any:
     """Decode JSON in which all numbers are finite.
 
     Raises:
-        CheckpointError: not JSON, nested too deeply, or with NaN, infinity or a number beyond the range of a float.
+        CheckpointError: it is none, is nested too deeply, or has NaN, infinity, a number beyond a float, or no Unicode text.
     """
 
     def refuse(number: str) -> float:
@@ -65,10 +65,16 @@ def decode(text: str, path: Path, remedy: str) -> Any:
     try:
         content = json.loads(text, parse_constant=refuse, parse_float=parse)
         check_depth(content)
+        check_text(content)
         return content
     except (ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise CheckpointError(path, f"cannot be read as JSON ({problem})", remedy) from error
+
+
+def check_text(content: Any) -> None:
+    """Raise ValueError if decoded JSON has halves of characters, such as ``"\\ud800"``, which cannot be written anywhere."""
+    json.dumps(content, ensure_ascii=False).encode()
 
 
 def check_depth(content: Any) -> None:

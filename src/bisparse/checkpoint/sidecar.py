@@ -27,7 +27,7 @@ from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.schemas import MaskShapes, decode, validate
 from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, read_header
 from bisparse.errors import CheckpointError
-from bisparse.layers import Skipped
+from bisparse.layers import Skipped, layer_name
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport
 from bisparse.tiles import to_matrices
@@ -204,6 +204,8 @@ def _check_layer(result: LayerResult) -> None:
         raise ValueError(f"layer {result.name!r}: shape {shape}, {layout}")
     to_matrices(torch.empty(shape, device="meta"), layout)
     parse_pattern(result.pattern)
+    if result.name != layer_name(result.parameter):
+        raise ValueError(f"layer {result.name!r}: its parameter is {result.parameter!r}")
     for name, value in asdict(result).items():
         most = 1 + ROUNDING if name in FRACTIONS else math.inf if name == "value" else MAX_FIGURE
         if isinstance(value, float | int) and not 0 <= value <= most:
@@ -221,7 +223,11 @@ def _check_sample(sample: SampleTile) -> None:
 
 
 def read_sidecar(folder: str | Path) -> Sidecar | None:
-    """The sidecar of a folder; None if there is none."""
+    """The sidecar of a folder, None where it has none.
+
+    Raises:
+        CheckpointError: there is no such folder, or the sidecar is none of ours or damaged.
+    """
     path = _place(Path(folder), SIDECAR)
     if not os.path.lexists(path):
         return None
@@ -289,10 +295,12 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
     """The masks of a checkpoint that bisparse wrote, by parameter name; `True` = kept.
 
     Raises:
-        CheckpointError: no masks file, or a corrupt one.
+        CheckpointError: no masks file, a corrupt one, or a mask that keeps nothing where the sidecar says that something is kept.
     """
     path = Path(folder) if Path(folder).is_file() else _place(Path(folder), MASKS)
     header, tensors = read_header(open_input(path))
+    sidecar = read_sidecar(path.parent)
+    densities = {} if sidecar is None else {one.parameter: one.density for one in sidecar.report}
     try:
         text = json.loads(header[8:])["__metadata__"]["shapes"]
         shapes = validate(decode(text, path, "prune again"), MaskShapes, path, "prune again")
@@ -303,6 +311,8 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
                 raise ValueError(f"{name}: {tensor.nbytes} bytes for shape {shape}")
             bits = np.unpackbits(tensor.read().numpy(), count=math.prod(shape))
             masks[name] = torch.from_numpy(bits).view(torch.bool).view(shape)
+            if masks[name].numel() and not masks[name].any() and densities.get(name, 1) > 0:
+                raise ValueError(f"{name}: a mask that keeps nothing")
     except CheckpointError:
         raise
     except (KeyError, ValueError, TypeError) as error:

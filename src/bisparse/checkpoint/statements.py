@@ -1,8 +1,8 @@
 """Compares the statements of a sidecar with the weights, as far as they can be computed from them.
 
-The pattern is checked by `verify_checkpoint`. The weights determine the density and dtype of each layer, the number of all
-parameters, the checksum of a weight and, for magnitude pruning, the total kept score. The retained fraction and the gap need
-the dense weights; they are reported as statements of the sidecar.
+The pattern is checked by `verify_checkpoint`, the masks by `wrong_masks`. From the weights follow the density and dtype of each
+layer, the number of all parameters, the checksum of a weight, and for magnitude pruning the total score kept. The share of the
+score kept and the gap need the dense weights; they are repeated as what the sidecar says.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from bisparse.checkpoint.mask_statements import wrong_masks
 from bisparse.checkpoint.reader import Source
 from bisparse.checkpoint.sidecar import SIDECAR, Sidecar
 from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
@@ -52,7 +53,7 @@ def wrong_statements(sidecar: Sidecar, source: Source, checked: Iterable[Verific
     plain = all(tensor.torch_dtype is not None and tensor.torch_dtype.is_floating_point for tensor in source.tensors.values())
     if stated and plain and source.path.is_dir() and not least <= stated <= counted:
         found.append(f"the number of parameters is not {stated:,}: the files have {counted:,}, the pruned layers {least:,}")
-    return tuple(found)
+    return (*found, *wrong_masks(sidecar, source))
 
 
 def _wrong(sidecar: Sidecar, result: LayerResult, tensor: StoredTensor, density: float | None) -> list[str]:

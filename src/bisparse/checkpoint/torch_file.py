@@ -21,7 +21,7 @@ from bisparse.checkpoint.stored_tensor import CODES, FileTensor, StoredTensor, S
 from bisparse.checkpoint.torch_archive import Archive, StorageRecord, is_archive, open_archive
 from bisparse.errors import CheckpointError
 
-__all__ = ["read_state_dict"]
+__all__ = ["damage_named", "read_state_dict", "read_tensor"]
 
 MAX_EXPANDED_BYTES = 1 << 26
 """Maximum bytes of a tensor larger than its storage: small expanded buffers are read, but not 40 GB from one entry."""
@@ -49,7 +49,7 @@ def read_state_dict(file: InputFile, key: str | None = None) -> tuple[dict[str, 
         CheckpointError: no tensors, several state dicts, truncated or corrupt, or a tensor that is not a plain view of its
             storage.
     """
-    with _damage(file.path):
+    with damage_named(file.path):
         content, place = _open_archived(open_archive(file)) if is_archive(file) else _open_legacy(file)
         weights, notes = find_weights(content, file.path, key)
         dtypes: dict[str, torch.dtype] = {}
@@ -58,9 +58,21 @@ def read_state_dict(file: InputFile, key: str | None = None) -> tuple[dict[str, 
     return tensors, notes
 
 
+def read_tensor(file: InputFile, name: str) -> StoredTensor:
+    """The tensor that a torch file consists of, under a name.
+
+    Raises:
+        CheckpointError: it holds anything else, is damaged, or the tensor is not a plain view of its storage.
+    """
+    content, place = _open_archived(open_archive(file))
+    if not isinstance(content, Stored):
+        raise CheckpointError(file.path, f"is a {type(content).__name__}, not a tensor", "fetch or save it again", tensor=name)
+    return _stored(name, content, file.path, place, {})
+
+
 @contextmanager
-def _damage(path: Path) -> Iterator[None]:
-    """A context manager that turns the errors of a damaged file into one that names the file."""
+def damage_named(path: Path) -> Iterator[None]:
+    """While open, what a damaged file raises is an error that names the file."""
     try:
         yield
     except CheckpointError:
@@ -165,8 +177,7 @@ def _stored(name: str, value: Stored, path: Path, place: Places, dtypes: dict[st
     record = place(storage, name)
     last = sum((length - 1) * step for length, step in zip(shape, stride, strict=True))
     span = (last + 1) * itemsize if nbytes else 0
-    # A storage that was cut from bytes may end within an entry, so its record may be longer by less than one entry.
-    if not storage.nbytes <= record.size < storage.nbytes + itemsize or (nbytes and start + span > record.size):
+    if record.size != storage.nbytes or (nbytes and start + span > record.size):
         raise refuse(
             f"is corrupt: {record.name} has {record.size} bytes, its storage {storage.nbytes}, and the tensor ends at "
             f"{start + span}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.sidecar import Sidecar, read_own_sidecar
 from bisparse.checkpoint.statements import wrong_statements
 from bisparse.errors import CheckpointError
+from bisparse.layers import FileEvidence, first_match
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.solution import Verification, Violation, verify
-from bisparse.tiles import Layout, pad_to_multiple, to_matrices
+from bisparse.tiles import Layout, LayoutKind, pad_to_multiple, to_matrices
 
 __all__ = ["Detected", "detect_patterns", "verify_checkpoint", "verify_stored"]
 
@@ -74,6 +75,8 @@ def verify_checkpoint(
         done += layer.tensor.nbytes
     sidecar = read_own_sidecar(source.path, source.tensors, needed=False)
     wrong = () if sidecar is None else wrong_statements(sidecar, source, results)
+    if sidecar is not None and include is None:
+        wrong += _wrong_layouts(source, layers, layouts)
     source.check_unchanged()
     if progress:
         progress("", total, total)
@@ -123,6 +126,27 @@ def _cover(
     if not found.checked and not found.unchecked:
         raise CheckpointError(source.path, "has no layer that a pattern applies to", "name the tensors to verify with --include")
     return found
+
+
+def _wrong_layouts(source: Source, layers: Iterable[StoredLayer], given: Mapping[str, str | Layout] | None) -> tuple[str, ...]:
+    """Layers that obey their pattern in the sidecar's layout alone: the file's own evidence is another, in which they do not."""
+    evidence = FileEvidence(source.tensors, source.config, source.metadata)
+    found = []
+    for layer in layers:
+        if first_match(given, layer.name, layer.tensor.name)[0] is not None or len(layer.tensor.shape) < 2:
+            continue
+        own, used = evidence.kind(layer.tensor.name).layout, layer.layout
+        # Parts only say where tiles may not reach across.
+        parts = {LayoutKind.LINEAR, LayoutKind.PACKED}
+        if own is None or {own.kind, used.kind} <= parts or (own.kind, own.groups) == (used.kind, used.groups):
+            continue
+        as_found = verify_stored(replace(layer, layout=own))
+        if not as_found and verify_stored(layer):
+            found.append(
+                f"it reads {layer.name} as '{used}', and by its name and shape it is '{own}', in which {as_found.violations:,} "
+                f"groups break {layer.pattern} (give the layout if '{used}' is right)"
+            )
+    return tuple(found)
 
 
 def _check_fit(source: Source, sidecar: Sidecar) -> None:

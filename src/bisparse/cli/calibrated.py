@@ -179,7 +179,7 @@ def open_job(
     from bisparse.apart import check_apart, origin_of
     from bisparse.checkpoint import SIDECAR
     from bisparse.checkpoint import atomic_folder as output
-    from bisparse.checkpoint.names import named_as_in
+    from bisparse.checkpoint.names import named_as_in, unsaved_buffers
     from bisparse.checkpoint.reader import open_source as read_headers
     from bisparse.checkpoint.save_load import plain_weights
     from bisparse.cli.model_source import open_source, place_of
@@ -197,7 +197,7 @@ def open_job(
         if place is not None:
             check_apart(place, {"model's own files": origin_of(source.model)})
     if source.folder is not None:
-        named_as_in(read_headers(source.folder), plain_weights(source.model))
+        named_as_in(read_headers(source.folder), plain_weights(source.model), unsaved=unsaved_buffers(source.model))
     data = _data(source, texts)
     _check_data(name, source, data, asked)
     return source, data

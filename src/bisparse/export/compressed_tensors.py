@@ -19,7 +19,7 @@ from bisparse.apart import check_apart, origin_of
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
 from bisparse.checkpoint.layer_selection import StoredLayer
-from bisparse.checkpoint.names import named_as_in
+from bisparse.checkpoint.names import named_as_in, unsaved_buffers
 from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.prune import copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import Source, open_source
@@ -115,7 +115,7 @@ def save_quantized(
     _check_layers(model, weights, report)
     if opened is not None:
         _check_plain(opened)
-        weights = named_as_in(opened, weights, keep={one.parameter for one in report})
+        weights = named_as_in(opened, weights, {one.parameter for one in report}, unsaved_buffers(model))
         if pruned is None and (sidecar := read_own_sidecar(opened.path, opened.tensors)) is not None:
             pruned = sidecar.report
     pruned = None if pruned is None else _after(pruned, weights, report)

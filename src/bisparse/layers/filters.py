@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from bisparse.pattern import Pattern, Structure, parse_pattern
-from bisparse.tiles import DIMENSIONS, Layout, LayoutKind
+from bisparse.tiles import DIMENSIONS, Layout, LayoutKind, check_layout
 
 __all__ = [
     "Filter",
@@ -81,6 +81,7 @@ def matrix_sides(weight: Tensor, layout: Layout) -> tuple[int, int]:
 
 def sides(shape: tuple[int, ...], layout: Layout) -> tuple[int, int]:
     """Sides (O, I) of the GEMM matrices of a weight of this shape."""
+    check_layout(layout)
     if len(shape) not in DIMENSIONS[layout.kind]:
         raise ValueError(f"a weight of shape {tuple(shape)} cannot have the layout '{layout.kind}'")
     match layout.kind:

@@ -44,6 +44,8 @@ def methods_of(layers: Sequence[Layer], scores: Scores) -> list[Method]:
         ValueError: scores of a layer that is not pruned, a layer without scores, or scores that are not a tensor of the weight's
             shape.
     """
+    if isinstance(scores, str):
+        raise ValueError(f"scores={scores!r:.60}: scores are a dict or a function; a method by its name is method={scores!r:.60}")
     if not isinstance(scores, Mapping) and not callable(scores):
         raise ValueError(f"scores={scores!r:.60}: expected a dict {{layer name: tensor}} or a function (name, weight) -> tensor")
     if isinstance(scores, Mapping):

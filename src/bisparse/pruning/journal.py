@@ -260,7 +260,12 @@ def remove_journal(folder: str | Path) -> None:
     """Remove a journal that was kept, including those of its ranks. Other files in the folder are not touched.
 
     A journal that another process has locked is not removed.
+
+    Raises:
+        ValueError: an empty text.
     """
+    if not str(folder):
+        raise ValueError("folder='': expected the folder of a journal")
     folder = Path(folder)
     if not folder.is_dir():
         return

@@ -31,6 +31,7 @@ from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.results import PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import Layout
+from bisparse.wrappers import check_module
 
 __all__ = ["prune_", "prune_layers_", "report_of"]
 
@@ -106,6 +107,7 @@ def prune_(
     """
     ranks = Ranks(group)
     with ranks.failing_together():
+        check_module(model)
         _check_choice(pattern, budget, patterns, scores)
         if scores is not None and method is not None:
             raise ValueError(f"both scores= and method={method!r:.60} choose the masks: leave out one of them")

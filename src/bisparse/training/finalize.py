@@ -53,7 +53,10 @@ def _finalize(given: nn.Module, rollback: Rollback) -> nn.Module:
     accelerated = [module for module in model.modules() if isinstance(module, Accelerated)]
     static = [(module, parameter, held) for module in model.modules() for parameter, held in static_masks(module)]
     if not dynamic and not static and not accelerated:
-        raise ValueError("the model is not sparsified: there is nothing to finalize")
+        raise ValueError(
+            "the model is plain already, there is nothing to finalize: it is not sparsified, and no layer of it is accelerated "
+            "(accelerate_ leaves layers that cannot run sparse as they are; its report names them)"
+        )
     weights = [(name, trained_parameter(module, parameter)) for name, module, parameter, _ in dynamic]
     own_form = {id(layer) for layer in accelerated}
     for prefix, module in model.named_modules():

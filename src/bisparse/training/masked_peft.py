@@ -17,6 +17,7 @@ from bisparse.pattern import Structure, parse_pattern
 from bisparse.solution import PatternError, verify
 from bisparse.static_mask import static_mask
 from bisparse.training.parametrizations import own_parametrization
+from bisparse.wrappers import check_module
 
 __all__ = ["REWRITTEN", "MaskedPeft", "is_conv1d", "lora_layers", "mask_lora_", "why_not_linear"]
 
@@ -115,6 +116,7 @@ def mask_lora_(model: nn.Module, pattern: str | Structure, *, exclude: Filter | 
             with a bias, quantised or dynamic sparse weights, merged adapters, DoRA next to another adapter or on a row without
             a kept weight. On an error nothing is changed.
     """
+    check_module(model)
     structure = parse_pattern(pattern)
     chosen: list[tuple[str, nn.Module]] = []
     for name, module in lora_layers(model):

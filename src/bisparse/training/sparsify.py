@@ -51,7 +51,7 @@ def sparsify_(
     layouts: Mapping[str, str | Layout] | None = None,
     remainder: Literal["pad", "dense", "error"] = "pad",
     patterns: Mapping[str, str | Structure] | None = None,
-    score: Score = magnitude,
+    score: Score | Literal["magnitude"] = magnitude,
     masks: Mapping[str, Tensor] | Literal["nonzero"] | None = None,
     mvue: bool = False,
     measure_every: int = 40,
@@ -87,10 +87,10 @@ def sparsify_(
         include, exclude: which layers, by name, glob, ``re:`` or function, as `bisparse.layers.find_layers` takes them.
         layouts: how single layers store their matrices, as for `prune_`.
         remainder: for layers that M does not divide: "pad" as if with zeros, leave "dense" with the reason, or "error".
-        patterns: different patterns for some layers, by name or glob; the first match counts. ``"dense"`` leaves a layer out.
-        score: (layer name, weight) -> scores; by default the magnitude.
+        patterns: different patterns for some layers, by name or glob; the first match counts; ``"dense"`` leaves a layer out.
+        score: (layer name, weight) -> scores, or "magnitude".
         masks: for a static run: a mask for each layer by name, instead of the best one for the scores; or "nonzero": the
-                non-zeros of the weights.
+            non-zeros of the weights.
         mvue: Linear layers compute an unbiased weight gradient from a 2:4 output gradient; see `bisparse.training.mvue`.
         measure_every: optimizer steps between measurements of flip rate and other metrics, at least `refresh`; 0 for never.
         check_gradients: raise an error on a NaN or infinite gradient before the optimizer's step spreads it.
@@ -100,6 +100,11 @@ def sparsify_(
         PatternError: a given mask that breaks its pattern.
     """
     pattern = parse_pattern(pattern)
+    score = magnitude if isinstance(score, str) and score == "magnitude" else score
+    if not callable(score):
+        raise ValueError(f"score={score!r:.60}: expected a function (layer name, weight) -> scores, or 'magnitude'")
+    if schedule is not None and not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule={schedule!r:.60}: expected a Schedule")
     schedule = schedule or Schedule()
     if rule is not None:
         if method != "masked-decay" or decay is not None or mode != "dynamic":

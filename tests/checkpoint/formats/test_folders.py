@@ -71,15 +71,6 @@ def test_a_diffusers_pipeline_names_its_parts(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "diffusion_pytorch_model.safetensors").exists()
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_a_checkpoint_of_torch_distributed_is_refused_without_reading_its_pickle(tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    dcp.save(dict(STATE), checkpoint_id=tmp_path / "dcp", no_dist=True)
-    with pytest.raises(CheckpointError, match=r"torch\.distributed\.checkpoint \(DCP\).*dcp_to_torch"):
-        verify_checkpoint(tmp_path / "dcp", "2:4")
-
-
 @pytest.mark.parametrize("inner", ["", "global_step10"])
 def test_a_deepspeed_checkpoint_is_refused_by_name_and_its_model_states_are_read(tmp_path: Path, inner: str) -> None:
     place = tmp_path / "run" / inner

@@ -46,19 +46,12 @@ def check_kind(folder: Path) -> None:
     """Raise CheckpointError, with a remedy, for folders of formats that are not read.
 
     Raises:
-        CheckpointError: a diffusers pipeline, a DeepSpeed or torch.distributed checkpoint, a TensorFlow SavedModel, or a folder
+        CheckpointError: a diffusers pipeline, a DeepSpeed checkpoint, a TensorFlow SavedModel, or a folder
             of Hugging Face cache entries.
     """
     names = sorted(os.listdir(folder))
     if "model_index.json" in names:
         raise _pipeline(folder)
-    if ".metadata" in names and any(name.endswith(".distcp") for name in names):
-        raise CheckpointError(
-            folder,
-            "is a checkpoint of torch.distributed.checkpoint (DCP), whose metadata is a pickle",
-            "if you trust it, make one file of it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch "
-            f"{folder} weights.pt",
-        )
     steps = [folder, *(folder / name for name in names if name.startswith("global_step") and (folder / name).is_dir())]
     if any(DEEPSPEED.fullmatch(name) for step in steps for name in os.listdir(step)):
         raise CheckpointError(

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -82,7 +82,7 @@ def permute_(
     include: Filter | None = None,
     exclude: Filter | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
-    scores: Callable[[Layer], Tensor] | None = None,
+    scores: Callable[[Layer], Tensor] | Literal["magnitude"] | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     steps: int = 60,
     rounds: int = 2,
@@ -117,8 +117,10 @@ def permute_(
     check_count("rounds", rounds, least=0)
     check_count("seed", seed, least=0)
     check_number("tolerance", tolerance, least=0)
+    if isinstance(scores, str) and scores == "magnitude":
+        scores = None
     if scores is not None and not callable(scores):
-        raise ValueError(f"scores is a {type(scores).__name__}; expected a function of a layer, or None for the magnitude")
+        raise ValueError(f"scores={scores!r:.60}: expected a function of a layer, or 'magnitude'")
     layers, _ = find_layers(model, include, exclude, layouts=layouts)
     by_weight = {id(layer.weight): layer for layer in layers if layer.layout.kind is not LayoutKind.PACKED}
     score_of = scores or (lambda layer: magnitude(layer.weight))

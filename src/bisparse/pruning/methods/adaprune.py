@@ -29,8 +29,8 @@ from bisparse.pruning.methods.base import (
     Pruned,
     check_choice,
     check_flag,
-    check_method,
     check_number,
+    method_setting_,
 )
 from bisparse.pruning.methods.least_squares import choose_damping, reconstruct
 from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem, refitted_bias
@@ -53,7 +53,7 @@ class AdaPrune(Method):
     """Least squares on the mask that another method selects.
 
     Args:
-        selection: the method that chooses the mask.
+        selection: the method that chooses the mask, or its name.
         damping: ridge in units of the mean square of an input; None: chosen by held-out calibration data.
         refit_bias: where the layer has a bias, refit it together with the weights.
         correct_upstream: the target is the dense network's output, not the dense layer's output on present inputs, so that a
@@ -68,7 +68,7 @@ class AdaPrune(Method):
     linear_solver: Literal["auto", "factorisation", "conjugate gradient"] = "auto"
 
     def __post_init__(self) -> None:
-        check_method("selection", self.selection)
+        method_setting_(self, "selection")
         if self.damping is not None:
             check_number("damping", self.damping, least=0, unit=DAMPING_UNIT)
         check_flag("refit_bias", self.refit_bias)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_count, check_method, check_number
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_count, check_number, method_setting_
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.methods.mean_absorption import absorb_mean
 
@@ -26,7 +26,7 @@ class GradientAdaPrune(Method):
     """Adam on the mask that another method selects.
 
     Args:
-        selection: the method that chooses the mask.
+        selection: the method that chooses the mask, or its name.
         steps, batch_size, rate, bias_rate: the paper's.
         seed: of the samples drawn.
     """
@@ -39,7 +39,7 @@ class GradientAdaPrune(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_method("selection", self.selection)
+        method_setting_(self, "selection")
         check_count("steps", self.steps)
         check_count("batch_size", self.batch_size)
         check_number("rate", self.rate, above=0)

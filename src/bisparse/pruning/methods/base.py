@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 from jaxtyping import Bool, Float
@@ -22,6 +23,7 @@ from bisparse.tiles import Layout, LayoutKind
 
 __all__ = [
     "MATRICES",
+    "METHODS",
     "LayerProblem",
     "Method",
     "Pruned",
@@ -30,8 +32,9 @@ __all__ = [
     "check_choice",
     "check_count",
     "check_flag",
-    "check_method",
     "check_number",
+    "method_setting_",
+    "parse_method",
 ]
 
 MATRICES = Layout(LayoutKind.EXPERTS)
@@ -144,11 +147,41 @@ class Method(ABC):
         """
 
 
-def check_method(name: str, value: Any, kind: type[Method] = Method) -> None:
-    """Refuse a setting that is no instance of a method."""
-    if not isinstance(value, kind):
-        example = "AdaPrune" if kind is not Method else "Magnitude"
-        raise ValueError(f"{name}={value!r:.60}: expected an instance of {kind.__name__}, such as {example}()")
+METHODS: dict[str, type[Method]] = {}
+"""Every method by the name that Python functions and the command line take; `bisparse.pruning.methods` fills it."""
+
+
+def parse_method(method: str | Method, **settings: Any) -> Method:
+    """A method from its name in `METHODS`, with the given settings; a `Method` is returned unchanged.
+
+    Raises:
+        ValueError: no method has that name, or it is neither a name nor a method.
+    """
+    return _parsed("method", method, settings)
+
+
+def _parsed(argument: str, method: Any, settings: Mapping[str, Any]) -> Method:
+    if isinstance(method, Method):
+        return method
+    if isinstance(method, str) and method in METHODS:
+        return METHODS[method](**settings)
+    close = get_close_matches(method.lower().replace("_", "-"), METHODS, n=1) if isinstance(method, str) else []
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    if isinstance(method, type):
+        hint = f"it is a class; did you mean {method.__name__}()? "
+    raise ValueError(f"{argument}={method!r:.60}: {hint}expected a Method or one of {', '.join(map(repr, METHODS))}")
+
+
+def method_setting_(owner: Method, name: str, kind: type[Method] = Method) -> None:
+    """Turn a method's setting that is a method, or the name of one, into the method.
+
+    Raises:
+        ValueError: it is neither, or no `kind`.
+    """
+    method = _parsed(name, getattr(owner, name), {})
+    if not isinstance(method, kind):
+        raise ValueError(f"{name}={method!r:.60}: expected a method of the kind {kind.__name__}, such as {kind.__name__}()")
+    object.__setattr__(owner, name, method)  # frozen once it is made
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -163,14 +196,25 @@ def check_count(name: str, value: Any, least: int = 1) -> None:
         raise ValueError(f"{name}={value!r:.60}: expected a whole number >= {least}")
 
 
+MAX_INT = 1 << 63
+"""Integers as large do not fit torch's own; a float of the same size does."""
+
+
 def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None, unit: str = "") -> None:
     """Refuse a setting that is not a finite number above `above` and >= `least`."""
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        raise ValueError(f"{name}={_digits(value)}: an integer of more than 63 bits; expected a number that torch can hold")
     numeric = (
         isinstance(value, int | float) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
     )
     if not numeric or (above is not None and value <= above) or (least is not None and value < least):
         bound = "" if above is None and least is None else f" > {above:g}" if above is not None else f" >= {least:g}"
         raise ValueError(f"{name}={value!r:.60}: expected a finite number{bound}{unit and f', {unit}'}")
+
+
+def _digits(number: int) -> str:
+    """An integer as text, in hexadecimal where it is too long for Python to write in decimal."""
+    return f"{number:#x}"[:40]
 
 
 def check_flag(name: str, value: Any) -> None:

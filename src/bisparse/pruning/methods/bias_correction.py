@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bisparse.pruning.calibration.statistics import Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_choice, check_method
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_choice, method_setting_
 from bisparse.pruning.methods.least_squares_problem import refitted_bias
 from bisparse.pruning.methods.magnitude import Magnitude
 
@@ -34,13 +34,13 @@ class BiasCorrection(Method):
     A layer with neither a bias nor a batch norm after it stays as the other method left it, with a note.
 
     Args:
-        of: the other method.
+        of: the other method, or its name.
     """
 
     of: Method = field(default_factory=Magnitude)
 
     def __post_init__(self) -> None:
-        check_method("of", self.of)
+        method_setting_(self, "of")
 
     @property
     def name(self) -> str:
@@ -70,7 +70,7 @@ class MatchMoments(Method):
     """After another method, scale and shift each output channel to the mean and standard deviation of the dense layer.
 
     Args:
-        of: the other method.
+        of: the other method, or its name.
         what: "weights": mean and standard deviation of the kept weights of each channel become those of its dense weights
             (no data needed); "outputs": the standard deviation of each output, and its mean where there is a bias.
     """
@@ -79,7 +79,7 @@ class MatchMoments(Method):
     what: Literal["weights", "outputs"] = "weights"
 
     def __post_init__(self) -> None:
-        check_method("of", self.of)
+        method_setting_(self, "of")
         check_choice("what", self.what, ("weights", "outputs"))
 
     @property

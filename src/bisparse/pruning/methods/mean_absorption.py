@@ -15,16 +15,18 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bisparse.pattern import Structure
+from bisparse.arguments import check_dense
+from bisparse.layers import dtype_reason
+from bisparse.pattern import Structure, parse_pattern
 from bisparse.pruning.calibration.statistics import Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_flag, check_method
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_flag, method_setting_
 from bisparse.pruning.methods.magnitude import Magnitude
 
 __all__ = ["MeanAbsorption", "absorb_mean"]
 
 
 def absorb_mean(
-    kept: Float[Tensor, "*B O I"], dense: Float[Tensor, "*B O I"], mask: Bool[Tensor, "*B O I"], pattern: Structure
+    kept: Float[Tensor, "*B O I"], dense: Float[Tensor, "*B O I"], mask: Bool[Tensor, "*B O I"], pattern: str | Structure
 ) -> Float[Tensor, "*B O I"]:
     """Distribute the sum of each group's pruned weights equally over its kept ones. A group with nothing kept stays zero.
 
@@ -37,7 +39,22 @@ def absorb_mean(
     >>> mask = torch.tensor([[True, True, False, False]])
     >>> absorb_mean(dense * mask, dense, mask, Pattern(2, 4)).tolist()
     [[4.75, 3.75, 0.0, 0.0]]
+
+    Raises:
+        ValueError: tensors of other shapes or dtypes; a mask that is not bool.
     """
+    for name, tensor in (("kept", kept), ("dense", dense), ("mask", mask)):
+        check_dense(name, tensor)
+        if tensor.ndim < 2 or tensor.shape != dense.shape:
+            raise ValueError(
+                f"{name} of shape {tuple(tensor.shape)}: expected matrices (..., O, I), all of the shape {tuple(dense.shape)}"
+            )
+    if mask.dtype != torch.bool:
+        raise ValueError(f"mask of dtype {mask.dtype}: expected a bool tensor, True = kept")
+    for name, tensor in (("kept", kept), ("dense", dense)):
+        if (reason := dtype_reason(tensor)) is not None:
+            raise ValueError(f"{name}: {reason}")
+    pattern = parse_pattern(pattern)
     columns = mask.shape[-1]
     m = getattr(pattern, "m", columns)
 
@@ -57,7 +74,7 @@ class MeanAbsorption(Method):
     """Mean absorption on the mask that another method selects.
 
     Args:
-        selection: the method that chooses the mask.
+        selection: the method that chooses the mask, or its name.
         always: absorb in every row, as the paper's code does, without a decision by calibration; then no data is needed.
     """
 
@@ -65,7 +82,7 @@ class MeanAbsorption(Method):
     always: bool = False
 
     def __post_init__(self) -> None:
-        check_method("selection", self.selection)
+        method_setting_(self, "selection")
         check_flag("always", self.always)
 
     @property

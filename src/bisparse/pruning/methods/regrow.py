@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bisparse.pruning.calibration.statistics import Statistic
 from bisparse.pruning.methods.adaprune import AdaPrune, fit
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_method
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, method_setting_
 from bisparse.solution import Solution
 
 __all__ = ["Regrow"]
@@ -26,13 +26,13 @@ class Regrow(Method):
     """After another method, fill the pattern with the weights of largest gain and fit again.
 
     Args:
-        of: chooses the mask, and says how to fit.
+        of: chooses the mask, and says how to fit; or "adaprune".
     """
 
     of: AdaPrune = field(default_factory=AdaPrune)
 
     def __post_init__(self) -> None:
-        check_method("of", self.of, AdaPrune)
+        method_setting_(self, "of", AdaPrune)
 
     @property
     def name(self) -> str:
