@@ -109,13 +109,13 @@ def accelerate_(
 
     Args:
         backend: "cusparselt" or "cutlass" on a GPU, "cpu" on a CPU; "reference" packs weights like the first two on any device
-                but is no faster than dense; "auto" takes the device's backend, or leaves the model masked-dense if there is none.
+            but is no faster than dense; "auto" takes the device's backend, or leaves the model masked-dense if there is none.
         advice: the result of `advise` for this model: layers that are not faster sparse stay as they are, the others use the
-                fastest backend. Layers without advice are converted as usual.
+            fastest backend. Layers without advice are converted as usual.
         include, exclude: which layers, by name, glob, ``re:`` or function.
         layouts: how single layers store their matrices, as for `prune_`; only plain Linear layers run sparse.
         dtype: dtype of the inputs of layers in training: by default the weight's if it is half precision, otherwise bfloat16.
-                With either half precision, inputs in the other one run sparse as well.
+            With either half precision, inputs in the other one run sparse as well.
         tokens: on a CPU, the number of input rows for which layers are timed: 1 for decoding, more for prompts and batches.
         search: let cuSPARSELt try its algorithms once per new shape. Turn it off if the number of tokens varies a lot.
 

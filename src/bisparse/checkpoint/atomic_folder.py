@@ -42,7 +42,7 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
 
     Args:
         overwrite: replace an existing target, if it is empty or bisparse wrote it (see `written_here`); atomically on Linux,
-                by two renames on other systems.
+            by two renames on other systems.
 
     Raises:
         CheckpointError: the target exists, cannot be written, another run is writing it, or the disk is full.

@@ -61,7 +61,7 @@ def choose_layers(
         config: the content of config.json; empty if there is none.
         metadata: metadata of the safetensors header, such as ``{"format": "mlx"}``.
         include, exclude: by the layer's or the parameter's name. `include` overrides the defaults for the layers that it
-                matches and leaves out the others; `exclude` takes precedence.
+            matches and leaves out the others; `exclude` takes precedence.
         patterns: patterns of single layers, by filter; the first that matches counts.
         layouts: layouts of single layers, by filter, if they cannot be detected; see `bisparse.layers.parse_layout`.
 

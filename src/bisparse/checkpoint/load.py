@@ -32,7 +32,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
     Args:
         folder: the output of `save` or `prune_checkpoint`, or any checkpoint that `prune_checkpoint` reads.
         strict: require that model and checkpoint have the same tensors, except for tied weights. Otherwise tensors of other
-                names are ignored on both sides, but at least one must match.
+            names are ignored on both sides, but at least one must match.
         key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
 
     Returns:

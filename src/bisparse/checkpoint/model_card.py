@@ -67,7 +67,7 @@ def record_evaluation(folder: str | Path, figures: Iterable[Mapping[str, Any]]) 
 
     Args:
         figures: results of `as_dict` in `bisparse.evaluation`, each with "when": "before" pruning or "after", the default. A
-                figure replaces an earlier one of the same protocol.
+            figure replaces an earlier one of the same protocol.
 
     Raises:
         CheckpointError: the folder has no readable sidecar.

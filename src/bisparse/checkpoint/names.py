@@ -28,7 +28,7 @@ def named_as_in(
 
     Raises:
         CheckpointError: the weights lack a tensor of the source, have an additional one or one of another shape, or are tied
-                although the source has different values.
+            although the source has different values.
     """
     tensors = source.tensors
     check_tied(source, weights)

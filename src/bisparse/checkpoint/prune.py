@@ -122,7 +122,7 @@ def prune_checkpoint(
         include, exclude: layers, by name, glob or ``re:`` pattern. Heads, embeddings, first convolutions and routers stay
             dense unless included by name.
         remainder: what to do if M does not divide a layer's sides. "pad": prune as if padded with zeros; "dense": leave the layer
-                dense; "error": raise.
+            dense; "error": raise.
         patterns: patterns of single layers, by filter; the first that matches counts.
         layouts: layouts of single layers, by filter, if they cannot be detected: "linear", "transposed", "conv",
             "conv-last", "conv-transposed", "experts", "experts-transposed", "groups:32", "parts:3", or a `Layout`.

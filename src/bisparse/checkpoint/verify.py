@@ -47,8 +47,8 @@ def verify_checkpoint(
     Args:
         path: a folder, a file, or a model in the local Hugging Face cache, ``org/name``.
         pattern: by default, each layer's own from the sidecar. Without a sidecar, or if `include` names layers, the layers are
-                those that `prune_checkpoint` would prune, in any dtype. For a single file, only the sidecar's entries about this
-                file's tensors are used.
+            those that `prune_checkpoint` would prune, in any dtype. For a single file, only the sidecar's entries about this
+            file's tensors are used.
         include, exclude: layers, by name, glob or ``re:`` pattern.
         layouts: layouts of single layers, by filter, as for `prune_checkpoint`; they override the sidecar's.
         key: key of the state dict in a torch file, such as ``"model.state_dict"``; by default it is found.

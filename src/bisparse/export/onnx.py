@@ -107,7 +107,7 @@ def export_onnx(
         pattern: the pattern of the weights, for all layers or by layer name; checked on the file. TensorRT needs ``"2:4"``.
         quantized: the report of `quantize_` with the scheme int8: weights are written as int8 behind DequantizeLinear nodes.
         dynamic_axes: names of axes of any length, by input; by default the first axis is "batch", and the second axis of
-                two-dimensional integers is "sequence".
+            two-dimensional integers is "sequence".
         overwrite: replace the file.
 
     Raises:

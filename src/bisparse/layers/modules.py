@@ -84,7 +84,7 @@ def find_layers(
         pattern: with ``remainder="dense"``, layers whose sides its M does not divide are left out.
         remainder: "pad" (prune as if padded with zeros), "dense" (leave such a layer dense) or "error".
         layouts: how single layers store their matrices, by name, glob or ``re:`` pattern, if it cannot be detected; see
-                `parse_layout`. The first match counts.
+            `parse_layout`. The first match counts.
 
     Raises:
         ValueError: a filter that matches nothing, a layout that a layer cannot have, or ``remainder="error"`` and a layer that M

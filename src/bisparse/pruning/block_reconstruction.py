@@ -42,7 +42,7 @@ class BlockReconstruction:
         epochs: maximum number of passes over the calibration batches.
         learning_rate: initial step of Adam, as a fraction of the root mean square of a parameter's kept weights.
         worthwhile: another epoch follows only if the last one reduced the held-out error by at least this fraction. The first
-                blocks improve for many epochs, and all later blocks inherit their error; later blocks soon stop improving.
+            blocks improve for many epochs, and all later blocks inherit their error; later blocks soon stop improving.
     """
 
     epochs: int = 8

@@ -67,7 +67,7 @@ def choose(costs: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]], c
 
     Raises:
         ValueError: an item without options, numbers that are negative or not finite, or a capacity below the total of the
-                smallest options.
+            smallest options.
 
     >>> choice = choose([[5, 1], [4, 3]], [[1, 3], [1, 2]], 4)
     >>> choice.options, choice.cost, choice.bound

@@ -69,7 +69,7 @@ def prune_(
         batches: calibration data, for methods that need statistics: passed to the model as ``model(**batch)``,
             ``model(*batch)`` or ``model(batch)``.
         budget: instead of a pattern, a total for all layers, such as ``"50%"`` of the weights, or a `Budget` of weights, bytes
-                or time. Each layer gets one of `patterns`, such that the network loses least, measured on `batches` if given.
+            or time. Each layer gets one of `patterns`, such that the network loses least, measured on `batches` if given.
         scores: instead of a method, the importance of each weight: ``{layer name: tensor}`` or a function
             ``(name, weight) -> tensor``, of the weight's shape, non-negative and finite; see `bisparse.scores`. Each mask keeps
             the largest total score.
@@ -92,7 +92,7 @@ def prune_(
         keep_journal: keep that folder until the caller has saved the model; `remove_journal` removes it.
         progress: show a progress bar, or lines with the time without a terminal; None: only a bar on a terminal.
         group: ranks that share the job, such as ``torch.distributed.group.WORLD`` under torchrun. Each calls this function with
-                the same model and batches, runs some of the batches, prunes some of the layers, and gets the whole result.
+            the same model and batches, runs some of the batches, prunes some of the layers, and gets the whole result.
 
     Raises:
         CalibrationError: no data, data that does not fit the model, or inputs that are not finite.

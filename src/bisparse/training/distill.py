@@ -78,17 +78,17 @@ class Distillation:
         task: weight of the loss given to `loss`.
         temperature: T, which divides the logits of both.
         layers: the modules whose hidden states are compared: names, globs, ``re:`` patterns or functions; of nested modules that
-                match, the outermost. By default the repeated blocks (the items of the outermost ModuleLists).
+            match, the outermost. By default the repeated blocks (the items of the outermost ModuleLists).
         hidden_loss: "mse", relative to the teacher's mean square, or "cosine".
         dtype: dtype of the teacher, such as ``torch.bfloat16``; None: unchanged.
         output: function from an output of student or teacher to logits, classes last; by default the output itself if it is a
-                tensor, otherwise its ``logits``.
+            tensor, otherwise its ``logits``.
         where: function from (args, kwargs) of the forward pass to a bool tensor of the positions that count; by default
-                ``attention_mask``, if it has the logits' leading shape.
+            ``attention_mask``, if it has the logits' leading shape.
 
     Raises:
         ValueError: weights or options without a loss, layers that are not in both models, a student that is already sparse if
-                no teacher is given, or a teacher that shares parameters with the student.
+            no teacher is given, or a teacher that shares parameters with the student.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ def frozen_teacher(
 
     Raises:
         ValueError: a copy is needed but the student is already sparse or sharded; a module that shares parameters with the
-                student; a folder without safetensors, or of a different architecture.
+            student; a folder without safetensors, or of a different architecture.
     """
     own = True
     if teacher is None:

@@ -37,7 +37,7 @@ def finalize_(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model is neither sparsified nor accelerated, or its weights are sharded over ranks (use
-                `plain_state_dict` instead).
+            `plain_state_dict` instead).
         PatternError: a mask breaks its pattern, for example because masks were averaged.
     """
     with Rollback(unwrapped_model(model)) as rollback:

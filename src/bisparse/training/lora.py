@@ -122,10 +122,10 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
 
     Raises:
         PatternError: a base weight does not obey the pattern and `new_mask` is not set, for example because PiSSA, OLoRA or
-                another initialization has rewritten it. Nothing is changed.
+            another initialization has rewritten it. Nothing is changed.
         ValueError: the model has no such layer, an adapter is already merged, or an adapter or base layer is of another kind
-                (DoRA and other variants, embeddings, convolutions, LoRA with a bias, quantised or dynamic sparse weights).
-                Nothing is changed.
+            (DoRA and other variants, embeddings, convolutions, LoRA with a bias, quantised or dynamic sparse weights).
+            Nothing is changed.
     """
     check_module(model)
     pattern = parse_pattern(pattern)

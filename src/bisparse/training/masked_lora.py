@@ -101,7 +101,7 @@ def add_masked_lora_(
     Raises:
         PatternError: a layer does not obey the pattern.
         ValueError: wrong arguments, a model that is in sparse training or already has such adapters, or a layer of several
-                matrices (experts, packed projections, convolutions with kernels). On an error nothing is changed.
+            matrices (experts, packed projections, convolutions with kernels). On an error nothing is changed.
     """
     pattern = parse_pattern(pattern)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:

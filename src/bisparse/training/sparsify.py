@@ -71,7 +71,7 @@ def sparsify_(
     Args:
         pattern: such as ``"4:8-T"``; N is the number kept.
         mode: "dynamic": dense weights are kept, the forward pass uses ``mask * W``, and masks are refreshed. "static": masks are
-                fixed, weights off the mask are zero from now on, and state_dict keys do not change.
+            fixed, weights off the mask are zero from now on, and state_dict keys do not change.
         method: for a dynamic run. "ste": the gradient of ``mask * W`` is used for the whole W. "masked-decay": in addition,
             ``decay * (1 - mask) * W`` is added to the gradient before the optimizer's step (Zhou et al.'s code with SGD;
             Hu et al. 2024 with Adam). "sr-ste": ``W -= lr * decay * (1 - mask) * W`` separately from the optimizer's step,
@@ -80,8 +80,8 @@ def sparsify_(
         solver: for transposable patterns; by default the exact one.
         refresh: optimizer steps between mask searches.
         decay: total decay of pruned weights over the run: lambda times the sum of learning rates. `FixedDecay` sets lambda
-                itself. By default 3 with SGD if `steps` is known, otherwise a lambda of 2e-4; a lambda of 2e-3 for masked decay
-                with Adam and its variants. With a mapping from layer names or globs, only those layers decay.
+            itself. By default 3 with SGD if `steps` is known, otherwise a lambda of 2e-4; a lambda of 2e-3 for masked decay
+            with Adam and its variants. With a mapping from layer names or globs, only those layers decay.
         steps: optimizer steps of the whole run. The callbacks for the transformers Trainer and Lightning set it.
         schedule: dense and frozen phases of a dynamic run, in optimizer steps.
         include, exclude: which layers, by name, glob, ``re:`` or function, as `bisparse.layers.find_layers` takes them.

@@ -108,7 +108,7 @@ def fold(tensors: Mapping[str, StoredTensor]) -> tuple[dict[str, StoredTensor | 
 
     Raises:
         CheckpointError: parts that do not match, a weight that is also stored as a whole, or a parametrization of bisparse that
-                cannot be read without the model.
+            cannot be read without the model.
     """
     replaced: dict[str, StoredTensor | None] = {}
     kinds: dict[str, int] = {}

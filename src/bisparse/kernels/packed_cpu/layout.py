@@ -89,7 +89,7 @@ def linear_bitmask(
 
     Args:
         max_tokens: up to this number of tokens W is multiplied in packed form; for more, bands of it are unpacked and
-                multiplied by torch's dense product.
+            multiplied by torch's dense product.
 
     Raises:
         ValueError: dtypes or shapes do not agree.
