@@ -105,7 +105,7 @@ def test_regrowth_keeps_what_is_kept_fills_free_places_and_lowers_the_error(to: 
 
 def test_regrowth_needs_data_and_a_method_that_fits() -> None:
     model, batches = network()
-    with pytest.raises(ValueError, match="needs batches"):
+    with pytest.raises(ValueError, match="requires batches"):
         convert_(model, "2:4", regrow=True)
     with pytest.raises(ValueError, match="AdaPrune"):
         convert_(model, "2:4", Magnitude(), batches, regrow=True)

@@ -33,7 +33,7 @@ def test_the_grid_holds_every_run_that_the_experiment_needs():
         "refresh: refresh 100 4:8-T",
     ):  # fmt: skip
         assert sum(line.startswith(f"{wanted}, seed") for line in listed) == 3, wanted
-    assert len([line for line in listed if "seed" in line]) == 3 * (1 + 12 + 4 + 3 + 2 + 3)
+    assert len([line for line in listed if "seed" in line]) == 3 * (1 + 12 + 4 + 3 + 2 + 3 + 20)
 
 
 @pytest.mark.slow

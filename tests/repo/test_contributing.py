@@ -43,7 +43,9 @@ def contribute(kind: str, folder: Path, *, line: bool = True) -> subprocess.Comp
         page = home / "__init__.py"
         module = f"bisparse.{package.replace('/', '.')}.{name}"
         text, found = re.subn(
-            rf"(?m)^({table}: .*= \{{)$", rf'from {module} import {cls}\n\n\1\n    "{name}": {cls},', page.read_text()
+            rf"(?m)^({table}(?:: .*=|\.update\(\n   ) \{{)$",
+            rf'from {module} import {cls}\n\n\1\n    "{name}": {cls},',
+            page.read_text(),
         )
         assert found == 1
         page.write_text(text)

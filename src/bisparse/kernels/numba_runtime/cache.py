@@ -141,4 +141,7 @@ class _CheckedFile(IndexDataCacheFile):  # type: ignore[misc]
         if checksum != hashlib.sha256(pickled).digest():
             _warn(f"is damaged ({path})")
             return None
-        return pickle.loads(pickled)
+        try:
+            return pickle.loads(pickled)
+        except (ImportError, AttributeError):  # of a module that is not there, as one that was loaded by its path
+            return None
