@@ -9,7 +9,7 @@ from torch import nn
 
 from bisparse import sparsify_
 from bisparse.training import FixedDecay
-from bisparse.training.decay import TotalDecay
+from bisparse.training.decay import DEFAULT_TOTAL, TotalDecay
 
 SCHEDULES = {
     "constant": lambda share: 0.1,
@@ -52,7 +52,7 @@ def test_pruned_weights_shrink_by_the_total_whatever_the_length_and_the_rate(met
     found = [trained(method, 3.0, steps, steps, rate) for steps, rate in ((100, 0.1), (400, 0.1), (400, 0.001))]
     expected = [(1 - 3.0 / steps) ** steps for steps in (100, 400, 400)]
     assert found == pytest.approx(expected, rel=1e-3)
-    assert trained(method, None, 100, 100) == pytest.approx(expected[0], rel=1e-3)  # the default of SGD
+    assert trained(method, None, 100, 100) == pytest.approx((1 - DEFAULT_TOTAL / 100) ** 100, rel=1e-3)  # the default of SGD
     assert trained(method, FixedDecay(0.5), 10, 100) == pytest.approx((1 - 0.05) ** 10, rel=1e-4)
 
 
