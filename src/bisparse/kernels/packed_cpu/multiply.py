@@ -19,7 +19,7 @@ __all__ = ["expand", "multiply", "multiply_bands", "product", "unpack"]
 
 MIN_ENTRIES_PER_BAND = 1 << 16
 """Minimum number of matrix entries times tokens per band for which another thread is worthwhile."""
-MIN_TOKENS_AMX = 5
+MIN_TOKENS_AMX = 4
 """Minimum number of tokens for AMX, which is then faster than dot products with one pass per 4 tokens."""
 WORKSPACE_BYTES = 1 << 22
 """Bytes of unpacked rows that are multiplied at a time; each calling thread keeps a workspace of this size."""
