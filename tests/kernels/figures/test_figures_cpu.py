@@ -149,3 +149,25 @@ def test_what_the_kernels_leave_to_torch() -> None:
     exponent = torch.zeros(tiles, dtype=torch.int64)
     assert priced_gap(big[None], all_kept[None], prices, beyond, exponent, 2, False) is None
     assert priced_gap(big[None], all_kept[None], prices, prices, exponent - 1, 2, False) is None
+
+
+def test_scores_that_are_no_numbers_have_no_gap() -> None:
+    scores = torch.rand(ROWS, COLUMNS, generator=torch.Generator().manual_seed(1))
+    solution = solve(scores, "4:8-T")
+    certificate = solution.certificate
+    assert certificate is not None
+    prices = Prices(certificate.u, certificate.v, certificate.exponent)
+    for place in ((0, 0), (ROWS - 1, COLUMNS - 1)):
+        broken = scores.clone()
+        broken[place] = math.nan
+        with pytest.raises(ValueError, match="NaN"):
+            tiles_gap(broken[None], solution.mask[None], prices, 4, 8, False)
+
+
+def test_large_prices_do_not_overflow() -> None:
+    scores, nothing = torch.rand(ROWS, COLUMNS), torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
+    tiles = ROWS * COLUMNS // 64**2
+    prices = torch.full((tiles, 64), 1 << 48)
+    exponent = torch.zeros(tiles, dtype=torch.int64)
+    found = priced_gap(scores[None], nothing[None], prices, prices, exponent, 64, False)
+    assert found == pytest.approx(tiles * 128 * 64 * 2.0**48)

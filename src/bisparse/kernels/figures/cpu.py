@@ -1,7 +1,7 @@
 """One pass each: the score kept, the gap of a certificate, optimal groups, pruning in place, groups that break a pattern.
 
 Plain torch takes a pass over memory per operation, 10 to 50 ns per weight in all; these take 1 to 2. Every function returns
-None where its kernel does not apply: another device or dtype, sides that M does not divide, prices beyond 2**50, or so few
+None where its kernel does not apply: another device or dtype, sides that M does not divide, prices beyond 2**48, or so few
 weights that compiling the kernel would cost more than it saves.
 """
 
@@ -21,8 +21,8 @@ __all__ = ["all_optimal", "broken_groups", "kept_and_total", "priced_gap", "prun
 MIN_WEIGHTS = 1 << 19
 """Fewer are left to torch."""
 LANES = 16
-LARGEST_PRICE = 1 << 50
-"""Sums of two prices of at most this size are exact in float64, and so are sums of 64 of them, times 64, in int64."""
+LARGEST_PRICE = 1 << 48
+"""The sum of two prices is then exact in float64, and the sum of 128 of them, each times up to 64, in int64."""
 MAX_EXPONENT = 1000
 """Powers of two up to this one have an inverse in float64."""
 
@@ -84,7 +84,8 @@ def broken_groups(matrices: Shaped[Tensor, "B R C"], n: int, m: int) -> tuple[in
 
 def _fits(scores: Tensor, m: int = 1) -> bool:
     return (
-        scores.device.type == "cpu"
+        type(scores) is Tensor  # subclasses need not hold plain memory
+        and scores.device.type == "cpu"
         and scores.dtype == torch.float32
         and scores.numel() >= MIN_WEIGHTS
         and scores.is_contiguous()
@@ -104,7 +105,7 @@ def _bits(weight: Tensor) -> np.ndarray[Any, Any] | None:
     """The entries as unsigned integers, in one dimension."""
     sizes = {torch.bool: 1, torch.float16: 2, torch.bfloat16: 2, torch.float32: 4, torch.float64: 8}
     size = sizes.get(weight.dtype)
-    if size is None or weight.device.type != "cpu" or not weight.is_contiguous():
+    if size is None or type(weight) is not Tensor or weight.device.type != "cpu" or not weight.is_contiguous():
         return None
     return weight.reshape(-1).view(torch.uint8).numpy().view(f"u{size}")
 
@@ -172,7 +173,7 @@ def _gap_kernel() -> Callable[..., Any]:
                     kept = mask[row + i, column + j] != 0
                     slack = np.float64(scores[row + i, column + j]) * scale - (np.float64(price) + columns[j])
                     term = -slack if kept else slack
-                    entries[j] += term if term > 0 else 0.0
+                    entries[j] += 0.0 if term <= 0 else term  # NaN is added, and found below
                     lacking[j] -= kept
                     left -= kept
                 lines += price * left
