@@ -105,7 +105,7 @@ def prune(
     threads: Threads = None,
     as_json: AsJson = False,
 ) -> None:
-    """Prune a checkpoint: every layer gets the best possible mask, with a proof.
+    """Prune a checkpoint: by magnitude, every layer gets the best possible mask, with a proof.
 
     Pruning by magnitude does not build the model and needs little memory. With --method and --calibration, a transformers
     model, or the one that your module:function returns, is pruned block by block, using the inputs of its layers.

@@ -131,7 +131,7 @@ def test_quantised_scores_by_the_rule(scores: list[float]) -> None:
 def test_half_a_unit_is_rounded_to_even() -> None:
     tile = torch.tensor([[[2.0**24 - 1, 0.5], [1.5, 2.5]]])
     q, exponent = reference.quantise(tile.double())
-    assert exponent.tolist() == [ops.NEEDS_EXACT]  # three of four scores are tiny beside the first
+    assert exponent.tolist() == [ops.NEEDS_EXACT]  # three of four scores are tiny compared with the first
     assert q.flatten().tolist() == [2**24 - 1, 0, 2, 2]
 
 

@@ -69,7 +69,7 @@ def _add_kept(typing: Any, columns: Any, places: Any, row: Any, kept: Any, n: An
 
 @cached_njit()
 def divide_band(columns, rows, members, pairs, gains, choices, least, n, first, last):  # type: ignore[no-untyped-def]
-    """For the pairs from first to last, what the best division gains over the one they have, and which it is."""
+    """The gain of the best division over the current one, and that division, for the pairs from first to last."""
     places = np.empty(8, np.int64)
     kept = np.empty(35 * LANES, np.float32)
     for p in range(first, last):
