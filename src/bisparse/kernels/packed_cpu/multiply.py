@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from bisparse.kernels.numba_runtime.thread_pool import over_bands
+from bisparse.kernels.numba_runtime.thread_pool import Call, over_bands, prepared, run
 from bisparse.kernels.packed_cpu import amx
 from bisparse.kernels.packed_cpu.instructions import NUMBERS, Way, usable_ways
 from bisparse.kernels.packed_cpu.kernels import expand_kernel, multiply_kernel
 from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP, reference_linear, reference_unpack
 
-__all__ = ["expand", "multiply", "multiply_bands", "product", "unpack"]
+__all__ = ["call_of", "expand", "multiply", "multiply_bands", "product", "unpack"]
 
 MIN_ENTRIES_PER_BAND = 1 << 16
 """Minimum number of matrix entries times tokens per band for which another thread is worthwhile."""
@@ -54,7 +54,7 @@ def product(
     if bias is not None and bias.dtype != input.dtype:
         bias = bias.to(input.dtype)
     tokens = math.prod(input.shape[:-1])
-    uses_amx = values.dtype == torch.bfloat16 and MIN_TOKENS_AMX <= tokens <= amx.MAX_TOKENS and amx.amx_works()
+    uses_amx = _uses_amx(values.dtype, tokens)
     if tokens <= max_tokens and not uses_amx:
         return multiply(ways[0], input, values, masks, starts, bias, rows)
     flat = input if input.ndim == 2 else input.reshape(tokens, input.shape[-1])
@@ -63,6 +63,10 @@ def product(
     else:
         output = multiply_bands(ways[0], flat, values, masks, starts, bias, rows)
     return output if input.ndim == 2 else output.view(*input.shape[:-1], rows)
+
+
+def _uses_amx(dtype: torch.dtype, tokens: int) -> bool:
+    return dtype == torch.bfloat16 and MIN_TOKENS_AMX <= tokens <= amx.MAX_TOKENS and amx.amx_works()
 
 
 def multiply(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
@@ -77,12 +81,38 @@ def multiply(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor,
     if bias is not None and not whole:
         bias = pad(bias, (0, blocks * BLOCK_ROWS - rows))
     added = 0 if bias is None else bias.contiguous()
+    if blocks:
+        run(_call(way, (values, masks, starts), x, added, output, tokens), (values, masks, starts, x, added, output))
+    return output if whole else output[..., :rows].contiguous()
+
+
+def _call(
+    way: Way, packed: tuple[Tensor, Tensor, Tensor], x: Tensor | int, bias: Tensor | int, output: Tensor | int, tokens: int
+) -> Call:
+    """A call of the kernel; tensors that are not known yet are 0."""
+    values, masks, _ = packed
+    blocks, groups, _ = masks.shape
     size = values.element_size()
     code = multiply_kernel(int(way), NUMBERS[values.dtype], size)
-    strides = x.element_size() * GROUP * groups, size * BLOCK_ROWS * blocks
+    strides = (size if way == Way.AVX512_BF16 else 4) * GROUP * groups, size * BLOCK_ROWS * blocks
     worth = max(1, MIN_ENTRIES_PER_BAND // max(1, BLOCK_ROWS * GROUP * groups * tokens))
-    over_bands(code, (values, masks, starts, x, added, output, groups, tokens, *strides), blocks, 1, worth)
-    return output if whole else output[..., :rows].contiguous()
+    tensors = [one if isinstance(one, int) else one.data_ptr() for one in (*packed, x, bias, output)]
+    return prepared(code, (*tensors, groups, tokens, *strides), blocks, 1, worth)
+
+
+def call_of(packed: tuple[Tensor, Tensor, Tensor], rows: int, columns: int, tokens: int, max_tokens: int) -> Call | None:
+    """The kernel's call for contiguous inputs of this many tokens, without input, bias and output; None if it needs more steps.
+
+    More steps are a conversion of the input, padding, AMX, or unpacking in bands.
+    """
+    values, masks, _ = packed
+    ways = usable_ways(values.dtype)
+    blocks, groups, _ = masks.shape
+    converts = values.dtype != torch.float32 and Way.AVX512_BF16 not in ways[:1]
+    padded = columns != groups * GROUP or rows != blocks * BLOCK_ROWS
+    if not ways or converts or padded or not 0 < tokens <= max_tokens or not blocks or _uses_amx(values.dtype, tokens):
+        return None
+    return _call(ways[0], packed, 0, 0, 0, tokens)
 
 
 def multiply_bands(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
