@@ -38,7 +38,7 @@ DENSITY_STEPS = 20
 TOKENS = (4, 8, 16, 32, 64)
 """Numbers of tokens for which the two ways to multiply by a packed weight are compared."""
 MANY_TOKENS = 512
-"""A number of tokens for which a packed weight is always expanded; its cost relative to dense is measured and reported."""
+"""Number of tokens for which the speed relative to dense is reported too."""
 MIN_SPEEDUP = 1.05
 """Minimum speedup for a layer to be packed; a smaller one may be noise."""
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 50, 0.03
@@ -54,7 +54,8 @@ class BitmaskWeight:
     trainable: bool
     """Whether the dense weight required a gradient."""
     max_tokens: int
-    """Maximum number of tokens for which the weight is multiplied in packed form; for more, bands of it are expanded."""
+    """Maximum number of tokens for which the weight is multiplied in packed form; for more, bands of it are expanded, unless
+    AMX multiplies them."""
     packed: BitmaskPacked
 
     @classmethod
@@ -91,7 +92,15 @@ class BitmaskWeight:
     @property
     def description(self) -> str:
         """How the weight is stored, for `repr`."""
-        return f"packed with a bit mask, expanded beyond {self.max_tokens} tokens"
+        expanded = f", expanded beyond {self.max_tokens} tokens" if self.expands else ""
+        return f"packed with a bit mask{expanded}"
+
+    @property
+    def expands(self) -> bool:
+        """Whether products with more than `max_tokens` tokens expand the weight."""
+        from bisparse.kernels.packed_cpu.multiply import expands
+
+        return expands(self.dtype)
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "O I"]:
@@ -181,6 +190,8 @@ def measured(weight: Float[Tensor, "O I"], tokens: int = 1) -> CPUTiming:
 
     The same product is repeated, so a weight that fits into the caches is timed in the caches.
     """
+    from bisparse.kernels.packed_cpu.multiply import expands
+
     weight = weight.detach()
     rows, columns = weight.shape
     key = (rows, columns), weight.dtype, round(DENSITY_STEPS * _density(weight)), torch.get_num_threads(), tokens
@@ -196,7 +207,7 @@ def measured(weight: Float[Tensor, "O I"], tokens: int = 1) -> CPUTiming:
             return lambda: call(inputs[:count], None)
 
         most, times = 1, _fastest(dense(1), product(1, 1)) if tokens == 1 else None
-        for count in TOKENS if times is None or times[1] < times[0] else ():
+        for count in TOKENS if expands(weight.dtype) and (times is None or times[1] < times[0]) else ():
             as_stored, expanded = _fastest(product(count, count), product(count, 0))
             if as_stored > expanded:
                 break

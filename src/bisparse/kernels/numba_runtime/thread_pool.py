@@ -12,10 +12,11 @@ that fails returns 0.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,11 +180,9 @@ def _on_python_threads(call: ctypes.Array[ctypes.c_int64], held: object, threads
     def work(_: object) -> None:  # a thread that begins late, after an interruption, must not find freed memory
         _take_bands(ctypes.addressof(call))
 
-    started = []
-    try:
-        started = [_executor.submit(work, held) for _ in range(threads - 1)]
-    except RuntimeError:  # the system refuses more threads, or the interpreter is about to exit
-        pass
+    started: list[Future[None]] = []
+    with contextlib.suppress(RuntimeError):  # the system refuses more threads, or the interpreter is about to exit
+        started.extend(_executor.submit(work, held) for _ in range(threads - 1))
     work(held)
     wait(started)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -15,14 +16,15 @@ from bisparse.kernels.packed_cpu.instructions import NUMBERS, Way, usable_ways
 from bisparse.kernels.packed_cpu.kernels import expand_kernel, multiply_kernel
 from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP, reference_linear, reference_unpack
 
-__all__ = ["call_of", "expand", "multiply", "multiply_bands", "product", "unpack"]
+__all__ = ["call_of", "expand", "expands", "multiply", "multiply_bands", "product", "unpack"]
 
 MIN_ENTRIES_PER_BAND = 1 << 16
 """Minimum number of matrix entries times tokens per band for which another thread is worthwhile."""
 MIN_TOKENS_AMX = 4
 """Minimum number of tokens for AMX, which is then faster than dot products with one pass per 4 tokens."""
-WORKSPACE_BYTES = 1 << 22
-"""Bytes of unpacked rows that are multiplied at a time; each calling thread keeps a workspace of this size."""
+WORKSPACE_BYTES = 1 << 23
+"""Bytes of unpacked rows that are multiplied at a time; each calling thread keeps a workspace of this size. For a float32 matrix
+of 4096 x 4096 and 512 tokens, 4 MiB took 13 % longer than the dense product, 8 MiB 2 %."""
 
 
 def unpack(values: Tensor, masks: Tensor, starts: Tensor, rows: int, columns: int) -> Tensor:
@@ -65,8 +67,13 @@ def product(
     return output if input.ndim == 2 else output.view(*input.shape[:-1], rows)
 
 
+def expands(dtype: torch.dtype) -> bool:
+    """Whether products with many tokens expand the matrix for torch's product; by AMX they do not."""
+    return dtype != torch.bfloat16 or not amx.amx_works()
+
+
 def _uses_amx(dtype: torch.dtype, tokens: int) -> bool:
-    return dtype == torch.bfloat16 and MIN_TOKENS_AMX <= tokens <= amx.MAX_TOKENS and amx.amx_works()
+    return tokens >= MIN_TOKENS_AMX and not expands(dtype)
 
 
 def multiply(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
@@ -122,7 +129,9 @@ def multiply_bands(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: T
     step = max(1, WORKSPACE_BYTES // max(1, BLOCK_ROWS * GROUP * groups * values.element_size()))
     step = -(-blocks // -(-blocks // step)) if blocks else 1  # bands of equal height
     workspace = _workspace(min(step, blocks) * BLOCK_ROWS, groups * GROUP, values.dtype)
-    with torch.autocast("cpu", enabled=False):  # results must not depend on the way in which a product is computed
+    enabled = torch.is_autocast_enabled("cpu")  # entering the context takes 20 microseconds
+    # Results must not depend on the way in which a product is computed.
+    with torch.autocast("cpu", enabled=False) if enabled else nullcontext():
         if step >= blocks:
             expand(way, values, masks, starts, workspace, 0, blocks)
             return linear(x, workspace[:rows, :columns], bias)
