@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from sections.cpu import cpu
 from sections.diversity import diversity
+from sections.experts import experts
 from sections.gpu import gpu
 from sections.gpu_solvers import gpu_kernels, gpu_solvers
 from sections.gpu_windows import gpu_windows
@@ -32,6 +33,7 @@ SECTIONS = {
     "pruning_efficientnet.jsonl": depthwise,
     "pruning_peers.jsonl": peers,
     "pruning_permutation.jsonl": permutation,
+    "pruning_experts.jsonl": experts,
 }
 
 
@@ -69,6 +71,7 @@ PAGES = {
             "pruning_efficientnet.jsonl",
             "pruning_peers.jsonl",
             "pruning_permutation.jsonl",
+            "pruning_experts.jsonl",
         ),
     ),
     "conversion": Page(

@@ -25,7 +25,16 @@ from torch.nn import functional
 from bisparse.layers import Layer
 from bisparse.tiles import LayoutKind
 
-__all__ = ["CalibrationError", "Statistic", "Statistics", "full_precision", "input_columns", "input_key", "precise"]
+__all__ = [
+    "CalibrationError",
+    "ExpertStatistics",
+    "Statistic",
+    "Statistics",
+    "full_precision",
+    "input_columns",
+    "input_key",
+    "precise",
+]
 
 
 class Statistic(StrEnum):
@@ -73,6 +82,8 @@ class Statistics:
     """The layer's raw inputs, one tensor per calibration batch, for methods that iterate over samples."""
     held_out: Statistics | None = None
     """The statistics of the batches held out for choosing the damping, which the fields above exclude."""
+    experts: tuple[ExpertStatistics, ...] | None = None
+    """Of experts in one parameter, the statistics of each; then all fields above but `columns` are empty."""
 
     @property
     def gram(self) -> Float[Tensor, "G K K"] | None:
@@ -124,6 +135,17 @@ class Statistics:
             mix_about(self.dense_covariance, other.dense_covariance, dense_apart, dense_apart),
             inputs,
         )
+
+
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """What calibration measured at the input of one expert of a stack."""
+
+    routed: int
+    """Number of tokens that the model routed to the expert."""
+    all_tokens: bool
+    """Whether the statistics are of all tokens, since fewer than the floor were routed to the expert."""
+    statistics: Statistics
 
 
 def _about_zero(covariance: Tensor | None, left: Tensor | None, right: Tensor | None) -> Float[Tensor, "G K K"] | None:
