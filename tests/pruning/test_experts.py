@@ -13,6 +13,7 @@ from torch.nn import functional
 import bisparse
 from bisparse.pruning import ALPS, AdaPrune, CalibrationError, GradientAdaPrune, Method, SparseGPT, Wanda
 from bisparse.pruning.calibration.options import EXPERT_FLOOR
+from bisparse.quantization import quantize_
 
 transformers = pytest.importorskip("transformers", minversion="5")
 
@@ -296,3 +297,21 @@ def test_a_budget_and_a_conversion_take_experts() -> None:
     again = bisparse.convert_(model, "2:4", batches=batches, include="*experts*")
     assert all("calibrated per expert" in layer.note for layer in again)
     assert "on all tokens (below 2 routed tokens per input)" in " ".join(again.notes) and EXPERT_FLOOR == 2
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_quantisation_with_error_feedback_takes_each_expert_as_a_linear_layer(family: str) -> None:
+    model, batches = model_of(family), batches_of()
+    dense = copy.deepcopy(model)
+    spy = Spy(dense.model.layers[0].mlp.experts)
+    with torch.no_grad():
+        for batch in batches:
+            dense(**batch)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    (result,) = quantize_(model, "int8", data=batches, method="gptq", include=name)
+    transposed = result.layout.inputs_first
+    assert result.error is not None and result.error < 0.02
+    for expert, theirs in enumerate(linears(model.get_parameter(name), transposed)):
+        own = linears(spy.module.gate_up_proj, transposed)[expert]
+        quantize_(nn.Sequential(own), "int8", data=spy.tokens(expert), method="gptq")
+        assert float((theirs.weight == own.weight).float().mean()) > 0.99

@@ -12,7 +12,7 @@ and weights fitted to the difference of two such numbers explode.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -34,6 +34,7 @@ __all__ = [
     "input_columns",
     "input_key",
     "precise",
+    "stacked_moments",
 ]
 
 
@@ -146,6 +147,25 @@ class ExpertStatistics:
     all_tokens: bool
     """Whether the statistics are of all tokens, since fewer than the floor were routed to the expert."""
     statistics: Statistics
+
+
+def stacked_moments(experts: Sequence[ExpertStatistics]) -> Statistics:
+    """Statistics with one problem per expert (G = E), each weighted by its number of tokens; zeros for experts without tokens.
+
+    Raises:
+        CalibrationError: no expert has tokens.
+    """
+    parts = [one.statistics.merged() for one in experts]
+    total = sum(part.columns for part in parts)
+    seen = next((part for part in parts if part.columns), None)
+    if seen is None or seen.covariance is None or seen.mean is None:
+        raise CalibrationError("calibration collected no input moments of any expert")
+    covariance, mean = [], []
+    for part in parts:
+        share = part.columns * len(parts) / total
+        covariance.append(torch.zeros_like(seen.covariance) if part.covariance is None else part.covariance * share)
+        mean.append(torch.zeros_like(seen.mean) if part.mean is None else part.mean * share**0.5)
+    return Statistics(total, mean=torch.cat(mean), covariance=torch.cat(covariance))
 
 
 def _about_zero(covariance: Tensor | None, left: Tensor | None, right: Tensor | None) -> Float[Tensor, "G K K"] | None:
