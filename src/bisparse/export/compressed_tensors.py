@@ -19,12 +19,13 @@ from bisparse.apart import check_apart, origin_of
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
 from bisparse.checkpoint.layer_selection import StoredLayer
+from bisparse.checkpoint.model_card import CARD, write_card
 from bisparse.checkpoint.names import named_as_in, unsaved_buffers
 from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.prune import copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.save_load import configs_of, plain_weights, sidecar_of
-from bisparse.checkpoint.sidecar import MASKS, SIDECAR, masks_header, read_own_sidecar
+from bisparse.checkpoint.sidecar import MASKS, SIDECAR, Sidecar, masks_header, read_own_sidecar
 from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build_header, in_file_order, memory_tensor
 from bisparse.checkpoint.verify import verify_stored
 from bisparse.errors import CheckpointError, install_extra
@@ -116,8 +117,9 @@ def save_quantized(
     if opened is not None:
         _check_plain(opened)
         weights = named_as_in(opened, weights, {one.parameter for one in report}, unsaved_buffers(model))
-        if pruned is None and (sidecar := read_own_sidecar(opened.path, opened.tensors)) is not None:
-            pruned = sidecar.report
+    before = None if opened is None else read_own_sidecar(opened.path, opened.tensors)
+    if pruned is None and before is not None:
+        pruned = before.report
     pruned = None if pruned is None else _after(pruned, weights, report)
     state = dict(weights)
     for layer in report:
@@ -142,11 +144,16 @@ def save_quantized(
         text = json.dumps({**document, **report.as_dict()}, indent=1) + "\n"
         (temporary / QUANTIZATION).write_text(text, encoding="utf-8")
         if pruned is not None:
-            _write_sidecar(temporary, pruned, weights, type(model).__name__ if opened is None else opened.path.resolve().name)
+            named = type(model).__name__ if opened is None else opened.path.resolve().name
+            sidecar = sidecar_of(pruned, weights, named)
+            if before is not None:
+                sidecar = replace(sidecar, source=before.source, provenance=before.provenance)
+            _write_sidecar(temporary, sidecar, weights)
         read_back(temporary / WEIGHTS, tensors, checksums, {}, lambda tensor: None)
         _check_files(temporary, weights, report, pruned)
         if opened is not None:
-            limit_permissions(temporary, opened, (WEIGHTS, MASKS, SIDECAR))
+            card = [CARD] if CARD not in opened.others else []
+            limit_permissions(temporary, opened, (WEIGHTS, MASKS, SIDECAR, *card))
         if beside is not None:
             beside(temporary)
 
@@ -238,9 +245,11 @@ def _configuration(model: nn.Module, report: QuantizationReport, form: _Format) 
     return {"version": package.__version__, **content}
 
 
-def _write_sidecar(folder: Path, pruned: PruneReport, weights: Mapping[str, Tensor], source: str) -> None:
-    (folder / SIDECAR).write_text(sidecar_of(pruned, weights, source).to_json(), encoding="utf-8")
-    shapes = {one.parameter: one.shape for one in pruned}
+def _write_sidecar(folder: Path, sidecar: Sidecar, weights: Mapping[str, Tensor]) -> None:
+    # The card that was copied from the source describes its weights and figures.
+    sidecar = write_card(folder, sidecar)
+    (folder / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
+    shapes = {one.parameter: one.shape for one in sidecar.report}
     with SafetensorsWriter(folder / MASKS, masks_header(shapes)) as writer:
         for name in shapes:
             packer = BitPacker(writer.write)
