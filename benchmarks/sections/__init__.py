@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from sections.cpu import cpu
+from sections.deploy import deploy
 from sections.diversity import diversity
 from sections.gpu import gpu
 from sections.gpu_solvers import gpu_kernels, gpu_solvers
@@ -33,6 +34,8 @@ SECTIONS = {
     "pruning_peers.jsonl": peers,
     "pruning_permutation.jsonl": permutation,
 }
+INSERTED = {"deploy.md": {"deploy.jsonl": deploy}}
+"""Pages of docs that are written by hand but for tables: file of rows -> the function that writes its table, between markers."""
 
 
 @dataclass(frozen=True)

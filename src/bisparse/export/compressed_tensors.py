@@ -66,6 +66,9 @@ def _format(scheme_name: str, activations: str) -> _Format:
     # For integers, the package's own choice: plain ones for integer products, packed ones for weights only.
     integers = "int-quantized" if activations == "dynamic" else "pack-quantized"
     name = "float-quantized" if scheme.floating else integers
+    if scheme.scaled_scales:
+        name = "nvfp4-pack-quantized"
+        weights |= {"strategy": "tensor_group", "scale_dtype": torch.float8_e4m3fn}
     return _Format(name, weights, inputs if activations == "dynamic" else None)
 
 
@@ -214,11 +217,25 @@ def _packed(layer: QuantizedLayer, weight: Tensor, form: _Format) -> dict[str, T
     stored, scale = stored_values(weight, layer), layer.scale[0].cpu()
     # In float32, since the package divides by the scale again, which could round differently in the weight's dtype.
     wide = stored.cpu().float() * parse_scheme(layer.scheme).spread(scale.float(), weight.shape[-1])
-    parts = compressor.compress({"weight": wide, "weight_scale": scale.float()}, scheme)
-    parts = {**parts, "weight_scale": scale}
+    if layer.unit is None:
+        parts = {**compressor.compress({"weight": wide, "weight_scale": scale.float()}, scheme), "weight_scale": scale}
+    else:
+        parts = _packed_fp4(stored.cpu().float(), scale.float(), layer)
     if not torch.equal(compressor.decompress(dict(parts), scheme)["weight"].to(weight.dtype), weight.cpu()):
         raise ValueError(f"{layer.name}: compressed-tensors does not unpack to the weights that it packed; report this")
     return {f"{layer.name}.{name}": tensor for name, tensor in parts.items()}
+
+
+def _packed_fp4(stored: Tensor, scale: Tensor, layer: QuantizedLayer) -> dict[str, Tensor]:
+    """Two e2m1 numbers per byte, float8 scales and the factor that divides them; all exact."""
+    from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+
+    assert layer.unit is not None
+    steps = (scale / layer.unit).to(torch.float8_e4m3fn)
+    if not torch.equal(steps.float() * layer.unit, scale):
+        raise ValueError(f"{layer.name}: {layer.dtype} cannot represent its scales; quantise the model in bfloat16 or float32")
+    factor = torch.tensor([1 / layer.unit], dtype=torch.float32)
+    return {"weight_packed": pack_fp4_to_uint8(stored), "weight_scale": steps, "weight_global_scale": factor}
 
 
 def _write_configs(model: nn.Module, folder: Path, report: QuantizationReport, form: _Format) -> None:
