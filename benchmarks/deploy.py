@@ -100,19 +100,20 @@ class Measurement:
 def transformer(options: argparse.Namespace, dtype: torch.dtype, score: Callable[[nn.Module, Any], Figures]) -> None:
     """All rows of a transformers model, in a temporary folder."""
     source = open_source(str(options.source))
-    model = source.model.to(dtype)
     causal = options.model == "smollm"
     read = text_batches(
         source.tokenizer, [options.calibration], causal=causal, sequences=options.sequences, length=LENGTH, batch_size=4
     )
-    batches, kind = list(read.batches), type(model)
+    batches, kind = list(read.batches), type(source.model)
     calibrated = {"method": options.method, "sequences": len(batches) * 4, "length": LENGTH, "corpus": options.calibration.name}
     rows = Measurement(options, {**calibrated, "dtype": str(dtype).removeprefix("torch.")})
     example = torch.randint(0, 1000, (2, 16), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": example, "attention_mask": torch.ones_like(example)}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        model.save_pretrained(work / "dense")
+        source.model.to(dtype).save_pretrained(work / "dense")
+        # Loaded again, since `to` also converts buffers, such as rotary frequencies, that transformers keeps in float32.
+        model = kind.from_pretrained(work / "dense", dtype="auto").eval()
         rows.add("dense", {**score(model, source.tokenizer), "mb": size_mb(work / "dense")})
         report, masks, figures = rows.prune(model, work / "pruned", options.method, batches)
         rows.add("pruned", {**score(model, source.tokenizer), **figures})
@@ -160,7 +161,7 @@ def main() -> None:
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=12_288, help="of WikiText-2, for the perplexity")
-    parser.add_argument("--schemes", nargs="+", default=["int8", "int4-g64"])
+    parser.add_argument("--schemes", nargs="*", default=["int8", "int4-g64"])
     parser.add_argument("--no-onnx", dest="onnx", action="store_false")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--note", help="stored in each row, such as what else ran on the machine")

@@ -169,6 +169,11 @@ def _check_layers(model: nn.Module, weights: Mapping[str, Tensor], report: Quant
                 f"{layer.name} is {type(module).__name__}: compressed-tensors only stores quantised Linear layers; pass "
                 "include=bisparse.export.can_be_stored to quantize_, or export to ONNX"
             )
+        if layer.unit is not None and weights[layer.parameter].dtype != torch.bfloat16:
+            raise ValueError(
+                f"{layer.name} is {layer.dtype}: compressed-tensors unpacks {layer.scheme} to bfloat16 only, so that the "
+                "rest of the model could not run; convert the model to bfloat16 and quantise it again"
+            )
         place = weights[layer.parameter].data_ptr()
         tied = [name for name, one in weights.items() if name != layer.parameter and one.numel() and one.data_ptr() == place]
         if tied:
@@ -231,9 +236,8 @@ def _packed_fp4(stored: Tensor, scale: Tensor, layer: QuantizedLayer) -> dict[st
     from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 
     assert layer.unit is not None
+    # Exact in bfloat16, which scales of all sizes fit.
     steps = (scale / layer.unit).to(torch.float8_e4m3fn)
-    if not torch.equal(steps.float() * layer.unit, scale):
-        raise ValueError(f"{layer.name}: {layer.dtype} cannot represent its scales; quantise the model in bfloat16 or float32")
     factor = torch.tensor([1 / layer.unit], dtype=torch.float32)
     return {"weight_packed": pack_fp4_to_uint8(stored), "weight_scale": steps, "weight_global_scale": factor}
 
