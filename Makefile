@@ -18,7 +18,7 @@ VENV_4 := .venv-transformers-4
 VENV_TRITON := .venv-oldest-triton
 
 .PHONY: help setup demo demo-speed test test-slow test-gpu test-transformers-4 test-oldest-triton test-interpreter matrix check fix docs \
-	notebooks attack bench bench-gpu
+	notebooks release attack bench bench-gpu
 
 help:
 	@echo "make demo       prune all-MiniLM-L6-v2 with and without data, check the masks, and make a report to look at"
@@ -26,7 +26,8 @@ help:
 	@echo "make test       the tests; test-slow, test-gpu, test-transformers-4 and test-oldest-triton are the others"
 	@echo "make check      format, lint, types, import contract, doctests, documentation"
 	@echo "make fix        format and repair what can be repaired, and write the generated pages again"
-	@echo "make docs       the documentation site, out/site/index.html; warnings are errors"
+	@echo "make docs       the documentation site, out/site/index.html; warnings and broken links are errors"
+	@echo "make release    sdist and wheel in out/release: twine check, and the wheel installed in an empty environment"
 	@echo "make notebooks  run the notebooks of the site again, and store their outputs"
 	@echo "make matrix     the fast tests in one environment per Python that is installed: 3.11 to 3.14"
 	@echo "make attack     crafted files, kills, full disks, rivals, bad values, failing steps, extreme tiles; ARGS='--seconds 60 --only files'"
@@ -80,7 +81,7 @@ TORCHES ?= any
 matrix:
 	@failed=; for version in $(VERSIONS); do for torch in $(TORCHES); do \
 		name=.venv-$$version-$$(echo $$torch | tr -d '*.'); \
-		if ! command -v python$$version >/dev/null; then echo "python$$version: not installed, not tested"; continue; fi; \
+		if ! python$$version -c "" 2>/dev/null; then echo "python$$version: not installed, not tested"; continue; fi; \
 		with=; if [ "$$torch" != any ]; then with="--with torch==$$torch"; fi; \
 		python$$version $(SET_UP) $$name --torch-index "$(TORCH_INDEX)" $$with && $$name/bin/python -m pytest -n auto || failed="$$failed $$version/$$torch"; \
 	done; done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
@@ -107,6 +108,11 @@ fix: $(READY)
 
 docs: $(READY)
 	$(RUN) -m sphinx --fail-on-warning --keep-going -q -b html -d out/doctrees docs out/site
+	$(RUN) tools/check_links.py
+
+# The sdist and the wheel, checked and installed in an empty environment; nothing is published.
+release: $(READY)
+	$(RUN) tools/check_release.py --torch-index "$(TORCH_INDEX)"
 
 notebooks: $(READY)
 	$(RUN) tools/notebooks.py

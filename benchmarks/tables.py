@@ -1,4 +1,4 @@
-"""Write docs/benchmarks from the rows in benchmarks/results: no figure on those pages is typed.
+"""Write docs/benchmarks, and tables of other pages, from the rows in benchmarks/results: no figure there is typed.
 
 python benchmarks/tables.py [--check]
 
@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from record import RESULTS, ROOT, read_rows
-from sections import PAGES, SECTIONS
+from sections import INSERTED, PAGES, SECTIONS
 from sections.plots import draw_plots
 
 FOLDER = ROOT / "docs" / "benchmarks"
@@ -35,16 +35,17 @@ def main() -> int:
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
-    pages = render(options.results)
+    pages = {options.folder / f"{name}.md": page for name, page in render(options.results).items()}
+    if options.folder == FOLDER:
+        pages |= inserted(options.results)
     if not options.check:
         options.folder.mkdir(exist_ok=True)
-        for name, page in pages.items():
-            (options.folder / f"{name}.md").write_text(page, encoding="utf-8")
+        for path, page in pages.items():
+            path.write_text(page, encoding="utf-8")
         draw_plots(options.results, IMAGES if options.folder == FOLDER else options.folder)
         return 0
     code = 0
-    for name, page in pages.items():
-        path = options.folder / f"{name}.md"
+    for path, page in pages.items():
         there = path.read_text(encoding="utf-8") if path.exists() else ""
         if there != page:
             lines = difflib.unified_diff(there.splitlines(), page.splitlines(), str(path), "what the rows say", lineterm="", n=1)
@@ -62,6 +63,22 @@ def render(results: Path) -> dict[str, str]:
             parts += SECTIONS[file](read_rows(results / file))
         pages[name] = "\n".join(parts).rstrip() + "\n"
     return {"index": index(pages)} | pages
+
+
+def inserted(results: Path, folder: Path = FOLDER.parent) -> dict[Path, str]:
+    """Path -> text of each page that is written by hand, with the tables between its markers written again."""
+    pages = {}
+    for name, tables in INSERTED.items():
+        text = (folder / name).read_text(encoding="utf-8")
+        for file, section in tables.items():
+            begin, end = f"<!-- table of {file}, by benchmarks/tables.py -->\n", f"<!-- end of {file} -->\n"
+            before, found, rest = text.partition(begin)
+            _, closed, after = rest.partition(end)
+            if not found or not closed:
+                raise ValueError(f"{folder / name} lacks the lines {begin.strip()} and {end.strip()}")
+            text = before + begin + "\n".join(section(read_rows(results / file))) + end + after
+        pages[folder / name] = text
+    return pages
 
 
 def index(pages: dict[str, str]) -> str:

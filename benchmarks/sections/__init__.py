@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sections.cpu import cpu
+from sections.deploy import deploy
 from sections.diversity import diversity
 from sections.experts import experts
 from sections.gpu import gpu
@@ -38,6 +39,8 @@ SECTIONS = {
     "pruning_permutation.jsonl": permutation,
     "pruning_experts.jsonl": experts,
 }
+INSERTED = {"deploy.md": {"deploy.jsonl": deploy}}
+"""Pages of docs that are written by hand but for tables: file of rows -> the function that writes its table, between markers."""
 
 
 @dataclass(frozen=True)

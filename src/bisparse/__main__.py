@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 
 from bisparse.errors import install_extra
@@ -22,6 +23,9 @@ def main() -> None:
             f"Please {install_extra('cli')}\n"
         )
         sys.exit(2)
+    if not sys.stderr.isatty():
+        # Otherwise the progress bars of other libraries fill log files with control characters.
+        os.environ.setdefault("TQDM_DISABLE", "1")
     from bisparse.cli import run
 
     run()

@@ -4,6 +4,7 @@ import copy
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,6 +55,36 @@ def test_transformers_loads_the_same_logits_and_the_file_keeps_the_mask(tmp_path
     assert checked and len(checked.layers) == len(report) == 14
     pruned, kept = load_masks(tmp_path / "pruned"), load_masks(tmp_path / "quantised")
     assert not any(bool((kept[name] & ~mask).any()) for name, mask in pruned.items())
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_paired_4_of_8_in_fp4_is_written_as_nvfp4_with_its_zeros(tmp_path: Path, method: str) -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    from safetensors.torch import load_file
+
+    model = llama(torch.bfloat16)
+    report = bisparse.prune_(model, "4:8-paired")
+    bisparse.save(model, tmp_path / "pruned", report=report)
+    batches = [{"input_ids": torch.arange(24).view(2, 12) * 3}] if method == "gptq" else None
+    done = quantize_(model, "fp4", data=batches, method=method)
+    folder = tmp_path / "quantised"
+    save_quantized(model, folder, done, pruned=report)
+    said = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert said["format"] == "nvfp4-pack-quantized"
+    state, masks = load_file(folder / "model.safetensors"), load_masks(tmp_path / "pruned")
+    for layer in done:
+        # The file by the format's description: two e2m1 to a byte, the first in the lower bits, float8 scales over a factor.
+        packed = state[f"{layer.name}.weight_packed"].numpy()
+        codes = np.stack([packed & 15, packed >> 4], -1).reshape(packed.shape[0], -1)
+        numbers = codes.view(ml_dtypes.float4_e2m1fn).astype("float32")
+        scale = state[f"{layer.name}.weight_scale"].float() / state[f"{layer.name}.weight_global_scale"]
+        whole = torch.from_numpy(numbers) * scale.repeat_interleave(16, 1)
+        assert torch.equal(whole, model.state_dict()[layer.parameter].float())
+        assert not bool((torch.from_numpy(numbers) != 0)[~masks[layer.parameter]].any())
+    checked = verify_checkpoint(folder, "4:8-paired", include=[one.name for one in report])
+    assert checked and len(checked.layers) == len(report) == 14
+    model.save_pretrained(tmp_path / "plain")  # the quantised weights in bfloat16
+    assert torch.equal(outputs(loaded(folder)), outputs(loaded(tmp_path / "plain")))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -116,6 +147,8 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
         changed.model.layers[0].mlp.up_proj.weight += 1
     with pytest.raises(ValueError, match="was changed after it was quantised"):
         save_quantized(changed, tmp_path / "quantised", done)
+    with pytest.raises(ValueError, match="to bfloat16 only"):
+        save_quantized(model, tmp_path / "quantised", quantize_(copy.deepcopy(model), "fp4"))
     convolution = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
     with pytest.raises(ValueError, match="only stores quantised Linear layers"):
         save_quantized(convolution, tmp_path / "quantised", quantize_(convolution, "int8", include="*"))

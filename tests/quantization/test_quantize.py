@@ -1,6 +1,7 @@
 """Quantised weights keep every zero, come from the stored numbers that the report describes, and a failure changes nothing."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ def zeros(model: nn.Module) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
-@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4-g32"])
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4-g32", "fp4"])
 def test_zeros_stay_and_stored_numbers_give_the_weights(scheme: str, method: str, dtype: torch.dtype) -> None:
     model = network()
     bisparse.prune_(model, "2:4")
@@ -55,6 +56,33 @@ def test_each_channel_uses_its_own_scale() -> None:
     step = before.abs().amax(1) / 127
     assert bool(((layer.weight - before).abs() <= step[:, None] * 0.501).all())
     assert report["0"].weight_error == pytest.approx(float((layer.weight.detach() - before).norm() / before.norm()), rel=1e-4)
+
+
+def test_fp4_rounds_as_the_number_format_does() -> None:
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    scheme = SCHEMES["fp4"]
+    values = torch.cat([torch.arange(-64, 65) / 8, torch.randn(4000) * 3, torch.tensor([0.0, -0.0, 1e-30, 1e9])])
+    clamped = values.clamp(-6, 6).numpy()
+    meant = torch.from_numpy(clamped.astype(ml_dtypes.float4_e2m1fn).astype("float32"))
+    found = scheme.round(values, torch.ones(()))
+    assert torch.equal(found, meant) and not bool(torch.signbit(found[found == 0]).any())
+
+
+def test_fp4_scales_are_float8_multiples_of_one_power_of_two_whatever_the_size_of_weights() -> None:
+    for size in (1e-20, 1e-3, 1.0, 3e4):
+        model = nn.Sequential(nn.Linear(64, 32, bias=False))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.randn(32, 64) * size * torch.logspace(-4, 0, 32)[:, None])
+            model[0].weight[5] = 0
+        before = model[0].weight.detach().clone()
+        (layer,) = quantize_(model, "fp4")
+        assert layer.unit is not None and math.log2(layer.unit).is_integer()
+        steps = layer.scale[0].float() / layer.unit
+        assert torch.equal(steps.to(torch.float8_e4m3fn).float(), steps) and bool((steps > 0).all())
+        # The largest rows keep the precision of the format: half a step of 2 below the largest number, 6.
+        changed = (model[0].weight - before).detach()[-1].view(-1, 16)
+        assert bool((changed.abs() <= before[-1].view(-1, 16).abs().amax(1, keepdim=True) / 5).all())
+        assert not model[0].weight[5].any()
 
 
 def test_error_feedback_lowers_the_output_error() -> None:

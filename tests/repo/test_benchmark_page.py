@@ -115,6 +115,24 @@ def test_a_page_without_rows_says_so(tmp_path: Path) -> None:
     assert "Not measured yet: `make bench`." in page and "Not measured yet: `python benchmarks/quality.py`." in page
 
 
+def test_a_table_in_a_page_that_is_written_by_hand_comes_from_the_rows(tmp_path: Path) -> None:
+    import tables
+
+    page = tmp_path / "deploy.md"
+    page.write_text(
+        "Mine.\n<!-- table of deploy.jsonl, by benchmarks/tables.py -->\nold\n<!-- end of deploy.jsonl -->\nMine too.\n"
+    )
+    common = {"model": "smollm", "pattern": "2:4", "method": "wanda", "dtype": "bfloat16"}
+    kept = rows_of(**common, step="int8", perplexity=123.46, mb=99.5, cpu_s=7.2, broken=0, difference=0.0, largest=8.0)
+    write(tmp_path / "deploy.jsonl", [{**kept, "perplexity": 1.0}, kept])
+    (text,) = tables.inserted(tmp_path, tmp_path).values()
+    assert text.startswith("Mine.\n") and text.endswith("Mine too.\n") and "old" not in text
+    assert "| + int8 | perplexity 123.5 | 99.5 | 7 | 0 | 0 of 8 |" in text
+    page.write_text("no markers")
+    with pytest.raises(ValueError, match="lacks the lines"):
+        tables.inserted(tmp_path, tmp_path)
+
+
 def test_the_committed_diversity_rows_are_what_the_code_says() -> None:
     import diversity
 

@@ -137,7 +137,8 @@ def _is_bad_metadata(error: Exception) -> bool:
 
 
 def _section(sidecar: Sidecar, folder: Path, *, dense_readme: bool) -> str:
-    parts = ["## Sparsity", _what_was_done(sidecar, dense_readme=dense_readme), _facts(sidecar)]
+    quantised = "quantization_config" in _config(folder)
+    parts = ["## Sparsity", _what_was_done(sidecar, dense_readme=dense_readme, quantised=quantised), _facts(sidecar)]
     if sidecar.evaluation:
         parts.append(_figures(sidecar.evaluation))
     if sidecar.report.left_dense:
@@ -146,11 +147,12 @@ def _section(sidecar: Sidecar, folder: Path, *, dense_readme: bool) -> str:
     return "\n\n".join(parts)
 
 
-def _what_was_done(sidecar: Sidecar, *, dense_readme: bool) -> str:
+def _what_was_done(sidecar: Sidecar, *, dense_readme: bool, quantised: bool) -> str:
+    stored = "quantised, as config.json describes, and zeros are stored as zeros" if quantised else "stored dense, with zeros"
     said = (
         "This model was pruned with bisparse. N:M keeps at most N of every M weights along a layer's inputs, and with -T along "
         "its outputs too, so that the transposed weight of the backward pass obeys the pattern as well. The weights are "
-        f"stored dense, with zeros. `{SIDECAR}` says what was done to each layer."
+        f"{stored}. `{SIDECAR}` says what was done to each layer."
     )
     if dense_readme:
         said += " The rest of this page was not written by bisparse, and may describe the model before pruning."
@@ -180,10 +182,12 @@ def _calibration(provenance: Mapping[str, Any]) -> str:
     found = provenance.get("calibration")
     if not isinstance(found, Mapping):
         return "none"
-    name = found.get("file") or found.get("function") or ""
+    files = found.get("files")
+    names = [str(one["name"]) for one in files if isinstance(one, Mapping) and "name" in one] if isinstance(files, list) else []
+    name = ", ".join(map(os.path.basename, names)) or str(found.get("function") or "")
     counts = [f"{found[key]} {key}" for key in ("sequences", "batches") if isinstance(found.get(key), int)]
     length = f"at most {found['length']} tokens each" if isinstance(found.get("length"), int) else ""
-    return _plain(", ".join(filter(None, [os.path.basename(str(name)), *counts, length])))
+    return _plain(", ".join(filter(None, [name, *counts, length])))
 
 
 def _figures(evaluation: Sequence[Mapping[str, Any]]) -> str:
@@ -248,13 +252,18 @@ def _how_to_load(folder: Path) -> str:
 
 def _architecture(folder: Path) -> str | None:
     """The transformers class that config.json names."""
+    named = _config(folder).get("architectures")
+    first = named[0] if isinstance(named, list) and named else None
+    return first if isinstance(first, str) and first.isidentifier() else None
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """The content of a folder's config.json; empty if it has none that can be read."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
-        return None
-    named = config.get("architectures") if isinstance(config, dict) else None
-    first = named[0] if isinstance(named, list) and named else None
-    return first if isinstance(first, str) and first.isidentifier() else None
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def _plain(text: str) -> str:

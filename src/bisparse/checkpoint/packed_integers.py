@@ -1,7 +1,8 @@
-"""Unpacks compressed-tensors' ``pack-quantized`` weights into integers, to check their zeros.
+"""Unpacks compressed-tensors' packed weights into the stored numbers, to check their zeros.
 
-32 / bits integers, each plus 2^(bits - 1), are packed into an int32, the first in the lowest bits. Without a zero point the
-integer 0 is the weight 0. The integers are not weights, and must not be written as such.
+``pack-quantized``: 32 / bits integers, each plus 2^(bits - 1), are packed into an int32, the first in the lowest bits.
+``nvfp4-pack-quantized`` and ``mxfp4-pack-quantized``: two e2m1 numbers to a byte, the first in the lower bits.
+Without a zero point a stored 0 is the weight 0. The numbers are not weights, and must not be written as such.
 """
 
 from __future__ import annotations
@@ -18,6 +19,10 @@ from bisparse.checkpoint.stored_tensor import StoredTensor
 __all__ = ["unpacked"]
 
 PACKED, SHAPE, ZERO_POINT, ORDER = ".weight_packed", ".weight_shape", ".weight_zero_point", ".weight_g_idx"
+SCALE, GLOBAL_SCALE = ".weight_scale", ".weight_global_scale"
+# The float8 e4m3 bytes of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and of their negatives; -0 is a zero.
+E2M1 = np.array([0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C], dtype=np.uint8)
+E2M1 = np.concatenate([E2M1, np.where(E2M1 == 0, E2M1, E2M1 | 0x80)])
 BITS = (2, 4, 8)
 """Bit widths that divide 32, whose packing is the same in all versions of compressed-tensors."""
 
@@ -39,11 +44,25 @@ class _Packed(StoredTensor):
         return bytearray(rows.astype(np.int8).tobytes()[start - first * columns : stop - first * columns])
 
 
+@dataclass(frozen=True)
+class _PackedFp4(StoredTensor):
+    """float8 entries of a matrix of e2m1 numbers, two to a byte."""
+
+    packed: StoredTensor
+
+    def read_bytes(self, start: int, stop: int) -> bytearray:
+        first, last = start // 2, -(-stop // 2)
+        data = np.frombuffer(self.packed.read_bytes(first, last), dtype=np.uint8)
+        codes = np.stack([data & 15, data >> 4], axis=1).reshape(-1)
+        return bytearray(E2M1[codes].tobytes()[start - 2 * first : stop - 2 * first])
+
+
 def unpacked(source: Source) -> Source:
     """The source with packed integers (without a zero point) replaced by int8 tensors, for checks of zeros."""
     tensors = source.tensors
     widths = _widths(source.config)
     found = {name: whole for name, one in tensors.items() if (whole := _unpack(name, one, tensors, widths)) is not None}
+    found |= {name: whole for name, one in tensors.items() if (whole := _unpack_fp4(name, one, tensors)) is not None}
     if not found:
         return source
     shards = tuple(
@@ -52,7 +71,7 @@ def unpacked(source: Source) -> Source:
         )
         for shard in source.shards
     )
-    note = f"{len(found)} weights are packed integers of compressed-tensors; their zeros are read as they are stored"
+    note = f"{len(found)} weights are packed numbers of compressed-tensors; their zeros are read as they are stored"
     return replace(source, shards=shards, notes=(*source.notes, note))
 
 
@@ -70,6 +89,23 @@ def _unpack(name: str, packed: StoredTensor, tensors: Mapping[str, StoredTensor]
     if len(fitting) != 1:
         return None
     return _Packed(f"{layer}.weight", "I8", (rows, columns), packed.path, rows * columns, packed=packed, bits=fitting[0])
+
+
+def _unpack_fp4(name: str, packed: StoredTensor, tensors: Mapping[str, StoredTensor]) -> StoredTensor | None:
+    """A matrix of e2m1 numbers: bytes with a scale per 16 inputs (float8, and a factor) or per 32 (an exponent)."""
+    layer = name.removesuffix(PACKED)
+    scale = tensors.get(layer + SCALE)
+    if layer == name or packed.dtype != "U8" or len(packed.shape) != 2 or scale is None or len(scale.shape) != 2:
+        return None
+    if any(layer + one in tensors for one in (ZERO_POINT, ORDER, ".weight")):
+        return None
+    rows, columns = packed.shape[0], 2 * packed.shape[1]
+    group = {"F8_E4M3": 16, "U8": 32}.get(scale.dtype)
+    if group is None or scale.shape != (rows, columns // group) or columns % group:
+        return None
+    if scale.dtype == "F8_E4M3" and layer + GLOBAL_SCALE not in tensors:
+        return None
+    return _PackedFp4(f"{layer}.weight", "F8_E4M3", (rows, columns), packed.path, rows * columns, packed=packed)
 
 
 def _widths(config: Mapping[str, Any]) -> frozenset[int]:

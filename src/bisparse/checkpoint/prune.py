@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
@@ -108,6 +109,7 @@ def prune_checkpoint(
     key: str | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    provenance: Mapping[str, Any] | None = None,
 ) -> PruneReport:
     """Prune a checkpoint by magnitude, without building the model, into a new folder.
 
@@ -128,6 +130,7 @@ def prune_checkpoint(
             "conv-last", "conv-transposed", "experts", "experts-transposed", "groups:32", "parts:3", or a `Layout`.
         key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
         overwrite: replace a target that bisparse wrote.
+        provenance: how the job was called; stored in the sidecar.
 
     Raises:
         CheckpointError: the source cannot be read or holds NaN, the target exists, cannot be written or overlaps the source.
@@ -157,7 +160,7 @@ def prune_checkpoint(
             sum(tensor.size for tensor in plan.source.tensors.values()),
         )
         step = max(1, -(-len(samples) // SAMPLES))
-        sidecar = Sidecar(report, remainder, plan.source.name, samples[::step])
+        sidecar = Sidecar(report, remainder, plan.source.name, samples[::step], provenance=dict(provenance or {}))
         sidecar = write_card(folder, sidecar, target)
         report = sidecar.report
         (folder / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")

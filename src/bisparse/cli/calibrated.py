@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
@@ -46,6 +46,8 @@ __all__ = [
     "prune_with_data",
 ]
 
+T = TypeVar("T")
+
 
 @contextmanager
 def group_of_ranks(timeout: timedelta | None = None) -> Iterator[ProcessGroup | None]:
@@ -66,17 +68,18 @@ def group_of_ranks(timeout: timedelta | None = None) -> Iterator[ProcessGroup | 
         distributed.destroy_process_group()
 
 
-def on_first_rank(job: Callable[[], None]) -> None:
-    """Run a single-process job, on the first rank only. The other ranks wait, and fail if it fails."""
+def on_first_rank(job: Callable[[], T]) -> T:
+    """The result of a single-process job, which runs on the first rank only. The other ranks wait, and fail if it fails."""
     from bisparse.process_group import Ranks
 
     # A large checkpoint takes longer than torch's default timeout; if a rank dies, torchrun ends the others.
     with group_of_ranks(timedelta(days=7)) as group:
         ranks = Ranks(group)
+        found: list[T] = []
         if ranks.rank == 0:
             with ranks.failing_together():
-                job()
-        ranks.all(None)
+                found.append(job())
+        return ranks.all(found)[0][0]
 
 
 def prune_with_data(
@@ -89,14 +92,15 @@ def prune_with_data(
     overwrite: bool,
     as_json: bool,
     resume: Path | None,
+    step: str,
     **options: Any,
 ) -> None:
-    """Build the model, prune it and save it."""
+    """Build the model, prune it and save it; `step` is stored in the sidecar."""
     from bisparse.pruning import prune_
 
     asked = {method.name: bool(method.needs), "--block-epochs": options["reconstruction"] is not None}
     source, data = open_job(name, target, texts, overwrite=overwrite, resume=resume, asked=asked)
-    made_from = provenance(name, source, texts, data, options["order"])
+    made_from = {**provenance(name, source, texts, data, options["order"]), "step": step}
     started = time.perf_counter()
     with group_of_ranks() as group:
         report = prune_(

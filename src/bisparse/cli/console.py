@@ -37,6 +37,7 @@ __all__ = [
 
 P = ParamSpec("P")
 _given: list[str] = []
+_complete: list[Path] = []
 _quiet = False
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
@@ -151,6 +152,7 @@ class Commands(TyperGroup):
         given = list(args)
         context = super().make_context(info_name, args, parent, **extra)
         _given[:] = given
+        _complete.clear()
         return context
 
     def invoke(self, ctx: Any) -> Any:
@@ -163,8 +165,23 @@ class Commands(TyperGroup):
             raise
 
 
+def note_complete(place: Path) -> None:
+    """Note an output that stays if a later step of the command fails or is interrupted; messages name it."""
+    if place not in _complete:
+        _complete.append(place)
+
+
+def _outputs() -> str:
+    names = ", ".join(map(str, _complete))
+    return (
+        f"{names} {'is' if len(_complete) == 1 else 'are'} complete; the same command with --resume FOLDER continues from there"
+    )
+
+
 def _left_behind(journal: Any) -> str:
-    """A sentence on what an interrupted job left on disk: with --resume, its journal."""
+    """A sentence on what an interrupted job left on disk: outputs that are complete or, with --resume, its journal."""
+    if _complete:
+        return f"{_outputs()}; nothing else was left behind"
     if journal is None or not journal.exists():
         return "nothing was left behind"
     return f"the layers finished so far are kept in {journal}, and the same command continues from there; nothing else was left"
@@ -172,6 +189,8 @@ def _left_behind(journal: Any) -> str:
 
 def fail(message: str, code: int, *, as_json: bool = False) -> NoReturn:
     """Print an error and exit with this code."""
+    if _complete and _outputs() not in message:
+        message = f"{message} ({_outputs()})"
     to_stderr().print(f"[bold red]bisparse:[/] {escape(message)}", soft_wrap=True)
     if as_json:
         print_json({"ok": False, "error": message, "exit_code": code})

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from bisparse.export import OnnxExport
     from bisparse.quantization import QuantizationReport
 
-__all__ = ["Export", "Quantize", "check_deployment", "deploy", "export_folder", "places", "quantize_folder", "show_export"]
+__all__ = ["Export", "Quantize", "check_deployment", "export_folder", "places", "quantize_folder", "show_export"]
 
 Quantize = Annotated[
     str | None,
@@ -38,9 +38,21 @@ def places(target: Path, quantize: str | None, export: str | None) -> tuple[Path
 
 
 def check_deployment(
-    source: str, target: Path | None, quantize: str | None, export: str | None, *, dry_run: bool, overwrite: bool, as_json: bool
+    source: str,
+    target: Path | None,
+    quantize: str | None,
+    export: str | None,
+    *,
+    dry_run: bool,
+    overwrite: bool,
+    resume: bool,
+    as_json: bool,
 ) -> None:
-    """Refuse options that cannot work, before anything is pruned."""
+    """Refuse options that cannot work, before anything is pruned.
+
+    Args:
+        resume: outputs that exist may be this job's; they are checked when it reaches them.
+    """
     if quantize is None and export is None:
         return
     hint = "--quantize" if quantize is not None else "--export"
@@ -56,6 +68,8 @@ def check_deployment(
     if export is not None:
         _check_format(export)
         import_for("onnxscript", "--export")
+    if resume:
+        return
     from bisparse.checkpoint.atomic_folder import check_target
     from bisparse.errors import CheckpointError
     from bisparse.export import QUANTIZATION
@@ -65,30 +79,6 @@ def check_deployment(
         check_target(folder, overwrite, QUANTIZATION)
     if file is not None and file.exists() and not overwrite:
         raise CheckpointError(file, "exists already", "choose another name, or pass overwrite (--overwrite)")
-
-
-def deploy(
-    target: Path,
-    quantize: str | None,
-    export: str | None,
-    calibration: list[Path] | None,
-    sequences: int,
-    length: int,
-    overwrite: bool,
-) -> None:
-    """Quantise and export the folder that `prune` wrote, as far as requested."""
-    folder, file = places(target, quantize, export)
-    options: dict[str, Any] = {
-        "method": "gptq" if calibration is not None else "rtn",
-        "calibration": calibration,
-        "sequences": sequences,
-        "overwrite": overwrite,
-    }
-    if folder is not None and quantize is not None:
-        show_quantization(quantize_folder(str(target), folder, quantize, length=length, **options), folder)
-    if file is not None:
-        scheme = quantize if quantize == "int8" else None
-        show_export(export_folder(str(target), file, quantize=scheme, calibration_length=length, **options))
 
 
 def quantize_folder(
@@ -103,9 +93,14 @@ def quantize_folder(
     length: int = 512,
     overwrite: bool = False,
     progress: bool = True,
+    step: str | None = None,
     **options: Any,
 ) -> QuantizationReport:
-    """Load a model, quantise its Linear layers and write the folder; options are those of `quantize_`."""
+    """Load a model, quantise its Linear layers and write the folder; options are those of `quantize_`.
+
+    Args:
+        step: the name of a step of `prune`, from which a resumed job recognises the folder.
+    """
     from dataclasses import replace
 
     from bisparse.apart import check_apart
@@ -142,6 +137,7 @@ def quantize_folder(
         "command": shlex.join(["bisparse", *command_line()]),
         "source": source,
         "calibration": [str(one) for one in calibration or ()],
+        **({} if step is None else {"step": step}),
     }
     beside = getattr(opened.tokenizer, "save_pretrained", None) if opened.folder is None else None
     save_quantized(
@@ -168,8 +164,9 @@ def export_folder(
     sequences: int = 128,
     calibration_length: int = 512,
     overwrite: bool = False,
+    step: str | None = None,
 ) -> OnnxExport:
-    """Load a model, quantise it if requested, and write it as an ONNX file in float32."""
+    """Load a model, quantise it if requested, and write it as an ONNX file in float32; `step` is as for `quantize_folder`."""
     import torch
 
     from bisparse.apart import check_apart
@@ -191,7 +188,16 @@ def export_folder(
         report = quantize_(model, quantize, method=method, data=batches, progress=True)
     sidecar = None if opened.folder is None else read_sidecar(opened.folder)
     patterns = None if sidecar is None or not sidecar.report.layers else {one.name: one.pattern for one in sidecar.report}
-    return export_onnx(model, target, _example(opened, length, torch), pattern=patterns, quantized=report, overwrite=overwrite)
+    said = {"bisparse.command": shlex.join(["bisparse", *command_line()]), "bisparse.source": source}
+    return export_onnx(
+        model,
+        target,
+        _example(opened, length, torch),
+        pattern=patterns,
+        quantized=report,
+        overwrite=overwrite,
+        metadata=said if step is None else {**said, "bisparse.step": step},
+    )
 
 
 def show_quantization(report: QuantizationReport, target: Path, as_json: bool = False) -> None:

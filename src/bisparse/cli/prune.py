@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bisparse.cli.before_after import EvalText, EvalTokens, before_and_after
+from bisparse.cli.before_after import EvalText, EvalTokens, parse_measurement
 from bisparse.cli.budget import BudgetOption, parse_patterns
 from bisparse.cli.calibration_options import (
     BlockEpochs,
@@ -37,6 +38,7 @@ from bisparse.cli.console import (
 )
 from bisparse.cli.deploy import Export, Quantize, check_deployment
 from bisparse.cli.prune_job import CalibrationSettings, PruneJob, prune_by_magnitude, prune_calibrated
+from bisparse.cli.steps import Steps
 
 if TYPE_CHECKING:
     from bisparse.pattern import Structure
@@ -123,18 +125,45 @@ def prune(
     if target is None and not dry_run:
         raise typer.BadParameter("missing; name the folder to write, or pass --dry-run", param_hint="TARGET")
     chosen_order = parse_order(order)
-    check_deployment(str(source), target, quantize, export, dry_run=dry_run, overwrite=overwrite, as_json=as_json)
-    measuring = before_and_after(source, None if dry_run else target, evaluate, eval_tokens, as_json=as_json)
+    check_deployment(
+        str(source),
+        target,
+        quantize,
+        export,
+        dry_run=dry_run,
+        overwrite=overwrite,
+        resume=resume is not None,
+        as_json=as_json,
+    )
+    measurement = parse_measurement(source, None if dry_run else target, evaluate, eval_tokens, as_json=as_json)
     set_threads(threads)
     texts = TextFiles(calibration, text_field, sequences, length)
-    job = PruneJob(source, target, structure, {**layers, **choices}, solver, key, overwrite, as_json, texts, quantize, export)
-    if method == "magnitude" and not block_epochs and not choices and ":" not in str(source):
-        unused = {"--calibration": calibration, "--text-field": text_field, "--damping": damping, "--device": device}
-        unused["--expert-floor"] = expert_floor
-        prune_by_magnitude(job, {**unused, "--resume": resume}, measuring, dry_run=dry_run)
-    else:
-        settings = CalibrationSettings(method, damping, chosen_order, block_epochs, expert_floor, device, resume)
-        prune_calibrated(job, settings, measuring, dry_run=dry_run)
+    job = PruneJob(source, target, structure, {**layers, **choices}, solver, key, overwrite, as_json, texts)
+    on_files = method == "magnitude" and not block_epochs and not choices and ":" not in str(source)
+    if on_files:
+        _check_unused({"--calibration": calibration, "--text-field": text_field, "--damping": damping, "--device": device})
+        _check_unused({"--expert-floor": expert_floor})
+        _check_unused({"--resume": None if quantize or export or evaluate else resume})
+
+    def run(step: str | None) -> None:
+        if on_files:
+            prune_by_magnitude(job, step)
+        else:
+            settings = CalibrationSettings(method, damping, chosen_order, block_epochs, expert_floor, device, resume)
+            prune_calibrated(job, settings, step)
+
+    if dry_run or target is None:
+        run(None)
+        return
+    made_by = {"pattern": structure, **job.layers, "solver": solver, "key": key, "method": method, "damping": damping}
+    made_by |= {"order": order, "block_epochs": block_epochs, "expert_floor": expert_floor}
+    Steps(source, target, texts, quantize, export, measurement, overwrite, resume, made_by).run(run)
+
+
+def _check_unused(options: Mapping[str, object]) -> None:
+    """Refuse options of methods with data, by name, for pruning by magnitude; each must be None."""
+    if given := [name for name, value in options.items() if value is not None]:
+        raise typer.BadParameter("needs a --method other than magnitude, such as adaprune", param_hint=given[0])
 
 
 def _layer_pattern(text: str) -> tuple[str, Structure]:

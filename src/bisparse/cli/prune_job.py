@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
 import time
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +13,7 @@ import typer
 from bisparse.cli.calibrated import on_first_rank, plan_with_data, prune_with_data
 from bisparse.cli.calibration_options import TextFiles, parse_device, parse_expert_floor, parse_method, parse_reconstruction
 from bisparse.cli.console import (
+    command_line,
     grouped,
     parse_solver_option,
     parse_source,
@@ -24,7 +24,6 @@ from bisparse.cli.console import (
     table,
     to_stdout,
 )
-from bisparse.cli.deploy import deploy
 from bisparse.cli.plan import Plan, PlannedLayer, show_plan
 
 if TYPE_CHECKING:
@@ -51,12 +50,6 @@ class PruneJob:
     overwrite: bool
     as_json: bool
     texts: TextFiles
-    quantize: str | None
-    export: str | None
-
-    def deploy(self, target: Path, calibration: list[Path] | None) -> None:
-        """Quantise and export what was written, if asked for."""
-        deploy(target, self.quantize, self.export, calibration, self.texts.sequences, self.texts.length, self.overwrite)
 
 
 @dataclass(frozen=True)
@@ -72,10 +65,12 @@ class CalibrationSettings:
     resume: Path | None
 
 
-def prune_calibrated(
-    job: PruneJob, settings: CalibrationSettings, measuring: AbstractContextManager[None], *, dry_run: bool
-) -> None:
-    """Build the model and prune it by a method; a dry run only shows the plan."""
+def prune_calibrated(job: PruneJob, settings: CalibrationSettings, step: str | None) -> None:
+    """Build the model and prune it by a method.
+
+    Args:
+        step: a name that is stored with the target; None: a dry run, which only shows the plan.
+    """
     if job.key is not None:
         raise typer.BadParameter("chooses a state dict in a torch file, which only magnitude pruning reads", param_hint="--key")
     arguments: dict[str, Any] = dict(
@@ -91,7 +86,7 @@ def prune_calibrated(
         resume=settings.resume,
     )
     chosen = parse_method(settings.method, settings.damping)
-    if dry_run:
+    if step is None:
         structure = job.structure
         if structure is None:
             raise typer.BadParameter("does not work with --budget, which chooses patterns during the job", param_hint="--dry-run")
@@ -99,35 +94,24 @@ def prune_calibrated(
         return
     target = job.target
     assert target is not None
-    calibration = None if job.texts.paths is None else list(job.texts.paths)
-    with measuring:
-        prune_with_data(str(job.source), target, job.structure, chosen, **arguments)
-        on_first_rank(lambda: job.deploy(target, calibration))
+    prune_with_data(str(job.source), target, job.structure, chosen, step=step, **arguments)
 
 
-def prune_by_magnitude(
-    job: PruneJob, unused: Mapping[str, object], measuring: AbstractContextManager[None], *, dry_run: bool
-) -> None:
-    """Prune the files by magnitude, without building the model; a dry run only shows the plan.
-
-    Args:
-        unused: options of calibrated methods, by name; each must be None.
-    """
+def prune_by_magnitude(job: PruneJob, step: str | None) -> None:
+    """Prune the files by magnitude, without building the model; `step` is as for `prune_calibrated`."""
     from bisparse.checkpoint import plan_checkpoint, prune_checkpoint
 
     structure, target = job.structure, job.target
     assert structure is not None
-    if given := [name for name, value in unused.items() if value is not None]:
-        raise typer.BadParameter("needs a --method other than magnitude, such as adaprune", param_hint=given[0])
     source = parse_source(job.source, "SOURCE")
-    if dry_run:
+    if step is None:
         plan = plan_checkpoint(source, structure, key=job.key, **job.layers)
         plan.source.check_writable()
         show_plan(_plan(plan, structure), job.as_json)
         return
     assert target is not None
 
-    def prune_and_deploy() -> None:
+    def prune_files() -> None:
         start = time.perf_counter()
         with progress_bar(show=not job.as_json) as progress:
             report = prune_checkpoint(
@@ -138,13 +122,12 @@ def prune_by_magnitude(
                 key=job.key,
                 overwrite=job.overwrite,
                 progress=progress,
+                provenance={"command": shlex.join(["bisparse", *command_line()]), "source": str(job.source), "step": step},
                 **job.layers,
             )
         _print_report(report, target, time.perf_counter() - start, job.as_json)
-        job.deploy(target, None)
 
-    with measuring:
-        on_first_rank(prune_and_deploy)
+    on_first_rank(prune_files)
 
 
 def _shape(shape: tuple[int, ...]) -> str:

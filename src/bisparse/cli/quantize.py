@@ -19,7 +19,10 @@ def quantize(
     source: Annotated[str, typer.Argument(help="A transformers folder, a .gguf file, or module:function.")],
     target: Annotated[Path, typer.Argument(help="The folder to write; it must not exist.")],
     scheme: Annotated[
-        str, typer.Option("--scheme", "-s", help="int8, fp8 (a scale per output channel), int4-g32, int4-g64 or int4-g128.")
+        str,
+        typer.Option(
+            "--scheme", "-s", help="int8, fp8 (a scale per output channel), int4-g32, int4-g64, int4-g128 or fp4 (NVFP4)."
+        ),
     ] = "int8",
     method: Annotated[
         str, typer.Option(help="rtn: round to nearest; gptq: later columns compensate for the error, with calibration data.")

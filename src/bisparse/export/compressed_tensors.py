@@ -19,12 +19,13 @@ from bisparse.apart import check_apart, origin_of
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
 from bisparse.checkpoint.layer_selection import StoredLayer
+from bisparse.checkpoint.model_card import CARD, write_card
 from bisparse.checkpoint.names import named_as_in, unsaved_buffers
 from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.prune import copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.save_load import configs_of, plain_weights, sidecar_of
-from bisparse.checkpoint.sidecar import MASKS, SIDECAR, masks_header, read_own_sidecar
+from bisparse.checkpoint.sidecar import MASKS, SIDECAR, Sidecar, masks_header, read_own_sidecar
 from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build_header, in_file_order, memory_tensor
 from bisparse.checkpoint.verify import verify_stored
 from bisparse.errors import CheckpointError, install_extra
@@ -65,6 +66,9 @@ def _format(scheme_name: str, activations: str) -> _Format:
     # For integers, the package's own choice: plain ones for integer products, packed ones for weights only.
     integers = "int-quantized" if activations == "dynamic" else "pack-quantized"
     name = "float-quantized" if scheme.floating else integers
+    if scheme.scaled_scales:
+        name = "nvfp4-pack-quantized"
+        weights |= {"strategy": "tensor_group", "scale_dtype": torch.float8_e4m3fn}
     return _Format(name, weights, inputs if activations == "dynamic" else None)
 
 
@@ -116,8 +120,9 @@ def save_quantized(
     if opened is not None:
         _check_plain(opened)
         weights = named_as_in(opened, weights, {one.parameter for one in report}, unsaved_buffers(model))
-        if pruned is None and (sidecar := read_own_sidecar(opened.path, opened.tensors)) is not None:
-            pruned = sidecar.report
+    before = None if opened is None else read_own_sidecar(opened.path, opened.tensors)
+    if pruned is None and before is not None:
+        pruned = before.report
     pruned = None if pruned is None else _after(pruned, weights, report)
     state = dict(weights)
     for layer in report:
@@ -142,11 +147,16 @@ def save_quantized(
         text = json.dumps({**document, **report.as_dict()}, indent=1) + "\n"
         (temporary / QUANTIZATION).write_text(text, encoding="utf-8")
         if pruned is not None:
-            _write_sidecar(temporary, pruned, weights, type(model).__name__ if opened is None else opened.path.resolve().name)
+            named = type(model).__name__ if opened is None else opened.path.resolve().name
+            sidecar = sidecar_of(pruned, weights, named)
+            if before is not None:
+                sidecar = replace(sidecar, source=before.source, provenance=before.provenance)
+            _write_sidecar(temporary, sidecar, weights)
         read_back(temporary / WEIGHTS, tensors, checksums, {}, lambda tensor: None)
         _check_files(temporary, weights, report, pruned)
         if opened is not None:
-            limit_permissions(temporary, opened, (WEIGHTS, MASKS, SIDECAR))
+            card = [CARD] if CARD not in opened.others else []
+            limit_permissions(temporary, opened, (WEIGHTS, MASKS, SIDECAR, *card))
         if beside is not None:
             beside(temporary)
 
@@ -158,6 +168,11 @@ def _check_layers(model: nn.Module, weights: Mapping[str, Tensor], report: Quant
             raise ValueError(
                 f"{layer.name} is {type(module).__name__}: compressed-tensors only stores quantised Linear layers; pass "
                 "include=bisparse.export.can_be_stored to quantize_, or export to ONNX"
+            )
+        if layer.unit is not None and weights[layer.parameter].dtype != torch.bfloat16:
+            raise ValueError(
+                f"{layer.name} is {layer.dtype}: compressed-tensors unpacks {layer.scheme} to bfloat16 only, so that the "
+                "rest of the model could not run; convert the model to bfloat16 and quantise it again"
             )
         place = weights[layer.parameter].data_ptr()
         tied = [name for name, one in weights.items() if name != layer.parameter and one.numel() and one.data_ptr() == place]
@@ -207,11 +222,24 @@ def _packed(layer: QuantizedLayer, weight: Tensor, form: _Format) -> dict[str, T
     stored, scale = stored_values(weight, layer), layer.scale[0].cpu()
     # In float32, since the package divides by the scale again, which could round differently in the weight's dtype.
     wide = stored.cpu().float() * parse_scheme(layer.scheme).spread(scale.float(), weight.shape[-1])
-    parts = compressor.compress({"weight": wide, "weight_scale": scale.float()}, scheme)
-    parts = {**parts, "weight_scale": scale}
+    if layer.unit is None:
+        parts = {**compressor.compress({"weight": wide, "weight_scale": scale.float()}, scheme), "weight_scale": scale}
+    else:
+        parts = _packed_fp4(stored.cpu().float(), scale.float(), layer)
     if not torch.equal(compressor.decompress(dict(parts), scheme)["weight"].to(weight.dtype), weight.cpu()):
         raise ValueError(f"{layer.name}: compressed-tensors does not unpack to the weights that it packed; report this")
     return {f"{layer.name}.{name}": tensor for name, tensor in parts.items()}
+
+
+def _packed_fp4(stored: Tensor, scale: Tensor, layer: QuantizedLayer) -> dict[str, Tensor]:
+    """Two e2m1 numbers per byte, float8 scales and the factor that divides them; all exact."""
+    from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
+
+    assert layer.unit is not None
+    # Exact in bfloat16, which scales of all sizes fit.
+    steps = (scale / layer.unit).to(torch.float8_e4m3fn)
+    factor = torch.tensor([1 / layer.unit], dtype=torch.float32)
+    return {"weight_packed": pack_fp4_to_uint8(stored), "weight_scale": steps, "weight_global_scale": factor}
 
 
 def _write_configs(model: nn.Module, folder: Path, report: QuantizationReport, form: _Format) -> None:
@@ -238,9 +266,11 @@ def _configuration(model: nn.Module, report: QuantizationReport, form: _Format) 
     return {"version": package.__version__, **content}
 
 
-def _write_sidecar(folder: Path, pruned: PruneReport, weights: Mapping[str, Tensor], source: str) -> None:
-    (folder / SIDECAR).write_text(sidecar_of(pruned, weights, source).to_json(), encoding="utf-8")
-    shapes = {one.parameter: one.shape for one in pruned}
+def _write_sidecar(folder: Path, sidecar: Sidecar, weights: Mapping[str, Tensor]) -> None:
+    # The card that was copied from the source describes its weights and figures.
+    sidecar = write_card(folder, sidecar)
+    (folder / SIDECAR).write_text(sidecar.to_json(), encoding="utf-8")
+    shapes = {one.parameter: one.shape for one in sidecar.report}
     with SafetensorsWriter(folder / MASKS, masks_header(shapes)) as writer:
         for name in shapes:
             packer = BitPacker(writer.write)

@@ -6,11 +6,13 @@ values. The file is then verified along the axis over which TensorRT's 2:4 kerne
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from bisparse.pattern import Structure, parse_pattern
 from bisparse.quantization import QuantizationReport, stored_values
 from bisparse.user_errors import error_in_one_line
 
-__all__ = ["OnnxExport", "export_onnx"]
+__all__ = ["OnnxExport", "export_onnx", "onnx_metadata"]
 
 FOLDED = 1024
 """Maximum number of elements of a constant that the exporter may fold."""
@@ -99,6 +101,7 @@ def export_onnx(
     quantized: QuantizationReport | None = None,
     dynamic_axes: DynamicAxes | None = None,
     overwrite: bool = False,
+    metadata: Mapping[str, str] | None = None,
 ) -> OnnxExport:
     """Write a model as an ONNX file, check its weights and patterns in the file, and run it in onnxruntime.
 
@@ -109,6 +112,7 @@ def export_onnx(
         dynamic_axes: names of axes of any length, by input; by default the first axis is "batch", and the second axis of
             two-dimensional integers is "sequence".
         overwrite: replace the file.
+        metadata: texts to store in the file; see `onnx_metadata`.
 
     Raises:
         CheckpointError: the file exists, or its weights differ from the model's.
@@ -137,6 +141,8 @@ def export_onnx(
         weights = plain_weights(model)
         if quantized is not None:
             quantize_weights(proto, quantized, weights)
+        for key, value in (metadata or {}).items():
+            proto.metadata_props.add(key=key, value=value)
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
         try:
@@ -155,6 +161,19 @@ def export_onnx(
         for name, one in zip(names, tensors, strict=True)
     }
     return OnnxExport(path, shapes, output, count, unmatched, verified, difference, largest, note)
+
+
+def onnx_metadata(path: str | Path) -> dict[str, str]:
+    """The texts that an ONNX file has in its ``metadata_props``; none if the file is not an ONNX model."""
+    _check_packages()
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+    except (DecodeError, OSError):
+        return {}
+    return {one.key: one.value for one in model.metadata_props}
 
 
 def _output_name(whole: _Exported, tensors: Sequence[Tensor]) -> str:
@@ -195,7 +214,7 @@ def _proto(whole: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], ax
     # An axis of length 1 would be exported as a constant.
     example = [_widened(one, axes.get(name, {})) for name, one in zip(names, tensors, strict=True)]
     shapes = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in names)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _without_notes_of_the_exporter():
         warnings.simplefilter("ignore")
         try:
             program = torch.onnx.export(
@@ -225,6 +244,18 @@ def _proto(whole: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], ax
     rename_weights(proto, PREFIX)
     name_axes(proto, axes)
     return proto
+
+
+@contextmanager
+def _without_notes_of_the_exporter() -> Iterator[None]:
+    """A context manager that hides torch's log lines about operators of packages that are not installed."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _widened(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:

@@ -62,7 +62,7 @@ def quantize_(
 
     Args:
         scheme: ``"int8"`` and ``"fp8"`` (e4m3), with a scale per output channel; ``"int4-g32"``, ``"int4-g64"`` and
-            ``"int4-g128"``, with a scale per group of inputs.
+            ``"int4-g128"``, with a scale per group of inputs; ``"fp4"`` (e2m1 with float8 scales per 16 inputs, NVFP4).
         data: calibration batches, as for `prune_`; required by "gptq". With data the report has output errors.
         method: "rtn": each weight is rounded to nearest; "gptq": column by column, and later columns compensate for the error.
         include, exclude, layouts: which layers, and how they store their matrices, as for `prune_`.
@@ -195,6 +195,7 @@ def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> Qua
         energy,
         *errors,
         note,
+        scheme.unit(rows),
     )
 
 

@@ -46,6 +46,8 @@ class QuantizedLayer:
     error_rounded: float | None = None
     """The same with each weight rounded to nearest; None without data."""
     note: str = ""
+    unit: float | None = None
+    """The power of two of which the scales are float8 multiples, for "fp4"; None for other schemes."""
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the scales, as JSON values."""

@@ -28,7 +28,7 @@ Stored = tuple[Float[Tensor, "G O K"], Float[Tensor, "G O S"]]
 
 def round_to_nearest(rows: Float[Tensor, "G O K"], scheme: Scheme, dtype: torch.dtype) -> Stored:
     """Round each weight to the nearest stored number."""
-    scale = scheme.scales(rows, dtype)
+    scale = scheme.scales(rows, dtype, scheme.unit(rows))
     return scheme.round(rows, scheme.spread(scale, rows.shape[-1])), scale
 
 
@@ -50,7 +50,7 @@ def round_with_feedback(
         ValueError: the moments are singular; names the layer.
     """
     stored, scales = torch.empty_like(rows), []
-    columns = rows.shape[-1]
+    columns, unit = rows.shape[-1], scheme.unit(rows)
     for g in range(rows.shape[0]):
         weight = rows[g].clone()
         upper = upper_inverse(gram[g], name)
@@ -61,7 +61,7 @@ def round_with_feedback(
             part = slice(start, min(start + width, columns))
             if scheme.group is not None:
                 # Scales of the current weights, which previous columns have changed.
-                own[:, start // width] = scheme.scales(weight[:, part] * kept[g][:, part], dtype)[:, 0]
+                own[:, start // width] = scheme.scales(weight[:, part] * kept[g][:, part], dtype, unit)[:, 0]
             scale = own[:, 0 if scheme.group is None else start // width]
 
             def rounded(column: Tensor, j: int, g: int = g, scale: Tensor = scale, start: int = start) -> Tensor:

@@ -1,7 +1,12 @@
-"""Number formats for weights: symmetric, one scale per output channel or per group of inputs, so that 0 is exactly 0."""
+"""Number formats for weights: symmetric, one scale per output channel or per group of inputs, so that 0 is exactly 0.
+
+"fp4" is NVIDIA's NVFP4: e2m1 numbers (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives), and a float8 e4m3 scale per 16 inputs
+times a factor per matrix. Here the factor is a power of two, so that products of the three are exact in bfloat16 and float32.
+"""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +18,8 @@ __all__ = ["SCHEMES", "Scheme", "parse_scheme"]
 SHRINKS = (1.0, 0.95, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.66, 0.62)
 """Fractions of the largest weight tried as the range of a 4-bit scale, since clipping a few weights may help the others."""
 
+E4M3_MAX, E4M3_SMALLEST, E2M1_MAX = 448.0, 2.0**-9, 6.0
+
 
 @dataclass(frozen=True)
 class Scheme:
@@ -23,19 +30,25 @@ class Scheme:
     group: int | None = None
     """Inputs that share a scale; None: all inputs of an output channel."""
     floating: bool = False
-    """Whether the stored number is a float8 e4m3 rather than an integer."""
+    """Whether the stored number is a float rather than an integer: e4m3 of 8 bits, e2m1 of 4."""
+
+    @property
+    def scaled_scales(self) -> bool:
+        """Whether scales are float8 numbers times a power of two per matrix, its `unit`."""
+        return self.floating and self.bits == 4
 
     @property
     def range(self) -> tuple[float, float]:
         """The smallest and the largest stored number."""
         if self.floating:
-            return -448.0, 448.0
+            most = E4M3_MAX if self.bits == 8 else E2M1_MAX
+            return -most, most
         most = 2 ** (self.bits - 1)
         return (-float(most), most - 1.0) if self.bits < 8 else (1.0 - most, most - 1.0)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of stored numbers in memory, where 4-bit ones take one byte each."""
+        """Dtype of stored numbers in memory, where 4-bit ones take one byte each; float8 has every e2m1 number."""
         return torch.float8_e4m3fn if self.floating else torch.int8
 
     def refusal(self, inputs: int, positions: int = 1) -> str | None:
@@ -48,16 +61,31 @@ class Scheme:
             return f"{self.group} does not divide its {inputs} inputs, as {self.name} needs"
         return None
 
-    def scales(self, rows: Float[Tensor, "... O K"], dtype: torch.dtype) -> Float[Tensor, "... O S"]:
-        """The scales of rows of weights, in float32 but representable in `dtype`; 1 for weights that are all 0."""
+    def unit(self, rows: Float[Tensor, "..."]) -> float | None:
+        """The power of two of which the scales of a matrix are float8 multiples; None if scales are not stored as float8.
+
+        The largest scale is at most half the largest float8, since error feedback may enlarge weights.
+        """
+        if not self.scaled_scales:
+            return None
+        most = float(rows.abs().max()) / E2M1_MAX if rows.numel() else 0.0
+        # 0 for a matrix of zeros, and limited so that scales are normal float32 numbers.
+        return float(2.0 ** max(-110, math.ceil(math.log2(most / (E4M3_MAX / 2))))) if most else 1.0
+
+    def scales(self, rows: Float[Tensor, "... O K"], dtype: torch.dtype, unit: float | None = None) -> Float[Tensor, "... O S"]:
+        """The scales of rows of weights, in float32 but representable in `dtype`; 1 for weights that are all 0.
+
+        Args:
+            unit: that of the whole matrix, if the scheme has one.
+        """
         parts = rows.unflatten(-1, (-1, self.group or rows.shape[-1]))
         most = parts.abs().amax(-1)
-        best = self._scale(most, dtype)
+        best = self._scale(most, dtype, unit)
         if self.bits >= 8:
             return best
         least = self._rounding(parts, best)
         for shrink in SHRINKS[1:]:
-            tried = self._scale(most * shrink, dtype)
+            tried = self._scale(most * shrink, dtype, unit)
             error = self._rounding(parts, tried)
             best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
         return best
@@ -66,7 +94,15 @@ class Scheme:
         """The stored numbers of weights, as float32; `scale` broadcasts to the weights."""
         low, high = self.range
         scaled = (weights / scale).clamp(low, high)
-        rounded = scaled.to(torch.float8_e4m3fn).float() if self.floating else scaled.round()
+        if not self.floating:
+            rounded = scaled.round()
+        elif self.bits == 8:
+            rounded = scaled.to(torch.float8_e4m3fn).float()
+        else:
+            # Numbers below 2 are 0.5 apart, below 4 they are 1 apart, then 2; ties go to the even one, as in hardware.
+            size = scaled.abs()
+            apart = torch.where(size < 2, 0.5, torch.where(size < 4, 1.0, 2.0))
+            rounded = (scaled / apart).round() * apart
         # 0 * -1 is -0.0, which integers do not have.
         return rounded + 0.0
 
@@ -74,7 +110,10 @@ class Scheme:
         """The scales, repeated to one per column."""
         return scale.repeat_interleave(columns // scale.shape[-1], dim=-1)
 
-    def _scale(self, most: Tensor, dtype: torch.dtype) -> Tensor:
+    def _scale(self, most: Tensor, dtype: torch.dtype, unit: float | None) -> Tensor:
+        if unit is not None:
+            steps = (most / (self.range[1] * unit)).clamp(E4M3_SMALLEST, E4M3_MAX).to(torch.float8_e4m3fn).float()
+            return torch.where(most > 0, steps * unit, unit)
         scale = (most / self.range[1]).to(dtype).float()
         # A scale that rounds to 0 would lose the weights, so it is at least the smallest number of the dtype.
         smallest = torch.finfo(dtype).smallest_normal if dtype != torch.float64 else torch.finfo(torch.float32).smallest_normal
@@ -94,6 +133,7 @@ SCHEMES = {
         Scheme("int4-g64", 4, 64),
         Scheme("int4-g128", 4, 128),
         Scheme("fp8", 8, floating=True),
+        Scheme("fp4", 4, 16, floating=True),
     )
 }
 """Schemes by name."""
