@@ -83,7 +83,7 @@ class Certificate:
 class Solution:
     """A mask for given scores, and what is known about its optimality. All figures are in score units."""
 
-    mask: Bool[Tensor, "..."]
+    mask: Bool[Tensor, "..."] = field(repr=False)
     """`True` = kept; of the scores' shape."""
     scores: Real[Tensor, "..."] = field(repr=False)
     pattern: Structure
@@ -100,6 +100,10 @@ class Solution:
             known["scores"] = self.scores.clone()
         else:
             known["_version"] = self.scores._version
+
+    def __str__(self) -> str:
+        shape = " x ".join(map(str, self.mask.shape))
+        return f"{self.pattern} mask of {shape}: keeps {int(self.mask.count_nonzero()):,} of {self.mask.numel():,} weights"
 
     @cached_property
     def certificate(self) -> Certificate | None:
@@ -294,17 +298,20 @@ class Verification:
     density: float
     """Fraction of non-zero weights."""
     layer: str = ""
-    layers: tuple[Verification, ...] = ()
+    layers: tuple[Verification, ...] = field(default=(), repr=False)
     """For a model or a checkpoint, one entry per layer that was checked."""
-    unchecked: tuple[Skipped, ...] = ()
+    unchecked: tuple[Skipped, ...] = field(default=(), repr=False)
     """For a checkpoint, the layers whose zeros could not be seen or are not constrained, and why."""
-    left_out: tuple[Skipped, ...] = ()
+    left_out: tuple[Skipped, ...] = field(default=(), repr=False)
     """For a checkpoint, the tensors that are no layers to prune by default, or that the caller left out."""
-    contradicted: tuple[str, ...] = ()
+    contradicted: tuple[str, ...] = field(default=(), repr=False)
     """For a checkpoint, what its sidecar says of the weights that is not so, such as another density; each in a sentence."""
 
     def __bool__(self) -> bool:
         return self.violations == 0 and not (self.unchecked and not self.layers)
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def message(self) -> str:

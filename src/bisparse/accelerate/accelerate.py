@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,6 +16,7 @@ from bisparse.accelerate.backends import BackendError, Refusal
 from bisparse.accelerate.eligibility import BackendName, Plan, plan_layer
 from bisparse.accelerate.linear_packed import PackedLinear
 from bisparse.accelerate.linear_trained import SparseLinear
+from bisparse.arguments import entry_of
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError
@@ -50,8 +51,8 @@ class AcceleratedLayer:
 class AccelerationReport:
     """The layers that `accelerate_` changed, and why each other layer stays as it is."""
 
-    layers: tuple[AcceleratedLayer, ...]
-    left_dense: tuple[Skipped, ...]
+    layers: tuple[AcceleratedLayer, ...] = field(repr=False)
+    left_dense: tuple[Skipped, ...] = field(repr=False)
     bytes_before: int
     """Bytes of parameters, buffers and packed weights of the whole model, each storage counted once."""
     bytes_after: int
@@ -59,10 +60,13 @@ class AccelerationReport:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, name: str) -> AcceleratedLayer | Skipped:
-        """The entry of a layer by name, accelerated or not."""
-        entries: dict[str, AcceleratedLayer | Skipped] = {one.name: one for one in self.left_dense}
-        return (entries | {one.name: one for one in self.layers})[name]
+    def __iter__(self) -> Iterator[AcceleratedLayer]:
+        return iter(self.layers)
+
+    def __getitem__(self, key: str | int) -> AcceleratedLayer | Skipped:
+        """The entry of a layer: by name, accelerated or not, or by its number among those that run sparse."""
+        names: dict[str, AcceleratedLayer | Skipped] = {one.name: one for one in self.left_dense}
+        return entry_of(key, self.layers, names | {one.name: one for one in self.layers})
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""

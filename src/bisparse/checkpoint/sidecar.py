@@ -108,7 +108,7 @@ class Sidecar:
     remainder: str = "pad"
     source: str = ""
     """Name of the folder, file or class that was pruned."""
-    samples: tuple[SampleTile, ...] = ()
+    samples: tuple[SampleTile, ...] = field(default=(), repr=False)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: Mapping[str, str] = field(default_factory=_versions)
     provenance: Mapping[str, Any] = field(default_factory=dict)
