@@ -21,6 +21,7 @@ from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError
 from bisparse.tiles import Layout
+from bisparse.training.layer import Accelerated
 from bisparse.wrappers import check_module
 
 __all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "held_bytes"]
@@ -56,6 +57,8 @@ class AccelerationReport:
     bytes_before: int
     """Bytes of parameters, buffers and packed weights of the whole model, each storage counted once."""
     bytes_after: int
+    already: int = 0
+    """Number of layers in `left_dense` that run sparse already, since an earlier call."""
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -74,9 +77,10 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         both = sum(layer.backward for layer in self.layers)
+        already = f"; {self.already} did already" if self.already else ""
         return (
-            f"{len(self)} layers run sparse, {both} of them both ways; {len(self.left_dense)} stay as they are; "
-            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
+            f"{len(self)} layers run sparse, {both} of them both ways{already}; {len(self.left_dense) - self.already} stay as they "
+            f"are; {self.bytes_before:,} -> {self.bytes_after:,} bytes"
         )
 
 
@@ -109,7 +113,7 @@ def accelerate_(
     On a CPU, weights that are not trained are packed as non-zeros and a bit mask, whatever their pattern, if at most 0.8 of the
     entries are not zero. Each layer is timed with `tokens` tokens, and packed only if that is faster.
 
-    On an error the model is unchanged, and its parameters are the same objects.
+    A layer that runs sparse already stays as it is. On an error the model is unchanged, and its parameters are the same objects.
 
     Args:
         backend: "cusparselt" or "cutlass" on a GPU, "cpu" on a CPU; "reference" packs weights like the first two on any device
@@ -138,7 +142,12 @@ def accelerate_(
     advised = {} if advice is None else {one.name: one for one in advice.layers}
     asked_for = backend != "auto" and include is not None
     plans: list[tuple[Layer, Plan]] = []
+    already = 0
     for layer in layers:
+        if isinstance(layer.module, Accelerated):
+            left.append(Skipped(layer.name, "accelerated already"))
+            already += 1
+            continue
         known = advised.get(layer.name)
         if known is not None and known.convert is False:
             left.append(Skipped(layer.name, known.reason))
@@ -159,8 +168,8 @@ def accelerate_(
                 done.append(outcome)
             else:
                 left.append(_left_dense(layer.name, outcome, asked_for))
-        report = AccelerationReport(tuple(done), tuple(left), before, held_bytes(model))
-    if backend != "auto" and not done and not advised:
+        report = AccelerationReport(tuple(done), tuple(left), before, held_bytes(model), already)
+    if backend != "auto" and not done and not advised and not already:
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in left[:5])
         raise BackendError(f"backend={backend!r}: no layer of the model can run sparse ({reasons or 'it has no prunable layer'})")
     return report

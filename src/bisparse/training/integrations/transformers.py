@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -149,7 +150,9 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{CHECKPOINT}-{state.global_step}"
             with atomic_file(folder / STATE) as temporary:
-                torch.save(joined_state(self.sparsity, self.distill), temporary)
+                state_file = io.BytesIO()  # writing to a full disk, torch.save may end the process
+                torch.save(joined_state(self.sparsity, self.distill), state_file)
+                temporary.write_bytes(state_file.getbuffer())
             if self.sparsity.mode == "dynamic" and (model := loop.get("model")) is not None:
                 _add_plain_weights(unwrapped_model(model), folder)
 
