@@ -116,7 +116,11 @@ def place_for(writer: str, source: Path) -> Iterator[Path]:
 
 
 def contents(place: Path) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(place.rglob("*")) if "journal" not in str(path)}
+    return {
+        str(path): path.read_bytes() if path.is_file() else None
+        for path in sorted(place.rglob("*"))
+        if "journal" not in str(path)
+    }
 
 
 def said_by_child(job: Callable[[], object]) -> str:

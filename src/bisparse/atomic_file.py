@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from bisparse.errors import CheckpointError
 
 __all__ = ["atomic_file", "check_output_file", "explained", "explaining"]
@@ -41,8 +39,6 @@ def explaining(path: str | Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise explained(error, Path(os.fsdecode(error.filename)) if error.filename else Path(path)) from error
-    except SafetensorError as error:
-        raise CheckpointError(path, f"could not be written ({error})", f"check the path and the disk; {UNTOUCHED}") from error
 
 
 def explained(error: OSError, path: Path) -> CheckpointError:

@@ -78,9 +78,10 @@ class AccelerationReport:
     def __str__(self) -> str:
         both = sum(layer.backward for layer in self.layers)
         already = f"; {self.already} did already" if self.already else ""
+        left = len(self.left_dense) - self.already
         return (
-            f"{len(self)} layers run sparse, {both} of them both ways{already}; {len(self.left_dense) - self.already} stay as they "
-            f"are; {self.bytes_before:,} -> {self.bytes_after:,} bytes"
+            f"{len(self)} layers run sparse, {both} of them both ways{already}; {left} stay as they are; "
+            f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
         )
 
 

@@ -115,7 +115,8 @@ def export_onnx(
         CheckpointError: the file exists or cannot be written, or its weights differ from the model's.
         ImportError: onnx or onnxscript is not installed.
         PatternError: a weight in the file breaks its pattern. No file is left.
-        ValueError: `path` is a folder or a device; an accelerated model, a scheme other than int8, or inputs that the model does not take.
+        ValueError: `path` is a folder or a device; an accelerated model, a scheme other than int8, or inputs that the model does
+            not take.
     """
     path = Path(path)
     if not overwrite and os.path.lexists(path):
