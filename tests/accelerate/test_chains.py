@@ -91,3 +91,26 @@ def test_a_run_whose_layers_were_all_replaced_ends(mode: str) -> None:
     assert "ended by finalize_" in repr(sparsity) and "left dense" in str(sparsity.report())
     bisparse.sparsify_(one, "2:4").attach(torch.optim.SGD(one.parameters(), lr=0.1))
     bisparse.finalize_(one)
+
+
+def test_an_end_that_fails_leaves_what_was_written_off_a_fixed_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = model()
+    prune(one)
+    reference(one)
+    inputs = torch.randn(3, 32)
+    with torch.no_grad():
+        one[0].weight.add_(0.1)
+        before, output = one[0].weight.clone(), one(inputs)
+
+    def fails(self: nn.Module) -> None:
+        raise MemoryError
+
+    kind = type(one[2])
+    restore = kind.restore_
+    monkeypatch.setattr(kind, "restore_", lambda self: fails(self) if self is one[2] else restore(self))
+    with pytest.raises(MemoryError):
+        bisparse.finalize_(one)
+    assert type(one[0]) is kind and torch.equal(one[0].weight, before) and torch.equal(one(inputs), output)
+    monkeypatch.undo()
+    bisparse.finalize_(one)
+    assert bisparse.verify(one, "2:4-T") and torch.allclose(one(inputs), output, atol=1e-6)
