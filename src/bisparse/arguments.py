@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["check_dense", "entry_of"]
+__all__ = ["check_dense", "check_flag", "entry_of"]
 
 T = TypeVar("T")
 
@@ -29,6 +29,12 @@ def check_dense(name: str, tensor: object) -> None:
         raise ValueError(f"{name} is stored as {tensor.layout}: pass its dense form, tensor.to_dense()")
     if tensor.is_complex():
         raise ValueError(f"{name} is complex ({tensor.dtype}); expected real numbers")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ValueError for a setting that is neither True nor False, such as "no", which counts as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r:.60}: expected True or False")
 
 
 def entry_of(key: str | int, entries: Sequence[T], names: Mapping[str, T]) -> T:

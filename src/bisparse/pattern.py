@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from bisparse.arguments import check_flag
+
 __all__ = ["Paired", "Pattern", "Sequential", "Structure", "Unstructured", "parse_pattern"]
 
 _FORMS = "'2:4' (N kept of M), '4:8-T' (transposable), '4:8-seq' (sequential), '4:8-paired', or '50%' (unstructured density)"
@@ -75,6 +77,7 @@ class Pattern(Structure):
     transposable: bool = False
 
     def __post_init__(self) -> None:
+        check_flag("transposable", self.transposable)
         _check_n_m(self)
 
     def __str__(self) -> str:

@@ -16,7 +16,7 @@ from bisparse.accelerate.backends import BackendError, Refusal
 from bisparse.accelerate.eligibility import BackendName, Plan, plan_layer
 from bisparse.accelerate.linear_packed import PackedLinear
 from bisparse.accelerate.linear_trained import SparseLinear
-from bisparse.arguments import entry_of
+from bisparse.arguments import check_flag, entry_of
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError
@@ -134,6 +134,7 @@ def accelerate_(
         ValueError: weights in dynamic training are sharded over ranks already; tokens below 1.
     """
     check_module(model)
+    check_flag("search", search)
     if advice is not None and not isinstance(advice, Advice):
         raise ValueError(f"advice={advice!r:.60}: expected what advise() returns")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bisparse.arguments import check_flag
 from bisparse.atomic_file import explained
 from bisparse.errors import CheckpointError
 from bisparse.folder_lock import lock_folder
@@ -123,6 +124,7 @@ def check_target(target: Path, overwrite: bool, ours: str) -> None:
     Raises:
         CheckpointError: the target exists and may not be replaced.
     """
+    check_flag("overwrite", overwrite)
     if not os.path.lexists(target):
         return
     if not overwrite:

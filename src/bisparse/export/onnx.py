@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bisparse.arguments import check_flag
 from bisparse.atomic_file import check_output_file, explaining
 from bisparse.checkpoint.reader import open_source
 from bisparse.checkpoint.save_load import HasDenseWeight, plain_weights
@@ -119,6 +120,7 @@ def export_onnx(
             not take.
     """
     path = Path(path)
+    check_flag("overwrite", overwrite)
     if not overwrite and os.path.lexists(path):
         raise CheckpointError(path, "exists already", "choose another name, or pass overwrite (--overwrite)")
     check_output_file(path)
