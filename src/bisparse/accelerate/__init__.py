@@ -7,6 +7,7 @@ from bisparse.accelerate.backends import BackendError, usable_backends
 from bisparse.accelerate.grid import Grid, GridPoint, stored_grids
 from bisparse.accelerate.linear_packed import PackedLinear
 from bisparse.accelerate.linear_trained import SparseLinear
+from bisparse.accelerate.load_accelerated import load_accelerated_
 from bisparse.accelerate.public_times import PUBLIC_DEVICES, DevicePrediction, LayerPrediction, predict_products
 from bisparse.accelerate.timing import Pass, Timing, measure_linear
 
@@ -30,6 +31,7 @@ __all__ = [
     "advise",
     "advise_shapes",
     "layer_shapes",
+    "load_accelerated_",
     "measure_linear",
     "predict_products",
     "stored_grids",

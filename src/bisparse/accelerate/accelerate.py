@@ -24,7 +24,7 @@ from bisparse.tiles import Layout
 from bisparse.training.layer import Accelerated
 from bisparse.wrappers import check_module
 
-__all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "held_bytes"]
+__all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "held_bytes", "install", "tied_parameters"]
 
 LINEARS: dict[str, type[PackedLinear] | type[SparseLinear]] = {"packed": PackedLinear, "trained": SparseLinear}
 
@@ -139,7 +139,7 @@ def accelerate_(
         raise ValueError(f"advice={advice!r:.60}: expected what advise() returns")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
         raise ValueError(f"tokens={tokens!r}: expected the number of rows of a layer's input, at least 1")
-    before, tied = held_bytes(model), _tied_parameters(model)
+    before, tied = held_bytes(model), tied_parameters(model)
     layers, left = find_layers(model, include, exclude, layouts=layouts)
     advised = {} if advice is None else {one.name: one for one in advice.layers}
     asked_for = backend != "auto" and include is not None
@@ -163,7 +163,7 @@ def accelerate_(
     done: list[AcceleratedLayer] = []
     with Rollback(model) as rollback:
         for layer, plan in plans:
-            outcome = _install(layer, plan, search)
+            outcome = install(layer, plan, search)
             if isinstance(layer.module, PackedLinear):  # otherwise the rollback would hold the dense weights of the whole model
                 rollback.release(layer.module, "weight", layer.module.packed_weight.parameter)
             if isinstance(outcome, AcceleratedLayer):
@@ -189,7 +189,7 @@ def held_bytes(module: nn.Module) -> int:
     return sum(storages.values())
 
 
-def _tied_parameters(model: nn.Module) -> set[int]:
+def tied_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters that several modules share."""
     holders = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
     return {parameter for parameter, count in holders.items() if count > 1}
@@ -202,8 +202,8 @@ def _left_dense(name: str, refusal: Refusal, asked_for: bool) -> Skipped:
     return Skipped(name, refusal.reason)
 
 
-def _install(layer: Layer, plan: Plan, search: bool) -> AcceleratedLayer | Refusal:
-    """Convert one layer by its plan; returns a refusal if it cannot be packed."""
+def install(layer: Layer, plan: Plan, search: bool) -> AcceleratedLayer | Refusal:
+    """Convert a Linear by its plan; returns a refusal if it cannot be packed."""
     module = layer.module
     assert isinstance(module, nn.Linear)
     before = held_bytes(module)

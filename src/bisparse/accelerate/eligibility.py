@@ -112,12 +112,16 @@ def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int], 
         return Refusal(f"{reason}; it stays masked-dense")
     if (refusal := _tied_refusal(state, tied) or density_refusal(weight)) is not None:
         return refusal
+    from bisparse.kernels.packed_cpu.multiply import expands
+
     found = measured(weight) if tokens == 1 else measured(weight, tokens)
     at = f"at {tokens} token{'s' if tokens > 1 else ''}, when timed here"
     if found.speedup <= MIN_SPEEDUP:
         slower = f"slower by {1 / found.speedup:.2f}x" if found.speedup < 1.0 else f"only {found.speedup:.2f}x faster"
         return Refusal(f"packed it was {slower} {at}; it stays masked-dense")
-    note = f"{found.speedup:.2f}x faster {at}; expanded in bands beyond {found.max_tokens} tokens"
+    note = f"{found.speedup:.2f}x faster {at}"
+    if expands(weight.dtype):
+        note += f"; expanded in bands beyond {found.max_tokens} tokens"
     if found.many < 1.0 / MIN_SPEEDUP:
         note += f", slower by {1 / found.many:.2f}x at {MANY_TOKENS}"
     return Plan("packed", CPU, weight.dtype, both_ways=False, note=note, max_tokens=found.max_tokens)

@@ -157,10 +157,12 @@ class PackedLinear(nn.Linear):
         return self.packed_weight.dense()
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
-        refuse_onnx()
         own = self.packed_weight
-        if isinstance(own, BitmaskWeight) and own.fits(input):
-            return own.linear(input, self._parameters["bias"])
+        if isinstance(own, BitmaskWeight):
+            output = own.product.directly(input, self._parameters["bias"])
+            if output is not None:
+                return output
+        refuse_onnx()
         wanted = autocast_dtype(input)
         if wanted is not None:  # the packed weight cannot be cast, so the input is; the output has autocast's dtype
             input = input.to(own.dtype)

@@ -22,7 +22,7 @@ from bisparse.rollback import Rollback
 from bisparse.solution import PatternError
 from bisparse.wrappers import check_module
 
-__all__ = ["load"]
+__all__ = ["check_fit", "load", "prefix_hint", "write_into"]
 
 
 @torch.no_grad()
@@ -61,7 +61,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
             "what the checkpoint lacks"
         )
     sidecar = read_own_sidecar(source.path, source.tensors)
-    _check_fit(state, source)
+    check_fit(state, source)
     _check_names(state, source, strict)
     if sidecar is not None:
         checked = verify_checkpoint(source.path, key=key)
@@ -76,7 +76,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
         # All tensors are saved before the first is written, since tensors of the model may share memory.
         rollback.touch(*(state[name] for name in chosen))
         for name, tensor in chosen.items():
-            _write(tensor, state[name])
+            write_into(tensor, state[name])
         _check_shared(state, chosen)
         source.check_unchanged()
     if sidecar is not None and wrong:
@@ -84,7 +84,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
     return sidecar
 
 
-def _check_fit(state: Mapping[str, Tensor], source: Source) -> None:
+def check_fit(state: Mapping[str, Tensor], source: Source) -> None:
     """Raise unless common tensors have equal shapes, and dtypes whose values the model's can represent."""
     for name, tensor in source.tensors.items():
         if name not in state:
@@ -113,7 +113,7 @@ def _check_names(state: Mapping[str, Tensor], source: Source, strict: bool) -> N
         raise CheckpointError(
             source.path,
             f"has none of the model's tensors: its names begin with {list(tensors)[:2]}, the model's with {list(state)[:2]}"
-            + _prefix_hint(state, tensors),
+            + prefix_hint(state, tensors),
             "build the model of this checkpoint, or rename its tensors; nothing was loaded",
         )
     if not strict:
@@ -129,7 +129,7 @@ def _check_names(state: Mapping[str, Tensor], source: Source, strict: bool) -> N
         )
 
 
-def _write(tensor: StoredTensor, own: Tensor) -> None:
+def write_into(tensor: StoredTensor, own: Tensor) -> None:
     """Copy a stored tensor into a tensor of the model.
 
     Raises:
@@ -201,7 +201,7 @@ def _keeps_values(stored: torch.dtype | None, own: torch.dtype) -> bool:
     return stored is None or torch.can_cast(stored, own) or (own == torch.bool and stored in (torch.uint8, torch.int8))
 
 
-def _prefix_hint(state: Mapping[str, Tensor], tensors: Mapping[str, StoredTensor]) -> str:
+def prefix_hint(state: Mapping[str, Tensor], tensors: Mapping[str, StoredTensor]) -> str:
     """A hint on a prefix that one side's names have in addition, if that is the only difference."""
     for longer, shorter, whose in ((tensors, state, "the checkpoint's"), (state, tensors, "the model's")):
         for name in longer:

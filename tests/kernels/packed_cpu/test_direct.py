@@ -7,7 +7,7 @@ from torch.nn.functional import linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bisparse.kernels.packed_cpu import multiply
-from bisparse.kernels.packed_cpu.direct import linear_at_once
+from bisparse.kernels.packed_cpu.direct import Product
 from bisparse.kernels.packed_cpu.instructions import usable_ways
 from bisparse.kernels.packed_cpu.layout import pack_bitmask
 
@@ -39,7 +39,7 @@ def test_the_same_numbers_in_any_mode(shape: tuple[int, ...], weight: Tensor) ->
     expected = linear(inputs, weight, bias)
 
     def run() -> Tensor:
-        return linear_at_once(inputs, packed, bias, ROWS, COLUMNS, 16)
+        return Product(packed, ROWS, COLUMNS, 16)(inputs, bias)
 
     for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         with context():
@@ -52,7 +52,7 @@ def test_what_watches_calls_sees_the_operator(weight: Tensor) -> None:
     packed, inputs = pack_bitmask(weight), torch.randn(2, COLUMNS)
 
     def run(x: Tensor) -> Tensor:
-        return linear_at_once(x, packed, None, ROWS, COLUMNS, 16)
+        return Product(packed, ROWS, COLUMNS, 16)(x, None)
 
     with Watch() as watch:
         run(inputs)
@@ -75,19 +75,19 @@ def test_inputs_that_are_more_than_memory(weight: Tensor) -> None:
     apart = torch.randn(COLUMNS, 2).t()
     fake = torch.empty(2, COLUMNS, device="meta")
     for one in (conjugate, apart, torch.nn.Parameter(torch.randn(2, COLUMNS))):
-        found = linear_at_once(one, packed, None, ROWS, COLUMNS, 16)
+        found = Product(packed, ROWS, COLUMNS, 16)(one, None)
         assert torch.allclose(found, linear(one, weight), atol=1e-5)
     with pytest.raises((RuntimeError, NotImplementedError, ValueError)):
-        linear_at_once(fake, packed, None, ROWS, COLUMNS, 16).sum().item()
+        Product(packed, ROWS, COLUMNS, 16)(fake, None).sum().item()
     with pytest.raises(ValueError, match=r"do not fit|packs into"):
-        linear_at_once(torch.randn(2, 31), packed, None, ROWS, COLUMNS, 16)
+        Product(packed, ROWS, COLUMNS, 16)(torch.randn(2, 31), None)
 
 
 @torch.no_grad()
 def test_gradients_are_not_lost(weight: Tensor) -> None:
     packed, inputs = pack_bitmask(weight), torch.randn(2, COLUMNS, requires_grad=True)
     with torch.enable_grad():
-        linear_at_once(inputs, packed, None, ROWS, COLUMNS, 16).sum().backward()
+        Product(packed, ROWS, COLUMNS, 16)(inputs, None).sum().backward()
     assert inputs.grad is not None and torch.allclose(inputs.grad, weight.sum(0).expand_as(inputs), atol=1e-5)
 
 
@@ -98,9 +98,9 @@ def test_bands_share_memory_but_not_numbers() -> None:
         for rows, columns in ((8, 64), (2100, 1024), (64, 32)):
             matrix = (torch.randn(rows, columns) * (torch.rand(rows, columns) < 0.5)).to(dtype)
             inputs = torch.randn(20, columns).to(dtype)
-            first = linear_at_once(inputs, pack_bitmask(matrix), None, rows, columns, 0)
+            first = Product(pack_bitmask(matrix), rows, columns, 0)(inputs, None)
             kept = first.clone()
-            linear_at_once(inputs, pack_bitmask(-matrix), None, rows, columns, 0)
+            Product(pack_bitmask(-matrix), rows, columns, 0)(inputs, None)
             assert torch.equal(first, kept)
             error = (first.double() - linear(inputs.double(), matrix.double())).norm() / first.double().norm()
             assert error < (1e-6 if dtype == torch.float32 else 2**-8)

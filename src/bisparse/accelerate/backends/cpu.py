@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from jaxtyping import Float, Shaped
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from bisparse.accelerate.backends.base import BackendError, Refusal
-from bisparse.kernels.packed_cpu.direct import linear_at_once
+from bisparse.kernels.packed_cpu.direct import Product
 from bisparse.kernels.packed_cpu.layout import BitmaskPacked, pack_bitmask, unpack_bitmask
 from bisparse.rollback import same_bits
 
@@ -37,7 +38,7 @@ DENSITY_STEPS = 20
 TOKENS = (4, 8, 16, 32, 64)
 """Numbers of tokens for which the two ways to multiply by a packed weight are compared."""
 MANY_TOKENS = 512
-"""A number of tokens for which a packed weight is always expanded; its cost relative to dense is measured and reported."""
+"""Number of tokens for which the speed relative to dense is reported too."""
 MIN_SPEEDUP = 1.05
 """Minimum speedup for a layer to be packed; a smaller one may be noise."""
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 50, 0.03
@@ -53,7 +54,8 @@ class BitmaskWeight:
     trainable: bool
     """Whether the dense weight required a gradient."""
     max_tokens: int
-    """Maximum number of tokens for which the weight is multiplied in packed form; for more, bands of it are expanded."""
+    """Maximum number of tokens for which the weight is multiplied in packed form; for more, bands of it are expanded, unless
+    AMX multiplies them."""
     packed: BitmaskPacked
 
     @classmethod
@@ -90,7 +92,15 @@ class BitmaskWeight:
     @property
     def description(self) -> str:
         """How the weight is stored, for `repr`."""
-        return f"packed with a bit mask, expanded beyond {self.max_tokens} tokens"
+        expanded = f", expanded beyond {self.max_tokens} tokens" if self.expands else ""
+        return f"packed with a bit mask{expanded}"
+
+    @property
+    def expands(self) -> bool:
+        """Whether products with more than `max_tokens` tokens expand the weight."""
+        from bisparse.kernels.packed_cpu.multiply import expands
+
+        return expands(self.dtype)
 
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "O I"]:
@@ -101,18 +111,17 @@ class BitmaskWeight:
         """The dense weight as a parameter."""
         return nn.Parameter(self.dense(), self.trainable)
 
+    def __getstate__(self) -> dict[str, object]:
+        return {name: value for name, value in self.__dict__.items() if name != "product"}  # it holds addresses
+
+    @cached_property
+    def product(self) -> Product:
+        """Products with this weight, without torch's dispatcher if possible."""
+        return Product(self.packed, *self.shape, self.max_tokens)
+
     def linear(self, input: Float[Tensor, "*T I"], bias: Float[Tensor, " O"] | None) -> Float[Tensor, "*T O"]:
         """``x W^T + b``, in the weight's dtype."""
-        return linear_at_once(input, self.packed, bias, *self.shape, self.max_tokens)
-
-    def fits(self, input: Tensor) -> bool:
-        """Whether an input needs no conversion: its dtype and size match the weight's, and autocast requests no other dtype."""
-        return (
-            input.dtype == self.packed.values.dtype
-            and input.ndim > 0
-            and input.shape[-1] == self.shape[1]
-            and not torch.is_autocast_enabled(input.device.type)
-        )
+        return self.product(input, bias)
 
     def repacked(self, weight: Float[Tensor, "O I"], name: str = "") -> BitmaskWeight:
         """A different dense weight packed the same way; on another device or in float64, products expand all of it."""
@@ -181,6 +190,8 @@ def measured(weight: Float[Tensor, "O I"], tokens: int = 1) -> CPUTiming:
 
     The same product is repeated, so a weight that fits into the caches is timed in the caches.
     """
+    from bisparse.kernels.packed_cpu.multiply import expands
+
     weight = weight.detach()
     rows, columns = weight.shape
     key = (rows, columns), weight.dtype, round(DENSITY_STEPS * _density(weight)), torch.get_num_threads(), tokens
@@ -192,10 +203,11 @@ def measured(weight: Float[Tensor, "O I"], tokens: int = 1) -> CPUTiming:
             return lambda: linear(inputs[:count], weight)
 
         def product(count: int, max_tokens: int) -> Callable[[], Tensor]:
-            return lambda: linear_at_once(inputs[:count], packed, None, rows, columns, max_tokens)
+            call = Product(packed, rows, columns, max_tokens)
+            return lambda: call(inputs[:count], None)
 
         most, times = 1, _fastest(dense(1), product(1, 1)) if tokens == 1 else None
-        for count in TOKENS if times is None or times[1] < times[0] else ():
+        for count in TOKENS if expands(weight.dtype) and (times is None or times[1] < times[0]) else ():
             as_stored, expanded = _fastest(product(count, count), product(count, 0))
             if as_stored > expanded:
                 break

@@ -1,10 +1,8 @@
 """Products of a packed bfloat16 matrix with several tokens by AMX, the matrix instructions of Intel's server CPUs since 2023.
 
 Idea: an AMX tile has 16 rows of 32 bfloat16 weights, so a group of 4 blocks is expanded row by row, as it is stored, into the
-memory of a tile, and one instruction multiplies it with the same 32 columns of 16 tokens. Most of the time is spent expanding, so
-64 tokens cost little more than one. The tokens are transposed once per call into the order that AMX reads: pairs of columns.
-
-Source: Intel, "Architecture Instruction Set Extensions Programming Reference", chapter 3.
+memory of a tile, and one instruction multiplies it with the same 32 columns of 16 tokens. Each row is expanded once for all
+tokens, and stays in the caches meanwhile.
 """
 
 from __future__ import annotations
@@ -12,37 +10,40 @@ from __future__ import annotations
 import ctypes
 import platform
 import sys
-from collections.abc import Callable
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 from torch import Tensor
 from torch.nn.functional import pad
 
 from bisparse.kernels.numba_runtime.cache import cached_njit
-from bisparse.kernels.numba_runtime.llvm import I8, I64, call_llvm
 from bisparse.kernels.numba_runtime.target import processor
 from bisparse.kernels.numba_runtime.thread_pool import Kernel, array_at, kernel, over_bands
+from bisparse.kernels.packed_cpu.amx_tiles import (
+    ROW_BYTES,
+    SIDE,
+    TILE_BYTES,
+    clear,
+    configure,
+    load,
+    multiply,
+    release,
+    store,
+    to_pairs,
+    write_tile,
+)
 from bisparse.kernels.packed_cpu.instructions import MASK_BYTES, Way, expand_groups, usable_ways
 from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
 
-__all__ = ["MAX_TOKENS", "amx_works", "multiply_amx"]
+__all__ = ["amx_works", "multiply_amx"]
 
-Codegen = Callable[[Any, Any, Any, Any], Any]
-
-SIDE = 16
-"""Rows of a tile, tokens of a tile, and pairs of columns of a tile."""
-ROW_BYTES = 64
-TILE_BYTES = SIDE * ROW_BYTES
+BLOCKS = 2 * SIDE // BLOCK_ROWS
+"""Blocks of a stripe of 32 rows."""
 CHUNK = 8
-"""Number of groups that are expanded at a time; with their tiles they fit into the L1 cache."""
-MAX_TOKENS = 64
-"""Tokens per pass over the matrix: of the eight tiles, four are used for sums, one for weights and one for tokens."""
+"""Groups of a stripe that are expanded at a time for up to 32 tokens; with their tokens they fit into the L1 cache."""
+EXPANDED_BYTES = 3 << 18
+"""Bytes of rows that are expanded at a time: with a tile of tokens they fit into the L2 cache, of 2 MiB where there is AMX."""
 ASK, EXTENDED_STATE, TILE_DATA = 158, 0x1023, 18
 """Linux on x86-64: the system call arch_prctl, its request ARCH_REQ_XCOMP_PERM, and the number of the tile state."""
 MIN_ENTRIES_PER_BAND = 1 << 16
@@ -58,158 +59,130 @@ def amx_works() -> bool:
     return bool(ctypes.CDLL(None, use_errno=True).syscall(ASK, EXTENDED_STATE, TILE_DATA) == 0)
 
 
-def _tile(number: int) -> Any:
-    return ir.Constant(I8, number)
-
-
-def _address(b: Any, address: Any) -> Any:
-    return b.inttoptr(address, I8.as_pointer())
-
-
-@intrinsic
-def _configure(typing: Any, address: Any) -> tuple[Any, Codegen]:
-    """Configure the shapes of the tiles from the 64 bytes at an address."""
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        call_llvm(b, "llvm.x86.ldtilecfg", ir.VoidType(), [_address(b, args[0])])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@intrinsic
-def _release(typing: Any) -> tuple[Any, Codegen]:
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        call_llvm(b, "llvm.x86.tilerelease", ir.VoidType(), [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _clear(typing: Any, tile: Any) -> tuple[Any, Codegen]:
-    number = tile.literal_value
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        call_llvm(b, "llvm.x86.tilezero", ir.VoidType(), [_tile(number)])
-        return context.get_dummy_value()
-
-    return types.void(tile), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _load(typing: Any, tile: Any, address: Any) -> tuple[Any, Codegen]:
-    number = tile.literal_value
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        call_llvm(b, "llvm.x86.tileloadd64", ir.VoidType(), [_tile(number), _address(b, args[1]), ir.Constant(I64, ROW_BYTES)])
-        return context.get_dummy_value()
-
-    return types.void(tile, types.int64), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _store(typing: Any, tile: Any, address: Any) -> tuple[Any, Codegen]:
-    number = tile.literal_value
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        call_llvm(b, "llvm.x86.tilestored64", ir.VoidType(), [_tile(number), _address(b, args[1]), ir.Constant(I64, ROW_BYTES)])
-        return context.get_dummy_value()
-
-    return types.void(tile, types.int64), codegen
-
-
-@intrinsic(prefer_literal=True)
-def _multiply(typing: Any, sums: Any, weights: Any, tokens: Any) -> tuple[Any, Codegen]:
-    numbers = [one.literal_value for one in (sums, weights, tokens)]
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        call_llvm(b, "llvm.x86.tdpbf16ps", ir.VoidType(), [_tile(one) for one in numbers])
-        return context.get_dummy_value()
-
-    return types.void(sums, weights, tokens), codegen
-
-
 @cached_njit()
-def _write(sums, bias, output, first, tokens, rows):  # type: ignore[no-untyped-def]
-    """Add the bias to a stripe's sums, round to nearest even, and write them to the rows of the output from `first` on."""
-    bits = np.empty(SIDE, np.uint32)
-    as_float = bits.view(np.float32)
-    for row in range(first, min(first + SIDE, rows)):
-        shift = np.float32(0)
-        if bias != 0:
-            bits[0] = np.uint32(array_at(bias, (rows,), np.uint16)[row]) << np.uint32(16)
-            shift = as_float[0]
-        for token in range(0, tokens, SIDE):
-            start = (token + row - first) * SIDE
-            for k in range(SIDE):
-                as_float[k] = sums[start + k] + shift
-            for k in range(min(SIDE, tokens - token)):
-                upper = bits[k] >> np.uint32(16)
-                rounded = (bits[k] + np.uint32(0x7FFF) + (upper & np.uint32(1))) >> np.uint32(16)
-                output[(token + k) * rows + row] = rounded if as_float[k] == as_float[k] else upper | np.uint32(0x40)
+def _write_part(sums, bias, out, stride, tokens, rows):  # type: ignore[no-untyped-def]
+    """`_write_tile` for fewer than 16 tokens or rows."""
+    given, added = np.empty(SIDE * SIDE, np.uint16), np.zeros(SIDE, np.uint16)
+    if bias != 0:
+        added[:rows] = array_at(bias, (rows,), np.uint16)
+    write_tile(sums, added.ctypes.data, given.ctypes.data, 2 * SIDE)
+    for token in range(tokens):
+        array_at(out + token * stride, (rows,), np.uint16)[:] = given[SIDE * token : SIDE * token + rows]
+    added[0] = 0  # numba frees an array after its last use, and addresses are no use
 
 
 @cache
-def amx_kernel(tiles: int) -> Kernel:
-    """Products of stripes of 16 rows with up to 16 * `tiles` tokens, `tiles` from 1 to 4, plus the bias, rounded to bfloat16.
+def pairs_kernel() -> Kernel:
+    """Tokens in the order that AMX reads, per tile of 16 tokens: (tiles, groups, 16 pairs of columns, 16 tokens).
 
-    Arguments: values, masks, starts, tokens as `_in_pairs` orders them, bias (bfloat16) or 0, output, configuration; groups,
-    blocks, number of tokens, rows.
+    Arguments: input in whole groups, output; groups, number of tokens, bytes per token.
     """
 
     def entry(arguments, first, last):  # type: ignore[no-untyped-def]
-        packed, masks, starts, x, added, out, configuration, groups, blocks, tokens, rows = array_at(arguments, (11,), np.int64)
-        output = array_at(out, (tokens * rows,), np.uint16)
-        sums = np.empty(tiles * SIDE * SIDE, np.float32)
-        to = sums.ctypes.data
+        x, out, groups, tokens, stride = array_at(arguments, (5,), np.int64)
+        for tile in range(first, last):
+            for group in range(groups):
+                place = x + SIDE * stride * tile + ROW_BYTES * group
+                to_pairs(place, stride, min(SIDE, tokens - SIDE * tile), out + TILE_BYTES * (groups * tile + group))
+        return 1
+
+    return kernel(entry)
+
+
+@cached_njit(inline="always")
+def _add_two(weights, token, line, groups):  # type: ignore[no-untyped-def]
+    """Add the products of 32 rows with 32 tokens to tiles 0 to 3."""
+    for _ in range(groups):
+        load(4, weights)
+        load(6, token)
+        multiply(0, 4, 6)
+        load(5, weights + TILE_BYTES)
+        multiply(1, 5, 6)
+        load(7, token + line)
+        multiply(2, 4, 7)
+        multiply(3, 5, 7)
+        weights += 2 * TILE_BYTES
+        token += TILE_BYTES
+
+
+@cached_njit(inline="always")
+def _add_one(weights, token, groups):  # type: ignore[no-untyped-def]
+    """Add the products of 32 rows with 16 tokens to tiles 0 and 1."""
+    for _ in range(groups):
+        load(4, weights)
+        load(6, token)
+        multiply(0, 4, 6)
+        load(5, weights + TILE_BYTES)
+        multiply(1, 5, 6)
+        weights += 2 * TILE_BYTES
+        token += TILE_BYTES
+
+
+@cache
+def amx_kernel() -> Kernel:
+    """Products of stripes of 32 rows with all tokens, plus the bias, rounded to bfloat16.
+
+    Up to 32 tokens, `most` groups of a stripe are expanded at a time, which stay in the L1 cache; for more tokens `most` stripes,
+    which stay in the L2 cache while all tokens pass.
+
+    Arguments: values, masks, starts, tokens as `pairs_kernel` orders them, bias (bfloat16) or 0, output, configuration; groups,
+    blocks, number of tokens, rows, `most`.
+    """
+
+    def entry(arguments, first, last):  # type: ignore[no-untyped-def]
+        packed, masks, starts, x, added, out, configuration, groups, blocks, tokens, rows, most = array_at(
+            arguments, (12,), np.int64
+        )
         where = array_at(starts, (blocks + 1,), np.int64)
-        _configure(configuration)
-        room = np.zeros((CHUNK + 1) * TILE_BYTES, np.uint8)
-        expanded = (room.ctypes.data + ROW_BYTES - 1) // ROW_BYTES * ROW_BYTES
-        position = np.zeros(4, np.int64)
-        for stripe in range(first, last):
-            for k in range(4):
-                position[k] = packed + 2 * where[min(4 * stripe + k, blocks)]
-            _clear(0)
-            if tiles > 1:
-                _clear(1)
-            if tiles > 2:
-                _clear(2)
-            if tiles > 3:
-                _clear(3)
-            token = x
-            for start in range(0, groups, CHUNK):
-                count = min(CHUNK, groups - start)
-                for k in range(4):
-                    block = 4 * stripe + k
-                    if block < blocks:
-                        own = masks + MASK_BYTES * (groups * block + start)
-                        part = expanded + BLOCK_ROWS * ROW_BYTES * k
-                        position[k] = expand_groups(position[k], own, count, part, ROW_BYTES, TILE_BYTES)
-                for group in range(count):
-                    _load(4, expanded + TILE_BYTES * group)
-                    _load(5, token)
-                    _multiply(0, 4, 5)
-                    if tiles > 1:
-                        _load(6, token + TILE_BYTES)
-                        _multiply(1, 4, 6)
-                    if tiles > 2:
-                        _load(5, token + 2 * TILE_BYTES)
-                        _multiply(2, 4, 5)
-                    if tiles > 3:
-                        _load(6, token + 3 * TILE_BYTES)
-                        _multiply(3, 4, 6)
-                    token += tiles * TILE_BYTES
-            _store(0, to)
-            if tiles > 1:
-                _store(1, to + TILE_BYTES)
-            if tiles > 2:
-                _store(2, to + 2 * TILE_BYTES)
-            if tiles > 3:
-                _store(3, to + 3 * TILE_BYTES)
-            _write(sums, added, output, stripe * SIDE, tokens, rows)
-        _release()
+        configure(configuration)
+        tiles, line = (tokens + SIDE - 1) // SIDE, TILE_BYTES * groups  # bytes of 16 rows, or of 16 tokens
+        once = tiles <= 2
+        span, at_a_time = (min(most, groups), 1) if once else (groups, min(most, last - first))
+        room = np.empty(2 * TILE_BYTES * span * at_a_time + 5 * TILE_BYTES, np.uint8)
+        sums = (room.ctypes.data + ROW_BYTES - 1) // ROW_BYTES * ROW_BYTES
+        expanded = sums + 4 * TILE_BYTES
+        position = np.empty(BLOCKS * at_a_time, np.int64)
+        for start in range(first, last, at_a_time):
+            count = min(at_a_time, last - start)
+            for index in range(BLOCKS * count):
+                position[index] = packed + 2 * where[min(BLOCKS * start + index, blocks)]
+            for begin in range(0, groups, span):
+                length = min(span, groups - begin)
+                for index in range(BLOCKS * count):
+                    block = BLOCKS * start + index
+                    if block < blocks:  # what is missing only affects rows that are not written
+                        own = masks + MASK_BYTES * (groups * block + begin)
+                        target = expanded + 2 * TILE_BYTES * span * (index // BLOCKS) + BLOCK_ROWS * ROW_BYTES * (index % BLOCKS)
+                        position[index] = expand_groups(position[index], own, length, target, ROW_BYTES, 2 * TILE_BYTES)
+                for tile in range(0, tiles, 2):
+                    two = tile + 1 < tiles
+                    for stripe in range(count):
+                        weights, token = expanded + 2 * TILE_BYTES * span * stripe, x + line * tile + TILE_BYTES * begin
+                        if begin == 0:
+                            clear(0)
+                            clear(1)
+                            clear(2)
+                            clear(3)
+                        if two:
+                            _add_two(weights, token, line, length)
+                        else:
+                            _add_one(weights, token, length)
+                        if begin + length < groups:
+                            continue
+                        store(0, sums)
+                        store(1, sums + TILE_BYTES)
+                        if two:
+                            store(2, sums + 2 * TILE_BYTES)
+                            store(3, sums + 3 * TILE_BYTES)
+                        for part in range(4 if two else 2):
+                            row, column = 2 * SIDE * (start + stripe) + SIDE * (part % 2), SIDE * (tile + part // 2)
+                            found, place = sums + TILE_BYTES * part, out + 2 * (rows * column + row)
+                            bias = added + 2 * row if added != 0 else 0
+                            if rows - row >= SIDE and tokens - column >= SIDE:
+                                write_tile(found, bias, place, 2 * rows)
+                            elif rows > row:
+                                _write_part(found, bias, place, 2 * rows, min(SIDE, tokens - column), min(SIDE, rows - row))
+        release()
         room[0] = 0  # numba frees an array after its last use, and addresses are no use
         return 1
 
@@ -226,14 +199,8 @@ def _configuration() -> Tensor:
     return bytes_
 
 
-def _in_pairs(x: Tensor, groups: int, tiles: int) -> Tensor:
-    """Tokens as (groups, tiles, 16 pairs of columns, 16 tokens), each pair of bfloat16 as one int32."""
-    x = pad(x, (0, groups * GROUP - x.shape[1], 0, tiles * SIDE - x.shape[0]))
-    return x.view(torch.int32).view(tiles, SIDE, groups, SIDE).permute(2, 0, 3, 1).contiguous()
-
-
 def multiply_amx(x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """``x W^T + bias`` for x of (tokens, columns) and bias in bfloat16, W packed: one pass over W per 64 tokens.
+    """``x W^T + bias`` for x of (tokens, columns) and bias in bfloat16, W packed: one pass over W.
 
     Raises:
         RuntimeError: `amx_works` is False; the instructions would end the process.
@@ -241,15 +208,19 @@ def multiply_amx(x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias:
     if not amx_works():
         raise RuntimeError("this processor, or its system, has no AMX")
     blocks, groups, _ = masks.shape
-    output = x.new_empty(x.shape[0], rows)
-    added = 0 if bias is None else bias.contiguous()
+    tokens = x.shape[0]
+    output = x.new_empty(tokens, rows)
+    if not output.numel():
+        return output
+    missing = groups * GROUP - x.shape[1]
+    x = pad(x, (0, missing)) if missing else x.contiguous()
+    tiles, stripes = -(-tokens // SIDE), -(-blocks // BLOCKS)
+    pairs = x.new_empty(tiles * SIDE, groups * GROUP)
     worth = max(1, MIN_ENTRIES_PER_BAND // (SIDE * GROUP * max(groups, 1)))
-    for first in range(0, x.shape[0], MAX_TOKENS):
-        part = x[first : first + MAX_TOKENS]
-        count = part.shape[0]
-        tiles = -(-count // SIDE)
-        tokens = _in_pairs(part, groups, tiles)
-        place = output[first : first + count]
-        arguments = values, masks, starts, tokens, added, place, _configuration(), groups, blocks, count, rows
-        over_bands(amx_kernel(tiles), arguments, -(-blocks // 4), 1, worth)
+    over_bands(pairs_kernel(), (x, pairs, groups, tokens, 2 * GROUP * groups), tiles, 1, worth)
+    added = 0 if bias is None else bias.contiguous()
+    most = CHUNK if tiles <= 2 else max(1, EXPANDED_BYTES // (2 * TILE_BYTES * max(groups, 1)))
+    worth = max(1, MIN_ENTRIES_PER_BAND // (2 * SIDE * GROUP * max(groups, 1)))
+    arguments = values, masks, starts, pairs, added, output, _configuration(), groups, blocks, tokens, rows, most
+    over_bands(amx_kernel(), arguments, stripes, 1, worth)
     return output

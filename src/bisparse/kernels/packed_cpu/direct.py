@@ -1,8 +1,9 @@
 """Products that skip torch's dispatcher if it would only call the kernel, such as when a language model decodes.
 
-An operator written in Python costs about 12 microseconds per call, as much as the product of a 192 x 576 weight with one token.
-Everything that could observe or change the call is checked here: gradients, autocast, modes, tracing, `torch.func`, the profiler,
-and tensor subclasses. With any of them the operator is called as usual.
+An operator written in Python costs about 12 microseconds per call, and the arguments of its kernel another 10: together more than
+the product of a 192 x 576 weight with one token. Everything that could observe or change the call is checked here: gradients,
+autocast, modes, tracing, `torch.func`, the profiler, and tensor subclasses. With any of them the operator is called as usual.
+What does not change between calls is computed once per weight, number of tokens and number of threads.
 
 Only this file reads torch's dispatch keys, which are private; if torch lacks them, nothing is skipped.
 """
@@ -12,9 +13,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from bisparse.kernels.numba_runtime.thread_pool import ARGUMENTS, Call, run
 from bisparse.kernels.packed_cpu.layout import BitmaskPacked, linear_bitmask
 
-__all__ = ["linear_at_once"]
+__all__ = ["Product"]
+
+X, BIAS, OUTPUT = (ARGUMENTS + place for place in (3, 4, 5))
+"""Places of the arguments of `multiply_kernel` that differ between calls."""
 
 
 def _key_sets() -> tuple[set[int], set[int]]:
@@ -41,27 +46,69 @@ def _intercepted() -> tuple[int, bool]:
 TENSORS, CALLS = _key_sets()
 
 
-def linear_at_once(input: Tensor, packed: BitmaskPacked, bias: Tensor | None, rows: int, columns: int, max_tokens: int) -> Tensor:
-    """`layout.linear_bitmask` for a packed matrix of (rows, columns) that was checked when it was packed.
+class Product:
+    """Products of one packed matrix of (rows, columns), checked when it was packed: ``Product(...)(input, bias)``.
 
-    Raises:
-        ValueError: dtypes or shapes do not agree.
+    Args:
+        max_tokens: up to this number of tokens the matrix is multiplied in packed form; see `layout.linear_bitmask`.
     """
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
-        or type(input) is not Tensor
-        or input.dtype != packed.values.dtype
-        or input.ndim == 0
-        or input.shape[-1] != columns
-        or torch._C._dispatch_keys(input).raw_repr() not in TENSORS
-        or torch._C._dispatch_keys(packed.values).raw_repr() not in TENSORS
-    ):
-        return linear_bitmask(input, packed, bias, rows, max_tokens)  # type: ignore[no-any-return]
-    keys, watched = _intercepted()
-    if watched or keys not in CALLS:
-        return linear_bitmask(input, packed, bias, rows, max_tokens)  # type: ignore[no-any-return]
-    from bisparse.kernels.packed_cpu.multiply import product
 
-    output: Tensor = product(input, *packed, bias, rows, max_tokens)
-    return output
+    def __init__(self, packed: BitmaskPacked, rows: int, columns: int, max_tokens: int) -> None:
+        self.packed, self.rows, self.columns, self.max_tokens = packed, rows, columns, max_tokens
+        self.dtype: torch.dtype = packed.values.dtype
+        self._addresses: tuple[int, int, int] | None = None
+        self._calls: dict[tuple[int, int], Call | None] = {}
+
+    def __call__(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """`layout.linear_bitmask`.
+
+        Raises:
+            ValueError: dtypes or shapes do not agree.
+        """
+        output = self.directly(input, bias)
+        return linear_bitmask(input, self.packed, bias, self.rows, self.max_tokens) if output is None else output
+
+    def directly(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
+        """The product without torch's dispatcher; None if something could observe the call, or the input does not fit."""
+        packed = self.packed
+        if (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or type(input) is not Tensor
+            or input.dtype != self.dtype
+            or input.ndim == 0
+            or input.shape[-1] != self.columns
+            or torch._C._dispatch_keys(input).raw_repr() not in TENSORS
+            or torch._C._dispatch_keys(packed.values).raw_repr() not in TENSORS
+            or (bias is not None and torch._C._dispatch_keys(bias).raw_repr() not in TENSORS)
+        ):
+            return None
+        keys, watched = _intercepted()
+        if watched or keys not in CALLS or (bias is not None and bias.shape != (self.rows,)):
+            return None
+        if input.is_contiguous() and (bias is None or (bias.dtype == self.dtype and bias.is_contiguous())):
+            call = self._prepared(input.numel() // self.columns)
+            if call is not None:
+                numbers = call.numbers
+                output = input.new_empty(*input.shape[:-1], self.rows)
+                numbers[X], numbers[OUTPUT] = input.data_ptr(), output.data_ptr()
+                numbers[BIAS] = 0 if bias is None else bias.data_ptr()
+                run(call, (packed, input, bias, output))
+                return output
+        from bisparse.kernels.packed_cpu.multiply import product
+
+        return product(input, *packed, bias, self.rows, self.max_tokens)
+
+    def _prepared(self, tokens: int) -> Call | None:
+        """A call of the kernel without the addresses of input, bias and output; None for products that take other ways."""
+        values, masks, starts = self.packed
+        addresses = values.data_ptr(), masks.data_ptr(), starts.data_ptr()
+        if addresses != self._addresses:  # the first call, or memory was moved, by `share_memory_` or a copy of the module
+            self._addresses, self._calls = addresses, {}
+        key = tokens, torch.get_num_threads()
+        if key not in self._calls:
+            from bisparse.kernels.packed_cpu.multiply import call_of
+
+            self._calls[key] = call_of(self.packed, self.rows, self.columns, tokens, self.max_tokens)
+        call = self._calls[key]
+        return None if call is None else call.copy()

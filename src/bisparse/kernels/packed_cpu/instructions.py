@@ -27,7 +27,20 @@ from bisparse.kernels.numba_runtime.llvm import BIT, F32, I8, I16, I32, I64, cal
 from bisparse.kernels.numba_runtime.target import processor
 from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
 
-__all__ = ["MASK_BYTES", "MAX_TOKENS", "NUMBERS", "Way", "expand_block", "expand_groups", "multiply_block", "usable_ways"]
+__all__ = [
+    "BF16",
+    "MASK_BYTES",
+    "MAX_TOKENS",
+    "NUMBERS",
+    "Way",
+    "expand_block",
+    "expand_groups",
+    "from_float",
+    "multiply_block",
+    "usable_ways",
+    "vector_at",
+    "write_vector",
+]
 
 Codegen = Callable[[Any, Any, Any, Any], Any]
 
@@ -90,8 +103,14 @@ def _pointer(b: Any, address: Any, element: ir.Type) -> Any:
     return b.inttoptr(address, element.as_pointer())
 
 
-def _load(b: Any, address: Any, element: ir.Type, count: int) -> Any:
+def vector_at(b: Any, address: Any, element: ir.Type, count: int) -> Any:
+    """`count` elements from an address on, as a vector."""
     return load(b, _pointer(b, address, element), ir.Constant(I64, 0), element, count)
+
+
+def write_vector(b: Any, vector: Any, address: Any) -> None:
+    """Store a vector at an address, of no particular alignment beyond its elements'."""
+    store(b, vector, _pointer(b, address, vector.type.element), ir.Constant(I64, 0))
 
 
 def _plus(b: Any, address: Any, bytes_: int) -> Any:
@@ -121,7 +140,7 @@ def _to_float_bits(b: Any, raw: Any, kind: int) -> Any:
     return b.bitcast(wide, bits)
 
 
-def _from_float(b: Any, vector: Any, kind: int) -> Any:
+def from_float(b: Any, vector: Any, kind: int) -> Any:
     """Convert float32 to the bits of another kind, as integers of its width, rounded to nearest, ties to even."""
     count = vector.type.count
     if kind == F32_NUMBER:
@@ -157,19 +176,19 @@ def _expand(b: Any, way: int, address: Any, mask: Any, kind: int, convert: Calla
     if way == Way.AVX512_BF16:
         flags = b.bitcast(mask, ir.VectorType(BIT, GROUP))
         vector = ir.VectorType(I16, GROUP)
-        raw = _load(b, address, I16, GROUP)
+        raw = vector_at(b, address, I16, GROUP)
         return [call_llvm(b, "llvm.x86.avx512.mask.expand.v32i16", vector, [raw, number(I16, GROUP, 0), flags])]
     lanes, parts = LANES[Way(way)], []
     for first in range(0, GROUP, lanes):
         own = b.trunc(b.lshr(mask, ir.Constant(I32, first)), ir.IntType(lanes))
-        loaded = convert(_load(b, address, _raw(kind), lanes))
+        loaded = convert(vector_at(b, address, _raw(kind), lanes))
         zeros = number(I32, lanes, 0)
         if way == Way.AVX512:
             flags = b.bitcast(own, ir.VectorType(BIT, lanes))
             parts.append(call_llvm(b, f"llvm.x86.avx512.mask.expand.v{lanes}i32", loaded.type, [loaded, zeros, flags]))
         else:
             start = b.ptrtoint(_permutations(b.module), I64)
-            row = _load(b, b.add(start, b.shl(b.zext(own, I64), ir.Constant(I64, 3))), I8, lanes)
+            row = vector_at(b, b.add(start, b.shl(b.zext(own, I64), ir.Constant(I64, 3))), I8, lanes)
             places = b.sext(row, loaded.type)
             moved = call_llvm(b, "llvm.x86.avx2.permd", loaded.type, [loaded, places])
             parts.append(b.select(b.icmp_signed("<", places, zeros), zeros, moved))
@@ -249,10 +268,10 @@ def multiply_block(
         for t in range(tokens_):
             total = cgutils.alloca_once_value(b, _sums(b, [b.load(place) for place in sums[t]]))
             with b.if_then(b.icmp_signed("!=", bias, ir.Constant(I64, 0))):
-                raw = _to_float_bits(b, _load(b, bias, _raw(kind_), BLOCK_ROWS), kind_)
+                raw = _to_float_bits(b, vector_at(b, bias, _raw(kind_), BLOCK_ROWS), kind_)
                 b.store(b.fadd(b.load(total), b.bitcast(raw, ir.VectorType(F32, BLOCK_ROWS))), total)
             place = _pointer(b, b.add(out, b.mul(out_stride, ir.Constant(I64, t))), _raw(kind_))
-            store(b, _from_float(b, b.load(total), kind_), place, ir.Constant(I64, 0))
+            store(b, from_float(b, b.load(total), kind_), place, ir.Constant(I64, 0))
         return context.get_dummy_value()
 
     return types.void(way, kind, tokens, packed, *(types.int64,) * 8), codegen
@@ -267,8 +286,8 @@ def _inputs(b: Any, way: int, token: Any, group: Any) -> list[Any]:
     """A token's group, split into the same vectors as in `_expand`."""
     first, lanes = b.add(token, b.mul(group, ir.Constant(I64, GROUP * _operand_size(way)))), LANES[Way(way)]
     if way == Way.AVX512_BF16:
-        return [_load(b, first, I16, GROUP)]
-    return [_load(b, _plus(b, first, 4 * part), F32, lanes) for part in range(0, GROUP, lanes)]
+        return [vector_at(b, first, I16, GROUP)]
+    return [vector_at(b, _plus(b, first, 4 * part), F32, lanes) for part in range(0, GROUP, lanes)]
 
 
 def _dot(b: Any, way: int, total: Any, part: Any, other: Any) -> Any:

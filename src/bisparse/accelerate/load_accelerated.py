@@ -1,0 +1,166 @@
+"""`load_accelerated_`: loads a checkpoint into an empty model layer by layer, each packed before the next is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bisparse.accelerate.accelerate import AcceleratedLayer, AccelerationReport, held_bytes, install, tied_parameters
+from bisparse.accelerate.eligibility import Plan, plan_layer
+from bisparse.accelerate.linear_packed import PackedLinear
+from bisparse.accelerate.linear_trained import SparseLinear
+from bisparse.checkpoint.load import check_fit, prefix_hint, write_into
+from bisparse.checkpoint.reader import Source, open_source
+from bisparse.checkpoint.sidecar import read_own_sidecar
+from bisparse.checkpoint.stored_tensor import StoredTensor
+from bisparse.checkpoint.verify import verify_checkpoint
+from bisparse.errors import CheckpointError
+from bisparse.layers import Filter, Layer, Skipped, find_layers
+from bisparse.rollback import Rollback
+from bisparse.solution import PatternError
+from bisparse.tiles import Layout
+from bisparse.wrappers import check_module
+
+__all__ = ["load_accelerated_"]
+
+
+@torch.no_grad()
+def load_accelerated_(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    include: Filter | None = None,
+    exclude: Filter | None = None,
+    layouts: Mapping[str, str | Layout] | None = None,
+    tokens: int = 1,
+    key: str | None = None,
+) -> AccelerationReport:
+    """Load a checkpoint into an empty model on the CPU, each layer packed as soon as it is read. Returns `accelerate_`'s report.
+
+    Equivalent to `load` and `accelerate_`, but besides the packed model only one dense layer is in memory at a time. The model is
+    put into evaluation mode. Build it with parameters on the meta device and real buffers::
+
+        with accelerate.init_empty_weights():  # Hugging Face's package accelerate
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        bisparse.accelerate.load_accelerated_(model, "pruned")
+
+    Args:
+        model: its parameters are replaced; their dtypes are kept.
+        folder: the output of `save` or `prune_checkpoint`, or any checkpoint that `load` reads.
+        include, exclude, layouts: which layers are packed, as for `accelerate_`.
+        tokens: the number of input rows for which layers are timed.
+        key: where a torch file keeps the state dict; by default it is found.
+
+    Raises:
+        CheckpointError: the checkpoint lacks a tensor of the model, or has others; shapes or dtypes do not fit; a corrupt file,
+            or one that changes while it is loaded. The model is unchanged.
+        PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
+        ValueError: the model is accelerated already, or is not on the CPU or the meta device; tokens below 1.
+    """
+    check_module(model)
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens={tokens!r}: expected the number of rows of a layer's input, at least 1")
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | SparseLinear):
+            raise ValueError(f"{name or 'the model'} is accelerated already: build a new model to load into")
+    source = open_source(folder, key)
+    state = model.state_dict(keep_vars=True)
+    if elsewhere := [name for name, value in state.items() if value.device.type not in ("cpu", "meta")]:
+        raise ValueError(f"{elsewhere[0]} is on {state[elsewhere[0]].device}: build the model on the meta device")
+    check_fit(state, source)
+    stored = _stored(state, source)
+    _check_buffers(model, state)
+    if read_own_sidecar(source.path, source.tensors) is not None:
+        checked = verify_checkpoint(source.path, key=key)
+        if checked.violations:
+            raise PatternError(f"{source.path}: {checked.message}; the masks were lost after pruning, prune again")
+    layers, left = find_layers(model, include, exclude, layouts=layouts)
+    by_parameter = {id(layer.module._parameters.get(layer.parameter)): layer for layer in layers}
+    tied, dense = tied_parameters(model), 0
+    done: list[AcceleratedLayer] = []
+    with Rollback(model):
+        model.eval()
+        for old, tensor in stored:
+            new = torch.empty(old.shape, dtype=old.dtype)
+            write_into(tensor, new)
+            placed = _put(model, old, new)
+            dense += new.nbytes
+            layer = by_parameter.get(id(old))
+            if layer is not None:
+                outcome = _packed(layer, {id(placed)} if id(old) in tied else set(), tokens)
+                if isinstance(outcome, AcceleratedLayer):
+                    done.append(outcome)
+                else:
+                    left.append(outcome)
+        source.check_unchanged()
+    return AccelerationReport(tuple(done), tuple(left), dense, held_bytes(model))
+
+
+def _stored(state: Mapping[str, Tensor], source: Source) -> list[tuple[Tensor, StoredTensor]]:
+    """Each parameter and buffer of the model, tied ones once, with the stored tensor for it.
+
+    Raises:
+        CheckpointError: names are missing or superfluous, or tensors that the model ties differ in the file.
+    """
+    names: dict[int, list[str]] = {}
+    for name, value in state.items():
+        names.setdefault(id(value), []).append(name)
+    found, missing = [], []
+    for own in names.values():
+        present = [name for name in own if name in source.tensors]
+        if not present:
+            missing += own
+            continue
+        tensor = source.tensors[present[0]]
+        for other in present[1:]:
+            if not torch.equal(tensor.read(), source.tensors[other].read()):
+                raise CheckpointError(
+                    tensor.path,
+                    f"has other values than {other}, to which the model ties it: the model has one place for both",
+                    "build a model in which they are not tied, or make them equal in the file",
+                    tensor=tensor.name,
+                )
+        found.append((state[own[0]], tensor))
+    unexpected = [name for name in source.tensors if name not in state]
+    if missing or unexpected:
+        raise CheckpointError(
+            source.path,
+            f"lacks {len(missing)} of the model's tensors {missing[:4]} and has {len(unexpected)} others {unexpected[:4]}"
+            + prefix_hint(state, source.tensors),
+            "build the plain model of this checkpoint",
+        )
+    return found
+
+
+def _check_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Raise for buffers on the meta device that no checkpoint has, such as a table of rotary positions."""
+    saved = {id(value) for value in state.values()}
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta and id(buffer) not in saved:
+            raise ValueError(
+                f"the buffer {name} is on the meta device, and is not part of checkpoints: build the model under "
+                "accelerate.init_empty_weights(), which computes buffers, or with to_empty and an initialisation of your own"
+            )
+
+
+def _put(model: nn.Module, old: Tensor, new: Tensor) -> Tensor:
+    """Replace a parameter or buffer by new values wherever the model holds it; the new object."""
+    placed = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    for module in model.modules():
+        holders: tuple[dict[str, Any], ...] = module._parameters, module._buffers
+        for held in holders:
+            for name, value in held.items():
+                if value is old:
+                    held[name] = placed
+    return placed
+
+
+def _packed(layer: Layer, tied: set[int], tokens: int) -> AcceleratedLayer | Skipped:
+    """Pack one layer whose weight was just read, if that is faster."""
+    plan = plan_layer(layer, "auto", None, tied, tokens)
+    outcome = install(layer, plan, search=False) if isinstance(plan, Plan) else plan
+    return outcome if isinstance(outcome, AcceleratedLayer) else Skipped(layer.name, outcome.reason)
