@@ -79,6 +79,10 @@ class Certificate:
         return replace(self, u=self.u.to(device), v=self.v.to(device), exponent=self.exponent.to(device))
 
 
+def _no_certificate() -> None:
+    """For solvers that give no certificate."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """A mask for given scores, and what is known about its optimality. All figures are in score units."""
@@ -89,7 +93,7 @@ class Solution:
     pattern: Structure
     layout: Layout
     exactly: bool = False
-    certify: Callable[[], Certificate | None] = field(default=lambda: None, repr=False, compare=False)
+    certify: Callable[[], Certificate | None] = field(default=_no_certificate, repr=False, compare=False)
     """Makes the certificate when it is first asked for."""
     _version: int | None = field(default=None, init=False, repr=False, compare=False)
     """torch's version counter of the scores when this was made."""
@@ -104,6 +108,17 @@ class Solution:
     def __str__(self) -> str:
         shape = " x ".join(map(str, self.mask.shape))
         return f"{self.pattern} mask of {shape}: keeps {int(self.mask.count_nonzero()):,} of {self.mask.numel():,} weights"
+
+    def __getstate__(self) -> dict[str, object]:
+        # Copies of the scores have version counters of their own, and what makes a certificate may refer to the original.
+        unchanged = self._version == _version_of(self.scores)
+        known = {"certificate": self.certificate} if unchanged else {}
+        return {**self.__dict__, **known, "certify": _no_certificate, "_version": None if unchanged else -1}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        if self._version is None:
+            self.__dict__["_version"] = _version_of(self.scores)
 
     @cached_property
     def certificate(self) -> Certificate | None:

@@ -114,3 +114,15 @@ def test_an_end_that_fails_leaves_what_was_written_off_a_fixed_mask(monkeypatch:
     monkeypatch.undo()
     bisparse.finalize_(one)
     assert bisparse.verify(one, "2:4-T") and torch.allclose(one(inputs), output, atol=1e-6)
+
+
+def test_a_model_with_adapters_under_its_masks_is_sent_to_merge_lora() -> None:
+    one = model()
+    prune(one)
+    bisparse.training.add_masked_lora_(one, "2:4-T", rank=2)
+    with pytest.raises(ValueError, match="has an adapter under its mask: call merge_lora_ first"):
+        prune(one)
+    with pytest.warns(UserWarning, match="merge_lora_ ends adapters"):
+        bisparse.finalize_(one)
+    bisparse.training.merge_lora_(one, "2:4-T")
+    prune(one)

@@ -55,7 +55,8 @@ def _finalize(given: nn.Module, rollback: Rollback) -> nn.Module:
     if not dynamic and not static and not accelerated and not own_runs:
         warnings.warn(
             "the model is plain already, and finalize_ changed nothing: it is not sparsified (finalize_ takes the model that "
-            "sparsify_ was called with, or a copy of it), and no layer of it is accelerated (the report of accelerate_ says why)",
+            "sparsify_ was called with, or a copy of it), and no layer of it is accelerated (its report says why); "
+            "merge_lora_ ends adapters",
             stacklevel=4,  # past no_grad
         )
         return given
