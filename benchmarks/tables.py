@@ -57,7 +57,7 @@ def render(results: Path) -> dict[str, str]:
     """Name -> text of each page; "index" is the summary."""
     pages = {}
     for name, page in PAGES.items():
-        parts = [GENERATED, f"# {page.title}\n", f"{page.summary}\n"]
+        parts = [GENERATED, f"# {page.title}\n", f"{page.summary}\n", *(page.head(results) if page.head else ())]
         for file in page.files:
             parts += SECTIONS[file](read_rows(results / file))
         pages[name] = "\n".join(parts).rstrip() + "\n"

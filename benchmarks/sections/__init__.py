@@ -1,12 +1,16 @@
 """The pages of docs/benchmarks: their sections, and for each the file of rows and the function that writes it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from sections.cpu import cpu
 from sections.diversity import diversity
+from sections.experts import experts
 from sections.gpu import gpu
 from sections.gpu_solvers import gpu_kernels, gpu_solvers
 from sections.gpu_windows import gpu_windows
+from sections.guidance import guidance
 from sections.pruning import depthwise, images, language, law, peers, permutation, sentences
 from sections.quality import quality
 from sections.speed import speed
@@ -32,6 +36,7 @@ SECTIONS = {
     "pruning_efficientnet.jsonl": depthwise,
     "pruning_peers.jsonl": peers,
     "pruning_permutation.jsonl": permutation,
+    "pruning_experts.jsonl": experts,
 }
 
 
@@ -42,6 +47,8 @@ class Page:
     title: str
     summary: str
     files: tuple[str, ...]
+    head: Callable[[Path], list[str]] | None = None
+    """A first section, from the rows of several files in a folder."""
 
 
 PAGES = {
@@ -69,7 +76,9 @@ PAGES = {
             "pruning_efficientnet.jsonl",
             "pruning_peers.jsonl",
             "pruning_permutation.jsonl",
+            "pruning_experts.jsonl",
         ),
+        guidance,
     ),
     "conversion": Page(
         "Changing a mask",

@@ -428,7 +428,7 @@ def test_operators_obey_torch() -> None:
 
 
 def test_on_a_machine_without_a_gpu_auto_leaves_a_working_model_with_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(eligibility, "measured", lambda weight: CPUTiming(1.0, 2.0, 1))
+    monkeypatch.setattr(eligibility, "measured", lambda weight, *_: CPUTiming(1.0, 2.0, 1))
     dense = block().eval()
     model = copy.deepcopy(dense)
     report = accelerate_(model)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from bisparse import accelerate_, finalize_, load, prune_, save, sparsify_, verify_checkpoint
+from bisparse import accelerate_, finalize_, load, prune_, save, sparsify_, verify, verify_checkpoint
 from bisparse.accelerate import BackendError, PackedLinear, eligibility
 from bisparse.accelerate import accelerate as accelerate_module
 from bisparse.accelerate.accelerate import held_bytes
@@ -30,7 +30,7 @@ ROUNDING = {torch.bfloat16: 2**-8, torch.float16: 2**-11, torch.float32: 2**-24}
 @pytest.fixture
 def wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packed products count as twice as fast, and as fast as expanded ones up to 4 tokens, whatever this machine does."""
-    monkeypatch.setattr(eligibility, "measured", lambda weight: CPUTiming(2.0, 1.0, 4))
+    monkeypatch.setattr(eligibility, "measured", lambda weight, *_: CPUTiming(2.0, 1.0, 4))
 
 
 def model_of(pattern: str | None = "4:8-T", dtype: torch.dtype = torch.float32) -> nn.Sequential:
@@ -202,7 +202,7 @@ def test_what_is_left_dense_and_why(monkeypatch: pytest.MonkeyPatch, wins: None)
     tied[1].weight = tied[0].weight
     prune_(tied, "2:4-T")
     assert "another module shares its weight" in accelerate_(tied.eval())["0"].reason and tied[0].weight is tied[1].weight
-    monkeypatch.setattr(eligibility, "measured", lambda weight: CPUTiming(1.0, 2.0, 1))
+    monkeypatch.setattr(eligibility, "measured", lambda weight, *_: CPUTiming(1.0, 2.0, 1))
     slow = model_of()
     report, weight = accelerate_(slow), slow[0].weight
     assert len(report) == 0 and type(slow[0]) is nn.Linear and slow[0].weight is weight
@@ -319,3 +319,41 @@ def test_what_does_not_come_back_is_not_packed(wins: None, monkeypatch: pytest.M
     report = accelerate_(model)
     assert len(report) == 0 and type(model[0]) is nn.Linear
     assert "0 of shape (96, 64) and torch.float32: unpacking does not return the same values" in report["0"].reason
+
+
+# ---- int8
+
+
+@pytest.mark.skipif(cpu.int8_reason(torch.bfloat16) is not None, reason="this processor has no bfloat16 products")
+@torch.no_grad()
+def test_int8_keeps_masks_and_says_what_rounding_cost(wins: None, tmp_path: Path) -> None:
+    model = model_of("4:8-T", torch.bfloat16)
+    exact, inputs = copy.deepcopy(model), torch.randn(3, model[0].in_features).bfloat16()
+    dense = {name: layer.weight.clone() for name, layer in exact.named_modules() if isinstance(layer, nn.Linear)}
+    smaller, report = accelerate_(exact, int8=False), accelerate_(model, int8=True)
+    assert report.bytes_after < smaller.bytes_after
+    for one in report.layers:
+        layer = model.get_submodule(one.name)
+        error = float((layer.weight.float() - dense[one.name].float()).norm() / dense[one.name].float().norm())
+        stated = float(one.note.rsplit(" ", 1)[1].rstrip("%")) / 100
+        # `layer.weight` is rounded once more, to bfloat16; products are not.
+        assert "in int8, relative error" in one.note and 0 < stated <= error < 2 * stated < 0.04
+        assert verify(layer.weight, "4:8-T") and bool((layer.weight[dense[one.name] == 0] == 0).all())
+        assert "in int8" in repr(layer)
+    torch.testing.assert_close(model(inputs), exact(inputs), rtol=0.05, atol=0.05)
+    again = copy.deepcopy(model)
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again(inputs), copy.deepcopy(model)(inputs)) or torch.allclose(again(inputs), model(inputs), atol=0.02)
+    assert model.float()[0].packed_weight.dtype == torch.float32  # a dtype that int8 does not have
+    finalize_(model)
+    assert type(model[0]) is nn.Linear
+
+
+@needs_kernels
+def test_int8_refuses_other_dtypes_and_values(wins: None) -> None:
+    report = accelerate_(model_of("4:8-T", torch.float32), int8=True)
+    assert not report.layers and "int8" in report["0"].reason
+    model = model_of("4:8-T", torch.bfloat16)
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("inf")
+    assert "int8" in accelerate_(model, int8=True)["0"].reason

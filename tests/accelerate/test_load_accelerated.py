@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(cpu_reason(torch.device("cpu")) is not None, rea
 @pytest.fixture(autouse=True)
 def wins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every layer is faster packed."""
-    monkeypatch.setattr(eligibility, "measured", lambda weight, tokens=1: CPUTiming(2.0, 1.0, 4))
+    monkeypatch.setattr(eligibility, "measured", lambda weight, *_: CPUTiming(2.0, 1.0, 4))
 
 
 class Net(nn.Module):
@@ -117,7 +117,7 @@ def test_nothing_is_changed_by_what_cannot_be_loaded(fault: str, pruned: tuple[N
 def test_a_failure_half_way_leaves_the_empty_model(pruned: tuple[Net, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = empty(), []
 
-    def fails(weight: Tensor, tokens: int = 1) -> CPUTiming:
+    def fails(weight: Tensor, *_: object) -> CPUTiming:
         calls.append(weight.shape)
         if len(calls) == 2:
             raise RuntimeError("of the second layer")
@@ -133,7 +133,7 @@ def test_one_dense_layer_at_a_time(pruned: tuple[Net, Path], monkeypatch: pytest
     """While a layer is timed, no other layer's dense weight is alive."""
     model, alive = empty(), []
 
-    def timed(weight: Tensor, tokens: int = 1) -> CPUTiming:
+    def timed(weight: Tensor, *_: object) -> CPUTiming:
         weights = {name: model.get_submodule(name)._parameters.get("weight") for name in ("up", "down")}
         alive.append([name for name, own in weights.items() if own is not None and not own.is_meta])
         return CPUTiming(2.0, 1.0, 4)

@@ -12,9 +12,8 @@ import torch
 from checkpoint_files import State, write_folder, write_shards
 from safetensors.torch import load_file, save_file
 
-from bisparse.checkpoint import CheckpointError, prune_checkpoint, verify_checkpoint
+from bisparse.checkpoint import CheckpointError, detect_patterns, prune_checkpoint, verify_checkpoint
 from bisparse.checkpoint.reader import open_source
-from bisparse.checkpoint.verify import detect_patterns
 from bisparse.report.figures import read_figures
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="pipes")

@@ -23,6 +23,20 @@ class Block(nn.Module):
         return x + self.b(torch.relu(self.a(x)) * self.gate(x))
 
 
+class Experts(nn.Module):
+    """Tokens go to one of 3 experts by their first number."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.randn(3, width, width) / width**0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen, out = (x[:, 0] > 0).long() + (x[:, 0] > 1).long(), torch.zeros_like(x)
+        for expert in range(3):
+            out[chosen == expert] = x[chosen == expert] @ self.up_proj[expert].t()
+        return x + out
+
+
 JOBS: dict[str, tuple[Method, str]] = {
     "magnitude": (Magnitude(), "parallel"),
     "adaprune": (AdaPrune(), "sequential"),
@@ -30,6 +44,7 @@ JOBS: dict[str, tuple[Method, str]] = {
     "alps": (ALPS(iterations=8), "sequential"),
     "budget": (AdaPrune(), "sequential"),
     "budget, no data": (Magnitude(), "parallel"),
+    "experts": (AdaPrune(), "sequential"),
     "raw inputs": (GradientAdaPrune(steps=5), "parallel"),
 }
 
@@ -43,7 +58,10 @@ def build() -> tuple[nn.Module, list[Tensor]]:
 def pruned(name: str, group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     model, batches = build()
     method, order = JOBS[name]
-    if "budget" in name:
+    if name == "experts":
+        model = nn.Sequential(nn.Linear(8, 16), Experts(16), Experts(16))
+        prune_(model, "4:8-T", method, batches, order=order, group=group, layouts={"*.up_proj": "experts"})
+    elif "budget" in name:
         data = None if "no data" in name else batches
         choices = ["2:8-T", "4:8-T", "6:8", "dense"]
         prune_(model, None, method, data, budget="60%", patterns=choices, order=order, group=group, include="*")

@@ -137,3 +137,10 @@ def test_arguments_come_in_the_order_of_prune() -> None:
     own, others = ([*inspect.signature(one).parameters] for one in (convert_, prune_))
     assert [name for name in own if name in others] == [name for name in others if name in own]
     assert own[:4] == others[:4] == ["model", "pattern", "method", "batches"]
+
+
+def test_prune_and_convert_take_names_and_say_how_much_of_the_model_they_pruned() -> None:
+    for function in (prune_, convert_):
+        model = nn.Sequential(nn.Embedding(1000, 16), nn.Linear(16, 16))
+        report = function(model, "4:8-T", "magnitude", solver="greedy")
+        assert report["1"].pattern == "4:8-T" and "1 layers (1.6% of all parameters)" in str(report)

@@ -82,6 +82,15 @@ def test_figures_of_a_report_do_not_outlive_its_weights(tmp_path, finalized: boo
     assert later["2"].gap == report["2"].gap and "1 layers were changed after the report" in later.notes[-1]
 
 
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_a_summary_says_how_much_of_the_model_is_sparse(mode: str) -> None:
+    model = nn.Sequential(nn.Embedding(1000, 16), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    sparsity = sparsify_(model, "4:8-T", mode=mode, steps=10)
+    assert "2 layers (3.1% of all parameters) sparse, 1 dense" in repr(sparsity)  # 512 of 16,544
+    finalize_(model)
+    assert "3.1% of all parameters" in repr(sparsity)
+
+
 def test_finalize_ends_a_sparsity_and_leaves_the_optimizer_to_the_next() -> None:
     model, optimizer, sparsity = trained(pattern="2:4", refresh=1)
     finalize_(model)

@@ -97,6 +97,7 @@ def accelerate_(
     dtype: torch.dtype | None = None,
     search: bool = True,
     tokens: int = 1,
+    int8: bool = False,
 ) -> AccelerationReport:
     """Run Linear layers sparse, in place: 2:4 or 2:4-T weights on tensor cores, any zeros on CPUs. Returns a report.
 
@@ -126,6 +127,8 @@ def accelerate_(
         dtype: dtype of the inputs of layers in training: by default the weight's if it is half precision, otherwise bfloat16.
             With either half precision, inputs in the other one run sparse as well.
         tokens: on a CPU, the number of input rows for which layers are timed: 1 for decoding, more for prompts and batches.
+        int8: on a CPU, round bfloat16 weights to int8 with one scale per row; inputs and sums are not rounded. The report gives
+            each layer's relative error. Zeros stay zeros; `state_dict` and `finalize_` give the rounded weights.
         search: let cuSPARSELt try its algorithms once per new shape. Turn it off if the number of tokens varies a lot.
 
     Raises:
@@ -155,7 +158,7 @@ def accelerate_(
             left.append(Skipped(layer.name, known.reason))
             continue
         own_backend = backend if backend != "auto" or known is None or known.backend is None else known.backend
-        plan = plan_layer(layer, own_backend, dtype, tied, tokens)
+        plan = plan_layer(layer, own_backend, dtype, tied, tokens, int8)
         if isinstance(plan, Plan):
             plans.append((layer, plan))
         else:

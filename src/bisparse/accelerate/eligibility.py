@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from bisparse.accelerate.backends import BACKENDS, HALF, Backend, BackendError, Refusal
-from bisparse.accelerate.backends.cpu import CPU, MANY_TOKENS, MIN_SPEEDUP, cpu_reason, density_refusal, measured
+from bisparse.accelerate.backends.cpu import CPU, MANY_TOKENS, MIN_SPEEDUP, cpu_reason, density_refusal, int8_reason, measured
 from bisparse.diversity import hardware
 from bisparse.layers import Layer, computed_reason
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
@@ -53,10 +53,12 @@ class Plan:
     """Why the gradient of the input stays dense, or the result of a timing."""
     max_tokens: int = 0
     """For "cpu": the maximum number of tokens for which the weight is multiplied in packed form."""
+    int8: bool = False
+    """For "cpu": whether the weight is rounded to int8."""
 
 
 def plan_layer(
-    layer: Layer, backend: BackendName | str, dtype: torch.dtype | None, tied: set[int], tokens: int = 1
+    layer: Layer, backend: BackendName | str, dtype: torch.dtype | None, tied: set[int], tokens: int = 1, int8: bool = False
 ) -> Plan | Refusal:
     """The plan of a layer, or why it cannot run sparse. Changes nothing.
 
@@ -64,6 +66,7 @@ def plan_layer(
         dtype: dtype of the inputs of layers in training; by default the weight's if it is half precision, otherwise bfloat16.
         tied: ids of the parameters that several modules share.
         tokens: on a CPU, the number of tokens for which the layer is timed.
+        int8: on a CPU, whether the weight is to be rounded to int8.
 
     Raises:
         BackendError: the backend does not run on the weight's device, or is "cpu" and this processor has no kernels for it.
@@ -72,7 +75,9 @@ def plan_layer(
     module, state = layer.module, layer_state(layer.module, layer.parameter)
     device = state.weight.device
     if backend == CPU or (backend == "auto" and device.type == "cpu"):
-        return _plan_on_cpu(layer, state, backend, tied, tokens)
+        return _plan_on_cpu(layer, state, backend, tied, tokens, int8)
+    if int8:
+        return Refusal("int8 is for packed weights on a CPU; it stays masked-dense")
     chosen, found = choose_backend(backend, device), directions_of(layer)
     if isinstance(found, Refusal):
         return found
@@ -98,7 +103,7 @@ def plan_layer(
     return Plan("trained" if trained else "packed", chosen.name, used, not note, note)
 
 
-def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int], tokens: int) -> Plan | Refusal:
+def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int], tokens: int, int8: bool) -> Plan | Refusal:
     """The plan of a layer on the CPU, of any pattern, or why it stays dense; the layer is timed."""
     weight = state.weight
     if backend == CPU and (reason := cpu_reason(weight.device)) is not None and not weight.is_meta:
@@ -114,17 +119,21 @@ def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int], 
         return refusal
     from bisparse.kernels.packed_cpu.multiply import expands
 
-    found = measured(weight) if tokens == 1 else measured(weight, tokens)
+    if int8 and ((reason := int8_reason(weight.dtype)) is not None or not bool(torch.isfinite(weight).all())):
+        return Refusal(
+            f"{reason or 'its weight has NaN or infinities, which int8 does not have'}; it stays masked-dense", "weight"
+        )
+    found = measured(weight, tokens, int8)
     at = f"at {tokens} token{'s' if tokens > 1 else ''}, when timed here"
     if found.speedup <= MIN_SPEEDUP:
         slower = f"slower by {1 / found.speedup:.2f}x" if found.speedup < 1.0 else f"only {found.speedup:.2f}x faster"
         return Refusal(f"packed it was {slower} {at}; it stays masked-dense")
     note = f"{found.speedup:.2f}x faster {at}"
-    if expands(weight.dtype):
+    if expands(weight.dtype) and not int8:
         note += f"; expanded in bands beyond {found.max_tokens} tokens"
     if found.many < 1.0 / MIN_SPEEDUP:
         note += f", slower by {1 / found.many:.2f}x at {MANY_TOKENS}"
-    return Plan("packed", CPU, weight.dtype, both_ways=False, note=note, max_tokens=found.max_tokens)
+    return Plan("packed", CPU, weight.dtype, both_ways=False, note=note, max_tokens=found.max_tokens, int8=int8)
 
 
 def _is_trained(layer: Layer, state: LayerState) -> bool:

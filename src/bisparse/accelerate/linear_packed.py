@@ -15,7 +15,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from bisparse.accelerate.backends import BACKENDS, BackendError, backend_or_reference
-from bisparse.accelerate.backends.cpu import CPU, BitmaskWeight
+from bisparse.accelerate.backends.cpu import CPU, BitmaskWeight, rounding_error
 from bisparse.accelerate.eligibility import Plan
 from bisparse.accelerate.operators import autocast_dtype, checked_input, packed_linear_2to4, refuse_onnx
 from bisparse.solution import PatternError, verify
@@ -126,21 +126,24 @@ class PackedLinear(nn.Linear):
 
     @classmethod
     def install_(cls, module: nn.Linear, plan: Plan, *, search: bool = True, name: str = "") -> str:
-        """Turn a Linear into this class, with its weight packed and the dense parameter dropped. Returns an empty note.
+        """Turn a Linear into this class, with its weight packed and the dense parameter dropped. Returns a note, often empty.
 
         Raises:
             PatternError, BackendError: as for `from_dense` of the packed weight; the module is unchanged.
         """
         packed: PackedWeight | BitmaskWeight
+        note = ""
         if plan.backend == CPU:
-            packed = BitmaskWeight.from_dense(module.weight, max_tokens=plan.max_tokens, name=name)
+            packed = BitmaskWeight.from_dense(module.weight, max_tokens=plan.max_tokens, int8=plan.int8, name=name)
+            if plan.int8:
+                note = f"in int8, relative error {rounding_error(module.weight, packed):.2%}"
         else:
             packed = PackedWeight.from_dense(module.weight, plan.backend, transposed=plan.both_ways, search=search, name=name)
         del module._parameters["weight"]
         module.__class__ = cls
         assert isinstance(module, cls)
         module.packed_weight = packed
-        return ""
+        return note
 
     @property
     def weight(self) -> Float[Tensor, "O I"]:  # type: ignore[override]
@@ -195,7 +198,7 @@ class PackedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         own = self.packed_weight
         held = own.tensors[0]
-        found = fn(held.new_empty(1))
+        found = fn(torch.empty(1, dtype=own.dtype, device=held.device))
         # A packed matrix belongs to a device and a dtype. The old one is dropped only once the new one exists.
         same = found.dtype == own.dtype and found.device == held.device  # such as `share_memory_()`
         if not same and found.is_meta:  # there are no values to pack

@@ -37,6 +37,7 @@ def load_accelerated_(
     exclude: Filter | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
     tokens: int = 1,
+    int8: bool = False,
     key: str | None = None,
 ) -> AccelerationReport:
     """Load a checkpoint into an empty model on the CPU, each layer packed as soon as it is read. Returns `accelerate_`'s report.
@@ -53,6 +54,7 @@ def load_accelerated_(
         folder: the output of `save` or `prune_checkpoint`, or any checkpoint that `load` reads.
         include, exclude, layouts: which layers are packed, as for `accelerate_`.
         tokens: the number of input rows for which layers are timed.
+        int8: round weights to int8, as for `accelerate_`.
         key: where a torch file keeps the state dict; by default it is found.
 
     Raises:
@@ -91,7 +93,7 @@ def load_accelerated_(
             dense += new.nbytes
             layer = by_parameter.get(id(old))
             if layer is not None:
-                outcome = _packed(layer, {id(placed)} if id(old) in tied else set(), tokens)
+                outcome = _packed(layer, {id(placed)} if id(old) in tied else set(), tokens, int8)
                 if isinstance(outcome, AcceleratedLayer):
                     done.append(outcome)
                 else:
@@ -159,8 +161,8 @@ def _put(model: nn.Module, old: Tensor, new: Tensor) -> Tensor:
     return placed
 
 
-def _packed(layer: Layer, tied: set[int], tokens: int) -> AcceleratedLayer | Skipped:
+def _packed(layer: Layer, tied: set[int], tokens: int, int8: bool) -> AcceleratedLayer | Skipped:
     """Pack one layer whose weight was just read, if that is faster."""
-    plan = plan_layer(layer, "auto", None, tied, tokens)
+    plan = plan_layer(layer, "auto", None, tied, tokens, int8)
     outcome = install(layer, plan, search=False) if isinstance(plan, Plan) else plan
     return outcome if isinstance(outcome, AcceleratedLayer) else Skipped(layer.name, outcome.reason)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from jaxtyping import Int, Shaped
-from torch import Tensor
 
 from bisparse.checkpoint.bands import Band, bands
-from bisparse.checkpoint.coverage import Coverage, cover, cover_by_sidecar, matrix_sides, nonzero
+from bisparse.checkpoint.coverage import Coverage, cover, cover_by_sidecar, nonzero
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer
 from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.reader import Source, open_source
@@ -21,12 +19,10 @@ from bisparse.errors import CheckpointError
 from bisparse.layers import FileEvidence, first_match
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.solution import Verification, Violation, verify
-from bisparse.tiles import Layout, LayoutKind, pad_to_multiple, to_matrices
+from bisparse.tiles import Layout, LayoutKind
 
-__all__ = ["Detected", "detect_patterns", "verify_checkpoint", "verify_stored"]
+__all__ = ["verify_checkpoint", "verify_stored"]
 
-SIZES = (2, 4, 8, 16, 32, 64)
-"""Group sizes M that `detect_patterns` tests."""
 ANY_PATTERN = Pattern(1, 2)
 COUNTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Dtypes that `verify` compares with zero without a conversion."""
@@ -206,108 +202,3 @@ def _moved(violation: Violation, band: Band, m: int) -> Violation:
         row=violation.row + (band.row if along_rows else 0),
         group=violation.group + (0 if along_rows else band.row // m),
     )
-
-
-@dataclass(frozen=True)
-class Detected:
-    """The patterns that a stored weight obeys."""
-
-    layer: str
-    shape: tuple[int, ...]
-    dtype: str
-    density: float
-    patterns: tuple[Pattern, ...]
-    """For each M the smallest N that holds on W, and on both W and W^T, if N < M and no side is shorter than M."""
-    too_large: tuple[int, ...] = ()
-    """Sizes M that were not tested on W, on W^T or on both, since that side is shorter and any group would fit."""
-
-    @property
-    def notable(self) -> tuple[Pattern, ...]:
-        """The patterns that are not implied by another one and are not close to dense."""
-        loosest = self.density + (1 - self.density) / 4
-        return tuple(
-            one for one in self.patterns if one.density <= loosest and not any(_implies(other, one) for other in self.patterns)
-        )
-
-
-def _implies(strict: Pattern, loose: Pattern) -> bool:
-    """Whether every mask of one pattern obeys another: 2:4-T implies 2:4, 2:4 implies 4:8, and 1:8 implies 1:4."""
-    if strict == loose or strict.transposable < loose.transposable:
-        return False
-    if loose.m % strict.m == 0:
-        return strict.n * (loose.m // strict.m) <= loose.n
-    return strict.m % loose.m == 0 and strict.n <= loose.n
-
-
-def cover_source(
-    source: Source,
-    include: NameFilter | None = None,
-    exclude: NameFilter | None = None,
-    layouts: Mapping[str, str | Layout] | None = None,
-) -> Coverage:
-    """The layers that `detect_patterns` examines, and a reason for each other layer.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    found = cover(source.tensors, source.config, ANY_PATTERN, include, exclude, metadata=source.metadata, layouts=layouts)
-    if not found.checked and not found.unchecked:
-        raise CheckpointError(source.path, "has no layer that a pattern applies to", "name tensors with --include")
-    return found
-
-
-def detect_patterns(
-    path: str | Path,
-    *,
-    include: NameFilter | None = None,
-    exclude: NameFilter | None = None,
-    layouts: Mapping[str, str | Layout] | None = None,
-    key: str | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> Iterator[Detected]:
-    """Yield the N:M patterns that each layer of a checkpoint already obeys, one layer at a time.
-
-    Arguments as for `verify_checkpoint`.
-
-    Raises:
-        CheckpointError: the checkpoint cannot be read, or has no layers.
-    """
-    source = unpacked(open_source(path, key))
-    layers = cover_source(source, include, exclude, layouts).checked
-    total, done = sum(layer.tensor.nbytes for layer in layers), 0
-    for layer in layers:
-        if progress:
-            progress(layer.name, done, total)
-        yield _detect(layer)
-        done += layer.tensor.nbytes
-    source.check_unchanged()
-
-
-def _detect(layer: StoredLayer) -> Detected:
-    most = {(m, transposed): 0 for m in SIZES for transposed in (False, True)}
-    kept = 0
-    for band in bands(layer.tensor, layer.layout, max(SIZES)):
-        matrices = to_matrices(nonzero(band.weight), band.layout)
-        kept += int(matrices.sum())
-        for transposed in (False, True):
-            side = matrices.transpose(1, 2) if transposed else matrices
-            for m in SIZES:
-                most[m, transposed] = max(most[m, transposed], _fullest_group(side, m))
-    found = []
-    rows, columns = matrix_sides(layer)
-    for m in SIZES:
-        n, both = most[m, False], max(most[m, False], most[m, True])
-        judged = both < m <= min(rows, columns)
-        if judged:
-            found.append(Pattern(max(both, 1), m, transposable=True))
-        if n < m <= columns and (n < both or not judged):
-            found.append(Pattern(max(n, 1), m))
-    density = kept / max(layer.tensor.size, 1)
-    too_large = tuple(m for m in SIZES if m > min(rows, columns))
-    return Detected(layer.name, layer.tensor.shape, layer.tensor.dtype, density, tuple(found), too_large)
-
-
-def _fullest_group(kept: Shaped[Tensor, "B R C"], m: int) -> int:
-    padded = pad_to_multiple(kept.byte(), m)
-    counts: Int[Tensor, "B R G"] = padded.unflatten(-1, (-1, m)).sum(-1, dtype=torch.uint8)
-    return int(counts.max()) if counts.numel() else 0

@@ -17,6 +17,7 @@ __all__ = [
     "Calibration",
     "Damping",
     "Device",
+    "ExpertFloor",
     "Length",
     "Order",
     "Resume",
@@ -24,6 +25,7 @@ __all__ = [
     "TextField",
     "TextFiles",
     "parse_device",
+    "parse_expert_floor",
     "parse_method",
     "parse_order",
     "parse_reconstruction",
@@ -56,6 +58,14 @@ BlockEpochs = Annotated[
 ]
 Damping = Annotated[float | None, typer.Option(help="Ridge parameter of the least squares; by default chosen on held-out data.")]
 Device = Annotated[str | None, typer.Option(help="Device on which to run transformer blocks, one at a time, such as cuda.")]
+ExpertFloor = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        help="Experts stored in one parameter that get fewer routed tokens per input are calibrated on all tokens. By default 2; "
+        "0: routed tokens only; inf: all tokens for each.",
+    ),
+]
 Resume = Annotated[Path | None, typer.Option(help="A folder for the journal, from which an interrupted job continues.")]
 
 
@@ -112,6 +122,13 @@ def parse_order(order: str) -> Literal["sequential", "parallel"]:
     if order == "parallel":
         return "parallel"
     raise typer.BadParameter(f"{order!r} is not one of sequential, parallel", param_hint="--order")
+
+
+def parse_expert_floor(tokens: float | None) -> float:
+    """The floor of tokens per expert and input, by default that of `prune_`."""
+    from bisparse.pruning.calibration.options import EXPERT_FLOOR
+
+    return EXPERT_FLOOR if tokens is None else tokens
 
 
 def parse_reconstruction(epochs: int, order: str) -> BlockReconstruction | None:

@@ -14,6 +14,7 @@ from bisparse.cli.calibration_options import (
     Calibration,
     Damping,
     Device,
+    ExpertFloor,
     Length,
     Order,
     Resume,
@@ -21,6 +22,7 @@ from bisparse.cli.calibration_options import (
     TextField,
     TextFiles,
     parse_device,
+    parse_expert_floor,
     parse_method,
     parse_order,
     parse_reconstruction,
@@ -77,6 +79,7 @@ def convert(
     ] = False,
     order: Order = "sequential",
     block_epochs: BlockEpochs = 0,
+    expert_floor: ExpertFloor = None,
     damping: Damping = None,
     include: Included = None,
     exclude: Excluded = None,
@@ -101,6 +104,7 @@ def convert(
             "--include": include, "--exclude": exclude,
             "--layout": layout, "--damping": damping, "--solver": solver, "--device": device, "--resume": resume,
             "--regrow": regrow or None, "--block-epochs": block_epochs or None,
+            "--expert-floor": expert_floor,
         }  # fmt: skip
         if given := [name for name, value in others.items() if value not in (None, [])]:
             raise typer.BadParameter("does not work with --to-dense, which changes no weight", param_hint=given[0])
@@ -137,6 +141,7 @@ def convert(
             solver=parse_solver_option(solver),
             order=chosen_order,
             reconstruction=parse_reconstruction(block_epochs, order),
+            expert_floor=parse_expert_floor(expert_floor),
             device=parse_device(device),
             resume=resume,
             keep_journal=True,

@@ -161,9 +161,9 @@ def _checkpoint(
     path: Path, include: list[str] | None, exclude: list[str] | None, layouts: dict[str, str], key: str | None, as_json: bool
 ) -> None:
     from bisparse.checkpoint import detect_patterns
+    from bisparse.checkpoint.detect import cover_source
     from bisparse.checkpoint.reader import open_source
     from bisparse.checkpoint.sidecar import read_own_sidecar
-    from bisparse.checkpoint.verify import cover_source
 
     with progress_bar(show=not as_json) as progress:
         found = list(detect_patterns(path, include=include, exclude=exclude, layouts=layouts, key=key, progress=progress))
@@ -186,7 +186,7 @@ def _checkpoint(
         density = sum(one.density for one in group) / len(group)
         patterns = "  ".join(map(str, group[0].notable)) or "none (dense, or unstructured)"
         if group[0].too_large:
-            patterns += f"; not judged, since a side is shorter than M = {', '.join(map(str, group[0].too_large))}"
+            patterns += f"; M from {group[0].too_large[0]} on is not judged, since a side is shorter"
         rows.append((name, str(len(group)), " x ".join(map(str, group[0].shape)), group[0].dtype, f"{density:.4f}", patterns))
     print_table(console, ("layer", " n", " shape", "dtype", " density", "obeys"), rows)
     print_left_dense(console, covered.unchecked, "not examined")

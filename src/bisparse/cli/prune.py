@@ -14,6 +14,7 @@ from bisparse.cli.calibration_options import (
     Calibration,
     Damping,
     Device,
+    ExpertFloor,
     Length,
     Order,
     Resume,
@@ -35,7 +36,7 @@ from bisparse.cli.console import (
     set_threads,
 )
 from bisparse.cli.deploy import Export, Quantize, check_deployment
-from bisparse.cli.prune_job import PruneJob, prune_by_magnitude, prune_calibrated
+from bisparse.cli.prune_job import CalibrationSettings, PruneJob, prune_by_magnitude, prune_calibrated
 
 if TYPE_CHECKING:
     from bisparse.pattern import Structure
@@ -92,6 +93,7 @@ def prune(
     length: Length = 512,
     order: Order = "sequential",
     block_epochs: BlockEpochs = 0,
+    expert_floor: ExpertFloor = None,
     damping: Damping = None,
     device: Device = None,
     resume: Resume = None,
@@ -129,9 +131,11 @@ def prune(
     job = PruneJob(source, target, structure, {**layers, **choices}, solver, key, overwrite, as_json, texts, quantize, export)
     if method == "magnitude" and not block_epochs and not choices and ":" not in str(source):
         unused = {"--calibration": calibration, "--text-field": text_field, "--damping": damping, "--device": device}
+        unused["--expert-floor"] = expert_floor
         prune_by_magnitude(job, {**unused, "--resume": resume}, measuring, dry_run=dry_run)
     else:
-        prune_calibrated(job, method, damping, chosen_order, block_epochs, device, resume, measuring, dry_run=dry_run)
+        settings = CalibrationSettings(method, damping, chosen_order, block_epochs, expert_floor, device, resume)
+        prune_calibrated(job, settings, measuring, dry_run=dry_run)
 
 
 def _layer_pattern(text: str) -> tuple[str, Structure]:

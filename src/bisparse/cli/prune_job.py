@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import typer
 
 from bisparse.cli.calibrated import on_first_rank, plan_with_data, prune_with_data
-from bisparse.cli.calibration_options import TextFiles, parse_device, parse_method, parse_reconstruction
+from bisparse.cli.calibration_options import TextFiles, parse_device, parse_expert_floor, parse_method, parse_reconstruction
 from bisparse.cli.console import parse_solver_option, parse_source, print_coverage, print_json, progress_bar, to_stdout
 from bisparse.cli.deploy import deploy
 from bisparse.cli.plan import Plan, PlannedLayer, show_plan
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from bisparse.pattern import Structure
     from bisparse.results import LayerResult, PruneReport
 
-__all__ = ["PruneJob", "prune_by_magnitude", "prune_calibrated"]
+__all__ = ["CalibrationSettings", "PruneJob", "prune_by_magnitude", "prune_calibrated"]
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,21 @@ class PruneJob:
         deploy(target, self.quantize, self.export, calibration, self.texts.sequences, self.texts.length, self.overwrite)
 
 
+@dataclass(frozen=True)
+class CalibrationSettings:
+    """The options of `bisparse prune` for methods that use calibration data, as given."""
+
+    method: str
+    damping: float | None
+    order: Literal["sequential", "parallel"]
+    block_epochs: int
+    expert_floor: float | None
+    device: str | None
+    resume: Path | None
+
+
 def prune_calibrated(
-    job: PruneJob,
-    method: str,
-    damping: float | None,
-    order: Literal["sequential", "parallel"],
-    block_epochs: int,
-    device: str | None,
-    resume: Path | None,
-    measuring: AbstractContextManager[None],
-    *,
-    dry_run: bool,
+    job: PruneJob, settings: CalibrationSettings, measuring: AbstractContextManager[None], *, dry_run: bool
 ) -> None:
     """Build the model and prune it by a method; a dry run only shows the plan."""
     if job.key is not None:
@@ -71,12 +75,13 @@ def prune_calibrated(
         as_json=job.as_json,
         **job.layers,
         solver=parse_solver_option(job.solver),
-        order=order,
-        reconstruction=parse_reconstruction(block_epochs, order),
-        device=parse_device(device),
-        resume=resume,
+        order=settings.order,
+        reconstruction=parse_reconstruction(settings.block_epochs, settings.order),
+        expert_floor=parse_expert_floor(settings.expert_floor),
+        device=parse_device(settings.device),
+        resume=settings.resume,
     )
-    chosen = parse_method(method, damping)
+    chosen = parse_method(settings.method, settings.damping)
     if dry_run:
         structure = job.structure
         if structure is None:

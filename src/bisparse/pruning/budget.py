@@ -31,9 +31,11 @@ from bisparse.pruning.calibration.finished_block import FinishedBlock
 from bisparse.pruning.calibration.hooks import unseen_reason
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
+from bisparse.pruning.experts import expert_problems
 from bisparse.pruning.fingerprint import fingerprint, stable_repr
 from bisparse.pruning.knapsack import Choice, choose
 from bisparse.pruning.layer import check_can_be_written, layer_problem
+from bisparse.pruning.methods.base import LayerProblem
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout
 
@@ -308,13 +310,26 @@ def _lost(layer: Layer, structure: Structure | None, solver: Solver, statistics:
         squares = _in_units_of_the_largest(problem.weight).square()
         total = float(squares.double().sum())
         return float(squares[~problem.solve(squares).mask].double().sum()) / total if total > 0 else 0.0
+    experts = statistics.experts
+    if experts is None:
+        lost, energy = _energies(problem)
+        return lost / energy if energy > 0 else 0.0
+    lost = energy = 0.0
+    for own, expert in zip(expert_problems(problem, experts), experts, strict=True):
+        if tokens := expert.statistics.columns:
+            own_lost, own_energy = _energies(own)
+            lost, energy = lost + tokens * own_lost, energy + tokens * own_energy
+    return lost / energy if energy > 0 else 0.0
+
+
+def _energies(problem: LayerProblem) -> tuple[float, float]:
+    """The mean output energy that the mask loses, and the total, from the problem's statistics."""
     least = problem.least_squares(centred=False)
     scale = least.gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()[:, None, :]
     scores = _in_units_of_the_largest(least.weight * scale).square()
     mask = problem.solve(problem.matrices(scores)).mask
     energy = float(least.energy.double().sum())
-    lost = float(least.row_error(problem.rows(problem.weight * mask).float()).double().sum())
-    return lost / energy if energy > 0 else 0.0
+    return float(least.row_error(problem.rows(problem.weight * mask).float()).double().sum()), energy
 
 
 def _in_units_of_the_largest(values: torch.Tensor) -> torch.Tensor:

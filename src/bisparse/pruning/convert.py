@@ -21,7 +21,7 @@ from bisparse.layers import Filter, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.process_group import Ranks
 from bisparse.pruning.block_reconstruction import BlockReconstruction
-from bisparse.pruning.calibration.options import Options, Order
+from bisparse.pruning.calibration.options import EXPERT_FLOOR, Options, Order
 from bisparse.pruning.job import Task
 from bisparse.pruning.layer import plan
 from bisparse.pruning.methods import parse_method
@@ -59,6 +59,7 @@ def convert_(
     keep_journal: bool = False,
     progress: bool | None = None,
     group: ProcessGroup | None = None,
+    expert_floor: float = EXPERT_FLOOR,
 ) -> PruneReport:
     """Convert the masks of a model (the non-zeros of its weights) to another pattern, in place.
 
@@ -73,7 +74,7 @@ def convert_(
         regrow: let the new mask keep weights that the old one pruned; requires data and `AdaPrune`.
         patterns: patterns of single layers, by name, such as from `fitting_patterns`.
         include, exclude, layouts, remainder, solver, order: as for `prune_`.
-        reconstruction, forward, device, resume, keep_journal, progress, group: as for `prune_`.
+        reconstruction, forward, device, resume, keep_journal, progress, group, expert_floor: as for `prune_`.
 
     >>> model = nn.Sequential(nn.Linear(16, 16))
     >>> _ = convert_(model, "4:8")
@@ -92,7 +93,9 @@ def convert_(
             if not isinstance(method, AdaPrune) or batches is None:
                 raise ValueError("regrow=True ranks pruned weights by their gain, which requires batches and the method AdaPrune")
             method = Regrow(method)
-        options = Options(parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress)
+        options = Options(
+            parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress, expert_floor
+        )
         planned, left_dense = plan(
             model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts
         )

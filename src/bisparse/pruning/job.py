@@ -25,10 +25,11 @@ from bisparse.process_group import Ranks
 from bisparse.pruning.bias import bias_of, norms_after
 from bisparse.pruning.calibration.calibrate import Walk
 from bisparse.pruning.calibration.collector import Stage
+from bisparse.pruning.calibration.expert_inputs import EXPERTS
 from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
-from bisparse.pruning.calibration.hooks import unseen_reason
+from bisparse.pruning.calibration.hooks import WITHOUT_DATA, unseen_reason
 from bisparse.pruning.calibration.options import Options
-from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
+from bisparse.pruning.calibration.statistics import CalibrationError, ExpertStatistics, Statistic
 from bisparse.pruning.fingerprint import fingerprint, stable_repr
 from bisparse.pruning.journal import Journal, JournalError
 from bisparse.pruning.layer import Change, prune_layer
@@ -89,6 +90,7 @@ class Job:
         self.walk = Walk()
         self.results: dict[str, LayerResult] = {}
         self.fits: list[BlockFit] = []
+        self.experts: list[tuple[ExpertStatistics, ...]] = []
         self.norms: dict[str, nn.Module] = {}
         self.journal: Journal | None = None
         self._batches = batches
@@ -141,7 +143,9 @@ class Job:
             )
             own[layer.name] = change.mask, change.weight, change.bias, result
         found = {name: one for part in self.ranks.all(own) for name, one in part.items()}
-        for layer in stage.layers:
+        for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
+            if layer.name in found and statistics.experts is not None:
+                self.experts.append(statistics.experts)
             if layer.name not in found:
                 self.walk.unreached.append(layer.name)
                 continue
@@ -242,6 +246,7 @@ class Job:
             "jobs": {name: f"{task.structure} by {stable_repr(task.method)}" for name, task in self.tasks.items()},
             "solver": stable_repr(options.solver),
             "order": f"{options.order}{fit}",
+            "experts": f"all tokens below {options.expert_floor:g} per input",
             "data": fingerprint(*pytree.tree_leaves(self.data)) if self.uses_data else "none",
             "weights": fingerprint(*(layer.weight for layer in self.layers)) if self.uses_data else "none",
         }
@@ -249,7 +254,8 @@ class Job:
     def _argument_by_argument(self, about: Mapping[str, Any]) -> dict[str, str]:
         """The description of the job with one entry per layer and tensor, for ranks to compare."""
         lines = {f"the pruning of {name}": line for name, line in about["jobs"].items()}
-        lines |= {"solver=": about["solver"], "order=": about["order"], "the digest of the data": about["data"]}
+        lines |= {"solver=": about["solver"], "order=": about["order"], "expert_floor=": about["experts"]}
+        lines["the digest of the data"] = about["data"]
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         lines |= {f"the digest of {name}": fingerprint(one) for name, one in tensors.items()}
         allowed = [(name, task.allowed) for name, task in self.tasks.items() if task.allowed is not None]
@@ -296,7 +302,7 @@ class Job:
     def _notes(self) -> tuple[str, ...]:
         if not self.uses_data:
             return ()
-        cost = _notes(self.walk, len(self.data), self.options.order)
+        cost = _notes(self.walk, len(self.data), self.options.order) + _note_of_experts(self.experts, self.options.expert_floor)
         return cost + (_note_of(self.fits) if self.options.reconstruction is not None else ())
 
 
@@ -317,8 +323,28 @@ def _note_of(fits: Sequence[BlockFit]) -> tuple[str, ...]:
     )
 
 
+def _note_of_experts(stacks: Sequence[Sequence[ExpertStatistics]], floor: float) -> tuple[str, ...]:
+    experts = [one for stack in stacks for one in stack]
+    if not experts:
+        return ()
+    routed = [one.routed for one in experts]
+    wide = sum(one.all_tokens for one in experts)
+    unseen = sum(not one.statistics.columns for one in experts)
+    return (
+        f"{len(stacks)} stacks of experts calibrated per expert: {min(routed)} to {max(routed)} tokens routed to each; {wide} of "
+        f"{len(experts)} on all tokens (below {floor:g} routed tokens per input), {unseen} by magnitude (no token)",
+    )
+
+
 def _why_unreached(layer: Layer) -> str:
-    return unseen_reason(layer) or "no calibration batch reached this layer"
+    if (reason := unseen_reason(layer)) is not None:
+        return reason
+    if layer.layout.kind in EXPERTS:
+        return (
+            "calibration saw no product of these experts: no batch reached them, or their module is not called itself or does "
+            f"not multiply by views of the parameter; {WITHOUT_DATA}"
+        )
+    return "no calibration batch reached this layer"
 
 
 def _notes(walk: Walk, batches: int, order: str) -> tuple[str, ...]:

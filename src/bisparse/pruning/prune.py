@@ -20,7 +20,7 @@ from bisparse.pruning.budget import Budget, Plan, plan_within
 from bisparse.pruning.calibration.calibrate import calibrate
 from bisparse.pruning.calibration.collector import Stage
 from bisparse.pruning.calibration.finished_block import FinishedBlock
-from bisparse.pruning.calibration.options import Options, Order
+from bisparse.pruning.calibration.options import EXPERT_FLOOR, Options, Order
 from bisparse.pruning.calibration.statistics import Statistics
 from bisparse.pruning.given_scores import Scores, methods_of
 from bisparse.pruning.job import Job, Outcome, Task
@@ -58,6 +58,7 @@ def prune_(
     keep_journal: bool = False,
     progress: bool | None = None,
     group: ProcessGroup | None = None,
+    expert_floor: float = EXPERT_FLOOR,
 ) -> PruneReport:
     """Prune the layers of a model in place. Returns a report on each layer, with a reason for each one left dense.
 
@@ -93,6 +94,8 @@ def prune_(
         progress: show a progress bar, or lines with the time without a terminal; None: only a bar on a terminal.
         group: ranks that share the job, such as ``torch.distributed.group.WORLD`` under torchrun. Each calls this function with
             the same model and batches, runs some of the batches, prunes some of the layers, and gets the whole result.
+        expert_floor: of experts stored in one parameter, those that get fewer routed calibration tokens per input of their matrix
+            are calibrated on all tokens. 0: on routed tokens only; ``float("inf")``: every expert on all tokens.
 
     Raises:
         CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
@@ -112,7 +115,9 @@ def prune_(
         if scores is not None and method is not None:
             raise ValueError(f"both scores= and method={method!r:.60} choose the masks: leave out one of them")
         method = Magnitude() if method is None else parse_method(method)
-        options = Options(parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress)
+        options = Options(
+            parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress, expert_floor
+        )
         chosen: dict[str, Any] = {"include": include, "exclude": exclude, "remainder": remainder, "layouts": layouts}
         within: Plan | None = None
         if budget is not None:

@@ -17,7 +17,7 @@ from bisparse.pruning.calibration.calibrate import calibrate
 from bisparse.pruning.calibration.collector import Stage
 from bisparse.pruning.calibration.finished_block import FinishedBlock
 from bisparse.pruning.calibration.options import Options
-from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
+from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics, stacked_moments
 from bisparse.pruning.layer import check_can_be_written, layer_problem
 from bisparse.pruning.methods.base import LayerProblem, check_choice, check_number
 from bisparse.pruning.reduction import positions
@@ -153,6 +153,11 @@ def _stages(
 def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> QuantizedLayer:
     """Quantise one layer in place."""
     scheme, dtype = settings.scheme, layer.weight.dtype
+    unseen = ""
+    if statistics.experts is not None and statistics.columns:
+        empty = [str(number) for number, one in enumerate(statistics.experts) if not one.statistics.columns]
+        unseen = f"rounded to nearest, since no token was routed there: experts {', '.join(empty)}" if empty else ""
+        statistics = stacked_moments(statistics.experts)
     problem = layer_problem(layer, ANY, statistics=statistics if statistics.columns else None)
     rows = problem.rows(problem.weight).float()
     kept = rows != 0
@@ -161,7 +166,7 @@ def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> Qua
     note = ""
     if statistics.columns:
         whole = problem.least_squares(centred=False, statistics=statistics.merged())
-        note = whole.note
+        note = unseen or whole.note
         rounded = after = whole.error(stored * scheme.spread(scale, rows.shape[-1]))
         if settings.method == "gptq":
             gram = whole.damped(settings.damping).gram

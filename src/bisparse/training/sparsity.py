@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
-from bisparse.results import LayerResult, PruneReport
+from bisparse.results import LayerResult, PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import from_matrices
 from bisparse.training.attach_check import attach_error, check_not_flattened, check_run_length
@@ -122,8 +122,9 @@ class Sparsity:
     def __repr__(self) -> str:
         how = "static" if self.mode == "static" else f"dynamic, {self.method}, refreshed every {self.refresh_every} steps"
         ended = "" if self.ended is None else ", ended by finalize_"
-        counts = f"{len(self.layers)} layers sparse, {len(self.skipped)} dense, step {self.step}{ended}"
-        return f"Sparsity({self.pattern}, {how}: {counts})"
+        share = sum(layer.weight.numel() for layer in self.layers) / max(1, count_parameters(self.called[0]))
+        layers = f"{len(self.layers)} layers ({share:.1%} of all parameters) sparse, {len(self.skipped)} dense"
+        return f"Sparsity({self.pattern}, {how}: {layers}, step {self.step}{ended})"
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks are on this object's model and optimizers, not on those of a copy.

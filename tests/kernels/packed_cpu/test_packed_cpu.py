@@ -100,7 +100,7 @@ def test_every_way_multiplies(shape: tuple[int, int], dtype: torch.dtype, way: W
             x, bias = sparse(tokens, shape[1], 1, dtype, seed=1), sparse(1, shape[0], 1, dtype, seed=2)[0]
             for added in (None, bias):
                 for run in (multiply.multiply, multiply.multiply_bands):
-                    assert_product(run(way, x, *packed, added, shape[0]), x, weight, added)
+                    assert_product(run(way, x, packed, added, shape[0]), x, weight, added)
 
 
 @ALL_WAYS
@@ -128,7 +128,7 @@ def test_results_are_rounded_to_nearest_even_and_keep_infinity_and_nan(dtype: to
     rows = [[1, ulp / 2], [1 + ulp, ulp / 2], [1, ulp / 2 * (1 + ulp)], [largest, largest], [float("nan"), 1], [-1, -ulp / 2]]
     weight = torch.tensor(rows).to(dtype)
     exact = weight.float().sum(1)
-    found = multiply.multiply(way, torch.ones(1, 2, dtype=dtype), *pack_bitmask(weight), None, 6)[0]
+    found = multiply.multiply(way, torch.ones(1, 2, dtype=dtype), pack_bitmask(weight), None, 6)[0]
     assert torch.equal(found.isnan(), exact.isnan())
     assert torch.equal(found.nan_to_num(7), exact.to(dtype).nan_to_num(7))
 

@@ -14,6 +14,7 @@ from torch.nn.functional import linear
 
 from bisparse.accelerate.backends.base import BackendError, Refusal
 from bisparse.kernels.packed_cpu.direct import Product
+from bisparse.kernels.packed_cpu.int8 import Int8Packed, dequantized, pack_int8
 from bisparse.kernels.packed_cpu.layout import BitmaskPacked, pack_bitmask, unpack_bitmask
 from bisparse.rollback import same_bits
 
@@ -26,7 +27,9 @@ __all__ = [
     "CPUTiming",
     "cpu_reason",
     "density_refusal",
+    "int8_reason",
     "measured",
+    "rounding_error",
 ]
 
 CPU = "cpu"
@@ -47,7 +50,7 @@ MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 50, 0.03
 
 @dataclass(frozen=True)
 class BitmaskWeight:
-    """A constant weight with any pattern of zeros, stored as its non-zeros and one bit per entry."""
+    """A constant weight with any pattern of zeros, stored as its non-zeros and one bit per entry, exactly or in int8."""
 
     shape: tuple[int, int]
     """(out_features, in_features)."""
@@ -56,12 +59,12 @@ class BitmaskWeight:
     max_tokens: int
     """Maximum number of tokens for which the weight is multiplied in packed form; for more, bands of it are expanded, unless
     AMX multiplies them."""
-    packed: BitmaskPacked
+    packed: BitmaskPacked | Int8Packed
 
     @classmethod
     @torch.no_grad()
-    def from_dense(cls, weight: Float[Tensor, "O I"], *, max_tokens: int, name: str = "") -> BitmaskWeight:
-        """Pack a weight. The packed weight is unpacked once and compared.
+    def from_dense(cls, weight: Float[Tensor, "O I"], *, max_tokens: int, int8: bool = False, name: str = "") -> BitmaskWeight:
+        """Pack a weight. The packed weight is unpacked once and compared: equal or, in int8, within half a step of each row.
 
         Raises:
             BackendError: the weight has no values, or unpacking does not return the same weight.
@@ -70,6 +73,8 @@ class BitmaskWeight:
         shape = (weight.shape[0], weight.shape[1])
         if weight.is_meta:
             raise BackendError(f"{name or 'a weight'} of shape {shape} is on the meta device: there are no values to pack")
+        if int8:
+            return cls(shape, trainable, max_tokens, _rounded(weight, name))
         packed = pack_bitmask(weight)
         if not same_bits(unpack_bitmask(packed, *shape), torch.where(weight == 0, 0.0, weight)):
             raise BackendError(
@@ -80,20 +85,25 @@ class BitmaskWeight:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The weight's dtype."""
-        dtype: torch.dtype = self.packed.values.dtype
+        """The weight's dtype, bfloat16 if it is stored in int8."""
+        dtype: torch.dtype = torch.bfloat16 if self.int8 else self.packed.values.dtype
         return dtype
 
     @property
+    def int8(self) -> bool:
+        """Whether the weight was rounded to int8, with one scale per row."""
+        return isinstance(self.packed, Int8Packed)
+
+    @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """All stored tensors; the first one has the weight's dtype."""
+        """All stored tensors."""
         return tuple(self.packed)
 
     @property
     def description(self) -> str:
         """How the weight is stored, for `repr`."""
         expanded = f", expanded beyond {self.max_tokens} tokens" if self.expands else ""
-        return f"packed with a bit mask{expanded}"
+        return f"packed with a bit mask{', in int8' if self.int8 else expanded}"
 
     @property
     def expands(self) -> bool:
@@ -105,7 +115,11 @@ class BitmaskWeight:
     @torch.no_grad()
     def dense(self) -> Float[Tensor, "O I"]:
         """The dense weight. Its zeros are all 0.0, since packed storage does not keep the sign of zeros."""
-        return unpack_bitmask(self.packed, *self.shape)
+        if isinstance(self.packed, BitmaskPacked):
+            return unpack_bitmask(self.packed, *self.shape)
+        if self.packed.values.is_meta:
+            return torch.empty(self.shape, dtype=self.dtype, device="meta")
+        return dequantized(self.packed, *self.shape).to(self.dtype)
 
     def parameter(self) -> nn.Parameter:
         """The dense weight as a parameter."""
@@ -124,8 +138,12 @@ class BitmaskWeight:
         return self.product(input, bias)
 
     def repacked(self, weight: Float[Tensor, "O I"], name: str = "") -> BitmaskWeight:
-        """A different dense weight packed the same way; on another device or in float64, products expand all of it."""
-        return replace(self.from_dense(weight, max_tokens=self.max_tokens, name=name), trainable=self.trainable)
+        """A different dense weight packed the same way; on another device or in float64, products expand all of it.
+
+        Only bfloat16 is rounded to int8; in another dtype the weight keeps its values.
+        """
+        int8 = self.int8 and weight.dtype == torch.bfloat16
+        return replace(self.from_dense(weight, max_tokens=self.max_tokens, int8=int8, name=name), trainable=self.trainable)
 
     def mapped(self, fn: Callable[[Tensor], Tensor]) -> BitmaskWeight:
         """A copy with a function applied to all tensors, which keeps the weight's dtype and the bits of the masks."""
@@ -134,7 +152,7 @@ class BitmaskWeight:
             # Viewed as the weight's dtype, since a function such as `.type(bfloat16)` would round integers.
             return fn(tensor.view(self.dtype)).view(tensor.dtype)
 
-        return replace(self, packed=BitmaskPacked(*(apply(one) for one in self.packed)))
+        return replace(self, packed=type(self.packed)(*(apply(one) for one in self.packed)))
 
 
 @dataclass(frozen=True)
@@ -153,6 +171,32 @@ class CPUTiming:
         return self.dense_s / self.packed_s
 
 
+def _rounded(weight: Float[Tensor, "O I"], name: str) -> Int8Packed:
+    """A weight in int8, compared with the weight.
+
+    Raises:
+        BackendError: it is not finite, or unpacking returns a value that is not the nearest one.
+    """
+    try:
+        packed = pack_int8(weight)
+    except ValueError as error:
+        raise BackendError(f"{name or 'a weight'}: {error}") from error
+    steps = packed.scales[: weight.shape[0], None]
+    if bool(((dequantized(packed, *weight.shape) - weight.float()).abs() > 0.501 * steps).any()):
+        raise BackendError(f"{name or 'a weight'} of shape {tuple(weight.shape)}: int8 does not return the nearest values")
+    return packed
+
+
+def rounding_error(weight: Float[Tensor, "O I"], packed: BitmaskWeight) -> float:
+    """Norm of the difference between a weight and what was packed of it, divided by the weight's norm."""
+    if not isinstance(packed.packed, Int8Packed):
+        return 0.0
+    wide = weight.detach().float()
+    return float(
+        (dequantized(packed.packed, *packed.shape) - wide).norm() / wide.norm().clamp_min(torch.finfo(torch.float32).tiny)
+    )
+
+
 def cpu_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | None:
     """Why packed weights of this dtype have no compiled product on this device; None if they have one."""
     from bisparse.kernels.packed_cpu.instructions import NUMBERS, usable_ways
@@ -164,6 +208,17 @@ def cpu_reason(device: torch.device, dtype: torch.dtype | None = None) -> str | 
     if dtype is not None and dtype not in NUMBERS:
         taken = ", ".join(str(one).removeprefix("torch.") for one in NUMBERS)
         return f"{CPU} takes {taken}, not {str(dtype).removeprefix('torch.')}"
+    return None
+
+
+def int8_reason(dtype: torch.dtype) -> str | None:
+    """Why weights of this dtype have no product in int8 on this processor; None if they have one."""
+    from bisparse.kernels.packed_cpu.instructions import Way, usable_ways
+
+    if Way.AVX512_BF16 not in usable_ways(torch.bfloat16):
+        return "int8 needs AVX-512 with bfloat16 products, which this processor does not have or numba does not use"
+    if dtype != torch.bfloat16:
+        return f"int8 takes bfloat16 weights, not {str(dtype).removeprefix('torch.')}: call model.bfloat16() first"
     return None
 
 
@@ -180,12 +235,12 @@ def density_refusal(weight: Float[Tensor, "O I"]) -> Refusal | None:
     return None
 
 
-_timings: dict[tuple[tuple[int, int], torch.dtype, int, int, int], CPUTiming] = {}
-"""Timings by shape, dtype, rounded density, threads and tokens."""
+_timings: dict[tuple[tuple[int, int], torch.dtype, int, int, int, bool], CPUTiming] = {}
+"""Timings by shape, dtype, rounded density, threads, tokens, and whether in int8."""
 
 
 @torch.no_grad()
-def measured(weight: Float[Tensor, "O I"], tokens: int = 1) -> CPUTiming:
+def measured(weight: Float[Tensor, "O I"], tokens: int = 1, int8: bool = False) -> CPUTiming:
     """Times of products with a weight on this CPU, dense and packed; measured once per shape, dtype, density, threads and tokens.
 
     The same product is repeated, so a weight that fits into the caches is timed in the caches.
@@ -194,9 +249,9 @@ def measured(weight: Float[Tensor, "O I"], tokens: int = 1) -> CPUTiming:
 
     weight = weight.detach()
     rows, columns = weight.shape
-    key = (rows, columns), weight.dtype, round(DENSITY_STEPS * _density(weight)), torch.get_num_threads(), tokens
+    key = (rows, columns), weight.dtype, round(DENSITY_STEPS * _density(weight)), torch.get_num_threads(), tokens, int8
     if key not in _timings:
-        packed, generator = pack_bitmask(weight), torch.Generator().manual_seed(0)
+        packed, generator = pack_int8(weight) if int8 else pack_bitmask(weight), torch.Generator().manual_seed(0)
         inputs = torch.randn(max(*TOKENS, MANY_TOKENS, tokens), columns, generator=generator).to(weight.dtype)
 
         def dense(count: int) -> Callable[[], Tensor]:
@@ -207,7 +262,7 @@ def measured(weight: Float[Tensor, "O I"], tokens: int = 1) -> CPUTiming:
             return lambda: call(inputs[:count], None)
 
         most, times = 1, _fastest(dense(1), product(1, 1)) if tokens == 1 else None
-        for count in TOKENS if expands(weight.dtype) and (times is None or times[1] < times[0]) else ():
+        for count in TOKENS if not int8 and expands(weight.dtype) and (times is None or times[1] < times[0]) else ():
             as_stored, expanded = _fastest(product(count, count), product(count, 0))
             if as_stored > expanded:
                 break

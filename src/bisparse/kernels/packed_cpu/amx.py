@@ -33,7 +33,7 @@ from bisparse.kernels.packed_cpu.amx_tiles import (
     to_pairs,
     write_tile,
 )
-from bisparse.kernels.packed_cpu.instructions import MASK_BYTES, Way, expand_groups, usable_ways
+from bisparse.kernels.packed_cpu.instructions import BF16, INT8, MASK_BYTES, Way, expand_groups, usable_ways
 from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
 
 __all__ = ["amx_works", "multiply_amx"]
@@ -60,15 +60,17 @@ def amx_works() -> bool:
 
 
 @cached_njit()
-def _write_part(sums, bias, out, stride, tokens, rows):  # type: ignore[no-untyped-def]
-    """`_write_tile` for fewer than 16 tokens or rows."""
-    given, added = np.empty(SIDE * SIDE, np.uint16), np.zeros(SIDE, np.uint16)
+def _write_part(sums, scales, bias, out, stride, tokens, rows):  # type: ignore[no-untyped-def]
+    """`write_tile` for fewer than 16 tokens or rows."""
+    given, added, factors = np.empty(SIDE * SIDE, np.uint16), np.zeros(SIDE, np.uint16), np.ones(SIDE, np.float32)
+    if scales != 0:
+        factors[:rows] = array_at(scales, (rows,), np.float32)
     if bias != 0:
         added[:rows] = array_at(bias, (rows,), np.uint16)
-    write_tile(sums, added.ctypes.data, given.ctypes.data, 2 * SIDE)
+    write_tile(sums, factors.ctypes.data, added.ctypes.data, given.ctypes.data, 2 * SIDE)
     for token in range(tokens):
         array_at(out + token * stride, (rows,), np.uint16)[:] = given[SIDE * token : SIDE * token + rows]
-    added[0] = 0  # numba frees an array after its last use, and addresses are no use
+    added[0] = factors[0] = 0  # numba frees an array after its last use, and addresses are no use
 
 
 @cache
@@ -119,19 +121,21 @@ def _add_one(weights, token, groups):  # type: ignore[no-untyped-def]
 
 
 @cache
-def amx_kernel() -> Kernel:
+def amx_kernel(kind: int) -> Kernel:
     """Products of stripes of 32 rows with all tokens, plus the bias, rounded to bfloat16.
 
     Up to 32 tokens, `most` groups of a stripe are expanded at a time, which stay in the L1 cache; for more tokens `most` stripes,
     which stay in the L2 cache while all tokens pass.
 
-    Arguments: values, masks, starts, tokens as `pairs_kernel` orders them, bias (bfloat16) or 0, output, configuration; groups,
-    blocks, number of tokens, rows, `most`.
+    Arguments: values, masks, starts, tokens as `pairs_kernel` orders them, bias (bfloat16) or 0, output, configuration, scales
+    of rows (float32) or 0; groups, blocks, number of tokens, rows, `most`.
     """
 
+    size = 1 if kind == INT8 else 2
+
     def entry(arguments, first, last):  # type: ignore[no-untyped-def]
-        packed, masks, starts, x, added, out, configuration, groups, blocks, tokens, rows, most = array_at(
-            arguments, (12,), np.int64
+        packed, masks, starts, x, added, out, configuration, scales, groups, blocks, tokens, rows, most = array_at(
+            arguments, (13,), np.int64
         )
         where = array_at(starts, (blocks + 1,), np.int64)
         configure(configuration)
@@ -145,7 +149,7 @@ def amx_kernel() -> Kernel:
         for start in range(first, last, at_a_time):
             count = min(at_a_time, last - start)
             for index in range(BLOCKS * count):
-                position[index] = packed + 2 * where[min(BLOCKS * start + index, blocks)]
+                position[index] = packed + size * where[min(BLOCKS * start + index, blocks)]
             for begin in range(0, groups, span):
                 length = min(span, groups - begin)
                 for index in range(BLOCKS * count):
@@ -153,7 +157,7 @@ def amx_kernel() -> Kernel:
                     if block < blocks:  # what is missing only affects rows that are not written
                         own = masks + MASK_BYTES * (groups * block + begin)
                         target = expanded + 2 * TILE_BYTES * span * (index // BLOCKS) + BLOCK_ROWS * ROW_BYTES * (index % BLOCKS)
-                        position[index] = expand_groups(position[index], own, length, target, ROW_BYTES, 2 * TILE_BYTES)
+                        position[index] = expand_groups(kind, position[index], own, length, target, ROW_BYTES, 2 * TILE_BYTES)
                 for tile in range(0, tiles, 2):
                     two = tile + 1 < tiles
                     for stripe in range(count):
@@ -178,10 +182,13 @@ def amx_kernel() -> Kernel:
                             row, column = 2 * SIDE * (start + stripe) + SIDE * (part % 2), SIDE * (tile + part // 2)
                             found, place = sums + TILE_BYTES * part, out + 2 * (rows * column + row)
                             bias = added + 2 * row if added != 0 else 0
+                            factors = scales + 4 * row if scales != 0 else 0
                             if rows - row >= SIDE and tokens - column >= SIDE:
-                                write_tile(found, bias, place, 2 * rows)
+                                write_tile(found, factors, bias, place, 2 * rows)
                             elif rows > row:
-                                _write_part(found, bias, place, 2 * rows, min(SIDE, tokens - column), min(SIDE, rows - row))
+                                _write_part(
+                                    found, factors, bias, place, 2 * rows, min(SIDE, tokens - column), min(SIDE, rows - row)
+                                )
         release()
         room[0] = 0  # numba frees an array after its last use, and addresses are no use
         return 1
@@ -199,8 +206,13 @@ def _configuration() -> Tensor:
     return bytes_
 
 
-def multiply_amx(x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
-    """``x W^T + bias`` for x of (tokens, columns) and bias in bfloat16, W packed: one pass over W.
+def multiply_amx(
+    x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int, scales: Tensor | None = None
+) -> Tensor:
+    """``x W^T + bias`` for x of (tokens, columns) and bias in bfloat16, W packed in bfloat16 or int8: one pass over W.
+
+    Args:
+        scales: for int8, a float32 factor per row of whole blocks.
 
     Raises:
         RuntimeError: `amx_works` is False; the instructions would end the process.
@@ -218,9 +230,9 @@ def multiply_amx(x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias:
     pairs = x.new_empty(tiles * SIDE, groups * GROUP)
     worth = max(1, MIN_ENTRIES_PER_BAND // (SIDE * GROUP * max(groups, 1)))
     over_bands(pairs_kernel(), (x, pairs, groups, tokens, 2 * GROUP * groups), tiles, 1, worth)
-    added = 0 if bias is None else bias.contiguous()
+    added, factors = 0 if bias is None else bias.contiguous(), 0 if scales is None else scales
     most = CHUNK if tiles <= 2 else max(1, EXPANDED_BYTES // (2 * TILE_BYTES * max(groups, 1)))
     worth = max(1, MIN_ENTRIES_PER_BAND // (2 * SIDE * GROUP * max(groups, 1)))
-    arguments = values, masks, starts, pairs, added, output, _configuration(), groups, blocks, tokens, rows, most
-    over_bands(amx_kernel(), arguments, stripes, 1, worth)
+    arguments = values, masks, starts, pairs, added, output, _configuration(), factors, groups, blocks, tokens, rows, most
+    over_bands(amx_kernel(BF16 if scales is None else INT8), arguments, stripes, 1, worth)
     return output

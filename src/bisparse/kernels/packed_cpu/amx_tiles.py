@@ -150,21 +150,27 @@ def to_pairs(typing: Any, x: Any, stride: Any, left: Any, out: Any) -> tuple[Any
 
 
 @intrinsic
-def write_tile(typing: Any, sums: Any, bias: Any, out: Any, stride: Any) -> tuple[Any, Codegen]:
-    """Transpose a tile of sums (16 rows of 16 tokens), add the rows' bias unless its address is 0, round, and write 16 tokens."""
+def write_tile(typing: Any, sums: Any, scales: Any, bias: Any, out: Any, stride: Any) -> tuple[Any, Codegen]:
+    """Transpose a tile of sums (16 rows of 16 tokens), scale the rows, add their bias, round to bfloat16, and write 16 tokens.
+
+    Scales are float32, the bias is bfloat16; each is left out if its address is 0.
+    """
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        sums, bias, out, stride = args
+        sums, scales, bias, out, stride = args
         floats = ir.VectorType(F32, SIDE)
         shift = cgutils.alloca_once_value(b, ir.Constant(floats, [0.0] * SIDE))
         with b.if_then(b.icmp_signed("!=", bias, ir.Constant(I64, 0))):
             raw = b.zext(vector_at(b, bias, I16, SIDE), ir.VectorType(I32, SIDE))
             b.store(b.bitcast(b.shl(raw, number(I32, SIDE, 16)), floats), shift)
-        added = b.load(shift)
+        factor = cgutils.alloca_once_value(b, ir.Constant(floats, [1.0] * SIDE))
+        with b.if_then(b.icmp_signed("!=", scales, ir.Constant(I64, 0))):
+            b.store(vector_at(b, scales, F32, SIDE), factor)
+        added, factors = b.load(shift), b.load(factor)
         rows = [vector_at(b, b.add(sums, ir.Constant(I64, ROW_BYTES * row)), I32, SIDE) for row in range(SIDE)]
         for token, row in enumerate(_transposed(b, rows)):
-            rounded = from_float(b, b.fadd(b.bitcast(row, floats), added), BF16)
+            rounded = from_float(b, b.fadd(b.fmul(b.bitcast(row, floats), factors), added), BF16)
             write_vector(b, rounded, b.add(out, b.mul(stride, ir.Constant(I64, token))))
         return context.get_dummy_value()
 
-    return types.void(*(types.int64,) * 4), codegen
+    return types.void(*(types.int64,) * 5), codegen

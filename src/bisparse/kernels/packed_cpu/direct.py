@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bisparse.kernels.numba_runtime.thread_pool import ARGUMENTS, Call, run
+from bisparse.kernels.packed_cpu.int8 import Int8Packed, linear_bitmask_int8
 from bisparse.kernels.packed_cpu.layout import BitmaskPacked, linear_bitmask
 
 __all__ = ["Product"]
@@ -49,14 +50,16 @@ TENSORS, CALLS = _key_sets()
 class Product:
     """Products of one packed matrix of (rows, columns), checked when it was packed: ``Product(...)(input, bias)``.
 
+    In int8 the input is bfloat16, and `max_tokens` has no meaning.
+
     Args:
         max_tokens: up to this number of tokens the matrix is multiplied in packed form; see `layout.linear_bitmask`.
     """
 
-    def __init__(self, packed: BitmaskPacked, rows: int, columns: int, max_tokens: int) -> None:
+    def __init__(self, packed: BitmaskPacked | Int8Packed, rows: int, columns: int, max_tokens: int) -> None:
         self.packed, self.rows, self.columns, self.max_tokens = packed, rows, columns, max_tokens
-        self.dtype: torch.dtype = packed.values.dtype
-        self._addresses: tuple[int, int, int] | None = None
+        self.dtype: torch.dtype = torch.bfloat16 if isinstance(packed, Int8Packed) else packed.values.dtype
+        self._addresses: tuple[int, ...] | None = None
         self._calls: dict[tuple[int, int], Call | None] = {}
 
     def __call__(self, input: Tensor, bias: Tensor | None) -> Tensor:
@@ -66,7 +69,15 @@ class Product:
             ValueError: dtypes or shapes do not agree.
         """
         output = self.directly(input, bias)
-        return linear_bitmask(input, self.packed, bias, self.rows, self.max_tokens) if output is None else output
+        if output is not None:
+            return output
+        packed = self.packed
+        found: Tensor
+        if isinstance(packed, Int8Packed):
+            found = linear_bitmask_int8(input, packed, bias, self.rows)
+        else:
+            found = linear_bitmask(input, packed, bias, self.rows, self.max_tokens)
+        return found
 
     def directly(self, input: Tensor, bias: Tensor | None) -> Tensor | None:
         """The product without torch's dispatcher; None if something could observe the call, or the input does not fit."""
@@ -95,14 +106,15 @@ class Product:
                 numbers[BIAS] = 0 if bias is None else bias.data_ptr()
                 run(call, (packed, input, bias, output))
                 return output
-        from bisparse.kernels.packed_cpu.multiply import product
+        from bisparse.kernels.packed_cpu.multiply import product, product_int8
 
+        if isinstance(packed, Int8Packed):
+            return product_int8(input, packed, bias, self.rows)
         return product(input, *packed, bias, self.rows, self.max_tokens)
 
     def _prepared(self, tokens: int) -> Call | None:
         """A call of the kernel without the addresses of input, bias and output; None for products that take other ways."""
-        values, masks, starts = self.packed
-        addresses = values.data_ptr(), masks.data_ptr(), starts.data_ptr()
+        addresses = tuple(one.data_ptr() for one in self.packed)
         if addresses != self._addresses:  # the first call, or memory was moved, by `share_memory_` or a copy of the module
             self._addresses, self._calls = addresses, {}
         key = tokens, torch.get_num_threads()

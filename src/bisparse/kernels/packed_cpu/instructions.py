@@ -29,6 +29,7 @@ from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
 
 __all__ = [
     "BF16",
+    "INT8",
     "MASK_BYTES",
     "MAX_TOKENS",
     "NUMBERS",
@@ -94,9 +95,9 @@ class _BFloat(ir.Type):  # type: ignore[misc]
 
 
 BFLOAT, HALF = _BFloat(), ir.HalfType()
-BF16, F16, F32_NUMBER = range(3)
+BF16, F16, F32_NUMBER, INT8 = range(4)
 NUMBERS = {torch.bfloat16: BF16, torch.float16: F16, torch.float32: F32_NUMBER}
-"""Numbers of the dtypes in kernels."""
+"""Numbers of the dtypes in kernels; `INT8` is that of weights with one scale per row, whose products are bfloat16."""
 
 
 def _pointer(b: Any, address: Any, element: ir.Type) -> Any:
@@ -122,11 +123,15 @@ def _shuffle(b: Any, x: Any, y: Any, places: Sequence[int]) -> Any:
 
 
 def _raw(kind: int) -> ir.Type:
-    return I32 if kind == F32_NUMBER else I16
+    return {F32_NUMBER: I32, INT8: I8}.get(kind, I16)
 
 
 def _size(kind: int) -> int:
-    return 4 if kind == F32_NUMBER else 2
+    return {F32_NUMBER: 4, INT8: 1}.get(kind, 2)
+
+
+def _kind_of_output(kind: int) -> int:
+    return BF16 if kind == INT8 else kind
 
 
 def _to_float_bits(b: Any, raw: Any, kind: int) -> Any:
@@ -175,6 +180,8 @@ def _expand(b: Any, way: int, address: Any, mask: Any, kind: int, convert: Calla
     """Expand a group of 32 columns from its values and mask into vectors: one of int16, or several of int32 after `convert`."""
     if way == Way.AVX512_BF16:
         flags = b.bitcast(mask, ir.VectorType(BIT, GROUP))
+        if kind == INT8:
+            return [_int8_to_bf16(b, vector_at(b, address, I8, GROUP), flags)]
         vector = ir.VectorType(I16, GROUP)
         raw = vector_at(b, address, I16, GROUP)
         return [call_llvm(b, "llvm.x86.avx512.mask.expand.v32i16", vector, [raw, number(I16, GROUP, 0), flags])]
@@ -194,6 +201,18 @@ def _expand(b: Any, way: int, address: Any, mask: Any, kind: int, convert: Calla
             parts.append(b.select(b.icmp_signed("<", places, zeros), zeros, moved))
         address = b.add(address, b.mul(b.zext(b.ctpop(own), I64), ir.Constant(I64, _size(kind))))
     return parts
+
+
+def _int8_to_bf16(b: Any, raw: Any, flags: Any) -> Any:
+    """Expand 32 int8 values and convert them to the bits of bfloat16, which represents all of them."""
+    moved = call_llvm(b, "llvm.x86.avx512.mask.expand.v32i8", raw.type, [raw, number(I8, GROUP, 0), flags])
+    half, floats = GROUP // 2, ir.VectorType(F32, GROUP // 2)
+    low, high = (
+        b.sitofp(b.sext(_shuffle(b, moved, moved, range(first, first + half)), ir.VectorType(I32, half)), floats)
+        for first in (0, half)
+    )
+    found = call_llvm(b, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", ir.VectorType(BFLOAT, GROUP), [high, low])
+    return b.bitcast(found, ir.VectorType(I16, GROUP))
 
 
 def _packed_group(b: Any, values: Any, masks: Any, group: Any, kind: int) -> tuple[list[tuple[Any, Any]], Any]:
@@ -230,19 +249,20 @@ def _sums(b: Any, vectors: list[Any]) -> Any:
 @intrinsic(prefer_literal=True)
 def multiply_block(
     typing: Any, way: Any, kind: Any, tokens: Any, packed: Any, values: Any, masks: Any, groups: Any, x: Any, x_stride: Any,
-    bias: Any, out: Any, out_stride: Any,
+    scales: Any, bias: Any, out: Any, out_stride: Any,
 ) -> tuple[Any, Codegen]:  # fmt: skip
-    """Write the products of a block of 4 rows with 1 to 4 tokens, plus the bias unless its address is 0.
+    """Write the products of a block of 4 rows with 1 to 4 tokens, times the rows' scales for `INT8`, plus the bias unless at 0.
 
     The block is packed, or with `packed` 0 already expanded by `expand_block`. The input is bfloat16 for `AVX512_BF16` and
-    float32 otherwise, in rows of whole groups; bias and output have the matrix's kind.
+    float32 otherwise, in rows of whole groups; bias and output have the matrix's kind, for `INT8` bfloat16; scales are float32.
     """
     way_, kind_, tokens_, packed_ = (one.literal_value for one in (way, kind, tokens, packed))
     lanes = LANES[Way(way_)]
     zeros = ir.Constant(ir.VectorType(F32, lanes), [0.0] * lanes)
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        values, masks, groups, x, x_stride, bias, out, out_stride = args[4:]
+        values, masks, groups, x, x_stride, scales, bias, out, out_stride = args[4:]
+        kind_out = _kind_of_output(kind_)
         sums = [[cgutils.alloca_once(b, zeros.type) for _ in range(BLOCK_ROWS)] for _ in range(tokens_)]
         for place in (place for row in sums for place in row):
             b.store(zeros, place)
@@ -266,15 +286,18 @@ def multiply_block(
                         b.store(_dot(b, way_, b.load(sums[t][row]), part, other), sums[t][row])
             b.store(behind, position)
         for t in range(tokens_):
-            total = cgutils.alloca_once_value(b, _sums(b, [b.load(place) for place in sums[t]]))
+            summed = _sums(b, [b.load(place) for place in sums[t]])
+            if kind_ == INT8:
+                summed = b.fmul(summed, vector_at(b, scales, F32, BLOCK_ROWS))
+            total = cgutils.alloca_once_value(b, summed)
             with b.if_then(b.icmp_signed("!=", bias, ir.Constant(I64, 0))):
-                raw = _to_float_bits(b, vector_at(b, bias, _raw(kind_), BLOCK_ROWS), kind_)
+                raw = _to_float_bits(b, vector_at(b, bias, _raw(kind_out), BLOCK_ROWS), kind_out)
                 b.store(b.fadd(b.load(total), b.bitcast(raw, ir.VectorType(F32, BLOCK_ROWS))), total)
-            place = _pointer(b, b.add(out, b.mul(out_stride, ir.Constant(I64, t))), _raw(kind_))
-            store(b, from_float(b, b.load(total), kind_), place, ir.Constant(I64, 0))
+            place = _pointer(b, b.add(out, b.mul(out_stride, ir.Constant(I64, t))), _raw(kind_out))
+            store(b, from_float(b, b.load(total), kind_out), place, ir.Constant(I64, 0))
         return context.get_dummy_value()
 
-    return types.void(way, kind, tokens, packed, *(types.int64,) * 8), codegen
+    return types.void(way, kind, tokens, packed, *(types.int64,) * 9), codegen
 
 
 def _operand_size(way: int) -> int:
@@ -308,7 +331,7 @@ def expand_block(
     """
     way_, kind_, operand_ = (one.literal_value for one in (way, kind, operand))
     as_float = operand_ and way_ != Way.AVX512_BF16
-    element = I32 if as_float else _raw(kind_)
+    element = I32 if as_float else _raw(_kind_of_output(kind_))
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         values, masks, groups, out, row_stride, group_stride = args[3:]
@@ -336,25 +359,26 @@ def expand_block(
     return types.void(way, kind, operand, *(types.int64,) * 6), codegen
 
 
-@intrinsic
+@intrinsic(prefer_literal=True)
 def expand_groups(
-    typing: Any, values: Any, masks: Any, groups: Any, out: Any, row_stride: Any, group_stride: Any
+    typing: Any, kind: Any, values: Any, masks: Any, groups: Any, out: Any, row_stride: Any, group_stride: Any
 ) -> tuple[Any, Codegen]:
-    """Write groups of a bfloat16 block like `expand_block`, by AVX-512; returns the address after their values."""
+    """Write groups of a block in bfloat16 or int8 as bfloat16, like `expand_block`; returns the address after their values."""
+    kind_ = kind.literal_value
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        values, masks, groups, out, row_stride, group_stride = args
+        values, masks, groups, out, row_stride, group_stride = args[1:]
         position = cgutils.alloca_once(b, I64)
         b.store(values, position)
         with cgutils.for_range(b, groups) as loop:
             address = b.load(position)
-            _prefetch(b, address, BF16)
-            packed_rows, behind = _packed_group(b, address, masks, loop.index, BF16)
+            _prefetch(b, address, kind_)
+            packed_rows, behind = _packed_group(b, address, masks, loop.index, kind_)
             for row, packed_row in enumerate(packed_rows):
                 target = b.add(b.add(out, b.mul(row_stride, ir.Constant(I64, row))), b.mul(group_stride, loop.index))
-                (numbers,) = _expand(b, Way.AVX512_BF16, *packed_row, BF16, lambda raw: raw)
+                (numbers,) = _expand(b, Way.AVX512_BF16, *packed_row, kind_, lambda raw: raw)
                 store(b, numbers, _pointer(b, target, I16), ir.Constant(I64, 0))
             b.store(behind, position)
         return b.load(position)
 
-    return types.int64(*(types.int64,) * 6), codegen
+    return types.int64(kind, *(types.int64,) * 6), codegen

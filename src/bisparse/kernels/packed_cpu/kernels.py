@@ -20,14 +20,15 @@ NEAR_BYTES = 1 << 15
 def multiply_kernel(way: int, kind: int, size: int) -> Kernel:
     """Products of a packed matrix, `size` bytes per value, with all tokens.
 
-    Arguments: values, masks, starts, input, bias or 0, output; groups, tokens, bytes per token of the input and of the output.
+    Arguments: values, masks, starts, input, bias or 0, output, scales of rows for `INT8`; groups, tokens, bytes per token of the
+    input and of the output.
     """
 
-    most = MAX_TOKENS[Way(way)]
+    most, size_out = MAX_TOKENS[Way(way)], max(size, 2)
     group_bytes = GROUP * (2 if way == Way.AVX512_BF16 else 4)
 
     def entry(arguments, first, last):  # type: ignore[no-untyped-def]
-        packed, masks, starts, x, bias, out, groups, tokens, x_stride, out_stride = array_at(arguments, (10,), np.int64)
+        packed, masks, starts, x, bias, out, scales, groups, tokens, x_stride, out_stride = array_at(arguments, (11,), np.int64)
         where = array_at(starts, (last + 1,), np.int64)
         expands = tokens > most and 2 * BLOCK_ROWS * group_bytes * groups <= NEAR_BYTES  # once per block
         room = np.empty(BLOCK_ROWS * group_bytes * groups if expands else 0, np.uint8)
@@ -36,27 +37,28 @@ def multiply_kernel(way: int, kind: int, size: int) -> Kernel:
             values, own = packed + size * where[block], masks + MASK_BYTES * groups * block
             if expands:
                 expand_block(way, kind, 1, values, own, groups, expanded, group_bytes, BLOCK_ROWS * group_bytes)
-            added = bias + size * BLOCK_ROWS * block if bias != 0 else 0
-            token, to, left = x, out + size * BLOCK_ROWS * block, tokens
+            added = bias + size_out * BLOCK_ROWS * block if bias != 0 else 0
+            factors = scales + 4 * BLOCK_ROWS * block
+            token, to, left = x, out + size_out * BLOCK_ROWS * block, tokens
             while left > 0:
                 if expands and most >= 4 and left >= 4:
                     count = 4
-                    multiply_block(way, kind, 4, 0, expanded, 0, groups, token, x_stride, added, to, out_stride)
+                    multiply_block(way, kind, 4, 0, expanded, 0, groups, token, x_stride, factors, added, to, out_stride)
                 elif expands and left >= 2:
                     count = 2
-                    multiply_block(way, kind, 2, 0, expanded, 0, groups, token, x_stride, added, to, out_stride)
+                    multiply_block(way, kind, 2, 0, expanded, 0, groups, token, x_stride, factors, added, to, out_stride)
                 elif expands:
                     count = 1
-                    multiply_block(way, kind, 1, 0, expanded, 0, groups, token, x_stride, added, to, out_stride)
+                    multiply_block(way, kind, 1, 0, expanded, 0, groups, token, x_stride, factors, added, to, out_stride)
                 elif not expands and most >= 4 and left >= 4:
                     count = 4
-                    multiply_block(way, kind, 4, 1, values, own, groups, token, x_stride, added, to, out_stride)
+                    multiply_block(way, kind, 4, 1, values, own, groups, token, x_stride, factors, added, to, out_stride)
                 elif left >= 2:
                     count = 2
-                    multiply_block(way, kind, 2, 1, values, own, groups, token, x_stride, added, to, out_stride)
+                    multiply_block(way, kind, 2, 1, values, own, groups, token, x_stride, factors, added, to, out_stride)
                 else:
                     count = 1
-                    multiply_block(way, kind, 1, 1, values, own, groups, token, x_stride, added, to, out_stride)
+                    multiply_block(way, kind, 1, 1, values, own, groups, token, x_stride, factors, added, to, out_stride)
                 token, to, left = token + count * x_stride, to + count * out_stride, left - count
         if expands:
             room[0] = 0  # numba frees an array after its last use, and addresses are no use

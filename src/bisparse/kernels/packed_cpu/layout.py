@@ -31,9 +31,13 @@ __all__ = [
     "GROUP",
     "PADDING",
     "BitmaskPacked",
+    "check_packed",
     "linear_bitmask",
     "pack_bitmask",
+    "pack_integers",
     "packed_bytes",
+    "reference_linear",
+    "reference_unpack",
     "unpack_bitmask",
 ]
 
@@ -125,6 +129,11 @@ def check_packed(packed: BitmaskPacked, rows: int, columns: int) -> None:
             f"a {rows} x {columns} matrix packs into masks of shape {expected} and {blocks + 1} starts, not {tuple(masks.shape)} "
             f"and {tuple(starts.shape)}"
         )
+
+
+def pack_integers(matrix: Int[Tensor, "R C"]) -> BitmaskPacked:
+    """`pack_bitmask` for integers, which `linear_bitmask` does not take."""
+    return BitmaskPacked(*_pack(matrix))
 
 
 @register_kernel("pack_bitmask", ANY_DEVICE)

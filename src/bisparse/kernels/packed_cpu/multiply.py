@@ -12,12 +12,14 @@ from torch.nn.functional import linear, pad
 
 from bisparse.kernels.numba_runtime.thread_pool import Call, over_bands, prepared, run
 from bisparse.kernels.packed_cpu import amx
-from bisparse.kernels.packed_cpu.instructions import NUMBERS, Way, usable_ways
+from bisparse.kernels.packed_cpu.instructions import INT8, NUMBERS, Way, usable_ways
+from bisparse.kernels.packed_cpu.int8 import Int8Packed, reference_linear_int8
 from bisparse.kernels.packed_cpu.kernels import expand_kernel, multiply_kernel
-from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP, reference_linear, reference_unpack
+from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP, BitmaskPacked, reference_linear, reference_unpack
 
-__all__ = ["call_of", "expand", "expands", "multiply", "multiply_bands", "product", "unpack"]
+__all__ = ["call_of", "expand", "expands", "multiply", "multiply_bands", "product", "product_int8", "unpack"]
 
+Packed = BitmaskPacked | Int8Packed
 MIN_ENTRIES_PER_BAND = 1 << 16
 """Minimum number of matrix entries times tokens per band for which another thread is worthwhile."""
 MIN_TOKENS_AMX = 4
@@ -58,12 +60,12 @@ def product(
     tokens = math.prod(input.shape[:-1])
     uses_amx = _uses_amx(values.dtype, tokens)
     if tokens <= max_tokens and not uses_amx:
-        return multiply(ways[0], input, values, masks, starts, bias, rows)
+        return multiply(ways[0], input, BitmaskPacked(values, masks, starts), bias, rows)
     flat = input if input.ndim == 2 else input.reshape(tokens, input.shape[-1])
     if uses_amx:
         output = amx.multiply_amx(flat, values, masks, starts, bias, rows)
     else:
-        output = multiply_bands(ways[0], flat, values, masks, starts, bias, rows)
+        output = multiply_bands(ways[0], flat, BitmaskPacked(values, masks, starts), bias, rows)
     return output if input.ndim == 2 else output.view(*input.shape[:-1], rows)
 
 
@@ -76,55 +78,70 @@ def _uses_amx(dtype: torch.dtype, tokens: int) -> bool:
     return tokens >= MIN_TOKENS_AMX and not expands(dtype)
 
 
-def multiply(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+def multiply(way: Way, x: Tensor, packed: Packed, bias: Tensor | None, rows: int) -> Tensor:
     """The product in packed form, in one pass over the matrix; the input may have any number of dimensions."""
     tokens = math.prod(x.shape[:-1])
-    blocks, groups, _ = masks.shape
+    blocks, groups, _ = packed.masks.shape
     x = x if way == Way.AVX512_BF16 else x.float()
     missing = groups * GROUP - x.shape[-1]
     x = pad(x, (0, missing)) if missing else x.contiguous()
     whole = rows == blocks * BLOCK_ROWS
-    output = values.new_empty(*x.shape[:-1], blocks * BLOCK_ROWS)
+    dtype = torch.bfloat16 if isinstance(packed, Int8Packed) else packed.values.dtype
+    output = x.new_empty(*x.shape[:-1], blocks * BLOCK_ROWS, dtype=dtype)
     if bias is not None and not whole:
         bias = pad(bias, (0, blocks * BLOCK_ROWS - rows))
     added = 0 if bias is None else bias.contiguous()
     if blocks:
-        run(_call(way, (values, masks, starts), x, added, output, tokens), (values, masks, starts, x, added, output))
+        run(_call(way, packed, x, added, output, tokens), (packed, x, added, output))
     return output if whole else output[..., :rows].contiguous()
 
 
-def _call(
-    way: Way, packed: tuple[Tensor, Tensor, Tensor], x: Tensor | int, bias: Tensor | int, output: Tensor | int, tokens: int
-) -> Call:
+def _call(way: Way, packed: Packed, x: Tensor | int, bias: Tensor | int, output: Tensor | int, tokens: int) -> Call:
     """A call of the kernel; tensors that are not known yet are 0."""
-    values, masks, _ = packed
+    values, masks, starts = packed[:3]
+    scales = packed.scales if isinstance(packed, Int8Packed) else 0
     blocks, groups, _ = masks.shape
     size = values.element_size()
-    code = multiply_kernel(int(way), NUMBERS[values.dtype], size)
-    strides = (size if way == Way.AVX512_BF16 else 4) * GROUP * groups, size * BLOCK_ROWS * blocks
+    code = multiply_kernel(int(way), INT8 if isinstance(packed, Int8Packed) else NUMBERS[values.dtype], size)
+    strides = (2 if way == Way.AVX512_BF16 else 4) * GROUP * groups, max(size, 2) * BLOCK_ROWS * blocks
     worth = max(1, MIN_ENTRIES_PER_BAND // max(1, BLOCK_ROWS * GROUP * groups * tokens))
-    tensors = [one if isinstance(one, int) else one.data_ptr() for one in (*packed, x, bias, output)]
+    tensors = [one if isinstance(one, int) else one.data_ptr() for one in (values, masks, starts, x, bias, output, scales)]
     return prepared(code, (*tensors, groups, tokens, *strides), blocks, 1, worth)
 
 
-def call_of(packed: tuple[Tensor, Tensor, Tensor], rows: int, columns: int, tokens: int, max_tokens: int) -> Call | None:
+def call_of(packed: Packed, rows: int, columns: int, tokens: int, max_tokens: int) -> Call | None:
     """The kernel's call for contiguous inputs of this many tokens, without input, bias and output; None if it needs more steps.
 
     More steps are a conversion of the input, padding, AMX, or unpacking in bands.
     """
-    values, masks, _ = packed
-    ways = usable_ways(values.dtype)
-    blocks, groups, _ = masks.shape
-    converts = values.dtype != torch.float32 and Way.AVX512_BF16 not in ways[:1]
+    dtype = torch.bfloat16 if isinstance(packed, Int8Packed) else packed.values.dtype
+    ways = usable_ways(dtype)
+    blocks, groups, _ = packed.masks.shape
+    converts = dtype != torch.float32 and Way.AVX512_BF16 not in ways[:1]
     padded = columns != groups * GROUP or rows != blocks * BLOCK_ROWS
-    if not ways or converts or padded or not 0 < tokens <= max_tokens or not blocks or _uses_amx(values.dtype, tokens):
+    if not ways or converts or padded or not 0 < tokens <= max_tokens or not blocks or _uses_amx(dtype, tokens):
         return None
     return _call(ways[0], packed, 0, 0, 0, tokens)
 
 
-def multiply_bands(way: Way, x: Tensor, values: Tensor, masks: Tensor, starts: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+def product_int8(input: Tensor, packed: Int8Packed, bias: Tensor | None, rows: int) -> Tensor:
+    """`int8.linear_bitmask_int8` on a CPU, without gradients; by AVX-512 with bfloat16, otherwise as specified."""
+    if Way.AVX512_BF16 not in usable_ways(torch.bfloat16):
+        return reference_linear_int8(input, *packed, bias, rows)
+    if bias is not None and bias.dtype != input.dtype:
+        bias = bias.to(input.dtype)
+    tokens = math.prod(input.shape[:-1])
+    if not _uses_amx(torch.bfloat16, tokens):
+        return multiply(Way.AVX512_BF16, input, packed, bias, rows)
+    flat = input if input.ndim == 2 else input.reshape(tokens, input.shape[-1])
+    output = amx.multiply_amx(flat, *packed[:3], bias, rows, packed.scales)
+    return output if input.ndim == 2 else output.view(*input.shape[:-1], rows)
+
+
+def multiply_bands(way: Way, x: Tensor, packed: BitmaskPacked, bias: Tensor | None, rows: int) -> Tensor:
     """The product by torch, band by band, with each band unpacked into the same workspace."""
     tokens, columns = x.shape
+    values, masks, starts = packed
     blocks, groups, _ = masks.shape
     step = max(1, WORKSPACE_BYTES // max(1, BLOCK_ROWS * GROUP * groups * values.element_size()))
     step = -(-blocks // -(-blocks // step)) if blocks else 1  # bands of equal height

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.block_chain import Call, Chain, argument_of, dense_copy, without
+from bisparse.pruning.calibration.expert_inputs import ExpertInputs
 from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, batch_error_context, call_model, observed
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.paused import Paused
@@ -30,7 +31,7 @@ INNER = 8
 
 Attention that materialises its scores can hold more, which is measured once a pass has paused there."""
 
-Inputs = list[tuple[Tensor, int | None]]
+Inputs = list[tuple[Tensor | ExpertInputs, int | None]]
 """Inputs of a stage, with the part of a packed projection that each belongs to."""
 
 
@@ -153,7 +154,7 @@ class ChainRun:
         number_of = {layer.name: index for index, layer in enumerate(firsts)}
         parts: Inputs = []
 
-        def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
+        def seen(layer: Layer, inputs: Tensor | ExpertInputs, part: int | None) -> None:
             if self._running is None:
                 # A forward pass of the caller's own, between two stages.
                 return

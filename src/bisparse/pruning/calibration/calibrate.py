@@ -29,6 +29,7 @@ from bisparse.pruning.calibration.block_chain import Chain, dense_copy, find_cha
 from bisparse.pruning.calibration.block_runner import ChainRun
 from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Data, Stage
 from bisparse.pruning.calibration.execution_order import discover
+from bisparse.pruning.calibration.expert_inputs import EXPERTS, ExpertInputs
 from bisparse.pruning.calibration.finished_block import FinishedBlock
 from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, batch_error_context, call_model, observed, token_mask
 from bisparse.pruning.calibration.options import Options
@@ -99,7 +100,7 @@ def calibrate(
         needs = needs - {Statistic.CROSS}
     # Raw inputs are too large to send: each rank runs all of the data instead.
     ranks = ranks or Ranks()
-    shared = Data(data, needs, ranks if Statistic.INPUTS not in needs else Ranks())
+    shared = Data(data, needs, ranks if Statistic.INPUTS not in needs else Ranks(), options.expert_floor)
     hidden, lines = _shown(options.progress) if ranks.rank == 0 else (True, None)
     bar = tqdm(total=len(layers), desc="calibrating", unit="layer", disable=hidden, smoothing=0.1)
     with _evaluating(model), bar:
@@ -205,22 +206,33 @@ def _run(
     layers = [layer for stage in stages for layer in stage]
     # A layer called more than once may be called a different number of times by another batch: run to the end.
     once = all(calls.get(layer.name) == 1 for layer in layers)
-    twins = [replace(layer, module=reference.get_submodule(_module_name(model, layer))) for layer in layers] if reference else []
+    plain = [layer for layer in layers if layer.layout.kind not in EXPERTS]
+    twins = [replace(layer, module=reference.get_submodule(_module_name(model, layer))) for layer in plain] if reference else []
     for index, batch in data.own:
         dense: dict[str, list[Tensor]] = {}
-        if reference is not None:
+        if reference is not None and twins:
             with observed(reference, twins, _noting(dense)):
                 call_model(reference, batch, forward, index)
         with observed(model, layers, _collecting(collector, index, batch, dense, layers if once else ())), suppress(EnoughSeen):
             call_model(model, batch, forward, index)
         walk.forwards += 1 + (reference is not None)
+    if stacks := collector.widen():
+        for index, batch in data.own:
+            own = stacks if once else []
+            with observed(model, stacks, _collecting(collector, index, batch, {}, own)), suppress(EnoughSeen):
+                call_model(model, batch, forward, index)
+            walk.forwards += 1
     walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
     return collector
 
 
 def _noting(dense: dict[str, list[Tensor]]) -> Seen:
     # Later modules may change a layer's input in place, so a copy is recorded.
-    return lambda layer, inputs, part: dense.setdefault(layer.name, []).append(inputs.clone())
+    def seen(layer: Layer, inputs: Tensor | ExpertInputs, part: int | None) -> None:
+        if isinstance(inputs, Tensor):
+            dense.setdefault(layer.name, []).append(inputs.clone())
+
+    return seen
 
 
 def _collecting(collector: Collector, index: int, batch: Any, dense: dict[str, list[Tensor]], wanted: Sequence[Layer]) -> Seen:
@@ -228,7 +240,7 @@ def _collecting(collector: Collector, index: int, batch: Any, dense: dict[str, l
     keep = token_mask(batch)
     remaining = {layer.name for layer in wanted}
 
-    def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
+    def seen(layer: Layer, inputs: Tensor | ExpertInputs, part: int | None) -> None:
         z = dense[layer.name].pop(0) if dense.get(layer.name) else None
         collector.add(index, layer, inputs, z, keep, part)
         if part in (None, LAST_PART):
@@ -313,15 +325,9 @@ def _walk_chain(
                 if not todo:
                     continue
                 collector = Collector([todo], {}, data)
-                for own_index, (index, batch) in enumerate(data.own):
-                    keep = token_mask(batch)
-                    with batch_error_context(batch, index, f"the layer {todo[0].name}"):
-                        inputs, dense_inputs = run.inputs_of(own_index, position)
-                        for at, (x, part) in enumerate(inputs):
-                            for layer in todo:
-                                z = dense_inputs[at][0] if dense_inputs and at < len(dense_inputs) else None
-                                collector.add(index, layer, x, z, keep, part)
-                    run.release(own_index)
+                _collect(run, position, todo, collector, data)
+                if stacks := collector.widen():
+                    _collect(run, position, stacks, collector, data)
                 walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
                 walk.activation_bytes = max(walk.activation_bytes, run.activation_bytes)
                 yield collector.stage(todo)
@@ -332,3 +338,16 @@ def _walk_chain(
                 run.restart()
             run.advance()
     walk.forwards += run.forwards
+
+
+def _collect(run: ChainRun, position: int, layers: Sequence[Layer], collector: Collector, data: Data) -> None:
+    """Add every batch's inputs of a stage of the current block to the collector."""
+    for own_index, (index, batch) in enumerate(data.own):
+        keep = token_mask(batch)
+        with batch_error_context(batch, index, f"the layer {layers[0].name}"):
+            inputs, dense_inputs = run.inputs_of(own_index, position)
+            for at, (x, part) in enumerate(inputs):
+                z = dense_inputs[at][0] if dense_inputs and at < len(dense_inputs) else None
+                for layer in layers:
+                    collector.add(index, layer, x, z if isinstance(z, Tensor) else None, keep, part)
+        run.release(own_index)

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from bisparse.layers import Layer
 from bisparse.process_group import Ranks
+from bisparse.pruning.calibration.expert_inputs import ExpertInputs, number_of_experts
 from bisparse.pruning.calibration.moments import Moments
-from bisparse.pruning.calibration.statistics import Statistic, Statistics, input_key
+from bisparse.pruning.calibration.statistics import ExpertStatistics, Statistic, Statistics, input_key
 
 __all__ = ["HOLD_OUT_EVERY", "Collector", "Data", "Stage"]
 
@@ -33,6 +34,8 @@ class Data:
     batches: list[Any]
     needs: frozenset[Statistic]
     ranks: Ranks
+    expert_floor: float = 0
+    """Experts that fewer tokens per input are routed to are calibrated on all tokens."""
 
     @property
     def own(self) -> list[tuple[int, Any]]:
@@ -61,12 +64,67 @@ class Collector:
                 self._shared[layer.name] = leader
                 if leader == layer.name:
                     leaders.append(layer)
-        plain = needs - {Statistic.HELD_OUT}
-        self.fit = {layer.name: Moments(layer, plain) for layer in leaders}
-        self.held = {layer.name: Moments(layer, plain) for layer in leaders} if Statistic.HELD_OUT in needs else {}
+        self._plain = needs - {Statistic.HELD_OUT}
+        self._holds_out = Statistic.HELD_OUT in needs
+        self._floor = data.expert_floor
+        self.fit: dict[str, Moments] = {}
+        self.held: dict[str, Moments] = {}
+        self._experts: dict[str, list[Layer]] = {}
+        """By stack of experts, a layer for each expert, under whose name it has its moments."""
+        self._routed: dict[str, list[int]] = {}
+        self._widened: dict[str, list[int]] = {}
+        """By stack, the experts whose moments are of all tokens."""
+        self._before: dict[str, tuple[Moments, Moments | None]] = {}
+        """By expert, the moments of its routed tokens, for modules that cannot be run on all tokens."""
+        for layer in leaders:
+            if experts := number_of_experts(layer):
+                self._experts[layer.name] = [replace(layer, name=f"{layer.name}[{expert}]") for expert in range(experts)]
+                self._routed[layer.name] = [0] * experts
+            for one in self._experts.get(layer.name, [layer]):
+                self._start(one)
 
-    def add(self, index: int, layer: Layer, x: Tensor, z: Tensor | None, keep: Tensor | None, part: int | None) -> None:
+    def _start(self, layer: Layer) -> None:
+        self.fit[layer.name] = Moments(layer, self._plain)
+        if self._holds_out:
+            self.held[layer.name] = Moments(layer, self._plain)
+
+    def add(
+        self, index: int, layer: Layer, x: Tensor | ExpertInputs, z: Tensor | None, keep: Tensor | None, part: int | None
+    ) -> None:
         """Add a batch of a layer's inputs. An input is counted once for layers that share their moments."""
+        if isinstance(x, Tensor):
+            self._add(index, layer, x, z, keep, part)
+        elif layer.name in self._experts:
+            # The two networks route tokens differently, so that dense inputs of an expert's tokens are not known.
+            experts = self._experts[layer.name]
+            if layer.name in self._widened:
+                for expert, rows in x.all_tokens(layer, self._widened[layer.name], keep).items():
+                    self._add(index, experts[expert], rows, None, None, None)
+                return
+            for expert, rows in x.routed(layer, keep).items():
+                self._routed[layer.name][expert] += rows.shape[0]
+                self._add(index, experts[expert], rows, None, None, None)
+
+    def widen(self) -> list[Layer]:
+        """Prepare for a second pass with all tokens for the experts below the floor; returns the stacks that have any.
+
+        All ranks of a group call this together.
+        """
+        counts = self.ranks.all(self._routed)
+        stacks = []
+        for name, experts in self._experts.items():
+            self._routed[name] = [sum(numbers) for numbers in zip(*(one[name] for one in counts), strict=True)]
+            layer = experts[0]
+            tokens = self._floor * layer.weight.shape[1 if layer.layout.inputs_first else 2]
+            if few := [expert for expert, number in enumerate(self._routed[name]) if number < tokens]:
+                self._widened[name] = few
+                for one in (experts[expert] for expert in few):
+                    self._before[one.name] = self.fit[one.name], self.held.get(one.name)
+                    self._start(one)
+                stacks.append(replace(layer, name=name))
+        return stacks
+
+    def _add(self, index: int, layer: Layer, x: Tensor, z: Tensor | None, keep: Tensor | None, part: int | None) -> None:
         if layer.name not in self.fit:
             return
         if not self.held:
@@ -87,16 +145,35 @@ class Collector:
         for layer in layers:
             leader = self._shared[layer.name]
             if leader not in found:
-                for moments in (self.fit, self.held):
-                    if leader in moments:
-                        moments[leader].share(self.ranks)
-                own = self.fit[leader].statistics()
-                found[leader] = _with_held_out(own, self.held[leader].statistics()) if self.held else own
+                found[leader] = self._of_experts(leader) if leader in self._experts else self._statistics(leader)
         return Stage(tuple(layers), tuple(found[self._shared[layer.name]] for layer in layers))
+
+    def _of_experts(self, stack: str) -> Statistics:
+        counts = self._routed[stack]
+        if stack not in self._widened:
+            counts = [sum(one) for one in zip(*self.ranks.all(counts), strict=True)]
+        parts = []
+        for layer, routed in zip(self._experts[stack], counts, strict=True):
+            statistics, wide = self._statistics(layer.name), layer.name in self._before
+            if wide and statistics.columns == 0:
+                self.fit[layer.name], held = self._before[layer.name]
+                if held is not None:
+                    self.held[layer.name] = held
+                statistics, wide = self._statistics(layer.name), False
+            parts.append(ExpertStatistics(routed, wide, statistics))
+        return Statistics(sum(part.statistics.columns for part in parts), experts=tuple(parts))
+
+    def _statistics(self, name: str) -> Statistics:
+        for moments in (self.fit, self.held):
+            if name in moments:
+                moments[name].share(self.ranks)
+        own = self.fit[name].statistics()
+        return _with_held_out(own, self.held[name].statistics()) if self.held else own
 
     @property
     def bytes(self) -> int:
-        return sum(moments.bytes for moments in (*self.fit.values(), *self.held.values()))
+        before = [one for pair in self._before.values() for one in pair if one is not None]
+        return sum(moments.bytes for moments in (*self.fit.values(), *self.held.values(), *before))
 
 
 def _with_held_out(own: Statistics, held_out: Statistics) -> Statistics:

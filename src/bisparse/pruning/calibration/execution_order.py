@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.layers import Layer
+from bisparse.pruning.calibration.expert_inputs import ExpertInputs
 from bisparse.pruning.calibration.hooks import call_model, observed, unseen_reason
 
 __all__ = ["discover"]
@@ -46,14 +47,14 @@ def _stages_of(
     stages: list[list[Layer]] = []
     calls: dict[str, int] = {}
     # Holding the input keeps its id from being given to another tensor.
-    current: tuple[Tensor, int] | None = None
+    current: tuple[Tensor | ExpertInputs, int] | None = None
 
-    def seen(layer: Layer, inputs: Tensor, part: int | None) -> None:
+    def seen(layer: Layer, inputs: Tensor | ExpertInputs, part: int | None) -> None:
         nonlocal current
         calls[layer.name] = calls.get(layer.name, 0) + (1 if part in (None, 0) else 0)
         if calls[layer.name] > 1 or part not in (None, 0):
             return
-        version = 0 if inputs.is_inference() else inputs._version
+        version = 0 if isinstance(inputs, ExpertInputs) or inputs.is_inference() else inputs._version
         # A tensor that was worked on in place in between is another input.
         same = part is None and current is not None and current[0] is inputs and current[1] == version
         if same:

@@ -10,13 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.layers import Layer
+from bisparse.pruning.calibration.expert_inputs import BUSY, EXPERTS, ExpertInputs, experts_hook
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.tiles import LayoutKind
 from bisparse.user_errors import ends_the_process, error_in_one_line
 
-__all__ = ["LAST_PART", "EnoughSeen", "Seen", "batch_error_context", "call_model", "observed", "token_mask", "unseen_reason"]
+__all__ = [
+    "LAST_PART",
+    "WITHOUT_DATA",
+    "EnoughSeen",
+    "Seen",
+    "batch_error_context",
+    "call_model",
+    "observed",
+    "token_mask",
+    "unseen_reason",
+]
 
-Seen = Callable[[Layer, Tensor, int | None], None]
+Seen = Callable[[Layer, Tensor | ExpertInputs, int | None], None]
 """Called with a layer, its input, and which part of a packed projection the input belongs to (None: all of it)."""
 
 WITHOUT_DATA = "prune it by a method that needs no data, such as magnitude"
@@ -28,11 +39,8 @@ LAST_PART = 2
 def unseen_reason(layer: Layer) -> str | None:
     """Why calibration cannot observe the inputs of a layer's weight; None if it can."""
     module = layer.module
-    if layer.layout.kind in (LayoutKind.EXPERTS, LayoutKind.EXPERTS_TRANSPOSED):
-        return (
-            "calibration records the inputs of modules, and experts in one 3-D parameter are not modules: which tokens each "
-            f"one gets is known inside the forward only; {WITHOUT_DATA}"
-        )
+    if layer.layout.kind in EXPERTS:
+        return None
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return (
             f"a recurrent layer multiplies by its weights inside of one call, which shows calibration no inputs; {WITHOUT_DATA}"
@@ -133,8 +141,11 @@ def observed(model: nn.Module, layers: Sequence[Layer], seen: Seen) -> Iterator[
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
+        stacks: dict[int, list[Layer]] = {}
         for layer in layers:
-            if isinstance(layer.module, nn.MultiheadAttention):
+            if layer.layout.kind in EXPERTS:
+                stacks.setdefault(id(layer.module), []).append(layer)
+            elif isinstance(layer.module, nn.MultiheadAttention):
                 hook = _attention_hook(layer, seen)
                 handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
             elif id(layer.module) in attention_of_projection:
@@ -142,6 +153,8 @@ def observed(model: nn.Module, layers: Sequence[Layer], seen: Seen) -> Iterator[
                 handles.append(attention.register_forward_pre_hook(_projection_hook(layer, seen), with_kwargs=True))
             elif unseen_reason(layer) is None:
                 handles.append(layer.module.register_forward_pre_hook(_input_hook(layer, seen), with_kwargs=True))
+        for own in stacks.values():
+            handles.append(own[0].module.register_forward_pre_hook(experts_hook(own, seen), with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -150,15 +163,14 @@ def observed(model: nn.Module, layers: Sequence[Layer], seen: Seen) -> Iterator[
 
 
 def _input_hook(layer: Layer, seen: Seen) -> Callable[..., None]:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if getattr(module, BUSY, False):
+            return
         inputs = args[0] if args else kwargs.get("input", next(iter(kwargs.values()), None))
         if isinstance(inputs, Tensor):
             seen(layer, inputs, None)
 
     return hook
-
-
-_BUSY = "_bisparse_calibrating"
 
 
 def _attention_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +180,7 @@ def _attention_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple
 
 def _attention_hook(layer: Layer, seen: Seen) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(module, _BUSY, False):
+        if getattr(module, BUSY, False):
             return
         inputs = _attention_arguments(args, kwargs)
         separate = {"q_proj_weight": 0, "k_proj_weight": 1, "v_proj_weight": 2}.get(layer.parameter)
@@ -187,18 +199,18 @@ def _projection_hook(layer: Layer, seen: Seen) -> Callable[..., None]:
     """Packed attention multiplies by its output projection without calling it: with an identity there, it returns the input."""
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if getattr(module, _BUSY, False):
+        if getattr(module, BUSY, False):
             return
         assert isinstance(module, nn.MultiheadAttention)
         weight = module.out_proj.weight
         identity = {"out_proj.weight": torch.eye(weight.shape[0], device=weight.device, dtype=weight.dtype)}
         if module.out_proj.bias is not None:
             identity["out_proj.bias"] = torch.zeros_like(module.out_proj.bias)
-        object.__setattr__(module, _BUSY, True)
+        object.__setattr__(module, BUSY, True)
         try:
             heads, _ = torch.func.functional_call(module, identity, args, kwargs)
         finally:
-            object.__delattr__(module, _BUSY)
+            object.__delattr__(module, BUSY)
         seen(layer, heads, None)
 
     return hook

@@ -12,7 +12,7 @@ and weights fitted to the difference of two such numbers explode.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -25,7 +25,17 @@ from torch.nn import functional
 from bisparse.layers import Layer
 from bisparse.tiles import LayoutKind
 
-__all__ = ["CalibrationError", "Statistic", "Statistics", "full_precision", "input_columns", "input_key", "precise"]
+__all__ = [
+    "CalibrationError",
+    "ExpertStatistics",
+    "Statistic",
+    "Statistics",
+    "full_precision",
+    "input_columns",
+    "input_key",
+    "precise",
+    "stacked_moments",
+]
 
 
 class Statistic(StrEnum):
@@ -73,6 +83,8 @@ class Statistics:
     """The layer's raw inputs, one tensor per calibration batch, for methods that iterate over samples."""
     held_out: Statistics | None = None
     """The statistics of the batches held out for choosing the damping, which the fields above exclude."""
+    experts: tuple[ExpertStatistics, ...] | None = None
+    """Of experts in one parameter, the statistics of each; then all fields above but `columns` are empty."""
 
     @property
     def gram(self) -> Float[Tensor, "G K K"] | None:
@@ -124,6 +136,36 @@ class Statistics:
             mix_about(self.dense_covariance, other.dense_covariance, dense_apart, dense_apart),
             inputs,
         )
+
+
+@dataclass(frozen=True)
+class ExpertStatistics:
+    """What calibration measured at the input of one expert of a stack."""
+
+    routed: int
+    """Number of tokens that the model routed to the expert."""
+    all_tokens: bool
+    """Whether the statistics are of all tokens, since fewer than the floor were routed to the expert."""
+    statistics: Statistics
+
+
+def stacked_moments(experts: Sequence[ExpertStatistics]) -> Statistics:
+    """Statistics with one problem per expert (G = E), each weighted by its number of tokens; zeros for experts without tokens.
+
+    Raises:
+        CalibrationError: no expert has tokens.
+    """
+    parts = [one.statistics.merged() for one in experts]
+    total = sum(part.columns for part in parts)
+    seen = next((part for part in parts if part.columns), None)
+    if seen is None or seen.covariance is None or seen.mean is None:
+        raise CalibrationError("calibration collected no input moments of any expert")
+    covariance, mean = [], []
+    for part in parts:
+        share = part.columns * len(parts) / total
+        covariance.append(torch.zeros_like(seen.covariance) if part.covariance is None else part.covariance * share)
+        mean.append(torch.zeros_like(seen.mean) if part.mean is None else part.mean * share**0.5)
+    return Statistics(total, mean=torch.cat(mean), covariance=torch.cat(covariance))
 
 
 def _about_zero(covariance: Tensor | None, left: Tensor | None, right: Tensor | None) -> Float[Tensor, "G K K"] | None:
