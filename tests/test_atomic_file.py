@@ -12,6 +12,7 @@ import torch
 
 from bisparse.accelerate.grid import Grid
 from bisparse.atomic_file import atomic_file
+from bisparse.errors import CheckpointError
 from bisparse.pruning.journal import Journal
 from bisparse.report import plot_diversity
 
@@ -97,7 +98,7 @@ def test_what_is_no_regular_file_is_refused_and_stays(
 
 def test_a_file_that_cannot_be_written_goes_by_the_name_that_its_user_gave(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("a file, no folder")
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(CheckpointError, match="could not be written: there is a file where a folder is needed") as caught:
         write(tmp_path / "file" / "page")
     assert str(tmp_path / "file") in str(caught.value) and ".part" not in str(caught.value)
 

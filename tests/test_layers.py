@@ -572,3 +572,105 @@ def test_verify_looks_at_every_layer_and_names_the_first_that_breaks() -> None:
 def test_verify_of_a_model_without_layers_does_not_hold() -> None:
     with pytest.raises(ValueError, match="nothing was verified"):
         verify(nn.Sequential(nn.ReLU()), "2:4")
+
+
+class WithAdapter(nn.Linear):
+    """As loralib's Linear: the sum of the weight and of a product that is zero at the start."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__(8, 8)
+        self.lora_A, self.lora_B, self.scale = nn.Parameter(torch.randn(2, 8)), nn.Parameter(torch.zeros(8, 2)), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x @ self.lora_A.T @ self.lora_B.T * self.scale
+
+
+class WithAdapterModule(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.down, self.up = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.up(self.down(x))
+
+
+class ZeroBiased(nn.Linear):
+    """Parameters that are zero, and harmless: a second bias and the log of a factor."""
+
+    def __init__(self) -> None:
+        super().__init__(8, 8)
+        self.shift, self.log_factor = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.log_factor.exp() + self.shift
+
+
+@pytest.mark.parametrize("module", [WithAdapter(), WithAdapterModule()], ids=lambda one: type(one).__name__)
+def test_a_sum_with_an_adapter_that_is_still_zero_is_found(module: nn.Module) -> None:
+    before = {name: one.clone() for name, one in module.state_dict().items()}
+    model = nn.Sequential(nn.Linear(8, 8), module)
+    assert "does not multiply by its weight unchanged" in reasons(model)["1"]
+    assert all(torch.equal(before[name], one) for name, one in module.state_dict().items())
+
+
+def test_parameters_that_are_zero_and_change_no_zero_of_the_product_are_no_reason() -> None:
+    assert "1" in found(nn.Sequential(nn.Linear(8, 8), ZeroBiased()))
+
+
+def test_a_forward_of_a_single_module_is_tried_as_one_of_a_class_is() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8), nn.Conv2d(4, 4, 3))
+    centred, wrapped, doubled = model[0], model[1], model[3]
+    centred.forward = lambda x: nn.functional.linear(x, centred.weight - centred.weight.mean(), centred.bias)
+    plain = wrapped.forward
+    wrapped.forward = lambda *inputs: plain(*inputs)  # as accelerate's hooks do
+    doubled.forward = lambda x: nn.functional.conv2d(x, doubled.weight, doubled.bias) * 2
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    held, modes = dict(model.named_parameters()), [one.training for one in model.modules()]
+    assert set(found(model)) == {"1", "2"}
+    assert (
+        "zeros of the weight have no effect" in reasons(model)["0"] and "2 times its weight" in reasons(model, include="3")["3"]
+    )
+    assert all(held[name] is one and torch.equal(before[name], one) for name, one in model.named_parameters())
+    assert [one.training for one in model.modules()] == modes
+
+
+def overlapping(kind: str) -> nn.Module:
+    model, memory = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(24, 16)
+    first, second = {
+        "rows": (memory[:8, :8], memory[3:11, :8]),
+        "transposed": (memory[:8, :8], memory[:8, :8].t()),
+        "columns": (memory[:8, :8], memory[:8, 4:12]),
+        "expanded": (memory[:1, :8].expand(8, 8), memory[8:16, :8]),
+    }[kind]
+    model[0].weight, model[1].weight = nn.Parameter(first), nn.Parameter(second)
+    return model
+
+
+@pytest.mark.parametrize("kind", ["rows", "transposed", "columns", "expanded"])
+def test_weights_that_share_a_part_of_their_memory_are_left_dense_even_if_asked_for(kind: str) -> None:
+    for include in (None, "*"):
+        model = overlapping(kind)
+        left = reasons(model, include=include)
+        assert set(left) == ({"0"} if kind == "expanded" else {"0", "1"})
+        assert all("memory" in reason and ".clone()" in reason for reason in left.values())
+    before = model.state_dict()["0.weight"].clone()
+    report = bisparse.prune_(model, "2:4-T")
+    assert (
+        torch.equal(model[0].weight, before) and bisparse.verify(model[2].weight, "2:4-T") and "2" in [one.name for one in report]
+    )
+
+
+def test_slices_of_one_tensor_without_a_common_element_are_layers() -> None:
+    model, memory = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(16, 16)
+    model[0].weight, model[1].weight, model[2].weight = (
+        nn.Parameter(memory[:8, :8]), nn.Parameter(memory[:8, 8:]), nn.Parameter(memory[8:, ::2]),
+    )  # fmt: skip
+    bisparse.prune_(model, "2:4-T")
+    assert bisparse.verify(model, "2:4-T") and bool((memory[8:, 1::2] != 0).all())
+
+
+def test_a_weight_that_is_the_embeddings_memory_is_tied_to_it() -> None:
+    model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8), nn.Linear(8, 16, bias=False))
+    model[2].weight = nn.Parameter(model[0].weight.data)
+    assert "shares its weight with the embedding 0" in reasons(model)["2"] and "1" in found(model)

@@ -1,6 +1,9 @@
 """The judge: what `verify` counts and names, and a proof check that is tested by lying to it."""
 
+import copy
 import dataclasses
+import pickle
+from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
@@ -521,3 +524,24 @@ def test_a_tensor_of_a_sparse_layout_is_refused_with_what_to_do(layout: torch.la
     with pytest.raises(ValueError, match=r"fc is stored as torch.sparse_(coo|csr).*to_dense"):
         verify(stored, "2:4", name="fc")
     assert verify(stored.to_dense(), "2:4", name="fc")
+
+
+@pytest.mark.parametrize("pattern", ["2:4-T", "2:4"])
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))])
+def test_a_copy_of_a_solution_has_its_figures_and_its_proof(pattern: str, copied: Callable[[Solution], Solution]) -> None:
+    scores = torch.rand(16, 16)
+    scores += 1  # so that its version counter is not that of a new tensor
+    solution = solve(scores, pattern)
+    found = copied(solution)
+    assert (found.value, found.gap, torch.equal(found.mask, solution.mask)) == (solution.value, 0.0, True)
+    assert found.check() is found
+    found.scores.zero_()
+    with pytest.raises(ValueError, match="changed in place"):
+        Solution.check(found)
+
+
+def test_a_copy_of_a_solution_whose_scores_were_changed_knows_that() -> None:
+    solution = solve(torch.rand(16, 16), "2:4-T")
+    solution.scores.zero_()
+    with pytest.raises(ValueError, match="changed in place"):
+        copy.deepcopy(solution).check()

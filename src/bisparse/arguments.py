@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
-__all__ = ["check_dense"]
+__all__ = ["check_dense", "check_flag", "entry_of"]
+
+T = TypeVar("T")
 
 
 def check_dense(name: str, tensor: object) -> None:
@@ -23,3 +29,23 @@ def check_dense(name: str, tensor: object) -> None:
         raise ValueError(f"{name} is stored as {tensor.layout}: pass its dense form, tensor.to_dense()")
     if tensor.is_complex():
         raise ValueError(f"{name} is complex ({tensor.dtype}); expected real numbers")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise ValueError for a setting that is neither True nor False, such as "no", which counts as true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name}={value!r:.60}: expected True or False")
+
+
+def entry_of(key: str | int, entries: Sequence[T], names: Mapping[str, T]) -> T:
+    """An entry of a report: by its number in the order of the report, as in a list, or by name.
+
+    Raises:
+        IndexError, KeyError: there is none.
+    """
+    if isinstance(key, int) and not isinstance(key, bool):
+        return entries[key]
+    if isinstance(key, str) and key in names:
+        return names[key]
+    close = difflib.get_close_matches(str(key), names, n=3) or list(names)[:3]
+    raise KeyError(f"{key!r} is no layer of the report; its {len(entries)} layers are named like {', '.join(close) or 'none'}")

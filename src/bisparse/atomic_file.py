@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -9,7 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["atomic_file", "check_output_file"]
+from bisparse.errors import CheckpointError
+
+__all__ = ["atomic_file", "check_output_file", "explained", "explaining"]
+
+UNTOUCHED = "nothing was left half written"
 
 
 @contextmanager
@@ -21,8 +26,36 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 
     Raises:
         ValueError: `path` is a folder, a device, a pipe or a socket; see `check_output_file`.
-        OSError: it cannot be written; names `path`.
+        CheckpointError: it cannot be written, for example because of its permissions or a full disk; names `path`.
     """
+    with explaining(path):
+        yield from _atomic_file(path)
+
+
+@contextmanager
+def explaining(path: str | Path) -> Iterator[None]:
+    """A context manager that turns the system's errors while `path` is written into `CheckpointError`."""
+    try:
+        yield
+    except OSError as error:
+        raise explained(error, Path(os.fsdecode(error.filename)) if error.filename else Path(path)) from error
+
+
+def explained(error: OSError, path: Path) -> CheckpointError:
+    """What the system said about a path that is written, with what to do."""
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+            problem, remedy = "could not be written: the disk is full or a quota is used up", "free space or choose another disk"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            problem, remedy = "could not be written: permission denied", "choose a folder that you may write"
+        case errno.ENOTDIR | errno.EEXIST:
+            problem, remedy = "could not be written: there is a file where a folder is needed", "choose another place"
+        case _:
+            problem, remedy = f"could not be read or written ({error.strerror or error})", "check the path and the disk"
+    return CheckpointError(path, problem, f"{remedy}; {UNTOUCHED}")
+
+
+def _atomic_file(path: str | Path) -> Iterator[Path]:
     given, target = Path(path), check_output_file(path)
     temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(8)}.part")
     created = False

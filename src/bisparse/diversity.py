@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cache
 from typing import Literal
@@ -43,8 +43,11 @@ class MaskDiversity:
     """Base-2 logarithm of the number of masks."""
     exact: bool
     """False where a tile's masks are too many to enumerate and their number is an asymptotic one (see `count_tile_masks`)."""
-    count: int | None
+    count: int | None = field(repr=False)
     """The number itself; None where it is asymptotic, above 2**1048576, or where T is not a whole number of groups or tiles."""
+
+    def __str__(self) -> str:
+        return f"{self.scientific} masks of {self.size:,} weights at {self.structure}, {self.log2_per_weight:.4f} bits per weight"
 
     @property
     def log2_per_weight(self) -> float:

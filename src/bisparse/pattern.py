@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from bisparse.arguments import check_flag
+
 __all__ = ["Paired", "Pattern", "Sequential", "Structure", "Unstructured", "parse_pattern"]
 
 _FORMS = "'2:4' (N kept of M), '4:8-T' (transposable), '4:8-seq' (sequential), '4:8-paired', or '50%' (unstructured density)"
@@ -75,6 +77,7 @@ class Pattern(Structure):
     transposable: bool = False
 
     def __post_init__(self) -> None:
+        check_flag("transposable", self.transposable)
         _check_n_m(self)
 
     def __str__(self) -> str:
@@ -198,4 +201,28 @@ def _parse_text(text: str) -> Structure:
                 return Paired(n, m)
             case suffix:
                 return Pattern(n, m, transposable=suffix == "T")
-    raise ValueError(f"pattern {text!r} is unknown: expected {_FORMS}")
+    meant = _meant(stripped)
+    hint = f"; did you mean {meant!r}? Expected" if meant else ": expected"
+    raise ValueError(f"pattern {text!r:.100} is unknown{hint} {_FORMS}")
+
+
+def _meant(text: str) -> str | None:
+    """The pattern that a text with another case, separator or suffix stands for; None if it resembles none."""
+    if ratio := re.fullmatch(r"(\d{1,6})\s*[:/;,x]\s*(\d{1,6})[\s_-]*([a-z]*)", text.lower()):
+        suffix = next((f"-{one}" for one in ("T", "seq", "paired") if ratio[3] and _resembles(ratio[3], one)), "")
+        candidate = f"{ratio[1]}:{ratio[2]}{suffix}" if suffix or not ratio[3] else ""
+    elif fraction := re.fullmatch(r"(\d*\.?\d+)\s*(?:%|percent)?", text.lower()):
+        value = float(fraction[1])
+        candidate = f"{100 * value:.10g}%" if value < 1 else f"{value:.10g}%"
+    else:
+        return None
+    try:
+        return str(_parse_text(candidate)) if candidate and candidate != text else None
+    except ValueError:
+        return None
+
+
+def _resembles(given: str, suffix: str) -> bool:
+    """Whether one of them begins with the other: "t", "transposable", "sequential", "pair"."""
+    known = {"T": "transposable", "seq": "sequential", "paired": "paired"}[suffix]
+    return known.startswith(given) or given.startswith(known[:5])

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bisparse.arguments import check_dense
+from bisparse.arguments import check_dense, entry_of
 from bisparse.layers import Skipped
 from bisparse.pattern import Pattern
 from bisparse.solution import Solution
@@ -92,8 +92,8 @@ class PruneReport:
     pattern: str
     method: str
     solver: str
-    layers: tuple[LayerResult, ...]
-    left_dense: tuple[Skipped, ...] = ()
+    layers: tuple[LayerResult, ...] = field(repr=False)
+    left_dense: tuple[Skipped, ...] = field(default=(), repr=False)
     patterns: dict[str, str] = field(default_factory=dict)
     """Patterns of single layers, by glob, where they differ from `pattern`."""
     notes: tuple[str, ...] = ()
@@ -107,12 +107,9 @@ class PruneReport:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, name: str) -> LayerResult:
-        """The result of a layer by its name."""
-        for layer in self.layers:
-            if name in (layer.name, layer.parameter):
-                return layer
-        raise KeyError(name)
+    def __getitem__(self, key: str | int) -> LayerResult:
+        """The result of a layer, by its name or its number."""
+        return entry_of(key, self.layers, {name: one for one in self.layers for name in (one.parameter, one.name)})
 
     @property
     def weights(self) -> int:

@@ -79,17 +79,21 @@ class Certificate:
         return replace(self, u=self.u.to(device), v=self.v.to(device), exponent=self.exponent.to(device))
 
 
+def _no_certificate() -> None:
+    """For solvers that give no certificate."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """A mask for given scores, and what is known about its optimality. All figures are in score units."""
 
-    mask: Bool[Tensor, "..."]
+    mask: Bool[Tensor, "..."] = field(repr=False)
     """`True` = kept; of the scores' shape."""
     scores: Real[Tensor, "..."] = field(repr=False)
     pattern: Structure
     layout: Layout
     exactly: bool = False
-    certify: Callable[[], Certificate | None] = field(default=lambda: None, repr=False, compare=False)
+    certify: Callable[[], Certificate | None] = field(default=_no_certificate, repr=False, compare=False)
     """Makes the certificate when it is first asked for."""
     _version: int | None = field(default=None, init=False, repr=False, compare=False)
     """torch's version counter of the scores when this was made."""
@@ -100,6 +104,21 @@ class Solution:
             known["scores"] = self.scores.clone()
         else:
             known["_version"] = self.scores._version
+
+    def __str__(self) -> str:
+        shape = " x ".join(map(str, self.mask.shape))
+        return f"{self.pattern} mask of {shape}: keeps {int(self.mask.count_nonzero()):,} of {self.mask.numel():,} weights"
+
+    def __getstate__(self) -> dict[str, object]:
+        # Copies of the scores have version counters of their own, and what makes a certificate may refer to the original.
+        unchanged = self._version == _version_of(self.scores)
+        known = {"certificate": self.certificate} if unchanged else {}
+        return {**self.__dict__, **known, "certify": _no_certificate, "_version": None if unchanged else -1}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        if self._version is None:
+            self.__dict__["_version"] = _version_of(self.scores)
 
     @cached_property
     def certificate(self) -> Certificate | None:
@@ -294,17 +313,20 @@ class Verification:
     density: float
     """Fraction of non-zero weights."""
     layer: str = ""
-    layers: tuple[Verification, ...] = ()
+    layers: tuple[Verification, ...] = field(default=(), repr=False)
     """For a model or a checkpoint, one entry per layer that was checked."""
-    unchecked: tuple[Skipped, ...] = ()
+    unchecked: tuple[Skipped, ...] = field(default=(), repr=False)
     """For a checkpoint, the layers whose zeros could not be seen or are not constrained, and why."""
-    left_out: tuple[Skipped, ...] = ()
+    left_out: tuple[Skipped, ...] = field(default=(), repr=False)
     """For a checkpoint, the tensors that are no layers to prune by default, or that the caller left out."""
-    contradicted: tuple[str, ...] = ()
+    contradicted: tuple[str, ...] = field(default=(), repr=False)
     """For a checkpoint, what its sidecar says of the weights that is not so, such as another density; each in a sentence."""
 
     def __bool__(self) -> bool:
         return self.violations == 0 and not (self.unchecked and not self.layers)
+
+    def __str__(self) -> str:
+        return self.message
 
     @property
     def message(self) -> str:

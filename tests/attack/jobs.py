@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -15,12 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bisparse
+from bisparse.checkpoint import CheckpointError
 from bisparse.pruning import AdaPrune
 from bisparse.pruning.journal import JournalError
 
-__all__ = ["JOBS", "forked", "left_behind", "make_input", "model_and_data", "weights_of"]
+__all__ = ["JOBS", "NO_MESSAGE", "ended", "forked", "left_behind", "make_input", "model_and_data", "weights_of"]
 
 LONGEST_S = 60
+NO_MESSAGE = 99
+"""Exit code of a job whose error could not be printed, since its log could not be written."""
 
 
 @cache
@@ -40,20 +45,32 @@ def warm_up() -> None:
         bisparse.prune_(model, pattern, AdaPrune(), data)
 
 
-def forked(job: Callable[[], int]) -> int:
-    """Run a job in a forked process, its output in ``log.txt``; its pid."""
+_logs: dict[int, threading.Thread] = {}
+"""By pid, what copies a job's output to its log."""
+
+
+def forked(job: Callable[[], int], *, own_log: bool = False) -> int:
+    """Run a job in a forked process; its pid. This process writes its output to ``log.txt``, whatever limits the job has.
+
+    Args:
+        own_log: the job writes ``log.txt`` itself, with its own limits.
+    """
+    read, write = os.pipe()
     pid = os.fork()
     if pid:
+        os.close(write)
+        _logs[pid] = threading.Thread(target=_copy, args=(read, Path("log.txt").absolute()), daemon=True)
+        _logs[pid].start()
         return pid
-    code = 99
+    code = NO_MESSAGE
     try:
-        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND) if own_log else write
         os.dup2(log, 1)
         os.dup2(log, 2)
         code = job()
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else 1
-    except JournalError as error:
+    except (JournalError, CheckpointError) as error:
         print(error)
         code = 1
     except BaseException:  # noqa: BLE001
@@ -62,23 +79,35 @@ def forked(job: Callable[[], int]) -> int:
         traceback.print_exc()
         code = 98
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with suppress(OSError):
+            sys.stdout.flush()
+        with suppress(OSError):
+            sys.stderr.flush()
         os._exit(code)
     return pid
+
+
+def _copy(read: int, path: Path) -> None:
+    with os.fdopen(read, "rb", buffering=0) as pipe, path.open("ab", buffering=0) as log:
+        while data := pipe.read(1 << 16):
+            log.write(data)
 
 
 def ended(pid: int) -> int | None:
     """The exit code of a child, negative for a signal; None, and it is killed, where it takes too long."""
     limit = time.monotonic() + LONGEST_S
+    code = None
     while time.monotonic() < limit:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            code = os.waitstatus_to_exitcode(status)
+            break
         time.sleep(0.005)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+    else:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    _logs.pop(pid).join(timeout=10)
+    return code
 
 
 def make_input(folder: Path, seed: int, layers: int = 6) -> Path:

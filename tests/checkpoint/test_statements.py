@@ -120,6 +120,21 @@ def test_a_mask_that_keeps_nothing_is_not_handed_on(pruned: Path) -> None:
         load_masks(pruned)
 
 
+def one_more(bits: torch.Tensor) -> torch.Tensor:
+    """The packed bits of a mask whose first group keeps one more, or two, as flipped bits make it."""
+    bits = bits.clone()
+    bits[0] |= 0b1110_0000
+    return bits
+
+
+def test_a_mask_that_breaks_its_pattern_is_said_and_not_handed_on(pruned: Path) -> None:
+    change_mask(pruned, "a.weight", one_more)
+    with pytest.raises(CheckpointError, match=r"a\.weight: a mask that breaks its pattern: \d+ of \d+ groups"):
+        load_masks(pruned)
+    (said,) = verify_checkpoint(pruned).contradicted
+    assert "the mask of a in bisparse-masks.safetensors breaks" in said
+
+
 def test_a_layer_of_zeros_has_a_mask_that_keeps_nothing(tmp_path: Path) -> None:
     zeros = model()
     bisparse.prune_(zeros, "2:4")

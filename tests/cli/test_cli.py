@@ -171,7 +171,7 @@ def test_a_violation_is_exit_code_1_and_says_where(model: Path, tmp_path: Path) 
     save_file(state, tmp_path / "out" / "model.safetensors")
     broken = run("verify", tmp_path / "out")
     assert broken.exit_code == 1
-    assert re.search(r"layers\.1\.up +4:8-T +\d+ +96 +W, row 9, columns 16 to 23: keeps 8", broken.stdout)
+    assert re.search(r"layers\.1\.up +1 +4:8-T +\d+ +96 +W, row 9, columns 16 to 23: keeps 8", broken.stdout)
     assert "broken in 1 of 6 layers" in broken.stdout
     code, content = run_json("verify", tmp_path / "out")
     assert code == 1 and content["ok"] is False

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -16,10 +16,12 @@ from bisparse.accelerate.backends import BackendError, Refusal
 from bisparse.accelerate.eligibility import BackendName, Plan, plan_layer
 from bisparse.accelerate.linear_packed import PackedLinear
 from bisparse.accelerate.linear_trained import SparseLinear
+from bisparse.arguments import check_flag, entry_of
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError
 from bisparse.tiles import Layout
+from bisparse.training.layer import Accelerated
 from bisparse.wrappers import check_module
 
 __all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "held_bytes", "install", "tied_parameters"]
@@ -50,19 +52,24 @@ class AcceleratedLayer:
 class AccelerationReport:
     """The layers that `accelerate_` changed, and why each other layer stays as it is."""
 
-    layers: tuple[AcceleratedLayer, ...]
-    left_dense: tuple[Skipped, ...]
+    layers: tuple[AcceleratedLayer, ...] = field(repr=False)
+    left_dense: tuple[Skipped, ...] = field(repr=False)
     bytes_before: int
     """Bytes of parameters, buffers and packed weights of the whole model, each storage counted once."""
     bytes_after: int
+    already: int = 0
+    """Number of layers in `left_dense` that run sparse already, since an earlier call."""
 
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, name: str) -> AcceleratedLayer | Skipped:
-        """The entry of a layer by name, accelerated or not."""
-        entries: dict[str, AcceleratedLayer | Skipped] = {one.name: one for one in self.left_dense}
-        return (entries | {one.name: one for one in self.layers})[name]
+    def __iter__(self) -> Iterator[AcceleratedLayer]:
+        return iter(self.layers)
+
+    def __getitem__(self, key: str | int) -> AcceleratedLayer | Skipped:
+        """The entry of a layer: by name, accelerated or not, or by its number among those that run sparse."""
+        names: dict[str, AcceleratedLayer | Skipped] = {one.name: one for one in self.left_dense}
+        return entry_of(key, self.layers, names | {one.name: one for one in self.layers})
 
     def as_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
@@ -70,8 +77,10 @@ class AccelerationReport:
 
     def __str__(self) -> str:
         both = sum(layer.backward for layer in self.layers)
+        already = f"; {self.already} did already" if self.already else ""
+        left = len(self.left_dense) - self.already
         return (
-            f"{len(self)} layers run sparse, {both} of them both ways; {len(self.left_dense)} stay as they are; "
+            f"{len(self)} layers run sparse, {both} of them both ways{already}; {left} stay as they are; "
             f"{self.bytes_before:,} -> {self.bytes_after:,} bytes"
         )
 
@@ -106,7 +115,7 @@ def accelerate_(
     On a CPU, weights that are not trained are packed as non-zeros and a bit mask, whatever their pattern, if at most 0.8 of the
     entries are not zero. Each layer is timed with `tokens` tokens, and packed only if that is faster.
 
-    On an error the model is unchanged, and its parameters are the same objects.
+    A layer that runs sparse already stays as it is. On an error the model is unchanged, and its parameters are the same objects.
 
     Args:
         backend: "cusparselt" or "cutlass" on a GPU, "cpu" on a CPU; "reference" packs weights like the first two on any device
@@ -128,6 +137,7 @@ def accelerate_(
         ValueError: weights in dynamic training are sharded over ranks already; tokens below 1.
     """
     check_module(model)
+    check_flag("search", search)
     if advice is not None and not isinstance(advice, Advice):
         raise ValueError(f"advice={advice!r:.60}: expected what advise() returns")
     if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
@@ -137,7 +147,12 @@ def accelerate_(
     advised = {} if advice is None else {one.name: one for one in advice.layers}
     asked_for = backend != "auto" and include is not None
     plans: list[tuple[Layer, Plan]] = []
+    already = 0
     for layer in layers:
+        if isinstance(layer.module, Accelerated):
+            left.append(Skipped(layer.name, "accelerated already"))
+            already += 1
+            continue
         known = advised.get(layer.name)
         if known is not None and known.convert is False:
             left.append(Skipped(layer.name, known.reason))
@@ -158,8 +173,8 @@ def accelerate_(
                 done.append(outcome)
             else:
                 left.append(_left_dense(layer.name, outcome, asked_for))
-        report = AccelerationReport(tuple(done), tuple(left), before, held_bytes(model))
-    if backend != "auto" and not done and not advised:
+        report = AccelerationReport(tuple(done), tuple(left), before, held_bytes(model), already)
+    if backend != "auto" and not done and not advised and not already:
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in left[:5])
         raise BackendError(f"backend={backend!r}: no layer of the model can run sparse ({reasons or 'it has no prunable layer'})")
     return report

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from bisparse.accelerate.timing import Timing
+from bisparse.arguments import entry_of
 from bisparse.layers import Skipped
 
 __all__ = ["Advice", "LayerAdvice", "LayerShape", "Source"]
@@ -52,8 +54,8 @@ class LayerAdvice:
 class Advice:
     """Advice for a model. `accelerate_(model, advice=...)` follows it."""
 
-    layers: tuple[LayerAdvice, ...]
-    left_dense: tuple[Skipped, ...]
+    layers: tuple[LayerAdvice, ...] = field(repr=False)
+    left_dense: tuple[Skipped, ...] = field(repr=False)
     source: Source
     """"measured" here, "predicted" from a grid, or only the exact figures: shapes, bytes, FLOPs."""
     device: str
@@ -62,8 +64,15 @@ class Advice:
     training: bool
     note: str = ""
 
-    def __getitem__(self, name: str) -> LayerAdvice:
-        return {one.name: one for one in self.layers}[name]
+    def __iter__(self) -> Iterator[LayerAdvice]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, key: str | int) -> LayerAdvice:
+        """The advice for a layer, by its name or its number."""
+        return entry_of(key, self.layers, {one.name: one for one in self.layers})
 
     @property
     def speedup(self) -> float | None:

@@ -16,6 +16,7 @@ from bisparse.accelerate.backends.cpu import CPU, cpu_reason
 from bisparse.accelerate.eligibility import BackendName, choose_backend, directions_of, is_2to4, pattern_refusal
 from bisparse.accelerate.grid import Grid, stored_grids
 from bisparse.accelerate.timing import Timing, measure_linear
+from bisparse.arguments import check_flag
 from bisparse.device import usable_device
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
@@ -71,6 +72,7 @@ def advise(
     """
     shapes, left = layer_shapes(model, pattern, include, exclude, layouts)
     training = model.training if training is None else training
+    check_flag("training", training)
     return advise_shapes(
         shapes, tokens, left=left, dtype=dtype, device=device, backend=backend, training=training, grid=grid, progress=progress
     )

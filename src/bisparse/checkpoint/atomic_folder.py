@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bisparse.arguments import check_flag
+from bisparse.atomic_file import explained
 from bisparse.errors import CheckpointError
 from bisparse.folder_lock import lock_folder
 
@@ -122,6 +124,7 @@ def check_target(target: Path, overwrite: bool, ours: str) -> None:
     Raises:
         CheckpointError: the target exists and may not be replaced.
     """
+    check_flag("overwrite", overwrite)
     if not os.path.lexists(target):
         return
     if not overwrite:
@@ -269,12 +272,4 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _explained(error: OSError, target: Path, hidden: Path) -> CheckpointError:
-    path = _as_given(Path(error.filename or target), target, hidden)
-    match error.errno:
-        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
-            problem, remedy = "could not be written: the disk is full or a quota is used up", "free space or choose another disk"
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            problem, remedy = "could not be written: permission denied", "choose a folder that you may write"
-        case _:
-            problem, remedy = f"could not be read or written ({error.strerror or error})", "check the path and the disk"
-    return CheckpointError(path, problem, f"{remedy}; nothing was left half written")
+    return explained(error, _as_given(Path(error.filename or target), target, hidden))

@@ -12,6 +12,8 @@ from bisparse.checkpoint.reader import Source
 from bisparse.checkpoint.sidecar import MASKS, Sidecar, packed_size
 from bisparse.checkpoint.stored_tensor import StoredTensor, read_header
 from bisparse.errors import CheckpointError
+from bisparse.results import LayerResult
+from bisparse.solution import verify
 
 __all__ = ["wrong_masks"]
 
@@ -22,7 +24,7 @@ PIECE = 1 << 21
 def wrong_masks(sidecar: Sidecar, source: Source) -> list[str]:
     """What the masks file next to a sidecar says that the weights contradict, each as a sentence; nothing without such a file.
 
-    A mask keeps every weight that is not zero; it may keep zeros too.
+    A mask keeps every weight that is not zero; it may keep zeros too, but as few as its pattern asks for.
     """
     path = source.path / MASKS
     if not source.path.is_dir() or not os.path.lexists(path):
@@ -33,13 +35,14 @@ def wrong_masks(sidecar: Sidecar, source: Source) -> list[str]:
             said
             for result in sidecar.report
             if (tensor := source.tensors.get(result.parameter)) is not None
-            and (said := _wrong(result.name, masks.get(result.parameter), tensor)) is not None
+            and (said := _wrong(result, masks.get(result.parameter), tensor)) is not None
         ]
     except CheckpointError as error:
         return [f"{MASKS} cannot be used: it {error.problem}"]
 
 
-def _wrong(layer: str, mask: StoredTensor | None, tensor: StoredTensor) -> str | None:
+def _wrong(result: LayerResult, mask: StoredTensor | None, tensor: StoredTensor) -> str | None:
+    layer = result.name
     if mask is None:
         return f"{MASKS} has no mask of {layer}"
     if mask.dtype != "U8" or mask.nbytes != packed_size(tensor.shape):
@@ -53,4 +56,8 @@ def _wrong(layer: str, mask: StoredTensor | None, tensor: StoredTensor) -> str |
         weights = tensor.read(start, stop)
         weights = weights.float() if weights.is_floating_point() and weights.dtype.itemsize == 1 else weights
         lost += int(((weights != 0) & ~torch.from_numpy(bits).view(torch.bool)).sum())
-    return f"the mask of {layer} in {MASKS} drops {lost:,} weights that are not zero" if lost else None
+    if lost:
+        return f"the mask of {layer} in {MASKS} drops {lost:,} weights that are not zero"
+    whole = torch.from_numpy(np.unpackbits(mask.read().numpy(), count=tensor.size)).view(torch.bool).view(tensor.shape)
+    found = verify(whole, result.pattern, layout=result.layout)
+    return None if found else f"the mask of {layer} in {MASKS} breaks {result.pattern} in {found.violations:,} groups"

@@ -84,7 +84,7 @@ def record_evaluation(folder: str | Path, figures: Iterable[Mapping[str, Any]]) 
     text = sidecar.to_json()
     with atomic_file(folder / SIDECAR) as written:
         written.write_text(text, encoding="utf-8")
-    write_card(folder, sidecar)
+        write_card(folder, sidecar)  # if it cannot be written, the sidecar stays as it is
     return sidecar
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +46,9 @@ SLACK = 8 << 20
 class CheckpointPlan:
     """The plan of `prune_checkpoint`."""
 
-    source: Source
-    layers: tuple[StoredLayer, ...]
-    left_dense: tuple[Skipped, ...]
+    source: Source = field(repr=False)
+    layers: tuple[StoredLayer, ...] = field(repr=False)
+    left_dense: tuple[Skipped, ...] = field(repr=False)
     notes: tuple[str, ...]
 
     @property

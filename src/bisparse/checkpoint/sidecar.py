@@ -30,6 +30,7 @@ from bisparse.errors import CheckpointError
 from bisparse.layers import Skipped, layer_name
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport
+from bisparse.solution import verify
 from bisparse.tiles import to_matrices
 
 __all__ = [
@@ -108,7 +109,7 @@ class Sidecar:
     remainder: str = "pad"
     source: str = ""
     """Name of the folder, file or class that was pruned."""
-    samples: tuple[SampleTile, ...] = ()
+    samples: tuple[SampleTile, ...] = field(default=(), repr=False)
     created: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     versions: Mapping[str, str] = field(default_factory=_versions)
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -295,12 +296,13 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
     """The masks of a checkpoint that bisparse wrote, by parameter name; `True` = kept.
 
     Raises:
-        CheckpointError: no masks file, a corrupt one, or a mask that keeps nothing where the sidecar says that something is kept.
+        CheckpointError: no masks file, a corrupt one, or a mask that breaks the pattern which the sidecar next to it states, or
+            keeps nothing where something is said to be kept.
     """
     path = Path(folder) if Path(folder).is_file() else _place(Path(folder), MASKS)
     header, tensors = read_header(open_input(path))
     sidecar = read_sidecar(path.parent)
-    densities = {} if sidecar is None else {one.parameter: one.density for one in sidecar.report}
+    results = {} if sidecar is None else {one.parameter: one for one in sidecar.report}
     try:
         text = json.loads(header[8:])["__metadata__"]["shapes"]
         shapes = validate(decode(text, path, "prune again"), MaskShapes, path, "prune again")
@@ -311,8 +313,11 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
                 raise ValueError(f"{name}: {tensor.nbytes} bytes for shape {shape}")
             bits = np.unpackbits(tensor.read().numpy(), count=math.prod(shape))
             masks[name] = torch.from_numpy(bits).view(torch.bool).view(shape)
-            if masks[name].numel() and not masks[name].any() and densities.get(name, 1) > 0:
+            result = results.get(name)
+            if masks[name].numel() and not masks[name].any() and (result is None or result.density > 0):
                 raise ValueError(f"{name}: a mask that keeps nothing")
+            if result is not None and result.shape == shape:
+                verify(masks[name], result.pattern, layout=result.layout, name=f"{name}: a mask that breaks its pattern").check()
     except CheckpointError:
         raise
     except (KeyError, ValueError, TypeError) as error:

@@ -15,6 +15,7 @@ from bisparse.cli.convert import convert
 from bisparse.cli.doctor import doctor
 from bisparse.cli.evaluate import evaluate
 from bisparse.cli.export import export
+from bisparse.cli.help_panels import PaneledCommand
 from bisparse.cli.info import info
 from bisparse.cli.prune import prune
 from bisparse.cli.quantize import quantize
@@ -25,8 +26,8 @@ __all__ = ["app", "run"]
 
 app = typer.Typer(name="bisparse", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (prune, convert, quantize, export, verify, info, bench, report, doctor):
-    app.command()(command)
-app.command(name="eval")(evaluate)
+    app.command(cls=PaneledCommand)(command)
+app.command(name="eval", cls=PaneledCommand)(evaluate)
 
 
 def _print_version(wanted: bool) -> None:

@@ -13,15 +13,13 @@ from bisparse.cli.console import (
     Excluded,
     Included,
     command,
-    grouped,
     parse_pattern_option,
     parse_source,
     print_json,
-    print_left_dense,
     progress_bar,
-    table,
     to_stdout,
 )
+from bisparse.cli.tables import grouped, print_left_dense, print_table
 
 if TYPE_CHECKING:
     from bisparse.accelerate import Advice, DevicePrediction, LayerAdvice, LayerShape, Pass
@@ -181,7 +179,7 @@ def _show(advice: Advice) -> None:
         rows.append((name, str(len(group)), *_cells(group[0])))
     times = (" dense f + b ms", " sparse f + b ms", " peak MB")
     headings = ("layer", " n", " out x in", " GFLOP", *times, " weight MB", "advice")
-    console.print(table(headings, rows))
+    print_table(console, headings, rows)
     print_left_dense(console, advice.left_dense)
     console.print()
     console.print(f"{advice}.", markup=False, soft_wrap=True)
@@ -200,7 +198,7 @@ def _show_predicted(predicted: tuple[DevicePrediction, ...], *, layers: bool) ->
     for one in predicted:
         won = (f"{one.speedup[pattern]:.2f}x ({_wins(one.wins_from[pattern])})" for pattern in patterns)
         rows.append((one.device, f"{one.dense_us / 1e3:.3f}", *won, one.note))
-    console.print(table(("GPU", " dense ms", *(f" {one} (wins from tokens)" for one in patterns), "note"), rows))
+    print_table(console, ("GPU", " dense ms", *(f" {one} (wins from tokens)" for one in patterns), "note"), rows)
     for one in predicted if layers else ():
         rows = []
         for name, group in grouped(one.layers, lambda layer: layer.name, lambda layer: layer.shape):
@@ -208,8 +206,8 @@ def _show_predicted(predicted: tuple[DevicePrediction, ...], *, layers: bool) ->
             shape = " x ".join(map(str, group[0].shape))
             rows.append((name, str(len(group)), shape, f"{group[0].dense_us:.1f}", *times, group[0].note))
         console.print()
-        console.print(
-            table(("layer", " n", " out x in", " dense us", *(f" {pattern} us" for pattern in patterns), "times of"), rows)
+        print_table(
+            console, ("layer", " n", " out x in", " dense us", *(f" {pattern} us" for pattern in patterns), "times of"), rows
         )
 
 

@@ -15,16 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from bisparse.cli.calibration_options import TextFiles
-from bisparse.cli.console import (
-    command_line,
-    grouped,
-    print_coverage,
-    print_json,
-    print_left_dense,
-    shows_progress,
-    table,
-    to_stdout,
-)
+from bisparse.cli.console import command_line, print_coverage, print_json, shows_progress, to_stdout
+from bisparse.cli.tables import grouped, print_left_dense, print_table
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -314,7 +306,7 @@ def finish(
     converted = any(one.violated_weights is not None for one in report)
     before = ("fitted", " violation", " by chance") if converted else ()
     heads = ("layer", " n", "to", " density", *before, " error masked", " error now", " damping", " s")
-    console.print(table(heads, [_row(*group, converted) for group in groups]))
+    print_table(console, heads, [_row(*group, converted) for group in groups])
     print_left_dense(console, report.left_dense)
     console.print()
     for note in report.notes:

@@ -35,6 +35,7 @@ Calibration = Annotated[
     list[Path] | None,
     # Checked here, before a model is loaded.
     typer.Option(
+        metavar="FILE",
         exists=True,
         dir_okay=False,
         help="Text to calibrate on: continuous text for causal models, one sample per line for others; or JSON lines (.jsonl) "

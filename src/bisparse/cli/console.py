@@ -1,13 +1,12 @@
-"""Shared by all commands: exit codes, messages without tracebacks, JSON, progress, options, and tables of layers."""
+"""Shared by all commands: exit codes, messages without tracebacks, JSON, progress and options."""
 
 from __future__ import annotations
 
 import functools
 import json
-import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -17,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
+from rich.table import Column
 from typer.core import TyperGroup
 
 from bisparse.errors import printable
@@ -30,9 +29,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Key", "Layouts", "Threads", "command", "command_line",
-    "fail", "grouped", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "parse_source", "print_coverage",
-    "print_json", "print_left_dense", "progress_bar", "run_app", "set_quiet", "set_threads", "shows_progress", "table",
-    "to_stderr", "to_stdout",
+    "fail", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "parse_source", "print_coverage", "print_json",
+    "progress_bar", "run_app", "set_quiet", "set_threads", "shows_progress", "to_stderr", "to_stdout",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -305,35 +303,7 @@ def progress_bar(*, show: bool) -> Iterator[Callable[[str, int, int], None]]:
         yield advance
 
 
-def table(columns: Iterable[str], rows: Iterable[Sequence[str]], title: str = "") -> Table:
-    """A plain table; columns whose heading starts with a space are right-aligned numbers."""
-    made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), title=title or None, title_justify="left", title_style="bold")
-    for column in columns:
-        made.add_column(column.strip(), justify="right" if column.startswith(" ") else "left", overflow="fold")
-    for row in rows:
-        made.add_row(*(escape(printable(cell)) for cell in row))
-    return made
-
-
-def grouped(items: Iterable[Any], name: Callable[[Any], str], alike: Callable[[Any], object]) -> list[tuple[str, list[Any]]]:
-    """Layers grouped by name with the numbers replaced: ``encoder.layer.*.output.dense``."""
-    groups: dict[object, list[Any]] = {}
-    for item in items:
-        groups.setdefault((re.sub(r"\d+", "*", name(item)), alike(item)), []).append(item)
-    return [(name(group[0]) if len(group) == 1 else re.sub(r"\d+", "*", name(group[0])), group) for group in groups.values()]
-
-
 def print_coverage(console: Console, coverage: str) -> None:
     """Print how much of the model was pruned; a warning is yellow."""
     if coverage:
         console.print(coverage, style="yellow" if coverage.startswith("Warning") else None, markup=False, soft_wrap=True)
-
-
-def print_left_dense(console: Console, left: Iterable[Any], heading: str = "left dense") -> None:
-    """Print the layers left dense, or left out of another job, each group with its reason."""
-    rows = [
-        (name, str(len(group)), group[0].reason) for name, group in grouped(left, lambda one: one.name, lambda one: one.reason)
-    ]
-    if rows:
-        console.print()
-        console.print(table((heading, " n", "why"), rows))

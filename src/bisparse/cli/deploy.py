@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bisparse.cli.console import command_line, grouped, print_json, print_left_dense, table, to_stdout
+from bisparse.cli.console import command_line, print_json, to_stdout
+from bisparse.cli.tables import grouped, print_left_dense, print_table
 
 if TYPE_CHECKING:
     from bisparse.export import OnnxExport
@@ -225,7 +226,7 @@ def show_quantization(report: QuantizationReport, target: Path, as_json: bool = 
         for name, group in grouped(report, lambda one: one.name, lambda one: one.shape)
     ]
     heads = ("layer", " n", " shape", " density", " after", " weight error", " output error rounded", " now")
-    console.print(table(heads, rows))
+    print_table(console, heads, rows)
     print_left_dense(console, report.left, "not quantised")
     console.print()
     console.print(f"[bold green]{report}[/]; {report.time_s:.1f} s.", highlight=False)

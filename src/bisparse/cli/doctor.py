@@ -11,7 +11,8 @@ from typing import Any
 
 import typer
 
-from bisparse.cli.console import AsJson, command, print_json, table, to_stdout
+from bisparse.cli.console import AsJson, command, print_json, to_stdout
+from bisparse.cli.tables import table
 
 __all__ = ["doctor"]
 

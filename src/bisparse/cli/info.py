@@ -17,16 +17,14 @@ from bisparse.cli.console import (
     Key,
     Layouts,
     command,
-    grouped,
     parse_layout_options,
     parse_pattern_option,
     parse_source,
     print_json,
-    print_left_dense,
     progress_bar,
-    table,
     to_stdout,
 )
+from bisparse.cli.tables import grouped, print_left_dense, print_table, table
 
 if TYPE_CHECKING:
     from bisparse.pattern import Structure
@@ -190,7 +188,7 @@ def _checkpoint(
         if group[0].too_large:
             patterns += f"; M from {group[0].too_large[0]} on is not judged, since a side is shorter"
         rows.append((name, str(len(group)), " x ".join(map(str, group[0].shape)), group[0].dtype, f"{density:.4f}", patterns))
-    console.print(table(("layer", " n", " shape", "dtype", " density", "obeys"), rows))
+    print_table(console, ("layer", " n", " shape", "dtype", " density", "obeys"), rows)
     print_left_dense(console, covered.unchecked, "not examined")
     print_left_dense(console, covered.left_out)
     console.print()

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bisparse.cli.console import grouped, print_json, print_left_dense, table, to_stdout
+from bisparse.cli.console import print_json, to_stdout
+from bisparse.cli.tables import grouped, print_left_dense, print_table
 
 if TYPE_CHECKING:
     from bisparse.layers import Skipped
@@ -64,7 +65,7 @@ def show_plan(plan: Plan, as_json: bool) -> None:
         )
         for name, group in groups
     ]
-    console.print(table(("would be pruned", " n", " shape", "dtype", "stored as", "to"), rows))
+    print_table(console, ("would be pruned", " n", " shape", "dtype", "stored as", "to"), rows)
     print_left_dense(console, plan.left_dense)
     console.print()
     for note in plan.notes:

@@ -63,6 +63,7 @@ def prune(
         typer.Option(
             "--pattern",
             "-p",
+            metavar="PATTERN",
             help="2:4, 4:8-T, 16:32-T, 4:8-seq, 50%, ... N is the number KEPT. By default 4:8-T. With --budget, repeat it: one "
             "choice each, which may be dense.",
         ),

@@ -14,17 +14,15 @@ from bisparse.cli.calibrated import on_first_rank, plan_with_data, prune_with_da
 from bisparse.cli.calibration_options import TextFiles, parse_device, parse_expert_floor, parse_method, parse_reconstruction
 from bisparse.cli.console import (
     command_line,
-    grouped,
     parse_solver_option,
     parse_source,
     print_coverage,
     print_json,
-    print_left_dense,
     progress_bar,
-    table,
     to_stdout,
 )
 from bisparse.cli.plan import Plan, PlannedLayer, show_plan
+from bisparse.cli.tables import grouped, print_left_dense, print_table
 
 if TYPE_CHECKING:
     from bisparse.checkpoint import CheckpointPlan
@@ -153,8 +151,8 @@ def _print_report(report: PruneReport, target: Path, time_s: float, as_json: boo
         return
     console = to_stdout()
     groups = grouped(report, lambda one: one.name, lambda one: (one.shape, one.dtype, one.pattern))
-    console.print(
-        table(("layer", " n", " shape", "to", " density", " |w| kept", " gap at most"), [_row(*group) for group in groups])
+    print_table(
+        console, ("layer", " n", " shape", "to", " density", " |w| kept", " gap at most"), [_row(*group) for group in groups]
     )
     print_left_dense(console, report.left_dense)
     console.print()

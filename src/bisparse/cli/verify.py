@@ -16,16 +16,15 @@ from bisparse.cli.console import (
     Layouts,
     Threads,
     command,
-    grouped,
     parse_layout_options,
     parse_pattern_option,
     parse_source,
     print_json,
     progress_bar,
     set_threads,
-    table,
     to_stdout,
 )
+from bisparse.cli.tables import SHOWN, grouped, natural, print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,9 +33,6 @@ if TYPE_CHECKING:
     from bisparse.solution import Verification, Violation
 
 __all__ = ["verify"]
-
-SHOWN = 20
-"""Number of broken layers that are listed without --json."""
 
 
 @command
@@ -126,13 +122,12 @@ def _print(result: Verification) -> None:
         _print_broken(console, broken)
     if result.unchecked:
         rows = grouped(result.unchecked, lambda one: one.name, lambda one: one.reason)
-        shown = [(name, str(len(group)), group[0].reason) for name, group in rows[:SHOWN]]
-        console.print(table(("not checked", " n", "why"), shown))
-        if len(rows) > SHOWN:
-            console.print(f"... and {len(rows) - SHOWN} more rows; --json lists them all.")
+        print_table(console, ("not checked", " n", "why"), [(name, str(len(group)), group[0].reason) for name, group in rows])
         console.print()
     for wrong in result.contradicted[:SHOWN]:
         console.print(f"bisparse.json is wrong: {wrong}", style="yellow", markup=False, soft_wrap=True)
+    if len(result.contradicted) > SHOWN:
+        console.print(f"... and {len(result.contradicted) - SHOWN:,} more statements; --json lists them all.", style="yellow")
     console.print(_verdict(result, broken))
 
 
@@ -159,17 +154,18 @@ def _verdict(result: Verification, broken: list[Verification]) -> str:
 
 
 def _print_broken(console: Console, broken: list[Verification]) -> None:
+    """One row for layers of one name but for a number, in the order of these numbers, with the first violation of the first."""
     rows = []
-    for one in broken[:SHOWN]:
-        first = one.first
+    broken = sorted(broken, key=lambda one: natural(one.layer))
+    for name, group in grouped(broken, lambda one: one.layer, lambda one: one.pattern):
+        first = group[0].first
         assert first is not None
-        columns = _columns(first, one.pattern)
+        columns = _columns(first, group[0].pattern)
         where = f"{first.side}, " + (f"matrix {first.matrix}, " if first.matrix else "") + f"row {first.row}"
         place = f"columns {columns[0]} to {columns[1]}" if columns else "the whole matrix"
-        rows.append(
-            (one.layer, str(one.pattern), f"{one.violations:,}", f"{one.groups:,}", f"{where}, {place}: keeps {first.kept}")
-        )
-    console.print(table(("layer", "pattern", " groups broken", " of", "the first"), rows))
-    if len(broken) > SHOWN:
-        console.print(f"... and {len(broken) - SHOWN} more layers; --json lists them all.")
+        layer = f"{first.layer}: " if len(group) > 1 else ""
+        counts = (f"{sum(one.violations for one in group):,}", f"{sum(one.groups for one in group):,}")
+        found = f"{layer}{where}, {place}: keeps {first.kept}"
+        rows.append((name, str(len(group)), str(group[0].pattern), *counts, found))
+    print_table(console, ("layer", " n", "pattern", " groups broken", " of", "the first"), rows)
     console.print()

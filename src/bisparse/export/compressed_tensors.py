@@ -112,6 +112,8 @@ def save_quantized(
         PatternError: a layer breaks the pattern that it was pruned to. Nothing is written.
         ValueError: a quantised layer that is not a Linear, or whose weight was changed afterwards.
     """
+    if not isinstance(report, QuantizationReport):
+        raise TypeError(f"report must be what quantize_ returned, not {type(report).__name__}")
     form = _format(report.scheme, activations)
     check_apart(folder, {"source": source, "model's own files": origin_of(model)})
     opened = None if source is None else open_source(source)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bisparse.arguments import check_flag
+from bisparse.atomic_file import check_output_file, explaining
 from bisparse.checkpoint.reader import open_source
 from bisparse.checkpoint.save_load import HasDenseWeight, plain_weights
 from bisparse.checkpoint.verify import verify_checkpoint
@@ -115,14 +117,17 @@ def export_onnx(
         metadata: texts to store in the file; see `onnx_metadata`.
 
     Raises:
-        CheckpointError: the file exists, or its weights differ from the model's.
+        CheckpointError: the file exists or cannot be written, or its weights differ from the model's.
         ImportError: onnx or onnxscript is not installed.
         PatternError: a weight in the file breaks its pattern. No file is left.
-        ValueError: an accelerated model, a scheme other than int8, or inputs that the model does not take.
+        ValueError: `path` is a folder or a device; an accelerated model, a scheme other than int8, or inputs that the model does
+            not take.
     """
     path = Path(path)
+    check_flag("overwrite", overwrite)
     if not overwrite and os.path.lexists(path):
         raise CheckpointError(path, "exists already", "choose another name, or pass overwrite (--overwrite)")
+    check_output_file(path)
     if accelerated := [name for name, module in model.named_modules() if isinstance(module, HasDenseWeight)]:
         raise ValueError(
             f"the model is accelerated (at {accelerated[0]!r}), for which ONNX has no operators: call finalize_ first"
@@ -132,7 +137,7 @@ def export_onnx(
     _check_packages()
     names, tensors = _named(inputs)
     axes = dict(dynamic_axes) if dynamic_axes is not None else _default_axes(names, tensors)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         whole = _Exported(model, list(inputs) if isinstance(inputs, Mapping) else None).eval()
@@ -143,19 +148,23 @@ def export_onnx(
             quantize_weights(proto, quantized, weights)
         for key, value in (metadata or {}).items():
             proto.metadata_props.add(key=key, value=value)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+        with explaining(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}-", dir=path.parent))
         try:
-            file = _write(proto, folder / path.name)
+            with explaining(path):
+                file = _write(proto, folder / path.name)
             count, unmatched = _check_weights(file, weights, quantized)
             verified = _verify(file, pattern)
             difference, largest, note = _run(whole, file, names, tensors, axes)
-            for one in sorted(folder.iterdir(), key=lambda one: one.name == path.name):
-                os.replace(one, path.parent / one.name)
+            with explaining(path):
+                for one in sorted(folder.iterdir(), key=lambda one: one.name == path.name):
+                    os.replace(one, path.parent / one.name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
     shapes = {
         name: tuple(axes.get(name, {}).get(i, side) for i, side in enumerate(one.shape))
         for name, one in zip(names, tensors, strict=True)

@@ -172,6 +172,8 @@ def held_reason(module: nn.Module, parameter: str) -> str | None:
         )
     if parametrize.is_parametrized(module, parameter):
         chain = module.parametrizations[parameter]  # type: ignore[index]
+        if isinstance(chain, nn.ModuleList) and any(hasattr(one, "lora_A") for one in chain):
+            return "it has an adapter under its mask: call merge_lora_ first"
         if isinstance(chain, nn.ModuleList) and any(hasattr(one, "pattern") for one in chain):
             return "it is in dynamic sparse training: call finalize_(model) first"
     return None

@@ -16,6 +16,7 @@ from bisparse.layers.filters import Filter, first_match, matches, matrix_sides, 
 from bisparse.layers.kinds import DEPTHWISE, Kind, Skipped, parse_layout, parse_layouts, why_dense
 from bisparse.layers.names import Names, is_embedding_name, reads_input_by_name
 from bisparse.layers.own_forward import own_forward_reason
+from bisparse.layers.shared_memory import clashes, memory_of
 from bisparse.pattern import Structure
 from bisparse.tiles import Layout, LayoutKind
 
@@ -104,8 +105,11 @@ def find_layers(
     skipped: list[Skipped] = []
     owners: dict[int, tuple[str, Tensor]] = {}  # a reference to the tensor keeps its id from being reused
     tied = {
-        id(module.weight): name for name, module in model.named_modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)
+        memory_of(module.weight): name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag)
     }
+    clashing = clashes(model.named_parameters())
     included = False
     for one in candidates:
         name, module, kind = one.name, one.module, one.kind
@@ -114,10 +118,12 @@ def find_layers(
         weight = _stored(module, one.parameter)
         chosen, text = first_match(given, name, f"{name}.weight")
         unused.discard(chosen or "")
-        default = f"shares its weight with the embedding {tied[id(weight)]}" if id(weight) in tied else kind.default
+        embedding = tied.get(memory_of(weight)) if isinstance(weight, Tensor) else None
+        default = kind.default if embedding is None else f"shares its weight with the embedding {embedding}"
         reason = (
             kind.refused
             or _weight_reason(weight)
+            or clashing.get(id(weight))
             or why_dense(
                 Kind(kind.layout, kind.refused, kind.uncertain if text is None else "", default),
                 included=wanted,

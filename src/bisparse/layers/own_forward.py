@@ -1,10 +1,11 @@
 """Tests whether a subclass of Linear or a convolution multiplies by its weight unchanged.
 
 Weight standardisation (timm's `StdConv2d`), BitLinear and ternary layers compute another weight from their parameter in every
-forward pass, some only in training mode, so zeros of the parameter may not be zeros of the product. Such classes are run in
-evaluation and in training mode. Their output is compared with that of the base class; and with half of the weight zero, outputs
-must not depend on inputs that only zeros multiply. In training mode the second test decides, since dropout and batch norms
-change outputs for other reasons.
+forward pass, some only in training mode, so zeros of the parameter may not be zeros of the product. Such classes, and modules
+with a `forward` of their own, are run in evaluation and in training mode. Their output is compared with that of the base class;
+and with half of the weight zero, outputs must not depend on inputs that only zeros multiply. Other parameters that are zero, as
+adapters are when they start, are random numbers in the second test. In training mode the second test decides, since dropout and
+batch norms change outputs for other reasons.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ TRUSTED = ("torch.nn.modules.", "bisparse.")
 def own_forward_reason(module: nn.Module) -> str | None:
     """Why a Linear or convolution cannot be pruned: its class has a forward pass that does not multiply by the weight unchanged.
 
-    None if it does, for classes that use torch's forward pass, and for weights on the meta device. The module is not changed,
-    its hooks do not run, and random number generators are not advanced.
+    None if it does, for classes that use torch's forward pass, and for weights on the meta device. The module is as before
+    afterwards, its hooks do not run, and random number generators are not advanced.
     """
     base = next((kind for kind in PLAIN if isinstance(module, kind)), None)
     if base is None or not _is_own(module) or not isinstance(module.weight, Tensor) or module.weight.is_meta:
@@ -136,11 +137,26 @@ class _Trial:
             yield changed
 
     def _own(self, inputs: Tensor, weight: Tensor | None, *, training: bool) -> Any:
+        if "forward" in vars(self.module):  # a function that may refer to the module itself
+            return self._on_the_module(inputs, weight, training=training)
+        twin = _twin(self.module)
+        if weight is not None:
+            _fill_zeros(twin)
+            twin._parameters["weight"] = nn.Parameter(weight.clone(), requires_grad=False)
+        torch.manual_seed(0)
+        return twin.train(training).forward(inputs.clone())
+
+    def _on_the_module(self, inputs: Tensor, weight: Tensor | None, *, training: bool) -> Any:
+        parameters, buffers, mode = self.module._parameters, self.module._buffers, self.module.training
         twin = _twin(self.module)
         if weight is not None:
             twin._parameters["weight"] = nn.Parameter(weight.clone(), requires_grad=False)
         torch.manual_seed(0)
-        return twin.train(training).forward(inputs.clone())
+        try:
+            self.module._parameters, self.module._buffers, self.module.training = twin._parameters, twin._buffers, training
+            return self.module.forward(inputs.clone())
+        finally:
+            self.module._parameters, self.module._buffers, self.module.training = parameters, buffers, mode
 
     def _close(self, output: Tensor, expected: Tensor) -> bool:
         scale = float(expected.abs().max()) or 1.0
@@ -149,6 +165,8 @@ class _Trial:
 
 def _is_own(module: nn.Module) -> bool:
     names = ("forward", "_conv_forward") if isinstance(module, _ConvNd) else ("forward",)
+    if any(name in vars(module) for name in names):
+        return True
     return not all(_module_of(getattr(type(module), name)).startswith(TRUSTED) for name in names)
 
 
@@ -181,6 +199,13 @@ def _twin(module: nn.Module) -> nn.Module:
     }
     twin._modules = copy.deepcopy(module._modules)
     return twin
+
+
+def _fill_zeros(twin: nn.Module) -> None:
+    """Replace parameters that are all zero, other than weight and bias, by random numbers."""
+    for name, one in twin.named_parameters():
+        if name not in ("weight", "bias") and one.is_floating_point() and not bool(one.any()):
+            one.copy_(torch.randn(one.shape, generator=torch.Generator().manual_seed(2)))
 
 
 def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:

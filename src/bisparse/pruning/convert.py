@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from bisparse.arguments import check_flag
 from bisparse.layers import Filter, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.process_group import Ranks
@@ -84,6 +85,7 @@ def convert_(
     ranks = Ranks(group)
     with ranks.failing_together():
         pattern = parse_pattern(pattern)
+        check_flag("regrow", regrow)
         if method is None:
             method = AdaPrune() if batches is not None else Magnitude()
         method = parse_method(method)

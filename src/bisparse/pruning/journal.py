@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bisparse.atomic_file import atomic_file
-from bisparse.errors import printable
+from bisparse.errors import CheckpointError, printable
 from bisparse.folder_lock import lock_folder
 
 __all__ = ["Journal", "JournalError", "remove_journal"]
@@ -247,8 +247,9 @@ def _explaining(path: Path, *, resumes: bool) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror or str(error) if isinstance(error, OSError) else str(error)
+    except (OSError, SafetensorError, CheckpointError) as error:
+        cause = error.__cause__ if isinstance(error, CheckpointError) else error
+        reason = cause.strerror or str(cause) if isinstance(cause, OSError) else str(cause)
         later = "; the layers finished so far are kept, and the same call continues from there" if resumes else ""
         raise JournalError(
             f"{path}: the journal, which stores original and finished layers, cannot be written ({reason}): free space, "

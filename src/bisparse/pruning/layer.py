@@ -202,8 +202,9 @@ def check_can_be_written(layer: Layer) -> None:
         raise ValueError(f"{layer.name}: {reason}")
     if layer.parameter not in layer.module._parameters:
         raise ValueError(
-            f"{layer.name}: its weight is computed by a parametrization, so pruning it in place would have no effect; "
-            "call finalize_ or torch.nn.utils.parametrize.remove_parametrizations first"
+            f"{layer.name}: its weight is computed by a parametrization or a hook, so pruning it in place would have no effect; "
+            "make it a plain parameter first: by finalize_, parametrize.remove_parametrizations, torch.nn.utils.prune.remove, "
+            "remove_weight_norm or remove_spectral_norm, whichever made it"
         )
     if (reason := computed_reason(layer.module, layer.parameter)) is not None:
         raise ValueError(f"{layer.name}: {reason}; export the model to plain layers first, or exclude the layer")

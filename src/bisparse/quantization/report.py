@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from bisparse.arguments import entry_of
 from bisparse.layers import Skipped
 from bisparse.pruning.reduction import positions, to_matrices_of_rows, to_rows
 from bisparse.quantization.scheme import parse_scheme
@@ -61,8 +62,8 @@ class QuantizationReport:
 
     scheme: str
     method: str
-    layers: tuple[QuantizedLayer, ...]
-    left: tuple[Skipped, ...] = ()
+    layers: tuple[QuantizedLayer, ...] = field(repr=False)
+    left: tuple[Skipped, ...] = field(default=(), repr=False)
     """Layers that were not quantised, each with its reason."""
     time_s: float = 0.0
 
@@ -72,12 +73,9 @@ class QuantizationReport:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, name: str) -> QuantizedLayer:
-        """The record of a layer, by its name."""
-        for layer in self.layers:
-            if name in (layer.name, layer.parameter):
-                return layer
-        raise KeyError(name)
+    def __getitem__(self, key: str | int) -> QuantizedLayer:
+        """The record of a layer, by its name or its number."""
+        return entry_of(key, self.layers, {name: one for one in self.layers for name in (one.parameter, one.name)})
 
     @property
     def weight_error(self) -> float:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from bisparse._solve import solve
+from bisparse.arguments import check_flag
 from bisparse.atomic_file import atomic_file
 from bisparse.diversity import mask_diversity
 from bisparse.errors import install_extra
@@ -128,6 +129,7 @@ def plot_diversity(
         ValueError: a format that matplotlib does not write.
     """
     path = Path(path)
+    check_flag("dark", dark)
     formats = (".png", ".svg", ".pdf")
     if path.suffix.lower() not in formats:
         raise ValueError(f"{path}: a picture is written as {', '.join(formats)}; '{path.suffix}' is none of these")

@@ -33,11 +33,11 @@ def finalize_(model: nn.Module) -> nn.Module:
     same objects, so optimizers keep them, except weights that were packed. The masks are checked against their patterns first.
     A layer whose module was replaced after `sparsify_` is not changed, and a warning names it. Parametrizations that were added
     after `sparsify_`, such as a spectral norm, are kept. An average of the weights (a copy of the model, such as
-    `AveragedModel`) uses the masks of the model that it averages. On an error the model is unchanged.
+    `AveragedModel`) uses the masks of the model that it averages. A model that is plain already, as after `accelerate_` has
+    converted nothing, is returned with a warning. On an error the model is unchanged.
 
     Raises:
-        ValueError: the model is neither sparsified nor accelerated, or its weights are sharded over ranks (use
-            `plain_state_dict` instead).
+        ValueError: weights are sharded over ranks (use `plain_state_dict` instead).
         PatternError: a mask breaks its pattern, for example because masks were averaged.
     """
     with Rollback(unwrapped_model(model)) as rollback:
@@ -46,17 +46,20 @@ def finalize_(model: nn.Module) -> nn.Module:
 
 def _finalize(given: nn.Module, rollback: Rollback) -> nn.Module:
     model = unwrapped_model(given)
-    for sparsity in live_sparsities():
-        if sparsity.called[0] is model:
-            sparsity.notice_replaced()
+    own_runs = [sparsity for sparsity in live_sparsities() if sparsity.called[0] is model]
+    for sparsity in own_runs:
+        sparsity.notice_replaced()
     dynamic = masked_parameters(model)
     accelerated = [module for module in model.modules() if isinstance(module, Accelerated)]
     static = [(module, parameter, held) for module in model.modules() for parameter, held in static_masks(module)]
-    if not dynamic and not static and not accelerated:
-        raise ValueError(
-            "the model is plain already, there is nothing to finalize: it is not sparsified, and no layer of it is accelerated "
-            "(accelerate_ leaves layers that cannot run sparse as they are; its report names them)"
+    if not dynamic and not static and not accelerated and not own_runs:
+        warnings.warn(
+            "the model is plain already, and finalize_ changed nothing: it is not sparsified (finalize_ takes the model that "
+            "sparsify_ was called with, or a copy of it), and no layer of it is accelerated (its report says why); "
+            "merge_lora_ ends adapters",
+            stacklevel=4,  # past no_grad
         )
+        return given
     weights = [(name, trained_parameter(module, parameter)) for name, module, parameter, _ in dynamic]
     own_form = {id(layer) for layer in accelerated}
     for prefix, module in model.named_modules():
@@ -74,6 +77,10 @@ def _finalize(given: nn.Module, rollback: Rollback) -> nn.Module:
             verify(getattr(module, parameter), own.pattern, layout=own.layout, name=name).check()
     ending = [(sparsity, sparsity.facts_within(model)) for sparsity in live_sparsities()]
     for layer in accelerated:
+        # One that trains a fixed mask sets what was written off it to zero; its products never read that.
+        weight = layer._parameters.get("weight")
+        if weight is not None and not torch.equal(local(weight), local(layer.dense_weight())):
+            rollback.touch(weight)
         layer.restore_()
     now = ((own.start, sample_of(trained_parameter(module, parameter))) for _, module, parameter, own in dynamic)
     if any(start is not None and not torch.equal(start.to(sample), sample) for start, sample in now):

@@ -31,7 +31,8 @@ def check_gradients(layers: Iterable[SparseLayer], ranks: Ranks | None, step: in
     # A replicated weight has the same gradient on every rank; that of a shard exists on its own rank only.
     ranks = ranks if any(is_sharded(layer) for layer in layers) else None
     if ranks is not None and ranks.size > 1:
-        torch.distributed.all_reduce(wrong, group=ranks.group)
+        with ranks.exchange():
+            torch.distributed.all_reduce(wrong, group=ranks.group)
     if not bool(wrong):
         return
     own = {name for name, gradient in gradients.items() if not bool(torch.isfinite(gradient).all())}

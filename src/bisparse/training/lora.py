@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from bisparse._solve import solve
-from bisparse.arguments import check_dense
+from bisparse.arguments import check_dense, check_flag
 from bisparse.layers import dtype_reason
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.rollback import Rollback
@@ -127,6 +127,7 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
             (DoRA and other variants, embeddings, convolutions, LoRA with a bias, quantised or dynamic sparse weights).
             Nothing is changed.
     """
+    check_flag("new_mask", new_mask)
     check_module(model)
     pattern = parse_pattern(pattern)
     own = [(name, module, parameter, adapter) for name, module, parameter, adapter in masked_adapters(model)]

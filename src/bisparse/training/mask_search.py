@@ -252,10 +252,10 @@ class MaskSearch:
         """Fill in the other ranks' bands (a collective call)."""
         for source, (rows, tiles) in enumerate(_bands(gathered, ranks.size)):
             if rows.stop > rows.start:
-                torch.distributed.broadcast(mask.view(torch.uint8)[rows], group=ranks.group, group_src=source)
+                ranks.broadcast_(mask.view(torch.uint8)[rows], source)
                 if prices is not None:
                     for side in (prices.u, prices.v, prices.exponent):
-                        torch.distributed.broadcast(side[tiles], group=ranks.group, group_src=source)
+                        ranks.broadcast_(side[tiles], source)
         if prices is not None:
             self._keep(gathered, prices)
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from bisparse.arguments import check_flag
 from bisparse.layers import Filter, Layer, computed_reason, dtype_reason, find_layers
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.rollback import Rollback
@@ -104,6 +105,8 @@ def add_masked_lora_(
             matrices (experts, packed projections, convolutions with kernels). On an error nothing is changed.
     """
     pattern = parse_pattern(pattern)
+    check_flag("rslora", rslora)
+    check_flag("dora", dora)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank={rank!r}: expected an integer of 1 or more")
     scale = 2.0 * rank if alpha is None else alpha

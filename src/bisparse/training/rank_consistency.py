@@ -114,7 +114,7 @@ def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks) -> None:
     for layer in layers:
         if layer.name in unequal:
             mask = layer.mask.to(torch.uint8).contiguous()
-            torch.distributed.broadcast(mask, ranks.name(0), group=ranks.group)
+            ranks.broadcast_(mask, 0)
             layer.mask.copy_(mask)
             layer.mask_changed()
 

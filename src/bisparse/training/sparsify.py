@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
+from bisparse.arguments import check_flag
 from bisparse.layers import Filter, Layer, Skipped, computed_reason, dtype_reason, find_layers, matches
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.rollback import Rollback
@@ -115,6 +116,8 @@ def sparsify_(
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"steps={steps!r}: expected the number of optimizer steps of the run, at least 1")
     _check_arguments(model, mode, method, refresh, measure_every, schedule, masks, decay)
+    check_flag("mvue", mvue)
+    check_flag("check_gradients", check_gradients)
     model = unwrapped_model(model)
     plain = plain_names(model)
     if patterns is not None and not isinstance(patterns, Mapping):

@@ -174,7 +174,7 @@ class Sparsity:
     def end(self, facts: Mapping[str, LayerResult]) -> None:
         """Record the figures of layers that are being finalized, and detach once no layer is left."""
         self._final |= facts
-        if facts and len(self._final | self._replaced) == len(self.layers):
+        if len(self._final | self._replaced) == len(self.layers):
             self.detach()
             self.ended, self.due, self.written, self.on_refresh = self.step, False, [], []
             _LIVE.discard(self)

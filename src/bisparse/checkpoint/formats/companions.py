@@ -65,6 +65,8 @@ def companions(folder: Path, used: Set[str], ours: Set[str]) -> tuple[tuple[str,
         notes += (f"copied unchanged, with dense weights, since modules.json names them as parts of the model: {_listed(dense)}",)
     if links := sorted(path.name for path in folder.rglob("*") if path.is_symlink() and path.is_dir()):
         notes += (f"links to folders are not followed, so these are not copied: {_listed(links)}",)
+    if unreadable := sorted(_unreadable(folder)):
+        notes += (f"not copied, since they are links that lead nowhere, pipes or devices: {_listed(unreadable)}",)
     if kept:
         notes += (f"copied: {', '.join(kept)}",)
     return tuple(kept), notes
@@ -82,6 +84,15 @@ def _top_level(folder: Path) -> Iterator[str]:
                 yield name
         elif path.is_file():
             yield name
+
+
+def _unreadable(folder: Path) -> Iterator[str]:
+    """Yield the relative paths of what is neither a file nor a folder, such as a link of a download that was not finished."""
+    for root, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in NOT_OF_THE_MODEL and ".bisparse-" not in name]
+        for name in names:
+            if not (path := Path(root) / name).is_file():
+                yield path.relative_to(folder).as_posix()
 
 
 def _files(folder: Path) -> Iterator[str]:

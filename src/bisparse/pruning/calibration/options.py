@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from bisparse.arguments import check_flag
 from bisparse.pruning.calibration.finished_block import BlockFitter
 from bisparse.solvers import Exact, Solver
 
@@ -44,6 +45,9 @@ class Options:
     expert_floor: float = EXPERT_FLOOR
 
     def __post_init__(self) -> None:
+        check_flag("keep_journal", self.keep_journal)
+        if self.progress is not None:
+            check_flag("progress", self.progress)
         if self.order not in ("sequential", "parallel"):
             raise ValueError(f"order={self.order!r}: expected 'sequential' or 'parallel'")
         if self.reconstruction is not None and self.order != "sequential":

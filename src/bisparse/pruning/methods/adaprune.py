@@ -22,13 +22,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bisparse.arguments import check_flag
 from bisparse.pruning.calibration.statistics import Statistic
 from bisparse.pruning.methods.base import (
     LayerProblem,
     Method,
     Pruned,
     check_choice,
-    check_flag,
     check_number,
     method_setting_,
 )

@@ -24,6 +24,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bisparse.arguments import check_flag
 from bisparse.pruning.calibration.statistics import Statistic
 from bisparse.pruning.methods.adaprune import DAMPING_UNIT, LINEAR_SOLVERS, fit
 from bisparse.pruning.methods.base import (
@@ -32,7 +33,6 @@ from bisparse.pruning.methods.base import (
     Pruned,
     check_choice,
     check_count,
-    check_flag,
     check_number,
 )
 from bisparse.pruning.methods.least_squares import reconstruct, some_rows

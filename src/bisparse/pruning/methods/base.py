@@ -31,7 +31,6 @@ __all__ = [
     "Statistics",
     "check_choice",
     "check_count",
-    "check_flag",
     "check_number",
     "method_setting_",
     "parse_method",
@@ -215,9 +214,3 @@ def check_number(name: str, value: Any, *, above: float | None = None, least: fl
 def _digits(number: int) -> str:
     """An integer as text, in hexadecimal where it is too long for Python to write in decimal."""
     return f"{number:#x}"[:40]
-
-
-def check_flag(name: str, value: Any) -> None:
-    """Refuse a setting that is neither True nor False."""
-    if not isinstance(value, bool):
-        raise ValueError(f"{name}={value!r:.60}: expected True or False")

@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bisparse.arguments import check_dense
+from bisparse.arguments import check_dense, check_flag
 from bisparse.layers import dtype_reason
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.pruning.calibration.statistics import Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_flag, method_setting_
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, method_setting_
 from bisparse.pruning.methods.magnitude import Magnitude
 
 __all__ = ["MeanAbsorption", "absorb_mean"]

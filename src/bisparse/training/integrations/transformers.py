@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from bisparse.atomic_file import atomic_file
+from bisparse.errors import CheckpointError
 from bisparse.training.distill import Distillation
 from bisparse.training.finalize import plain_state_dict
 from bisparse.training.integrations.states import joined_state, load_joined
@@ -40,16 +42,22 @@ def _add_plain_weights(model: nn.Module, folder: Path) -> None:
         with safe_open(weights, "pt") as file:
             metadata = file.metadata() or {"format": "pt"}
         held = load_file(weights)
-        with atomic_file(weights) as temporary:
-            save_file(held | {name: value.cpu() for name, value in plain.items()}, temporary, metadata)
+        _write(held | {name: value.cpu() for name, value in plain.items()}, weights, metadata)
         return
     own = "model-plain.safetensors"
-    with atomic_file(folder / own) as temporary:
-        save_file({name: value.cpu() for name, value in plain.items()}, temporary, {"format": "pt"})
+    _write({name: value.cpu() for name, value in plain.items()}, folder / own, {"format": "pt"})
     content = json.loads(index.read_text(encoding="utf-8"))
     content["weight_map"] |= dict.fromkeys(plain, own)
     with atomic_file(index) as temporary:
         Path(temporary).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    try:
+        with atomic_file(path) as temporary:
+            save_file(tensors, temporary, metadata)
+    except SafetensorError as error:
+        raise CheckpointError(path, f"could not be written ({error})", "check the path and the disk; it is as it was") from error
 
 
 def _with_distances(distill: Distillation, module: nn.Module, kwargs: dict[str, Any], output: Any) -> Any:
@@ -149,7 +157,9 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"{CHECKPOINT}-{state.global_step}"
             with atomic_file(folder / STATE) as temporary:
-                torch.save(joined_state(self.sparsity, self.distill), temporary)
+                state_file = io.BytesIO()  # writing to a full disk, torch.save may end the process
+                torch.save(joined_state(self.sparsity, self.distill), state_file)
+                temporary.write_bytes(state_file.getbuffer())
             if self.sparsity.mode == "dynamic" and (model := loop.get("model")) is not None:
                 _add_plain_weights(unwrapped_model(model), folder)
 
