@@ -1,6 +1,6 @@
 """Packed products on this processor against torch's Linear, a dense loop of the same style, and one pass over the packed bytes.
 
-    python benchmarks/cpu.py [--quick]
+    python benchmarks/cpu.py [--quick] [--patterns PATTERN ...] [--seconds S]
 
 Every packed product is verified against float64 before anything is timed. Contenders take turns in one run, in random order;
 figures are medians, and the fastest turn next to them, since a machine that others use delays long calls more often than short.
@@ -23,8 +23,11 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bisparse import solve
+from bisparse.accelerate.backends.cpu import int8_reason
 from bisparse.kernels.numba_runtime.thread_pool import Kernel, array_at, kernel, over_bands
+from bisparse.kernels.packed_cpu.direct import Product
 from bisparse.kernels.packed_cpu.instructions import NUMBERS, Way, multiply_block, usable_ways
+from bisparse.kernels.packed_cpu.int8 import pack_int8
 from bisparse.kernels.packed_cpu.layout import BitmaskPacked, linear_bitmask, pack_bitmask
 from record import RESULTS, Record
 
@@ -66,10 +69,10 @@ def dense_kernel(way: int) -> Kernel:
         for block in range(first, last):
             rows, to, token = matrix + group_bytes * groups * block, out + 8 * block, x
             for _ in range(tokens // 4):
-                multiply_block(way, kind, 4, 0, rows, 0, groups, token, x_stride, 0, to, out_stride)
+                multiply_block(way, kind, 4, 0, rows, 0, groups, token, x_stride, 0, 0, to, out_stride)
                 token, to = token + 4 * x_stride, to + 4 * out_stride
             for _ in range(tokens % 4):
-                multiply_block(way, kind, 1, 0, rows, 0, groups, token, x_stride, 0, to, out_stride)
+                multiply_block(way, kind, 1, 0, rows, 0, groups, token, x_stride, 0, 0, to, out_stride)
                 token, to = token + x_stride, to + out_stride
         return 1
 
@@ -97,11 +100,15 @@ def contenders(weight: Tensor, packed: BitmaskPacked, tokens: int) -> dict[str, 
     way = usable_ways(torch.bfloat16)[0]
     x = torch.randn(tokens, columns).bfloat16()
     wide, wide_x = weight.float(), x.float()
+    product = Product(packed, rows, columns, MAX_PACKED_TOKENS)  # as accelerated layers call it
     found: dict[str, Callable[[], Any]] = {
-        "packed": lambda: linear_bitmask(x, packed, None, rows, MAX_PACKED_TOKENS),
+        "packed": lambda: product(x, None),
         "torch_bf16": lambda: linear(x, weight),
         "torch_f32": lambda: linear(wide_x, wide),
     }
+    if int8_reason(torch.bfloat16) is None:
+        rounded = Product(pack_int8(weight), rows, columns, MAX_PACKED_TOKENS)
+        found["int8"] = lambda: rounded(x, None)
     if tokens <= MAX_PACKED_TOKENS:
         groups = columns // 32
         blocked = weight.view(rows // 4, 4, groups, 32).transpose(1, 2).contiguous()
@@ -139,7 +146,10 @@ def measure(calls: dict[str, Callable[[], Any]], seconds: float) -> dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="4:8-T only, and not the largest two shapes; nothing is recorded")
-    quick = parser.parse_args().quick
+    parser.add_argument("--patterns", nargs="*", choices=PATTERNS, default=PATTERNS)
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="of turns per row")
+    chosen = parser.parse_args()
+    quick = chosen.quick
     if not usable_ways(torch.bfloat16):
         raise SystemExit(
             "this processor has neither AVX-512 nor AVX2: packed products run by the specification, no faster than dense"
@@ -148,7 +158,7 @@ def main() -> None:
     record = Record(RESULTS / "cpu.jsonl")
     cores = torch.get_num_threads()
     for rows, columns in SHAPES:
-        for pattern in PATTERNS[:1] if quick else PATTERNS:
+        for pattern in PATTERNS[:1] if quick else chosen.patterns:
             if quick and rows * columns > 1 << 24:
                 continue
             weight = pruned(rows, columns, pattern)
@@ -160,7 +170,7 @@ def main() -> None:
                     if not quick and record.find(key):
                         continue
                     torch.set_num_threads(threads)
-                    figures: dict[str, Any] = measure(contenders(weight, packed, tokens), 0.5 if quick else SECONDS)
+                    figures: dict[str, Any] = measure(contenders(weight, packed, tokens), 0.5 if quick else chosen.seconds)
                     figures["bytes"] = sum(one.nbytes for one in packed)
                     figures["bytes_dense"] = weight.nbytes
                     figures["load"] = round(os.getloadavg()[0], 2)

@@ -352,7 +352,7 @@ def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_p
         (["bench", "-m", "64x64", "--dtype", "float32"], "float16"),
         (["bench", "-m", "64x64", "--tokens", "0"], "--tokens"),
         (["bench", "-m", "64x64", "--grid", "MODEL/config.json"], "not a grid of measured times"),
-        (["prune", "nowhere", "OUT"], "nowhere does not exist"),
+        (["prune", "nowhere", "OUT"], "nowhere: no such folder or file (it does not exist)"),
         (["prune", "nowhere", "--dry-run"], "nowhere does not exist"),
         (["prune", "nowhere", "OUT", "--method", "wanda"], "nowhere: no such folder or file"),
         (["convert", "nowhere", "OUT", "--to", "2:4"], "nowhere: no such folder or file"),

@@ -120,13 +120,13 @@ def test_a_table_in_a_page_that_is_written_by_hand_comes_from_the_rows(tmp_path:
 
     page = tmp_path / "deploy.md"
     page.write_text(
-        "Mine.\n<!-- table of deploy.jsonl, by benchmarks/tables.py -->\nold\n<!-- end of deploy.jsonl -->\nMine too.\n"
+        "Mine.\n<!-- table of deploy.jsonl, by benchmarks/tables.py -->\nOUT OF DATE\n<!-- end of deploy.jsonl -->\nMine too.\n"
     )
     common = {"model": "smollm", "pattern": "2:4", "method": "wanda", "dtype": "bfloat16"}
     kept = rows_of(**common, step="int8", perplexity=123.46, mb=99.5, cpu_s=7.2, broken=0, difference=0.0, largest=8.0)
     write(tmp_path / "deploy.jsonl", [{**kept, "perplexity": 1.0}, kept])
     (text,) = tables.inserted(tmp_path, tmp_path).values()
-    assert text.startswith("Mine.\n") and text.endswith("Mine too.\n") and "old" not in text
+    assert text.startswith("Mine.\n") and text.endswith("Mine too.\n") and "OUT OF DATE" not in text
     assert "| + int8 | perplexity 123.5 | 99.5 | 7 | 0 | 0 of 8 |" in text
     page.write_text("no markers")
     with pytest.raises(ValueError, match="lacks the lines"):
@@ -220,9 +220,9 @@ def test_packed_products_are_compared_with_the_faster_of_torchs() -> None:
     common = {"rows": 64, "columns": 32, "pattern": "4:8-T", "threads": 1, "bytes": 9, "bytes_dense": 16, "load": 0.5}
     times = {"packed_ms": 2.0, "torch_bf16_ms": 3.0, "torch_f32_ms": 5.0, "dense_loop_ms": 4.0}
     old = rows_of(**common, tokens=1, **times, one_pass_ms=1.0)
-    rows = [old, dict(old, packed_ms=1.5), rows_of(**common, tokens=4, **times)]
+    rows = [old, dict(old, packed_ms=1.5, int8_ms=1.2), rows_of(**common, tokens=4, **times)]
     page = "".join(cpu(rows))
-    assert "| 64 x 32 | 4:8-T | 1 | 1.5 | 3 | 2.00 | 4 | 1 | 56.2 % | 0.5 |" in page and "| 2 | 3 | 1.50 | 4 |  |" in page
+    assert "| 64 x 32 | 4:8-T | 1 | 1.5 | 3 | 2.00 | 1.2 | 4 | 1 | 56.2 % | 0.5 |" in page and "| 2 | 3 | 1.50 |  | 4 |  |" in page
     assert page.index("**1 token**") < page.index("**4 tokens**")
     assert "Not measured yet" in "".join(cpu([]))
 

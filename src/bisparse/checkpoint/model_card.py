@@ -184,7 +184,7 @@ def _calibration(provenance: Mapping[str, Any]) -> str:
         return "none"
     files = found.get("files")
     names = [str(one["name"]) for one in files if isinstance(one, Mapping) and "name" in one] if isinstance(files, list) else []
-    name = ", ".join(map(os.path.basename, names)) or str(found.get("function") or "")
+    name = ", ".join(map(os.path.basename, names or [str(found.get("file") or "")])) or str(found.get("function") or "")
     counts = [f"{found[key]} {key}" for key in ("sequences", "batches") if isinstance(found.get(key), int)]
     length = f"at most {found['length']} tokens each" if isinstance(found.get("length"), int) else ""
     return _plain(", ".join(filter(None, [name, *counts, length])))
