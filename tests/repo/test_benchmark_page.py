@@ -222,7 +222,9 @@ def test_packed_products_are_compared_with_the_faster_of_torchs() -> None:
     old = rows_of(**common, tokens=1, **times, one_pass_ms=1.0)
     rows = [old, dict(old, packed_ms=1.5, int8_ms=1.2), rows_of(**common, tokens=4, **times)]
     page = "".join(cpu(rows))
-    assert "| 64 x 32 | 4:8-T | 1 | 1.5 | 3 | 2.00 | 1.2 | 4 | 1 | 56.2 % | 0.5 |" in page and "| 2 | 3 | 1.50 |  | 4 |  |" in page
+    assert (
+        "| 64 x 32 | 4:8-T | 1 | 1.5 | 3 | 2.00 | 1.2 | 4 | 1 | 56.2 % | 0.5 |" in page and "| 2 | 3 | 1.50 |  | 4 |  |" in page
+    )
     assert page.index("**1 token**") < page.index("**4 tokens**")
     assert "Not measured yet" in "".join(cpu([]))
 
