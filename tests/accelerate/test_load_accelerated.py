@@ -1,6 +1,7 @@
 """Checkpoints loaded straight into packed layers: the same model as `load` and `accelerate_`, or nothing."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bisparse import accelerate_, load, prune_, save
+from bisparse import accelerate_, load, prune_, save, sparsify_
 from bisparse.accelerate import PackedLinear, eligibility, load_accelerated_
 from bisparse.accelerate.backends.cpu import CPUTiming, cpu_reason
 from bisparse.errors import CheckpointError
@@ -83,7 +84,10 @@ def test_parameters_keep_what_they_were(pruned: tuple[Net, Path]) -> None:
     assert type(model.down) is nn.Linear and type(model.up) is PackedLinear
 
 
-@pytest.mark.parametrize("fault", ["missing", "other shape", "damaged", "broken mask", "meta buffer", "accelerated", "tokens"])
+@pytest.mark.parametrize(
+    "fault",
+    ["missing", "other shape", "damaged", "broken mask", "meta buffer", "accelerated", "tokens", "int8", "sparse training"],
+)
 def test_nothing_is_changed_by_what_cannot_be_loaded(fault: str, pruned: tuple[Net, Path], tmp_path: Path) -> None:
     net, folder = pruned
     model, tokens, error = empty(), 1, (CheckpointError, PatternError, ValueError)
@@ -104,12 +108,15 @@ def test_nothing_is_changed_by_what_cannot_be_loaded(fault: str, pruned: tuple[N
         model.scale = model.scale.to("meta")
     elif fault == "accelerated":
         load_accelerated_(model, folder)
+    elif fault == "sparse training":
+        model = Net()
+        sparsify_(model, "2:4", mode="static", include="up")
     elif fault == "tokens":
         tokens = 0
     before = {name: (id(value), value.is_meta) for name, value in model.named_parameters()}
     kinds, mode = [type(module) for module in model.modules()], model.training
     with pytest.raises(error):
-        load_accelerated_(model, folder, tokens=tokens)
+        load_accelerated_(model, folder, tokens=tokens, **({"int8": "no"} if fault == "int8" else {}))
     assert {name: (id(value), value.is_meta) for name, value in model.named_parameters()} == before
     assert [type(module) for module in model.modules()] == kinds and model.training == mode
 
@@ -141,3 +148,29 @@ def test_one_dense_layer_at_a_time(pruned: tuple[Net, Path], monkeypatch: pytest
     monkeypatch.setattr(eligibility, "measured", timed)
     load_accelerated_(model, pruned[1])
     assert sorted(alive) == [["down"], ["up"]]
+
+
+def test_tied_weights_that_the_file_names_twice(pruned: tuple[Net, Path]) -> None:
+    """Equal bits are equal, NaN too; other values are refused."""
+    net, folder = pruned
+    tensors = {name: value.detach().clone() for name, value in net.state_dict().items()}
+    for name in ("embed.weight", "head.weight"):
+        tensors[name][3, 4] = float("nan")
+    (folder / "bisparse.json").unlink()
+    save_file(tensors, folder / "model.safetensors")
+    model = empty()
+    load_accelerated_(model, folder)
+    assert model.head.weight is model.embed.weight and bool(model.embed.weight[3, 4].isnan())
+    tensors["head.weight"][0, 0] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="to which the model ties it"):
+        load_accelerated_(empty(), folder)
+
+
+def test_figures_that_the_weights_contradict_are_named(pruned: tuple[Net, Path]) -> None:
+    text = (folder := pruned[1]).joinpath("bisparse.json").read_text()
+    content = json.loads(text)
+    content["layers"][0]["density"] = 0.123
+    (folder / "bisparse.json").write_text(json.dumps(content))
+    with pytest.warns(UserWarning, match=r"bisparse.json is wrong: .*density"):
+        load_accelerated_(empty(), folder)

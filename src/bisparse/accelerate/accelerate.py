@@ -24,7 +24,7 @@ from bisparse.tiles import Layout
 from bisparse.training.layer import Accelerated
 from bisparse.wrappers import check_module
 
-__all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "held_bytes", "install", "tied_parameters"]
+__all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "check_tokens", "held_bytes", "install", "tied_parameters"]
 
 LINEARS: dict[str, type[PackedLinear] | type[SparseLinear]] = {"packed": PackedLinear, "trained": SparseLinear}
 
@@ -133,15 +133,15 @@ def accelerate_(
 
     Raises:
         BackendError: the given backend does not run here, or cannot run any layer, or not one that was included by name.
-            PatternError: a layer included by name, with a given backend, is not 2:4 or, for "cpu", has too few zeros.
+        PatternError: a layer included by name, with a given backend, is not 2:4 or, for "cpu", has too few zeros.
         ValueError: weights in dynamic training are sharded over ranks already; tokens below 1.
     """
     check_module(model)
     check_flag("search", search)
+    check_flag("int8", int8)
+    check_tokens(tokens)
     if advice is not None and not isinstance(advice, Advice):
         raise ValueError(f"advice={advice!r:.60}: expected what advise() returns")
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"tokens={tokens!r}: expected the number of rows of a layer's input, at least 1")
     before, tied = held_bytes(model), tied_parameters(model)
     layers, left = find_layers(model, include, exclude, layouts=layouts)
     advised = {} if advice is None else {one.name: one for one in advice.layers}
@@ -178,6 +178,12 @@ def accelerate_(
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in left[:5])
         raise BackendError(f"backend={backend!r}: no layer of the model can run sparse ({reasons or 'it has no prunable layer'})")
     return report
+
+
+def check_tokens(tokens: int) -> None:
+    """Raise ValueError unless this is a number of input rows."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"tokens={tokens!r}: expected the number of rows of a layer's input, at least 1")
 
 
 def held_bytes(module: nn.Module) -> int:

@@ -9,20 +9,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bisparse.accelerate.accelerate import AcceleratedLayer, AccelerationReport, held_bytes, install, tied_parameters
+from bisparse.accelerate.accelerate import (
+    AcceleratedLayer,
+    AccelerationReport,
+    check_tokens,
+    held_bytes,
+    install,
+    tied_parameters,
+)
 from bisparse.accelerate.eligibility import Plan, plan_layer
-from bisparse.accelerate.linear_packed import PackedLinear
-from bisparse.accelerate.linear_trained import SparseLinear
-from bisparse.checkpoint.load import check_fit, prefix_hint, write_into
+from bisparse.arguments import check_flag
+from bisparse.checkpoint.load import check_fit, check_names, checked_sidecar, warn_of_figures, write_into
 from bisparse.checkpoint.reader import Source, open_source
-from bisparse.checkpoint.sidecar import read_own_sidecar
-from bisparse.checkpoint.stored_tensor import StoredTensor
-from bisparse.checkpoint.verify import verify_checkpoint
+from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
 from bisparse.errors import CheckpointError
-from bisparse.layers import Filter, Layer, Skipped, find_layers
+from bisparse.layers import Filter, Layer, Skipped, check_unheld, find_layers
 from bisparse.rollback import Rollback
-from bisparse.solution import PatternError
 from bisparse.tiles import Layout
+from bisparse.training.layer import Accelerated
 from bisparse.wrappers import check_module
 
 __all__ = ["load_accelerated_"]
@@ -42,8 +46,8 @@ def load_accelerated_(
 ) -> AccelerationReport:
     """Load a checkpoint into an empty model on the CPU, each layer packed as soon as it is read. Returns `accelerate_`'s report.
 
-    Equivalent to `load` and `accelerate_`, but besides the packed model only one dense layer is in memory at a time. The model is
-    put into evaluation mode. Build it with parameters on the meta device and real buffers::
+    Equivalent to `load` and `accelerate_`, but of the layers that are packed only one is in memory in dense form at a time. The
+    model is put into evaluation mode. Build it with parameters on the meta device and real buffers::
 
         with accelerate.init_empty_weights():  # Hugging Face's package accelerate
             model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -61,25 +65,24 @@ def load_accelerated_(
         CheckpointError: the checkpoint lacks a tensor of the model, or has others; shapes or dtypes do not fit; a corrupt file,
             or one that changes while it is loaded. The model is unchanged.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
-        ValueError: the model is accelerated already, or is not on the CPU or the meta device; tokens below 1.
+        ValueError: the model is accelerated already, in sparse training, or not on the CPU or the meta device; tokens below 1.
     """
     check_module(model)
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"tokens={tokens!r}: expected the number of rows of a layer's input, at least 1")
+    check_tokens(tokens)
+    check_flag("int8", int8)
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear | SparseLinear):
+        if isinstance(module, Accelerated):
             raise ValueError(f"{name or 'the model'} is accelerated already: build a new model to load into")
+    check_unheld(model, "loading weights")
     source = open_source(folder, key)
     state = model.state_dict(keep_vars=True)
     if elsewhere := [name for name, value in state.items() if value.device.type not in ("cpu", "meta")]:
         raise ValueError(f"{elsewhere[0]} is on {state[elsewhere[0]].device}: build the model on the meta device")
     check_fit(state, source)
-    stored = _stored(state, source)
+    check_names(state, source, strict=True)
     _check_buffers(model, state)
-    if read_own_sidecar(source.path, source.tensors) is not None:
-        checked = verify_checkpoint(source.path, key=key)
-        if checked.violations:
-            raise PatternError(f"{source.path}: {checked.message}; the masks were lost after pruning, prune again")
+    stored = _stored(state, source)
+    _, wrong = checked_sidecar(source, key)
     layers, left = find_layers(model, include, exclude, layouts=layouts)
     by_parameter = {id(layer.module._parameters.get(layer.parameter)): layer for layer in layers}
     tied, dense = tied_parameters(model), 0
@@ -99,6 +102,7 @@ def load_accelerated_(
                 else:
                     left.append(outcome)
         source.check_unchanged()
+    warn_of_figures(source, wrong)
     return AccelerationReport(tuple(done), tuple(left), dense, held_bytes(model))
 
 
@@ -106,36 +110,21 @@ def _stored(state: Mapping[str, Tensor], source: Source) -> list[tuple[Tensor, S
     """Each parameter and buffer of the model, tied ones once, with the stored tensor for it.
 
     Raises:
-        CheckpointError: names are missing or superfluous, or tensors that the model ties differ in the file.
+        CheckpointError: tensors that the model ties differ in the file.
     """
-    names: dict[int, list[str]] = {}
-    for name, value in state.items():
-        names.setdefault(id(value), []).append(name)
-    found, missing = [], []
-    for own in names.values():
-        present = [name for name in own if name in source.tensors]
-        if not present:
-            missing += own
-            continue
-        tensor = source.tensors[present[0]]
-        for other in present[1:]:
-            if not torch.equal(tensor.read(), source.tensors[other].read()):
-                raise CheckpointError(
-                    tensor.path,
-                    f"has other values than {other}, to which the model ties it: the model has one place for both",
-                    "build a model in which they are not tied, or make them equal in the file",
-                    tensor=tensor.name,
-                )
-        found.append((state[own[0]], tensor))
-    unexpected = [name for name in source.tensors if name not in state]
-    if missing or unexpected:
-        raise CheckpointError(
-            source.path,
-            f"lacks {len(missing)} of the model's tensors {missing[:4]} and has {len(unexpected)} others {unexpected[:4]}"
-            + prefix_hint(state, source.tensors),
-            "build the plain model of this checkpoint",
-        )
-    return found
+    found: dict[int, tuple[Tensor, StoredTensor]] = {}
+    tensors = source.tensors
+    for name in (one for one in state if one in tensors):
+        tensor = tensors[name]
+        own, first = found.setdefault(id(state[name]), (state[name], tensor))
+        if first is not tensor and as_bytes(first.read().to(own.dtype)) != as_bytes(tensor.read().to(own.dtype)):
+            raise CheckpointError(
+                tensor.path,
+                f"has other values than {first.name}, to which the model ties it: the model has one place for both",
+                "build a model in which they are not tied, or make them equal in the file",
+                tensor=name,
+            )
+    return list(found.values())
 
 
 def _check_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:

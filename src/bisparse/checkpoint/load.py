@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from bisparse.rollback import Rollback
 from bisparse.solution import PatternError
 from bisparse.wrappers import check_module
 
-__all__ = ["check_fit", "load", "prefix_hint", "write_into"]
+__all__ = ["check_fit", "check_names", "checked_sidecar", "load", "warn_of_figures", "write_into"]
 
 
 @torch.no_grad()
@@ -60,15 +60,9 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
             f"{absent[0]} is on the meta device and has no memory: call model.to_empty(device='cpu') first, and initialise "
             "what the checkpoint lacks"
         )
-    sidecar = read_own_sidecar(source.path, source.tensors)
     check_fit(state, source)
-    _check_names(state, source, strict)
-    if sidecar is not None:
-        checked = verify_checkpoint(source.path, key=key)
-        if checked.violations:
-            raise PatternError(f"{source.path}: {checked.message}; the masks were lost after pruning, prune again")
-        wrong = checked.contradicted
-        sidecar = corrected(sidecar, source, checked.layers)
+    check_names(state, source, strict)
+    sidecar, wrong = checked_sidecar(source, key)
     chosen = {name: tensor for name, tensor in source.tensors.items() if name in state}
     for tensor in chosen.values():
         tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a wrong checksum
@@ -79,9 +73,30 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
             write_into(tensor, state[name])
         _check_shared(state, chosen)
         source.check_unchanged()
-    if sidecar is not None and wrong:
-        warnings.warn(f"{source.path}: bisparse.json is wrong: {'; '.join(wrong)}", stacklevel=2)
+    warn_of_figures(source, wrong)
     return sidecar
+
+
+def checked_sidecar(source: Source, key: str | None) -> tuple[Sidecar | None, Sequence[str]]:
+    """The sidecar, corrected by the weights, and what was wrong in it; None if there is none.
+
+    Raises:
+        CheckpointError: it is corrupt, or belongs to other weights.
+        PatternError: the weights break a pattern that it states.
+    """
+    sidecar = read_own_sidecar(source.path, source.tensors)
+    if sidecar is None:
+        return None, ()
+    checked = verify_checkpoint(source.path, key=key)
+    if checked.violations:
+        raise PatternError(f"{source.path}: {checked.message}; the masks were lost after pruning, prune again")
+    return corrected(sidecar, source, checked.layers), checked.contradicted
+
+
+def warn_of_figures(source: Source, wrong: Sequence[str]) -> None:
+    """Warn of figures in the sidecar that the weights contradict, on behalf of the caller's caller."""
+    if wrong:
+        warnings.warn(f"{source.path}: bisparse.json is wrong: {'; '.join(wrong)}", stacklevel=3)
 
 
 def check_fit(state: Mapping[str, Tensor], source: Source) -> None:
@@ -106,20 +121,20 @@ def check_fit(state: Mapping[str, Tensor], source: Source) -> None:
             )
 
 
-def _check_names(state: Mapping[str, Tensor], source: Source, strict: bool) -> None:
-    """Raise unless the two have common names, or with `strict` the same names."""
+def check_names(state: Mapping[str, Tensor], source: Source, strict: bool) -> None:
+    """Raise unless the two have common names, or with `strict` the same names, each tied weight at least once."""
     tensors = source.tensors
     if state and not state.keys() & tensors.keys():
         raise CheckpointError(
             source.path,
             f"has none of the model's tensors: its names begin with {list(tensors)[:2]}, the model's with {list(state)[:2]}"
-            + prefix_hint(state, tensors),
+            + _prefix_hint(state, tensors),
             "build the model of this checkpoint, or rename its tensors; nothing was loaded",
         )
     if not strict:
         return
-    here = {state[name].data_ptr() for name in tensors if name in state}
-    missing = [name for name, value in state.items() if name not in tensors and value.data_ptr() not in here]
+    here = {_place(state[name]) for name in tensors if name in state}
+    missing = [name for name, value in state.items() if name not in tensors and _place(value) not in here]
     unexpected = [name for name in tensors if name not in state]
     if missing or unexpected:
         raise CheckpointError(
@@ -127,6 +142,11 @@ def _check_names(state: Mapping[str, Tensor], source: Source, strict: bool) -> N
             f"lacks {len(missing)} of the model's tensors {missing[:4]} and has {len(unexpected)} others {unexpected[:4]}",
             "build the plain model of this checkpoint (before sparsify_ or accelerate_), or pass strict=False",
         )
+
+
+def _place(value: Tensor) -> int:
+    """A key that tied weights share; on the meta device they must be the same object."""
+    return id(value) if value.is_meta else value.data_ptr()
 
 
 def write_into(tensor: StoredTensor, own: Tensor) -> None:
@@ -201,7 +221,7 @@ def _keeps_values(stored: torch.dtype | None, own: torch.dtype) -> bool:
     return stored is None or torch.can_cast(stored, own) or (own == torch.bool and stored in (torch.uint8, torch.int8))
 
 
-def prefix_hint(state: Mapping[str, Tensor], tensors: Mapping[str, StoredTensor]) -> str:
+def _prefix_hint(state: Mapping[str, Tensor], tensors: Mapping[str, StoredTensor]) -> str:
     """A hint on a prefix that one side's names have in addition, if that is the only difference."""
     for longer, shorter, whose in ((tensors, state, "the checkpoint's"), (state, tensors, "the model's")):
         for name in longer:

@@ -92,6 +92,30 @@ def test_gradients_are_not_lost(weight: Tensor) -> None:
 
 
 @torch.no_grad()
+def test_no_inputs_and_no_outputs() -> None:
+    for rows, columns in ((4, 0), (0, 32), (0, 0)):
+        found = Product(pack_bitmask(torch.zeros(rows, columns)), rows, columns, 16)(torch.zeros(3, columns), None)
+        assert torch.equal(found, torch.zeros(3, rows))
+
+
+@torch.no_grad()
+@pytest.mark.skipif(multiply.expands(torch.bfloat16), reason="this processor, or its system, has no AMX")
+def test_nothing_is_expanded_in_bands_where_there_is_amx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with more tokens than `max_tokens`, but fewer than AMX takes."""
+
+    def refused(*_: object) -> None:
+        raise AssertionError("expanded")
+
+    monkeypatch.setattr(multiply, "multiply_bands", refused)
+    for columns in (64, COLUMNS):
+        matrix = (torch.randn(ROWS, columns) * (torch.rand(ROWS, columns) < 0.5)).bfloat16()
+        for tokens in (1, 2, 3, 4, 100):
+            x = torch.randn(tokens, columns).bfloat16()
+            found = Product(pack_bitmask(matrix), ROWS, columns, 1)(x, None)
+            torch.testing.assert_close(found, linear(x, matrix), rtol=2**-7, atol=2e-2)
+
+
+@torch.no_grad()
 def test_bands_share_memory_but_not_numbers() -> None:
     """The workspace of one product is another's, also after a larger one and in another dtype."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -92,30 +92,18 @@ def pairs_kernel() -> Kernel:
 
 
 @cached_njit(inline="always")
-def _add_two(weights, token, line, groups):  # type: ignore[no-untyped-def]
-    """Add the products of 32 rows with 32 tokens to tiles 0 to 3."""
+def _add(weights, token, line, groups, two):  # type: ignore[no-untyped-def]
+    """Add the products of 32 rows with 16 tokens to tiles 0 and 1 and, if `two`, with the next 16 tokens to tiles 2 and 3."""
     for _ in range(groups):
         load(4, weights)
         load(6, token)
         multiply(0, 4, 6)
         load(5, weights + TILE_BYTES)
         multiply(1, 5, 6)
-        load(7, token + line)
-        multiply(2, 4, 7)
-        multiply(3, 5, 7)
-        weights += 2 * TILE_BYTES
-        token += TILE_BYTES
-
-
-@cached_njit(inline="always")
-def _add_one(weights, token, groups):  # type: ignore[no-untyped-def]
-    """Add the products of 32 rows with 16 tokens to tiles 0 and 1."""
-    for _ in range(groups):
-        load(4, weights)
-        load(6, token)
-        multiply(0, 4, 6)
-        load(5, weights + TILE_BYTES)
-        multiply(1, 5, 6)
+        if two:
+            load(7, token + line)
+            multiply(2, 4, 7)
+            multiply(3, 5, 7)
         weights += 2 * TILE_BYTES
         token += TILE_BYTES
 
@@ -167,10 +155,7 @@ def amx_kernel(kind: int) -> Kernel:
                             clear(1)
                             clear(2)
                             clear(3)
-                        if two:
-                            _add_two(weights, token, line, length)
-                        else:
-                            _add_one(weights, token, length)
+                        _add(weights, token, line, length, two)
                         if begin + length < groups:
                             continue
                         store(0, sums)

@@ -80,28 +80,23 @@ def clear(typing: Any, tile: Any) -> tuple[Any, Codegen]:
     return types.void(tile), codegen
 
 
-@intrinsic(prefer_literal=True)
-def load(typing: Any, tile: Any, address: Any) -> tuple[Any, Codegen]:
-    """Read a tile from 1,024 bytes at an address."""
-    tile_ = tile.literal_value
+def _access(instruction: str) -> Any:
+    """An instruction that moves a tile, given by its number, from or to 1,024 bytes at an address."""
 
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        call_llvm(b, "llvm.x86.tileloadd64", ir.VoidType(), [_tile(tile_), _address(b, args[1]), ir.Constant(I64, ROW_BYTES)])
-        return context.get_dummy_value()
+    @intrinsic(prefer_literal=True)
+    def access(typing: Any, tile: Any, address: Any) -> tuple[Any, Codegen]:
+        tile_ = tile.literal_value
 
-    return types.void(tile, types.int64), codegen
+        def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            call_llvm(b, instruction, ir.VoidType(), [_tile(tile_), _address(b, args[1]), ir.Constant(I64, ROW_BYTES)])
+            return context.get_dummy_value()
+
+        return types.void(tile, types.int64), codegen
+
+    return access
 
 
-@intrinsic(prefer_literal=True)
-def store(typing: Any, tile: Any, address: Any) -> tuple[Any, Codegen]:
-    """Write a tile to 1,024 bytes at an address."""
-    tile_ = tile.literal_value
-
-    def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        call_llvm(b, "llvm.x86.tilestored64", ir.VoidType(), [_tile(tile_), _address(b, args[1]), ir.Constant(I64, ROW_BYTES)])
-        return context.get_dummy_value()
-
-    return types.void(tile, types.int64), codegen
+load, store = _access("llvm.x86.tileloadd64"), _access("llvm.x86.tilestored64")
 
 
 @intrinsic(prefer_literal=True)

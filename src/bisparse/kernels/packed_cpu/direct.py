@@ -10,6 +10,8 @@ Only this file reads torch's dispatch keys, which are private; if torch lacks th
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,6 +21,8 @@ from bisparse.kernels.packed_cpu.layout import BitmaskPacked, linear_bitmask
 
 __all__ = ["Product"]
 
+MAX_CALLS = 64
+"""Maximum number of prepared calls per weight."""
 X, BIAS, OUTPUT = (ARGUMENTS + place for place in (3, 4, 5))
 """Places of the arguments of `multiply_kernel` that differ between calls."""
 
@@ -98,7 +102,7 @@ class Product:
         if watched or keys not in CALLS or (bias is not None and bias.shape != (self.rows,)):
             return None
         if input.is_contiguous() and (bias is None or (bias.dtype == self.dtype and bias.is_contiguous())):
-            call = self._prepared(input.numel() // self.columns)
+            call = self._prepared(math.prod(input.shape[:-1]))
             if call is not None:
                 numbers = call.numbers
                 output = input.new_empty(*input.shape[:-1], self.rows)
@@ -121,6 +125,8 @@ class Product:
         if key not in self._calls:
             from bisparse.kernels.packed_cpu.multiply import call_of
 
+            if len(self._calls) >= MAX_CALLS:
+                self._calls.clear()
             self._calls[key] = call_of(self.packed, self.rows, self.columns, tokens, self.max_tokens)
         call = self._calls[key]
         return None if call is None else call.copy()

@@ -59,7 +59,7 @@ def product(
         bias = bias.to(input.dtype)
     tokens = math.prod(input.shape[:-1])
     uses_amx = _uses_amx(values.dtype, tokens)
-    if tokens <= max_tokens and not uses_amx:
+    if not uses_amx and _in_one_pass(values.dtype, tokens, max_tokens):
         return multiply(ways[0], input, BitmaskPacked(values, masks, starts), bias, rows)
     flat = input if input.ndim == 2 else input.reshape(tokens, input.shape[-1])
     if uses_amx:
@@ -72,6 +72,11 @@ def product(
 def expands(dtype: torch.dtype) -> bool:
     """Whether products with many tokens expand the matrix for torch's product; by AMX they do not."""
     return dtype != torch.bfloat16 or not amx.amx_works()
+
+
+def _in_one_pass(dtype: torch.dtype, tokens: int, max_tokens: int) -> bool:
+    """Whether products without AMX read the packed matrix once; otherwise they expand it in bands."""
+    return tokens <= max_tokens or not expands(dtype)
 
 
 def _uses_amx(dtype: torch.dtype, tokens: int) -> bool:
@@ -119,7 +124,8 @@ def call_of(packed: Packed, rows: int, columns: int, tokens: int, max_tokens: in
     blocks, groups, _ = packed.masks.shape
     converts = dtype != torch.float32 and Way.AVX512_BF16 not in ways[:1]
     padded = columns != groups * GROUP or rows != blocks * BLOCK_ROWS
-    if not ways or converts or padded or not 0 < tokens <= max_tokens or not blocks or _uses_amx(dtype, tokens):
+    once = isinstance(packed, Int8Packed) or _in_one_pass(dtype, tokens, max_tokens)
+    if not ways or converts or padded or not blocks or tokens < 1 or not once or _uses_amx(dtype, tokens):
         return None
     return _call(ways[0], packed, 0, 0, 0, tokens)
 
