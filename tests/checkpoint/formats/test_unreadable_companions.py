@@ -1,4 +1,4 @@
-"""What lies next to the weights and cannot be copied is named: links that lead nowhere, pipes."""
+"""Files next to the weights that cannot be copied are named: broken links and pipes."""
 
 import os
 import sys
