@@ -2,12 +2,14 @@
 
 import _thread
 import contextlib
+import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -153,6 +155,34 @@ def test_interruptions_at_any_moment_lose_no_band() -> None:
         timer.join()
     assert calls > 0 and (visits >= calls).all()
     assert they_meet()
+
+
+def test_what_an_interrupted_call_works_on_outlives_it(threads_of: str) -> None:
+    """A worker may still write when its caller is interrupted, so the call's arrays stay until it is done."""
+    if threads_of == "OpenMP":
+        pytest.skip("calls of OpenMP are interrupted only once they are over")
+    they_meet()
+    unfinished = 0
+    for index in range(8):
+        met, done, looked = np.zeros(1, np.int64), np.zeros(1, np.int64), np.zeros(1, np.int64)
+        alive = weakref.ref(looked)
+        timer = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))  # which ends a wait
+        with contextlib.suppress(KeyboardInterrupt):
+            timer.start()
+            over_bands(meet, (met, done, looked, MEETING, index % 2, 1 << 25), 2, 1, 1)
+            time.sleep(1)  # the caller itself had the long band
+        timer.join()
+        del looked
+        gc.collect()
+        if done[0] < 2:
+            unfinished += 1
+            assert alive() is not None
+        for _ in range(500):
+            if done[0] == 2:
+                break
+            time.sleep(0.01)
+        assert done[0] == 2
+    assert unfinished, "no interruption came while the worker had the long band"
 
 
 def test_fewer_threads_where_the_system_gives_none(monkeypatch: pytest.MonkeyPatch) -> None:
