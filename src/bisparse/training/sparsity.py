@@ -43,6 +43,7 @@ from bisparse.training.rank_consistency import check_ranks_agree, raise_together
 from bisparse.training.replaced import Links
 from bisparse.training.run_state import STATE_VERSION, check_state, entry_of, load_entry
 from bisparse.training.schedule import Phase, Schedule
+from bisparse.training.unattached import warn_of_unattached
 
 __all__ = ["Method", "Mode", "Sparsity"]
 
@@ -118,6 +119,8 @@ class Sparsity:
         self._handles: list[RemovableHandle] = []
         self._undo: list[Callable[[], None]] = []
         _LIVE.add(self)
+        if self.method != "s-ste" or self.schedule != Schedule():  # which follows the weights alone
+            warn_of_unattached(self)
 
     def __repr__(self) -> str:
         how = "static" if self.mode == "static" else f"dynamic, {self.method}, refreshed every {self.refresh_every} steps"
@@ -134,6 +137,16 @@ class Sparsity:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state
         self._begin()
+
+    @property
+    def attached(self) -> tuple[Optimizer, ...]:
+        """The optimizers whose steps it follows, without their wrappers."""
+        return tuple(self._attached)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The parameters that it trains sparse; none once `finalize_` has ended the run."""
+        return [] if self.ended is not None else [layer.weight for layer in self._active]
 
     @property
     def phase(self) -> Phase:
