@@ -137,6 +137,13 @@ def test_a_filter_that_matches_nothing_is_a_mistake_to_be_told() -> None:
         find_layers(Transformer(), exclude=nothing)
 
 
+@pytest.mark.parametrize("where", ["include", "exclude"])
+@pytest.mark.parametrize("chosen", [(one for one in "ab"), iter(["layers.0.up"]), torch.ones(2), torch.tensor(1), 3, [3], b"up"])
+def test_a_filter_that_is_used_up_by_the_first_layer_or_selects_nothing_is_refused(where: str, chosen: object) -> None:
+    with pytest.raises(TypeError, match="selects no layers: expected a name"):
+        find_layers(Transformer(), **{where: chosen})  # type: ignore[arg-type]
+
+
 def test_what_is_no_model_is_told() -> None:
     with pytest.raises(ValueError, match="model must be a torch module, not dict"):
         find_layers({})  # type: ignore[arg-type]

@@ -188,3 +188,17 @@ def test_a_side_that_is_no_whole_number_is_refused(m: Any) -> None:
     for call in (lambda: pad_to_multiple(torch.ones(4, 4), m), lambda: to_tiles(torch.ones(4, 4), m)):
         with pytest.raises(ValueError, match="is no side of a tile"):
             call()
+
+
+@pytest.mark.parametrize("store", [Tensor.to_mkldnn, Tensor.to_sparse])
+def test_tensors_that_are_not_stored_by_strides_are_refused(store: Callable[[Tensor], Tensor]) -> None:
+    stored, linear = store(torch.ones(4, 8)), Layout(LayoutKind.LINEAR)
+    for call in (
+        lambda: pad_to_multiple(stored, 3),
+        lambda: to_tiles(stored, 4),
+        lambda: from_tiles(store(torch.ones(2, 4, 4)), 4, 8),
+        lambda: to_matrices(stored, linear),
+        lambda: from_matrices(store(torch.ones(1, 4, 8)), linear, (4, 8)),
+    ):
+        with pytest.raises(ValueError, match=r"stored as torch\..* pass its dense form"):
+            call()

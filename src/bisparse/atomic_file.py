@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from bisparse.errors import CheckpointError
 
-__all__ = ["atomic_file", "check_output_file", "explained", "explaining"]
+__all__ = ["PICTURE", "WEB_PAGE", "atomic_file", "check_output_file", "explained", "explaining"]
+
+WEB_PAGE = {"a web page": (b"<!doctype html", b"<html")}
+PICTURE = {"a picture": (b"\x89png", b"%pdf", b"<?xml", b"<svg")}
+"""What writers make and may replace; see `check_output_file`."""
 
 UNTOUCHED = "nothing was left half written"
 
@@ -79,11 +84,16 @@ def _atomic_file(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def check_output_file(path: str | Path) -> Path:
+def check_output_file(path: str | Path, *, replaces: Mapping[str, Sequence[bytes]] | None = None) -> Path:
     """The file that writing to `path` would create or replace, links followed; a long job asks before it begins.
 
+    Args:
+        replaces: what the writer makes, such as "a web page", with the bytes that such files begin with; a file that begins
+            otherwise and is not empty is not replaced. None: any file may be.
+
     Raises:
-        ValueError: `path` is a folder, a device, a pipe, a socket, or a link that cannot be followed to a file.
+        ValueError: `path` is a folder, a device, a pipe, a socket, a link that cannot be followed to a file, or a file that
+            `replaces` does not allow to replace.
     """
     path, target = Path(path), Path(os.path.realpath(path))
     try:
@@ -103,7 +113,18 @@ def check_output_file(path: str | Path) -> Path:
     # /dev/stdout and /proc/self/fd/1 lead to open files, which may have no name any more.
     if not (target.exists() and os.path.samestat(found, target.stat())):
         raise ValueError(f"{path} is an open file without a name; name the file to write")
+    if replaces and found.st_size and not _begins(target, itertools.chain.from_iterable(replaces.values())):
+        raise ValueError(f"{path} exists and is not {' or '.join(replaces)}, so it is not replaced: name another file")
     return target
+
+
+def _begins(path: Path, starts: Iterable[bytes]) -> bool:
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).lstrip().lower()
+    except OSError:
+        return False
+    return any(head.startswith(one.lower()) for one in starts)
 
 
 def _kind(mode: int) -> str:

@@ -122,6 +122,7 @@ def to_matrices(weight: Shaped[Tensor, "..."], layout: Layout) -> Shaped[Tensor,
     C_out/g, C_in/g), and so do channels last (C_out, *K, C_in/g) and transposed convolutions (C_in, C_out/g, *K); packed
     (p * O, I) -> (p, O, I); experts (E, O, I), or transposed (E, I, O), -> (E, O, I).
     """
+    _check_strided(weight)
     _check_layout(tuple(weight.shape), layout)
     match layout.kind:
         case LayoutKind.LINEAR:
@@ -156,6 +157,7 @@ def from_matrices(
 ) -> Shaped[Tensor, "..."]:
     """The inverse of `to_matrices` for a weight of the given shape; contiguous."""
     shape = tuple(shape)
+    _check_strided(matrices)
     _check_layout(shape, layout)
     if matrices.ndim != 3 or matrices.numel() != math.prod(shape):
         raise ValueError(f"matrices of shape {tuple(matrices.shape)} are not those of a weight of shape {shape}")
@@ -211,6 +213,11 @@ def _check_side(m: int) -> None:
         raise ValueError(f"{m!r:.40} is no side of a tile")
 
 
+def _check_strided(tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise ValueError(f"a tensor stored as {tensor.layout} cannot be cut into tiles: pass its dense form, tensor.to_dense()")
+
+
 def pad_to_multiple(matrices: Shaped[Tensor, "*B R C"], m: int) -> Shaped[Tensor, "*B R2 C2"]:
     """Zeros appended so that `m` divides the last two sides; the same tensor where it already does.
 
@@ -218,6 +225,7 @@ def pad_to_multiple(matrices: Shaped[Tensor, "*B R C"], m: int) -> Shaped[Tensor
         ValueError: no matrices, no side of a tile, or one so large that almost all would be padding.
     """
     _check_side(m)
+    _check_strided(matrices)
     if matrices.ndim < 2:
         raise ValueError(f"a tensor of shape {tuple(matrices.shape)} holds no matrices")
     rows, columns = -matrices.shape[-2] % m, -matrices.shape[-1] % m
@@ -233,6 +241,7 @@ def pad_to_multiple(matrices: Shaped[Tensor, "*B R C"], m: int) -> Shaped[Tensor
 def to_tiles(matrix: Shaped[Tensor, "R C"], m: int) -> Shaped[Tensor, "B M M"]:
     """Cut a matrix into its tiles, band by band, left to right: tile t covers rows ``t // (C/m)``, columns ``t % (C/m)``."""
     _check_side(m)
+    _check_strided(matrix)
     if matrix.ndim != 2 or matrix.shape[0] % m or matrix.shape[1] % m:
         raise ValueError(f"a tensor of shape {tuple(matrix.shape)} is no matrix of whole tiles of side {m}: see pad_to_multiple")
     rows, columns = matrix.shape
@@ -241,6 +250,7 @@ def to_tiles(matrix: Shaped[Tensor, "R C"], m: int) -> Shaped[Tensor, "B M M"]:
 
 def from_tiles(tiles: Shaped[Tensor, "B M M"], rows: int, columns: int) -> Shaped[Tensor, "R C"]:
     """The inverse of `to_tiles`."""
+    _check_strided(tiles)
     m = tiles.shape[-1] if tiles.ndim == 3 else 0
     if m == 0 or tiles.shape[-2] != m or rows % m or columns % m or tiles.numel() != rows * columns:
         raise ValueError(f"tiles of shape {tuple(tiles.shape)} do not make a {rows} x {columns} matrix")

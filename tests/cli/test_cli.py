@@ -116,7 +116,7 @@ def test_info_of_weights_that_cannot_be_pruned(tmp_path: Path) -> None:
 @posix
 def test_a_report_replaces_no_device_and_no_link(model: Path, tmp_path: Path) -> None:
     run("prune", model, tmp_path / "out", "-p", "2:4")
-    (tmp_path / "page").write_text("old")
+    (tmp_path / "page").write_text("<!doctype html>old")
     (tmp_path / "link").symlink_to("page")
     assert run("report", tmp_path / "out", "-o", tmp_path / "link").exit_code == 0
     assert (tmp_path / "link").is_symlink() and "<html" in (tmp_path / "page").read_text()
@@ -126,6 +126,21 @@ def test_a_report_replaces_no_device_and_no_link(model: Path, tmp_path: Path) ->
         refused = run("report", tmp_path / "out", "-o", name)
         assert refused.exit_code == 2 and "name" in refused.stderr
     assert not Path(os.devnull).is_file() and not (tmp_path / "pipe").is_file()
+
+
+@pytest.mark.parametrize("held", ["model.safetensors", "notes.txt", "empty"])
+def test_a_report_replaces_only_web_pages(model: Path, tmp_path: Path, held: str) -> None:
+    run("prune", model, tmp_path / "out", "-p", "2:4")
+    target = tmp_path / held
+    target.write_bytes({"model.safetensors": (model / "model.safetensors").read_bytes(), "empty": b""}.get(held, b"my notes"))
+    before = target.read_bytes()
+    written = run("report", tmp_path / "out", "-o", target)
+    if held == "empty":
+        assert written.exit_code == 0 and b"<html" in target.read_bytes()
+        assert run("report", tmp_path / "out", "-o", target).exit_code == 0
+    else:
+        assert written.exit_code == 2 and "is not a web page" in written.stderr
+        assert target.read_bytes() == before
 
 
 def test_prune_then_verify(model: Path, tmp_path: Path) -> None:

@@ -294,7 +294,7 @@ def test_pages_are_readable_without_eyes_or_mouse(page: Page, comparison: Page) 
 
 def test_a_failed_report_leaves_the_old_one(pruned: dict[str, Path], dense: Path, tmp_path: Path) -> None:
     output = tmp_path / "report.html"
-    output.write_text("old")
+    output.write_text("<html>old")
     other = tmp_path / "other"
     other.mkdir()
     save_file({"encoder.0.query.weight": torch.zeros(8, 8)}, other / "model.safetensors")
@@ -302,7 +302,7 @@ def test_a_failed_report_leaves_the_old_one(pruned: dict[str, Path], dense: Path
         write_report(pruned["2:4"], output, against=other)
     with pytest.raises(CheckpointError, match=r"no bisparse\.json"):
         write_report(dense, output)
-    assert output.read_text() == "old" and {path.name for path in tmp_path.iterdir()} == {"report.html", "other"}
+    assert output.read_text() == "<html>old" and {path.name for path in tmp_path.iterdir()} == {"report.html", "other"}
     with pytest.raises(ValueError, match="is a folder"):
         write_report(pruned["2:4"], tmp_path)
 
@@ -401,6 +401,16 @@ def test_a_page_that_cannot_be_written_goes_by_the_name_that_its_user_gave(
     monkeypatch.setattr(Path, "write_text", refused)
     with pytest.raises(CheckpointError, match=r"page\.html could not be written: permission denied"):
         write_report(pruned["2:4"], tmp_path / "page.html")
+
+
+def test_the_plot_replaces_only_pictures(tmp_path: Path) -> None:
+    for name in ("plot.png", "plot.svg"):
+        for _ in range(2):
+            plot_diversity(tmp_path / name, ("2:4", "2:4-T"))
+        (tmp_path / name).write_bytes(b"weights")
+        with pytest.raises(ValueError, match="exists and is not a picture, so it is not replaced"):
+            plot_diversity(tmp_path / name, ("2:4", "2:4-T"))
+        assert (tmp_path / name).read_bytes() == b"weights"
 
 
 def test_the_plot_refuses_formats_it_does_not_write(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bisparse.accelerate.timing import Pass, Timing
-from bisparse.atomic_file import atomic_file
+from bisparse.atomic_file import atomic_file, check_output_file
 
 __all__ = ["Grid", "GridPoint", "stored_grids"]
 
@@ -73,6 +73,7 @@ class Grid:
 
     def write(self, path: str | Path) -> None:
         """Write the grid to a file that `read` accepts."""
+        check_output_file(path, replaces={"a grid of measured times": (b"{",)})
         content = {"format": FORMAT, **asdict(self)}
         with atomic_file(path) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

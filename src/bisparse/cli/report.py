@@ -35,7 +35,7 @@ def report(
         raise typer.BadParameter(f"{pruned} is a file: pass the folder that bisparse wrote", param_hint="PRUNED")
     against = None if against is None else parse_source(against, "--against")
     from bisparse.apart import check_apart
-    from bisparse.atomic_file import check_output_file
+    from bisparse.atomic_file import WEB_PAGE, check_output_file
     from bisparse.checkpoint import SIDECAR
     from bisparse.checkpoint.statements import origin
     from bisparse.report import read_figures, write_report
@@ -48,7 +48,7 @@ def report(
         )
 
     check_apart(output, {"pruned checkpoint": pruned, "dense checkpoint": against})
-    check_output_file(output)
+    check_output_file(output, replaces=WEB_PAGE)
     figures = read_figures(pruned, against)
     write_report(figures, output)
     if as_json:

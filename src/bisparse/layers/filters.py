@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -46,7 +46,16 @@ def matches(chosen: Filter, name: str, module: nn.Module) -> bool:
         return name == chosen or fnmatch.fnmatchcase(name, chosen)
     if callable(chosen):
         return bool(chosen(name, module))
-    return any(matches(one, name, module) for one in chosen)
+    return any(matches(one, name, module) for one in _several(chosen))
+
+
+def _several(chosen: Iterable[Any]) -> Iterable[Any]:
+    """The filters of a list, checked; an iterator would be used up after the first layer."""
+    if isinstance(chosen, Tensor | Iterator) or not isinstance(chosen, Iterable):
+        raise TypeError(
+            f"{chosen!r:.60} selects no layers: expected a name, a glob, 're:...', a list of these, or a function (name, module)"
+        )
+    return chosen
 
 
 def parse_patterns(patterns: Mapping[str, str | Structure] | None) -> dict[str, Structure]:
@@ -62,7 +71,7 @@ def parse_patterns(patterns: Mapping[str, str | Structure] | None) -> dict[str, 
 
 def matches_name(chosen: NameFilter, layer: str, parameter: str) -> bool:
     """Whether a filter matches a layer, by the layer's name or its parameter's."""
-    filters = (chosen,) if isinstance(chosen, str) else tuple(chosen)
+    filters = (chosen,) if isinstance(chosen, str) else tuple(_several(chosen))
     return matches(filters, layer, _NO_MODULE) or matches(filters, parameter, _NO_MODULE)
 
 

@@ -99,7 +99,7 @@ def find_layers(
     unused = set(given)
     candidates = list(_candidates(model))
     everything = [*model.named_modules(), *((one.name, one.module) for one in candidates)]
-    if exclude and isinstance(exclude, str | Sequence) and not any(matches(exclude, *one) for one in everything):
+    if isinstance(exclude, str | Sequence) and exclude and not any(matches(exclude, *one) for one in everything):
         raise ValueError(f"exclude={exclude!r} matches nothing in the model: a layer that should stay dense would be pruned")
     layers: list[Layer] = []
     skipped: list[Skipped] = []

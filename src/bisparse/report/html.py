@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from bisparse.apart import check_apart
-from bisparse.atomic_file import atomic_file, check_output_file
+from bisparse.atomic_file import WEB_PAGE, atomic_file, check_output_file
 from bisparse.diversity import Hardware, MaskDiversity, hardware, mask_diversity
 from bisparse.errors import install_extra
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
@@ -83,11 +83,11 @@ def write_report(
     Raises:
         CheckpointError: the folder or the dense checkpoint cannot be read, do not belong together, or overlap the output.
         ImportError: the extra `report` is not installed.
-        ValueError: the output is no regular file, but a folder, a device or a pipe.
+        ValueError: the output is a folder, a device, a pipe, or a file that is no web page.
     """
     read = None if isinstance(pruned, PrunedFigures) else pruned
     check_apart(output, {"pruned checkpoint": read, "dense checkpoint": against})
-    check_output_file(output)
+    check_output_file(output, replaces=WEB_PAGE)
     environment = _environment()
     figures = pruned if isinstance(pruned, PrunedFigures) else read_figures(pruned, against, progress)
     report, structure = figures.report, figures.structure
@@ -154,7 +154,7 @@ def write_comparison(
             )
     for folder in pruned:
         check_apart(output, {"pruned checkpoint": folder, "dense checkpoint": against})
-    check_output_file(output)
+    check_output_file(output, replaces=WEB_PAGE)
     environment = _environment()
     figures = [read_figures(folder, against, progress) for folder in pruned]
     compared = [

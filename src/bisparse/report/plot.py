@@ -13,7 +13,7 @@ import torch
 
 from bisparse._solve import solve
 from bisparse.arguments import check_flag
-from bisparse.atomic_file import atomic_file
+from bisparse.atomic_file import PICTURE, atomic_file, check_output_file
 from bisparse.diversity import mask_diversity
 from bisparse.errors import install_extra
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, parse_pattern
@@ -126,13 +126,14 @@ def plot_diversity(
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: a format that matplotlib does not write.
+        ValueError: a format that matplotlib does not write, or `path` is a folder, a device, or a file that is no picture.
     """
     path = Path(path)
     check_flag("dark", dark)
     formats = (".png", ".svg", ".pdf")
     if path.suffix.lower() not in formats:
         raise ValueError(f"{path}: a picture is written as {', '.join(formats)}; '{path.suffix}' is none of these")
+    check_output_file(path, replaces=PICTURE)
     figure = _draw(
         structures,
         highlight,
