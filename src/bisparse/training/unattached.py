@@ -57,11 +57,12 @@ def _install() -> None:
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if torch.compiler.is_compiling() or not _WATCHED:
         return
+    others = [one for one in list(_WATCHED) if not any(own is optimizer for own in one.attached)]
+    if not others:
+        return
     own = {id(weight) for group in getattr(optimizer, "param_groups", ()) for weight in group["params"]}
     noted = []
-    for sparsity in list(_WATCHED):
-        if any(one is optimizer for one in sparsity.attached):
-            continue
+    for sparsity in others:
         versions = [(weight, weight._version) for weight in sparsity.weights if id(weight) in own and not weight.is_inference()]
         if versions:
             noted.append((sparsity, _STEPS[sparsity], versions))
