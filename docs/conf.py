@@ -3,18 +3,23 @@
 import re
 from typing import Any
 
+from docutils import nodes
+from latex2mathml.converter import convert
+
 import bisparse
 
 project = "bisparse"
 author = "the bisparse authors"
+copyright = "2026, the bisparse authors"
 release = version = bisparse.__version__
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode", "sphinx.ext.mathjax"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["conf.py"]
 html_theme = "furo"
 html_title = f"bisparse {release}"
+html_math_renderer = "mathml"
 
 nb_execution_mode = "off"  # they are stored with their outputs; tools/notebooks.py runs them
-nb_render_image_options = {"align": "left"}
+nb_merge_streams = True
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 # Pages also link to files of the repository, which are no pages of the site: README, CONTRIBUTING, examples, folders.
@@ -39,6 +44,19 @@ def escape_markup(app: Any, what: str, name: str, item: Any, options: Any, lines
     lines[:] = "".join(piece if piece.startswith("`") else MARKUP.sub(r"\\\g<0>", piece) for piece in pieces).split("\n")
 
 
+def inline_mathml(page: Any, node: nodes.math) -> None:
+    """Write a formula as MathML, which browsers show without a script from elsewhere."""
+    page.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def block_mathml(page: Any, node: nodes.math_block) -> None:
+    """Write a formula of its own line as MathML."""
+    page.body.append(f"<p>{convert(node.astext(), display='block')}</p>\n")
+    raise nodes.SkipNode
+
+
 def setup(app: Any) -> None:
     """Called by Sphinx."""
+    app.add_html_math_renderer("mathml", (inline_mathml, None), (block_mathml, None))
     app.connect("autodoc-process-docstring", escape_markup, priority=900)
