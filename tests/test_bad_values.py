@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 import bisparse
 from bisparse import tiles
-from bisparse.accelerate import BackendError
+from bisparse.accelerate import BackendError, LayerShape
 from bisparse.layers import matrix_sides
 
 MODULES = (
     "bisparse", "bisparse.solvers", "bisparse.results", "bisparse.layers", "bisparse.scores", "bisparse.tiles",
     "bisparse.pattern",
-    "bisparse.solution", "bisparse.pruning", "bisparse.training", "bisparse.diversity",
+    "bisparse.solution", "bisparse.pruning", "bisparse.training", "bisparse.diversity", "bisparse.accelerate",
+    "bisparse.evaluation", "bisparse.quantization",
 )  # fmt: skip
 
 ALLOWED = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, IsADirectoryError, BackendError)
@@ -54,6 +55,7 @@ TENSORS = [
     torch.zeros(16, 16).to(torch.float8_e4m3fn),
     torch.zeros(16, 16, device="meta"),
     torch.eye(16).to_sparse(),
+    torch.ones(16, 16).to_mkldnn(),
 ]
 OTHERS: list[Any] = [
     None,
@@ -67,6 +69,7 @@ OTHERS: list[Any] = [
     object(),
     b"2:4",
     1j,
+    torch.ones(2),
 ]
 
 
@@ -100,6 +103,11 @@ def good_values(name: str, hint: str, folder: Path) -> Any:
         "tiles": torch.rand(16, 4, 4), "multiple": 4, "layer": "0", "parameter": "weight", "structure": "2:4",
         "base": torch.randn(16, 16) * mask, "a": torch.randn(2, 16), "b": torch.randn(16, 2), "scaling": 1.0,
         "input_norms": torch.rand(16),
+        "shapes": [LayerShape("0", (64, 64))], "ids": torch.arange(64), "student": model(), "rank": 2,
+        "dense": torch.randn(16, 16),
+        "ndim": 2, "matrix": torch.rand(16, 16), "remainder": "pad", "included": None, "excluded": False, "size": (16, 16),
+        "scheme": "int8", "bits": 8, "other": model(), "labels": torch.zeros(8, dtype=torch.int64),
+        "choices": {"0": 1},
         "generator": None, "tokens": 8, "rows": 16, "columns": 16, "side": 4,
     }  # fmt: skip
     return known.get(name, inspect.Parameter.empty)
@@ -127,6 +135,9 @@ RECORDS = (
     "Layer", "Skipped", "Kind", "Certificate", "Violation", "Verification", "MaskDiversity", "Hardware", "FileEvidence",
     "Sparsity",
     "LayerProblem", "Solution", "GPU", "PermutedSpace", "write_report",
+    "AcceleratedLayer", "AccelerationReport", "Advice", "DevicePrediction", "Grid", "GridPoint", "LayerAdvice", "LayerPrediction",
+    "PackedLinear", "Pass", "SparseLinear", "Timing", "LayerShape", "Agreement", "Classification", "Perplexity", "Similarity",
+    "TaskResults", "QuantizationReport", "QuantizedLayer", "stored_values", "Guarantee", "load_accelerated_",
     "prune_checkpoint", "verify_checkpoint", "save", "load", "Statistic", "Phase", "LayoutKind", "MVUELinear",
 )  # fmt: skip
 """What functions return, or make for the caller to read: their fields are no arguments; files have their own tests."""

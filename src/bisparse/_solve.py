@@ -74,7 +74,7 @@ def solve(
     if type(scores) is not Tensor or scores.requires_grad:
         scores = scores.detach()
     matrices, shape = scores, scores.shape
-    layout = layout or default_layout(len(shape))
+    layout = default_layout(len(shape)) if layout is None else layout
     plain = len(shape) == 2 and layout.kind is LayoutKind.LINEAR
     if not plain:
         matrices = to_matrices(scores, layout)

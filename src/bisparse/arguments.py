@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import numbers
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_dense", "check_flag", "entry_of"]
+__all__ = ["check_dense", "check_flag", "entry_of", "is_number", "listed"]
 
 T = TypeVar("T")
 
@@ -35,6 +36,22 @@ def check_flag(name: str, value: object) -> None:
     """Raise ValueError for a setting that is neither True nor False, such as "no", which counts as true."""
     if not isinstance(value, bool):
         raise ValueError(f"{name}={value!r:.60}: expected True or False")
+
+
+def listed(batches: Iterable[T]) -> list[T]:
+    """Calibration batches as a list; a tensor is one batch per entry of its first dimension, as torch iterates over it.
+
+    Raises:
+        ValueError: a tensor that is not stored by strides.
+    """
+    if isinstance(batches, Tensor):
+        check_dense("batches", batches)
+    return list(batches)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is one real number, which can be compared: neither a bool nor a tensor."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def entry_of(key: str | int, entries: Sequence[T], names: Mapping[str, T]) -> T:

@@ -104,7 +104,7 @@ def mask_diversity(
     if method not in ("exact", "paper"):
         raise ValueError(f"method={method!r}: expected 'exact' or 'paper'")
     sides = (size,) if isinstance(size, int) else tuple(size)
-    if not sides or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in sides):
+    if not sides or any(not isinstance(side, int) or isinstance(side, bool) or not 1 <= side < 1 << 63 for side in sides):
         raise ValueError(f"size={size!r}: expected a positive number of weights, or a shape of positive sides")
     weights = math.prod(sides)
 
@@ -158,6 +158,8 @@ def count_tile_masks(n: int, m: int) -> int | None:
     >>> [count_tile_masks(n, m) for n, m in ((1, 2), (1, 4), (2, 4), (2, 8), (4, 8))]
     [2, 24, 90, 187530840, 116963796250]
     """
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in (n, m)) or not 0 <= n <= m:
+        raise ValueError(f"n={n!r:.40}, m={m!r:.40}: expected whole numbers, 0 <= n <= m")
     n = min(n, m - n)  # the complement of a mask has the other sums
     if n <= 1:
         return math.factorial(m) if n else 1

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from bisparse.arguments import check_flag
+from bisparse.arguments import check_flag, is_number
 
 __all__ = ["Paired", "Pattern", "Sequential", "Structure", "Unstructured", "parse_pattern"]
 
@@ -149,7 +149,7 @@ class Unstructured(Structure):
     fraction: float
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.fraction <= 1.0:
+        if not (is_number(self.fraction) and 0.0 < self.fraction <= 1.0):
             raise ValueError(f"unstructured density {self.fraction!r}: must be above 0 % and at most 100 %")
 
     def __str__(self) -> str:

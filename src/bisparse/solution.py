@@ -409,7 +409,7 @@ def verify(
         raise ValueError(f"{name or 'the tensor'} is stored as {target.layout}: verify its dense form, tensor.to_dense()")
     target = target.detach()
     both = isinstance(pattern, Pattern) and pattern.transposable
-    layout = layout or default_layout(target.ndim)
+    layout = default_layout(target.ndim) if layout is None else layout
     if isinstance(pattern, Pattern) and (counted := broken_groups(to_matrices(target, layout), pattern.n, pattern.m)):
         by_row, by_column, kept = counted
         if by_row == 0 and not (both and by_column):

@@ -104,6 +104,8 @@ class Layout:
 @cache
 def default_layout(ndim: int) -> Layout:
     """The layout of a bare tensor: 2-D is a Linear weight, 3-D a batch of matrices, 4-D and 5-D a convolution's weight."""
+    if not isinstance(ndim, int):
+        raise TypeError(f"{ndim!r:.40} is no number of dimensions")
     if ndim == 2:
         return Layout(LayoutKind.LINEAR)
     if ndim == 3:
@@ -251,6 +253,9 @@ def to_tiles(matrix: Shaped[Tensor, "R C"], m: int) -> Shaped[Tensor, "B M M"]:
 def from_tiles(tiles: Shaped[Tensor, "B M M"], rows: int, columns: int) -> Shaped[Tensor, "R C"]:
     """The inverse of `to_tiles`."""
     _check_strided(tiles)
+    for side in (rows, columns):
+        if isinstance(side, bool) or not isinstance(side, int):
+            raise ValueError(f"{rows!r:.40} x {columns!r:.40} is no shape of a matrix")
     m = tiles.shape[-1] if tiles.ndim == 3 else 0
     if m == 0 or tiles.shape[-2] != m or rows % m or columns % m or tiles.numel() != rows * columns:
         raise ValueError(f"tiles of shape {tuple(tiles.shape)} do not make a {rows} x {columns} matrix")

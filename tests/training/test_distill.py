@@ -368,6 +368,22 @@ def test_bad_input_leaves_no_hooks(net, arguments, message):
         Distillation(net, net)
 
 
+def test_a_student_that_cannot_be_copied_needs_a_teacher(net):
+    class Computed(nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.kept = inner(torch.randn(2, 16)).sum()  # no leaf, which torch does not copy
+
+        def forward(self, inputs):
+            return self.inner(inputs)
+
+    student = Computed(nn.Linear(16, 16))
+    with pytest.raises(ValueError, match="the student cannot be copied .* pass a teacher"):
+        Distillation(student)
+    Distillation(student, nn.Linear(16, 16))
+
+
 def test_outputs_that_do_not_fit(net):
     teacher = Distillation(net, nn.Linear(16, 9))
     net(batch(0)[0])

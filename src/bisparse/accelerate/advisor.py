@@ -130,8 +130,12 @@ def advise_shapes(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Advice:
     """`advise` without a model, for layers given by name and shape, such as from a checkpoint's headers."""
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"tokens={tokens!r}: expected the number of rows of a layer's input, at least 1")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens < 1 << 63:
+        raise ValueError(f"tokens={tokens!r:.40}: expected the number of rows of a layer's input, at least 1")
+    check_flag("training", training)
+    shapes = list(shapes)
+    if wrong := [one for one in shapes if not isinstance(one, LayerShape)]:
+        raise TypeError(f"shapes must be LayerShapes, not {type(wrong[0]).__name__}")
     chosen = _device(device)
     if grid is None and _measures_cpu(chosen, backend, dtype, training):
         shapes = list(shapes)

@@ -18,6 +18,7 @@ from importlib import resources
 from typing import Any
 
 from bisparse.accelerate.advice import LayerShape
+from bisparse.arguments import is_number
 
 __all__ = ["PUBLIC_DEVICES", "SPARSE", "DevicePrediction", "LayerPrediction", "predict_products"]
 
@@ -94,8 +95,8 @@ def predict_products(
     >>> print(f"{found.speedup['2:4']:.2f}")
     1.71
     """
-    if tokens < 1:
-        raise ValueError(f"tokens={tokens!r}: expected the number of rows of a layer's input, at least 1")
+    if not is_number(tokens) or not 1 <= tokens < 1 << 63:
+        raise ValueError(f"tokens={tokens!r:.40}: expected the number of rows of a layer's input, at least 1")
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
     names = PUBLIC_DEVICES if device is None else (_device_named(device),)

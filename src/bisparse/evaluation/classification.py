@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
-from bisparse.evaluation.model_outputs import device_of, evaluating, tensor_of
+from bisparse.arguments import check_dense
+from bisparse.evaluation.model_outputs import answering, device_of, evaluating, tensor_of
 
 __all__ = ["Agreement", "Classification", "agreement", "classification"]
 
@@ -102,7 +103,9 @@ def classification(
     Raises:
         ValueError: no samples, labels that do not match, or logits that are NaN or have another shape.
     """
-    if labels.ndim != 1 or len(labels) != len(inputs) or labels.is_floating_point():
+    check_dense("inputs", inputs)
+    check_dense("labels", labels)
+    if labels.ndim != 1 or inputs.ndim == 0 or len(labels) != len(inputs) or labels.is_floating_point():
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} and type {labels.dtype} for {len(inputs)} inputs: expected a class per input"
         )
@@ -134,13 +137,17 @@ def agreement(
 
 def _classes(model: nn.Module, inputs: Tensor, batch_size: int) -> tuple[Int[Tensor, " N"], int]:
     """The class of each sample, and how many classes there are."""
-    if len(inputs) == 0:
+    check_dense("inputs", inputs)
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size < 1 << 63:
+        raise ValueError(f"batch_size={batch_size!r:.40}: expected at least 1")
+    if inputs.ndim == 0 or len(inputs) == 0:
         raise ValueError("no samples to classify")
     device = device_of(model)
     parts, classes = [], 0
     with evaluating(model):
         for part in inputs.split(batch_size):
-            logits = tensor_of(model(part.to(device)), "logits")
+            with answering(part):
+                logits = tensor_of(model(part.to(device)), "logits")
             if logits.ndim != 2 or len(logits) != len(part):
                 raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(part)} samples: expected (samples, classes)")
             if bool(torch.isnan(logits).any()):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_json", "device_of", "evaluating", "tensor_of"]
+__all__ = ["answering", "as_json", "device_of", "evaluating", "tensor_of"]
 
 
 @contextmanager
@@ -37,6 +37,16 @@ def tensor_of(output: Any, attribute: str) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError(f"the model returned a {type(output).__name__} without {attribute}: expected a tensor")
     return found
+
+
+@contextmanager
+def answering(inputs: Tensor) -> Iterator[None]:
+    """A context manager around a model's forward pass, whose errors become one that names its input."""
+    try:
+        yield
+    except (RuntimeError, IndexError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"the model failed on an input of shape {tuple(inputs.shape)} and {inputs.dtype}: {first}") from error
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from bisparse.arguments import is_number
 from bisparse.evaluation.model_outputs import as_json, device_of, evaluating, tensor_of
 
 __all__ = ["Perplexity", "perplexity", "text_perplexity"]
@@ -152,6 +153,10 @@ def text_perplexity(model: nn.Module, tokenizer: Any, path: str | Path, **settin
 def _check(ids: Tensor, context: int, stride: int, tokens: int | None, batch_size: int) -> None:
     if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"token ids of shape {tuple(ids.shape)} and type {ids.dtype}: expected whole numbers in one dimension")
+    given = {"context": context, "stride": stride, "batch_size": batch_size, "tokens": 2 if tokens is None else tokens}
+    for name, value in given.items():
+        if not is_number(value):
+            raise ValueError(f"{name}={value!r:.60}: expected a whole number")
     if context < 2:
         raise ValueError(f"context={context}: expected at least 2 tokens, since the first of a window is not scored")
     if not 1 <= stride <= context:

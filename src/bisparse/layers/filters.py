@@ -77,6 +77,8 @@ def matches_name(chosen: NameFilter, layer: str, parameter: str) -> bool:
 
 def first_match(choices: Mapping[str, T] | None, layer: str, parameter: str) -> tuple[str | None, T | None]:
     """The first filter of a mapping that matches a layer, and its value; (None, None) if there is none."""
+    if choices is not None and not isinstance(choices, Mapping):
+        raise TypeError(f"{choices!r:.60}: expected a mapping from layer names or globs")
     for one, value in (choices or {}).items():
         if matches_name(one, layer, parameter):
             return one, value

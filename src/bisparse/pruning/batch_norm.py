@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
+from bisparse.arguments import listed
 from bisparse.layers import Layer, check_unheld
 from bisparse.pruning.bias import norms_after
 from bisparse.pruning.calibration.hooks import call_model
@@ -41,7 +42,7 @@ def reestimate_batch_norms_(
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
-    data = list(batches)
+    data = listed(batches)
     if norms and not data:
         raise CalibrationError("batch norms cannot be re-estimated from an empty calibration set")
     training = [(module, module.training) for module in model.modules()]

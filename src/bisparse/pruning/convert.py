@@ -141,6 +141,7 @@ def fitting_patterns(
     A layer that fits no pattern below M:M is not listed.
     """
     check_group("m", m)
+    check_flag("transposable", transposable)
     layers, _ = find_layers(model, include, exclude, layouts=layouts)
     proposed = {}
     for layer in layers:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bisparse.apart import check_apart, origin_of
+from bisparse.arguments import listed
 from bisparse.layers import Layer, Skipped
 from bisparse.pattern import Structure
 from bisparse.process_group import Ranks
@@ -236,7 +237,7 @@ class Job:
                 raise ValueError("reconstruction compares outputs of blocks: pass batches of calibration data")
             needs = ", ".join(sorted(self.needs))
             raise ValueError(f"{names} needs the {needs} of each layer's inputs: pass batches of calibration data")
-        self.data = list(self._batches)
+        self.data = listed(self._batches)
 
     def _description(self) -> dict[str, Any]:
         """Everything that identifies this job; a journal belongs to one job, and all ranks must have the same."""

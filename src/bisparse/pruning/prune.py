@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from bisparse.arguments import listed
 from bisparse.layers import Filter, Skipped
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.process_group import Ranks
@@ -121,7 +122,7 @@ def prune_(
         chosen: dict[str, Any] = {"include": include, "exclude": exclude, "remainder": remainder, "layouts": layouts}
         within: Plan | None = None
         if budget is not None:
-            batches = None if batches is None else list(batches)
+            batches = None if batches is None else listed(batches)
             within = plan_within(model, budget, patterns, batches, options, ranks, **chosen)
             pattern, patterns = within.most, within.others
             planned, left_dense = list(within.layers), list(within.left_dense)

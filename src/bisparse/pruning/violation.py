@@ -19,7 +19,7 @@ from jaxtyping import Bool, Int, Real, Shaped
 from torch import Tensor
 
 from bisparse._solve import solve
-from bisparse.arguments import check_dense
+from bisparse.arguments import check_dense, check_flag, is_number
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern, row_groups
 from bisparse.solution import verify
 from bisparse.tiles import Layout, default_layout, to_matrices
@@ -106,7 +106,7 @@ def violation(
         if scores.shape != mask.shape:
             raise ValueError(f"a mask of shape {tuple(mask.shape)} needs scores of that shape, not {tuple(scores.shape)}")
     kept: Bool[Tensor, "..."] = mask if mask.dtype == torch.bool else mask != 0
-    layout = layout or default_layout(kept.ndim)
+    layout = default_layout(kept.ndim) if layout is None else layout
     worth = kept.float() if scores is None else torch.where(kept, scores.double(), 0.0)
     total = float(worth.double().sum())
     solution = solve(worth, pattern, layout=layout)
@@ -203,7 +203,7 @@ def kept_counts(
     kept: Bool[Tensor, "..."], m: int, *, transposable: bool = False, layout: Layout | None = None
 ) -> Int[Tensor, " M+1"]:
     """The numbers of groups of `m` that keep 0, 1, ..., m; of W and, if transposable, of W^T."""
-    matrices = to_matrices(kept, layout or default_layout(kept.ndim))
+    matrices = to_matrices(kept, default_layout(kept.ndim) if layout is None else layout)
     sides = [matrices, matrices.transpose(1, 2)] if transposable else [matrices]
     return torch.stack([row_groups(side, m).sum(-1).flatten().bincount(minlength=m + 1) for side in sides]).sum(0)
 
@@ -235,9 +235,10 @@ def sparsest_pattern(
     >>> str(sparsest_pattern(0.8, 8))
     '4:8'
     """
-    if not 0 < confidence <= 1:
+    if not (is_number(confidence) and 0 < confidence <= 1):
         raise ValueError(f"confidence={confidence!r}: expected a fraction above 0 and at most 1")
     check_group("m", m)
+    check_flag("transposable", transposable)
     if isinstance(zeros, Tensor):
         check_dense("zeros", zeros)
         kept = zeros if zeros.dtype == torch.bool else zeros != 0

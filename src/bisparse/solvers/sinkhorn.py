@@ -26,6 +26,7 @@ import torch
 from jaxtyping import Bool, Float, Real
 from torch import Tensor
 
+from bisparse.arguments import is_number
 from bisparse.solvers.rounding import chunks, fill, fill_chunks, heavy_to_light, keep_in_order
 from bisparse.solvers.solver import Solver
 
@@ -60,6 +61,9 @@ class Sinkhorn(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("iterations", "temperature", "initial_temperature", "relaxation"):
+            if not is_number(getattr(self, name)):
+                raise ValueError(f"Sinkhorn({name}={getattr(self, name)!r:.60}): expected a number")
         if self.iterations < 1:
             raise ValueError(f"Sinkhorn(iterations={self.iterations}): at least 1 is needed")
         if not 0 < self.temperature <= self.initial_temperature < math.inf:

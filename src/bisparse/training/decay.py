@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bisparse.arguments import is_number
+
 __all__ = [
     "DEFAULT_DECAY",
     "DEFAULT_DECAY_ADAM",
@@ -50,7 +52,7 @@ class FixedDecay:
     rate: float
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate < float("inf"):
+        if not (is_number(self.rate) and 0 <= self.rate < float("inf")):
             raise ValueError(f"FixedDecay({self.rate!r}): expected a number that is 0 or more")
 
 
@@ -66,7 +68,7 @@ class AnnealedDecay:
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (0 <= self.rate < float("inf") and 0 <= self.start < float("inf")):
+        if not all(is_number(one) and 0 <= one < float("inf") for one in (self.rate, self.start)):
             raise ValueError(f"AnnealedDecay({self.rate!r}, start={self.start!r}): expected numbers that are 0 or more")
 
     def at(self, step: int, steps: int) -> float:

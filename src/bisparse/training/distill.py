@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from bisparse.arguments import is_number
 from bisparse.layers import Filter, matches
 from bisparse.results import checksum_of
 from bisparse.training.distill_losses import HIDDEN_LOSSES, HiddenLoss, hidden_distance, logit_divergence
@@ -26,6 +27,7 @@ from bisparse.wrappers import plain_names, unwrapped_model
 
 __all__ = ["Distillation"]
 
+MAX_WEIGHT = 1e300
 PEFT = "base_model.model."
 """Parts that peft adds to the names of the modules it wraps."""
 
@@ -71,7 +73,7 @@ class Distillation:
 
     Args:
         student: the model to train, or its submodule whose output is the logits. Wrap (DDP, FSDP2) and compile it afterwards.
-            teacher: None: a frozen copy of the student as it is now; a module, used directly, frozen and in eval mode; or a
+        teacher: None: a frozen copy of the student as it is now; a module, used directly, frozen and in eval mode; or a
             folder with safetensors of the student's architecture, read by its ``from_pretrained`` if it has one.
         logits: weight of the divergence of the class probabilities, ``T^2 * KL(teacher || student)``.
         hidden: weight of the distance of hidden states, a mean over layers.
@@ -107,6 +109,9 @@ class Distillation:
         where: Callable[[tuple[Any, ...], dict[str, Any]], Tensor | None] | None = None,
     ) -> None:
         _check_options(logits, hidden, task, temperature, layers, hidden_loss, dtype)
+        for name, function in (("output", output), ("where", where)):
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, not {type(function).__name__}")
         self.student = unwrapped_model(student)
         names = _chosen(self.student, layers) if hidden else {}
         self.teacher, self._own = frozen_teacher(self.student, teacher, dtype)
@@ -280,12 +285,12 @@ def _check_options(
     dtype: torch.dtype | None,
 ) -> None:
     for name, number in {"logits": logits, "hidden": hidden, "task": task}.items():
-        if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < float("inf"):
-            raise ValueError(f"{name}={number!r}: expected a weight that is 0 or more")
+        if not is_number(number) or not 0 <= number < MAX_WEIGHT:
+            raise ValueError(f"{name}={number!r:.40}: expected a weight that is 0 or more")
     if not logits and not hidden:
         raise ValueError("logits=0 and hidden=0: at least one must be positive")
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature={temperature!r}: expected a positive number")
+    if not is_number(temperature) or not 0 < temperature < MAX_WEIGHT:
+        raise ValueError(f"temperature={temperature!r:.40}: expected a positive number")
     if layers is not None and not hidden:
         raise ValueError("layers= has no effect with hidden=0: give hidden a weight")
     if hidden_loss not in HIDDEN_LOSSES:

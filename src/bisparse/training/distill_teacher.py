@@ -89,6 +89,8 @@ def _copied(model: nn.Module) -> nn.Module:
         one.grad = None  # copying would copy them
     try:
         return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:  # such as a tensor that was computed, or a lock
+        raise ValueError(f"the student cannot be copied ({str(error).splitlines()[0]}): pass a teacher") from error
     finally:
         for one, gradient in gradients:
             one.grad = gradient

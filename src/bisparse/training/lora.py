@@ -61,6 +61,9 @@ def merged_weight(
         PatternError: W does not obey the pattern, and `new_mask` is not set.
         ValueError: shapes that do not match.
     """
+    check_flag("new_mask", new_mask)
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a text, not {type(name).__name__}")
     for argument, tensor in (("weight", weight), ("a", a), ("b", b)):
         check_dense(argument, tensor)
         if not tensor.is_floating_point() or tensor.ndim != 2:
@@ -181,7 +184,7 @@ def _trained_under_mask(
     name: str, weight: Float[Tensor, "..."], mask: Bool[Tensor, "..."], pattern: Structure, layout: Layout | None = None
 ) -> MergedAdapter:
     """The record of an adapter that was trained under its mask: nothing is lost."""
-    verify(weight, pattern, layout=layout or default_layout(2), name=name).check()
+    verify(weight, pattern, layout=default_layout(2) if layout is None else layout, name=name).check()
     return MergedAdapter(name, weight.detach().clone(), mask, 0.0)
 
 

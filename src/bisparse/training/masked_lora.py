@@ -27,6 +27,12 @@ from bisparse.training.shared_classes import separate_class, share_class
 __all__ = ["MaskedLoRA", "add_masked_lora_", "masked_adapters", "remove_adapter"]
 
 
+def check_rank(rank: object) -> None:
+    """Raise ValueError for what is no rank of a matrix."""
+    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank < 1 << 63:
+        raise ValueError(f"rank={rank!r:.40}: expected an integer of 1 or more")
+
+
 class MaskedLoRA(nn.Module):
     """A parametrization whose weight is ``mask * (W + s B A)``, with the zeros of W as the mask; with DoRA, its rows rescaled.
 
@@ -38,7 +44,13 @@ class MaskedLoRA(nn.Module):
         self, weight: Float[Tensor, "..."], layout: Layout, rank: int, scaling: float, pattern: Structure, *, dora: bool = False
     ) -> None:
         super().__init__()
+        check_rank(rank)
+        check_flag("dora", dora)
+        if (reason := dtype_reason(weight)) is not None:
+            raise ValueError(reason)
         _, out, inside = to_matrices(weight, layout).shape
+        if rank > min(out, inside):
+            raise ValueError(f"rank {rank} is more than a {out} x {inside} matrix can have")
         self.layout, self.scaling, self.pattern, self.trainable = layout, scaling, pattern, weight.requires_grad
         dtype = torch.promote_types(weight.dtype, torch.float32)
         self.lora_A = nn.Parameter(torch.empty(rank, inside, dtype=dtype, device=weight.device))
@@ -107,8 +119,7 @@ def add_masked_lora_(
     pattern = parse_pattern(pattern)
     check_flag("rslora", rslora)
     check_flag("dora", dora)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank={rank!r}: expected an integer of 1 or more")
+    check_rank(rank)
     scale = 2.0 * rank if alpha is None else alpha
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not 0 < scale < float("inf"):
         raise ValueError(f"alpha={alpha!r}: expected a positive number")

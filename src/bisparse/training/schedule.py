@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
+from bisparse.arguments import is_number
+
 __all__ = ["Phase", "Schedule"]
 
 
@@ -54,9 +56,9 @@ class Schedule:
         """
         shares = {"dense_first": dense_first, "frozen_from": frozen_from, "dense_last": dense_last}
         for name, share in shares.items():
-            if share is not None and not 0.0 <= share <= 1.0:
+            if share is not None and not (is_number(share) and 0.0 <= share <= 1.0):
                 raise ValueError(f"Schedule.shares({name}={share!r}): expected a fraction between 0 and 1")
-        if total_steps < 1:
+        if not is_number(total_steps) or total_steps < 1:
             raise ValueError(f"Schedule.shares(total_steps={total_steps!r}): expected at least one optimizer step")
         return cls(
             dense_until=round(dense_first * total_steps),

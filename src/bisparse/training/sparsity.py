@@ -79,6 +79,8 @@ class Sparsity:
         measure_every: int,
         check_gradients: bool,
     ) -> None:
+        if not called:
+            raise ValueError("a Sparsity without a model: it is returned by sparsify_(model, pattern)")
         self.layers, self.skipped = layers, skipped
         self.mode, self.method, self.pattern, self.schedule = mode, method, pattern, schedule
         self.refresh_every, self.decay, self.measure_every, self.check_gradients = refresh, decay, measure_every, check_gradients

@@ -60,8 +60,15 @@ class Chain:
 
 
 def dense_copy(module: nn.Module, dense: Callable[[Tensor], Tensor | None] | None) -> nn.Module:
-    """A copy of a module with every tensor's value before pruning."""
-    twin = copy.deepcopy(module)
+    """A copy of a module with every tensor's value before pruning.
+
+    Raises:
+        ValueError: a module that cannot be copied, for example because it holds a tensor that was computed.
+    """
+    try:
+        twin = copy.deepcopy(module)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"a block of type {type(module).__name__} cannot be copied: {str(error).splitlines()[0]}") from error
     if dense is not None:
         with torch.no_grad():
             for live, own in zip(_tensors(module), _tensors(twin), strict=True):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from bisparse.arguments import listed
 from bisparse.layers import Layer
 from bisparse.process_group import Ranks
 from bisparse.progress_lines import ProgressLines
@@ -92,7 +93,7 @@ def calibrate(
         CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
     """
     walk = walk if walk is not None else Walk()
-    data = list(batches)
+    data = listed(batches)
     if not data:
         raise CalibrationError("the calibration set is empty: give at least one batch")
     options = options or Options()

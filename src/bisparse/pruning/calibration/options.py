@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from bisparse.arguments import check_flag
+from bisparse.arguments import check_flag, is_number
 from bisparse.pruning.calibration.finished_block import BlockFitter
 from bisparse.solvers import Exact, Solver
 
@@ -53,7 +53,7 @@ class Options:
         if self.reconstruction is not None and self.order != "sequential":
             raise ValueError(f"order={self.order!r}: blocks are reconstructed in the order 'sequential' only")
         floor = self.expert_floor
-        if isinstance(floor, bool) or not isinstance(floor, int | float) or not floor >= 0:
+        if not is_number(floor) or not 0 <= floor < 1 << 63:
             raise ValueError(f"expert_floor={floor!r:.40}: expected a number of tokens per input, 0 or more")
         if self.device is not None:
             try:
