@@ -69,6 +69,52 @@ def test_a_network_has_equal_weights_and_outputs(tmp_path: Path, quantised: bool
         assert done is not None and kinds.count("DequantizeLinear") == len(done)
 
 
+class Unused(nn.Module):
+    """A network with a layer that its output does not depend on, like BERT's pooler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.pooler, self.out = nn.Linear(16, 32), nn.Linear(32, 24), nn.Linear(32, 8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.hidden(x).relu()
+        return self.out(x), self.pooler(x)
+
+
+def test_a_layer_that_no_output_depends_on_is_left_out_and_named(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Unused().eval()
+    bisparse.prune_(model, "2:4", include=["hidden", "pooler"])
+    done = quantize_(model, "int8", include=["hidden", "pooler"])
+    made = export_onnx(
+        model, tmp_path / "model.onnx", torch.randn(2, 16), pattern={"hidden": "2:4", "pooler": "2:4"}, quantized=done
+    )
+    assert "pooler.weight" in made.unmatched and made.verified == {"2:4": 1}
+    stored = {name for name, tensor in open_source(made.path).tensors.items() if tensor.dtype == "I8"}
+    assert stored == {"hidden.weight", "hidden.weight_zero_point"}
+
+
+def test_an_initializer_that_may_be_the_weight_under_another_name_is_an_error() -> None:
+    from onnx import helper, numpy_helper
+
+    from bisparse.export.onnx_graph import quantize_weights
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 24))
+    done = quantize_(model, "int8", include="0")
+    weight = model[0].weight.detach()
+    given, made = (helper.make_tensor_value_info(name, 1, None) for name in ("x", "y"))
+    graph = helper.make_graph(
+        [helper.make_node("MatMul", ["x", "val_0"], ["y"])],
+        "g",
+        [given],
+        [made],
+        [numpy_helper.from_array(weight.T.numpy(), "val_0")],
+    )
+    with pytest.raises(ValueError, match=r"no initializer named 0\.weight"):
+        quantize_weights(helper.make_model(graph), done, {"0.weight": weight})
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_transformer_takes_any_batch_and_length(tmp_path: Path, kind: str) -> None:

@@ -379,7 +379,7 @@ def test_a_student_that_cannot_be_copied_needs_a_teacher(net):
             return self.inner(inputs)
 
     student = Computed(nn.Linear(16, 16))
-    with pytest.raises(ValueError, match="the student cannot be copied .* pass a teacher"):
+    with pytest.raises(ValueError, match=r"the student cannot be copied .* pass a teacher"):
         Distillation(student)
     Distillation(student, nn.Linear(16, 16))
 

@@ -28,7 +28,7 @@ from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError, install_extra
 from bisparse.export.onnx_graph import check_quantizable, name_axes, quantize_weights, rename_weights
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.quantization import QuantizationReport, stored_values
+from bisparse.quantization import QuantizationReport, QuantizedLayer, stored_values
 from bisparse.user_errors import error_in_one_line
 
 __all__ = ["OnnxExport", "export_onnx", "onnx_metadata"]
@@ -144,8 +144,7 @@ def export_onnx(
         output = _output_name(whole, tensors)
         proto = _proto(whole, names, tensors, axes, output)
         weights = plain_weights(model)
-        if quantized is not None:
-            quantize_weights(proto, quantized, weights)
+        written = {} if quantized is None else quantize_weights(proto, quantized, weights)
         for key, value in (metadata or {}).items():
             proto.metadata_props.add(key=key, value=value)
         with explaining(path):
@@ -154,7 +153,7 @@ def export_onnx(
         try:
             with explaining(path):
                 file = _write(proto, folder / path.name)
-            count, unmatched = _check_weights(file, weights, quantized)
+            count, unmatched = _check_weights(file, weights, written)
             verified = _verify(file, pattern)
             difference, largest, note = _run(whole, file, names, tensors, axes)
             with explaining(path):
@@ -284,7 +283,7 @@ def _write(proto: Any, file: Path) -> Path:
 
 
 def _check_weights(
-    file: Path, weights: Mapping[str, Tensor], quantized: QuantizationReport | None
+    file: Path, weights: Mapping[str, Tensor], stored: Mapping[str, QuantizedLayer]
 ) -> tuple[int, tuple[str, ...]]:
     """The number of matrices in the file that are bit-identical to the model's, and the names of those it lacks.
 
@@ -292,7 +291,6 @@ def _check_weights(
         CheckpointError: a matrix has different values.
     """
     tensors = open_source(file).tensors
-    stored = {} if quantized is None else {layer.parameter: layer for layer in quantized}
     found, lacking = {}, {}
     for name, weight in weights.items():
         if weight.ndim < 2:

@@ -58,19 +58,28 @@ def check_quantizable(report: QuantizationReport) -> None:
             )
 
 
-def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[str, Tensor]) -> None:
+def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[str, Tensor]) -> dict[str, QuantizedLayer]:
     """Store quantised layers' weights as int8, with a scale per channel and zero point 0, and dequantise them in the graph.
 
+    A layer that no output depends on, such as a pooler, is not in the graph, and is left out.
+
+    Returns:
+        The layers stored as int8, by the names of their weights.
+
     Raises:
-        ValueError: a layer's weight is not an initializer of its name.
+        ValueError: a layer's weight is not an initializer of its name, but one of another name may be it.
     """
     from onnx import helper, numpy_helper
 
     places = {one.name: place for place, one in enumerate(proto.graph.initializer)}
-    nodes = []
+    renamed = [sorted(one.dims) for one in proto.graph.initializer if one.name not in weights]
+    nodes, written = [], {}
     for layer in report:
         if layer.parameter not in places:
-            raise ValueError(f"{layer.name}: the exported graph has no initializer named {layer.parameter}")
+            if sorted(weights[layer.parameter].shape) in renamed:
+                raise ValueError(f"{layer.name}: the exported graph has no initializer named {layer.parameter}")
+            continue
+        written[layer.parameter] = layer
         stored, scale = _stored(weights[layer.parameter], layer)
         name, result = layer.parameter, f"{layer.parameter}_dequantized"
         for node in proto.graph.node:
@@ -82,12 +91,13 @@ def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[st
         proto.graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in extra.items())
         axis = CHANNEL_AXIS[layer.layout.kind]
         nodes.append(helper.make_node("DequantizeLinear", [name, *extra], [result], name=f"{name}_DequantizeLinear", axis=axis))
-    others = [one for one in proto.graph.value_info if one.name not in {layer.parameter for layer in report}]
+    others = [one for one in proto.graph.value_info if one.name not in written]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(others)
     rest = list(proto.graph.node)
     del proto.graph.node[:]
     proto.graph.node.extend([*nodes, *rest])
+    return written
 
 
 def _stored(weight: Tensor, layer: QuantizedLayer) -> tuple[Shaped[np.ndarray, "..."], Shaped[np.ndarray, " O"]]:
