@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sections.cpu import cpu
-from sections.deploy import deploy
+from sections.deploy import deploy, deploy_openvino
 from sections.diversity import diversity
 from sections.experts import experts
 from sections.gpu import gpu
@@ -39,7 +39,7 @@ SECTIONS = {
     "pruning_permutation.jsonl": permutation,
     "pruning_experts.jsonl": experts,
 }
-INSERTED = {"deploy.md": {"deploy.jsonl": deploy}}
+INSERTED = {"deploy.md": {"deploy.jsonl": deploy, "openvino.jsonl": deploy_openvino}}
 """Pages of docs that are written by hand but for tables: file of rows -> the function that writes its table, between markers."""
 
 

@@ -32,6 +32,24 @@ def deploy(rows: list[dict[str, Any]]) -> list[str]:
     return [*parts, f"\n{latest[-1]['device']}; {provenance(latest)}"]
 
 
+def deploy_openvino(rows: list[dict[str, Any]]) -> list[str]:
+    """What OpenVINO takes for a pruned model on a CPU, and what it computes."""
+    if not rows:
+        return ["Not measured yet: `python benchmarks/openvino_cpu.py`.\n"]
+    latest = list(newest(rows, "contender", "batch", "length").values())
+    sizes = list(dict.fromkeys((row["batch"], row["length"]) for row in latest))
+    head = ["file", *(f"{batch} x {length} tokens, ms" for batch, length in sizes), "outputs differ by"]
+    body = []
+    for name in dict.fromkeys(row["contender"] for row in latest):
+        own = {(row["batch"], row["length"]): row for row in latest if row["contender"] == name}
+        last = own[max(own)]
+        times = [f"{own[size]['ms']:.1f} ({own[size]['ms_min']:.1f})" if size in own else "" for size in sizes]
+        body.append([name, *times, f"{last['difference']:.1e} of {last['largest']:.3g}"])
+    said = f"{latest[-1]['model']}, {latest[-1]['threads']} thread; median (fastest) of turns. Outputs: against "
+    said += f"torch's, whose inputs are not rounded. OpenVINO {latest[-1]['openvino'].split('-')[0]}; {latest[-1]['device']}; {provenance(latest)}"
+    return [table(head, body), said]
+
+
 def _cells(row: dict[str, Any]) -> list[str]:
     score = ""
     if "perplexity" in row:

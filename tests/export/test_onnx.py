@@ -69,6 +69,59 @@ def test_a_network_has_equal_weights_and_outputs(tmp_path: Path, quantised: bool
         assert done is not None and kinds.count("DequantizeLinear") == len(done)
 
 
+@pytest.mark.parametrize("kind", ["network", "sequence"])
+def test_int8_inputs_are_rounded_by_their_largest_magnitude(tmp_path: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    if kind == "network":
+        model, patterns = network()
+        examples = [torch.randn(4, 3, 12, 12) for _ in range(3)]
+    else:  # three dimensions, which the exporter writes as MatMul
+        model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+        patterns = {one.name: one.pattern for one in bisparse.prune_(model, "2:4", include=["0", "2"])}
+        examples = [torch.randn(4, 5, 16) for _ in range(3)]
+    done = quantize_(model, "int8")
+    made = export_onnx(model, tmp_path / "m.onnx", examples[0], pattern=patterns, quantized=done, int8_inputs=examples)
+    assert made.int8_inputs == len(done) and made.difference is not None and made.difference < 1e-4 < (made.largest or 0)
+    initializers = {one.name: onnx.numpy_helper.to_array(one) for one in onnx.load(made.path).graph.initializer}
+    scales = sorted(float(one) for name, one in initializers.items() if name.endswith("_scale") and one.ndim == 0)
+    seen: dict[str, float] = {}
+    handles = [
+        model.get_submodule(layer.name).register_forward_pre_hook(
+            lambda _, given, name=layer.name: seen.update({name: max(seen.get(name, 0.0), float(given[0].abs().max()))})
+        )
+        for layer in done
+    ]
+    with torch.no_grad():
+        for one in examples:
+            model(one)
+    for handle in handles:
+        handle.remove()
+    assert scales == pytest.approx(sorted(most / 127 for most in seen.values()), rel=1e-6)
+    kinds = [node.op_type for node in onnx.load(made.path).graph.node]
+    assert kinds.count("QuantizeLinear") == len(done) and kinds.count("DequantizeLinear") == 2 * len(done)
+    exact = run(made.path, input=examples[0])
+    with torch.no_grad():
+        assert 0 < float((exact - model(examples[0])).abs().max()) < 0.1 * float(exact.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([], "has no examples"),
+        ([torch.full((2, 16), torch.nan)], "NaN or infinite"),
+        ([torch.randn(2, 3)], "cannot be multiplied"),
+    ],
+)
+def test_int8_inputs_that_give_no_range_are_refused(tmp_path: Path, examples: list[Tensor], message: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    done = quantize_(model, "int8")
+    with pytest.raises(ValueError, match=message):
+        export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 16), quantized=done, int8_inputs=examples)
+    with pytest.raises(ValueError, match="needs quantized="):
+        export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 16), int8_inputs=examples)
+    assert not list(tmp_path.iterdir()) and not model[0]._forward_pre_hooks
+
+
 class Unused(nn.Module):
     """A network with a layer that its output does not depend on, like BERT's pooler."""
 

@@ -160,6 +160,7 @@ def export_folder(
     *,
     length: int = 16,
     quantize: str | None = None,
+    int8_inputs: bool = False,
     method: str = "rtn",
     calibration: list[Path] | None = None,
     sequences: int = 128,
@@ -183,9 +184,11 @@ def export_folder(
     _check_plain(source)
     opened = open_source(source)
     model = opened.model.float()
-    report = None
+    report = batches = None
     if quantize is not None:
         batches = _batches(opened, calibration, sequences, calibration_length)
+        if int8_inputs and not batches:
+            raise typer.BadParameter("needs typical inputs: pass --calibration TEXT", param_hint="--int8-inputs")
         report = quantize_(model, quantize, method=method, data=batches, progress=True)
     sidecar = None if opened.folder is None else read_sidecar(opened.folder)
     patterns = None if sidecar is None or not sidecar.report.layers else {one.name: one.pattern for one in sidecar.report}
@@ -198,6 +201,7 @@ def export_folder(
         quantized=report,
         overwrite=overwrite,
         metadata=said if step is None else {**said, "bisparse.step": step},
+        int8_inputs=batches if int8_inputs else None,
     )
 
 
@@ -248,6 +252,8 @@ def show_export(export: OnnxExport, as_json: bool = False) -> None:
         console.print(
             f"Not compared, since the file has no weights of these names: {', '.join(export.unmatched[:8])}.", style="yellow"
         )
+    if export.int8_inputs:
+        console.print(f"{export.int8_inputs} layers round their inputs to int8.")
     for pattern, layers in export.verified.items():
         console.print(f"{pattern} holds on {layers} layers along the reduction axis of the graph.")
     if export.difference is not None:

@@ -25,6 +25,10 @@ def export(
     quantize: Annotated[
         str | None, typer.Option("--quantize", help="int8: weights as int8 behind DequantizeLinear nodes.")
     ] = None,
+    int8_inputs: Annotated[
+        bool,
+        typer.Option("--int8-inputs", help="With --quantize int8 and --calibration: the products' inputs as int8, too."),
+    ] = False,
     method: Annotated[str, typer.Option(help="Method of --quantize: rtn, or gptq with calibration data.")] = "rtn",
     calibration: Calibration = None,
     sequences: Sequences = 128,
@@ -43,12 +47,15 @@ def export(
         raise typer.BadParameter(f"{method!r} is not one of rtn, gptq", param_hint="--method")
     if quantize is None and (method != "rtn" or calibration is not None):
         raise typer.BadParameter("requires --quantize int8", param_hint="--method" if method != "rtn" else "--calibration")
+    if int8_inputs and quantize is None:
+        raise typer.BadParameter("requires --quantize int8", param_hint="--int8-inputs")
     set_threads(threads)
     made = export_folder(
         source,
         target,
         length=length,
         quantize=quantize,
+        int8_inputs=int8_inputs,
         method=method,
         calibration=calibration,
         sequences=sequences,

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ from bisparse.checkpoint.reader import open_source
 from bisparse.checkpoint.save_load import HasDenseWeight, plain_weights
 from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError, install_extra
+from bisparse.export.int8_inputs import input_scales, quantize_inputs, rounded_inputs
 from bisparse.export.onnx_graph import check_quantizable, name_axes, quantize_weights, rename_weights
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.quantization import QuantizationReport, QuantizedLayer, stored_values
@@ -41,6 +42,8 @@ PREFIX = "model."
 OUTPUTS = ("logits", "last_hidden_state")
 """Fields of a transformers model's output; the first one that exists is exported."""
 DynamicAxes = Mapping[str, Mapping[int, str]]
+Inputs = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
+"""Inputs of a model, by name or by position."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,8 @@ class OnnxExport:
     largest: float | None
     """Largest absolute output of the model on the same inputs."""
     note: str = ""
+    int8_inputs: int = 0
+    """Number of layers whose inputs are rounded to int8 in the file."""
 
 
 class _Exported(nn.Module):
@@ -97,13 +102,14 @@ def _tensor_of(made: Any) -> Tensor:
 def export_onnx(
     model: nn.Module,
     path: str | Path,
-    inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor,
+    inputs: Inputs,
     *,
     pattern: str | Structure | Mapping[str, str | Structure] | None = None,
     quantized: QuantizationReport | None = None,
     dynamic_axes: DynamicAxes | None = None,
     overwrite: bool = False,
     metadata: Mapping[str, str] | None = None,
+    int8_inputs: Iterable[Inputs] | None = None,
 ) -> OnnxExport:
     """Write a model as an ONNX file, check its weights and patterns in the file, and run it in onnxruntime.
 
@@ -115,6 +121,9 @@ def export_onnx(
             two-dimensional integers is "sequence".
         overwrite: replace the file.
         metadata: texts to store in the file; see `onnx_metadata`.
+        int8_inputs: with `quantized`: typical inputs of the model, from which the range of each quantised layer's inputs is
+            taken; they are then rounded to int8 by QuantizeLinear nodes, so that a runtime can compute int8 products. The file's
+            outputs are compared with those of the model rounded in the same way.
 
     Raises:
         CheckpointError: the file exists or cannot be written, or its weights differ from the model's.
@@ -134,6 +143,8 @@ def export_onnx(
         )
     if quantized is not None:
         check_quantizable(quantized)
+    elif int8_inputs is not None:
+        raise ValueError("int8_inputs needs quantized=, the report of quantize_(model, 'int8')")
     _check_packages()
     names, tensors = _named(inputs)
     axes = dict(dynamic_axes) if dynamic_axes is not None else _default_axes(names, tensors)
@@ -145,6 +156,11 @@ def export_onnx(
         proto = _proto(whole, names, tensors, axes, output)
         weights = plain_weights(model)
         written = {} if quantized is None else quantize_weights(proto, quantized, weights)
+        scales: dict[str, float] = {}
+        if int8_inputs is not None:
+            examples = (_ordered(one, names, isinstance(inputs, Mapping)) for one in int8_inputs)
+            scales = input_scales(model, written.values(), examples, whole)
+        rounded = quantize_inputs(proto, scales)
         for key, value in (metadata or {}).items():
             proto.metadata_props.add(key=key, value=value)
         with explaining(path):
@@ -155,7 +171,8 @@ def export_onnx(
                 file = _write(proto, folder / path.name)
             count, unmatched = _check_weights(file, weights, written)
             verified = _verify(file, pattern)
-            difference, largest, note = _run(whole, file, names, tensors, axes)
+            with rounded_inputs(model, {name: scales[name] for name in rounded}):
+                difference, largest, note = _run(whole, file, names, tensors, axes)
             with explaining(path):
                 for one in sorted(folder.iterdir(), key=lambda one: one.name == path.name):
                     os.replace(one, path.parent / one.name)
@@ -168,7 +185,7 @@ def export_onnx(
         name: tuple(axes.get(name, {}).get(i, side) for i, side in enumerate(one.shape))
         for name, one in zip(names, tensors, strict=True)
     }
-    return OnnxExport(path, shapes, output, count, unmatched, verified, difference, largest, note)
+    return OnnxExport(path, shapes, output, count, unmatched, verified, difference, largest, note, len(rounded))
 
 
 def onnx_metadata(path: str | Path) -> dict[str, str]:
@@ -203,11 +220,20 @@ def _check_packages() -> None:
         raise ImportError(f"exporting to ONNX needs onnx and onnxscript; {install_extra('serve')}") from error
 
 
-def _named(inputs: Mapping[str, Tensor] | Sequence[Tensor] | Tensor) -> tuple[list[str], list[Tensor]]:
+def _named(inputs: Inputs) -> tuple[list[str], list[Tensor]]:
     if isinstance(inputs, Mapping):
         return list(inputs), list(inputs.values())
     tensors = [inputs] if isinstance(inputs, Tensor) else list(inputs)
     return (["input"] if len(tensors) == 1 else [f"input_{i}" for i in range(len(tensors))]), tensors
+
+
+def _ordered(example: Inputs, names: Sequence[str], named: bool) -> list[Tensor]:
+    """The tensors of an example in the order of the exported inputs; other entries, such as labels, are left out."""
+    if not named:
+        return _named(example)[1]
+    if not isinstance(example, Mapping) or (missing := [name for name in names if name not in example]):
+        raise ValueError(f"an example of int8_inputs lacks {missing[0] if isinstance(example, Mapping) else names[0]!r}")
+    return [example[name] for name in names]
 
 
 def _default_axes(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, dict[int, str]]:

@@ -1,0 +1,147 @@
+"""Inputs of quantised layers in int8: their ranges by calibration, and the same rounding in torch and in an ONNX graph.
+
+Each layer has one symmetric scale, the largest magnitude of its inputs divided by 127. QuantizeLinear and DequantizeLinear before
+the layer's product, with the weight behind a DequantizeLinear of its own, are what TensorRT and other runtimes turn into an int8
+product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bisparse.quantization import QuantizedLayer
+from bisparse.user_errors import error_in_one_line
+
+__all__ = ["input_scales", "quantize_inputs", "rounded_inputs"]
+
+LARGEST = 127
+PRODUCTS = {"MatMul", "Gemm", "Conv"}
+BETWEEN = {"Transpose", "Cast", "Identity"}
+"""Operators between a weight and its product."""
+
+
+def input_scales(
+    model: nn.Module, layers: Iterable[QuantizedLayer], examples: Iterable[Sequence[Tensor]], call: Callable[..., Any]
+) -> dict[str, float]:
+    """The scale of each layer's inputs, by the name of its weight.
+
+    Args:
+        examples: tensors for `call`, a function that runs the model.
+
+    Raises:
+        ValueError: no examples, some that the model does not take, inputs that are NaN or infinite, or a layer that is not a
+            module with a weight.
+    """
+    largest: dict[str, Tensor] = {}
+
+    def record(name: str, given: Tensor) -> None:
+        most = given.detach().abs().amax().float() if given.numel() else torch.zeros(())
+        largest[name] = torch.maximum(largest[name], most) if name in largest else most
+
+    with _before(model, {layer.parameter: layer for layer in layers}, lambda name, given: record(name, given)):
+        count = 0
+        for example in examples:
+            try:
+                call(*example)
+            except (RuntimeError, TypeError, IndexError) as error:
+                reason = error_in_one_line(error)
+                raise ValueError(f"the model cannot be called with an example of int8_inputs: {reason}") from error
+            count += 1
+    if count == 0:
+        raise ValueError("int8_inputs has no examples: pass inputs of the model, as many as are typical")
+    if wrong := [name for name, most in largest.items() if not bool(torch.isfinite(most))]:
+        raise ValueError(f"{wrong[0]}: the layer's inputs are NaN or infinite")
+    return {name: float(most) / LARGEST or 1.0 for name, most in largest.items()}
+
+
+@contextmanager
+def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> Iterator[None]:
+    """A context manager in which layers round their inputs as the ONNX file does."""
+
+    def rounded(name: str, given: Tensor) -> Tensor:
+        scale = scales[name]
+        return (given / scale).round().clamp(-LARGEST - 1, LARGEST) * scale
+
+    with _before(model, dict.fromkeys(scales), rounded):
+        yield
+
+
+@contextmanager
+def _before(model: nn.Module, names: Mapping[str, Any], function: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+    """Call a function with each input of the modules whose weights have these names; what it returns replaces the input."""
+    handles = []
+    try:
+        for name in names:
+            module = model.get_submodule(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            if not isinstance(getattr(module, "weight", None), Tensor):
+                raise ValueError(f"{name} is not the weight of a module, so its inputs cannot be rounded to int8; exclude it")
+
+            def hook(_: nn.Module, given: tuple[Any, ...], name: str = name) -> tuple[Any, ...] | None:
+                made = function(name, given[0])
+                return None if made is None else (made, *given[1:])
+
+            assert module is not None
+            handles.append(module.register_forward_pre_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def quantize_inputs(proto: Any, scales: Mapping[str, float]) -> tuple[str, ...]:
+    """Round the inputs of products with quantised weights to int8; returns the names of the weights.
+
+    Raises:
+        ValueError: a weight that is in the graph, but in no product.
+    """
+    from onnx import helper, numpy_helper
+
+    consumers: dict[str, list[Any]] = {}
+    for node in proto.graph.node:
+        for given in node.input:
+            consumers.setdefault(given, []).append(node)
+    found: dict[int, tuple[int, float]] = {}
+    written = []
+    for name, scale in scales.items():
+        start = f"{name}_dequantized"
+        if start not in consumers:
+            continue
+        products = list(_products(consumers, start))
+        if not products:
+            raise ValueError(f"{name}: the exported graph has no product with it, whose inputs could be rounded")
+        found |= {id(node): (place, scale) for node, place in products}
+        written.append(name)
+    nodes: list[Any] = []
+    made: dict[tuple[str, float], str] = {}
+    for node in proto.graph.node:
+        if id(node) in found:
+            place, scale = found[id(node)]
+            given = node.input[place]
+            if (given, scale) not in made:
+                made[given, scale] = key = f"{given}_int8_{len(made)}"
+                values = {f"{key}_scale": np.array(scale, np.float32), f"{key}_zero_point": np.array(0, np.int8)}
+                proto.graph.initializer.extend(numpy_helper.from_array(value, one) for one, value in values.items())
+                nodes.append(helper.make_node("QuantizeLinear", [given, *values], [key], name=f"{key}_QuantizeLinear"))
+                dequantized = [f"{key}_dequantized"]
+                nodes.append(helper.make_node("DequantizeLinear", [key, *values], dequantized, name=f"{key}_DequantizeLinear"))
+            node.input[place] = f"{made[given, scale]}_dequantized"
+        nodes.append(node)
+    copied = [type(node).FromString(node.SerializeToString()) for node in nodes]
+    del proto.graph.node[:]
+    proto.graph.node.extend(copied)
+    return tuple(written)
+
+
+def _products(consumers: Mapping[str, Sequence[Any]], name: str) -> Iterator[tuple[Any, int]]:
+    """The products that a tensor reaches through transpositions, each with the place of its other operand."""
+    for node in consumers.get(name, ()):
+        if node.op_type in BETWEEN:
+            yield from _products(consumers, node.output[0])
+        elif node.op_type in PRODUCTS:
+            yield node, 0 if node.op_type == "Conv" or node.input[1] == name else 1
