@@ -46,7 +46,8 @@ def deploy_openvino(rows: list[dict[str, Any]]) -> list[str]:
         times = [f"{own[size]['ms']:.1f} ({own[size]['ms_min']:.1f})" if size in own else "" for size in sizes]
         body.append([name, *times, f"{last['difference']:.1e} of {last['largest']:.3g}"])
     said = f"{latest[-1]['model']}, {latest[-1]['threads']} thread; median (fastest) of turns. Outputs: against "
-    said += f"torch's, whose inputs are not rounded. OpenVINO {latest[-1]['openvino'].split('-')[0]}; {latest[-1]['device']}; {provenance(latest)}"
+    said += "torch's, whose inputs are not rounded. "
+    said += f"OpenVINO {latest[-1]['openvino'].split('-')[0]}; {latest[-1]['device']}; {provenance(latest)}"
     return [table(head, body), said]
 
 
