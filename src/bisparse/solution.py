@@ -252,7 +252,10 @@ class Solution:
 
     def _certificate_or_error(self) -> Certificate:
         if self.certificate is None:
-            raise CertificateError(f"this solution at {self.pattern} carries no certificate: of the solvers only Exact gives one")
+            raise CertificateError(
+                f"this solution at {self.pattern} carries no certificate: of the solvers only Exact gives one. To judge this "
+                "mask, compare its value with that of solve(scores, pattern), which is the proved optimum"
+            )
         return self.certificate
 
 

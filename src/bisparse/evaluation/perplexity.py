@@ -142,7 +142,7 @@ def text_perplexity(model: nn.Module, tokenizer: Any, path: str | Path, **settin
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, as by iconv -f latin1 -t utf-8") from error
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     try:
         return perplexity(model, ids, **{"corpus": Path(path).name, **settings})

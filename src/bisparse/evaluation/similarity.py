@@ -65,7 +65,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error})") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, as by iconv -f latin1 -t utf-8") from error
     pairs: list[Pair] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
