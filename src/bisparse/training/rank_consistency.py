@@ -107,7 +107,7 @@ def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks, settings: Map
             if (given := settings_of_all[number][name]) != value:
                 raise ValueError(
                     f"{name} is {given:.200} on rank {rank} and {value:.200} on rank {first_rank}: call sparsify_ with the same "
-                    "arguments on every rank, since ranks that refresh at different steps wait for each other forever"
+                    "arguments on every rank, since ranks that refresh at different steps wait for each other"
                 )
         for mine, others in zip(first, theirs, strict=True):
             if mine[-1] is not None and mine[:3] == others[:3] and mine[-1] == others[-1]:
