@@ -304,7 +304,10 @@ class Violation:
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether a mask, weight or model obeys a structure; truthy when it does."""
+    """What `verify` found: true in an ``if`` or ``assert`` if the mask, weight or model obeys its pattern.
+
+    `message` says it in a sentence, with the first group that breaks the pattern; `check` raises an error instead.
+    """
 
     pattern: Structure
     groups: int
