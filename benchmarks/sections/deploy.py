@@ -24,7 +24,8 @@ def deploy(rows: list[dict[str, Any]]) -> list[str]:
     """The table, and what it was measured on."""
     if not rows:
         return ["Not measured yet: `python benchmarks/deploy.py`.\n"]
-    latest = list(newest(rows, "model", "step").values())
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    latest = sorted(newest(rows, "model", "step").values(), key=lambda row: models.index(row["model"]))
     head = ["model", "step", "score", "MB", "CPU seconds", "entries broken", "outputs differ by"]
     parts = [HOW, table(head, [_cells(row) for row in latest], text_columns=3)]
     for model in dict.fromkeys(row["model"] for row in latest):

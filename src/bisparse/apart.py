@@ -11,7 +11,7 @@ from torch import nn
 
 from bisparse.errors import CheckpointError
 
-__all__ = ["check_apart", "origin_of"]
+__all__ = ["check_apart", "check_path", "origin_of"]
 
 
 def check_apart(target: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
@@ -27,12 +27,12 @@ def check_apart(target: str | Path, inputs: Mapping[str, str | Path | None]) -> 
     Raises:
         CheckpointError: they overlap; names both. Or a name is too long.
     """
-    here = _real(target)
+    here = check_path(target)
     written = {_identity(path): path for path in _files(here)}
     for what, given in inputs.items():
         if given is None:
             continue
-        there = _real(given)
+        there = check_path(given)
         within, around = _holds(there, here), _holds(here, there)
         if within or around:
             relation = "is" if within and around else "is inside" if within else "contains"
@@ -42,15 +42,17 @@ def check_apart(target: str | Path, inputs: Mapping[str, str | Path | None]) -> 
                 raise _overlap(target, f"and the {what} {given} share a file: {same} and {path} are two names of it")
 
 
-def _real(path: str | Path) -> Path:
+def check_path(path: str | Path) -> Path:
     """A path with all links resolved, whether or not there is anything.
 
     Raises:
         CheckpointError: no system could have such a path.
     """
-    real = Path(os.path.realpath(path))
     try:
+        real = Path(os.path.realpath(path))
         os.lstat(real)
+    except ValueError as error:  # a null byte, or half of a surrogate pair
+        raise CheckpointError(Path(repr(str(path))), f"is no path ({error})", "choose another name") from error
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             raise CheckpointError(Path(path), "has a name that is too long", "choose a shorter one") from error

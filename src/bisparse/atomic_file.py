@@ -95,9 +95,12 @@ def check_output_file(path: str | Path, *, replaces: Mapping[str, Sequence[bytes
         ValueError: `path` is a folder, a device, a pipe, a socket, a link that cannot be followed to a file, or a file that
             `replaces` does not allow to replace.
     """
-    path, target = Path(path), Path(os.path.realpath(path))
+    path = Path(path)
     try:
+        target = Path(os.path.realpath(path))
         found = path.stat()
+    except ValueError as error:  # a null byte, or half of a surrogate pair
+        raise ValueError(f"{str(path)!r} is no path ({error}); name the file to write") from error
     except FileNotFoundError:
         if os.path.islink(target):
             raise ValueError(f"{path} is a link that cannot be followed; name the file to write") from None

@@ -47,6 +47,56 @@ def test_zeros_stay_and_stored_numbers_give_the_weights(scheme: str, method: str
         assert layer.density <= layer.density_before == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "2:4-T", "8:16-T", "2:4-seq"])
+@pytest.mark.parametrize("scheme", ["int8", "int4-g32", "fp4"])
+def test_pruned_and_rounded_in_one_sweep(scheme: str, pattern: str) -> None:
+    model, batches = network(), data()
+    report = quantize_(model, scheme, data=batches, method="gptq", pattern=pattern)
+    assert len(report) == 3 and bisparse.verify(model, pattern)
+    for layer in report:
+        assert layer.density_before == 1 and 0.4 < layer.density < 0.51
+        stored = stored_values(model.state_dict()[layer.parameter], layer)
+        assert torch.equal(stored.float() != 0, model.state_dict()[layer.parameter] != 0)
+        assert layer.error is not None and layer.error_rounded is not None and layer.error < layer.error_rounded
+
+
+def test_one_sweep_is_as_good_as_two() -> None:
+    """Pruned by SparseGPT and then rounded by GPTQ, errors are fed back twice; in one sweep once, for both together."""
+    batches, errors = data(), {}
+    for way in ("one", "two"):
+        model, target = network(), network()
+        if way == "two":
+            bisparse.prune_(model, "2:4", bisparse.SparseGPT(), batches, include=["0"])
+        quantize_(model, "int4-g32", data=batches, method="gptq", pattern="2:4" if way == "one" else None, include=["0"])
+        with torch.no_grad():
+            outputs = [(model[0](one) - target[0](one)).square().sum() for one in batches]
+        errors[way] = float(sum(outputs))
+    assert errors["one"] < 1.02 * errors["two"], errors
+
+
+def test_convolutions_are_pruned_within_each_kernel_position() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(6, 16, 3), nn.ReLU(), nn.Conv2d(16, 12, 3))
+    quantize_(model, "int8", data=[torch.randn(4, 6, 9, 9) for _ in range(4)], method="gptq", pattern="2:4-T", include=["0", "2"])
+    assert bisparse.verify(model, "2:4-T", include=["0", "2"])
+
+
+def test_a_layer_without_data_is_pruned_by_magnitude() -> None:
+    class Idle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.used, self.idle = nn.Linear(128, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    model = Idle()
+    meant = bisparse.solve(model.idle.weight.detach().abs(), "2:4").mask
+    report = quantize_(model, "int8", data=data(), method="gptq", pattern="2:4", include=["used", "idle"])
+    assert bool((model.idle.weight[~meant] == 0).all()) and "pruned by magnitude" in report["idle"].note
+
+
 def test_each_channel_uses_its_own_scale() -> None:
     layer = nn.Linear(64, 4, bias=False)
     with torch.no_grad():
@@ -165,6 +215,10 @@ def test_changed_weights_have_no_stored_numbers() -> None:
         ({"scheme": "int8", "damping": -1}, "damping"),
         ({"scheme": "int8", "include": "nothing"}, "nothing"),
         ({"scheme": "int8", "method": "gptq", "data": []}, "empty"),
+        ({"scheme": "int8", "pattern": "2:4"}, "call prune_ first"),
+        ({"scheme": "int8", "method": "gptq", "data": [torch.ones(4, 128)], "pattern": "5:4"}, "5:4"),
+        ({"scheme": "int8", "method": "gptq", "data": [torch.ones(4, 128)], "pattern": "50%"}, "cannot be combined"),
+        ({"scheme": "int4-g32", "method": "gptq", "data": [torch.ones(4, 128)], "pattern": "2:6"}, "cannot be combined"),
     ],
 )
 def test_wrong_arguments_change_nothing(arguments: dict[str, object], message: str) -> None:

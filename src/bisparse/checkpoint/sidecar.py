@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bisparse.apart import check_path
 from bisparse.checkpoint.atomic_folder import PLAIN
 from bisparse.checkpoint.hub import find_source
 from bisparse.checkpoint.input_file import open_input
@@ -299,6 +300,7 @@ def load_masks(folder: str | Path) -> dict[str, Bool[Tensor, "..."]]:
         CheckpointError: no masks file, a corrupt one, or a mask that breaks the pattern which the sidecar next to it states, or
             keeps nothing where something is said to be kept.
     """
+    check_path(folder)
     path = Path(folder) if Path(folder).is_file() else _place(Path(folder), MASKS)
     header, tensors = read_header(open_input(path))
     sidecar = read_sidecar(path.parent)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["answering", "as_json", "device_of", "evaluating", "tensor_of"]
+from bisparse.apart import check_path
+from bisparse.errors import CheckpointError
+
+__all__ = ["answering", "as_json", "device_of", "evaluating", "tensor_of", "text_of"]
 
 
 @contextmanager
@@ -47,6 +51,25 @@ def answering(inputs: Tensor) -> Iterator[None]:
     except (RuntimeError, IndexError) as error:
         first = next(iter(str(error).splitlines()), "")
         raise ValueError(f"the model failed on an input of shape {tuple(inputs.shape)} and {inputs.dtype}: {first}") from error
+
+
+def text_of(path: str | Path) -> str:
+    """The content of a text file.
+
+    Raises:
+        CheckpointError: no system could have such a path, or it cannot be read.
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8 text.
+    """
+    check_path(path)
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, as by iconv -f latin1 -t utf-8") from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(Path(path), f"cannot be read ({error.strerror})", "name a text file") from error
 
 
 def device_of(model: nn.Module) -> torch.device:

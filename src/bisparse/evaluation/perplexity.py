@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bisparse.arguments import is_number
-from bisparse.evaluation.model_outputs import as_json, device_of, evaluating, tensor_of
+from bisparse.evaluation.model_outputs import as_json, device_of, evaluating, tensor_of, text_of
 
 __all__ = ["Perplexity", "perplexity", "text_perplexity"]
 
@@ -145,10 +145,7 @@ def text_perplexity(model: nn.Module, tokenizer: Any, path: str | Path, **settin
     Raises:
         ValueError: the file is not UTF-8 text, or too short.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, as by iconv -f latin1 -t utf-8") from error
+    text = text_of(path)
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     try:
         return perplexity(model, ids, **{"corpus": Path(path).name, **settings})

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bisparse.errors import install_extra
-from bisparse.evaluation.model_outputs import device_of, evaluating, tensor_of
+from bisparse.evaluation.model_outputs import device_of, evaluating, tensor_of, text_of
 
 __all__ = ["Pair", "Similarity", "read_pairs", "similarity"]
 
@@ -62,10 +62,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     Raises:
         ValueError: a line with other columns or without a number, which is named; or the file is empty.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, as by iconv -f latin1 -t utf-8") from error
+    text = text_of(path)
     pairs: list[Pair] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():

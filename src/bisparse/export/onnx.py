@@ -196,7 +196,7 @@ def onnx_metadata(path: str | Path) -> dict[str, str]:
 
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except (DecodeError, OSError):
+    except (DecodeError, OSError, ValueError):
         return {}
     return {one.key: one.value for one in model.metadata_props}
 

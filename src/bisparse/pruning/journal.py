@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from bisparse.apart import check_path
 from bisparse.atomic_file import atomic_file
 from bisparse.errors import CheckpointError, printable
 from bisparse.folder_lock import lock_folder
@@ -267,6 +268,7 @@ def remove_journal(folder: str | Path) -> None:
     """
     if not str(folder):
         raise ValueError("folder='': expected the folder of a journal")
+    check_path(folder)
     folder = Path(folder)
     if not folder.is_dir():
         return

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.layers import Filter, Layer, Skipped, find_layers, matrix_sides
-from bisparse.pattern import Unstructured
+from bisparse.pattern import Structure, Unstructured, parse_pattern
 from bisparse.pruning.calibration.calibrate import calibrate
 from bisparse.pruning.calibration.collector import Stage
 from bisparse.pruning.calibration.finished_block import FinishedBlock
@@ -22,7 +22,7 @@ from bisparse.pruning.layer import check_can_be_written, layer_problem
 from bisparse.pruning.methods.base import LayerProblem, check_choice, check_number
 from bisparse.pruning.reduction import positions
 from bisparse.quantization.report import QuantizationReport, QuantizedLayer
-from bisparse.quantization.rounding import Stored, round_to_nearest, round_with_feedback
+from bisparse.quantization.rounding import Choose, Stored, round_to_nearest, round_with_feedback
 from bisparse.quantization.scheme import Scheme, parse_scheme
 from bisparse.rollback import Rollback
 from bisparse.solution import PatternError
@@ -39,6 +39,8 @@ class _Settings:
     scheme: Scheme
     method: str
     damping: float
+    pattern: Structure | None
+    """Of the masks chosen in the same sweep; None: only existing zeros are kept."""
 
 
 def quantize_(
@@ -47,6 +49,7 @@ def quantize_(
     *,
     data: Iterable[Any] | None = None,
     method: str = "rtn",
+    pattern: str | Structure | None = None,
     include: Filter | None = None,
     exclude: Filter | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
@@ -65,6 +68,8 @@ def quantize_(
             ``"int4-g128"``, with a scale per group of inputs; ``"fp4"`` (e2m1 with float8 scales per 16 inputs, NVFP4).
         data: calibration batches, as for `prune_`; required by "gptq". With data the report has output errors.
         method: "rtn": each weight is rounded to nearest; "gptq": column by column, and later columns compensate for the error.
+        pattern: with "gptq": prune to this pattern in the same sweep, as SparseGPT does, so that later columns compensate for
+            pruned and for rounded weights together. By default only existing zeros are kept.
         include, exclude, layouts: which layers, and how they store their matrices, as for `prune_`.
         damping: ridge parameter of "gptq", in units of the mean square of an input.
         forward, device, progress: as for `prune_`.
@@ -80,7 +85,8 @@ def quantize_(
     """
     check_choice("method", method, METHODS)
     check_number("damping", damping, least=0)
-    settings = _Settings(parse_scheme(scheme), method, damping)
+    settings = _Settings(parse_scheme(scheme), method, damping, None if pattern is None else parse_pattern(pattern))
+    _check_pattern(settings)
     if method == "gptq" and data is None:
         raise ValueError('method="gptq" needs the moments of each layer\'s inputs: pass data, batches of calibration data')
     layers, left = _choose(model, settings.scheme, include, exclude, layouts)
@@ -100,6 +106,17 @@ def quantize_(
                 done[layer.name] = _quantise_(layer, Statistics(0), settings)
     results = tuple(done[layer.name] for layer in layers)
     return QuantizationReport(settings.scheme.name, method, results, tuple(left), time.perf_counter() - started)
+
+
+def _check_pattern(settings: _Settings) -> None:
+    pattern, group = settings.pattern, settings.scheme.group
+    if pattern is None:
+        return
+    if settings.method != "gptq":
+        raise ValueError(f'pattern= prunes in the sweep of method="gptq"; for "{settings.method}" call prune_ first')
+    m = getattr(pattern, "m", None)
+    if m is None or (group is not None and group % m):
+        raise ValueError(f"{pattern} cannot be combined with {settings.scheme.name}: its groups must divide those of the scheme")
 
 
 def _choose(
@@ -158,9 +175,13 @@ def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> Qua
         empty = [str(number) for number, one in enumerate(statistics.experts) if not one.statistics.columns]
         unseen = f"rounded to nearest, since no token was routed there: experts {', '.join(empty)}" if empty else ""
         statistics = stacked_moments(statistics.experts)
-    problem = layer_problem(layer, ANY, statistics=statistics if statistics.columns else None)
-    rows = problem.rows(problem.weight).float()
-    kept = rows != 0
+    problem = layer_problem(layer, settings.pattern or ANY, statistics=statistics if statistics.columns else None)
+    dense = problem.rows(problem.weight).float()
+    rows, choose = dense, None
+    if settings.pattern is not None:
+        rows = dense * problem.rows(problem.solve(problem.weight.abs()).mask)
+        width, inputs = getattr(settings.pattern, "m", 1), dense.shape[-1] // problem.positions
+        choose = Choose(lambda scores: problem.solve(scores[None]).mask[0], width, inputs)
     stored, scale = round_to_nearest(rows, scheme, dtype)
     errors: tuple[float | None, float | None] = (None, None)
     note = ""
@@ -169,13 +190,16 @@ def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> Qua
         note = unseen or whole.note
         rounded = after = whole.error(stored * scheme.spread(scale, rows.shape[-1]))
         if settings.method == "gptq":
-            gram = whole.damped(settings.damping).gram
-            fed = round_with_feedback(rows, kept, gram, scheme, dtype, layer.name)
+            rows, gram = dense, whole.damped(settings.damping).gram
+            fed = round_with_feedback(rows, rows != 0, gram, scheme, dtype, layer.name, choose)
             after = whole.error(fed[0] * scheme.spread(fed[1], rows.shape[-1]))
             stored, scale = fed
         errors = after, rounded
     elif settings.method == "gptq":
-        note = "no calibration batch reached this layer: its weights are rounded to nearest"
+        pruned = "" if settings.pattern is None else "pruned by magnitude and "
+        note = f"no calibration batch reached this layer: its weights are {pruned}rounded to nearest"
+    # Before the weight is written, whose memory `dense` may share.
+    density_before, unit = float((dense != 0).double().mean()), scheme.unit(rows)
     weight = _dequantised(layer, problem, (stored, scale), scheme)
     _check_zeros(layer, weight)
     before = layer.weight.double()
@@ -190,12 +214,12 @@ def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> Qua
         scheme.name,
         scale.to(dtype),
         float((weight != 0).double().mean()),
-        float(kept.double().mean()),
+        density_before,
         (changed / energy) ** 0.5 if energy else 0.0,
         energy,
         *errors,
         note,
-        scheme.unit(rows),
+        unit,
     )
 
 

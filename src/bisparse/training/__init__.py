@@ -3,6 +3,7 @@
 from bisparse.training.decay import AnnealedDecay, FixedDecay
 from bisparse.training.distill import Distillation
 from bisparse.training.finalize import finalize_, plain_state_dict
+from bisparse.training.live_table import LiveTable
 from bisparse.training.lora import MergedAdapter, merge_lora_, merged_weight
 from bisparse.training.masked_lora import MaskedLoRA, add_masked_lora_
 from bisparse.training.masked_peft import mask_lora_
@@ -20,6 +21,7 @@ __all__ = [
     "Distillation",
     "FixedDecay",
     "GradientRule",
+    "LiveTable",
     "MVUELinear",
     "MaskChange",
     "MaskedLoRA",

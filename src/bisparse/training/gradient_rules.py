@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -13,13 +14,26 @@ from bisparse.training.bits import off
 from bisparse.training.layer import SparseLayer, keep_only_, local, part_of
 from bisparse.training.optimizer import Held
 
-__all__ = ["after_closure", "decay_pruned", "mask_gradient"]
+__all__ = ["MaskedGradients", "after_closure", "decay_pruned"]
 
 
-def mask_gradient(layer: SparseLayer, weight: Tensor) -> None:
-    """Set the gradient of a layer's weight to zero off the mask."""
-    if weight.grad is not None and layer.active:
-        keep_only_(local(weight.grad.detach()), part_of(layer.mask, weight))
+class MaskedGradients:
+    """Masks the gradients of static layers when they are accumulated, and again before the step if they have changed since."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+
+    def mask(self, layer: SparseLayer, weight: Tensor) -> None:
+        """Set the gradient of a layer's weight to zero off the mask, unless nothing has changed it since that was done."""
+        gradient = weight.grad
+        if gradient is None:
+            return
+        seen, version = self._seen.get(layer.name, (None, -1))
+        if seen is not None and seen() is gradient and gradient._version == version:
+            return
+        if layer.active:
+            keep_only_(local(gradient.detach()), part_of(layer.mask, weight))
+            self._seen[layer.name] = weakref.ref(gradient), gradient._version
 
 
 def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], optimizer: Optimizer) -> None:

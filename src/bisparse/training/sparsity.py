@@ -33,7 +33,7 @@ from bisparse.training.decay import Decay, TotalDecay, decay_rate
 from bisparse.training.facts import layer_facts
 from bisparse.training.forward_hook import RefreshHook, ZerosHook, gathered_again
 from bisparse.training.gradient_check import check_gradients
-from bisparse.training.gradient_rules import after_closure, decay_pruned, mask_gradient
+from bisparse.training.gradient_rules import MaskedGradients, after_closure, decay_pruned
 from bisparse.training.layer import SparseLayer
 from bisparse.training.mask_search import MaskSearch, Score
 from bisparse.training.metrics import MaskChange, as_metrics, measure_change
@@ -117,6 +117,7 @@ class Sparsity:
         self.hook = RefreshHook(self)
         self.zeros_hook = ZerosHook()
         self._pruned_sample = PrunedSample()
+        self._gradients = MaskedGradients()
         self._attached: list[Optimizer] = []
         self._handles: list[RemovableHandle] = []
         self._undo: list[Callable[[], None]] = []
@@ -133,7 +134,7 @@ class Sparsity:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks are on this object's model and optimizers, not on those of a copy.
-        own = ("_attached", "_handles", "hook", "zeros_hook", "handle", "_pruned_sample", "_undo")
+        own = ("_attached", "_handles", "hook", "zeros_hook", "handle", "_pruned_sample", "_gradients", "_undo")
         return {name: value for name, value in self.__dict__.items() if name not in own} | {"on_refresh": [], "written": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -262,7 +263,9 @@ class Sparsity:
             # Gradients are masked when they are accumulated, so that clipping uses the masked norm.
             for layer in self._active:
                 if layer.weight.requires_grad:
-                    hook = layer.weight.register_post_accumulate_grad_hook(lambda weight, own=layer: mask_gradient(own, weight))
+                    hook = layer.weight.register_post_accumulate_grad_hook(
+                        lambda weight, own=layer: self._gradients.mask(own, weight)
+                    )
                     self._handles.append(hook)
         return self
 
@@ -319,7 +322,7 @@ class Sparsity:
             check_gradients([one.layer for one in held], self.search.ranks, self.step + 1)
         if self.mode == "static":
             for one in held:
-                mask_gradient(one.layer, one.weight)
+                self._gradients.mask(one.layer, one.weight)
         elif self.method == "masked-decay" or (self.method == "sr-ste" and first):
             adaptive = self.method == "masked-decay" and any("betas" in group for group in own.param_groups)
             for one in held if first else ():

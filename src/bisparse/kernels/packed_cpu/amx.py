@@ -34,7 +34,7 @@ from bisparse.kernels.packed_cpu.amx_tiles import (
     write_tile,
 )
 from bisparse.kernels.packed_cpu.instructions import BF16, INT8, MASK_BYTES, Way, expand_groups, usable_ways
-from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
+from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP, MIN_ENTRIES_PER_BAND
 
 __all__ = ["amx_works", "multiply_amx"]
 
@@ -46,7 +46,6 @@ EXPANDED_BYTES = 3 << 18
 """Bytes of rows that are expanded at a time: with a tile of tokens they fit into the L2 cache, of 2 MiB where there is AMX."""
 ASK, EXTENDED_STATE, TILE_DATA = 158, 0x1023, 18
 """Linux on x86-64: the system call arch_prctl, its request ARCH_REQ_XCOMP_PERM, and the number of the tile state."""
-MIN_ENTRIES_PER_BAND = 1 << 16
 
 
 @cache

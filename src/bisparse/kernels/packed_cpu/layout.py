@@ -29,6 +29,7 @@ __all__ = [
     "BLOCK_ROWS",
     "DTYPES",
     "GROUP",
+    "MIN_ENTRIES_PER_BAND",
     "PADDING",
     "BitmaskPacked",
     "check_packed",
@@ -46,6 +47,8 @@ GROUP = 32
 PADDING = 32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 """Dtypes of packed matrices; float64 is only supported by the specification."""
+MIN_ENTRIES_PER_BAND = 1 << 16
+"""Minimum number of matrix entries times tokens per band for which another thread is worthwhile."""
 BAND_ENTRIES = 1 << 20
 """Maximum number of entries packed at a time, to bound memory."""
 

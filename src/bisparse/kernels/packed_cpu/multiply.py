@@ -15,13 +15,18 @@ from bisparse.kernels.packed_cpu import amx
 from bisparse.kernels.packed_cpu.instructions import INT8, NUMBERS, Way, usable_ways
 from bisparse.kernels.packed_cpu.int8 import Int8Packed, reference_linear_int8
 from bisparse.kernels.packed_cpu.kernels import expand_kernel, multiply_kernel
-from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP, BitmaskPacked, reference_linear, reference_unpack
+from bisparse.kernels.packed_cpu.layout import (
+    BLOCK_ROWS,
+    GROUP,
+    MIN_ENTRIES_PER_BAND,
+    BitmaskPacked,
+    reference_linear,
+    reference_unpack,
+)
 
 __all__ = ["call_of", "expand", "expands", "multiply", "multiply_bands", "product", "product_int8", "unpack"]
 
 Packed = BitmaskPacked | Int8Packed
-MIN_ENTRIES_PER_BAND = 1 << 16
-"""Minimum number of matrix entries times tokens per band for which another thread is worthwhile."""
 MIN_TOKENS_AMX = 4
 """Minimum number of tokens for AMX, which is then faster than dot products with one pass per 4 tokens."""
 WORKSPACE_BYTES = 1 << 23
