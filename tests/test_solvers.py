@@ -18,7 +18,7 @@ from torch import Tensor
 
 import bisparse.solvers
 import oracle
-from bisparse import solve
+from bisparse import CertificateError, solve
 from bisparse.pattern import Pattern
 from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
 
@@ -482,3 +482,33 @@ def test_a_solver_is_a_frozen_value_and_says_what_it_promises(cls: type[Solver])
         solver.exactly = True
     assert solver.exactly is False
     assert cls.exact == (cls.guarantee == ("kept", 1.0))
+
+
+@dataclasses.dataclass(frozen=True)
+class Returns(Solver):
+    """Returns what it is given, whatever the scores."""
+
+    mask: object = None
+
+    def solve_tiles(self, scores, n):
+        return self.mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(4, 4, 4, dtype=torch.bool), "tile 0 keeps 4 in a row or column, and the pattern at most 2"),
+        (torch.eye(4).bool().expand(4, 4, 4) | (torch.arange(4) == 3)[:, None, None], "tile 3 keeps 4 in a row or column"),
+        (torch.ones(4, 4, 4), r"returned torch.float32 of shape \(4, 4, 4\): expected a bool tensor"),
+        (torch.ones(8, 8, dtype=torch.bool), r"expected a bool tensor of shape \(4, 4, 4\)"),
+        (None, "returned NoneType"),
+    ],
+)
+def test_a_faulty_solver_is_noticed(mask, message):
+    with pytest.raises(ValueError, match=f"Returns.solve_tiles.*{message}"):
+        solve(torch.rand(8, 8), "2:4-T", Returns(mask))
+
+
+def test_a_solution_without_a_certificate_says_what_to_compare_with():
+    with pytest.raises(CertificateError, match=r"only Exact gives one.*compare its value with that of solve\(scores, pattern\)"):
+        solve(torch.rand(8, 8), "2:4-T", Greedy()).check()

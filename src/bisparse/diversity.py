@@ -226,7 +226,7 @@ def _log2_tile_masks(n: int, m: int) -> float:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Cost and benefit of a structure for hardware that multiplies by it."""
+    """What it takes hardware to multiply by weights of a pattern, and which products get sparse: returned by `hardware`."""
 
     structure: Structure
     density: float

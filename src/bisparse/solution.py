@@ -252,7 +252,10 @@ class Solution:
 
     def _certificate_or_error(self) -> Certificate:
         if self.certificate is None:
-            raise CertificateError(f"this solution at {self.pattern} carries no certificate: of the solvers only Exact gives one")
+            raise CertificateError(
+                f"this solution at {self.pattern} carries no certificate: of the solvers only Exact gives one. To judge this "
+                "mask, compare its value with that of solve(scores, pattern), which is the proved optimum"
+            )
         return self.certificate
 
 
@@ -301,7 +304,10 @@ class Violation:
 
 @dataclass(frozen=True)
 class Verification:
-    """Whether a mask, weight or model obeys a structure; truthy when it does."""
+    """What `verify` found: true in an ``if`` or ``assert`` if the mask, weight or model obeys its pattern.
+
+    `message` says it in a sentence, with the first group that breaks the pattern; `check` raises an error instead.
+    """
 
     pattern: Structure
     groups: int

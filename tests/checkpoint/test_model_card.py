@@ -173,3 +173,14 @@ def test_save_gives_the_data_by_name_and_not_by_path(tmp_path: Path) -> None:
     save(model, tmp_path / "out", report=bisparse.prune_(model, "2:4-T"), provenance={"calibration": calibration})
     text = (tmp_path / "out" / "README.md").read_text()
     assert "brown.txt, 32 sequences, at most 512 tokens each" in text and "someone" not in text
+
+
+def test_a_card_that_gets_figures_later_is_still_the_librarys_own(source: Path, tmp_path: Path) -> None:
+    prune_checkpoint(source, tmp_path / "out", "2:4")
+    record_evaluation(tmp_path / "out", [FIGURE | {"perplexity_error": 1.9224}])
+    text = str(card(tmp_path / "out"))
+    assert "20.5 ± 1.9 |" in text and "not written by bisparse" not in text
+    path = tmp_path / "out" / "README.md"
+    path.write_text(path.read_text(encoding="utf-8") + "\nWritten by hand.\n", encoding="utf-8")
+    record_evaluation(tmp_path / "out", [FIGURE])
+    assert "not written by bisparse" in str(card(tmp_path / "out"))

@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from bisparse.checkpoint import verify_checkpoint
 from bisparse.process_group import Ranks
@@ -134,3 +138,35 @@ def test_the_command_runs_over_ranks_by_torchrun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Written to out") == 1
     assert verify_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_steps_after_the_pruning_run_under_torchrun(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    words = {f"w{i}": i for i in range(32)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text(" ".join(f"w{i % 7}" for i in range(2000)))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    command = [
+        "bisparse",
+        "prune",
+        "model",
+        "out",
+        "-p",
+        "2:4",
+        "--method",
+        "wanda",
+        "--calibration",
+        "text.txt",
+        "--sequences",
+        "4",
+    ]
+    command += ["--length", "16", "--eval", "text.txt", "--resume", "journal"]
+    done = subprocess.run([*launch, *command], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("Before:") == 1 and done.stdout.count("After:") == 1

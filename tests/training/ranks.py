@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 import bisparse
 import bisparse.training.mask_search as search
 from bisparse import finalize_, sparsify_
-from bisparse.training import plain_state_dict
+from bisparse.process_group import OtherRankError
+from bisparse.training import FixedDecay, plain_state_dict
 
 STEPS = 5
 
@@ -137,16 +138,21 @@ def sharded_first(rank: int) -> dict[str, object]:
 
 def disagreement(rank: int) -> dict[str, object]:
     messages = {}
-    for what, pattern, include, seed in (
-        ("mask", "4:8-T", "*", rank),
-        ("pattern", "2:4" if rank else "4:8-T", "*", 0),
-        ("layers", "4:8-T", "0" if rank else "*", 0),
+    settings: dict[str, object]
+    for what, pattern, settings, seed in (
+        ("mask", "4:8-T", {}, rank),
+        ("pattern", "2:4" if rank else "4:8-T", {}, 0),
+        ("layers", "4:8-T", {"include": "0" if rank else "*"}, 0),
+        ("refresh", "4:8-T", {"refresh": 7 if rank else 5}, 0),
+        ("steps", "4:8-T", {"steps": 11 if rank else 10}, 0),
+        ("decay", "4:8-T", {"decay": {"0": FixedDecay(0.1)} if rank else None}, 0),
+        ("run length", "4:8-T", {"decay": 3.0 if rank else None}, 0),
     ):
         model = build(seed)
-        sparsity = sparsify_(model, pattern, include=include)
+        sparsity = sparsify_(model, pattern, **{"include": "*"} | settings)  # type: ignore[arg-type]
         try:
             sparsity.attach(torch.optim.SGD(model.parameters(), lr=0.1))
-        except ValueError as error:
+        except (ValueError, OtherRankError) as error:
             messages[what] = str(error)
     return messages
 

@@ -98,6 +98,10 @@ def test_ranks_that_disagree_are_told(results):
         assert messages["mask"].startswith("0: the mask on rank 1 differs from rank 0") and "seed" in messages["mask"]
         assert "0: the pattern on rank 1 differs from rank 0 (2:4 against 4:8-T)" in messages["pattern"]
         assert "rank 1 has other sparse layers than rank 0" in messages["layers"]
+        assert messages["refresh"].startswith("refresh is 7 on rank 1 and 5 on rank 0: call sparsify_ with the same arguments")
+        assert messages["steps"].startswith("steps is 11 on rank 1 and 10 on rank 0")
+        assert "FixedDecay" in messages["decay"] and "rank 1" in messages["decay"]
+        assert "pass steps= to sparsify_" in messages["run length"]
 
 
 def test_pruning_over_ranks_gives_the_masks_of_one_process(results):

@@ -21,13 +21,13 @@ __all__ = ["Pass", "Timing", "measure_linear", "random_mask"]
 
 @dataclass(frozen=True)
 class Pass:
-    """Median times of one way to run a layer, and its peak memory in addition to what was allocated before."""
+    """What one way to run a layer (dense, or sparse by some backend) takes: median times in milliseconds, and memory in bytes."""
 
     forward_ms: float
     backward_ms: float
     """Time of the gradients of input and weight; 0 if only the forward pass was measured."""
     peak_bytes: int | None = None
-    """Peak memory; None on a device that does not report it."""
+    """Largest memory in addition to what was allocated before; None on a device that does not report it."""
 
     @property
     def total_ms(self) -> float:

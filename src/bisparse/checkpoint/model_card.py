@@ -110,8 +110,10 @@ def _existing(path: Path, previous: Path | None) -> str:
 def _with_section(text: str, sidecar: Sidecar, folder: Path) -> str:
     from huggingface_hub import ModelCard  # a missing package must fail before the text is changed
 
-    title = "" if text.strip() else f"# {_plain(sidecar.source or 'A sparse model')}, pruned\n\n"
-    ours = f"{BEGIN}\n{_section(sidecar, folder, dense_readme=bool(SECTION.sub('', text).strip()))}\n{END}"
+    own_title = f"# {_plain(sidecar.source or 'A sparse model')}, pruned"
+    title = "" if text.strip() else f"{own_title}\n\n"
+    around = METADATA.sub("", SECTION.sub("", text)).strip()
+    ours = f"{BEGIN}\n{_section(sidecar, folder, dense_readme=around not in ('', own_title))}\n{END}"
     if SECTION.search(text):
         text = SECTION.sub(lambda found: ours, text, count=1)
     else:
@@ -218,7 +220,7 @@ def _labelled(figure: Mapping[str, Any]) -> list[tuple[str, str]]:
         for key, value in figure.items()
         if key in ("corpus", "tokens", "context", "stride", "pairs", "samples", "pooling", "against", "dtype") and value
     ]
-    spread = "" if error is None or figure.get(error) is None else f" ± {_number(figure[error])}"
+    spread = "" if error is None or figure.get(error) is None else f" ± {figure[error]:.2g}"
     return [(_plain(f"{metric} ({', '.join(settings)})"), _number(figure.get(metric)) + spread)]
 
 

@@ -45,6 +45,9 @@ T = TypeVar("T")
 def group_of_ranks(timeout: timedelta | None = None) -> Iterator[ProcessGroup | None]:
     """The process group of all ranks under torchrun; None without torchrun.
 
+    Within another one it is a new group of the same ranks. A command that needs several opens one around all of them: if torch's
+    default group is started a second time, ranks meet the addresses of the first.
+
     Args:
         timeout: how long a rank waits for another; None: torch's default.
     """
@@ -53,11 +56,15 @@ def group_of_ranks(timeout: timedelta | None = None) -> Iterator[ProcessGroup | 
     if not (distributed.is_available() and distributed.is_torchelastic_launched()):
         yield None
         return
-    distributed.init_process_group(timeout=timeout)
+    if distributed.is_initialized():
+        group = distributed.new_group(timeout=timeout)
+    else:
+        distributed.init_process_group(timeout=timeout)
+        group = distributed.group.WORLD
     try:
-        yield distributed.group.WORLD
+        yield group
     finally:
-        distributed.destroy_process_group()
+        distributed.destroy_process_group(group)
 
 
 def on_first_rank(job: Callable[[], T]) -> T:

@@ -215,7 +215,9 @@ def _text(file: _File) -> str:
         return file.content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = file.content.count(b"\n", 0, error.start) + 1
-        raise CalibrationError(f"{file.path} is not UTF-8 text (line {line}: {error})") from error
+        raise CalibrationError(
+            f"{file.path} is not UTF-8 text (line {line}: {error}): convert it, as by iconv -f latin1 -t utf-8"
+        ) from error
 
 
 def _is_records(file: _File) -> bool:

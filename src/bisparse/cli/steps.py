@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from bisparse.cli.before_after import Measurement
-from bisparse.cli.calibrated import on_first_rank
+from bisparse.cli.calibrated import group_of_ranks, on_first_rank
 from bisparse.cli.calibration_options import TextFiles
 from bisparse.cli.console import note_complete, to_stdout
 from bisparse.cli.deploy import export_folder, places, quantize_folder, show_export, show_quantization
@@ -57,6 +57,10 @@ class Steps:
         Args:
             prune: prunes and writes the target, which is to contain this name of the step.
         """
+        with group_of_ranks():
+            self._run(prune)
+
+    def _run(self, prune: Callable[[str], None]) -> None:
         name = self.pruning_name()
         complete = self.resume is not None and on_first_rank(lambda: self._check(name))
         first = os.environ.get("RANK", "0") == "0"

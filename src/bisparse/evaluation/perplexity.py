@@ -91,9 +91,12 @@ def perplexity(
     batch_size: int = 4,
     corpus: str = "",
 ) -> Perplexity:
-    """The perplexity of a causal language model on a text of token ids; the module's docstring describes the windows.
+    """Measure the perplexity of a causal language model on a text of token ids, in windows of `context` tokens.
+
+    A window scores the tokens that no earlier one has scored, given the tokens before them in it.
 
     Args:
+        ids: the token ids of the whole text, T of them.
         model: called as ``model(input_ids=...)``; returns logits of shape (B, context, V), or an output that holds them.
         context: tokens per window.
         stride: tokens between the starts of two windows; by default `context`, without overlap.
@@ -131,10 +134,13 @@ def perplexity(
 
 
 def text_perplexity(model: nn.Module, tokenizer: Any, path: str | Path, **settings: Any) -> Perplexity:
-    """The `perplexity` of a model on a text file, tokenised as one text; the corpus is named after the file.
+    """Measure the `perplexity` of a causal language model on a text file, which is tokenised as one text.
 
     Args:
-        settings: further arguments of `perplexity`.
+        model: as for `perplexity`.
+        tokenizer: the model's, such as from ``AutoTokenizer.from_pretrained(folder)``.
+        path: a UTF-8 text file; its name is recorded as the corpus.
+        settings: further arguments of `perplexity`, such as ``context=512`` and ``tokens=4096``.
 
     Raises:
         ValueError: the file is not UTF-8 text, or too short.

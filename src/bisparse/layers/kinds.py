@@ -53,7 +53,7 @@ class Skipped:
 
 @dataclass(frozen=True)
 class Kind:
-    """The kind of a parameter, by the available evidence."""
+    """What a parameter is to pruning: how it stores its matrices, or why it is left dense."""
 
     layout: Layout | None = None
     """The layout; None if the evidence is insufficient, as described by `uncertain`."""
@@ -84,10 +84,13 @@ def why_dense(kind: Kind, *, included: bool | None, excluded: bool) -> str | Non
 
 
 def parse_layouts(layouts: Mapping[str, str | Layout] | None) -> dict[str, str | Layout]:
-    """Check a caller's layouts by layer, as far as possible without the weights.
+    """Check the argument ``layouts=`` of `prune_` and others, as far as possible without the weights, and return it as a dict.
+
+    Args:
+        layouts: by a layer's name, glob or ``re:`` pattern, how it stores its matrices: a `Layout` or its name, such as "linear".
 
     Raises:
-        ValueError: a text that is not a layout.
+        ValueError: no mapping, or a text that is not a layout.
     """
     if layouts is not None and not isinstance(layouts, Mapping):
         raise ValueError(f"layouts={layouts!r:.60}: expected a mapping from layer names or globs to layouts")

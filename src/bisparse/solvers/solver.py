@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass
 from typing import ClassVar, Literal, NamedTuple
 
+import torch
 from jaxtyping import Bool, Real
 from torch import Tensor
 
@@ -68,5 +69,18 @@ class Solver(ABC):
         `warm_start` holds the prices of an earlier solve of nearly the same scores. It may be ignored, and the value of the
         mask does not depend on it.
         """
-        mask = self.solve_tiles(to_tiles(scores, m), n)
+        tiles = to_tiles(scores, m)
+        mask = self.solve_tiles(tiles, n)
+        self._check(mask, tiles, n)
         return from_tiles(mask, scores.shape[0], scores.shape[1]), lambda: None
+
+    def _check(self, mask: object, tiles: Tensor, n: int) -> None:
+        """Raise ValueError unless `solve_tiles` has returned a feasible mask, so that a faulty solver is noticed at once."""
+        name, shape = f"{type(self).__name__}.solve_tiles", tuple(tiles.shape)
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != tiles.shape:
+            given = f"{mask.dtype} of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"{name} returned {given}: expected a bool tensor of shape {shape}, True = kept")
+        most = torch.maximum(mask.sum(-1).amax(-1), mask.sum(-2).amax(-1)) if len(mask) else mask.new_zeros(0, dtype=torch.int64)
+        if bool((most > n).any()):
+            tile = int((most > n).int().argmax())
+            raise ValueError(f"{name}: tile {tile} keeps {int(most[tile])} in a row or column, and the pattern at most {n}")

@@ -10,16 +10,17 @@ from bisparse.training.decay import AnnealedDecay, Decay
 from bisparse.training.layer import SparseLayer
 from bisparse.training.optimizer import flattened, why_not_followed
 
-__all__ = ["attach_error", "check_not_flattened", "check_run_length"]
+__all__ = ["attach_error", "check_not_flattened", "run_length_error"]
 
 
-def check_run_length(decays: Iterable[Decay | None], steps: int | None) -> None:
-    """Raise ValueError if a decay is defined over the whole run and the number of its steps is not known."""
+def run_length_error(decays: Iterable[Decay | None], steps: int | None) -> ValueError | None:
+    """The error, not raised, for a decay that is defined over the whole run if the number of its steps is not known; or None."""
     if steps is None and any(isinstance(one, AnnealedDecay) or (isinstance(one, float | int) and one > 0) for one in decays):
-        raise ValueError(
-            "decay is a shrink over the whole run, whose length is not known: pass steps= to sparsify_ (or use a trainer's "
+        return ValueError(
+            "decay is a total over the whole run, whose length is not known: pass steps= to sparsify_ (or use a trainer's "
             "callback, which knows it), or give a fixed lambda: decay=FixedDecay(2e-4)"
         )
+    return None
 
 
 def check_not_flattened(layers: Iterable[SparseLayer]) -> None:

@@ -86,6 +86,9 @@ class SparseLayer:
     sharing: tuple[nn.Module, ...] = ()
     """Other modules that share the parameter, and therefore the mask."""
 
+    def __repr__(self) -> str:
+        return f"SparseLayer({self.name!r}: {type(self.module).__name__}, {self.parameter}, {self.pattern})"
+
     @property
     def parametrization(self) -> Masked | SoftThreshold | None:
         """The parametrization of a dynamic layer; None for a static one, or once finalized."""

@@ -34,7 +34,9 @@ def check_rank(rank: object) -> None:
 
 
 class MaskedLoRA(nn.Module):
-    """A parametrization whose weight is ``mask * (W + s B A)``, with the zeros of W as the mask; with DoRA, its rows rescaled.
+    """A parametrization whose weight is ``mask * (W + s B A)``, with the zeros of W as the mask.
+
+    A and B are the adapter's matrices of small rank, and s its scale.
 
     DoRA (Liu et al. 2024) trains the norm of each row of the GEMM matrix: ``m * V / ||V||`` with ``V = mask * (W + s B A)``; the
     divisor gets no gradient, as in its section 4.3. The zeros are those of V.

@@ -89,7 +89,10 @@ class _MVUEMatmul(torch.autograd.Function):
 
 
 class MVUELinear(nn.Linear):
-    """A Linear whose weight gradient comes from a 2:4 estimate of the output gradient; parameters are as in Linear."""
+    """A Linear whose weight gradient uses a random 2:4 version of the output's gradient that has the same mean (MVUE).
+
+    Parameters, outputs and the gradient of the input are those of Linear. Source: Chmiel et al. 2023.
+    """
 
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         weight: Tensor = self.weight

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed
@@ -65,14 +65,17 @@ def raise_together(ranks: Ranks, error: Exception | None, doing: str) -> None:
         raise OtherRankError(f"rank {rank} failed while {doing}: {message}")
 
 
-def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks) -> None:
-    """Check that layers, patterns, masks and replicated weights agree over the ranks (a collective call).
+def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks, settings: Mapping[str, object]) -> None:
+    """Check that layers, settings, patterns, masks and replicated weights agree over the ranks (a collective call).
 
     Masks that differ although the weights are equal, since DistributedDataParallel copied the first rank's weights, are
     replaced by the first rank's.
 
+    Args:
+        settings: by the name of the argument, what was given to `sparsify_`; compared as text.
+
     Raises:
-        ValueError: on every rank, naming the first layer that differs and a rank that differs from the first.
+        ValueError: on every rank, naming the first layer or setting that differs and a rank that differs from the first.
     """
     if ranks.size == 1:
         return
@@ -89,6 +92,7 @@ def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks) -> None:
         ]
     )
     first, first_rank = everyone[0], ranks.name(0)
+    settings_of_all = ranks.all({name: repr(value) for name, value in settings.items()})
     for number, theirs in enumerate(everyone):
         rank = ranks.name(number)
         names, first_names = [entry[0] for entry in theirs], [entry[0] for entry in first]
@@ -99,6 +103,12 @@ def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks) -> None:
                 "sparsify_ with the same arguments on every rank. If ranks are meant to have different layers, pass the group of "
                 "those that have the same: attach(..., group=)"
             )
+        for name, value in settings_of_all[0].items():
+            if (given := settings_of_all[number][name]) != value:
+                raise ValueError(
+                    f"{name} is {given:.200} on rank {rank} and {value:.200} on rank {first_rank}: call sparsify_ with the same "
+                    "arguments on every rank, since ranks that refresh at different steps wait for each other"
+                )
         for mine, others in zip(first, theirs, strict=True):
             if mine[-1] is not None and mine[:3] == others[:3] and mine[-1] == others[-1]:
                 continue

@@ -21,7 +21,10 @@ class Phase(StrEnum):
 
 @dataclass(frozen=True)
 class Schedule:
-    """Phases of a dynamic run; by default sparse from the first step to the last.
+    """When a dynamic run of `sparsify_` is dense, sparse or frozen, in optimizer steps; by default sparse throughout.
+
+    Dense: the masks are not applied. Sparse: they are applied, and found again every `refresh` steps. Frozen: they are applied,
+    and no longer change.
 
     >>> schedule = Schedule(dense_until=100, freeze_at=800, dense_from=900)
     >>> [str(schedule.phase(step)) for step in (0, 100, 800, 900)]
@@ -31,9 +34,9 @@ class Schedule:
     dense_until: int = 0
     """The first `dense_until` optimizer steps are dense."""
     freeze_at: int | None = None
-    """After this many steps, masks no longer change."""
+    """After this many steps, masks no longer change; None: they change to the end."""
     dense_from: int | None = None
-    """After this many steps, the rest of the run is dense, and so is the trained model."""
+    """After this many steps, the rest of the run is dense, and so is the trained model; None: it ends sparse."""
 
     def __post_init__(self) -> None:
         marks = [("dense_until", self.dense_until), ("freeze_at", self.freeze_at), ("dense_from", self.dense_from)]

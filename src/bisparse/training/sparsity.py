@@ -28,7 +28,7 @@ from bisparse.pattern import Structure
 from bisparse.results import LayerResult, PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import from_matrices
-from bisparse.training.attach_check import attach_error, check_not_flattened, check_run_length
+from bisparse.training.attach_check import attach_error, check_not_flattened, run_length_error
 from bisparse.training.decay import Decay, TotalDecay, decay_rate
 from bisparse.training.facts import layer_facts
 from bisparse.training.forward_hook import RefreshHook, ZerosHook, gathered_again
@@ -226,21 +226,21 @@ class Sparsity:
 
         Raises:
             ValueError: an optimizer is already attached, a sparse parameter that requires gradients is in none of them, or ranks
-                    have different masks or weights.
+                    have different settings, masks or weights.
         """
         self._check_not_ended("attach an optimizer")
         self.notice_replaced()
-        check_run_length([self._decay_of(layer) for layer in self._active], self.steps)
         if not optimizers:
             raise ValueError("attach() needs the optimizer that trains the model")
         if self._attached:
             raise ValueError("this Sparsity is already attached; call detach() first to attach it to another optimizer")
         plain = [unwrapped(optimizer) for optimizer in optimizers]
         check_not_flattened(self._active)
-        error = attach_error(plain, self._active, self.method, self._other_on(plain))
+        decays = [self._decay_of(layer) for layer in self._active]
+        error = run_length_error(decays, self.steps) or attach_error(plain, self._active, self.method, self._other_on(plain))
         ranks = ranks_of(self._active, group)
         raise_together(ranks, error, "attaching the optimizer")
-        check_ranks_agree(self._active, ranks)
+        check_ranks_agree(self._active, ranks, self._settings())
         self.search.ranks = ranks
         self._attached = plain
         for layer in self._active:
@@ -268,6 +268,22 @@ class Sparsity:
                     )
                     self._handles.append(hook)
         return self
+
+    def _settings(self) -> dict[str, object]:
+        """What must be equal on all ranks, by the argument of `sparsify_`, so that they refresh and decay at the same steps."""
+        return {
+            "mode": self.mode,
+            "method": self.method,
+            "refresh": self.refresh_every,
+            "schedule": self.schedule,
+            "steps": self.steps,
+            "decay": self.decay,
+            "decay of single layers": {layer.name: layer.decay for layer in self._active if layer.decay is not None},
+            "solver": self.search.solver,
+            "measure_every": self.measure_every,
+            "check_gradients": self.check_gradients,
+            "the step of the run": self.step,
+        }
 
     def _other_on(self, optimizers: list[Optimizer]) -> Sparsity | None:
         """Another live `Sparsity` of some of the same weights that is attached to one of these optimizers."""

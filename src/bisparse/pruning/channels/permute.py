@@ -41,7 +41,7 @@ CHUNK = 1 << 24
 
 @dataclass(frozen=True)
 class PermutedSpace:
-    """The result for one channel space."""
+    """The result for one space: channels that some layers write and others read, so that they can only be reordered together."""
 
     layers: tuple[str, ...]
     """Layers that read or write it."""
@@ -55,7 +55,7 @@ class PermutedSpace:
 
 @dataclass(frozen=True)
 class PermutationReport:
-    """The result of permuting a network's channels."""
+    """What `permute_` did: for each set of channels that move together (a space), its new order or why it stayed as it was."""
 
     pattern: str
     spaces: tuple[PermutedSpace, ...]

@@ -31,6 +31,8 @@ __all__ = ["BiasCorrection", "MatchMoments"]
 class BiasCorrection(Method):
     """After another method, set the bias to ``b + E[y] - E[y']``, so that every output has the dense network's mean.
 
+    E[y] is the mean output of the layer in the dense network, and E[y'] in the pruned one, on the calibration data.
+
     A layer with neither a bias nor a batch norm after it stays as the other method left it, with a note.
 
     Args:
