@@ -1,8 +1,10 @@
 """Paths that no system can have, given to every public function that takes one: an error in our words, and nothing is written."""
 
 import inspect
+import os
 from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,3 +70,15 @@ def test_a_path_that_cannot_be_is_refused_in_our_own_words(where: str, parameter
 
 def test_most_functions_are_reached() -> None:
     assert len(list(functions())) > 20
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="pipes of POSIX")
+@pytest.mark.parametrize("place", ["grid", "text", "pairs"])
+def test_a_pipe_is_not_waited_for(place: str, tmp_path: Path) -> None:
+    from bisparse.accelerate import Grid
+    from bisparse.evaluation import read_pairs, text_perplexity
+
+    os.mkfifo(tmp_path / "pipe")
+    reads = {"grid": Grid.read, "text": lambda path: text_perplexity(nn.Linear(2, 2), None, path), "pairs": read_pairs}
+    with pytest.raises(ValueError, match="is no regular file"):
+        reads[place](tmp_path / "pipe")

@@ -1,9 +1,10 @@
-"""The guard of everything that writes: an output and what it is made from never overlap."""
+"""Checks of paths that users name: they can exist, are regular files, and an output never overlaps what it is made from."""
 
 from __future__ import annotations
 
 import errno
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from bisparse.errors import CheckpointError
 
-__all__ = ["check_apart", "check_path", "origin_of"]
+__all__ = ["check_apart", "check_path", "origin_of", "read_text"]
 
 
 def check_apart(target: str | Path, inputs: Mapping[str, str | Path | None]) -> None:
@@ -57,6 +58,26 @@ def check_path(path: str | Path) -> Path:
         if error.errno == errno.ENAMETOOLONG:
             raise CheckpointError(Path(path), "has a name that is too long", "choose a shorter one") from error
     return real
+
+
+def read_text(path: str | Path) -> str:
+    """The content of a regular file of UTF-8 text; what is no file, such as a pipe, would be waited for.
+
+    Raises:
+        CheckpointError: no system could have such a path, or it is a folder, a pipe or a device, or cannot be read.
+        FileNotFoundError: there is no such file.
+        UnicodeDecodeError: it is not UTF-8 text.
+    """
+    check_path(path)
+    path = Path(path)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(path, "is no regular file", "name a text file")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(path, f"cannot be read ({error.strerror})", "name a text file") from error
 
 
 def origin_of(model: nn.Module) -> Path | None:

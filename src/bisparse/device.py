@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from bisparse.errors import printable
+
 __all__ = ["usable_device"]
 
 
@@ -20,7 +22,7 @@ def usable_device(name: str | torch.device) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
+        reason = printable(str(error).partition("\n")[0])
         raise ValueError(f"{str(name)!r} cannot be used here: {reason}") from error
     if device.type == "meta":
         raise ValueError(f"{str(name)!r} holds no numbers: nothing can be computed there")

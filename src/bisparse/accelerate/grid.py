@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bisparse.accelerate.timing import Pass, Timing
-from bisparse.apart import check_path
+from bisparse.apart import read_text
 from bisparse.atomic_file import atomic_file, check_output_file
 
 __all__ = ["Grid", "GridPoint", "stored_grids"]
@@ -58,8 +58,7 @@ class Grid:
             ValueError: the file is not a grid, or has a different format version.
         """
         try:
-            check_path(path)
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = json.loads(read_text(path))
             if content.get("format") != FORMAT:
                 raise ValueError(f"format {content.get('format')!r}; this release reads {FORMAT}")
             points = tuple(

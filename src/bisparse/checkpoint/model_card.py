@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bisparse.apart import read_text
 from bisparse.atomic_file import atomic_file
 from bisparse.checkpoint.sidecar import SIDECAR, Sidecar, read_sidecar
 from bisparse.errors import CheckpointError, install_extra, printable
@@ -262,7 +263,7 @@ def _architecture(folder: Path) -> str | None:
 def _config(folder: Path) -> dict[str, Any]:
     """The content of a folder's config.json; empty if it has none that can be read."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_text(folder / "config.json"))
     except (OSError, ValueError, RecursionError):
         return {}
     return config if isinstance(config, dict) else {}

@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bisparse.apart import check_path
-from bisparse.errors import CheckpointError
+from bisparse.apart import read_text
 
 __all__ = ["answering", "as_json", "device_of", "evaluating", "tensor_of", "text_of"]
 
@@ -61,15 +60,10 @@ def text_of(path: str | Path) -> str:
         FileNotFoundError: there is no such file.
         ValueError: it is not UTF-8 text.
     """
-    check_path(path)
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_text(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, as by iconv -f latin1 -t utf-8") from error
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise CheckpointError(Path(path), f"cannot be read ({error.strerror})", "name a text file") from error
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bisparse.apart import check_path
+from bisparse.apart import check_path, read_text
 from bisparse.atomic_file import atomic_file
 from bisparse.errors import CheckpointError, printable
 from bisparse.folder_lock import lock_folder
@@ -207,7 +207,7 @@ def _record(path: Path) -> dict[str, Any]:
     """
     advice = f"delete {path.parent} and start over"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_text(path))
     except (OSError, ValueError, RecursionError) as error:
         raise JournalError(f"{path} is damaged ({error}): {advice}") from error
     if not isinstance(found, dict):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from bisparse.apart import check_path
 from bisparse.layers import find_layers
 from bisparse.static_mask import static_masks
 from bisparse.training.parametrizations import masked_parameters
@@ -49,6 +50,7 @@ def frozen_teacher(
         if dtype is not None and any(one.dtype != dtype for one in teacher.parameters() if one.is_floating_point()):
             made, own = _copied(unwrapped_model(teacher)), True
     elif isinstance(teacher, str | Path):
+        check_path(teacher)
         made = _read(student, Path(teacher))
     else:
         raise ValueError(f"teacher={type(teacher).__name__}: expected a module, a folder, or None for a copy of the student")
