@@ -282,7 +282,8 @@ def test_patterns_and_layouts_that_are_no_mappings_are_refused(where: str, argum
     }
     given |= {"target": tmp_path / "out"} if "target" in parameters else {}
     given |= {"folder": tmp_path / "out"} if "folder" in parameters else {}
-    given |= {"pattern": "2:4"} if "pattern" in parameters else {}
+    given |= {"pattern": "2:4"} if "pattern" in parameters and where != "bisparse.quantization.quantize_" else {}
+    given |= {"folder": source} if where == "bisparse.accelerate.load_accelerated_" else {}
     given |= {"target": model()} if where == "bisparse.verify" else {}
     with pytest.raises((TypeError, ValueError), match=r"expected a mapping|is no layout|patterns="):
         CALLABLES[where](**given | {argument: bad})

@@ -120,7 +120,8 @@ def test_a_table_in_a_page_that_is_written_by_hand_comes_from_the_rows(tmp_path:
 
     page = tmp_path / "deploy.md"
     page.write_text(
-        "Mine.\n<!-- table of deploy.jsonl, by benchmarks/tables.py -->\nOUT OF DATE\n<!-- end of deploy.jsonl -->\nMine too.\n"
+        "Mine.\n<!-- table of deploy.jsonl, by benchmarks/tables.py -->\nOUT OF DATE\n<!-- end of deploy.jsonl -->\n"
+        "<!-- table of openvino.jsonl, by benchmarks/tables.py -->\n<!-- end of openvino.jsonl -->\nMine too.\n"
     )
     common = {"model": "smollm", "pattern": "2:4", "method": "wanda", "dtype": "bfloat16"}
     kept = rows_of(**common, step="int8", perplexity=123.46, mb=99.5, cpu_s=7.2, broken=0, difference=0.0, largest=8.0)

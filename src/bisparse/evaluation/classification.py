@@ -11,7 +11,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 from bisparse.arguments import check_dense
-from bisparse.evaluation.model_outputs import answering, device_of, evaluating, tensor_of
+from bisparse.evaluation.model_outputs import answering, check_model, device_of, evaluating, tensor_of
 
 __all__ = ["Agreement", "Classification", "agreement", "classification"]
 
@@ -103,6 +103,7 @@ def classification(
     Raises:
         ValueError: no samples, labels that do not match, or logits that are NaN or have another shape.
     """
+    check_model(model)
     check_dense("inputs", inputs)
     check_dense("labels", labels)
     if labels.ndim != 1 or inputs.ndim == 0 or len(labels) != len(inputs) or labels.is_floating_point():
@@ -137,6 +138,7 @@ def agreement(
 
 def _classes(model: nn.Module, inputs: Tensor, batch_size: int) -> tuple[Int[Tensor, " N"], int]:
     """The class of each sample, and how many classes there are."""
+    check_model(model)
     check_dense("inputs", inputs)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size < 1 << 63:
         raise ValueError(f"batch_size={batch_size!r:.40}: expected at least 1")

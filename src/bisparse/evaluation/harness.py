@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from bisparse.evaluation.model_outputs import check_model
+
 __all__ = ["TaskResults", "run_tasks"]
 
 
@@ -55,6 +57,7 @@ def run_tasks(
         ImportError: lm-eval is not installed.
         ValueError: no tasks, or lm-eval returned no figures for them.
     """
+    check_model(model)
     if not tasks:
         raise ValueError("name at least one task of lm-eval, such as arc_easy")
     try:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bisparse.arguments import is_number
-from bisparse.evaluation.model_outputs import as_json, device_of, evaluating, tensor_of, text_of
+from bisparse.evaluation.model_outputs import as_json, check_model, device_of, evaluating, tensor_of, text_of
 
 __all__ = ["Perplexity", "perplexity", "text_perplexity"]
 
@@ -107,6 +107,7 @@ def perplexity(
     Raises:
         ValueError: fewer tokens than one window, settings without a window, or logits that are not finite.
     """
+    check_model(model)
     stride = context if stride is None else stride
     _check(ids, context, stride, tokens, batch_size)
     if callable(generates := getattr(model, "can_generate", None)) and not generates():
@@ -145,6 +146,7 @@ def text_perplexity(model: nn.Module, tokenizer: Any, path: str | Path, **settin
     Raises:
         ValueError: the file is not UTF-8 text, or too short.
     """
+    check_model(model)
     text = text_of(path)
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     try:

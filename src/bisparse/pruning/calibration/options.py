@@ -53,7 +53,7 @@ class Options:
         if self.reconstruction is not None and self.order != "sequential":
             raise ValueError(f"order={self.order!r}: blocks are reconstructed in the order 'sequential' only")
         floor = self.expert_floor
-        if not is_number(floor) or not 0 <= floor < 1 << 63:
+        if not is_number(floor) or not floor >= 0 or (isinstance(floor, int) and floor >= 1 << 63):
             raise ValueError(f"expert_floor={floor!r:.40}: expected a number of tokens per input, 0 or more")
         if self.device is not None:
             try:
