@@ -39,9 +39,30 @@ MARKUP = re.compile(r"\||(?<=\w)_(?!\w)|(?<![\w*\s])\*|\*(?=[\w(])")
 
 
 def escape_markup(app: Any, what: str, name: str, item: Any, options: Any, lines: list[str]) -> None:
-    """Escape what reStructuredText would read as markup outside of code."""
-    pieces = CODE.split("\n".join(lines))
-    lines[:] = "".join(piece if piece.startswith("`") else MARKUP.sub(r"\\\g<0>", piece) for piece in pieces).split("\n")
+    """Escape what reStructuredText would read as markup outside of code: backticks, examples, and blocks after two colons."""
+    prose: list[str] = []
+    escaped: list[str] = []
+
+    def flush() -> None:
+        pieces = CODE.split("\n".join(prose))
+        text = "".join(piece if piece.startswith("`") else MARKUP.sub(r"\\\g<0>", piece) for piece in pieces)
+        escaped.extend(text.split("\n") if prose else [])
+        prose.clear()
+
+    block: int | None = None  # the indentation of the line before a block of code
+    example = False
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        block = None if block is not None and line.strip() and indent <= block else block
+        example = bool(line.strip()) and (example or line.lstrip().startswith(">>>"))
+        if block is not None or example:
+            flush()
+            escaped.append(line)
+        else:
+            prose.append(line)
+            block = indent if line.rstrip().endswith("::") else None
+    flush()
+    lines[:] = escaped
 
 
 def inline_mathml(page: Any, node: nodes.math) -> None:
