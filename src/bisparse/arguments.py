@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["check_dense", "check_flag", "entry_of", "is_number", "listed"]
+__all__ = ["check_dense", "check_flag", "check_function", "entry_of", "is_number", "listed"]
 
 T = TypeVar("T")
 
@@ -47,6 +47,12 @@ def listed(batches: Iterable[T]) -> list[T]:
     if isinstance(batches, Tensor):
         check_dense("batches", batches)
     return list(batches)
+
+
+def check_function(name: str, value: object) -> None:
+    """Raise TypeError for an optional function that is something else; a tensor would count as true or false."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function, not {type(value).__name__}")
 
 
 def is_number(value: object) -> bool:

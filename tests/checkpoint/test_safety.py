@@ -779,3 +779,10 @@ def test_a_name_that_is_too_long_is_refused(folder: Path, tmp_path: Path, name: 
         prune_checkpoint(folder, tmp_path / name, "2:4")
     with pytest.raises(CheckpointError, match="too long"):
         write_report(tmp_path / "pruned", tmp_path / name)
+
+
+def test_progress_that_is_no_function_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    save_file({"a.weight": torch.randn(8, 8)}, tmp_path / "model.safetensors")
+    with pytest.raises(TypeError, match="progress must be a function"):
+        bisparse.prune_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", "2:4", progress=torch.ones(2))  # type: ignore[arg-type]
+    assert [one.name for one in tmp_path.iterdir()] == ["model.safetensors"]

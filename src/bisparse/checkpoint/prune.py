@@ -13,6 +13,7 @@ from typing import Any
 from safetensors import safe_open
 
 from bisparse.apart import check_apart
+from bisparse.arguments import check_function
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import prune_stored
 from bisparse.checkpoint.input_file import open_input
@@ -174,7 +175,8 @@ class _Job:
 
     def __init__(self, plan: CheckpointPlan, folder: Path, solver: Solver | None, progress: Progress | None) -> None:
         self.plan, self.folder, self.solver = plan, folder, solver
-        self.progress = progress or (lambda what, done, total: None)
+        check_function("progress", progress)
+        self.progress: Progress = (lambda what, done, total: None) if progress is None else progress
         self.layers = {layer.tensor.name: layer for layer in plan.layers}
         self.checksums: dict[str, int] = {}
         self.done = 0

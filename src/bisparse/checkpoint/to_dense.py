@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bisparse.apart import check_apart
+from bisparse.arguments import check_function
 from bisparse.checkpoint.atomic_folder import PLAIN, check_room, output_folder
 from bisparse.checkpoint.prune import SLACK, Progress, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import Source, open_source
@@ -47,7 +48,8 @@ def to_dense(
     opened.check_writable()
     target = Path(target)
     check_apart(target, {"source": opened.path})
-    report = progress or (lambda what, done, total: None)
+    check_function("progress", progress)
+    report: Progress = (lambda what, done, total: None) if progress is None else progress
     total, done = 2 * opened.nbytes, 0
     with output_folder(target, overwrite=overwrite, ours=SIDECAR) as folder:
         check_room(folder, opened.nbytes + sum((opened.path / name).stat().st_size for name in opened.others) + SLACK)

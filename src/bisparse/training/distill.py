@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from bisparse.arguments import is_number
+from bisparse.arguments import check_function, is_number
 from bisparse.layers import Filter, matches
 from bisparse.results import checksum_of
 from bisparse.training.distill_losses import HIDDEN_LOSSES, HiddenLoss, hidden_distance, logit_divergence
@@ -110,8 +110,7 @@ class Distillation:
     ) -> None:
         _check_options(logits, hidden, task, temperature, layers, hidden_loss, dtype)
         for name, function in (("output", output), ("where", where)):
-            if function is not None and not callable(function):
-                raise TypeError(f"{name} must be a function, not {type(function).__name__}")
+            check_function(name, function)
         self.student = unwrapped_model(student)
         names = _chosen(self.student, layers) if hidden else {}
         self.teacher, self._own = frozen_teacher(self.student, teacher, dtype)

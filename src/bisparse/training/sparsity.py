@@ -79,7 +79,7 @@ class Sparsity:
         measure_every: int,
         check_gradients: bool,
     ) -> None:
-        if not called:
+        if not isinstance(called, list) or not called:
             raise ValueError("a Sparsity without a model: it is returned by sparsify_(model, pattern)")
         self.layers, self.skipped = layers, skipped
         self.mode, self.method, self.pattern, self.schedule = mode, method, pattern, schedule
