@@ -145,3 +145,23 @@ def test_a_sidecar_and_a_plan_print_in_a_line(tmp_path: Path) -> None:
     sidecar = bisparse.save(model, tmp_path / "out", "2:4-T")
     for one in (sidecar, bisparse.checkpoint.plan_checkpoint(tmp_path / "out", "2:4")):
         assert len(repr(one)) < 600
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("bench", "--model", "\x1b[2J", "--tokens", "64"),
+        ("verify", "\x1b[2J", "-p", "2:4"),
+        ("quantize", "model", "out", "--device", "\x1b[2J"),
+        ("prune", "model", "out", "-p", "2:4", "--calibration", "\x1b[2J"),
+        ("\x1b[2J",),
+        ("prune", "model", "out", "--no\x1b[2J"),
+    ],
+)
+def test_what_was_given_is_quoted_without_escape_sequences(arguments: tuple[str, ...]) -> None:
+    from typer.testing import CliRunner
+
+    from bisparse.cli import app
+
+    shown = CliRunner().invoke(app, list(arguments))
+    assert shown.exit_code == 2 and "\x1b[2J" not in shown.output

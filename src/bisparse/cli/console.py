@@ -158,6 +158,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except WRONG_USE as error:
+            error.message = "\n".join(map(printable, error.message.split("\n")))  # it may quote what was given
             if as_json:
                 print_json({"ok": False, "error": error.format_message(), "exit_code": error.exit_code})
             raise

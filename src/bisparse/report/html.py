@@ -145,8 +145,8 @@ def write_comparison(
     Raises:
         ValueError: no folder, or a task without a score for each folder; otherwise as `write_report`.
     """
-    if not pruned:
-        raise ValueError("write_comparison needs at least one pruned folder")
+    if not isinstance(pruned, Sequence) or not pruned:
+        raise ValueError("write_comparison needs a list of at least one pruned folder")
     for task in tasks:
         if len(task.scores) != len(pruned):
             raise ValueError(
