@@ -159,8 +159,6 @@ def test_a_sidecar_and_a_plan_print_in_a_line(tmp_path: Path) -> None:
     ],
 )
 def test_what_was_given_is_quoted_without_escape_sequences(arguments: tuple[str, ...]) -> None:
-    from typer.testing import CliRunner
-
     from bisparse.cli import app
 
     shown = CliRunner().invoke(app, list(arguments))
