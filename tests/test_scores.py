@@ -1,5 +1,7 @@
 """Scores against numpy, in the dtypes and with the errors that they promise."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -64,3 +66,11 @@ def test_wrong_arguments_are_named() -> None:
         taylor(torch.zeros(3, 4), torch.zeros(2, 3))
     with pytest.raises(ValueError, match="damping"):
         hessian(torch.zeros(1, 2), torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize(("weight", "norm"), [((3, 4, 4), (2, 4)), ((4, 4), (1, 4)), ((2, 3, 4, 4), (2, 1, 3, 4))])
+@pytest.mark.parametrize("score", [wanda, hessian])
+def test_batches_that_do_not_fit_are_refused(score: Any, weight: tuple[int, ...], norm: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="needs one"):
+        score(torch.rand(weight), torch.rand(norm) + 0.1)
+    assert score(torch.rand(weight), torch.rand(weight[-1]) + 0.1).shape == weight

@@ -23,6 +23,14 @@ def magnitude(weight: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
     return _wide(weight, "weight").abs()
 
 
+def _per_input(numbers: Tensor, weight: Tensor) -> bool:
+    """Whether there is one number per input of each matrix, or the same ones for all matrices."""
+    if numbers.ndim < 1 or weight.ndim < 2 or numbers.shape[-1] != weight.shape[-1]:
+        return False
+    given, batch = tuple(numbers.shape[:-1]), tuple(weight.shape[:-2])
+    return len(given) <= len(batch) and all(one in (1, other) for one, other in zip(given[::-1], batch[::-1], strict=False))
+
+
 def wanda(weight: Float[Tensor, "*B O I"], norm: Float[Tensor, "*B I"]) -> Float[Tensor, "*B O I"]:
     """How much each weight moves the output: ``|w_oi| * ||x_i||``, with the norm of its input over the calibration tokens.
 
@@ -33,7 +41,7 @@ def wanda(weight: Float[Tensor, "*B O I"], norm: Float[Tensor, "*B I"]) -> Float
     """
     check_dense("weight", weight)
     check_dense("norm", norm)
-    if norm.ndim < 1 or weight.ndim < 2 or norm.shape[-1] != weight.shape[-1]:
+    if not _per_input(norm, weight):
         raise ValueError(f"a weight of shape {tuple(weight.shape)} needs one norm per input, not norms of {tuple(norm.shape)}")
     return _wide(weight, "weight").abs() * _wide(norm, "norm").abs().unsqueeze(-2)
 
@@ -48,7 +56,7 @@ def hessian(weight: Float[Tensor, "*B O I"], inverse_diagonal: Float[Tensor, "*B
     """
     inverse_diagonal = _wide(inverse_diagonal, "inverse_diagonal")
     check_dense("weight", weight)
-    if weight.ndim < 2 or inverse_diagonal.ndim < 1 or weight.shape[-1] != inverse_diagonal.shape[-1]:
+    if not _per_input(inverse_diagonal, weight):
         raise ValueError(
             f"a weight of shape {tuple(weight.shape)} needs one entry per input, not a diagonal of "
             f"{tuple(inverse_diagonal.shape)}"

@@ -19,6 +19,7 @@ __all__ = [
     "Layout",
     "LayoutKind",
     "check_layout",
+    "check_padding",
     "default_layout",
     "from_matrices",
     "from_tiles",
@@ -220,6 +221,16 @@ def _check_strided(tensor: Tensor) -> None:
         raise ValueError(f"a tensor stored as {tensor.layout} cannot be cut into tiles: pass its dense form, tensor.to_dense()")
 
 
+def check_padding(shape: tuple[int, ...], padded: tuple[int, ...], m: int) -> None:
+    """Raise ValueError if matrices of a shape would be almost all padding once `m` divides their sides."""
+    entries = math.prod(padded)
+    if entries > max(MAX_PADDED, MAX_PADDING * math.prod(shape)):
+        raise ValueError(
+            f"M = {m} is far larger than the sides of matrices of shape {shape}, which would take {entries:,} entries with zeros "
+            "appended; choose a smaller M, or leave the layer dense"
+        )
+
+
 def pad_to_multiple(matrices: Shaped[Tensor, "*B R C"], m: int) -> Shaped[Tensor, "*B R2 C2"]:
     """Zeros appended so that `m` divides the last two sides; the same tensor where it already does.
 
@@ -231,12 +242,7 @@ def pad_to_multiple(matrices: Shaped[Tensor, "*B R C"], m: int) -> Shaped[Tensor
     if matrices.ndim < 2:
         raise ValueError(f"a tensor of shape {tuple(matrices.shape)} holds no matrices")
     rows, columns = -matrices.shape[-2] % m, -matrices.shape[-1] % m
-    padded = math.prod((*matrices.shape[:-2], matrices.shape[-2] + rows, matrices.shape[-1] + columns))
-    if padded > max(MAX_PADDED, MAX_PADDING * matrices.numel()):
-        raise ValueError(
-            f"M = {m} is far larger than the sides of matrices of shape {tuple(matrices.shape)}, which would take {padded:,} "
-            "entries with zeros appended; choose a smaller M, or leave the layer dense"
-        )
+    check_padding(tuple(matrices.shape), (*matrices.shape[:-2], matrices.shape[-2] + rows, matrices.shape[-1] + columns), m)
     return torch.nn.functional.pad(matrices, (0, columns, 0, rows)) if rows or columns else matrices
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from bisparse.accelerate.advice import Advice
+from bisparse.accelerate.advice import Advice, check_tokens
 from bisparse.accelerate.backends import BackendError, Refusal
 from bisparse.accelerate.eligibility import BackendName, Plan, plan_layer
 from bisparse.accelerate.linear_packed import PackedLinear
@@ -24,7 +24,7 @@ from bisparse.tiles import Layout
 from bisparse.training.layer import Accelerated
 from bisparse.wrappers import check_module
 
-__all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "check_tokens", "held_bytes", "install", "tied_parameters"]
+__all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "held_bytes", "install", "tied_parameters"]
 
 LINEARS: dict[str, type[PackedLinear] | type[SparseLinear]] = {"packed": PackedLinear, "trained": SparseLinear}
 
@@ -178,12 +178,6 @@ def accelerate_(
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in left[:5])
         raise BackendError(f"backend={backend!r}: no layer of the model can run sparse ({reasons or 'it has no prunable layer'})")
     return report
-
-
-def check_tokens(tokens: int) -> None:
-    """Raise ValueError unless this is a number of input rows."""
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"tokens={tokens!r}: expected the number of rows of a layer's input, at least 1")
 
 
 def held_bytes(module: nn.Module) -> int:

@@ -10,9 +10,15 @@ from bisparse.accelerate.timing import Timing
 from bisparse.arguments import entry_of
 from bisparse.layers import Skipped
 
-__all__ = ["Advice", "LayerAdvice", "LayerShape", "Source"]
+__all__ = ["Advice", "LayerAdvice", "LayerShape", "Source", "check_tokens"]
 
 Source = Literal["measured", "predicted", "exact"]
+
+
+def check_tokens(tokens: object) -> None:
+    """Raise ValueError unless this is a number of input rows."""
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens < 1 << 63:
+        raise ValueError(f"tokens={tokens!r:.40}: expected the number of rows of a layer's input, at least 1")
 
 
 @dataclass(frozen=True)

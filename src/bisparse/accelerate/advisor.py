@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from bisparse.accelerate.advice import Advice, LayerAdvice, LayerShape, Source
+from bisparse.accelerate.advice import Advice, LayerAdvice, LayerShape, Source, check_tokens
 from bisparse.accelerate.advisor_cpu import MAX_FLOPS, advise_on_cpu
 from bisparse.accelerate.backends import BACKENDS, BackendError, Refusal
 from bisparse.accelerate.backends.cpu import CPU, cpu_reason
@@ -130,17 +130,15 @@ def advise_shapes(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Advice:
     """`advise` without a model, for layers given by name and shape, such as from a checkpoint's headers."""
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or not 1 <= tokens < 1 << 63:
-        raise ValueError(f"tokens={tokens!r:.40}: expected the number of rows of a layer's input, at least 1")
+    check_tokens(tokens)
     check_flag("training", training)
     shapes = list(shapes)
     if wrong := [one for one in shapes if not isinstance(one, LayerShape)]:
         raise TypeError(f"shapes must be LayerShapes, not {type(wrong[0]).__name__}")
     chosen = _device(device)
-    if grid is None and _measures_cpu(chosen, backend, dtype, training):
-        shapes = list(shapes)
-        if backend == CPU or all(2 * tokens * one.shape[0] * one.shape[1] <= MAX_FLOPS for one in shapes):
-            return advise_on_cpu(shapes, tokens, left=left, dtype=dtype, progress=progress)
+    small = all(2 * tokens * one.shape[0] * one.shape[1] <= MAX_FLOPS for one in shapes)
+    if grid is None and _measures_cpu(chosen, backend, dtype, training) and (backend == CPU or small):
+        return advise_on_cpu(shapes, tokens, left=left, dtype=dtype, progress=progress)
     stored: Grid | None = None
     note = ""
     if grid is not None:

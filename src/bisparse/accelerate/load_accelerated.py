@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from bisparse.accelerate.accelerate import (
     AcceleratedLayer,
     AccelerationReport,
-    check_tokens,
     held_bytes,
     install,
     tied_parameters,
 )
+from bisparse.accelerate.advice import check_tokens
 from bisparse.accelerate.eligibility import Plan, plan_layer
 from bisparse.arguments import check_flag
 from bisparse.checkpoint.load import check_fit, check_names, checked_sidecar, warn_of_figures, write_into

@@ -17,8 +17,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
-from bisparse.accelerate.advice import LayerShape
-from bisparse.arguments import is_number
+from bisparse.accelerate.advice import LayerShape, check_tokens
 
 __all__ = ["PUBLIC_DEVICES", "SPARSE", "DevicePrediction", "LayerPrediction", "predict_products"]
 
@@ -95,8 +94,7 @@ def predict_products(
     >>> print(f"{found.speedup['2:4']:.2f}")
     1.71
     """
-    if not is_number(tokens) or not 1 <= tokens < 1 << 63:
-        raise ValueError(f"tokens={tokens!r:.40}: expected the number of rows of a layer's input, at least 1")
+    check_tokens(tokens)
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)}")
     names = PUBLIC_DEVICES if device is None else (_device_named(device),)

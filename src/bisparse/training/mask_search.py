@@ -23,7 +23,7 @@ from bisparse.pattern import Structure, Unstructured
 from bisparse.process_group import Ranks
 from bisparse.solution import Certificate, Solution
 from bisparse.solvers import Exact, Solver, parse_solver
-from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
+from bisparse.tiles import Layout, LayoutKind, check_padding, from_matrices, to_matrices
 from bisparse.training.gpu_batch_search import masks_together
 from bisparse.training.layer import SparseLayer, local
 from bisparse.training.rank_consistency import is_sharded, raise_together, ranks_of
@@ -365,6 +365,7 @@ def _gather(layers: Iterable[SparseLayer]) -> list[_Gathered]:
         m = getattr(layer.pattern, "m", 1)
         columns += -columns % m
         rows += -rows % m if layer.transposable else 0
+        check_padding((count, *inside), (count, rows, columns), m)
         kind = (layer.pattern, columns, weight.dtype, weight.device)
         alone = isinstance(layer.pattern, Unstructured)
         batches = by_kind.setdefault(kind, [])

@@ -13,6 +13,7 @@ import itertools
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import is_dataclass
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -279,7 +280,8 @@ class Sparsity:
             "steps": self.steps,
             "decay": self.decay,
             "decay of single layers": {layer.name: layer.decay for layer in self._active if layer.decay is not None},
-            "solver": self.search.solver,
+            # The text of an object that is no dataclass names its place in memory.
+            "solver": solver if is_dataclass(solver := self.search.solver) or isinstance(solver, str) else type(solver).__name__,
             "measure_every": self.measure_every,
             "check_gradients": self.check_gradients,
             "the step of the run": self.step,
