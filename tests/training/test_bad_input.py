@@ -240,7 +240,7 @@ def test_what_is_no_schedule_or_score_is_refused_before_anything_is_changed(mlp,
     sparsify_(mlp, "2:4", score="magnitude")
 
 
-@pytest.mark.parametrize("pattern", ["1:99999-T", "2:9999999"])
+@pytest.mark.parametrize("pattern", ["1:99999-T", "40000:99999-T"])
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
 def test_a_pattern_that_would_take_gigabytes_of_padding_is_refused(pattern: str, mode: str) -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
