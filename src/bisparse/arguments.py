@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import difflib
 import numbers
+import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["check_dense", "check_flag", "check_function", "entry_of", "is_number", "listed"]
+__all__ = [
+    "check_choice",
+    "check_count",
+    "check_dense",
+    "check_flag",
+    "check_function",
+    "check_number",
+    "entry_of",
+    "is_number",
+    "listed",
+]
 
 T = TypeVar("T")
 
@@ -47,6 +58,39 @@ def listed(batches: Iterable[T]) -> list[T]:
     if isinstance(batches, Tensor):
         check_dense("batches", batches)
     return list(batches)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Refuse a setting that is not one of the choices."""
+    if not (isinstance(value, str) and value in choices):
+        raise ValueError(f"{name}={value!r:.60}: expected one of {', '.join(map(repr, choices))}")
+
+
+def check_count(name: str, value: Any, least: int = 1) -> None:
+    """Refuse a setting that is not a whole number >= `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r:.60}: expected a whole number >= {least}")
+
+
+MAX_INT = 1 << 63
+"""Integers as large do not fit torch's own; a float of the same size does."""
+
+
+def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None, unit: str = "") -> None:
+    """Refuse a setting that is not a finite number above `above` and >= `least`."""
+    if isinstance(value, int) and abs(value) >= MAX_INT:
+        raise ValueError(f"{name}={_digits(value)}: an integer of more than 63 bits; expected a number that torch can hold")
+    numeric = (
+        isinstance(value, int | float) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
+    )
+    if not numeric or (above is not None and value <= above) or (least is not None and value < least):
+        bound = "" if above is None and least is None else f" > {above:g}" if above is not None else f" >= {least:g}"
+        raise ValueError(f"{name}={value!r:.60}: expected a finite number{bound}{unit and f', {unit}'}")
+
+
+def _digits(number: int) -> str:
+    """An integer as text, in hexadecimal where it is too long for Python to write in decimal."""
+    return f"{number:#x}"[:40]
 
 
 def check_function(name: str, value: object) -> None:

@@ -216,3 +216,15 @@ def test_refusals_come_before_anything_is_exported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="finalize_"):
         export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 32, dtype=torch.bfloat16))
     assert [one.name for one in tmp_path.iterdir()] == ["there.onnx"]
+
+
+def test_a_layer_that_no_example_reaches_has_no_range() -> None:
+    from bisparse.export.int8_inputs import input_scales
+
+    torch.manual_seed(0)
+    model = Unused().eval()
+    report = quantize_(model, "int8", include=["hidden", "pooler"])
+    examples = [[torch.randn(2, 16)]]
+    with pytest.raises(ValueError, match=r"pooler\.weight: no example of int8_inputs reaches the layer"):
+        input_scales(model, report, examples, lambda x: model.out(model.hidden(x)))
+    assert set(input_scales(model, report, examples, model)) == {"hidden.weight", "pooler.weight"}

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
-from bisparse.arguments import check_dense
-from bisparse.evaluation.model_outputs import answering, check_model, device_of, evaluating, tensor_of
+from bisparse.arguments import check_count, check_dense
+from bisparse.evaluation.model_outputs import answering, device_of, evaluating, tensor_of
+from bisparse.wrappers import check_module
 
 __all__ = ["Agreement", "Classification", "agreement", "classification"]
 
@@ -103,7 +104,7 @@ def classification(
     Raises:
         ValueError: no samples, labels that do not match, or logits that are NaN or have another shape.
     """
-    check_model(model)
+    check_module(model)
     check_dense("inputs", inputs)
     check_dense("labels", labels)
     if labels.ndim != 1 or inputs.ndim == 0 or len(labels) != len(inputs) or labels.is_floating_point():
@@ -138,10 +139,9 @@ def agreement(
 
 def _classes(model: nn.Module, inputs: Tensor, batch_size: int) -> tuple[Int[Tensor, " N"], int]:
     """The class of each sample, and how many classes there are."""
-    check_model(model)
+    check_module(model)
     check_dense("inputs", inputs)
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or not 1 <= batch_size < 1 << 63:
-        raise ValueError(f"batch_size={batch_size!r:.40}: expected at least 1")
+    check_count("batch_size", batch_size)
     if inputs.ndim == 0 or len(inputs) == 0:
         raise ValueError("no samples to classify")
     device = device_of(model)

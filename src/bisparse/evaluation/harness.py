@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from bisparse.evaluation.model_outputs import check_model
+from bisparse.wrappers import check_module
 
 __all__ = ["TaskResults", "run_tasks"]
 
@@ -57,7 +57,7 @@ def run_tasks(
         ImportError: lm-eval is not installed.
         ValueError: no tasks, or lm-eval returned no figures for them.
     """
-    check_model(model)
+    check_module(model)
     if not tasks:
         raise ValueError("name at least one task of lm-eval, such as arc_easy")
     try:

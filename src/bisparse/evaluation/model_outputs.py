@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bisparse.apart import read_text
 
-__all__ = ["answering", "as_json", "check_model", "device_of", "evaluating", "tensor_of", "text_of"]
+__all__ = ["answering", "as_json", "device_of", "evaluating", "tensor_of", "text_of"]
 
 
 @contextmanager
@@ -26,12 +26,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-def check_model(model: object) -> None:
-    """Raise TypeError for what is no model."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch module, not {type(model).__name__}")
 
 
 def tensor_of(output: Any, attribute: str) -> Tensor:

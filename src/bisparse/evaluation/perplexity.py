@@ -18,8 +18,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from bisparse.arguments import is_number
-from bisparse.evaluation.model_outputs import as_json, check_model, device_of, evaluating, tensor_of, text_of
+from bisparse.arguments import check_count
+from bisparse.evaluation.model_outputs import as_json, device_of, evaluating, tensor_of, text_of
+from bisparse.wrappers import check_module
 
 __all__ = ["Perplexity", "perplexity", "text_perplexity"]
 
@@ -107,7 +108,7 @@ def perplexity(
     Raises:
         ValueError: fewer tokens than one window, settings without a window, or logits that are not finite.
     """
-    check_model(model)
+    check_module(model)
     stride = context if stride is None else stride
     _check(ids, context, stride, tokens, batch_size)
     if callable(generates := getattr(model, "can_generate", None)) and not generates():
@@ -146,7 +147,7 @@ def text_perplexity(model: nn.Module, tokenizer: Any, path: str | Path, **settin
     Raises:
         ValueError: the file is not UTF-8 text, or too short.
     """
-    check_model(model)
+    check_module(model)
     text = text_of(path)
     ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
     try:
@@ -158,16 +159,13 @@ def text_perplexity(model: nn.Module, tokenizer: Any, path: str | Path, **settin
 def _check(ids: Tensor, context: int, stride: int, tokens: int | None, batch_size: int) -> None:
     if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"token ids of shape {tuple(ids.shape)} and type {ids.dtype}: expected whole numbers in one dimension")
-    given = {"context": context, "stride": stride, "batch_size": batch_size, "tokens": 2 if tokens is None else tokens}
+    given = {"context": context, "stride": stride, "batch_size": batch_size, "tokens": 1 if tokens is None else tokens}
     for name, value in given.items():
-        if not is_number(value):
-            raise ValueError(f"{name}={value!r:.60}: expected a whole number")
+        check_count(name, value)
     if context < 2:
         raise ValueError(f"context={context}: expected at least 2 tokens, since the first of a window is not scored")
     if not 1 <= stride <= context:
         raise ValueError(f"stride={stride}: expected 1 to context={context}, so that no token is left out")
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}: expected at least 1")
     if tokens is not None and tokens < context:
         raise ValueError(f"tokens={tokens}: fewer than one window of context={context}")
     if len(ids) < context:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bisparse.errors import install_extra
-from bisparse.evaluation.model_outputs import check_model, device_of, evaluating, tensor_of, text_of
+from bisparse.evaluation.model_outputs import device_of, evaluating, tensor_of, text_of
+from bisparse.wrappers import check_module
 
 __all__ = ["Pair", "Similarity", "read_pairs", "similarity"]
 
@@ -96,7 +97,7 @@ def similarity(
     Raises:
         ValueError: fewer than three pairs, embeddings that are not finite, or cosines or scores that are all equal.
     """
-    check_model(model)
+    check_module(model)
     try:
         from scipy.stats import spearmanr
     except ImportError as error:

@@ -41,10 +41,11 @@ def input_scales(
     largest: dict[str, Tensor] = {}
 
     def record(name: str, given: Tensor) -> None:
-        most = given.detach().abs().amax().float() if given.numel() else torch.zeros(())
+        most = given.detach().abs().amax().float() if given.numel() else given.new_zeros((), dtype=torch.float32)
         largest[name] = torch.maximum(largest[name], most) if name in largest else most
 
-    with _before(model, {layer.parameter: layer for layer in layers}, lambda name, given: record(name, given)):
+    names = [layer.parameter for layer in layers]
+    with _before(model, names, record):
         count = 0
         for example in examples:
             try:
@@ -55,6 +56,8 @@ def input_scales(
             count += 1
     if count == 0:
         raise ValueError("int8_inputs has no examples: pass inputs of the model, as many as are typical")
+    if unseen := [name for name in names if name not in largest]:
+        raise ValueError(f"{unseen[0]}: no example of int8_inputs reaches the layer, so its inputs have no range")
     if wrong := [name for name, most in largest.items() if not bool(torch.isfinite(most))]:
         raise ValueError(f"{wrong[0]}: the layer's inputs are NaN or infinite")
     return {name: float(most) / LARGEST or 1.0 for name, most in largest.items()}
@@ -68,12 +71,12 @@ def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> Iterator[No
         scale = scales[name]
         return (given / scale).round().clamp(-LARGEST - 1, LARGEST) * scale
 
-    with _before(model, dict.fromkeys(scales), rounded):
+    with _before(model, scales, rounded):
         yield
 
 
 @contextmanager
-def _before(model: nn.Module, names: Mapping[str, Any], function: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
+def _before(model: nn.Module, names: Iterable[str], function: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
     """Call a function with each input of the modules whose weights have these names; what it returns replaces the input."""
     handles = []
     try:

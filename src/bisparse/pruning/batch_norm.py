@@ -10,12 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
-from bisparse.arguments import listed
+from bisparse.arguments import check_number, listed
 from bisparse.layers import Layer, check_unheld
 from bisparse.pruning.bias import norms_after
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError
-from bisparse.pruning.methods.base import check_number
 from bisparse.rollback import Rollback
 from bisparse.tiles import Layout
 from bisparse.wrappers import check_module

@@ -24,9 +24,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from bisparse.arguments import check_count, check_number
 from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
 from bisparse.pruning.calibration.moments import token_weights
-from bisparse.pruning.methods.base import check_count, check_number
 
 __all__ = ["BlockReconstruction"]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bisparse.arguments import check_choice, check_number
 from bisparse.layers import Filter, Layer, Skipped, find_layers, matrix_sides
 from bisparse.pattern import Structure, Unstructured, parse_pattern
 from bisparse.pruning.calibration.calibrate import calibrate
@@ -19,7 +20,7 @@ from bisparse.pruning.calibration.finished_block import FinishedBlock
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics, stacked_moments
 from bisparse.pruning.layer import check_can_be_written, layer_problem
-from bisparse.pruning.methods.base import LayerProblem, check_choice, check_number
+from bisparse.pruning.methods.base import LayerProblem
 from bisparse.pruning.reduction import positions
 from bisparse.quantization.report import QuantizationReport, QuantizedLayer
 from bisparse.quantization.rounding import Choose, Stored, round_to_nearest, round_with_feedback

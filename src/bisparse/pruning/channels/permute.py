@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from bisparse._solve import solve
+from bisparse.arguments import check_count, check_number
 from bisparse.errors import install_extra
 from bisparse.layers import Filter, Layer, check_unheld, find_layers
 from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces
 from bisparse.pruning.channels.stripe_search import refine_stripes
-from bisparse.pruning.methods.base import check_count, check_number
 from bisparse.rollback import Rollback
 from bisparse.scores import magnitude
 from bisparse.tiles import Layout, LayoutKind, to_matrices

@@ -22,16 +22,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bisparse.arguments import check_flag
+from bisparse.arguments import check_choice, check_flag, check_number
 from bisparse.pruning.calibration.statistics import Statistic
-from bisparse.pruning.methods.base import (
-    LayerProblem,
-    Method,
-    Pruned,
-    check_choice,
-    check_number,
-    method_setting_,
-)
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, method_setting_
 from bisparse.pruning.methods.least_squares import choose_damping, reconstruct
 from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem, refitted_bias
 from bisparse.pruning.methods.wanda import Wanda

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from bisparse.arguments import check_count, check_number
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_count, check_number, method_setting_
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, method_setting_
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.methods.mean_absorption import absorb_mean
 

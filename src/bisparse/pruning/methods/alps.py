@@ -24,17 +24,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bisparse.arguments import check_flag
+from bisparse.arguments import check_choice, check_count, check_flag, check_number
 from bisparse.pruning.calibration.statistics import Statistic
 from bisparse.pruning.methods.adaprune import DAMPING_UNIT, LINEAR_SOLVERS, fit
-from bisparse.pruning.methods.base import (
-    LayerProblem,
-    Method,
-    Pruned,
-    check_choice,
-    check_count,
-    check_number,
-)
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
 from bisparse.pruning.methods.least_squares import reconstruct, some_rows
 from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem
 from bisparse.solution import Solution

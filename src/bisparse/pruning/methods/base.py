@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -29,9 +28,6 @@ __all__ = [
     "Pruned",
     "Statistic",
     "Statistics",
-    "check_choice",
-    "check_count",
-    "check_number",
     "method_setting_",
     "parse_method",
 ]
@@ -181,36 +177,3 @@ def method_setting_(owner: Method, name: str, kind: type[Method] = Method) -> No
     if not isinstance(method, kind):
         raise ValueError(f"{name}={method!r:.60}: expected a method of the kind {kind.__name__}, such as {kind.__name__}()")
     object.__setattr__(owner, name, method)  # frozen once it is made
-
-
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Refuse a setting that is not one of the choices."""
-    if not (isinstance(value, str) and value in choices):
-        raise ValueError(f"{name}={value!r:.60}: expected one of {', '.join(map(repr, choices))}")
-
-
-def check_count(name: str, value: Any, least: int = 1) -> None:
-    """Refuse a setting that is not a whole number >= `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r:.60}: expected a whole number >= {least}")
-
-
-MAX_INT = 1 << 63
-"""Integers as large do not fit torch's own; a float of the same size does."""
-
-
-def check_number(name: str, value: Any, *, above: float | None = None, least: float | None = None, unit: str = "") -> None:
-    """Refuse a setting that is not a finite number above `above` and >= `least`."""
-    if isinstance(value, int) and abs(value) >= MAX_INT:
-        raise ValueError(f"{name}={_digits(value)}: an integer of more than 63 bits; expected a number that torch can hold")
-    numeric = (
-        isinstance(value, int | float) and not isinstance(value, bool) and -sys.float_info.max <= value <= sys.float_info.max
-    )
-    if not numeric or (above is not None and value <= above) or (least is not None and value < least):
-        bound = "" if above is None and least is None else f" > {above:g}" if above is not None else f" >= {least:g}"
-        raise ValueError(f"{name}={value!r:.60}: expected a finite number{bound}{unit and f', {unit}'}")
-
-
-def _digits(number: int) -> str:
-    """An integer as text, in hexadecimal where it is too long for Python to write in decimal."""
-    return f"{number:#x}"[:40]

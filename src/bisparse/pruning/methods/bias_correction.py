@@ -19,8 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bisparse.arguments import check_choice
 from bisparse.pruning.calibration.statistics import Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_choice, method_setting_
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, method_setting_
 from bisparse.pruning.methods.least_squares_problem import refitted_bias
 from bisparse.pruning.methods.magnitude import Magnitude
 

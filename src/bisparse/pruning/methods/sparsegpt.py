@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bisparse._solve import solve
-from bisparse.arguments import check_flag
+from bisparse.arguments import check_flag, check_number
 from bisparse.pruning.calibration.statistics import Statistic
 from bisparse.pruning.methods.adaprune import DAMPING_UNIT, fit
-from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned, check_number
+from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned
 from bisparse.pruning.methods.error_feedback import feed_back, upper_inverse
 from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem
 from bisparse.scores import hessian

@@ -12,8 +12,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bisparse.arguments import check_number
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, check_number
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
 from bisparse.scores import wanda
 
 __all__ = ["Wanda"]
