@@ -27,7 +27,9 @@ def export(
     ] = None,
     int8_inputs: Annotated[
         bool,
-        typer.Option("--int8-inputs", help="With --quantize int8 and --calibration: the products' inputs as int8, too."),
+        typer.Option(
+            "--int8-inputs", help="Round the inputs of quantised layers to int8, too; needs --quantize and --calibration."
+        ),
     ] = False,
     method: Annotated[str, typer.Option(help="Method of --quantize: rtn, or gptq with calibration data.")] = "rtn",
     calibration: Calibration = None,

@@ -11,7 +11,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 from bisparse.arguments import check_count, check_dense
-from bisparse.evaluation.model_outputs import answering, device_of, evaluating, tensor_of
+from bisparse.evaluation.model_outputs import device_of, evaluating, naming_input, tensor_of
 from bisparse.wrappers import check_module
 
 __all__ = ["Agreement", "Classification", "agreement", "classification"]
@@ -148,7 +148,7 @@ def _classes(model: nn.Module, inputs: Tensor, batch_size: int) -> tuple[Int[Ten
     parts, classes = [], 0
     with evaluating(model):
         for part in inputs.split(batch_size):
-            with answering(part):
+            with naming_input(part):
                 logits = tensor_of(model(part.to(device)), "logits")
             if logits.ndim != 2 or len(logits) != len(part):
                 raise ValueError(f"logits of shape {tuple(logits.shape)} for {len(part)} samples: expected (samples, classes)")

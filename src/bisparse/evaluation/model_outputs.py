@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bisparse.apart import read_text
 
-__all__ = ["answering", "as_json", "device_of", "evaluating", "tensor_of", "text_of"]
+__all__ = ["as_json", "device_of", "evaluating", "naming_input", "tensor_of", "text_of"]
 
 
 @contextmanager
@@ -43,8 +43,8 @@ def tensor_of(output: Any, attribute: str) -> Tensor:
 
 
 @contextmanager
-def answering(inputs: Tensor) -> Iterator[None]:
-    """A context manager around a model's forward pass, whose errors become one that names its input."""
+def naming_input(inputs: Tensor) -> Iterator[None]:
+    """A context manager for a forward pass: torch's errors become a ValueError with the shape and dtype of the input."""
     try:
         yield
     except (RuntimeError, IndexError) as error:

@@ -85,8 +85,8 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         kind = type(optimizer).__name__
         weights = f"{changed} sparse weight{'' if changed == 1 else 's'}"
         warnings.warn(
-            f"{kind} has changed {weights} but is not attached, so its steps refresh no masks, add no decay and keep no zeros "
-            f"({sparsity!r} is attached to {follows}). If this {kind} replaces another optimizer, call sparsity.detach() and "
-            "sparsity.attach(optimizer); if several optimizers train the model, attach them all at once",
+            f"{kind} has changed {weights} but is not attached, so its steps do not refresh masks, add decay or keep pruned "
+            f"weights at zero ({sparsity!r} is attached to {follows}). If this {kind} replaces another optimizer, call "
+            "sparsity.detach() and sparsity.attach(optimizer); if several optimizers train the model, attach them all at once",
             stacklevel=3,
         )
