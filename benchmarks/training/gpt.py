@@ -1,9 +1,10 @@
 """A small GPT on Python's documentation and library: loss curves dense, 2:4, 2:4-T, 4:8-T, 16:32-T, with and without MVUE.
 
-    python benchmarks/training/gpt.py [--budget small|reduced|full] [--study gpt|decay|rules]
+    python benchmarks/training/gpt.py [--budget small|reduced|full] [--study gpt|decay|rules|total]
 
 "decay": instead, masked decay from none to too much at 4:8-T: loss and flip rate say which is right
-for AdamW. "rules": each rule of `bisparse.training.RULES` that takes 4:8-T, everything else equal. Rows,
+for AdamW. "rules": each rule of `bisparse.training.RULES` that takes 4:8-T, everything else equal. "total": decay as a total over
+the run, inside Adam (masked decay) and outside of it (SR-STE), beside a fixed mask of the initial weights. Rows,
 with curves and flip rates, go to results/training-gpt.jsonl; those there are skipped.
 """
 
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Any
 
 from experiment import parser, run_grid, seeds
 from recipes.recipe import DataRecipe, ModelRecipe, SparsityRecipe, TrainingRecipe
@@ -74,11 +76,31 @@ def rules_grid(base: Recipe, count: int, refresh: int) -> Iterator[tuple[str, Re
                 yield "rules", recipe
 
 
+def total_grid(base: Recipe, count: int, refresh: int) -> Iterator[tuple[str, Recipe]]:
+    def named(name: str, pattern: str, **how: Any) -> Iterator[tuple[str, Recipe]]:
+        sparsity = SparsityRecipe(pattern, refresh=refresh, **how)
+        for recipe in seeds(replace(base, name=f"{name} {pattern}", sparsity=sparsity), count):
+            yield "total", recipe
+
+    for pattern in ("4:8-T", "2:4-T", "16:32-T"):
+        yield from named("fixed random mask", pattern, mode="static")
+        for total in (1.0, 3.0, 5.0, 10.0):
+            yield from named(f"SR-STE, total {total:g}", pattern, method="sr-ste", total_decay=total)
+        for total in (5.0, 50.0):
+            yield from named(f"masked decay, total {total:g}", pattern, total_decay=total)
+    for share in (0.1, 0.25, 0.5):
+        yield from named(f"SR-STE, total 5, frozen from {share}", "4:8-T", method="sr-ste", total_decay=5.0, frozen_from=share)
+    for refresh_every in (1, 10):
+        sparsity = SparsityRecipe("4:8-T", refresh=refresh_every, method="sr-ste", total_decay=5.0)
+        for recipe in seeds(replace(base, name=f"SR-STE, total 5, refresh {refresh_every} 4:8-T", sparsity=sparsity), count):
+            yield "total", recipe
+
+
 def main() -> None:
     arguments = parser(__doc__ or "", "training-gpt.jsonl")
     arguments.add_argument("--budget", choices=BUDGETS, default="reduced")
     arguments.add_argument("--steps", type=int, help="optimizer steps, instead of the budget's")
-    arguments.add_argument("--study", choices=("gpt", "decay", "rules"), default="gpt")
+    arguments.add_argument("--study", choices=("gpt", "decay", "rules", "total"), default="gpt")
     arguments.add_argument("--decays", nargs="+", type=float, default=DECAYS, help="of the study of that name")
     chosen = arguments.parse_args()
     model, data, training = BUDGETS[chosen.budget]
@@ -89,6 +111,8 @@ def main() -> None:
         wanted = list(decay_grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh, chosen.decays))
     elif chosen.study == "rules":
         wanted = list(rules_grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh))
+    elif chosen.study == "total":
+        wanted = list(total_grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh))
     else:
         wanted = list(grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh))
     if chosen.dry_run:
