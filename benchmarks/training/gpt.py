@@ -88,11 +88,14 @@ def total_grid(base: Recipe, count: int, refresh: int) -> Iterator[tuple[str, Re
             yield from named(f"SR-STE, total {total:g}", pattern, method="sr-ste", total_decay=total)
         for total in (5.0, 50.0):
             yield from named(f"masked decay, total {total:g}", pattern, total_decay=total)
+        for share in (0.25, 0.5, 0.75):
+            name = f"dense for {share}, then SR-STE, total 5"
+            yield from named(name, pattern, method="sr-ste", total_decay=5.0, dense_first=share)
     for share in (0.1, 0.25, 0.5):
         yield from named(f"SR-STE, total 5, frozen from {share}", "4:8-T", method="sr-ste", total_decay=5.0, frozen_from=share)
-    for refresh_every in (1, 10):
-        sparsity = SparsityRecipe("4:8-T", refresh=refresh_every, method="sr-ste", total_decay=5.0)
-        for recipe in seeds(replace(base, name=f"SR-STE, total 5, refresh {refresh_every} 4:8-T", sparsity=sparsity), count):
+    for every in (1, 10):
+        sparsity = SparsityRecipe("4:8-T", refresh=every, method="sr-ste", total_decay=5.0)
+        for recipe in seeds(replace(base, name=f"SR-STE, total 5, refresh {every} 4:8-T", sparsity=sparsity), count):
             yield "total", recipe
 
 
