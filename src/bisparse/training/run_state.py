@@ -13,6 +13,7 @@ from bisparse.pattern import Structure
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
 from bisparse.training.decay import Decay, TotalDecay
+from bisparse.training.history import history_from_state
 from bisparse.training.layer import SparseLayer
 from bisparse.training.mask_search import Prices
 from bisparse.training.parametrizations import mask_refusal
@@ -71,6 +72,7 @@ def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: s
     for key in ("step", "refreshes"):
         if isinstance(state[key], bool) or not isinstance(state[key], int) or state[key] < 0:
             raise ValueError(f"the checkpoint has {key}={state[key]!r}: expected an integer that is 0 or more")
+    history_from_state(state.get("history", []), state["step"])
     if not isinstance(state["layers"], Mapping):
         raise ValueError(f"the checkpoint has layers of type {type(state['layers']).__name__}, not a mapping by name")
     saved, own = state["layers"], {layer.name: layer for layer in layers}

@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
-from bisparse.results import LayerResult, PruneReport, count_parameters
+from bisparse.results import LayerResult, MaskPoint, PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import from_matrices
 from bisparse.training.attach_check import attach_error, check_not_flattened, run_length_error
@@ -35,6 +35,7 @@ from bisparse.training.facts import layer_facts
 from bisparse.training.forward_hook import RefreshHook, ZerosHook, gathered_again
 from bisparse.training.gradient_check import check_gradients
 from bisparse.training.gradient_rules import MaskedGradients, after_closure, decay_pruned
+from bisparse.training.history import history_from_state, history_state, record
 from bisparse.training.layer import SparseLayer
 from bisparse.training.mask_search import MaskSearch, Score
 from bisparse.training.metrics import MaskChange, as_metrics, measure_change
@@ -93,6 +94,8 @@ class Sparsity:
         self._rates: dict[str, float] = {}
         self.changes: dict[str, MaskChange] = {}
         """Metrics of the last measured refresh, by layer name."""
+        self.history: list[MaskPoint] = []
+        """The means over layers at the measured refreshes so far, at most `bisparse.results.MAX_HISTORY`."""
         self.refreshes = 0
         """Number of mask refreshes so far."""
         self.search_seconds = 0.0
@@ -181,7 +184,8 @@ class Sparsity:
         solver = parse_solver(self.search.solver)
         method = "static training" if self.mode == "static" else f"dynamic training, {self.method}"
         notes = () if self.ended is None else (f"ended by finalize_ after optimizer step {self.ended}; later steps are dense",)
-        return PruneReport(str(self.pattern), method, type(solver).__name__, tuple(results), skipped, notes=notes)
+        shown = str(self.pattern), method, type(solver).__name__
+        return PruneReport(*shown, tuple(results), skipped, notes=notes, history=tuple(self.history))
 
     def facts_within(self, model: nn.Module) -> dict[str, LayerResult]:
         """The results in `report` for the layers in a model, by name."""
@@ -415,13 +419,14 @@ class Sparsity:
         self.refreshes += 1
         measured = bool(self.measure_every) and (self.refreshes - 1) % max(1, self.measure_every // self.refresh_every) == 0
         solver = self.search.solver
+        changes: dict[str, MaskChange] = {}
         for layer in layers:
             mask, make_scores = found[layer.name]
             if measured:
                 scores = from_matrices(make_scores(), layer.layout, mask.shape)
                 optimal = not layer.transposable or (parse_solver(solver)).exact
                 old = layer.mask.to(mask.device)
-                self.changes[layer.name] = measure_change(layer, self.step, old, mask, scores, optimal=optimal)
+                changes[layer.name] = measure_change(layer, self.step, old, mask, scores, optimal=optimal)
             layer.mask.copy_(mask)
             own = layer.parametrization
             if own is not None:
@@ -429,11 +434,13 @@ class Sparsity:
             layer.mask_changed(proved=solver is None)  # the default solver's masks are valid; a check would synchronise
         self._expect(False)
         if measured:
+            self.changes |= changes
+            record(self.history, changes.values())
             for callback in self.on_refresh:
                 callback(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that the model's state_dict lacks: counters, prices and static masks, as tensors, numbers and strings.
+        """The state that the model's state_dict lacks: counters, history, prices and static masks, as tensors and plain values.
 
         After `finalize_` it has the step at which the run ended, and cannot be loaded.
         """
@@ -443,7 +450,7 @@ class Sparsity:
             for layer in self._active
         }
         numbers = {"step": self.step, "refreshes": self.refreshes, "due": self.due, "ended": self.ended}
-        return {"version": STATE_VERSION, "mode": self.mode, **numbers, "layers": layers}
+        return {"version": STATE_VERSION, "mode": self.mode, **numbers, "history": history_state(self.history), "layers": layers}
 
     @property
     def _active(self) -> list[SparseLayer]:
@@ -465,6 +472,7 @@ class Sparsity:
         for layer in self._active:
             layer.follow_nothing()
         self.step, self.refreshes = int(state["step"]), int(state["refreshes"])
+        self.history = history_from_state(state.get("history", []), self.step)
         for name, entry in saved.items():
             load_entry(entry, own[name], self._decay_of(own[name]), self.search.prices, self._decays)
         dense = (
