@@ -18,9 +18,18 @@ from bisparse.training.layer import SparseLayer
 from bisparse.training.mask_search import Prices
 from bisparse.training.parametrizations import mask_refusal
 
-__all__ = ["STATE_VERSION", "check_mask", "check_state", "entry_of", "load_entry"]
+__all__ = ["STATE_VERSION", "check_mask", "check_not_ended", "check_state", "entry_of", "load_entry"]
 
 STATE_VERSION = 2
+
+
+def check_not_ended(ended: int | None, doing: str) -> None:
+    """Raise ValueError for a run that `finalize_` has ended; `ended` is the step at which it did, or None."""
+    if ended is not None:
+        raise ValueError(
+            f"cannot {doing}: this Sparsity ended with finalize_ after optimizer step {ended}, and the model is dense "
+            "with zeros since; call sparsify_ again to train on with masks (mode='static', masks='nonzero' keeps the zeros)"
+        )
 
 
 def entry_of(layer: SparseLayer, mode: str, prices: Prices | None, decay: TotalDecay | None) -> dict[str, Any]:
