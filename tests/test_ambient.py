@@ -189,7 +189,6 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "default bfloat16": lambda: default_dtype(torch.bfloat16),
     "default device": lambda: torch.device("meta"),
     "no grad": torch.no_grad,
-    "nothing": nullcontext,
 }
 
 
