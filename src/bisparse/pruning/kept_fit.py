@@ -43,7 +43,7 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
     best, best_values = start, [parameter.detach().clone() for parameter in fitted]
     with _only_these_require_grad(block.module, fitted):
         for _ in range(epochs):
-            order = [block.fit[place] for place in torch.randperm(len(block.fit), generator=generator).tolist()]
+            order = [block.fit[place] for place in torch.randperm(len(block.fit), generator=generator, device="cpu").tolist()]
             for step, index in enumerate(block.each(order)):
                 for group, size in zip(adam.param_groups, sizes, strict=True):
                     group["lr"] = learning_rate * size * _rate(step, len(order))
