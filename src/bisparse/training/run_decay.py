@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch.optim import Optimizer
 
-from bisparse.training.decay import Decay, TotalDecay, decay_rate
+from bisparse.training.decay import Decay, TotalDecay, decay_rate, is_total
 from bisparse.training.gradient_rules import decay_pruned
 from bisparse.training.optimizer import Held
 
@@ -15,6 +15,8 @@ __all__ = ["RunDecay"]
 
 class RunDecay:
     """Adds masked decay to gradients, or takes SR-STE's step on the weights, with each layer's own lambda.
+
+    A total of masked decay with Adam and its variants is a step on the weights, too.
 
     Args:
         method: the method of the run; "ste" and "s-ste" do not decay.
@@ -50,4 +52,8 @@ class RunDecay:
                 learning_rate=float(one.group.get("lr", 1.0)),
                 adaptive=adaptive,
             )
-        decay_pruned(self.method, self._rates, held, optimizer)
+        # Adam would divide a total by the size of the gradients: it is applied outside of its moments, as AdamW's weight decay.
+        outside = [one for one in held if adaptive and is_total(one.layer.decay_or(given), steps)]
+        if first:
+            decay_pruned("sr-ste", self._rates, outside, optimizer)
+        decay_pruned(self.method, self._rates, [one for one in held if one not in outside], optimizer)
