@@ -65,7 +65,7 @@ def divergence(model: nn.Module, dense: nn.Module, data: list[dict[str, Tensor]]
     return total / positions
 
 
-HOW = NetworkReconstruction(epochs=4)
+HOW = NetworkReconstruction(epochs=4, learning_rate=0.01)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -48,7 +48,7 @@ class NetworkReconstruction:
     """
 
     epochs: int = 2
-    learning_rate: float = 0.01
+    learning_rate: float = 0.003
     worthwhile: float = 0.01
     blocks: BlockReconstruction | None = None
 
