@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bisparse.pruning import ALPS, AdaPrune, BlockReconstruction, Magnitude, Method, SparseGPT, Wanda
+from bisparse.pruning import ALPS, AdaPrune, BlockReconstruction, Magnitude, Method, NetworkReconstruction, SparseGPT, Wanda
 from bisparse.results import PruneReport
 from record import commit, device, read_rows, versions
 
@@ -46,8 +46,10 @@ at every iteration of ADMM instead of every third, and the refit's damping is 0.
 RECONSTRUCTIONS = {
     ", then blocks": BlockReconstruction(epochs=1),
     ", then blocks, up to 8 epochs": BlockReconstruction(epochs=8),
+    ", then the network": NetworkReconstruction(epochs=2),
+    ", then blocks, then the network": NetworkReconstruction(epochs=2, blocks=BlockReconstruction(epochs=1)),
 }
-"""What a method's name ends in where each block is reconstructed as a whole after its layers."""
+"""What a method's name ends in where each block, or the network, is reconstructed as a whole after its layers."""
 
 
 def method_named(name: str) -> tuple[Method, dict[str, Any]]:

@@ -609,6 +609,7 @@ def test_a_key_chooses_a_state_dict_and_to_dense_writes_plain_weights(tmp_path: 
         ["--layout", "up=linear"],
         ["--damping", "1"],
         ["--block-epochs", "2"],
+        ["--network-epochs", "2"],
         ["--solver", "exact"],
     )
     for wrong in (*(["--to-dense", "--key", "g", *one] for one in unused), ["--key", "g", "--to", "2:4"], []):

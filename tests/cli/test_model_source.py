@@ -322,6 +322,8 @@ def test_a_text_that_is_not_there_is_said_before_the_model_is_loaded(calibration
     [
         (["prune", "--method", "wanda"], "wanda"),
         (["prune", "--block-epochs", "2"], "--block-epochs"),
+        (["prune", "--network-epochs", "2"], "--network-epochs"),
+        (["convert", "--to", "2:4", "--method", "magnitude", "--network-epochs", "2"], "--network-epochs"),
         (["convert", "--to", "2:4", "--method", "sparsegpt"], "sparsegpt"),
         (["convert", "--to", "2:4", "--regrow"], "--regrow"),
     ],

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import typer
 
-from bisparse.cli.calibration_options import TextFiles
+from bisparse.cli.calibration_options import TextFiles, fits_asked
 from bisparse.cli.console import command_line, print_coverage, print_json, shows_progress, to_stdout
 from bisparse.cli.tables import grouped, print_left_dense, print_table
 
@@ -97,7 +97,7 @@ def prune_with_data(
     """Build the model, prune it and save it; `step` is stored in the sidecar."""
     from bisparse.pruning import prune_
 
-    asked = {method.name: bool(method.needs), "--block-epochs": options["reconstruction"] is not None}
+    asked = {method.name: bool(method.needs), **fits_asked(options["reconstruction"])}
     source, data = open_job(name, target, texts, overwrite=overwrite, resume=resume, asked=asked)
     made_from = {**provenance(name, source, texts, data, options["order"]), "step": step}
     started = time.perf_counter()
@@ -136,7 +136,7 @@ def plan_with_data(
     from bisparse.pruning.layer import plan
     from bisparse.results import count_parameters
 
-    asked = {method.name: bool(method.needs), "--block-epochs": options["reconstruction"] is not None}
+    asked = {method.name: bool(method.needs), **fits_asked(options["reconstruction"])}
     source, data = open_job(name, target, texts, overwrite=overwrite, resume=resume, asked=asked)
     chosen = {key: options[key] for key in ("include", "exclude", "remainder", "patterns", "layouts")}
     found, left = plan(source.model, pattern, **chosen)

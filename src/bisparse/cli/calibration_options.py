@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 if TYPE_CHECKING:
-    from bisparse.pruning import BlockReconstruction, Method
+    from bisparse.pruning import BlockReconstruction, Method, NetworkReconstruction
 
 __all__ = [
     "BlockEpochs",
@@ -19,11 +19,13 @@ __all__ = [
     "Device",
     "ExpertFloor",
     "Length",
+    "NetworkEpochs",
     "Order",
     "Resume",
     "Sequences",
     "TextField",
     "TextFiles",
+    "fits_asked",
     "parse_device",
     "parse_expert_floor",
     "parse_method",
@@ -55,6 +57,13 @@ Order = Annotated[
 ]
 BlockEpochs = Annotated[
     int, typer.Option(min=0, help="Fit each block as a whole after its layers, in at most this many passes over the samples.")
+]
+NetworkEpochs = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        help="At the end, fit all layers together to the dense model's outputs, in at most this many passes over the samples.",
+    ),
 ]
 Damping = Annotated[float | None, typer.Option(help="Ridge parameter of the least squares; by default chosen on held-out data.")]
 Device = Annotated[str | None, typer.Option(help="Device on which to run transformer blocks, one at a time, such as cuda.")]
@@ -131,12 +140,25 @@ def parse_expert_floor(tokens: float | None) -> float:
     return EXPERT_FLOOR if tokens is None else tokens
 
 
-def parse_reconstruction(epochs: int, order: str) -> BlockReconstruction | None:
-    """How blocks are fitted as a whole; None for 0 epochs."""
-    if epochs == 0:
+def parse_reconstruction(
+    block_epochs: int, network_epochs: int, order: str
+) -> BlockReconstruction | NetworkReconstruction | None:
+    """How blocks, and the whole network, are fitted; None for 0 epochs of both."""
+    if block_epochs == network_epochs == 0:
         return None
     if order != "sequential":
-        raise typer.BadParameter("blocks can only be fitted with --order sequential", param_hint="--block-epochs")
+        hint = "--block-epochs" if block_epochs else "--network-epochs"
+        raise typer.BadParameter("works only with --order sequential", param_hint=hint)
+    from bisparse.pruning import BlockReconstruction, NetworkReconstruction
+
+    blocks = BlockReconstruction(epochs=block_epochs) if block_epochs else None
+    return NetworkReconstruction(epochs=network_epochs, blocks=blocks) if network_epochs else blocks
+
+
+def fits_asked(reconstruction: BlockReconstruction | NetworkReconstruction | None) -> dict[str, bool]:
+    """The option that asked for a fit of blocks or of the network, which needs calibration data."""
+    if reconstruction is None:
+        return {}
     from bisparse.pruning import BlockReconstruction
 
-    return BlockReconstruction(epochs=epochs)
+    return {"--block-epochs" if isinstance(reconstruction, BlockReconstruction) else "--network-epochs": True}

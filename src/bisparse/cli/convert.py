@@ -16,6 +16,7 @@ from bisparse.cli.calibration_options import (
     Device,
     ExpertFloor,
     Length,
+    NetworkEpochs,
     Order,
     Resume,
     Sequences,
@@ -79,6 +80,7 @@ def convert(
     ] = False,
     order: Order = "sequential",
     block_epochs: BlockEpochs = 0,
+    network_epochs: NetworkEpochs = 0,
     expert_floor: ExpertFloor = None,
     damping: Damping = None,
     include: Included = None,
@@ -103,7 +105,7 @@ def convert(
             "--to": to, "--method": method, "--calibration": calibration, "--text-field": text_field,
             "--include": include, "--exclude": exclude,
             "--layout": layout, "--damping": damping, "--solver": solver, "--device": device, "--resume": resume,
-            "--regrow": regrow or None, "--block-epochs": block_epochs or None,
+            "--regrow": regrow or None, "--block-epochs": block_epochs or None, "--network-epochs": network_epochs or None,
             "--expert-floor": expert_floor,
         }  # fmt: skip
         if given := [name for name, value in others.items() if value not in (None, [])]:
@@ -121,7 +123,7 @@ def convert(
 
     chosen_order = parse_order(order)
     chosen = None if method is None and damping is None else parse_method(method or "adaprune", damping)
-    asked = {"--regrow": regrow, "--block-epochs": block_epochs > 0}
+    asked = {"--regrow": regrow, "--block-epochs": block_epochs > 0, "--network-epochs": network_epochs > 0}
     if chosen is not None:
         asked[chosen.name] = bool(chosen.needs)
     texts = TextFiles(calibration, text_field, sequences, length)
@@ -140,7 +142,7 @@ def convert(
             layouts=layouts,
             solver=parse_solver_option(solver),
             order=chosen_order,
-            reconstruction=parse_reconstruction(block_epochs, order),
+            reconstruction=parse_reconstruction(block_epochs, network_epochs, order),
             expert_floor=parse_expert_floor(expert_floor),
             device=parse_device(device),
             resume=resume,

@@ -17,6 +17,7 @@ from bisparse.cli.calibration_options import (
     Device,
     ExpertFloor,
     Length,
+    NetworkEpochs,
     Order,
     Resume,
     Sequences,
@@ -95,6 +96,7 @@ def prune(
     length: Length = 512,
     order: Order = "sequential",
     block_epochs: BlockEpochs = 0,
+    network_epochs: NetworkEpochs = 0,
     expert_floor: ExpertFloor = None,
     damping: Damping = None,
     device: Device = None,
@@ -140,7 +142,7 @@ def prune(
     set_threads(threads)
     texts = TextFiles(calibration, text_field, sequences, length)
     job = PruneJob(source, target, structure, {**layers, **choices}, solver, key, overwrite, as_json, texts)
-    on_files = method == "magnitude" and not block_epochs and not choices and ":" not in str(source)
+    on_files = method == "magnitude" and not (block_epochs or network_epochs) and not choices and ":" not in str(source)
     if on_files:
         _check_unused({"--calibration": calibration, "--text-field": text_field, "--damping": damping, "--device": device})
         _check_unused({"--expert-floor": expert_floor})
@@ -150,14 +152,16 @@ def prune(
         if on_files:
             prune_by_magnitude(job, step)
         else:
-            settings = CalibrationSettings(method, damping, chosen_order, block_epochs, expert_floor, device, resume)
+            settings = CalibrationSettings(
+                method, damping, chosen_order, block_epochs, network_epochs, expert_floor, device, resume
+            )
             prune_calibrated(job, settings, step)
 
     if dry_run or target is None:
         run(None)
         return
     made_by = {"pattern": structure, **job.layers, "solver": solver, "key": key, "method": method, "damping": damping}
-    made_by |= {"order": order, "block_epochs": block_epochs, "expert_floor": expert_floor}
+    made_by |= {"order": order, "block_epochs": block_epochs, "network_epochs": network_epochs, "expert_floor": expert_floor}
     Steps(source, target, texts, quantize, export, measurement, overwrite, resume, made_by).run(run)
 
 

@@ -58,6 +58,7 @@ class CalibrationSettings:
     damping: float | None
     order: Literal["sequential", "parallel"]
     block_epochs: int
+    network_epochs: int
     expert_floor: float | None
     device: str | None
     resume: Path | None
@@ -78,7 +79,7 @@ def prune_calibrated(job: PruneJob, settings: CalibrationSettings, step: str | N
         **job.layers,
         solver=parse_solver_option(job.solver),
         order=settings.order,
-        reconstruction=parse_reconstruction(settings.block_epochs, settings.order),
+        reconstruction=parse_reconstruction(settings.block_epochs, settings.network_epochs, settings.order),
         expert_floor=parse_expert_floor(settings.expert_floor),
         device=parse_device(settings.device),
         resume=settings.resume,

@@ -19,6 +19,7 @@ from bisparse.pruning.methods.mean_absorption import MeanAbsorption, absorb_mean
 from bisparse.pruning.methods.regrow import Regrow
 from bisparse.pruning.methods.sparsegpt import SparseGPT
 from bisparse.pruning.methods.wanda import Wanda
+from bisparse.pruning.network_reconstruction import NetworkReconstruction
 from bisparse.pruning.prune import prune_
 from bisparse.pruning.violation import PatternViolation, predicted_violation, sparsest_pattern, violation
 
@@ -36,6 +37,7 @@ __all__ = [
     "MatchMoments",
     "MeanAbsorption",
     "Method",
+    "NetworkReconstruction",
     "OtherRankError",
     "PatternViolation",
     "PermutationReport",

@@ -290,7 +290,7 @@ def _costs(
     if batches is None:
         add((layer, None) for layer in layers)
         return found
-    quiet = replace(options, order="parallel", reconstruction=None, resume=None)
+    quiet = replace(options, order="parallel", reconstruction=None, network=None, resume=None)
     needs = frozenset({Statistic.GRAM, Statistic.NORM})
     for stage in calibrate(model, layers, batches, needs, quiet, walk=Walk(), ranks=ranks):
         assert not isinstance(stage, FinishedBlock)

@@ -29,6 +29,7 @@ from bisparse.pruning.methods.adaprune import AdaPrune
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.methods.regrow import Regrow
+from bisparse.pruning.network_reconstruction import NetworkReconstruction, parse_reconstruction
 from bisparse.pruning.prune import prune_layers_, report_of
 from bisparse.pruning.violation import CONFIDENCE, check_group, sparsest_pattern, violation
 from bisparse.results import PruneReport, count_parameters
@@ -52,7 +53,7 @@ def convert_(
     patterns: Mapping[str, str | Structure] | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
     order: Order = "sequential",
-    reconstruction: BlockReconstruction | None = None,
+    reconstruction: BlockReconstruction | NetworkReconstruction | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = None,
     resume: str | Path | None = None,
@@ -93,8 +94,9 @@ def convert_(
             if not isinstance(method, AdaPrune) or batches is None:
                 raise ValueError("regrow=True ranks pruned weights by their gain, which requires batches and the method AdaPrune")
             method = Regrow(method)
+        blocks, network = parse_reconstruction(reconstruction)
         options = Options(
-            parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress, expert_floor
+            parse_solver(solver), order, blocks, forward, device, resume, keep_journal, progress, expert_floor, network
         )
         planned, left_dense = plan(
             model, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts

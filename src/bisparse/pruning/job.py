@@ -24,10 +24,11 @@ from bisparse.layers import Layer, Skipped
 from bisparse.pattern import Structure
 from bisparse.process_group import Ranks
 from bisparse.pruning.bias import bias_of, norms_after
-from bisparse.pruning.calibration.calibrate import Walk
+from bisparse.pruning.calibration.block_chain import dense_copy
+from bisparse.pruning.calibration.calibrate import Walk, evaluating, shown
 from bisparse.pruning.calibration.collector import Stage
 from bisparse.pruning.calibration.expert_inputs import EXPERTS
-from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
+from bisparse.pruning.calibration.finished_block import BlockFit, BlockFitter, FinishedBlock
 from bisparse.pruning.calibration.hooks import WITHOUT_DATA, unseen_reason
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, ExpertStatistics, Statistic, full_precision
@@ -36,6 +37,7 @@ from bisparse.pruning.journal import Journal, JournalError
 from bisparse.pruning.layer import Change, prune_layer
 from bisparse.pruning.layer_tensors import live_tensors, restore_, resumed_result, tensors_after, write_
 from bisparse.pruning.methods.base import Method
+from bisparse.pruning.network_reconstruction import finished_network
 from bisparse.results import LayerResult
 from bisparse.rollback import Rollback
 
@@ -84,13 +86,14 @@ class Job:
         self.tasks = {task.layer.name: task for task in tasks}
         self.layers = [task.layer for task in tasks]
         self.needs: frozenset[Statistic] = frozenset().union(*(task.method.needs for task in tasks))
-        self.uses_data = bool(self.needs) or options.reconstruction is not None
+        self.uses_data = bool(self.needs) or options.reconstructs
         self.data: list[Any] = []
         self.options = options
         self.ranks = ranks
         self.walk = Walk()
         self.results: dict[str, LayerResult] = {}
         self.fits: list[BlockFit] = []
+        self.network_note: tuple[str, ...] = ()
         self.experts: list[tuple[ExpertStatistics, ...]] = []
         self.norms: dict[str, nn.Module] = {}
         self.journal: Journal | None = None
@@ -156,20 +159,28 @@ class Job:
 
     def reconstruct(self, block: FinishedBlock) -> None:
         """Fit a block whose layers are written, or load the result of an interrupted job."""
-        assert self.options.reconstruction is not None and self.journal is not None
-        if self.journal.has("block", block.name):
-            tensors, saved = self.journal.get("block", block.name)
-            for layer in block.layers:
-                write_(layer, {key: tensors[f"{layer.name}/{key}"] for key in live_tensors(layer, {})}, {})
-            fit = BlockFit(**saved)
-        else:
-            fit = self.options.reconstruction.fit_(block)
-            held = {f"{layer.name}/{key}": live for layer in block.layers for key, live in live_tensors(layer, {}).items()}
-            self.journal.put("block", block.name, held, asdict(fit))
+        assert self.options.reconstruction is not None
+        fit = self._fitted_or_loaded(block, self.options.reconstruction)
         self.fits.append(fit)
         for layer in block.layers:
             if layer.name in self.results:
                 self.results[layer.name] = _fitted(self.results[layer.name], fit)
+
+    def reconstruct_network(self) -> None:
+        """Fit all layers together to the dense network's outputs, or load the result of an interrupted job."""
+        if self.options.network is None or not self.results:
+            return
+        layers = [layer for layer in self.layers if layer.name in self.results]
+        with evaluating(self.model), shown(self.options.progress, "fitting the network") as each:
+            network = finished_network(
+                self.model, dense_copy(self.model, self.original), layers, self.data, self.options.forward, each
+            )
+            fit = self._fitted_or_loaded(network, self.options.network)
+        unit = "nats per position" if network.classes else "relative error"
+        self.network_note = (
+            f"fitted the whole network to the dense one's outputs: {unit} on held-out batches {fit.error_before:.4f} before, "
+            f"{fit.error:.4f} after{'' if fit.changed else ', so nothing was changed'}",
+        )
 
     def touch(self, layer: Layer) -> None:
         """Store a layer's original tensors, before it is written to."""
@@ -230,12 +241,12 @@ class Job:
             ) from error
 
     def _check_data(self) -> None:
-        if self.options.reconstruction is not None and self.ranks.size > 1:
-            raise ValueError("blocks are reconstructed on one rank only; leave out group=")
+        if self.options.reconstructs and self.ranks.size > 1:
+            raise ValueError("blocks and networks are reconstructed on one rank only; leave out group=")
         if self._batches is None:
             names = ", ".join(dict.fromkeys(task.method.name for task in self.tasks.values() if task.method.needs))
             if not names:
-                raise ValueError("reconstruction compares outputs of blocks: pass batches of calibration data")
+                raise ValueError("reconstruction compares outputs: pass batches of calibration data")
             needs = ", ".join(sorted(self.needs))
             raise ValueError(f"{names} needs the {needs} of each layer's inputs: pass batches of calibration data")
         self.data = listed(self._batches)
@@ -243,7 +254,7 @@ class Job:
     def _description(self) -> dict[str, Any]:
         """Everything that identifies this job; a journal belongs to one job, and all ranks must have the same."""
         options = self.options
-        fit = "" if options.reconstruction is None else f", {options.reconstruction!r}"
+        fit = "".join(f", {fitter!r}" for fitter in (options.reconstruction, options.network) if fitter is not None)
         return {
             "jobs": {name: f"{task.structure} by {stable_repr(task.method)}" for name, task in self.tasks.items()},
             "solver": stable_repr(options.solver),
@@ -293,6 +304,18 @@ class Job:
         if self.uses_data and self.options.order == "sequential":
             self._write(layer)
 
+    def _fitted_or_loaded(self, block: FinishedBlock, fitter: BlockFitter) -> BlockFit:
+        assert self.journal is not None
+        if self.journal.has("block", block.name):
+            tensors, saved = self.journal.get("block", block.name)
+            for layer in block.layers:
+                write_(layer, {key: tensors[f"{layer.name}/{key}"] for key in live_tensors(layer, {})}, {})
+            return BlockFit(**saved)
+        fit = fitter.fit_(block)
+        held = {f"{layer.name}/{key}": live for layer in block.layers for key, live in live_tensors(layer, {}).items()}
+        self.journal.put("block", block.name, held, asdict(fit))
+        return fit
+
     def _write(self, layer: Layer) -> None:
         self.touch(layer)
         if self.journal is None:
@@ -305,7 +328,7 @@ class Job:
         if not self.uses_data:
             return ()
         cost = _notes(self.walk, len(self.data), self.options.order) + _note_of_experts(self.experts, self.options.expert_floor)
-        return cost + (_note_of(self.fits) if self.options.reconstruction is not None else ())
+        return cost + (_note_of(self.fits) if self.options.reconstruction is not None else ()) + self.network_note
 
 
 def _fitted(result: LayerResult, fit: BlockFit) -> LayerResult:

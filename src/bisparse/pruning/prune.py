@@ -29,6 +29,7 @@ from bisparse.pruning.layer import plan
 from bisparse.pruning.methods import parse_method
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
+from bisparse.pruning.network_reconstruction import NetworkReconstruction, parse_reconstruction
 from bisparse.results import PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import Layout
@@ -52,7 +53,7 @@ def prune_(
     patterns: Mapping[str, str | Structure] | Sequence[str | Structure] | None = None,
     layouts: Mapping[str, str | Layout] | None = None,
     order: Order = "sequential",
-    reconstruction: BlockReconstruction | None = None,
+    reconstruction: BlockReconstruction | NetworkReconstruction | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: torch.device | str | None = None,
     resume: str | Path | None = None,
@@ -86,7 +87,8 @@ def prune_(
         order: "sequential": each layer is pruned on its inputs in the network pruned so far; "parallel": on the dense network's
             inputs, as in the paper.
         reconstruction: after the layers of each block of a chain, such as a transformer's, fit the kept weights of the whole
-            block to the dense block's output. Needs the order "sequential".
+            block to the dense block's output (`BlockReconstruction`), or those of the whole network to the dense network's output
+            (`NetworkReconstruction`, with or without blocks before). Needs the order "sequential".
         forward: ``forward(model, batch)``, for batches that are passed in another way.
         device: where to run transformer blocks, one at a time; by default the model's device.
         resume: a folder for the journal of this job. An interrupted job that is called again with the same arguments continues
@@ -116,8 +118,9 @@ def prune_(
         if scores is not None and method is not None:
             raise ValueError(f"both scores= and method={method!r:.60} choose the masks: leave out one of them")
         method = Magnitude() if method is None else parse_method(method)
+        blocks, network = parse_reconstruction(reconstruction)
         options = Options(
-            parse_solver(solver), order, reconstruction, forward, device, resume, keep_journal, progress, expert_floor
+            parse_solver(solver), order, blocks, forward, device, resume, keep_journal, progress, expert_floor, network
         )
         chosen: dict[str, Any] = {"include": include, "exclude": exclude, "remainder": remainder, "layouts": layouts}
         within: Plan | None = None
@@ -174,6 +177,7 @@ def prune_layers_(
                 job.reconstruct(stage)
             else:
                 job.prune(stage)
+        job.reconstruct_network()
         return job.commit()
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from bisparse.arguments import check_function, is_number
+from bisparse.distances import HIDDEN_LOSSES, HiddenLoss, hidden_distance, logit_divergence
 from bisparse.layers import Filter, matches
 from bisparse.results import checksum_of
-from bisparse.training.distill_losses import HIDDEN_LOSSES, HiddenLoss, hidden_distance, logit_divergence
 from bisparse.training.distill_teacher import frozen_teacher
 from bisparse.wrappers import plain_names, unwrapped_model
 

@@ -31,14 +31,14 @@ from bisparse.pruning.calibration.block_runner import ChainRun
 from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Data, Stage
 from bisparse.pruning.calibration.execution_order import discover
 from bisparse.pruning.calibration.expert_inputs import EXPERTS, ExpertInputs
-from bisparse.pruning.calibration.finished_block import FinishedBlock
+from bisparse.pruning.calibration.finished_block import FinishedBlock, split
 from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, batch_error_context, call_model, observed, token_mask
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
 from bisparse.pruning.reduction import positions
 from bisparse.tiles import to_matrices
 
-__all__ = ["Stage", "Walk", "calibrate"]
+__all__ = ["Stage", "Walk", "calibrate", "evaluating", "shown"]
 
 WHOLE_BYTES = 1 << 30
 """Bytes up to which the statistics of all layers are collected in one pass; otherwise stage by stage, as in "sequential"."""
@@ -104,7 +104,7 @@ def calibrate(
     shared = Data(data, needs, ranks if Statistic.INPUTS not in needs else Ranks(), options.expert_floor)
     hidden, lines = _shown(options.progress) if ranks.rank == 0 else (True, None)
     bar = tqdm(total=len(layers), desc="calibrating", unit="layer", disable=hidden, smoothing=0.1)
-    with _evaluating(model), bar:
+    with evaluating(model), bar:
         passed = len(done)
         if lines:
             lines("", passed, len(layers))
@@ -142,6 +142,20 @@ def _shown(progress: bool | None) -> tuple[bool | None, ProgressLines | None]:
     return (None if progress is None else not progress), None
 
 
+@contextmanager
+def shown(progress: bool | None, what: str) -> Iterator[Callable[[Sequence[int]], Iterator[int]]]:
+    """A function that iterates over batches and shows the progress, as `calibrate` does."""
+    hidden, lines = _shown(progress)
+
+    def each(batches: Sequence[int]) -> Iterator[int]:
+        for done, index in enumerate(tqdm(batches, desc=what, unit="batch", disable=hidden, smoothing=0.1)):
+            if lines:
+                lines(what, done, len(batches))
+            yield index
+
+    yield each
+
+
 def _timed(stages: Iterator[Stage | FinishedBlock], walk: Walk) -> Iterator[Stage | FinishedBlock]:
     while True:
         started = time.perf_counter()
@@ -154,7 +168,8 @@ def _timed(stages: Iterator[Stage | FinishedBlock], walk: Walk) -> Iterator[Stag
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """While open, all modules are in eval mode."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -291,8 +306,7 @@ def _walk_in_order(
 
 
 def _finished(run: ChainRun, layers: tuple[Layer, ...], data: Data) -> FinishedBlock:
-    numbers = range(len(data.own))
-    judge = tuple(number for number in numbers if number % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1) or tuple(numbers)
+    fit, judge = split(len(data.own), HOLD_OUT_EVERY)
     return FinishedBlock(
         f"{run.chain.name}.{run.current}",
         run.chain.blocks[run.current],
@@ -300,7 +314,7 @@ def _finished(run: ChainRun, layers: tuple[Layer, ...], data: Data) -> FinishedB
         run.output,
         run.dense_inputs.__getitem__,
         lambda number: token_mask(data.own[number][1]),
-        tuple(number for number in numbers if number not in judge) or tuple(numbers),
+        fit,
         judge,
     )
 

@@ -1,8 +1,8 @@
-"""A block whose layers are all pruned: inputs and results of fitting it as a whole."""
+"""A block, or a whole network, whose layers are all pruned: inputs and results of fitting it as a whole."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bisparse.layers import Layer
 
-__all__ = ["BlockFit", "BlockFitter", "FinishedBlock"]
+__all__ = ["BlockFit", "BlockFitter", "FinishedBlock", "split"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,18 @@ class FinishedBlock:
     """Batches to fit to."""
     judge: tuple[int, ...]
     """Batches held out."""
+    classes: bool = False
+    """Whether outputs are logits of classes, compared by their probabilities."""
+    each: Callable[[Sequence[int]], Iterable[int]] = iter
+    """Iterates over the batches of an epoch; shows the progress of long fits."""
 
 
 @dataclass(frozen=True)
 class BlockFit:
-    """The result of a reconstruction: relative errors of the block's output on held-out batches."""
+    """The result of a reconstruction: errors of the block's output on held-out batches, before and after.
+
+    Relative errors or, of a network with logits, the divergence of the class probabilities in nats per position.
+    """
 
     block: str
     error_before: float
@@ -46,8 +53,14 @@ class BlockFit:
         return self.error < self.error_before
 
 
+def split(batches: int, held_out_every: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The numbers of the batches to fit to, and of those held out; all are both if there are too few."""
+    judge = tuple(range(held_out_every - 1, batches, held_out_every)) or tuple(range(batches))
+    return tuple(number for number in range(batches) if number not in judge) or tuple(range(batches)), judge
+
+
 class BlockFitter(Protocol):
-    """The protocol of methods that fit blocks, such as `BlockReconstruction`."""
+    """The protocol of methods that fit blocks or networks, such as `BlockReconstruction`."""
 
     def fit_(self, block: FinishedBlock) -> BlockFit:
         """Change the block's kept weights in place; returns its output error before and after."""

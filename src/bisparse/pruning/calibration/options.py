@@ -43,6 +43,8 @@ class Options:
     keep_journal: bool = False
     progress: bool | None = None
     expert_floor: float = EXPERT_FLOOR
+    network: BlockFitter | None = None
+    """How the whole network is fitted at the end."""
 
     def __post_init__(self) -> None:
         check_flag("keep_journal", self.keep_journal)
@@ -50,8 +52,8 @@ class Options:
             check_flag("progress", self.progress)
         if self.order not in ("sequential", "parallel"):
             raise ValueError(f"order={self.order!r}: expected 'sequential' or 'parallel'")
-        if self.reconstruction is not None and self.order != "sequential":
-            raise ValueError(f"order={self.order!r}: blocks are reconstructed in the order 'sequential' only")
+        if self.reconstructs and self.order != "sequential":
+            raise ValueError(f"order={self.order!r}: blocks and networks are reconstructed in the order 'sequential' only")
         floor = self.expert_floor
         if not is_number(floor) or not floor >= 0 or (isinstance(floor, int) and floor >= 1 << 63):
             raise ValueError(f"expert_floor={floor!r:.40}: expected a number of tokens per input, 0 or more")
@@ -62,3 +64,8 @@ class Options:
                 raise ValueError(f"device={self.device!r} is no device: {str(error).splitlines()[0]}") from error
             if kind == "meta":
                 raise ValueError(f"device={self.device!r} holds no numbers: expected a device to run blocks on, such as 'cuda'")
+
+    @property
+    def reconstructs(self) -> bool:
+        """Whether blocks, or the network, are fitted as a whole."""
+        return self.reconstruction is not None or self.network is not None

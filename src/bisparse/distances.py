@@ -1,4 +1,4 @@
-"""Distances between student and teacher: divergence of class probabilities, and distance of hidden states."""
+"""Distances between a network's outputs and another's: divergence of class probabilities, and distance of hidden states."""
 
 from __future__ import annotations
 

@@ -1,0 +1,136 @@
+"""The loop of reconstruction: Adam on the kept weights of pruned layers, judged on held-out batches.
+
+Masks do not change. Steps are relative to the size of each parameter and taken on float32 copies, since they are below the
+resolution of bfloat16. Guarantee: the error on held-out batches does not grow; otherwise all weights are left unchanged.
+Deterministic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bisparse.distances import logit_divergence
+from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
+from bisparse.pruning.calibration.moments import token_weights
+
+__all__ = ["fit_kept_"]
+
+WARM_UP = 0.05
+"""Fraction of an epoch's steps in which the step size rises; after that it falls along a cosine."""
+
+
+def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhile: float) -> BlockFit:
+    """Fit the kept weights, and biases, of the block's pruned layers, in place.
+
+    Args:
+        epochs: maximum number of passes over the batches.
+        learning_rate: largest step, as a fraction of the root mean square of a parameter's kept weights.
+        worthwhile: another epoch follows only if the last one reduced the held-out error by at least this fraction.
+    """
+    fitted = _parameters(block)
+    precise = [parameter.detach().float().clone() for parameter in fitted]
+    kept = [parameter != 0 for parameter in precise[: len(block.layers)]]
+    adam = torch.optim.Adam([{"params": [one]} for one in precise], betas=(0.9, 0.95), fused=True)
+    sizes = [_size(one) for one in precise]
+    generator = torch.Generator().manual_seed(0)
+    start = _error(block)
+    best, best_values = start, [parameter.detach().clone() for parameter in fitted]
+    with _only_these_require_grad(block.module, fitted):
+        for _ in range(epochs):
+            order = [block.fit[place] for place in torch.randperm(len(block.fit), generator=generator, device="cpu").tolist()]
+            for step, index in enumerate(block.each(order)):
+                for group, size in zip(adam.param_groups, sizes, strict=True):
+                    group["lr"] = learning_rate * size * _rate(step, len(order))
+                distance, energy = _distance(block, index)
+                (distance / energy).backward()
+                for number, (parameter, one) in enumerate(zip(fitted, precise, strict=True)):
+                    one.grad = None if parameter.grad is None else parameter.grad.float()
+                    if one.grad is not None and number < len(kept):
+                        one.grad.mul_(kept[number])
+                    parameter.grad = None
+                adam.step()
+                _write_(fitted, precise)
+            before, end = best, _error(block)
+            # NaN does not count as an improvement.
+            if end < best:
+                best, best_values = end, [parameter.detach().clone() for parameter in fitted]
+            if not end < (1 - worthwhile) * before:
+                break
+    _write_(fitted, best_values)
+    return BlockFit(block.name, start, best)
+
+
+def _parameters(block: FinishedBlock) -> list[nn.Parameter]:
+    """Weights of the layers, then their biases."""
+    weights = [layer.weight for layer in block.layers]
+    biases = [layer.module._parameters.get("bias") for layer in block.layers]
+    found = {id(one): one for one in (*weights, *biases) if isinstance(one, nn.Parameter)}
+    return list(found.values())
+
+
+def _size(parameter: Tensor) -> float:
+    kept = parameter[parameter != 0]
+    return float(kept.square().mean().sqrt()) if kept.numel() else 0.0
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, round(WARM_UP * steps))
+    return (step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
+
+
+def _write_(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+def _distance(block: FinishedBlock, index: int) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Squared distance of the block's output from its target over a batch, and the target's energy, both weighted by token.
+
+    Of logits, the divergence of the probabilities, summed over positions, and the number of positions.
+    """
+    target = block.target(index)
+    if block.classes:
+        output = block.output(index)
+        keep = block.keep(index)
+        where = keep.to(target.device) if keep is not None and keep.shape == target.shape[:-1] else None
+        count = target[..., 0].numel() if where is None else int(where.sum())
+        return logit_divergence(output, target, where=where) * count, torch.tensor(float(count), device=target.device)
+    target = target.reshape(-1, target.shape[-1]).float()
+    output = block.output(index).reshape(target.shape).float()
+    weights = token_weights(target[None])
+    each = torch.ones(len(target), device=target.device) if weights is None else weights[0, :, 0]
+    if (keep := block.keep(index)) is not None and keep.numel() == len(each):
+        each = each * keep.reshape(-1).to(each.device)
+    return (each * (output - target).square().sum(1)).sum(), (each * target.square().sum(1)).sum()
+
+
+def _error(block: FinishedBlock) -> float:
+    with torch.no_grad():
+        pairs = [_distance(block, index) for index in block.judge]
+        total, energy = (float(sum(one.double() for one in column)) for column in zip(*pairs, strict=True))
+    if energy <= 0:
+        return 0.0
+    return total / energy if block.classes else (total / energy) ** 0.5
+
+
+@contextmanager
+def _only_these_require_grad(module: nn.Module, chosen: list[nn.Parameter]) -> Iterator[None]:
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
+    ids = {id(parameter) for parameter in chosen}
+    try:
+        for parameter, _, _ in before:
+            parameter.grad = None
+            parameter.requires_grad_(id(parameter) in ids)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter, required, gradient in before:
+            parameter.requires_grad_(required)
+            parameter.grad = gradient
