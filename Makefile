@@ -96,7 +96,7 @@ check: $(READY)
 	$(RUN) tools/api_pages.py --check
 	$(RUN) tools/draw_mask.py --check
 	$(RUN) benchmarks/tables.py --check
-	$(RUN) -m pytest -m docs
+	$(RUN) -m pytest -n auto -m docs tests/repo
 
 fix: $(READY)
 	$(RUN) -m ruff format
