@@ -9,6 +9,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 TORCH_INDEX ?=
 VENV ?= .venv
 
+# Compiled modules are kept whatever the shell says: the tests start many processes, and each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 SET_UP := tools/set_up.py
