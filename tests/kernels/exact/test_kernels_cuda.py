@@ -35,11 +35,7 @@ def interpreted(*marks: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-def test_kernels_in_the_interpreter() -> None:
-    interpreted()
-
-
-@pytest.mark.slow
+@pytest.mark.slow  # those that are not slow are `make test-interpreter`
 def test_more_of_the_kernels_in_the_interpreter() -> None:
     interpreted("-m", "slow")
 
