@@ -25,7 +25,8 @@ from experiment import load_text, method_named
 from smollm import perplexity
 
 from bisparse import finalize_, prune_, sparsify_, verify
-from bisparse.cli.model_source import open_source, token_batches
+from bisparse.cli.calibration_text import token_batches
+from bisparse.cli.model_source import open_source
 from bisparse.training import Distillation
 from record import RESULTS, Record
 

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bisparse.arguments import check_dense, entry_of
+from bisparse.arguments import check_dense, entry_of, is_number
 from bisparse.layers import Skipped
 from bisparse.pattern import Pattern
 from bisparse.solution import Solution
 from bisparse.tiles import Layout
 from bisparse.wrappers import check_module
 
-__all__ = ["LayerResult", "PruneReport", "checksum_of", "count_parameters", "gap_of", "has_bound"]
+__all__ = [
+    "MAX_HISTORY",
+    "LayerResult",
+    "MaskPoint",
+    "PruneReport",
+    "check_history",
+    "checksum_of",
+    "count_parameters",
+    "gap_of",
+    "has_bound",
+]
 
 MOSTLY_PRUNED = 0.5
 """Fraction of a model's parameters below which a summary warns that most of it stays dense."""
+MAX_HISTORY = 1000
+"""Maximum number of points in the history of a run."""
+MAX_STEP = 1 << 53
+"""Optimizer steps of a point are fewer, so that a float holds them."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,36 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class MaskPoint:
+    """One mask refresh of a training run: means over the refreshed layers, weighted by their sizes, as fractions in [0, 1]."""
+
+    step: int
+    """Optimizer steps done."""
+    flip_rate: float
+    """Fraction of mask entries that changed since the previous refresh."""
+    retained: float
+    """Fraction of the total score that the new masks keep."""
+    changed_tiles: float
+    """Fraction of tiles (or groups, for a pattern that is not transposable) in which an entry changed."""
+
+
+def check_history(points: Sequence[MaskPoint]) -> None:
+    """Raise ValueError unless these can be the points of a run: not too many, in order, with fractions in [0, 1]."""
+    if len(points) > MAX_HISTORY:
+        raise ValueError(f"history of {len(points)} points, at most {MAX_HISTORY}")
+    previous = -1
+    for point in points:
+        for name, value in asdict(point).items():
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            valid = whole and 0 <= value < MAX_STEP if name == "step" else is_number(value) and 0 <= value <= 1
+            if not valid:
+                raise ValueError(f"history: {name} {value!r:.60}")
+        if point.step <= previous:
+            raise ValueError(f"history: step {point.step} after step {previous}")
+        previous = point.step
+
+
+@dataclass(frozen=True)
 class PruneReport:
     """What was pruned, how well, and what was left dense and why."""
 
@@ -100,6 +144,8 @@ class PruneReport:
     """Things the user should know, in sentences."""
     parameters: int = 0
     """How many parameters the model has, pruned or not; 0 where that is not known."""
+    history: tuple[MaskPoint, ...] = field(default=(), repr=False)
+    """How the masks of a training run evolved, at most `MAX_HISTORY` points; empty for one-shot pruning."""
 
     def __iter__(self) -> Iterator[LayerResult]:
         return iter(self.layers)
@@ -175,6 +221,7 @@ class PruneReport:
             "notes": list(self.notes),
             "parameters": self.parameters,
             "fraction": self.fraction,
+            "history": [asdict(point) for point in self.history],
         }
 
     def __str__(self) -> str:

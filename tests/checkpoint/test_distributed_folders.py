@@ -100,6 +100,8 @@ def chunk_of(metadata: Any, name: str) -> Any:
     "change",
     [
         lambda metadata: setattr(of(metadata, "up.weight"), "relative_path", "../../secret"),
+        lambda metadata: setattr(of(metadata, "up.weight"), "relative_path", "x" * 5000),
+        lambda metadata: setattr(of(metadata, "up.weight"), "relative_path", "a\0b"),
         lambda metadata: setattr(of(metadata, "up.weight"), "offset", 10**12),
         lambda metadata: setattr(of(metadata, "up.weight"), "length", -1),
         lambda metadata: setattr(of(metadata, "up.weight"), "offset", of(metadata, "up.bias").offset),

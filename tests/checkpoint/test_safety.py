@@ -186,6 +186,9 @@ def test_shards_that_do_not_fit_their_index(tmp_path: Path) -> None:
     refused(r"lacks 1 of 2 shards: model-00002")
     index.write_text(json.dumps({**content, "weight_map": {"a.weight": "../elsewhere.safetensors"}}))
     refused("outside its folder")
+    for impossible in ("x" * 5000, "a\0b", "", ".."):
+        index.write_text(json.dumps({**content, "weight_map": {"a.weight": impossible}}))
+        refused("lacks 1 of 1 shards")
     index.write_text("{")
     refused(r"index\.json cannot be read as JSON")
     index.write_text("{}")

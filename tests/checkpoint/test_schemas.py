@@ -28,6 +28,14 @@ def set_in_sample(key: str, value: object) -> Change:
     return lambda document: document["samples"][0].__setitem__(key, value)
 
 
+def set_history(*points: dict[str, object] | object) -> Change:
+    return lambda document: document.update(history=list(points))
+
+
+def point(**changed: object) -> dict[str, object]:
+    return {"step": 4, "flip_rate": 0.5, "retained": 0.5, "changed_tiles": 0.5} | changed
+
+
 CHANGES: dict[str, Change] = {
     **{f"parts {value!r}": set_in_layout("parts", value) for value in (0, -4, 3, 1.5, "1", None, 10**400)},
     **{f"groups {value!r}": set_in_layout("groups", value) for value in (0, -1, True, [])},
@@ -49,6 +57,19 @@ CHANGES: dict[str, Change] = {
     },
     **{f"sample kept {str(value)[:9]}": set_in_sample("kept", value) for value in ([[2] * 16] * 16, [[1]], None)},
     **{f"sample row {value!r}": set_in_sample("row", value) for value in (-1, 0.5)},
+    **{f"history step {value!r}": set_history(point(step=value)) for value in (-1, 1.5, "4", None, True, 1 << 53)},
+    **{
+        f"history {name} {value!r}": set_history(point(**{name: value}))
+        for name in ("flip_rate", "retained", "changed_tiles")
+        for value in (-1e-9, 1.1, 1e300, "0.5", None, [])
+    },
+    "history in another order": set_history(point(step=8), point(step=4)),
+    "history of one step twice": set_history(point(), point()),
+    "history without rates": set_history({"step": 4}),
+    "history of numbers": set_history(0.5),
+    "history a number": lambda document: document.update(history=5),
+    "more points than a run records": set_history(*(point(step=step) for step in range(1001))),
+    "a million points": lambda document: document.update(history=[{}] * 10**6),
     "a layer twice": lambda document: document["layers"].append(document["layers"][0]),
     "fewer parameters than none": lambda document: document.update(parameters=-1),
     "layers a number": lambda document: document.update(layers=5),
@@ -101,6 +122,17 @@ def test_what_was_written_is_read_back_the_same(folder: Path, tmp_path: Path) ->
     sidecar = read_sidecar(tmp_path / "out")
     assert sidecar is not None
     assert json.loads(sidecar.to_json()) == json.loads((tmp_path / "out" / "bisparse.json").read_text())
+
+
+def test_a_sidecar_without_a_history_as_earlier_ones_is_read(folder: Path, tmp_path: Path) -> None:
+    prune_checkpoint(folder, tmp_path / "out", "2:4")
+    path = tmp_path / "out" / "bisparse.json"
+    document = json.loads(path.read_text())
+    assert document.pop("history") == []
+    path.write_text(json.dumps(document))
+    sidecar = read_sidecar(tmp_path / "out")
+    assert sidecar is not None and sidecar.report.history == ()
+    assert "How the masks settled" not in write_report(tmp_path / "out", tmp_path / "page.html").read_text()
 
 
 @pytest.mark.parametrize("shapes", ["5", "[]", '{"layers.0.up.weight": 5}', '{"layers.0.up.weight": [40, "16"]}', "[" * 9999,

@@ -1,4 +1,4 @@
-"""The plan of the house: who may import whom, what lies where, and that nothing is left off a table of contents."""
+"""The structure of the package: allowed imports, the place of each file, and complete tables of contents."""
 
 import ast
 import importlib
@@ -35,7 +35,7 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import hides which room it leads to"
+            assert node.level == 0, f"{path}: a relative import hides which package it leads to"
             names.add(node.module or "")
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
     return names
@@ -48,7 +48,7 @@ def test_import_contract_holds() -> None:
 
 
 def test_import_contract_is_complete() -> None:
-    # Without this a new module would stand outside the contract, free to import anything.
+    # A module that the contract does not list could import anything.
     layers, acyclic = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     listed = {name.strip(" ()") for layer in layers["layers"] for name in layer.replace(":", "|").split("|")}
     present = {path.stem for path in SOURCE.glob("*.py")} | {path.parent.name for path in SOURCE.glob("*/__init__.py")}
@@ -139,3 +139,21 @@ def test_public_names_are_sorted_documented_and_few() -> None:
         item = getattr(bisparse, name)
         if inspect.isclass(item) or inspect.isfunction(item):
             assert inspect.getdoc(item), f"bisparse.{name} has no docstring"
+
+
+def test_what_benchmarks_examples_and_tools_import_from_the_package_is_there() -> None:
+    scripts = [path for folder in ("benchmarks", "examples", "tools") for path in (ROOT / folder).rglob("*.py")]
+    assert len(scripts) > 40
+    wanted: dict[tuple[str, str], Path] = {}
+    for path in scripts:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module is not None and node.module.split(".")[0] == "bisparse":
+                wanted |= {(node.module, alias.name): path for alias in node.names}
+    lacking = []
+    for (module, name), path in wanted.items():
+        try:
+            exec(f"from {module} import {name}", {})  # as the script does it: a name or a submodule
+        except ImportError as error:
+            if error.name is None or error.name.startswith("bisparse"):
+                lacking.append(f"{path.relative_to(ROOT)}: {error}")
+    assert not lacking

@@ -69,7 +69,13 @@ def ddp(rank: int, mode: str, pattern: str) -> dict[str, object]:
     search.solve = original  # type: ignore[assignment]
     masks = {layer.name: layer.mask.clone() for layer in sparsity.layers}
     finalize_(model)
-    return {"state": full(model.state_dict()), "masks": masks, "solved": sum(solved), "step": sparsity.step}
+    return {
+        "state": full(model.state_dict()),
+        "masks": masks,
+        "solved": sum(solved),
+        "step": sparsity.step,
+        "history": sparsity.state_dict()["history"],
+    }
 
 
 def fsdp(rank: int, mode: str, pattern: str) -> dict[str, object]:
@@ -85,6 +91,7 @@ def fsdp(rank: int, mode: str, pattern: str) -> dict[str, object]:
     result: dict[str, object] = {
         "plain": plain_state_dict(model),
         "masks": {one.name: one.mask.clone() for one in sparsity.layers},
+        "history": sparsity.state_dict()["history"],
     }
     if mode == "dynamic":
         try:
@@ -116,7 +123,9 @@ def fsdp_resume(rank: int, folder: Path) -> dict[str, object]:
     train(fresh, other, range(2, 4), rank, 2)
     prices = {name: entry["u"].clone() for name, entry in resumed.state_dict()["layers"].items()}
     expected = {name: entry["u"].clone() for name, entry in sparsity.state_dict()["layers"].items()}
-    return {"whole": full(model.state_dict()), "resumed": full(fresh.state_dict()), "step": step, "prices": (prices, expected)}
+    histories = resumed.state_dict()["history"], sparsity.state_dict()["history"]
+    states = {"whole": full(model.state_dict()), "resumed": full(fresh.state_dict())}
+    return states | {"step": step, "prices": (prices, expected), "histories": histories}
 
 
 def sharded_first(rank: int) -> dict[str, object]:

@@ -137,6 +137,20 @@ def test_a_resume_with_other_layers_or_another_pattern(mlp):
         (("layers", "0", "u"), torch.zeros(1, 8, dtype=torch.int32)),
         (("layers", "0", "v"), torch.zeros(8, 8)),
         (("layers", "0", "exponent"), None),
+        (("history",), None),
+        (("history",), "text"),
+        (("history",), [[1, 0.5, 0.5]]),
+        (("history",), [[1, 0.5, 0.5, float("nan")]]),
+        (("history",), [[1, 0.5, 1.5, 0.5]]),
+        (("history",), [[1, -0.5, 0.5, 0.5]]),
+        (("history",), [[1, "0.5", 0.5, 0.5]]),
+        (("history",), [[1, torch.zeros(2), 0.5, 0.5]]),
+        (("history",), [[1.5, 0.5, 0.5, 0.5]]),
+        (("history",), [[True, 0.5, 0.5, 0.5]]),
+        (("history",), [[-1, 0.5, 0.5, 0.5]]),
+        (("history",), [[3, 0.5, 0.5, 0.5], [3, 0.5, 0.5, 0.5]]),
+        (("history",), [[8, 0.5, 0.5, 0.5]]),  # after the step of the state
+        (("history",), [[0, 0.5, 0.5, 0.5]] * 10**6),
     ],
 )
 def test_a_state_with_wrong_values_is_refused_before_anything_is_taken_from_it(mlp, place, value):
@@ -151,7 +165,7 @@ def test_a_state_with_wrong_values_is_refused_before_anything_is_taken_from_it(m
     inner[place[-1]] = value
     with pytest.raises(ValueError, match="the checkpoint"):
         sparsity.load_state_dict(state)
-    assert sparsity.step == 0
+    assert sparsity.step == 0 and sparsity.state_dict()["history"] == before["history"]
     assert all(
         torch.equal(sparsity.state_dict()["layers"]["0"][one], before["layers"]["0"][one]) for one in ("u", "v", "exponent")
     )

@@ -31,12 +31,14 @@ def test_lambda_times_the_learning_rates_sums_up_to_the_total(name, steps):
     assert decay.rate(steps, 0.1) == 0.0  # a run that goes on beyond its length does not decay on
 
 
-def trained(method: str, decay: object, steps: int, length: int, rate: float = 0.1) -> float:
+def trained(
+    method: str, decay: object, steps: int, length: int, rate: float = 0.1, by: type[torch.optim.Optimizer] = torch.optim.SGD
+) -> float:
     """How much pruned weights have shrunk under a loss whose gradient is zero."""
     torch.manual_seed(0)
     model = nn.Linear(16, 16, bias=False)
     sparsity = sparsify_(model, "2:4-T", method=method, decay=decay, steps=length, refresh=10_000)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    optimizer = by([{"params": model.parameters(), "weight_decay": 0.0}], lr=rate)
     sparsity.attach(optimizer)
     layer = sparsity.layers[0]
     before = layer.weight.detach()[~layer.mask].norm()
@@ -54,6 +56,26 @@ def test_pruned_weights_shrink_by_the_total_whatever_the_length_and_the_rate(met
     assert found == pytest.approx(expected, rel=1e-3)
     assert trained(method, None, 100, 100) == pytest.approx((1 - DEFAULT_TOTAL / 100) ** 100, rel=1e-3)  # the default of SGD
     assert trained(method, FixedDecay(0.5), 10, 100) == pytest.approx((1 - 0.05) ** 10, rel=1e-4)
+
+
+@pytest.mark.parametrize("by", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam])
+@pytest.mark.parametrize("decay", [3.0, None])
+def test_a_total_is_the_same_with_optimizers_that_divide_gradients_by_their_size(by, decay):
+    total = DEFAULT_TOTAL if decay is None else decay
+    found = [trained("masked-decay", decay, steps, steps, rate, by) for steps, rate in ((100, 0.1), (400, 0.001))]
+    assert found == pytest.approx([(1 - total / steps) ** steps for steps in (100, 400)], rel=1e-3)
+
+
+def test_adams_moments_do_not_see_a_total_but_a_fixed_lambda(mlp, step):
+    moments = {}
+    given = copy.deepcopy(mlp)
+    for name, decay in (("none", FixedDecay(0.0)), ("total", 3.0), ("fixed", FixedDecay(3.0))):
+        model = copy.deepcopy(given)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        sparsity = sparsify_(model, "2:4-T", decay=decay, steps=10).attach(optimizer)
+        step(model, optimizer, 0)
+        moments[name] = optimizer.state[sparsity.layers[0].weight]["exp_avg"]
+    assert torch.equal(moments["none"], moments["total"]) and not torch.equal(moments["none"], moments["fixed"])
 
 
 def test_a_total_needs_to_know_the_run(mlp):

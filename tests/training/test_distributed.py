@@ -81,6 +81,15 @@ def test_fsdp2_sharded_state_saves_and_loads(results):
             assert torch.equal(found["resumed"][name], value), name
         prices, expected = found["prices"]
         assert all(torch.equal(prices[name], expected[name]) for name in expected)
+        history, whole = found["histories"]
+        assert history == whole and [step for step, *_ in whole] == [1]
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("mode", "pattern"), CASES)
+def test_all_ranks_record_the_same_history(results, kind, mode, pattern):
+    one, other = (result[f"{kind} {mode} {pattern}"]["history"] for result in results)
+    assert one == other and [step for step, *_ in one] == ([2] if mode == "dynamic" else [])
 
 
 def test_a_model_sharded_before_can_be_static_and_not_dynamic(results):

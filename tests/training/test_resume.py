@@ -92,6 +92,7 @@ def test_resume_at_any_step_is_bit_identical(name):
             for side, value in entry.items():
                 found = other["layers"][layer][side]
                 assert torch.equal(found, value) if isinstance(value, torch.Tensor) else found == value, (layer, side)
+        assert one["history"] == other["history"] and bool(one["history"]) == (case.get("mode") != "static"), killed_at
         if killed_at < STEPS - 3 and "schedule" not in case:
             assert resumed[3].metrics() == metrics
 

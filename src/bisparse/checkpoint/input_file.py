@@ -195,6 +195,8 @@ def _open(path: Path) -> tuple[io.BufferedReader, tuple[int, ...]]:
         raise CheckpointError(
             path, f"cannot be read ({error.strerror or error})", "check the path and its permissions"
         ) from error
+    except ValueError as error:  # a null byte, in a name that a file gave
+        raise CheckpointError(Path(repr(str(path))), f"is no path ({error})", "fetch the model again") from error
     raise CheckpointError(
         path, "is not a regular file, but a folder, pipe, socket or device", "copy its content to a file and pass that"
     )

@@ -282,8 +282,9 @@ def _open_sharded(folder: Path, index: Path, key: str | None) -> Source:
     files = sorted(set(weight_map.values()))
     if unsafe := [file for file in files if Path(file).name != file]:
         raise CheckpointError(index, f"names {unsafe[0]}, outside its folder", FETCH)
-    if missing := [file for file in files if not (folder / file).is_file()]:
-        raise CheckpointError(folder, f"lacks {len(missing)} of {len(files)} shards: {', '.join(missing[:4])}", "fetch them")
+    if missing := [file for file in files if not os.path.isfile(folder / file)]:  # False, too, for names that no file can have
+        shown = ", ".join(file[:80] for file in missing[:4])
+        raise CheckpointError(folder, f"lacks {len(missing)} of {len(files)} shards: {shown}", "fetch them")
     shards: list[Shard] = []
     inputs = [index_file]
     notes: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -30,7 +30,7 @@ from bisparse.checkpoint.stored_tensor import StoredTensor, build_header, read_h
 from bisparse.errors import CheckpointError
 from bisparse.layers import Skipped, layer_name
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.results import LayerResult, PruneReport
+from bisparse.results import MAX_HISTORY, LayerResult, MaskPoint, PruneReport, check_history
 from bisparse.solution import verify
 from bisparse.tiles import to_matrices
 
@@ -159,6 +159,7 @@ class Sidecar:
                 raise ValueError("duplicate parameter")
             if read.parameters < 0:
                 raise ValueError(f"parameters {read.parameters}")
+            check_history(read.history)
             for sample in read.samples:
                 _check_sample(sample)
             for pattern in read.patterns.values():
@@ -174,6 +175,7 @@ class Sidecar:
             read.patterns,
             tuple(read.notes),
             read.parameters,
+            tuple(read.history),
         )
         found = tuple(read.evaluation)
         return cls(report, read.remainder, read.source, tuple(read.samples), read.created, read.versions, read.provenance, found)
@@ -197,6 +199,7 @@ class _Document(msgspec.Struct):
     provenance: dict[str, Any] = {}
     evaluation: list[dict[str, Any]] = []
     parameters: int = 0
+    history: Annotated[list[MaskPoint], msgspec.Meta(max_length=MAX_HISTORY)] = []
 
 
 def _check_layer(result: LayerResult) -> None:

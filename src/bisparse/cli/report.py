@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,8 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Write an HTML page: retained score, gap and density of every layer, pictures of real tiles, mask diversity.
+
+    For a model that was trained sparse and saved with its report, it also shows how the masks evolved over the run.
 
     Exit code 1 if a layer does not obey its pattern, as for `bisparse verify`; the page is still written and shows where.
     """
@@ -62,6 +65,7 @@ def report(
                 "contradicted": figures.contradicted,
                 "provenance": figures.sidecar.provenance,
                 "layers": layers,
+                "history": [asdict(point) for point in figures.report.history],
             }
         )
     else:

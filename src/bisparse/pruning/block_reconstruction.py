@@ -67,7 +67,7 @@ class BlockReconstruction:
         best, best_values = start, [parameter.detach().clone() for parameter in fitted]
         with _only_these_require_grad(block.module, fitted):
             for _ in range(self.epochs):
-                for step, position in enumerate(torch.randperm(len(block.fit), generator=generator).tolist()):
+                for step, position in enumerate(torch.randperm(len(block.fit), generator=generator, device="cpu").tolist()):
                     for group, size in zip(adam.param_groups, sizes, strict=True):
                         group["lr"] = self.learning_rate * size * _rate(step, len(block.fit))
                     distance, energy = _distance(block, block.fit[position])

@@ -30,7 +30,7 @@ from bisparse.pruning.calibration.calibrate import Walk, calibrate
 from bisparse.pruning.calibration.finished_block import FinishedBlock
 from bisparse.pruning.calibration.hooks import unseen_reason
 from bisparse.pruning.calibration.options import Options
-from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics
+from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics, full_precision
 from bisparse.pruning.experts import expert_problems
 from bisparse.pruning.fingerprint import fingerprint, stable_repr
 from bisparse.pruning.knapsack import Choice, choose
@@ -279,11 +279,11 @@ def _costs(
     found: dict[str, list[float]] = {}
 
     def add(part: Iterable[tuple[Layer, Statistics | None]]) -> None:
-        own = {
-            layer.name: [_lost(layer, one, options.solver, statistics) for one in allowed[layer.name]]
-            for layer, statistics in ranks.share(list(part))
-            if statistics is None or statistics.columns
-        }
+        own = {}
+        for layer, statistics in ranks.share(list(part)):
+            if statistics is None or statistics.columns:
+                with full_precision(layer.weight.device):
+                    own[layer.name] = [_lost(layer, one, options.solver, statistics) for one in allowed[layer.name]]
         for one in ranks.all(own):
             found.update(one)
 

@@ -30,7 +30,7 @@ from bisparse.pruning.calibration.expert_inputs import EXPERTS
 from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
 from bisparse.pruning.calibration.hooks import WITHOUT_DATA, unseen_reason
 from bisparse.pruning.calibration.options import Options
-from bisparse.pruning.calibration.statistics import CalibrationError, ExpertStatistics, Statistic
+from bisparse.pruning.calibration.statistics import CalibrationError, ExpertStatistics, Statistic, full_precision
 from bisparse.pruning.fingerprint import fingerprint, stable_repr
 from bisparse.pruning.journal import Journal, JournalError
 from bisparse.pruning.layer import Change, prune_layer
@@ -139,9 +139,10 @@ class Job:
             if self.uses_data and not statistics.columns:
                 continue
             task = self.tasks[layer.name]
-            change, result = prune_layer(
-                layer, task.structure, task.method, self.options.solver, statistics, task.allowed, self.norms
-            )
+            with full_precision(layer.weight.device):
+                change, result = prune_layer(
+                    layer, task.structure, task.method, self.options.solver, statistics, task.allowed, self.norms
+                )
             own[layer.name] = change.mask, change.weight, change.bias, result
         found = {name: one for part in self.ranks.all(own) for name, one in part.items()}
         for layer, statistics in zip(stage.layers, stage.statistics, strict=True):

@@ -192,7 +192,7 @@ def _count_chances(origin: float | Pattern, m: int) -> dict[int, float]:
 def _simulated(origin: float | Pattern, pattern: Structure) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
     side = getattr(pattern, "m", 1) * math.isqrt(SIMULATED_TILES)
-    draws = torch.rand(side, side, generator=generator)
+    draws = torch.rand(side, side, generator=generator, dtype=torch.float32, device="cpu")
     mask = solve(draws, origin).mask if isinstance(origin, Pattern) else draws < origin
     total = float(mask.sum())
     found = verify(mask, pattern)

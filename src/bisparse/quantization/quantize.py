@@ -18,7 +18,7 @@ from bisparse.pruning.calibration.calibrate import calibrate
 from bisparse.pruning.calibration.collector import Stage
 from bisparse.pruning.calibration.finished_block import FinishedBlock
 from bisparse.pruning.calibration.options import Options
-from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics, stacked_moments
+from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics, full_precision, stacked_moments
 from bisparse.pruning.layer import check_can_be_written, layer_problem
 from bisparse.pruning.methods.base import LayerProblem
 from bisparse.pruning.reduction import positions
@@ -100,7 +100,8 @@ def quantize_(
                 continue
             for layer, statistics in zip(stage.layers, stage.statistics, strict=True):
                 rollback.touch(layer.weight)
-                done[layer.name] = _quantise_(layer, statistics, settings)
+                with full_precision(layer.weight.device):
+                    done[layer.name] = _quantise_(layer, statistics, settings)
         for layer in layers:
             if layer.name not in done:
                 rollback.touch(layer.weight)

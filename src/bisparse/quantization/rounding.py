@@ -80,8 +80,10 @@ def round_with_feedback(
     for g in range(rows.shape[0]):
         weight = rows[g].clone()
         upper = upper_inverse(gram[g], name)
-        own = scheme.scales(weight, dtype) if scheme.group is None else torch.empty(len(weight), columns // scheme.group)
-        own = own.to(weight.device)
+        if scheme.group is None:
+            own = scheme.scales(weight, dtype).to(weight.device)
+        else:
+            own = torch.empty(len(weight), columns // scheme.group, device=weight.device)
         for part in _parts(columns, scheme, choose):
             start = part.start
             if scheme.group is not None and start % scheme.group == 0:

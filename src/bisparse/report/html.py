@@ -16,6 +16,7 @@ from bisparse.errors import install_extra
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.pruning.violation import CONFIDENCE
 from bisparse.report.figures import FITTING_M, Progress, PrunedFigures, read_figures
+from bisparse.report.lines import lines_of_history
 from bisparse.report.plot import STRUCTURES, diversity_svg, retained_on_gaussian
 from bisparse.report.svg import chart_of_errors, chart_of_layers, picture_of_tile
 
@@ -72,7 +73,8 @@ def write_report(
     """Write a page about a pruned checkpoint: one HTML file that needs no network.
 
     It shows the retained score and the gap of each layer, pictures of real tiles, a new verification of W and W^T, the layers
-    left dense with reasons, and the properties of the structure for masks and hardware.
+    left dense with reasons, and the properties of the structure for masks and hardware. If the report of a training run was saved
+    with the model, it shows how the masks of the run evolved.
 
     Args:
         pruned: a folder with a `bisparse.json`, or the result of `read_figures`.
@@ -106,6 +108,7 @@ def write_report(
         kept_weights=sum(round(layer.density * layer.size) for layer in report),
         charts=[chart_of_layers([figures], [gaussian], narrow=narrow) for narrow in (False, True)],
         error_charts=[chart_of_errors(figures, narrow=narrow) for narrow in (False, True)],
+        history_charts=list(zip(*(lines_of_history(report.history, narrow=narrow) for narrow in (False, True)), strict=True)),
         mean_errors=[fmean(side) for side in zip(*errors, strict=True)],
         mixed=len({layer.pattern for layer in report}) > 1,
         has_output_error=any(layer.error is not None for layer in report),

@@ -9,8 +9,9 @@ from torch.optim import Optimizer
 from bisparse.training.decay import AnnealedDecay, Decay
 from bisparse.training.layer import SparseLayer
 from bisparse.training.optimizer import flattened, why_not_followed
+from bisparse.training.unattached import Watched
 
-__all__ = ["attach_error", "check_not_flattened", "run_length_error"]
+__all__ = ["attach_error", "check_not_flattened", "other_run_on", "run_length_error"]
 
 
 def run_length_error(decays: Iterable[Decay | None], steps: int | None) -> ValueError | None:
@@ -30,6 +31,16 @@ def check_not_flattened(layers: Iterable[SparseLayer]) -> None:
             f"FullyShardedDataParallel has flattened the weights of {len(names)} sparse layers, the first {names[0]!r}: "
             "masks need whole matrices. Shard with FSDP2 (torch.distributed.fsdp.fully_shard) instead"
         )
+
+
+def other_run_on(optimizers: Sequence[Optimizer], own: Watched, runs: Iterable[Watched]) -> Watched | None:
+    """Another of these runs that has some of the same weights and is attached to one of these optimizers."""
+    weights = {id(weight) for weight in own.weights}
+    for other in runs:
+        attached = any(one is mine for one in other.attached for mine in optimizers)
+        if other is not own and attached and any(id(weight) in weights for weight in other.weights):
+            return other
+    return None
 
 
 def attach_error(optimizers: Sequence[Optimizer], layers: Sequence[SparseLayer], method: str, other: object) -> ValueError | None:

@@ -151,6 +151,19 @@ class SparseLayer:
         derived = (one.derived_tensors for one in (self.module, *self.sharing) if isinstance(one, Accelerated))
         return [self.mask, *(tensor for tensors in derived for tensor in tensors)]
 
+    def use_mask(self, mask: Bool[Tensor, "..."], *, proved: bool = False) -> None:
+        """Use another mask from now on, which ends a dense phase; with `proved` it is known to obey the pattern."""
+        self.mask.copy_(mask)
+        if (own := self.parametrization) is not None:
+            own.state.dense, own.state.warm_up, own.start = False, False, None
+        self.mask_changed(proved=proved)
+
+    def resume_phase(self, *, dense: bool, warm_up: bool) -> None:
+        """Continue a run in a dense phase, the first of the run if `warm_up`, or with the mask."""
+        if (own := self.parametrization) is not None:
+            own.state.dense, own.state.warm_up, own.start = dense, dense and warm_up, None
+        self.mask_changed()
+
     @property
     def is_dense(self) -> bool:
         """Whether a dynamic layer is in a dense phase."""
@@ -164,6 +177,10 @@ class SparseLayer:
             own.state.dense = True
             own.mask.fill_(True)
             self.mask_changed()
+
+    def decay_or(self, given: Decay | None) -> Decay | None:
+        """The decay of this layer; `given`, that of the run, if it has none of its own."""
+        return given if self.decay is None else self.decay
 
     @property
     def transposable(self) -> bool:

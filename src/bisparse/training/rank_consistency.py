@@ -92,7 +92,7 @@ def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks, settings: Map
         ]
     )
     first, first_rank = everyone[0], ranks.name(0)
-    settings_of_all = ranks.all({name: repr(value) for name, value in settings.items()})
+    settings_of_all = ranks.all({name: _text(value) for name, value in settings.items()})
     for number, theirs in enumerate(everyone):
         rank = ranks.name(number)
         names, first_names = [entry[0] for entry in theirs], [entry[0] for entry in first]
@@ -127,6 +127,11 @@ def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks, settings: Map
             ranks.broadcast_(mask, 0)
             layer.mask.copy_(mask)
             layer.mask_changed()
+
+
+def _text(value: object) -> str:
+    """A setting as text; the default text of an object has its place in memory, so that only the name of its class counts."""
+    return type(value).__name__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 
 def _checksum(tensor: Tensor) -> int:

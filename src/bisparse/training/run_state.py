@@ -13,13 +13,23 @@ from bisparse.pattern import Structure
 from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
 from bisparse.training.decay import Decay, TotalDecay
+from bisparse.training.history import history_from_state
 from bisparse.training.layer import SparseLayer
 from bisparse.training.mask_search import Prices
 from bisparse.training.parametrizations import mask_refusal
 
-__all__ = ["STATE_VERSION", "check_mask", "check_state", "entry_of", "load_entry"]
+__all__ = ["STATE_VERSION", "check_mask", "check_not_ended", "check_state", "entry_of", "load_entry"]
 
 STATE_VERSION = 2
+
+
+def check_not_ended(ended: int | None, doing: str) -> None:
+    """Raise ValueError for a run that `finalize_` has ended; `ended` is the step at which it did, or None."""
+    if ended is not None:
+        raise ValueError(
+            f"cannot {doing}: this Sparsity ended with finalize_ after optimizer step {ended}, and the model is dense "
+            "with zeros since; call sparsify_ again to train on with masks (mode='static', masks='nonzero' keeps the zeros)"
+        )
 
 
 def entry_of(layer: SparseLayer, mode: str, prices: Prices | None, decay: TotalDecay | None) -> dict[str, Any]:
@@ -71,6 +81,7 @@ def check_state(state: Mapping[str, Any], layers: Iterable[SparseLayer], mode: s
     for key in ("step", "refreshes"):
         if isinstance(state[key], bool) or not isinstance(state[key], int) or state[key] < 0:
             raise ValueError(f"the checkpoint has {key}={state[key]!r}: expected an integer that is 0 or more")
+    history_from_state(state.get("history", []), state["step"])
     if not isinstance(state["layers"], Mapping):
         raise ValueError(f"the checkpoint has layers of type {type(state['layers']).__name__}, not a mapping by name")
     saved, own = state["layers"], {layer.name: layer for layer in layers}

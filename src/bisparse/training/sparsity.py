@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import is_dataclass
 from typing import Any, Literal
 from weakref import WeakSet
 
@@ -22,28 +20,28 @@ import torch.distributed
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
-from bisparse.results import LayerResult, PruneReport, count_parameters
+from bisparse.results import LayerResult, MaskPoint, PruneReport, count_parameters
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import from_matrices
-from bisparse.training.attach_check import attach_error, check_not_flattened, run_length_error
-from bisparse.training.decay import Decay, TotalDecay, decay_rate
-from bisparse.training.facts import layer_facts
-from bisparse.training.forward_hook import RefreshHook, ZerosHook, gathered_again
+from bisparse.training.attach_check import attach_error, check_not_flattened, other_run_on, run_length_error
+from bisparse.training.decay import Decay
+from bisparse.training.forward_hook import RefreshHook, gathered_again
 from bisparse.training.gradient_check import check_gradients
-from bisparse.training.gradient_rules import MaskedGradients, after_closure, decay_pruned
+from bisparse.training.gradient_rules import after_closure
+from bisparse.training.history import history_from_state, history_state, record
 from bisparse.training.layer import SparseLayer
 from bisparse.training.mask_search import MaskSearch, Score
 from bisparse.training.metrics import MaskChange, as_metrics, measure_change
-from bisparse.training.optimizer import after_each_step, held_by, skipped_by_scaler, unwrapped
-from bisparse.training.pruned_sample import PrunedSample
+from bisparse.training.optimizer import held_by, skipped_by_scaler, unwrapped
 from bisparse.training.rank_consistency import check_ranks_agree, raise_together, ranks_of
-from bisparse.training.replaced import Links
-from bisparse.training.run_state import STATE_VERSION, check_state, entry_of, load_entry
+from bisparse.training.run_decay import RunDecay
+from bisparse.training.run_layers import RunLayers
+from bisparse.training.run_state import STATE_VERSION, check_not_ended, check_state, entry_of, load_entry
 from bisparse.training.schedule import Phase, Schedule
+from bisparse.training.static_zeros import StaticZeros
 from bisparse.training.unattached import warn_of_unattached
 
 __all__ = ["Method", "Mode", "Sparsity"]
@@ -89,10 +87,11 @@ class Sparsity:
         """Optimizer steps done."""
         self.steps = steps
         """Optimizer steps of the whole run; None if unknown. Trainers' callbacks set it."""
-        self._decays: dict[str, TotalDecay] = {}
-        self._rates: dict[str, float] = {}
+        self._decay = RunDecay(method)
         self.changes: dict[str, MaskChange] = {}
         """Metrics of the last measured refresh, by layer name."""
+        self.history: list[MaskPoint] = []
+        """The means over layers at the measured refreshes so far, at most `bisparse.results.MAX_HISTORY`."""
         self.refreshes = 0
         """Number of mask refreshes so far."""
         self.search_seconds = 0.0
@@ -107,20 +106,14 @@ class Sparsity:
         self.ended: int | None = None
         """The step at which `finalize_` ended the run; None before."""
         self.called = called
-        self._links = Links(called[0])
-        self._replaced: dict[str, str] = {}
-        """By layer name, why a layer is no longer trained sparse."""
-        self._final: dict[str, LayerResult] = {}
+        self._own = RunLayers(layers, called[0])
         self._begin()
 
     def _begin(self) -> None:
         self.handle = next(_HANDLES)
         self.hook = RefreshHook(self)
-        self.zeros_hook = ZerosHook()
-        self._pruned_sample = PrunedSample()
-        self._gradients = MaskedGradients()
+        self._zeros = StaticZeros(lambda: self._active)
         self._attached: list[Optimizer] = []
-        self._handles: list[RemovableHandle] = []
         self._undo: list[Callable[[], None]] = []
         _LIVE.add(self)
         if self.method != "s-ste" or self.schedule != Schedule():  # which follows the weights alone
@@ -135,7 +128,7 @@ class Sparsity:
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks are on this object's model and optimizers, not on those of a copy.
-        own = ("_attached", "_handles", "hook", "zeros_hook", "handle", "_pruned_sample", "_gradients", "_undo")
+        own = ("_attached", "hook", "handle", "_zeros", "_undo")
         return {name: value for name, value in self.__dict__.items() if name not in own} | {"on_refresh": [], "written": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -166,7 +159,7 @@ class Sparsity:
         ``sparsity/step`` is the number of optimizer steps when it was measured, up to `measure_every` steps ago.
         """
         self.notice_replaced()
-        return as_metrics({name: one for name, one in self.changes.items() if name not in self._replaced})
+        return as_metrics({name: one for name, one in self.changes.items() if name not in self._own.replaced})
 
     def report(self) -> PruneReport:
         """A report on the current weights of each sparse layer, and a reason for each dense one, for `bisparse.checkpoint.save`.
@@ -175,46 +168,29 @@ class Sparsity:
         time, and a note says so. In a sharded run, all ranks must call it.
         """
         self.notice_replaced()
-        present = [layer for layer in self.layers if layer.name not in self._replaced]
-        results = [self._final.get(layer.name) or layer_facts(layer, self.search.score) for layer in present]
-        skipped = (*self.skipped, *(Skipped(name, reason) for name, reason in self._replaced.items()))
+        results, skipped = self._own.results(self.search.score), (*self.skipped, *self._own.left_dense())
         solver = parse_solver(self.search.solver)
         method = "static training" if self.mode == "static" else f"dynamic training, {self.method}"
         notes = () if self.ended is None else (f"ended by finalize_ after optimizer step {self.ended}; later steps are dense",)
-        return PruneReport(str(self.pattern), method, type(solver).__name__, tuple(results), skipped, notes=notes)
+        shown = str(self.pattern), method, type(solver).__name__
+        return PruneReport(*shown, results, skipped, notes=notes, history=tuple(self.history))
 
     def facts_within(self, model: nn.Module) -> dict[str, LayerResult]:
         """The results in `report` for the layers in a model, by name."""
-        modules = {id(module) for module in model.modules()}
-        return {layer.name: layer_facts(layer, self.search.score) for layer in self._active if id(layer.module) in modules}
+        return self._own.results_within(model.modules(), self.search.score)
 
     def end(self, facts: Mapping[str, LayerResult]) -> None:
         """Record the figures of layers that are being finalized, and detach once no layer is left."""
-        self._final |= facts
-        if len(self._final | self._replaced) == len(self.layers):
+        self._own.final |= facts
+        if self._own.ended:
             self.detach()
             self.ended, self.due, self.written, self.on_refresh = self.step, False, [], []
             _LIVE.discard(self)
 
     def notice_replaced(self) -> None:
         """Warn once per sparse layer whose module is no longer in the model, and leave it out from now on."""
-        if self.ended is not None:
-            return
-        for layer in self._links.missing(self._active):
-            reason = f"replaced after sparsify_: the new module {layer.name!r} has no mask and trains dense"
-            self._replaced[layer.name] = reason
-            warnings.warn(
-                f"{layer.name}: {reason}. Replace modules before sparsify_; to make it sparse, call finalize_(model), "
-                "sparsify_ it again, and give its parameters to the optimizer",
-                stacklevel=3,
-            )
-
-    def _check_not_ended(self, doing: str) -> None:
-        if self.ended is not None:
-            raise ValueError(
-                f"cannot {doing}: this Sparsity ended with finalize_ after optimizer step {self.ended}, and the model is dense "
-                "with zeros since; call sparsify_ again to train on with masks (mode='static', masks='nonzero' keeps the zeros)"
-            )
+        if self.ended is None:
+            self._own.notice_replaced(stacklevel=3)
 
     def attach(self, *optimizers: Optimizer, group: ProcessGroup | None = None) -> Sparsity:
         """Attach to the optimizers that train the model; steps are counted on the first. Returns itself.
@@ -229,7 +205,7 @@ class Sparsity:
             ValueError: an optimizer is already attached, a sparse parameter that requires gradients is in none of them, or ranks
                     have different settings, masks or weights.
         """
-        self._check_not_ended("attach an optimizer")
+        check_not_ended(self.ended, "attach an optimizer")
         self.notice_replaced()
         if not optimizers:
             raise ValueError("attach() needs the optimizer that trains the model")
@@ -237,8 +213,9 @@ class Sparsity:
             raise ValueError("this Sparsity is already attached; call detach() first to attach it to another optimizer")
         plain = [unwrapped(optimizer) for optimizer in optimizers]
         check_not_flattened(self._active)
-        decays = [self._decay_of(layer) for layer in self._active]
-        error = run_length_error(decays, self.steps) or attach_error(plain, self._active, self.method, self._other_on(plain))
+        decays = [layer.decay_or(self.decay) for layer in self._active]
+        other = other_run_on(plain, self, live_sparsities())
+        error = run_length_error(decays, self.steps) or attach_error(plain, self._active, self.method, other)
         ranks = ranks_of(self._active, group)
         raise_together(ranks, error, "attaching the optimizer")
         check_ranks_agree(self._active, ranks, self._settings())
@@ -247,63 +224,32 @@ class Sparsity:
         for layer in self._active:
             layer.follow_nothing()
         for index, own in enumerate(plain):
-            self._handles.append(
-                own.register_step_pre_hook(lambda _, args, kwargs, own=own: self._before_step(own, args, kwargs))  # type: ignore[misc]
-            )
-            self._handles.append(own.register_step_post_hook(lambda *_, own=own, first=index == 0: self._after_step(own, first)))
+            before = own.register_step_pre_hook(lambda _, args, kwargs, own=own: self._before_step(own, args, kwargs))  # type: ignore[misc]
+            after = own.register_step_post_hook(lambda *_, own=own, first=index == 0: self._after_step(own, first))
+            self._undo += [before.remove, after.remove]
         if self.mode == "dynamic":
             self._expect(self.due)
             self.hook.refreshed = self
             self.hook.install(self.called)
         else:
-            for outer, inner in zip(optimizers, plain, strict=True):
-                if outer is not inner:  # such as Lookahead, which may write weights after the inner step
-                    self._undo.append(after_each_step(outer, self._zero_pruned))
-            self.zeros_hook.check = self._zeros_hold
-            self.zeros_hook.install(self.called)
-            # Gradients are masked when they are accumulated, so that clipping uses the masked norm.
-            for layer in self._active:
-                if layer.weight.requires_grad:
-                    hook = layer.weight.register_post_accumulate_grad_hook(
-                        lambda weight, own=layer: self._gradients.mask(own, weight)
-                    )
-                    self._handles.append(hook)
+            self._undo += self._zeros.attach(zip(optimizers, plain, strict=True), self.called)
         return self
 
     def _settings(self) -> dict[str, object]:
         """What must be equal on all ranks, by the argument of `sparsify_`, so that they refresh and decay at the same steps."""
-        return {
-            "mode": self.mode,
-            "method": self.method,
+        same = ("mode", "method", "schedule", "steps", "decay", "measure_every", "check_gradients")
+        return {name: getattr(self, name) for name in same} | {
             "refresh": self.refresh_every,
-            "schedule": self.schedule,
-            "steps": self.steps,
-            "decay": self.decay,
             "decay of single layers": {layer.name: layer.decay for layer in self._active if layer.decay is not None},
-            # The text of an object that is no dataclass names its place in memory.
-            "solver": solver if is_dataclass(solver := self.search.solver) or isinstance(solver, str) else type(solver).__name__,
-            "measure_every": self.measure_every,
-            "check_gradients": self.check_gradients,
+            "solver": self.search.solver,
             "the step of the run": self.step,
         }
 
-    def _other_on(self, optimizers: list[Optimizer]) -> Sparsity | None:
-        """Another live `Sparsity` of some of the same weights that is attached to one of these optimizers."""
-        weights = {id(layer.weight) for layer in self._active}
-        for other in _LIVE - {self}:
-            attached = any(one is mine for one in other._attached for mine in optimizers)
-            if attached and any(id(layer.weight) in weights for layer in other._active):
-                return other
-        return None
-
     def detach(self) -> None:
         """Detach from the optimizers, and remove all hooks."""
-        for handle in self._handles:
-            handle.remove()
         for undo in self._undo:
             undo()
-        self._attached, self._handles, self._undo = [], [], []
-        self.hook.refreshed, self.zeros_hook.check = None, None
+        self._attached, self._undo, self.hook.refreshed = [], [], None
 
     def _before_step(
         self, own: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -323,33 +269,16 @@ class Sparsity:
         if self.check_gradients:
             check_gradients([one.layer for one in held], self.search.ranks, self.step + 1)
         if self.mode == "static":
-            for one in held:
-                self._gradients.mask(one.layer, one.weight)
-        elif self.method == "masked-decay" or (self.method == "sr-ste" and first):
-            adaptive = self.method == "masked-decay" and any("betas" in group for group in own.param_groups)
-            for one in held if first else ():
-                self._rates[one.layer.name] = decay_rate(
-                    self._decay_of(one.layer),
-                    self._decays,
-                    one.layer.name,
-                    self.step,
-                    self.steps,
-                    learning_rate=float(one.group.get("lr", 1.0)),
-                    adaptive=adaptive,
-                )
-            decay_pruned(self.method, self._rates, held, own)
-
-    def _decay_of(self, layer: SparseLayer) -> Decay | None:
-        return layer.decay if layer.decay is not None else self.decay
+            self._zeros.before_step(held)
+        else:
+            self._decay.add(held, own, self.decay, self.step, self.steps, first=first)
 
     @torch.no_grad()
     def _after_step(self, own: Optimizer, counts: bool) -> None:
         if skipped_by_scaler(own):
             return
         if self.mode == "static":
-            for one in held_by(own, self._active):
-                one.layer.zero_pruned()
-            self.zeros_hook.unchecked = True
+            self._zeros.after_step(held_by(own, self._active))
         if not counts:
             return
         if self.step == 0:
@@ -365,16 +294,6 @@ class Sparsity:
         self._expect(missed or turns or (now is Phase.SPARSE and self.step % self.refresh_every == 0))
         if missed or (turns and self.in_compiled_code):
             self.refresh_due()
-
-    def _zero_pruned(self) -> None:
-        for layer in self._active:
-            layer.zero_pruned()
-
-    @torch.no_grad()
-    def _zeros_hold(self) -> None:
-        """Zero pruned weights again if a sample shows that something other than an attached optimizer has changed them."""
-        if self._pruned_sample.any_nonzero(self._active):
-            self._zero_pruned()
 
     def _expect(self, due: bool) -> None:
         self.due = due
@@ -402,7 +321,7 @@ class Sparsity:
 
         The weights were trained with the previous masks: continue to train before you evaluate, save or finalize.
         """
-        self._check_not_ended("refresh the masks")
+        check_not_ended(self.ended, "refresh the masks")
         self.notice_replaced()
         if absent := [layer.name for layer in self._active if layer.weight.is_meta]:
             raise ValueError(f"{absent[0]}: its weight is on the meta device and has no values to find a mask for")
@@ -415,40 +334,39 @@ class Sparsity:
         self.refreshes += 1
         measured = bool(self.measure_every) and (self.refreshes - 1) % max(1, self.measure_every // self.refresh_every) == 0
         solver = self.search.solver
+        changes: dict[str, MaskChange] = {}
         for layer in layers:
             mask, make_scores = found[layer.name]
             if measured:
                 scores = from_matrices(make_scores(), layer.layout, mask.shape)
                 optimal = not layer.transposable or (parse_solver(solver)).exact
                 old = layer.mask.to(mask.device)
-                self.changes[layer.name] = measure_change(layer, self.step, old, mask, scores, optimal=optimal)
-            layer.mask.copy_(mask)
-            own = layer.parametrization
-            if own is not None:
-                own.state.dense, own.state.warm_up, own.start = False, False, None
-            layer.mask_changed(proved=solver is None)  # the default solver's masks are valid; a check would synchronise
+                changes[layer.name] = measure_change(layer, self.step, old, mask, scores, optimal=optimal)
+            layer.use_mask(mask, proved=solver is None)  # the default solver's masks are valid; a check would synchronise
         self._expect(False)
         if measured:
+            self.changes |= changes
+            record(self.history, changes.values())
             for callback in self.on_refresh:
                 callback(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that the model's state_dict lacks: counters, prices and static masks, as tensors, numbers and strings.
+        """The state that the model's state_dict lacks: counters, history, prices and static masks, as tensors and plain values.
 
         After `finalize_` it has the step at which the run ended, and cannot be loaded.
         """
         self.notice_replaced()
         layers = {
-            layer.name: entry_of(layer, self.mode, self.search.prices.get(layer.name), self._decays.get(layer.name))
+            layer.name: entry_of(layer, self.mode, self.search.prices.get(layer.name), self._decay.done.get(layer.name))
             for layer in self._active
         }
         numbers = {"step": self.step, "refreshes": self.refreshes, "due": self.due, "ended": self.ended}
-        return {"version": STATE_VERSION, "mode": self.mode, **numbers, "layers": layers}
+        return {"version": STATE_VERSION, "mode": self.mode, **numbers, "history": history_state(self.history), "layers": layers}
 
     @property
     def _active(self) -> list[SparseLayer]:
         """The layers that are neither finalized nor replaced."""
-        return [layer for layer in self.layers if layer.name not in self._final | self._replaced and layer.active]
+        return self._own.active
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -457,25 +375,21 @@ class Sparsity:
         Raises:
             ValueError: the state has different layers, patterns, shapes or mode, or one of the two runs has ended.
         """
-        self._check_not_ended("load a state")
+        check_not_ended(self.ended, "load a state")
         self.notice_replaced()
         check_state(state, self._active, self.mode)
         saved, own = state["layers"], {layer.name: layer for layer in self._active}
-        self._pruned_sample.clear()
+        self._zeros.masks_changed()
         for layer in self._active:
             layer.follow_nothing()
         self.step, self.refreshes = int(state["step"]), int(state["refreshes"])
+        self.history = history_from_state(state.get("history", []), self.step)
         for name, entry in saved.items():
-            load_entry(entry, own[name], self._decay_of(own[name]), self.search.prices, self._decays)
-        dense = (
-            self._phase_after(self.step - 1 if state["due"] else self.step) is Phase.DENSE
-        )  # a due change has not happened yet
+            load_entry(entry, own[name], own[name].decay_or(self.decay), self.search.prices, self._decay.done)
+        done = self.step - 1 if state["due"] else self.step  # a due change has not happened yet
+        dense = self._phase_after(done) is Phase.DENSE
         for layer in self._active:
-            parametrization = layer.parametrization
-            if parametrization is not None:
-                parametrization.state.dense, parametrization.start = dense, None
-                parametrization.state.warm_up = dense and self.step <= self.schedule.dense_until
-            layer.mask_changed()
+            layer.resume_phase(dense=dense, warm_up=self.step <= self.schedule.dense_until)
         self._expect(bool(state["due"]))
 
 

@@ -174,15 +174,19 @@ def _group_is_a_text(made: Any) -> None:
     made.graph.node[0].CopyFrom(node("Conv", "x", "w", group="a"))
 
 
-def _null(made: Any) -> None:
+def _null(made: Any, location: str = "a\x00") -> None:
     first = made.graph.initializer[0]
     first.ClearField("raw_data")
     first.data_location = 1
     entry = first.external_data.add()
-    entry.key, entry.value = "location", "a\x00"
+    entry.key, entry.value = "location", location
 
 
-@pytest.mark.parametrize("damage", [_negative, _short, _group_is_a_text, _null])
+def _too_long(made: Any) -> None:
+    _null(made, "x" * 5000)
+
+
+@pytest.mark.parametrize("damage", [_negative, _short, _group_is_a_text, _null, _too_long])
 def test_values_that_onnx_does_not_allow_are_errors_that_name_the_file(tmp_path: Path, damage: Any) -> None:
     made = model([node("MatMul", "x", "w")], {"w": np.ones((8, 8), np.float32)})
     damage(made)

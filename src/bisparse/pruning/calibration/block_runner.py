@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.block_chain import Call, Chain, argument_of, dense_copy, without
 from bisparse.pruning.calibration.expert_inputs import ExpertInputs
-from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, batch_error_context, call_model, observed
+from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, batch_error_context, call_model, forget_casts, observed
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.paused import Paused
 
@@ -252,6 +252,7 @@ class ChainRun:
         return (index + 1) * one <= PAUSED_BYTES
 
     def _call(self, block: nn.Module, index: int, inputs: Tensor) -> Any:
+        forget_casts()
         call = self.calls[index][self.current]
         device = self.device or inputs.device
         args, kwargs = pytree.tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, (list(call.args), call.kwargs))

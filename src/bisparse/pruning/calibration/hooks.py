@@ -70,6 +70,7 @@ def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
         "Batches are passed as model(**batch), model(*batch) or model(batch); pass forward=lambda model, batch: ... for anything "
         "else, such as (inputs, labels) pairs"
     )
+    forget_casts()
     with batch_error_context(batch, index, f"the model {type(model).__name__}", ways), _without_cache(model):
         if forward is not None:
             return forward(model, batch)
@@ -78,6 +79,11 @@ def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
         if isinstance(batch, tuple | list):
             return model(*batch)
         return model(batch)
+
+
+def forget_casts() -> None:
+    """Forget autocast's casts of weights: inside a caller's autocast they would outlive a change of the weights."""
+    torch.clear_autocast_cache()
 
 
 @contextmanager

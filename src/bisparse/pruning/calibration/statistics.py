@@ -12,6 +12,8 @@ and weights fitted to the difference of two such numbers explode.
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -176,14 +178,16 @@ def _about_zero(covariance: Tensor | None, left: Tensor | None, right: Tensor | 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Disable autocast and reduced-precision float32 matmuls while open."""
-    before = torch.get_float32_matmul_precision()
+    """While open, arithmetic does not depend on the caller's autocast, matmul precision and default dtype; not for models."""
+    precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     torch.set_float32_matmul_precision("highest")
+    torch.set_default_dtype(torch.float32)
     try:
-        with torch.autocast(device.type, enabled=False):
+        with torch.autocast("cpu", enabled=False), torch.autocast(device.type, enabled=False):
             yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_default_dtype(dtype)
+        torch.set_float32_matmul_precision(precision)
 
 
 def precise(tensor: Tensor) -> Tensor:
@@ -227,12 +231,12 @@ def _patches(module: nn.Module, inputs: Float[Tensor, "N C *spatial"]) -> Iterat
     kernel, stride, dilation = module.kernel_size, module.stride, module.dilation
     padded_sizes = [size + pads[-2 * i - 2] + pads[-2 * i - 1] for i, size in enumerate(inputs.shape[2:])]
     out = [(padded_sizes[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(dimensions)]
-    per_image = 4 * inputs.shape[1] * int(torch.tensor(kernel).prod()) * int(torch.tensor(out).prod())
+    per_image = 4 * inputs.shape[1] * math.prod(kernel) * math.prod(out)
     for images in inputs.split(max(1, COLUMN_BYTES // max(1, per_image))):
         x = functional.pad(images.float(), pads, mode=mode) if any(pads) else images.float()
         x = x.unflatten(1, (module.groups, -1))
         taps = []
-        for position in torch.cartesian_prod(*(torch.arange(size) for size in kernel)).reshape(-1, dimensions).tolist():
+        for position in itertools.product(*(range(size) for size in kernel)):
             tap = x
             for i, offset in enumerate(position):
                 start = offset * dilation[i]

@@ -27,6 +27,7 @@ from bisparse.errors import install_extra
 from bisparse.layers import Filter, Layer, check_unheld, find_layers
 from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.calibration.hooks import call_model
+from bisparse.pruning.calibration.statistics import full_precision
 from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces
 from bisparse.pruning.channels.stripe_search import refine_stripes
 from bisparse.rollback import Rollback
@@ -221,8 +222,10 @@ def _best_order(
             if layer := by_weight.get(id(tensor)):
                 stacked.append(_bands(to_matrices(score_of(layer), layer.layout).transpose(1, 2), pattern.m))
     if not stacked:
-        return torch.arange(space.size)
-    return search_order(torch.cat(stacked).float(), pattern, steps=steps, seed=seed)
+        return torch.arange(space.size, device="cpu")
+    scores = torch.cat(stacked).float()
+    with full_precision(scores.device):
+        return search_order(scores, pattern, steps=steps, seed=seed)
 
 
 def _bands(matrices: Float[Tensor, "B R C"], m: int) -> Float[Tensor, "R2 C"]:
@@ -253,7 +256,7 @@ def search_order(scores: Float[Tensor, "R C"], pattern: Pattern, *, steps: int =
     for step in range(steps):
         # The column that leaves a group is random, but each position is drawn equally often.
         if step % m == 0:
-            turns = torch.rand(groups, m, generator=generator).argsort(1).to(scores.device)
+            turns = torch.rand(groups, m, generator=generator, dtype=torch.float32, device="cpu").argsort(1).to(scores.device)
         taken = turns[:, step % m : step % m + 1]
         leaving = members.gather(1, taken)[:, 0]
         rest = members[torch.arange(m, device=scores.device) != taken].view(groups, m - 1)

@@ -130,8 +130,9 @@ def best_divisions(
         least: a gain below this fraction of a pair's kept score counts as zero.
     """
     columns, members, pairs = columns.contiguous(), members.contiguous(), pairs.contiguous()
-    gains, choices = torch.zeros(len(pairs), dtype=torch.float64), torch.zeros(len(pairs), dtype=torch.int64)
-    smallest = torch.tensor([least], dtype=torch.float64)
+    gains = torch.zeros(len(pairs), dtype=torch.float64, device="cpu")
+    choices = torch.zeros(len(pairs), dtype=torch.int64, device="cpu")
+    smallest = torch.tensor([least], dtype=torch.float64, device="cpu")
     (count, rows), stripes, number = columns.shape, len(members), len(pairs)
     arguments = columns, members, pairs, gains, choices, smallest, count, rows, stripes, number
     over_bands(divide_kernel(n), arguments, number, 1, max(1, MIN_WORK_PER_THREAD // max(rows, 1)))

@@ -28,14 +28,14 @@ class _Stripes:
     def __init__(self, columns: Float[Tensor, "C R"], members: Int[Tensor, "S 4"], n: int) -> None:
         from bisparse.pruning.channels.stripe_kernel import DIVISIONS, best_divisions  # numba takes a second to import
 
-        self.divisions, self.search = torch.tensor(DIVISIONS), best_divisions
+        self.divisions, self.search = torch.tensor(DIVISIONS, device="cpu"), best_divisions
         self.columns, self.members, self.n = columns, members.clone(), n
-        self.pairs = torch.triu_indices(len(members), len(members), 1).t().contiguous()
+        self.pairs = torch.triu_indices(len(members), len(members), 1, device="cpu").t().contiguous()
         self.gains, self.choices = (
-            torch.zeros(len(self.pairs), dtype=torch.float64),
-            torch.zeros(len(self.pairs), dtype=torch.int64),
+            torch.zeros(len(self.pairs), dtype=torch.float64, device="cpu"),
+            torch.zeros(len(self.pairs), dtype=torch.int64, device="cpu"),
         )
-        self.look_again(torch.ones(len(members), dtype=torch.bool))
+        self.look_again(torch.ones(len(members), dtype=torch.bool, device="cpu"))
 
     def look_again(self, changed: Bool[Tensor, " S"]) -> None:
         """Search the pairs again that have a changed stripe."""
@@ -51,7 +51,7 @@ class _Stripes:
             better = (self.gains > 0).nonzero()[:, 0]
             if not len(better):
                 return gained
-            changed = torch.zeros(len(self.members), dtype=torch.bool)
+            changed = torch.zeros(len(self.members), dtype=torch.bool, device="cpu")
             for p in better[self.gains[better].argsort(descending=True, stable=True)].tolist():
                 pair = self.pairs[p]
                 if not changed[pair].any():
@@ -83,15 +83,15 @@ def refine_stripes(
     count = starts.shape[1]
     for stripes in settled:
         stripes.settle()
-    stripes = max(settled, key=lambda one: one.kept(torch.arange(count)))
+    stripes = max(settled, key=lambda one: one.kept(torch.arange(count, device="cpu")))
     for _ in range(MAX_ESCAPES if count > 1 else 0):
         before = stripes.members.clone(), stripes.gains.clone(), stripes.choices.clone()
-        pair = torch.randperm(count, generator=generator)[:2]
-        places = torch.randint(4, (2,), generator=generator)
+        pair = torch.randperm(count, generator=generator, device="cpu")[:2]
+        places = torch.randint(4, (2,), generator=generator, device="cpu")
         kept = stripes.kept(pair)
         stripes.members[pair, places] = stripes.members[pair, places].flip(0)
         lost = kept - stripes.kept(pair)
-        stripes.look_again(torch.zeros(count, dtype=torch.bool).index_fill_(0, pair, True))
+        stripes.look_again(torch.zeros(count, dtype=torch.bool, device="cpu").index_fill_(0, pair, True))
         if stripes.settle() <= lost + MIN_RELATIVE_GAIN * kept:
             stripes.members, stripes.gains, stripes.choices = before
     return stripes.members.to(starts.device)

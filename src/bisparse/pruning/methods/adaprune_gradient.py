@@ -87,9 +87,9 @@ class GradientAdaPrune(Method):
             # The dense outputs are kept, as the paper's code does, instead of made again at every step.
             goals = [_dense_outputs(problem, pool, weight.device) for pool in pools]
             for _ in range(self.steps):
-                chosen = int(torch.randint(len(pools), (1,), generator=generator))
+                chosen = int(torch.randint(len(pools), (1,), generator=generator, device="cpu"))
                 pool = pools[chosen]
-                index = torch.randint(pool.shape[0], (min(self.batch_size, pool.shape[0]),), generator=generator)
+                index = torch.randint(pool.shape[0], (min(self.batch_size, pool.shape[0]),), generator=generator, device="cpu")
                 x, goal = (kind[index].float().to(weight.device) for kind in (pool, goals[chosen]))
                 loss = torch.nn.functional.mse_loss(problem.output(x, kept * mask, bias), goal)
                 optimizer.zero_grad()

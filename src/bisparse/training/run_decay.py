@@ -1,0 +1,59 @@
+"""`RunDecay`: the decay of pruned weights over a dynamic run, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch.optim import Optimizer
+
+from bisparse.training.decay import Decay, TotalDecay, decay_rate, is_total
+from bisparse.training.gradient_rules import decay_pruned
+from bisparse.training.optimizer import Held
+
+__all__ = ["RunDecay"]
+
+
+class RunDecay:
+    """Adds masked decay to gradients, or takes SR-STE's step on the weights, with each layer's own lambda.
+
+    A total of masked decay with Adam and its variants is a step on the weights, too.
+
+    Args:
+        method: the method of the run; "ste" and "s-ste" do not decay.
+    """
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self.done: dict[str, TotalDecay] = {}
+        """By layer name, what a total decay has done so far."""
+        self._rates: dict[str, float] = {}
+
+    def add(
+        self, held: Iterable[Held], optimizer: Optimizer, given: Decay | None, step: int, steps: int | None, *, first: bool
+    ) -> None:
+        """Decay the pruned weights of layers that have gradients.
+
+        Args:
+            given: the decay of layers that have none of their own; None: the default.
+            step: optimizer steps done, of `steps`; None if their number is not known.
+            first: False when a closure is evaluated again in the same step, which continues with the same lambda.
+        """
+        if not (self.method == "masked-decay" or (self.method == "sr-ste" and first)):
+            return
+        held = list(held)
+        adaptive = self.method == "masked-decay" and any("betas" in group for group in optimizer.param_groups)
+        for one in held if first else ():
+            self._rates[one.layer.name] = decay_rate(
+                one.layer.decay_or(given),
+                self.done,
+                one.layer.name,
+                step,
+                steps,
+                learning_rate=float(one.group.get("lr", 1.0)),
+                adaptive=adaptive,
+            )
+        # Adam would divide a total by the size of the gradients: it is applied outside of its moments, as AdamW's weight decay.
+        outside = [one for one in held if adaptive and is_total(one.layer.decay_or(given), steps)]
+        if first:
+            decay_pruned("sr-ste", self._rates, outside, optimizer)
+        decay_pruned(self.method, self._rates, [one for one in held if one not in outside], optimizer)
