@@ -35,9 +35,9 @@ def interpreted(*marks: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-@pytest.mark.slow  # those that are not slow are `make test-interpreter`
-def test_more_of_the_kernels_in_the_interpreter() -> None:
-    interpreted("-m", "slow")
+@pytest.mark.slow  # `make test-interpreter` runs those that are not slow
+def test_kernels_in_the_interpreter() -> None:
+    interpreted("-m", "slow or not slow")
 
 
 @pytest.mark.parametrize(
