@@ -5,8 +5,8 @@
 
 "sts": sentence embeddings by mean pooling, trained to give human similarities by their cosine; Spearman on the test set.
 "text": a causal language model on Python's documentation; perplexity on text held out. Before, after one-shot pruning, after
-fine-tuning, and a dense fine-tuning of the same length beside it; with --method adaprune the static masks start from
-weights that AdaPrune fitted on a part of the training set. --precision bfloat16 trains under autocast. Rows go to
+fine-tuning, and a dense fine-tuning of the same length beside it; with --method adaprune or alps the static masks start from
+weights that were fitted on a part of the training set. --precision bfloat16 trains under autocast. Rows go to
 results/training-finetune.jsonl; those there are skipped.
 """
 
@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import bisparse
+from bisparse.pruning import ALPS
 from bisparse.training.integrations.transformers import SparsityCallback
 
-CALIBRATION = 512
-"""Rows of the training set that AdaPrune looks at."""
+CALIBRATION = {"adaprune": 512, "alps": 2048}
+"""Rows of the training set (pairs of sentences in "sts") that the fits look at."""
+FITS = {"adaprune": bisparse.AdaPrune(), "alps": ALPS(rho_every=1, correct_upstream=False)}
 
 
 class Similarity(nn.Module):
@@ -123,7 +125,7 @@ def main() -> None:
     arguments.add_argument("--lr", type=float, default=5e-5)
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
-    arguments.add_argument("--method", choices=("magnitude", "adaprune"), default="magnitude", help="where static masks start")
+    arguments.add_argument("--method", choices=("magnitude", *FITS), default="magnitude", help="where static masks start")
     chosen = arguments.parse_args()
     torch.set_num_threads(chosen.threads)
     record = Record(chosen.results)
@@ -149,10 +151,11 @@ def fine_tune(chosen: Any, pattern: str, seed: int) -> dict[str, Any]:
     figures: dict[str, Any] = {"before": evaluate(), "threads": torch.get_num_threads()}
     callbacks = []
     if pattern != "dense":
-        if chosen.method == "adaprune":
-            calibration = [batch for start in range(0, CALIBRATION, 64) if (batch := collate(train[start : start + 64]))]
-            bisparse.prune_(model, pattern, bisparse.AdaPrune(), calibration, exclude="*pooler*")
-        masks = "nonzero" if chosen.method == "adaprune" else None
+        if chosen.method in FITS:
+            rows = range(0, CALIBRATION[chosen.method], 64)
+            calibration = [batch for start in rows if (batch := collate(train[start : start + 64]))]
+            bisparse.prune_(model, pattern, FITS[chosen.method], calibration, exclude="*pooler*")
+        masks = "nonzero" if chosen.method in FITS else None
         sparsity = bisparse.sparsify_(model, pattern, mode="static", masks=masks, exclude="*pooler*")  # type: ignore[arg-type]
         figures |= {"pruned": evaluate(), "layers": len(sparsity.layers)}
         callbacks = [SparsityCallback(sparsity)]
