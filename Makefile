@@ -9,6 +9,9 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 TORCH_INDEX ?=
 VENV ?= .venv
 
+# Compiled modules are kept whatever the shell says: the tests start many processes, and each would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
+
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 SET_UP := tools/set_up.py
@@ -23,7 +26,7 @@ VENV_TRITON := .venv-oldest-triton
 help:
 	@echo "make demo       prune all-MiniLM-L6-v2 with and without data, check the masks, and make a report to look at"
 	@echo "make demo-speed prune SmolLM2-135M to 4:8-T and let it write, dense and packed, on this CPU"
-	@echo "make test       the tests; test-slow, test-gpu, test-transformers-4 and test-oldest-triton are the others"
+	@echo "make test       the tests; test-interpreter, test-slow, test-gpu, test-transformers-4 and test-oldest-triton are the others"
 	@echo "make check      format, lint, types, import contract, doctests, documentation"
 	@echo "make fix        format and repair what can be repaired, and write the generated pages again"
 	@echo "make docs       the documentation site, out/site/index.html; warnings and broken links are errors"
@@ -52,7 +55,7 @@ test: $(READY)
 
 # The Triton kernels on the CPU: Triton chooses between GPU and interpreter when it is imported, so they have a process of their own.
 test-interpreter: $(READY)
-	TRITON_INTERPRET=1 PYTHONPATH=tests $(RUN) -m pytest tests/kernels/interpreted
+	TRITON_INTERPRET=1 PYTHONPATH=tests $(RUN) -m pytest -n 0 tests/kernels/interpreted
 
 test-slow: $(READY)
 	$(RUN) -m pytest -m "slow and not gpu"
@@ -96,7 +99,7 @@ check: $(READY)
 	$(RUN) tools/api_pages.py --check
 	$(RUN) tools/draw_mask.py --check
 	$(RUN) benchmarks/tables.py --check
-	$(RUN) -m pytest -m docs
+	$(RUN) -m pytest -n auto -m docs tests/repo
 
 fix: $(READY)
 	$(RUN) -m ruff format

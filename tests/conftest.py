@@ -1,11 +1,13 @@
 """Every test runs on one thread, offline, from a fixed seed, in an empty working directory."""
 
+import itertools
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 if "PYTHONPATH" in os.environ:  # for processes that tests start, whose working directory is another
     os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(one) for one in os.environ["PYTHONPATH"].split(os.pathsep))
 
@@ -23,11 +25,20 @@ settings.load_profile("fast")
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(scope="session")
+def _working_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """New empty folders; `mktemp` also replaces a link to the latest one, which waits for the disk before every test."""
+    parent = tmp_path_factory.mktemp("working")
+    return (parent / str(number) for number in itertools.count())
+
+
 @pytest.fixture(autouse=True)
-def _elsewhere(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def _elsewhere(request: pytest.FixtureRequest, _working_folders: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Relative paths, such as bad values that a test passes as one, are no paths in the repository."""
     if not request.path.is_relative_to(ROOT / "tests" / "repo"):
-        monkeypatch.chdir(tmp_path_factory.mktemp("working"))
+        folder = next(_working_folders)
+        folder.mkdir()
+        monkeypatch.chdir(folder)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -41,7 +52,10 @@ def _nothing_new_in_the_repository() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
-    torch.manual_seed(0)
+    if torch.accelerator.is_available():
+        torch.manual_seed(0)
+    else:  # the same without a stack trace for every kind of device, which takes longer than many a test
+        torch.default_generator.manual_seed(0)
     if "torch._dynamo.convert_frame" in sys.modules:  # what an earlier test compiled must not count against this one's limit
         torch._dynamo.reset()
 

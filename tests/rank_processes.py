@@ -1,26 +1,63 @@
-"""Ranks of a job as processes of their own: a script run once for each, and what each of them wrote."""
+"""Ranks of a job as processes of their own: a script run once for each, and what each of them wrote.
 
-import subprocess
+On Linux they are forked from one process that has imported torch and this package, and nothing else: an import takes
+a rank longer than most jobs here.
+"""
+
+import multiprocessing
+import os
+import runpy
 import sys
+import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import torch
 
+# Forking a process that has imported frameworks of macOS is not safe there.
+CONTEXT = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
+if sys.platform == "linux":
+    CONTEXT.set_forkserver_preload(
+        [
+            "torch._dynamo",
+            "torch.distributed.checkpoint",
+            "torch.distributed.fsdp",
+            "numba",
+            "bisparse.accelerate",
+            "bisparse.training",
+        ]
+    )
+
+
+def start_rank(script: Path, rank: int, folder: Path, *arguments: str) -> BaseProcess:
+    """Start ``script RANK FOLDER ARGUMENTS``; what it prints goes to ``rank0.log`` and so on in the folder."""
+    given = (str(script), [str(rank), str(folder), *arguments], str(folder / f"rank{rank}.log"))
+    process = CONTEXT.Process(target=_run, args=given, daemon=True)
+    process.start()
+    return process
+
+
+def _run(script: str, arguments: list[str], log: str) -> None:
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
+
 
 def results_of_ranks(script: Path, ranks: int, folder: Path) -> list[Any]:
     """Run ``script RANK FOLDER`` for every rank at once; each writes ``rank0.pt`` and so on to the folder."""
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(rank), str(folder)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for rank in range(ranks)
-    ]
+    processes = [start_rank(script, rank, folder) for rank in range(ranks)]
+    deadline = time.monotonic() + 240
     try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
     finally:
         # One that waits for another that has failed would wait for ever.
         for process in processes:
             process.kill()
-    assert all(process.returncode == 0 for process in processes), "\n".join(error[-3000:] for error in errors)
+    logs = "\n".join((folder / f"rank{rank}.log").read_text()[-3000:] for rank in range(ranks))
+    assert all(process.exitcode == 0 for process in processes), logs
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(ranks)]

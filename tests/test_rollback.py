@@ -57,7 +57,11 @@ class Net(nn.Module):
 
 
 def bits(tensor: Tensor | None) -> Any:
-    return None if tensor is None else (tensor.dtype, tuple(tensor.shape), bytes(tensor.detach().reshape(-1).view(torch.uint8)))
+    return (
+        None
+        if tensor is None
+        else (tensor.dtype, tuple(tensor.shape), tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes())
+    )
 
 
 def everything(model: nn.Module) -> Any:

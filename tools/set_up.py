@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 OLDEST_TORCH = (2, 11)
 CPU_BUILD = "torch==2.13.0+cpu"
+INSTALL = ("install", "--no-compile")
+"""pip compiles modules on one core, which takes a minute of its time here; `compileall` does it on all of them."""
 
 NO_CPU_TORCH = f"""
 This machine has no NVIDIA GPU, and pip finds no CPU build of torch here ({CPU_BUILD}). The default torch on Linux brings
@@ -72,7 +74,7 @@ def install_torch(pip: list[str | Path], gpu: bool, index: str) -> None:
         wanted = ["torch"]
     else:
         wanted = [CPU_BUILD]
-    if run(*pip, "install", "--no-deps", *wanted, check=False).returncode:
+    if run(*pip, *INSTALL, "--no-deps", *wanted, check=False).returncode:
         sys.exit(NO_CPU_TORCH if wanted == [CPU_BUILD] else "pip could not install torch; its message is above.")
 
 
@@ -118,7 +120,8 @@ def main() -> None:
 
     print("Installing bisparse and everything its tests and demo need: one to three minutes the first time", flush=True)
     os.chdir(ROOT)
-    run(*pip, "install", "--constraint", constraints, "--editable", ".[dev]", *arguments.extra)
+    run(*pip, *INSTALL, "--constraint", constraints, "--editable", ".[dev]", *arguments.extra)
+    run(python, "-m", "compileall", "-qq", "-j", "0", folder, check=False, quiet=True)  # some files are no Python of this version
     run(python, "-c", "import torch, bisparse")
     unfinished.unlink()
     print(f"Ready: {folder}, torch {version}", flush=True)

@@ -189,7 +189,8 @@ def weights_of(folder: Path) -> dict[str, bytes] | None:
     found = {}
     for path in sorted(folder.glob("*.safetensors")):
         found |= {
-            f"{path.name} {name}": bytes(one.contiguous().view(-1).view(torch.uint8)) for name, one in load_file(path).items()
+            f"{path.name} {name}": one.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            for name, one in load_file(path).items()
         }
     if not bisparse.verify_checkpoint(folder):
         found["verify"] = b"does not hold"

@@ -24,6 +24,7 @@ from bisparse.apart import check_apart
 from bisparse.checkpoint import CheckpointError, load_masks, prune_checkpoint, read_sidecar, to_dense, verify_checkpoint
 from bisparse.checkpoint import atomic_folder as output
 from bisparse.report import write_report
+from forked import in_child
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="fork and signals")
 
@@ -506,20 +507,6 @@ def test_no_space_left_on_device(folder: Path, tmp_path: Path, monkeypatch: pyte
 # ---- sudden death
 
 
-def in_child(job: Callable[[], None]) -> int:
-    """Run a job in a fork of this process; 0 if it ended well, minus the signal if it was killed."""
-    child = os.fork()
-    if child == 0:
-        try:
-            job()
-        except BaseException as error:  # noqa: BLE001, a child must not run on into the tests of its parent
-            sys.stderr.write(f"{error!r}\n")
-            os._exit(1)
-        os._exit(0)
-    _, status = os.waitpid(child, 0)
-    return os.waitstatus_to_exitcode(status)
-
-
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -747,10 +734,11 @@ def test_a_folder_that_may_not_be_written_is_refused_and_nothing_is_left(state: 
         place = Path(name)
         write_folder(place / "model", state)
         prune_checkpoint(place / "model", place / "locked" / "old", "2:4")
-        for path in (place, *place.rglob("*")):
-            path.chmod(0o555 if path.is_dir() else 0o444)
         layer = torch.nn.Sequential(torch.nn.Linear(16, 16))
         report = bisparse.prune_(layer, "2:4")
+        bisparse.save(layer, place / "saved", report=report)  # imports what another user may not read
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o555 if path.is_dir() else 0o444)
         jobs: dict[str, Callable[[], object]] = {
             "new": lambda: prune_checkpoint(place / "model", place / "locked" / "out", "1:4"),
             "deeper": lambda: prune_checkpoint(place / "model", place / "locked" / "a" / "out", "1:4"),

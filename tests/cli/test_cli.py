@@ -23,6 +23,7 @@ from bisparse.checkpoint import CheckpointError
 from bisparse.cli import app
 from bisparse.progress_lines import ProgressLines
 from bisparse.report import write_report
+from forked import in_child
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals")
 
@@ -483,23 +484,29 @@ def test_a_terminal_sees_a_bar_with_an_eta(model: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["magnitude", "adaprune"])
-def test_where_there_is_no_terminal_progress_is_lines_with_the_time(method: str, tmp_path: Path) -> None:
-    (tmp_path / "lined.py").write_text(
+def test_where_there_is_no_terminal_progress_is_lines_with_the_time(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"lined_{method}"
+    (tmp_path / f"{name}.py").write_text(
         "from torch import nn, ones\ndef both(): return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)), [ones(8, 16)]"
     )
     save_file({"evil\x1b[31m\nname.weight": torch.randn(16, 16)}, tmp_path / "model.safetensors")
-    source = "model.safetensors" if method == "magnitude" else "lined:both"
-    for as_json in ([], ["--json"]):
-        command = [sys.executable, "-m", "bisparse", "prune", source, f"out{len(as_json)}", "-p", "2:4", "--method", method]
-        done = subprocess.run([*command, *as_json], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
-        if as_json:
-            assert done.stderr == "" and json.loads(done.stdout)["ok"]
-        else:
-            assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  [ \d]{3} %  [ -~]+", line) for line in lines), lines
-            assert len(lines) >= 2 and lines[-1].endswith("100 %  " + ("done" if method == "magnitude" else "calibrating  done"))
-            assert done.stderr.replace("\n", "").isprintable()
+    monkeypatch.chdir(tmp_path)
+    arguments = "prune", "model.safetensors" if method == "magnitude" else f"{name}:both", "-p", "2:4", "--method", method
+    done = run(*arguments[:2], "out", *arguments[2:])
+    assert done.exit_code == 0, done.stderr
+    lines = [line for line in done.stderr.splitlines() if "Warning" not in line]
+    assert all(re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  [ \d]{3} %  [ -~]+", line) for line in lines), lines
+    assert len(lines) >= 2 and lines[-1].endswith("100 %  " + ("done" if method == "magnitude" else "calibrating  done"))
+    assert done.stderr.replace("\n", "").isprintable()
+    if method == "magnitude":
+        quiet = run(*arguments[:2], "out-json", *arguments[2:], "--json")
+        assert quiet.exit_code == 0 and quiet.stderr == "" and json.loads(quiet.stdout)["ok"]
+    else:
+        command = [sys.executable, "-m", "bisparse", *arguments[:2], "out-json", *arguments[2:], "--json"]
+        job = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert job.returncode == 0 and job.stderr == "" and json.loads(job.stdout)["ok"]
 
 
 def test_lines_come_at_the_start_every_few_seconds_and_at_the_end(
@@ -517,17 +524,21 @@ def test_lines_come_at_the_start_every_few_seconds_and_at_the_end(
 
 
 @posix
-def test_a_full_disk_under_a_journal_is_a_message_with_exit_code_1(tmp_path: Path) -> None:
+def test_a_full_disk_under_a_journal_is_a_message_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "full.py").write_text(
         "import resource, torch\n"
         "def both():\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))\n"
         "    return torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), [torch.randn(8, 64)]\n"
     )
-    command = [sys.executable, "-m", "bisparse", "prune", "full:both", "out", "-p", "2:4", "--method", "wanda"]
-    done = subprocess.run([*command, "--resume", "journal"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 1, done.stderr
-    assert "the journal" in done.stderr and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.chdir(tmp_path)
+
+    def job() -> None:
+        done = run("prune", "full:both", "out", "-p", "2:4", "--method", "wanda", "--resume", "journal")
+        assert done.exit_code == 1, done.output
+        assert "the journal" in done.stderr and "cannot be written" in done.stderr
+
+    assert in_child(job) == 0
     assert not (tmp_path / "out").exists() and not list(tmp_path.rglob("*.part"))
 
 

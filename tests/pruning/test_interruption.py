@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from bisparse.pruning import AdaPrune, SparseGPT, Wanda, prune_
 from bisparse.pruning.journal import Journal, JournalError, remove_journal
 from bisparse.rollback import same_bits
+from forked import in_child
 
 
 class Network(nn.Module):
@@ -114,18 +116,17 @@ def test_an_interrupted_job_goes_on_where_it_stopped_and_ends_the_same(kind: str
 
 
 def test_a_killed_process_leaves_a_journal_to_resume_from(tmp_path: Path) -> None:
-    script = """
-import os, sys, torch
-sys.path.insert(0, sys.argv[2])
-from test_interruption import *
-class Dies(Exception):
-    def __init__(self): os._exit(9)
-model, batches = case("chain")
-prune_(model, "2:4", Failing(4, Dies), batches, resume=sys.argv[1])
-"""
+    class Dies(Exception):
+        def __init__(self) -> None:
+            os._exit(9)
+
     journal = tmp_path / "journal"
-    run = subprocess.run([sys.executable, "-c", script, str(journal), str(Path(__file__).parent)], check=False)
-    assert run.returncode == 9
+
+    def job() -> None:
+        model, batches = case("chain")
+        prune_(model, "2:4", Failing(4, Dies), batches, resume=journal)
+
+    assert in_child(job) == 9
     assert sorted(journal.glob("done-*")) and not list(journal.glob("*.part"))
     model, batches = case("chain")
     whole = copy.deepcopy(model)
@@ -404,24 +405,19 @@ def test_a_journal_is_held_by_one_job_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [True, False])
 @pytest.mark.parametrize("room", [100, 1000])
 def test_a_full_disk_ends_a_job_with_a_message_and_the_model_unchanged(resume: bool, room: int, tmp_path: Path) -> None:
-    script = """
-import copy, resource, sys
-sys.path.insert(0, sys.argv[1])
-from test_interruption import *
-model, batches = case("chain")
-before = copy.deepcopy(model.state_dict())
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-try:
-    prune_(model, "2:4", AdaPrune(), batches, resume=sys.argv[2] or None)
-except JournalError as error:
-    print(error)
-assert same(before, model.state_dict())
-"""
-    folder = str(tmp_path / "journal") if resume else ""
-    command = [sys.executable, "-c", script, str(Path(__file__).parent), folder, str(room)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "the journal" in run.stdout and "cannot be written (" in run.stdout and "The model is unchanged" in run.stdout
+    folder = tmp_path / "journal" if resume else None
+
+    def job() -> None:
+        import resource as limits
+
+        model, batches = case("chain")
+        before = copy.deepcopy(model.state_dict())
+        limits.setrlimit(limits.RLIMIT_FSIZE, (room, limits.RLIM_INFINITY))
+        with pytest.raises(JournalError, match=r"(?s)the journal.*cannot be written \(.*The model is unchanged"):
+            prune_(model, "2:4", AdaPrune(), batches, resume=folder)
+        assert same(before, model.state_dict())
+
+    assert in_child(job) == 0
     assert not list(tmp_path.rglob("*.part"))
     if resume:
         model, batches = case("chain")

@@ -2,37 +2,51 @@
 
 import os
 import signal
-import subprocess
 import sys
-import time
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 import torch
 
+from rank_processes import start_rank
+
 WORKER = Path(__file__).with_name("stopped_ranks.py")
+JOBS = ("prune_", "sparsify_")
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[list[BaseProcess], Path]]]:
+    """Both jobs at once, because their ranks mostly wait: the two ranks of each, and their folder."""
+    started = {}
+    try:
+        for job in JOBS:
+            folder = tmp_path_factory.mktemp(job)
+            started[job] = [start_rank(WORKER, rank, folder, job) for rank in (0, 1)], folder
+        yield started
+    finally:
+        for rank in [rank for ranks, _ in started.values() for rank in ranks]:
+            rank.kill()
+            rank.join()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGSTOP")
-@pytest.mark.parametrize("job", ["prune_", "sparsify_"])
-def test_a_rank_that_is_stopped_ends_the_job_of_the_other_with_an_error(job: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(WORKER)]
-    ranks = [subprocess.Popen([*command, str(rank), str(tmp_path), job], stderr=subprocess.DEVNULL) for rank in (0, 1)]
-    try:
-        assert ranks[0].wait(timeout=120) == 0
-        assert (tmp_path / "stopped").exists() and ranks[1].poll() is None
-        found = torch.load(tmp_path / "rank0.pt")
-        assert "for another rank, which has ended, or is stopped or busy" in found["said"] and "timeout=" in found["said"]
-        assert found["unchanged"]
-        assert "rank 0 has waited 1 s for the other ranks" in (tmp_path / "log0.txt").read_text()
-        os.kill(ranks[1].pid, signal.SIGCONT)  # it finds that the other one has ended
-        limit = time.monotonic() + 60
-        while ranks[1].poll() is None and time.monotonic() < limit:
-            time.sleep(0.05)
-        assert ranks[1].returncode == 0
-        found = torch.load(tmp_path / "rank1.pt")
-        assert "for another rank, which has ended" in found["said"] and found["unchanged"]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+@pytest.mark.parametrize("job", JOBS)
+def test_a_rank_that_is_stopped_ends_the_job_of_the_other_with_an_error(
+    job: str, jobs: dict[str, tuple[list[BaseProcess], Path]]
+) -> None:
+    ranks, folder = jobs[job]
+    ranks[0].join(120)
+    assert ranks[0].exitcode == 0
+    assert (folder / "stopped").exists() and ranks[1].is_alive()
+    found = torch.load(folder / "rank0.pt")
+    assert "for another rank, which has ended, or is stopped or busy" in found["said"] and "timeout=" in found["said"]
+    assert found["unchanged"]
+    assert "rank 0 has waited 1 s for the other ranks" in (folder / "log0.txt").read_text()
+    assert ranks[1].pid is not None
+    os.kill(ranks[1].pid, signal.SIGCONT)  # it finds that the other one has ended
+    ranks[1].join(60)
+    assert ranks[1].exitcode == 0
+    found = torch.load(folder / "rank1.pt")
+    assert "for another rank, which has ended" in found["said"] and found["unchanged"]

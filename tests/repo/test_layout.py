@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,17 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
+def nodes_of(path: Path) -> tuple[ast.AST, ...]:
+    """All that a file's text is made of."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
+@cache
 def imported(path: Path) -> set[str]:
     """Every module that a file imports, at its top or inside a function."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes_of(path):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -109,7 +117,9 @@ def test_kernels_are_cached_by_our_own_cache() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=name_of)
 def test_file_says_what_it_is_and_has_one_subject(path: Path) -> None:
     text = path.read_text()
-    docstring = ast.get_docstring(ast.parse(text))
+    module = nodes_of(path)[0]
+    assert isinstance(module, ast.Module)
+    docstring = ast.get_docstring(module)
     assert docstring and docstring.split("\n")[0].rstrip().endswith((".", ":", "?")), "the head is one sentence about the file"
     assert text.count("\n") <= 500, "a file of this length has more than one subject"
     assert path.stem not in {"utils", "util", "helpers", "common", "misc", "core"}
@@ -117,7 +127,7 @@ def test_file_says_what_it_is_and_has_one_subject(path: Path) -> None:
 
 def test_no_class_named_after_hidden_state() -> None:
     banned = ("Manager", "Engine", "Handler", "Modifier", "Utils", "Helper")
-    classes = [node.name for path in FILES for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ClassDef)]
+    classes = [node.name for path in FILES for node in nodes_of(path) if isinstance(node, ast.ClassDef)]
     assert not [name for name in classes if name.endswith(banned)]
 
 

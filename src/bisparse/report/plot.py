@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,13 +101,14 @@ def retained_on_gaussian(pattern: str | Structure) -> float:
 
 def diversity_points(structures: Iterable[str | Structure] = STRUCTURES) -> list[Point]:
     """Diversity, by both methods, and retained score of each structure."""
-    points = []
-    for structure in dict.fromkeys(map(parse_pattern, structures)):
-        exact, paper = (
-            mask_diversity(structure, (WEIGHTS_ACROSS, WEIGHTS_ACROSS), method).log2_per_weight for method in ("exact", "paper")
-        )
-        points.append(Point(structure, retained_on_gaussian(structure), exact, paper))
-    return points
+    return [_point(structure) for structure in dict.fromkeys(map(parse_pattern, structures))]
+
+
+@cache
+def _point(structure: Structure) -> Point:
+    size = (WEIGHTS_ACROSS, WEIGHTS_ACROSS)
+    exact, paper = (mask_diversity(structure, size, method).log2_per_weight for method in ("exact", "paper"))
+    return Point(structure, retained_on_gaussian(structure), exact, paper)
 
 
 def plot_diversity(
@@ -149,6 +151,12 @@ def plot_diversity(
 
 def diversity_svg(structures: Iterable[str | Structure] = STRUCTURES, *, highlight: Sequence[str | Structure] = ()) -> str:
     """The same picture as an SVG element whose colours are the page's CSS variables (--ink, --plot-0, ...)."""
+    _check_matplotlib()
+    return _svg(tuple(map(parse_pattern, structures)), tuple(map(parse_pattern, highlight)))
+
+
+@lru_cache(maxsize=16)  # pages about the same patterns show the same picture
+def _svg(structures: tuple[Structure, ...], highlight: tuple[Structure, ...]) -> str:
     import matplotlib as mpl
 
     figure = _draw(structures, highlight, LIGHT, {})
@@ -164,6 +172,13 @@ def diversity_svg(structures: Iterable[str | Structure] = STRUCTURES, *, highlig
     return svg
 
 
+def _check_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ImportError(f"plots are drawn by matplotlib, which is not installed; {install_extra('report')}") from error
+
+
 def _draw(
     structures: Iterable[str | Structure],
     highlight: Sequence[str | Structure],
@@ -171,12 +186,11 @@ def _draw(
     family_colours: dict[str, str],
     title: str = "",
 ) -> Figure:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MultipleLocator
-    except ModuleNotFoundError as error:
-        raise ImportError(f"plots are drawn by matplotlib, which is not installed; {install_extra('report')}") from error
+    _check_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MultipleLocator
+
     marked = [parse_pattern(one) for one in highlight]
     points = diversity_points([*structures, *marked])
     colours = {family: family_colours.get(colour, colour) for family, (colour, _) in FAMILIES.items()}

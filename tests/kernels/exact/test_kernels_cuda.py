@@ -35,13 +35,9 @@ def interpreted(*marks: str) -> None:
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
+@pytest.mark.slow  # `make test-interpreter` runs those that are not slow
 def test_kernels_in_the_interpreter() -> None:
-    interpreted()
-
-
-@pytest.mark.slow
-def test_more_of_the_kernels_in_the_interpreter() -> None:
-    interpreted("-m", "slow")
+    interpreted("-m", "slow or not slow")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""These tests run the Triton kernels on the CPU, as Triton decides when it is first imported; test_kernels_cuda.py starts them.
+"""These tests run the Triton kernels on the CPU, as Triton decides when it is first imported: `make test-interpreter`.
 
 TRITON_INTERPRET=1 PYTHONPATH=tests python -m pytest tests/kernels/interpreted
 """

@@ -488,7 +488,7 @@ class Routed(nn.Module):
 def test_experts_that_only_later_batches_reach_are_pruned_on_what_they_see(chained: bool, by_token: bool, order: str) -> None:
     torch.manual_seed(3)
     model = Routed(chained, by_token).eval()
-    batches = [torch.randn(6 if by_token else 24, 16) for _ in range(40)]
+    batches = [torch.randn(6 if by_token else 24, 16) for _ in range(16)]
     layers, _ = find_layers(model)
     first: set[str] = set()
     handles = [layer.module.register_forward_pre_hook(lambda *_, name=layer.name: first.add(name)) for layer in layers]
@@ -508,7 +508,7 @@ def test_experts_that_only_later_batches_reach_are_pruned_on_what_they_see(chain
 def test_statistics_of_routed_experts_are_those_of_their_own_tokens(chained: bool, by_token: bool) -> None:
     torch.manual_seed(4)
     model = Routed(chained, by_token).eval()
-    batches = [torch.randn(6 if by_token else 24, 16) for _ in range(40)]
+    batches = [torch.randn(6 if by_token else 24, 16) for _ in range(16)]
     layers, _ = find_layers(model)
     assert bool(find_chains(model, layers, discover(model, layers, batches, None)[1], batches[0], None)) is chained
     order = []
