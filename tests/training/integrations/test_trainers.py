@@ -88,7 +88,7 @@ def test_lightning_resumes_bit_by_bit(tmp_path):
     def run(epochs, checkpoint=None):
         torch.manual_seed(0 if checkpoint is None else 9)
         module = module_class()
-        sparsity = sparsify_(module, "4:8-T", refresh=3)
+        sparsity = sparsify_(module, "4:8-T", refresh=3, steps=16)  # the decay goes by the length of the whole run
         trainer = lightning.Trainer(
             max_epochs=epochs, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, callbacks=[SparsityCallback(sparsity)],
