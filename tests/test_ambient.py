@@ -20,6 +20,7 @@ from bisparse.pruning import (
     Magnitude,
     MatchMoments,
     MeanAbsorption,
+    NetworkReconstruction,
     SparseGPT,
     Wanda,
     fold_batch_norms_,
@@ -132,6 +133,7 @@ JOBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] =
     "bias correction": (network, pruned(BiasCorrection(Magnitude()))),
     "moments": (network, pruned(MatchMoments(Magnitude()))),
     "blocks": (network, pruned(AdaPrune(), reconstruction=BlockReconstruction(epochs=2))),
+    "network": (network, pruned(Magnitude(), reconstruction=NetworkReconstruction(epochs=2))),
     "convolutions": (convolutions, lambda model: bisparse.prune_(model, "2:4", AdaPrune(), IMAGES, include="*")),
     "convolutions, moments": (
         convolutions,
@@ -151,6 +153,9 @@ JOBS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], object]]] =
     "dora": (network, merged(dora=True)),
     **{f"solve by {name}": (network, solved(name)) for name in SOLVERS},
 }
+
+
+TRAINING = ("dynamic", "static")  # which a caller cannot do in inference mode
 
 
 def result_of(job: str, setting: Callable[[], AbstractContextManager[object]]) -> Tensor:
@@ -182,6 +187,16 @@ def matmul_precision(precision: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextmanager
+def deterministic() -> Iterator[None]:
+    """It also fills new tensors with NaN, so that whatever reads memory that was not written is found."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "matmul precision": lambda: matmul_precision("medium"),
@@ -189,6 +204,8 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "default bfloat16": lambda: default_dtype(torch.bfloat16),
     "default device": lambda: torch.device("meta"),
     "no grad": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "deterministic": deterministic,
 }
 
 
@@ -197,9 +214,16 @@ def usual(job: str) -> Tensor:
     return result_of(job, nullcontext)
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("job", JOBS)
+NEED_GRADIENTS = ("adaprune by gradients", "blocks", "network")
+CASES = [(job, setting) for job in JOBS for setting in SETTINGS if setting != "inference mode" or not job.startswith(TRAINING)]
+
+
+@pytest.mark.parametrize(("job", "setting"), CASES)
 def test_a_result_is_the_same_under_every_global_setting(job: str, setting: str) -> None:
+    if setting == "inference mode" and job in NEED_GRADIENTS:
+        with pytest.raises(ValueError, match="needs gradients"):
+            result_of(job, SETTINGS[setting])
+        return
     assert torch.equal(result_of(job, SETTINGS[setting]), usual(job))
 
 

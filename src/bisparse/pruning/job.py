@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -243,6 +244,8 @@ class Job:
     def _check_data(self) -> None:
         if self.options.reconstructs and self.ranks.size > 1:
             raise ValueError("blocks and networks are reconstructed on one rank only; leave out group=")
+        if self.options.reconstructs and torch.is_inference_mode_enabled():
+            raise ValueError("reconstruction needs gradients: call this outside of torch.inference_mode()")
         if self._batches is None:
             names = ", ".join(dict.fromkeys(task.method.name for task in self.tasks.values() if task.method.needs))
             if not names:

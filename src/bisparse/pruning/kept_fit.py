@@ -101,11 +101,11 @@ def _distance(block: FinishedBlock, index: int) -> tuple[Float[Tensor, ""], Floa
         keep = block.keep(index)
         where = keep.to(target.device) if keep is not None and keep.shape == target.shape[:-1] else None
         count = target[..., 0].numel() if where is None else int(where.sum())
-        return logit_divergence(output, target, where=where) * count, torch.tensor(float(count), device=target.device)
+        return logit_divergence(output, target, where=where) * count, torch.tensor(float(count), dtype=torch.float32, device=target.device)
     target = target.reshape(-1, target.shape[-1]).float()
     output = block.output(index).reshape(target.shape).float()
     weights = token_weights(target[None])
-    each = torch.ones(len(target), device=target.device) if weights is None else weights[0, :, 0]
+    each = torch.ones(len(target), dtype=target.dtype, device=target.device) if weights is None else weights[0, :, 0]
     if (keep := block.keep(index)) is not None and keep.numel() == len(each):
         each = each * keep.reshape(-1).to(each.device)
     return (each * (output - target).square().sum(1)).sum(), (each * target.square().sum(1)).sum()

@@ -73,6 +73,8 @@ class GradientAdaPrune(Method):
     def _adam(
         self, problem: LayerProblem, inputs: tuple[Tensor, ...], weight: Tensor, mask: Tensor
     ) -> tuple[Tensor, Tensor | None]:
+        if torch.is_inference_mode_enabled():
+            raise ValueError("GradientAdaPrune needs gradients: call this outside of torch.inference_mode(), or use AdaPrune")
         assert problem.output is not None
         generator = torch.Generator().manual_seed(self.seed)
         alike = len({one.shape[1:] for one in inputs}) == 1
