@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import bisparse
+from bisparse.checkpoint import detect_patterns, load, load_masks, prune_checkpoint, save, verify_checkpoint
 from bisparse.pruning import (
     ALPS,
     AdaPrune,
@@ -26,6 +30,7 @@ from bisparse.pruning import (
     fold_batch_norms_,
     permute_,
     reestimate_batch_norms_,
+    violation,
 )
 from bisparse.quantization import quantize_
 from bisparse.solvers import SOLVERS
@@ -240,3 +245,62 @@ def test_changed_weights_are_seen_inside_an_autocast_of_the_caller(reconstructio
             bisparse.prune_(model, "2:4-T", AdaPrune(), inputs, reconstruction=reconstruction)
     for name, weight in once.state_dict().items():
         assert torch.equal(weight, always.state_dict()[name]), name
+
+
+def write(folder: Path) -> Path:
+    torch.manual_seed(0)
+    folder.mkdir()
+    save_file({"up.weight": torch.randn(64, 32), "down.weight": torch.randn(32, 64)}, folder / "model.safetensors")
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def prune_files(folder: Path) -> object:
+    prune_checkpoint(folder / "model", folder / "out", "4:8-T")
+    patterns = [str(one) for one in detect_patterns(folder / "out")]
+    return patterns, verify_checkpoint(folder / "out").message, (folder / "out" / "model.safetensors").read_bytes()
+
+
+def prune_files_unstructured(folder: Path) -> object:
+    prune_checkpoint(folder / "model", folder / "out", "50%")
+    return (folder / "out" / "model.safetensors").read_bytes()
+
+
+def save_and_load(folder: Path) -> object:
+    with torch.device("cpu"):
+        model, other = (nn.Linear(16, 16, dtype=torch.float32) for _ in range(2))
+    with torch.no_grad():
+        model.weight.copy_(torch.arange(256.0, device="cpu").view(16, 16))
+        model.bias.fill_(1)
+    save(model, folder / "saved", report=bisparse.prune_(model, "2:4-T", include="*"))
+    load(other, folder / "saved")
+    kept = [int(mask.sum()) for mask in load_masks(folder / "saved").values()]
+    return other.weight.tolist(), kept, (folder / "saved" / "model.safetensors").read_bytes()
+
+
+def look_at_a_distributed_checkpoint(folder: Path) -> object:
+    state = {"up.weight": torch.arange(512.0, dtype=torch.float32, device="cpu").view(16, 32)}
+    with torch.device("cpu"):
+        dcp.save(state, checkpoint_id=str(folder / "dcp"))
+    return verify_checkpoint(folder / "dcp", "2:4").message
+
+
+def measure_a_violation(folder: Path) -> object:
+    mask = torch.rand(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu") < 0.5
+    return str(violation(mask, "4:8-T"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("setting", ["default device", "default bfloat16", "autocast", "deterministic"])
+@pytest.mark.parametrize(
+    "act",
+    [prune_files, prune_files_unstructured, save_and_load, look_at_a_distributed_checkpoint, measure_a_violation],
+)
+def test_files_are_the_same_under_every_global_setting(act: Callable[[Path], object], setting: str, tmp_path: Path) -> None:
+    places = [tmp_path / "usual", tmp_path / "under"]
+    for place in places:
+        place.mkdir()
+        write(place / "model")
+    expected = act(places[0])
+    with SETTINGS[setting]():
+        assert act(places[1]) == expected

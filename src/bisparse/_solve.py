@@ -121,8 +121,8 @@ def _is_plain(scores: Tensor) -> bool:
 
 
 def _certificate_of_nothing(m: int) -> Certificate:
-    prices = torch.zeros(0, m, dtype=torch.int64)
-    return Certificate(prices, prices, torch.zeros(0, dtype=torch.int64))
+    prices = torch.zeros(0, m, dtype=torch.int64, device="cpu")
+    return Certificate(prices, prices, torch.zeros(0, dtype=torch.int64, device="cpu"))
 
 
 def _start_of(solution: Solution | None, scores: Tensor, pattern: Pattern) -> Certificate | None:

@@ -372,3 +372,20 @@ def test_text_as_patterns_or_layouts_of_a_file_is_refused(tmp_path: Path) -> Non
             with pytest.raises(ValueError, match=f"{argument}=.*expected a mapping"):
                 bisparse.prune_checkpoint(tmp_path / "source", tmp_path / "out", "2:4", **{argument: value})
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("kind", "sides"), [(nn.Linear, (16, 32)), (nn.Conv2d, (16, 16, 3)), (nn.ConvTranspose2d, (16, 16, 3))])
+def test_a_model_that_is_one_layer(kind: type[nn.Module], sides: tuple[int, ...], tmp_path: Path) -> None:
+    model, again = kind(*sides), kind(*sides)
+    report = bisparse.prune_(model, "2:4-T", include="*")
+    assert report[0].parameter == "weight"
+    save(model, tmp_path / "one", report=report)
+    load(again, tmp_path / "one")
+    assert all(torch.equal(own, again.state_dict()[name]) for name, own in model.state_dict().items())
+    assert torch.equal(load_masks(tmp_path / "one")["weight"], model.weight != 0)
+    found = verify_checkpoint(tmp_path / "one")
+    assert found and len(found.layers) == 1
+    with torch.no_grad():
+        again.weight.fill_(1)
+    save_file(again.state_dict(), tmp_path / "one" / "model.safetensors")
+    assert not verify_checkpoint(tmp_path / "one")

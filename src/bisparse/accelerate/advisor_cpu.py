@@ -45,8 +45,8 @@ def _layer(layer: LayerShape, tokens: int, dtype: torch.dtype) -> LayerAdvice:
         reason = "its weight is dense: prune it first" if layer.density == 1.0 else f"it keeps {layer.density:.1%} of its entries"
         return LayerAdvice(layer.name, layer.shape, False, reason, None, None, flops, dense_bytes, dense_bytes)
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(rows, columns, generator=generator).to(dtype)
-    weight *= torch.rand(rows, columns, generator=generator) < layer.density
+    weight = torch.randn(rows, columns, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
+    weight *= torch.rand(rows, columns, generator=generator, dtype=torch.float32, device="cpu") < layer.density
     found = measured(weight, tokens)
     timing = Timing(Pass(1e3 * found.dense_s, 0.0), Pass(1e3 * found.packed_s, 0.0))
     wins = found.speedup > MIN_SPEEDUP

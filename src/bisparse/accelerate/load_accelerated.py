@@ -90,7 +90,7 @@ def load_accelerated_(
     with Rollback(model):
         model.eval()
         for old, tensor in stored:
-            new = torch.empty(old.shape, dtype=old.dtype)
+            new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
             write_into(tensor, new)
             placed = _put(model, old, new)
             dense += new.nbytes

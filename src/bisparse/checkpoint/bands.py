@@ -240,12 +240,14 @@ def _thresholds(layer: StoredLayer, kept: int, count: int) -> tuple[Float[Tensor
     """For each matrix, its `kept`-th largest score, and the number of scores equal to it that are kept."""
     double = layer.tensor.dtype == "F64"
     if kept == 0:
-        return torch.full((count,), math.inf, dtype=torch.float64 if double else torch.float32), torch.zeros(count).long()
+        return torch.full((count,), math.inf, dtype=torch.float64 if double else torch.float32, device="cpu"), torch.zeros(
+            count, dtype=torch.int64, device="cpu"
+        )
     width = 64 if double else 32
-    prefix = torch.zeros(count, dtype=torch.int64)
-    wanted = torch.full((count,), kept, dtype=torch.int64)
+    prefix = torch.zeros(count, dtype=torch.int64, device="cpu")
+    wanted = torch.full((count,), kept, dtype=torch.int64, device="cpu")
     for shift in range(width - DIGIT, -1, -DIGIT):
-        histogram = torch.zeros(count, 1 << DIGIT, dtype=torch.int64)
+        histogram = torch.zeros(count, 1 << DIGIT, dtype=torch.int64, device="cpu")
         for band in bands(layer.tensor, layer.layout, 1):
             bits = _bits(to_matrices(_scores(band, layer.tensor), band.layout)).flatten(1)
             for index, line in enumerate(bits, start=band.matrix):

@@ -209,7 +209,7 @@ def allows_everything(pattern: Structure, sides: tuple[int, int]) -> bool:
         return pattern.fraction < 1 and pattern.kept(sides[0] * sides[1]) == sides[0] * sides[1]
     m = getattr(pattern, "m", 1)
     along = sides if isinstance(pattern, Pattern) and pattern.transposable else sides[1:]
-    dense = (torch.ones(1, 1, min(side, m), dtype=torch.bool) for side in along)
+    dense = (torch.ones(1, 1, min(side, m), dtype=torch.bool, device="cpu") for side in along)
     return pattern.density < 1 and not any(bool(pattern.row_violations(group).any()) for group in dense)
 
 

@@ -160,7 +160,7 @@ class _FullestGroups:
     def add(self, kept: Bool[Tensor, "B R C"], start: int) -> None:
         """Add the rows from `start` on."""
         rows = kept.shape[1]
-        sums = torch.zeros(kept.shape[0], rows + 1, kept.shape[2], dtype=torch.int32)
+        sums = torch.zeros(kept.shape[0], rows + 1, kept.shape[2], dtype=torch.int32, device="cpu")
         torch.cumsum(kept, 1, dtype=torch.int32, out=sums[:, 1:])
         for m in SIZES:
             first = -start % m

@@ -45,7 +45,7 @@ class ChunkedTensor(StoredTensor):
         if not self.shape or row == 0:
             return bytearray()
         first, last = start // row, -(-stop // row)
-        rows = torch.empty((last - first, *self.shape[1:]), dtype=self.torch_dtype)
+        rows = torch.empty((last - first, *self.shape[1:]), dtype=self.torch_dtype, device="cpu")
         for (begin, *inner), chunk in self.chunks:
             low, high = max(begin, first), min(begin + chunk.shape[0], last)
             if low >= high:

@@ -84,7 +84,7 @@ class StoredTensor(ABC):
             raise CheckpointError(self.path, f"has dtype {self.dtype}, which torch lacks", "convert it first", tensor=self.name)
         stop = self.size if stop is None else stop
         if start == stop:
-            return torch.empty(0, dtype=dtype)
+            return torch.empty(0, dtype=dtype, device="cpu")
         return torch.frombuffer(self.read_bytes(start * dtype.itemsize, stop * dtype.itemsize), dtype=dtype)
 
     def pieces(self) -> Iterator[bytearray]:

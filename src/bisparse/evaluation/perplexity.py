@@ -115,8 +115,8 @@ def perplexity(
         raise ValueError(f"{type(model).__name__} is not a causal language model: its outputs depend on the tokens to predict")
     ids = ids[:tokens]
     rows = ids.unfold(0, context, stride)
-    sums = torch.zeros(len(rows), dtype=torch.float64)
-    counts = torch.full((len(rows),), min(stride, context - 1), dtype=torch.float64)
+    sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
+    counts = torch.full((len(rows),), min(stride, context - 1), dtype=torch.float64, device="cpu")
     counts[0] = context - 1
     device = device_of(model)
     with evaluating(model):

@@ -240,7 +240,7 @@ def _packed_fp4(stored: Tensor, scale: Tensor, layer: QuantizedLayer) -> dict[st
     assert layer.unit is not None
     # Exact in bfloat16, which scales of all sizes fit.
     steps = (scale / layer.unit).to(torch.float8_e4m3fn)
-    factor = torch.tensor([1 / layer.unit], dtype=torch.float32)
+    factor = torch.tensor([1 / layer.unit], dtype=torch.float32, device="cpu")
     return {"weight_packed": pack_fp4_to_uint8(stored), "weight_scale": steps, "weight_global_scale": factor}
 
 

@@ -104,7 +104,7 @@ class _Trial:
         if "weight" not in self.module._parameters:
             return False  # the weight is computed from another parameter, such as by a parametrization
         generator = torch.Generator().manual_seed(1)
-        pairs = torch.rand(self.weight.shape[:2], generator=generator) < 0.5
+        pairs = torch.rand(self.weight.shape[:2], generator=generator, dtype=torch.float32, device="cpu") < 0.5
         kept = pairs.view(*pairs.shape, *[1] * (self.weight.ndim - 2)).to(self.weight.device)
         probe = torch.where(kept, self.weight + self.weight.abs().mean() + 1, 0).to(self.weight.dtype)
         before = self._own(self.inputs, probe, training=training)
@@ -182,7 +182,7 @@ def _inputs(module: nn.Module, weight: Tensor) -> Tensor:
         shape = (2, module.in_channels, *(max(span, 3) for span in spans))
     else:
         shape = (2, weight.shape[1])
-    inputs = torch.rand(shape, generator=generator) + 0.5
+    inputs = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") + 0.5
     return inputs.to(weight.device, weight.dtype)
 
 
@@ -205,7 +205,8 @@ def _fill_zeros(twin: nn.Module) -> None:
     """Replace parameters that are all zero, other than weight and bias, by random numbers."""
     for name, one in twin.named_parameters():
         if name not in ("weight", "bias") and one.is_floating_point() and not bool(one.any()):
-            one.copy_(torch.randn(one.shape, generator=torch.Generator().manual_seed(2)))
+            generator = torch.Generator().manual_seed(2)
+            one.copy_(torch.randn(one.shape, generator=generator, dtype=torch.float32, device="cpu"))
 
 
 def _with_weight(module: nn.Module, weight: Tensor) -> nn.Module:

@@ -56,7 +56,7 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
         return True
     start = min(one.storage_offset(), other.storage_offset())
     size = max(last, other_last) // one.element_size() + 1 - start
-    taken = torch.zeros(size, dtype=torch.bool)
+    taken = torch.zeros(size, dtype=torch.bool, device="cpu")
     taken.as_strided(one.shape, one.stride(), one.storage_offset() - start).fill_(True)
     return bool(taken.as_strided(other.shape, other.stride(), other.storage_offset() - start).any())
 

@@ -101,7 +101,9 @@ def _distance(block: FinishedBlock, index: int) -> tuple[Float[Tensor, ""], Floa
         keep = block.keep(index)
         where = keep.to(target.device) if keep is not None and keep.shape == target.shape[:-1] else None
         count = target[..., 0].numel() if where is None else int(where.sum())
-        return logit_divergence(output, target, where=where) * count, torch.tensor(float(count), dtype=torch.float32, device=target.device)
+        return logit_divergence(output, target, where=where) * count, torch.tensor(
+            float(count), dtype=torch.float32, device=target.device
+        )
     target = target.reshape(-1, target.shape[-1]).float()
     output = block.output(index).reshape(target.shape).float()
     weights = token_weights(target[None])

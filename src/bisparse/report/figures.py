@@ -263,7 +263,7 @@ def _fits(tensor: StoredTensor, layer: LayerResult) -> Pattern | None:
     structure = parse_pattern(layer.pattern)
     m = getattr(structure, "m", FITTING_M)
     transposable = isinstance(structure, Pattern) and structure.transposable
-    counts = torch.zeros(m + 1, dtype=torch.int64)
+    counts = torch.zeros(m + 1, dtype=torch.int64, device="cpu")
     for band in bands(tensor, layer.layout, m):
         counts += kept_counts(nonzero(band.weight), m, transposable=transposable, layout=band.layout)
     return sparsest_for(counts, transposable=transposable)

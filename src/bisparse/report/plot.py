@@ -95,7 +95,7 @@ def retained_on_gaussian(pattern: str | Structure) -> float:
     structure = parse_pattern(pattern)
     if (known := GAUSSIAN_RETAINED.get(str(structure))) is not None:
         return known
-    scores = torch.randn(512, 512, generator=torch.Generator().manual_seed(0)).abs()
+    scores = torch.randn(512, 512, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").abs()
     return solve(scores, structure).retained
 
 

@@ -252,7 +252,8 @@ def measured(weight: Float[Tensor, "O I"], tokens: int = 1, int8: bool = False) 
     key = (rows, columns), weight.dtype, round(DENSITY_STEPS * _density(weight)), torch.get_num_threads(), tokens, int8
     if key not in _timings:
         packed, generator = pack_int8(weight) if int8 else pack_bitmask(weight), torch.Generator().manual_seed(0)
-        inputs = torch.randn(max(*TOKENS, MANY_TOKENS, tokens), columns, generator=generator).to(weight.dtype)
+        inputs = torch.randn(max(*TOKENS, MANY_TOKENS, tokens), columns, generator=generator, dtype=torch.float32, device="cpu")
+        inputs = inputs.to(weight.dtype)
 
         def dense(count: int) -> Callable[[], Tensor]:
             return lambda: linear(inputs[:count], weight)

@@ -130,8 +130,8 @@ def _operands(
 ) -> tuple[Float[Tensor, "64 128"], Float[Tensor, "128 16"], Float[Tensor, "64 16"]]:
     """A 2:4 matrix with zero, one or two kept entries per group, a dense matrix, and their product."""
     numbers = torch.Generator(device="cpu").manual_seed(0)
-    rank = torch.rand(64, 32, 4, generator=numbers).argsort(-1)
-    kept = rank < torch.randint(0, 3, (64, 32, 1), generator=numbers)
-    matrix = torch.randint(1, 8, (64, 128), generator=numbers) * kept.flatten(-2)
-    dense = torch.randint(-8, 8, (128, 16), generator=numbers)
+    rank = torch.rand(64, 32, 4, generator=numbers, dtype=torch.float32, device="cpu").argsort(-1)
+    kept = rank < torch.randint(0, 3, (64, 32, 1), generator=numbers, device="cpu")
+    matrix = torch.randint(1, 8, (64, 128), generator=numbers, device="cpu") * kept.flatten(-2)
+    dense = torch.randint(-8, 8, (128, 16), generator=numbers, device="cpu")
     return tuple(one.to(device, dtype) for one in (matrix, dense, (matrix @ dense).float()))  # type: ignore[return-value]

@@ -66,4 +66,4 @@ class Reference(Backend):
 @functools.lru_cache(maxsize=256)
 def _row_major_layout(columns: int, device: torch.device) -> MetadataLayout:
     """The layout of `to_metadata`."""
-    return layout_from_order(torch.arange(4)[None], columns // WORD, 1, device)
+    return layout_from_order(torch.arange(4, device="cpu")[None], columns // WORD, 1, device)

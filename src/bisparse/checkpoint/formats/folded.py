@@ -70,7 +70,7 @@ class _Bitmask(StoredTensor):
         row, last = start // columns, -(-stop // columns)
         kept = torch.from_numpy(self._bits(row, last)).bool()
         first, end = (int(self._starts[one]) for one in (row, last))
-        dense = torch.zeros(last - row, self.shape[1], dtype=_integers(itemsize))
+        dense = torch.zeros(last - row, self.shape[1], dtype=_integers(itemsize), device="cpu")
         dense[kept] = self.values.read(first, end).view(dense.dtype)
         return bytearray(as_bytes(dense)[start - row * columns : stop - row * columns])
 

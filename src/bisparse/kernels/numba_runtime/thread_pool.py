@@ -111,7 +111,7 @@ def address_of(array: torch.Tensor | np.ndarray[Any, Any]) -> int:
 
 def numpy_type(dtype: torch.dtype) -> Any:
     """The numpy dtype that corresponds to a torch dtype, for `array_at`."""
-    return torch.empty(0, dtype=dtype).numpy().dtype.type
+    return torch.empty(0, dtype=dtype, device="cpu").numpy().dtype.type
 
 
 def kernel(function: Callable[[int, int, int], int]) -> Kernel:

@@ -183,7 +183,7 @@ def amx_kernel(kind: int) -> Kernel:
 @cache
 def _configuration() -> Tensor:
     """The configuration of all eight tiles, with 16 rows of 64 bytes each."""
-    bytes_ = torch.zeros(64, dtype=torch.uint8)
+    bytes_ = torch.zeros(64, dtype=torch.uint8, device="cpu")
     bytes_[0] = 1
     bytes_[16:32:2] = ROW_BYTES
     bytes_[48:56] = SIDE

@@ -182,5 +182,5 @@ def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     room: Tensor | None = getattr(_held, "room", None)
     if room is None or room.numel() < needed:
         with torch.inference_mode(False):  # the workspace outlives the mode of this call
-            room = _held.room = torch.empty(max(needed, WORKSPACE_BYTES), dtype=torch.uint8)
+            room = _held.room = torch.empty(max(needed, WORKSPACE_BYTES), dtype=torch.uint8, device="cpu")
     return room[:needed].view(dtype).view(rows, columns)

@@ -101,7 +101,7 @@ def layout_from_order(
     height, width = place.shape
     sources = place.flatten().argsort().view(-1, 4).to(device, torch.int32)
     if slots is None:
-        sets = torch.arange(16)[:, None] >> torch.arange(4) & 1 == 1
+        sets = torch.arange(16, device="cpu")[:, None] >> torch.arange(4, device="cpu") & 1 == 1
         few = sets.sum(-1, keepdim=True) <= 2
         codes = torch.where(few, find_positions(sets & few), 0).flatten()
         slots = codes.to(device), torch.arange(CODES, dtype=torch.uint8, device=device) & 15

@@ -123,7 +123,7 @@ def metadata_place(rows: int, columns: int, device: torch.device | None = None) 
 def cutlass_layout(rows: int, device: torch.device) -> MetadataLayout:
     """CUTLASS's metadata layout of matrices with this many rows; 32 divides rows and columns."""
     words = metadata_place(GROUP_ROWS, 2)
-    place = (4 * words[:, :, None] + torch.arange(4)).flatten(1)
+    place = (4 * words[:, :, None] + torch.arange(4, device="cpu")).flatten(1)
     return layout_from_order(place, 2 * GROUP_ROWS, 2 * rows, device)
 
 

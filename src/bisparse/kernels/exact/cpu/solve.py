@@ -129,9 +129,12 @@ def exact_solve_integers(
     start = check_integers(q, n, u, v)
     tiles, m, _ = q.shape
     warm = start is not None
-    u, v = start or (torch.zeros(tiles, m, dtype=torch.int64), torch.zeros(tiles, m, dtype=torch.int64))
+    u, v = start or (
+        torch.zeros(tiles, m, dtype=torch.int64, device="cpu"),
+        torch.zeros(tiles, m, dtype=torch.int64, device="cpu"),
+    )
     u, v = u.contiguous(), v.contiguous()
-    mask = torch.zeros(tiles, m * m, dtype=torch.bool)
+    mask = torch.zeros(tiles, m * m, dtype=torch.bool, device="cpu")
     arguments = q.contiguous(), mask, u, v, tiles, m, n, exactly, warm
     over_bands(integers_kernel(), arguments, tiles, 1, max(1, 4096 // (m * m)))
     return mask.view(tiles, m, m), u, v
