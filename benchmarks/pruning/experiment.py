@@ -54,7 +54,7 @@ RECONSTRUCTIONS = {
 
 def method_named(name: str) -> tuple[Method, dict[str, Any]]:
     """A method, and the options that `prune_` takes with it."""
-    suffix = next((suffix for suffix in RECONSTRUCTIONS if name.endswith(suffix)), "")
+    suffix = max((suffix for suffix in RECONSTRUCTIONS if name.endswith(suffix)), key=len, default="")
     method, order = METHODS[name.removesuffix(suffix)]
     return method, {"order": order, "reconstruction": RECONSTRUCTIONS.get(suffix)}
 
