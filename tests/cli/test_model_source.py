@@ -368,6 +368,26 @@ def test_a_language_model_from_folder_to_folder(tmp_path: Path) -> None:
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "sparse")("w3 w4")["input_ids"] == [3, 4]
 
 
+def test_a_language_model_is_fitted_as_a_whole(tmp_path: Path) -> None:
+    dense = stored(tmp_path / "dense")
+    data = ["--calibration", tmp_path / "text.txt", "--sequences", "20", "--length", "32"]
+    how = ["-p", "2:4-T", "--method", "wanda", *data]
+    fits = ["--block-epochs", "1", "--network-epochs", "2", "--resume", tmp_path / "journal"]
+    code, report = invoke("prune", dense, tmp_path / "fitted", *how, *fits)
+    notes = " ".join(report["notes"])
+    assert code == 0 and "reconstructed" in notes and "fitted the whole network" in notes and "nats per position" in notes
+    assert not (tmp_path / "journal").exists()
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
+    for layer in report["layers"]:
+        verify(loaded.get_parameter(layer["parameter"]), "2:4-T").check()
+    code, report = invoke("convert", tmp_path / "fitted", tmp_path / "other", "--to", "1:4", *data, "--network-epochs", "1")
+    assert code == 0 and "fitted the whole network" in " ".join(report["notes"])
+    for command in (["prune", dense, tmp_path / "x", *how], ["convert", dense, tmp_path / "x", "--to", "2:4", *data]):
+        code, said = invoke(*command, "--network-epochs", "1", "--order", "parallel")
+        assert code == 2 and "--order sequential" in said["error"]
+    assert not (tmp_path / "x").exists()
+
+
 def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -101,7 +101,7 @@ def test_the_note_has_the_divergence_on_the_held_out_batches() -> None:
     held_out = batches[4::5]
     expected = [divergence(model, dense, held_out) for model in (plain, fitted)]
     assert expected[1] < expected[0]
-    assert note.endswith(f"nats per position on held-out batches {expected[0]:.4f} before, {expected[1]:.4f} after")
+    assert note.endswith(f"nats per position on held-out batches {expected[0]:.4g} before, {expected[1]:.4g} after")
 
 
 def test_a_model_without_logits_is_fitted_to_its_output() -> None:
@@ -214,6 +214,10 @@ def test_wrong_arguments_change_nothing() -> None:
         NetworkReconstruction(epochs=0)
     with pytest.raises(ValueError, match="learning_rate"):
         NetworkReconstruction(learning_rate=float("nan"))
+    model.blocks[0].norm.weight.requires_grad_(False)
+    with pytest.raises(CalibrationError, match="no gradient with respect to the pruned weights"):
+        prune_(model, "2:4", Wanda(), batches, forward=torch.no_grad()(lambda net, batch: net(**batch)), reconstruction=HOW)
+    assert [one.requires_grad for one in model.blocks[0].parameters()].count(False) == 1
     with pytest.raises(CalibrationError, match="no floating-point tensor"):
         prune_(model, "2:4", Wanda(), batches, forward=lambda net, batch: int(net(**batch).logits.argmax()), reconstruction=HOW)
     assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())

@@ -179,8 +179,8 @@ class Job:
             fit = self._fitted_or_loaded(network, self.options.network)
         unit = "nats per position" if network.classes else "relative error"
         self.network_note = (
-            f"fitted the whole network to the dense one's outputs: {unit} on held-out batches {fit.error_before:.4f} before, "
-            f"{fit.error:.4f} after{'' if fit.changed else ', so nothing was changed'}",
+            f"fitted the whole network to the dense one's outputs: {unit} on held-out batches {fit.error_before:.4g} before, "
+            f"{fit.error:.4g} after{'' if fit.changed else ', so nothing was changed'}",
         )
 
     def touch(self, layer: Layer) -> None:

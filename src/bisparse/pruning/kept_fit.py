@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bisparse.distances import logit_divergence
 from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
 from bisparse.pruning.calibration.moments import token_weights
+from bisparse.pruning.calibration.statistics import CalibrationError
 
 __all__ = ["fit_kept_"]
 
@@ -32,6 +33,9 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
         epochs: maximum number of passes over the batches.
         learning_rate: largest step, as a fraction of the root mean square of a parameter's kept weights.
         worthwhile: another epoch follows only if the last one reduced the held-out error by at least this fraction.
+
+    Raises:
+        CalibrationError: an output without gradients.
     """
     fitted = _parameters(block)
     precise = [parameter.detach().float().clone() for parameter in fitted]
@@ -48,6 +52,11 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
                 for group, size in zip(adam.param_groups, sizes, strict=True):
                     group["lr"] = learning_rate * size * _rate(step, len(order))
                 distance, energy = _distance(block, index)
+                if not distance.requires_grad:
+                    raise CalibrationError(
+                        f"{block.name}: its output has no gradient with respect to the pruned weights, such as with torch.no_grad() "
+                        "in its forward pass; leave out reconstruction="
+                    )
                 (distance / energy).backward()
                 for number, (parameter, one) in enumerate(zip(fitted, precise, strict=True)):
                     one.grad = None if parameter.grad is None else parameter.grad.float()
