@@ -54,8 +54,8 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
                 distance, energy = _distance(block, index)
                 if not distance.requires_grad:
                     raise CalibrationError(
-                        f"{block.name}: its output has no gradient with respect to the pruned weights, such as with torch.no_grad() "
-                        "in its forward pass; leave out reconstruction="
+                        f"{block.name}: its output has no gradient with respect to the pruned weights, as with "
+                        "torch.no_grad() in its forward pass; leave out reconstruction="
                     )
                 (distance / energy).backward()
                 for number, (parameter, one) in enumerate(zip(fitted, precise, strict=True)):
