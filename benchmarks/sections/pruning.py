@@ -82,8 +82,8 @@ def language(rows: list[Row]) -> list[str]:
         "pruned network's inputs; *dense inputs*, the same on the dense network's inputs; otherwise the dense network's outputs. "
         "*short*: rho grows at "
         "every iteration. *then blocks*: after its layers, the kept weights of each block are fitted to the dense network's "
-        "activations after that block (`BlockReconstruction`). *then the network*: at the end, those of all layers together to the "
-        "dense network's logits (`NetworkReconstruction`).\n"
+        "activations after that block (`BlockReconstruction`). *then the network*: at the end, those of all layers "
+        "together to the dense network's logits (`NetworkReconstruction`).\n"
     ]
     wanda = min((row["perplexity"] for row in rows if row["pattern"] == "2:4" and row["method"] == "wanda"), default=None)
     aims = {"16:32-T": (60.0, "60"), "4:8-T": (100.0, "100")}
