@@ -21,7 +21,7 @@ from bisparse.diversity import (
     hardware,
     mask_diversity,
 )
-from bisparse.pattern import Pattern, parse_pattern
+from bisparse.pattern import Paired, Pattern, Sequential, parse_pattern
 
 # ---- independent counts ---------------------------------------------------------------------------------------------
 
@@ -332,3 +332,26 @@ def test_masks_that_fit_windows_of_two_of_four_are_said_to(pattern: str, windows
 @pytest.mark.parametrize("pattern", ["7:8", "5:6", "5:7", "16:32-T", "4:8-seq"])
 def test_other_patterns_are_not_said_to_fit_windows(pattern: str) -> None:
     assert "windows" not in hardware(pattern).note
+
+
+@pytest.mark.timeout(60)
+def test_no_size_takes_long_or_overflows():
+    large = [Pattern(5 * 10**11, 10**12), Pattern(50_001, 100_001, transposable=True), Sequential(2, 10**9), Paired(2, 10**9)]
+    for structure in large:
+        for function in (lambda one: mask_diversity(one, 100), hardware):
+            with pytest.raises(ValueError, match="100,000"):
+                function(structure)
+    for n, m in ((1, 2**63), (0, 10**7), (5 * 10**5, 10**6)):
+        with pytest.raises(ValueError, match="100,000"):
+            count_tile_masks(n, m)
+    assert count_tile_masks(1, 10_000) == math.factorial(10_000) and count_tile_masks(500, 9999) is None
+    for method in ("exact", "paper"):
+        assert 0 < mask_diversity("500:9999-T", 100, method).log2_per_weight < 6  # the formula counts more masks than there are
+    assert hardware("49999:99999").density == pytest.approx(0.5, abs=1e-4)
+
+
+def test_the_papers_formula_is_the_same_by_integers_and_by_logarithms(monkeypatch):
+    by_integers = mask_diversity("37:100-T", (500, 300), "paper")
+    monkeypatch.setattr("bisparse.diversity.PRODUCT_BY_INTEGERS", 1)
+    by_logarithms = mask_diversity("37:100-T", (500, 300), "paper")
+    assert by_logarithms.log2 == pytest.approx(by_integers.log2, rel=1e-12)

@@ -27,6 +27,10 @@ EXACT_EFFORT = 4_000_000
 """Largest `_effort` at which the masks of a tile are counted, a second or two of work: 7:16 and 4:32 are below, 9:18 is above."""
 HALF_OF_16 = 34812290428176298285394893936773707951192224124239796250
 """`count_tile_masks` at 8:16, OEIS A058527; the recursion finds it in a few seconds."""
+MAX_M = 100_000
+"""Largest M of which masks are counted; larger integers take minutes."""
+PRODUCT_BY_INTEGERS = 512
+"""Up to this M the paper's product of factorials is an integer first and a logarithm after."""
 COMBINATIONS_BY_INTEGERS = 1 << 15
 """Up to this many weights a binomial coefficient is an integer first and a logarithm after."""
 
@@ -93,7 +97,7 @@ def mask_diversity(
         method: "exact", or "paper" for the paper's formula, which differs for transposable patterns only.
 
     Raises:
-        ValueError: a size that is not positive, or an unknown method.
+        ValueError: a size that is not positive, an unknown method, or M above 100,000.
 
     >>> [mask_diversity(p, 64).count for p in ("4:8-seq", "2:4-T", "4:8-T")]
     [390625, 65610000, 116963796250]
@@ -107,7 +111,7 @@ def mask_diversity(
     if not sides or any(not isinstance(side, int) or isinstance(side, bool) or not 1 <= side < 1 << 63 for side in sides):
         raise ValueError(f"size={size!r}: expected a positive number of weights, or a shape of positive sides")
     weights = math.prod(sides)
-
+    _check_size(structure)
     if isinstance(structure, Unstructured):
         log2, count = _combinations(weights, structure.kept(weights))
         return MaskDiversity(structure, weights, method, log2, True, count)
@@ -121,6 +125,9 @@ def mask_diversity(
             one, unit = math.comb(m // 2, n // 2), m
         case Pattern(n, m):
             unit = m * m
+            if method == "paper" and m > PRODUCT_BY_INTEGERS:
+                nats = math.fsum(math.lgamma(side + 1) for side in range(n + 1, m + 1))
+                return MaskDiversity(structure, weights, method, weights / unit * nats / math.log(2), True, None)
             one = math.prod(math.factorial(side) for side in range(n + 1, m + 1)) if method == "paper" else count_tile_masks(n, m)
         case _:
             raise AssertionError(structure)
@@ -132,6 +139,11 @@ def mask_diversity(
     log2 = float(exponent) * math.log2(one)
     whole = exponent.denominator == 1 and log2 <= COUNT_BITS
     return MaskDiversity(structure, weights, method, log2, True, one**exponent.numerator if whole else None)
+
+
+def _check_size(structure: Structure) -> None:
+    if not isinstance(structure, Unstructured) and getattr(structure, "m", 0) > MAX_M:
+        raise ValueError(f"{structure}: masks are counted up to M = {MAX_M:,}")
 
 
 def _combinations(total: int, chosen: int) -> tuple[float, int | None]:
@@ -158,8 +170,8 @@ def count_tile_masks(n: int, m: int) -> int | None:
     >>> [count_tile_masks(n, m) for n, m in ((1, 2), (1, 4), (2, 4), (2, 8), (4, 8))]
     [2, 24, 90, 187530840, 116963796250]
     """
-    if not all(isinstance(one, int) and not isinstance(one, bool) for one in (n, m)) or not 0 <= n <= m:
-        raise ValueError(f"n={n!r:.40}, m={m!r:.40}: expected whole numbers, 0 <= n <= m")
+    if not all(isinstance(one, int) and not isinstance(one, bool) for one in (n, m)) or not 0 <= n <= m <= MAX_M:
+        raise ValueError(f"n={n!r:.40}, m={m!r:.40}: expected whole numbers, 0 <= n <= m <= {MAX_M:,}")
     n = min(n, m - n)  # the complement of a mask has the other sums
     if n <= 1:
         return math.factorial(m) if n else 1
@@ -262,6 +274,7 @@ def hardware(pattern: str | Structure) -> Hardware:
     (4, '5:1', 3, 2, False)
     """
     structure = parse_pattern(pattern)
+    _check_size(structure)
     runs, note = _tensor_cores(structure)
     if isinstance(structure, Unstructured):
         return Hardware(structure, structure.density, None, None, None, None, 0, 1, runs, note)
