@@ -43,9 +43,20 @@ class _Failed:
 
 @dataclass(frozen=True)
 class Ranks:
-    """The ranks that share a job; one alone without a group."""
+    """The ranks that share a job; one alone without a group.
+
+    Raises:
+        ValueError: what is given is no process group, or one that this rank is not in.
+    """
 
     group: ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if self.group is not None and not isinstance(self.group, ProcessGroup):
+            raise ValueError(
+                f"group={self.group!r:.60}: expected a process group that this rank is in, such as torch.distributed.group.WORLD "
+                "once torch.distributed is initialized, or None"
+            )
 
     @property
     def rank(self) -> int:

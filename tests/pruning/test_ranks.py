@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import re
 import signal
@@ -16,8 +17,10 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import bisparse
 from bisparse.checkpoint import verify_checkpoint
 from bisparse.process_group import Ranks
 from rank_processes import results_of_ranks
@@ -170,3 +173,19 @@ def test_steps_after_the_pruning_run_under_torchrun(tmp_path: Path) -> None:
     done = subprocess.run([*launch, *command], cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("Before:") == 1 and done.stdout.count("After:") == 1
+
+
+@pytest.mark.parametrize("group", [torch.ones(2), -100, "WORLD", [0, 1], object])
+def test_what_is_no_process_group_is_refused_and_nothing_changes(group: object) -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    before = copy.deepcopy(model.state_dict())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsity = bisparse.sparsify_(copy.deepcopy(model), "2:4", mode="static")
+    for call in (
+        lambda: bisparse.prune_(model, "2:4", group=group),  # type: ignore[arg-type]
+        lambda: bisparse.convert_(model, "2:4", group=group),  # type: ignore[arg-type]
+        lambda: sparsity.attach(optimizer, group=group),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(ValueError, match="group="):
+            call()
+    assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())

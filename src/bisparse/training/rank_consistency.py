@@ -21,12 +21,12 @@ def ranks_of(layers: Iterable[SparseLayer], group: ProcessGroup | None = None) -
     """The ranks that have these layers: those of `group`, otherwise of the weights' device mesh, otherwise all.
 
     Raises:
-        ValueError: the weights are sharded over meshes of different ranks.
+        ValueError: the weights are sharded over meshes of different ranks, or `group` is no process group.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return Ranks()
     if group is not None:
         return Ranks(group)
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return Ranks()
     meshes = {
         tuple(sorted(weight.device_mesh.mesh.flatten().tolist())): weight.device_mesh
         for layer in layers
