@@ -84,7 +84,7 @@ def test_table_of_contents_test_sees_the_solvers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("library", "rooms"),
+    ("library", "places"),
     [
         # The journal holds statistics of a job under way; the Trainer rewrites the checkpoint that it has just saved; a teacher's
         # folder is read by the packages that wrote it.
@@ -98,12 +98,12 @@ def test_table_of_contents_test_sees_the_solvers() -> None:
         ("ortools", ("solvers/min_cost_flow.py",)),
     ],
 )
-def test_one_room_for_each_outside_library(library: str, rooms: tuple[str, ...]) -> None:
+def test_each_outside_library_is_imported_in_its_places_only(library: str, places: tuple[str, ...]) -> None:
     strangers = [
         name_of(path)
         for path in FILES
         if any(name == library or name.startswith(library + ".") for name in imported(path))
-        and not any(str(path.relative_to(SOURCE)).startswith(room) for room in rooms)
+        and not any(str(path.relative_to(SOURCE)).startswith(place) for place in places)
     ]
     assert not strangers
 
