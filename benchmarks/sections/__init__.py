@@ -15,7 +15,7 @@ from sections.guidance import guidance
 from sections.pruning import depthwise, images, language, law, peers, permutation, sentences
 from sections.quality import quality
 from sections.speed import speed
-from sections.training import training_finetune, training_gpt, training_resnet, training_search
+from sections.training import training_finetune, training_gpt, training_resnet, training_search, training_teacher
 
 SECTIONS = {
     "solvers.jsonl": speed,
@@ -30,6 +30,7 @@ SECTIONS = {
     "training-search.jsonl": training_search,
     "training-gpt.jsonl": training_gpt,
     "training-finetune.jsonl": training_finetune,
+    "training-teacher.jsonl": training_teacher,
     "pruning_minilm.jsonl": sentences,
     "pruning_smollm.jsonl": language,
     "pruning_resnet.jsonl": images,
@@ -68,7 +69,13 @@ PAGES = {
     "training": Page(
         "Sparse training",
         "ResNet-20: 4:8-T is close to 2:4 and to unstructured 50 %; dynamic training from scratch is behind dense.",
-        ("training-resnet.jsonl", "training-search.jsonl", "training-gpt.jsonl", "training-finetune.jsonl"),
+        (
+            "training-resnet.jsonl",
+            "training-search.jsonl",
+            "training-gpt.jsonl",
+            "training-finetune.jsonl",
+            "training-teacher.jsonl",
+        ),
     ),
     "pruning": Page(
         "Pruning with data",

@@ -327,3 +327,26 @@ def training_finetune(rows: list[dict[str, Any]]) -> list[str]:
     head = ("model", "pattern", "steps", "seeds", "before", "pruned, not tuned", "tuned", "`bisparse verify` holds")
     parts.append("sts: Spearman correlation on STS-B test, higher is better. text: perplexity, lower is better.\n")
     return [*parts, table(head, body)]
+
+
+def training_teacher(rows: list[dict[str, Any]]) -> list[str]:
+    """One-shot pruning, then training under the static mask with the dense model as a teacher."""
+    parts = ["## Sparse training: SmolLM2-135M with a teacher\n"]
+    if not rows:
+        return [*parts, "Not measured yet: `python benchmarks/training/teacher.py`.\n"]
+    body = [
+        [row["pattern"], f"{row['method']}, {row['calibration']} sequences", row["loss"], str(row["steps"]),
+         f"{row['trained_tokens']:,}", f"{row['cpu_s']:.0f}", f"{row['one_shot_perplexity']:.1f}", f"{row['perplexity']:.1f}"]
+        for row in rows
+    ]  # fmt: skip
+    head = ("pattern", "one-shot", "loss", "steps", "tokens", "CPU seconds of training", "perplexity one-shot", "after")
+    last = rows[-1]
+    return [
+        *parts,
+        f"{last['model']}; perplexity on {last['tokens']:,} tokens of WikiText-2, context 512; dense 32.9. Calibration and "
+        f"training on {last['text']} alone, {last['batch']} x {last['length']} tokens per step, AdamW at {last['lr']:g} with a "
+        "cosine to zero, static masks, one run per row. logits: KL from the dense model in bfloat16; no labels.\n",
+        table(head, body),
+        f"{last['device']}, {last['cores']} cores, one thread, torch {last['versions']['torch']}; commit {last['commit']}; "
+        f"{last['date'][:10]}.\n",
+    ]
