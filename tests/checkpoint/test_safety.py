@@ -777,3 +777,41 @@ def test_progress_that_is_no_function_is_refused_before_anything_is_written(tmp_
     with pytest.raises(TypeError, match="progress must be a function"):
         bisparse.prune_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", "2:4", progress=torch.ones(2))  # type: ignore[arg-type]
     assert [one.name for one in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@posix
+def test_what_a_kill_leaves_before_the_mark_or_while_it_is_removed_is_cleared(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".out.bisparse-0a1b2c3d").mkdir()  # killed before the mark was written
+    prune_checkpoint(folder, tmp_path / "out", "1:4")
+    only(tmp_path, "model", "out")
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:  # killed while the folder of a run is removed
+        patched.setattr("shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prune_checkpoint(folder, tmp_path / "out", "2:4", overwrite=True)
+    assert len(list(tmp_path.glob(".out.bisparse-*"))) == 1
+    prune_checkpoint(folder, tmp_path / "out", "2:4", overwrite=True)
+    only(tmp_path, "model", "out")
+
+
+@posix
+def test_a_new_folder_that_another_run_took_for_a_leftover_is_made_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, made = tempfile.mkdtemp, []
+
+    def taken(*args: object, **kwargs: object) -> str:
+        made.append(original(*args, **kwargs))  # type: ignore[call-overload]
+        if len(made) < 3:
+            os.rmdir(made[-1])
+        return made[-1]
+
+    monkeypatch.setattr("tempfile.mkdtemp", taken)
+    prune_checkpoint(folder, tmp_path / "out", "1:4")
+    assert len(made) >= 3
+    only(tmp_path, "model", "out")

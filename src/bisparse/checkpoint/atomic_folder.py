@@ -7,8 +7,8 @@ Everything is written into a new hidden folder next to the target, ``.TARGET.bis
 * `bisparse-temporary` marks the folder as bisparse's, and contains the name of the target.
 
 A folder that a killed process left behind is removed by the next run with the same target, after its `previous` was restored.
-Folders without the mark are never touched. A lock, which the system releases when a process dies, distinguishes leftovers from
-the folder of a running job.
+So is an empty folder of such a name, left by a kill before the mark was written. Other folders without the mark are never
+touched. A lock, which the system releases when a process dies, distinguishes leftovers from the folder of a running job.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bisparse.arguments import check_flag
@@ -60,12 +60,12 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
         _restore(target, [folder for folder, _ in leftovers])
         check_target(target, overwrite, ours)
         target.parent.mkdir(parents=True, exist_ok=True)
-        hidden = _make_hidden(target.parent, target)
+        hidden, lock = _locked_hidden(target)
         temporary = hidden / OUTPUT
-        lock = lock_folder(hidden)
         (hidden / MARK).write_text(_mark(target), encoding="utf-8")
         temporary.mkdir()
         _remove([folder for folder, held in leftovers if held is not None])
+        _remove_empty(target)
         _unlock(leftovers)
         yield temporary
         _flush(temporary)
@@ -80,9 +80,12 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
         raise CheckpointError(path, error.problem, error.remedy, tensor=error.tensor) from error
     finally:
         # A previous output that could not be restored is not removed.
-        if hidden is not None and (not (hidden / PREVIOUS).exists() or os.path.lexists(target)):
-            shutil.rmtree(hidden, ignore_errors=True)
-        _unlock([*leftovers, (target, lock)])
+        try:
+            if hidden is not None and (not (hidden / PREVIOUS).exists() or os.path.lexists(target)):
+                with suppress(OSError):
+                    _remove_tree(hidden)
+        finally:
+            _unlock([*leftovers, (target, lock)])
 
 
 def written_here(folder: Path, ours: str) -> bool:
@@ -161,6 +164,19 @@ def _make_hidden(folder: Path, target: Path) -> Path:
         raise
 
 
+def _locked_hidden(target: Path) -> tuple[Path, int | None]:
+    """A new hidden folder and its lock."""
+    while True:
+        hidden = _make_hidden(target.parent, target)
+        try:
+            lock = lock_folder(hidden)
+        except (BlockingIOError, FileNotFoundError):
+            continue  # another run takes the empty folder for a leftover
+        if hidden.is_dir():
+            return hidden, lock
+        _unlock([(hidden, lock)])
+
+
 def _prefix(target: Path) -> str:
     return f".{target.name}.bisparse-"
 
@@ -221,7 +237,28 @@ def _remove(leftovers: list[Path]) -> None:
     """Remove leftovers, except a previous output that could not be restored."""
     for folder in leftovers:
         if not ((folder / PREVIOUS).exists() and (folder / OUTPUT).exists()):
-            shutil.rmtree(folder)
+            _remove_tree(folder)
+
+
+def _remove_tree(folder: Path) -> None:
+    """Remove a hidden folder, its mark last, so that what a kill leaves is marked or empty."""
+    for path in folder.iterdir():
+        if path.name != MARK:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    shutil.rmtree(folder)
+
+
+def _remove_empty(target: Path) -> None:
+    """Remove empty folders that runs with this target left when they were killed before they wrote the mark."""
+    for folder in target.parent.iterdir():
+        if not folder.name.startswith(_prefix(target)) or folder.is_symlink():
+            continue
+        with suppress(OSError):  # no folder, not empty, held by the run that has just made it, or no longer there
+            if not any(folder.iterdir()) and (lock := lock_folder(folder)) is not None:
+                try:
+                    folder.rmdir()
+                finally:
+                    os.close(lock)
 
 
 def _flush(folder: Path) -> None:
