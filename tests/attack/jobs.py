@@ -63,6 +63,7 @@ def forked(job: Callable[[], int], *, own_log: bool = False) -> int:
         _logs[pid].start()
         return pid
     code = NO_MESSAGE
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores for what it runs in the background
     try:
         log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND) if own_log else write
         os.dup2(log, 1)
@@ -73,6 +74,8 @@ def forked(job: Callable[[], int], *, own_log: bool = False) -> int:
     except (JournalError, CheckpointError) as error:
         print(error)
         code = 1
+    except KeyboardInterrupt:  # what a job in Python, not on the command line, ends with
+        code = 130
     except BaseException:  # noqa: BLE001
         import traceback
 
