@@ -12,18 +12,18 @@ import time
 from statistics import median
 
 import torch
+import transformers
 from torch import nn
-from transformers import DynamicCache
-from transformers.utils import logging
 
 import bisparse
 from bisparse.cli.model_source import open_source
+from quiet import quiet
 
 
 @torch.inference_mode()
 def generate(model: nn.Module, ids: torch.Tensor, tokens: int) -> tuple[list[int], list[float]]:
     """The generated tokens, and milliseconds per token; the first includes the prompt."""
-    cache, written, times = DynamicCache(config=model.config), [], []
+    cache, written, times = transformers.DynamicCache(config=model.config), [], []
     for _ in range(tokens):
         start = time.perf_counter()
         ids = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)
@@ -46,8 +46,7 @@ def alone(layers: list[nn.Module]) -> float:
 
 def main(name: str, pattern: str = "4:8-T", tokens: int = 128, threads: int = 2, rounds: int = 3) -> None:
     torch.set_num_threads(threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     dense = (source := open_source(name)).model.bfloat16().eval()
     names = [one for one, module in dense.named_modules() if isinstance(module, nn.Linear) and one != "lm_head"]
     if not all(bisparse.verify(dense.get_submodule(one).weight, pattern) for one in names):

@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 
 import torch
+import transformers
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from transformers import AutoTokenizer
-from transformers.utils import logging
 
 import bisparse
 from bisparse.pruning import ALPS, Magnitude
 from bisparse.report import Task, write_comparison
 from lee50 import AGREEMENT, COSINE, agreement, embed, load, read_documents, read_similarities, speed
+from quiet import quiet
 
 # ALPS searches mask and weights jointly, using the layers' inputs for a few unlabelled documents; settings of docs/pruning.md.
 METHODS = {"magnitude": Magnitude(), "with data": ALPS(rho_every=1, refit_damping=0.01, correct_upstream=False)}
@@ -27,10 +27,13 @@ PATTERNS = {"magnitude": ("2:4", "2:4-T", "4:8-T", "16:32-T"), "with data": ("2:
 
 def main(source: Path, lee50: Path, out: Path, count: int = 60) -> None:
     torch.set_num_threads(1)  # more threads are much slower when anything else runs on the machine
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet()
     console, scores = Console(record=True), {}
-    documents, people, tokenizer = read_documents(lee50), read_similarities(lee50), AutoTokenizer.from_pretrained(source)
+    documents, people, tokenizer = (
+        read_documents(lee50),
+        read_similarities(lee50),
+        transformers.AutoTokenizer.from_pretrained(source),
+    )
     texts = read_documents(lee50, "lee_background.cor")[:count]  # none of them among the 50
     cut = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
     batches = [dict(tokenizer(texts[start : start + 10], **cut)) for start in range(0, count, 10)]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import transformers
 from torch.nn.functional import normalize
-from transformers import AutoModel
 
 __all__ = ["AGREEMENT", "COSINE", "agreement", "embed", "load", "read_documents", "read_similarities", "speed"]
 
@@ -21,7 +21,7 @@ COSINE = "Mean cosine of the 50 embeddings to those of the dense model."
 
 def load(folder: Path) -> torch.nn.Module:
     """Load the model, and check that no tensor is missing or unexpected."""
-    model, info = AutoModel.from_pretrained(folder, output_loading_info=True)
+    model, info = transformers.AutoModel.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values()), f"{folder} does not load strictly: {info}"
     return model.eval()
 

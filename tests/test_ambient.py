@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,33 +174,26 @@ def result_of(job: str, setting: Callable[[], AbstractContextManager[object]]) -
 
 
 @contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+def changed(get: Callable[[], Any], put: Callable[[Any], object], value: object) -> Iterator[None]:
+    before = get()
+    put(value)
     try:
         yield
     finally:
-        torch.set_default_dtype(before)
+        put(before)
 
 
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+def default_dtype(dtype: torch.dtype) -> AbstractContextManager[None]:
+    return changed(torch.get_default_dtype, torch.set_default_dtype, dtype)
 
 
-@contextmanager
-def deterministic() -> Iterator[None]:
+def matmul_precision(precision: str) -> AbstractContextManager[None]:
+    return changed(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, precision)
+
+
+def deterministic() -> AbstractContextManager[None]:
     """It also fills new tensors with NaN, so that whatever reads memory that was not written is found."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
+    return changed(torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True)
 
 
 SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
@@ -245,6 +239,31 @@ def test_changed_weights_are_seen_inside_an_autocast_of_the_caller(reconstructio
             bisparse.prune_(model, "2:4-T", AdaPrune(), inputs, reconstruction=reconstruction)
     for name, weight in once.state_dict().items():
         assert torch.equal(weight, always.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("act", ["prune", "fit", "finalize", "load", "quantize"])
+def test_a_caller_sees_changed_weights_in_the_rest_of_its_autocast(act: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, inputs = Chain().eval(), INPUTS[0].float()
+    other = Chain().eval()
+    save(other, tmp_path / "other", report=bisparse.prune_(other, "2:4"))
+    acts: dict[str, Callable[[], object]] = {
+        "prune": lambda: bisparse.prune_(model, "2:4"),
+        "fit": lambda: bisparse.prune_(model, "2:4", reconstruction=NetworkReconstruction(), batches=[inputs] * 5),
+        "finalize": lambda: bisparse.finalize_(model),
+        "load": lambda: load(model, tmp_path / "other"),
+        "quantize": lambda: quantize_(model, "int8"),
+    }
+    if act == "finalize":
+        bisparse.sparsify_(model, "2:4")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for parameter in model.parameters():
+            parameter.requires_grad_(True)  # only such weights have casts that are kept
+        model(inputs)
+        acts[act]()
+        found = model(inputs)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(inputs), found)
 
 
 def write(folder: Path) -> Path:

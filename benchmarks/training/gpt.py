@@ -4,7 +4,7 @@
 
 "decay": instead, masked decay from none to too much at 4:8-T: loss and flip rate say which is right
 for AdamW. "rules": each rule of `bisparse.training.RULES` that takes 4:8-T, everything else equal. "total": decay as a total over
-the run, outside of Adam's moments, beside a fixed mask of the initial weights. Rows,
+the run, outside of Adam's moments, and a fixed mask of the initial weights. Rows,
 with curves and flip rates, go to results/training-gpt.jsonl; those there are skipped.
 """
 

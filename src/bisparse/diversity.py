@@ -142,7 +142,7 @@ def mask_diversity(
 
 
 def _check_size(structure: Structure) -> None:
-    if not isinstance(structure, Unstructured) and getattr(structure, "m", 0) > MAX_M:
+    if getattr(structure, "m", 0) > MAX_M:
         raise ValueError(f"{structure}: masks are counted up to M = {MAX_M:,}")
 
 

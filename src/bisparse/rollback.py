@@ -75,6 +75,7 @@ class Rollback:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None:
             self._restore()
+        torch.clear_autocast_cache()  # casts of weights that the block has changed, in an autocast of the caller
         self._tensors.clear()
         self._modules, self._gradients, self._released = [], [], []
 

@@ -36,6 +36,8 @@ PLAIN = "bisparse-plain.json"
 """The file that marks a folder of plain weights, which has no sidecar."""
 RENAME_EXCHANGE = 2  # linux/fs.h
 AT_FDCWD = -100
+ATTEMPTS = 20
+"""New folders that are made until one can be locked."""
 
 
 @contextmanager
@@ -82,8 +84,7 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
         # A previous output that could not be restored is not removed.
         try:
             if hidden is not None and (not (hidden / PREVIOUS).exists() or os.path.lexists(target)):
-                with suppress(OSError):
-                    _remove_tree(hidden)
+                _remove_tree(hidden, ignore_errors=True)
         finally:
             _unlock([*leftovers, (target, lock)])
 
@@ -165,16 +166,25 @@ def _make_hidden(folder: Path, target: Path) -> Path:
 
 
 def _locked_hidden(target: Path) -> tuple[Path, int | None]:
-    """A new hidden folder and its lock."""
-    while True:
+    """A new hidden folder and its lock.
+
+    Raises:
+        CheckpointError: other runs take each new folder, which is empty at first, for a leftover.
+    """
+    for _ in range(ATTEMPTS):
         hidden = _make_hidden(target.parent, target)
         try:
             lock = lock_folder(hidden)
-        except (BlockingIOError, FileNotFoundError):
-            continue  # another run takes the empty folder for a leftover
+        except FileNotFoundError:
+            continue
+        except BlockingIOError:
+            with suppress(OSError):
+                hidden.rmdir()
+            continue
         if hidden.is_dir():
             return hidden, lock
         _unlock([(hidden, lock)])
+    raise CheckpointError(target, "cannot be locked", "check whether other processes or programs hold new folders there")
 
 
 def _prefix(target: Path) -> str:
@@ -240,12 +250,12 @@ def _remove(leftovers: list[Path]) -> None:
             _remove_tree(folder)
 
 
-def _remove_tree(folder: Path) -> None:
+def _remove_tree(folder: Path, *, ignore_errors: bool = False) -> None:
     """Remove a hidden folder, its mark last, so that what a kill leaves is marked or empty."""
-    for path in folder.iterdir():
-        if path.name != MARK:
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-    shutil.rmtree(folder)
+    for content in (folder / OUTPUT, folder / PREVIOUS):
+        if content.is_dir() and not content.is_symlink():
+            shutil.rmtree(content, ignore_errors=ignore_errors)
+    shutil.rmtree(folder, ignore_errors=ignore_errors)
 
 
 def _remove_empty(target: Path) -> None:

@@ -26,7 +26,7 @@ from bisparse.pattern import Structure
 from bisparse.process_group import Ranks
 from bisparse.pruning.bias import bias_of, norms_after
 from bisparse.pruning.calibration.block_chain import dense_copy
-from bisparse.pruning.calibration.calibrate import Walk, evaluating, shown
+from bisparse.pruning.calibration.calibrate import Walk, evaluating, showing
 from bisparse.pruning.calibration.collector import Stage
 from bisparse.pruning.calibration.expert_inputs import EXPERTS
 from bisparse.pruning.calibration.finished_block import BlockFit, BlockFitter, FinishedBlock
@@ -172,10 +172,10 @@ class Job:
         if self.options.network is None or not self.results:
             return
         layers = [layer for layer in self.layers if layer.name in self.results]
-        with evaluating(self.model), shown(self.options.progress, "fitting the network") as each:
-            network = finished_network(
-                self.model, dense_copy(self.model, self.original), layers, self.data, self.options.forward, each
-            )
+        each = showing(self.options.progress, "fitting the network")
+        with evaluating(self.model):
+            dense = dense_copy(self.model, self.original)
+            network = finished_network(self.model, dense, layers, self.data, self.options.forward, each)
             fit = self._fitted_or_loaded(network, self.options.network)
         unit = "nats per position" if network.classes else "relative error"
         self.network_note = (

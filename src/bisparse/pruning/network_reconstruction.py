@@ -85,7 +85,7 @@ def finished_network(
     forward: Callable[[nn.Module, Any], Any] | None,
     each: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> FinishedBlock:
-    """A pruned network beside its dense copy, as `NetworkReconstruction` fits it; both in eval mode.
+    """A pruned network and its dense copy, both in eval mode, as `NetworkReconstruction` compares them.
 
     Raises:
         CalibrationError: an output without a floating-point tensor.

@@ -130,7 +130,7 @@ def check_ranks_agree(layers: Sequence[SparseLayer], ranks: Ranks, settings: Map
 
 
 def _text(value: object) -> str:
-    """A setting as text; the default text of an object has its place in memory, so that only the name of its class counts."""
+    """A setting as text; the default text of an object contains its address, so that only the name of its class counts."""
     return type(value).__name__ if type(value).__repr__ is object.__repr__ else repr(value)
 
 

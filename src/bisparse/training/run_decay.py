@@ -52,8 +52,12 @@ class RunDecay:
                 learning_rate=float(one.group.get("lr", 1.0)),
                 adaptive=adaptive,
             )
-        # Adam would divide a total by the size of the gradients: it is applied outside of its moments, as AdamW's weight decay.
-        outside = [one for one in held if adaptive and is_total(one.layer.decay_or(given), steps)]
+        inside: list[Held] = []
+        outside: list[Held] = []
+        for one in held:
+            # Adam would divide a total by the size of the gradients: it is outside of the moments, as AdamW's weight decay.
+            total = adaptive and is_total(one.layer.decay_or(given), steps)
+            (outside if total else inside).append(one)
+        decay_pruned(self.method, self._rates, inside, optimizer)
         if first:
             decay_pruned("sr-ste", self._rates, outside, optimizer)
-        decay_pruned(self.method, self._rates, [one for one in held if one not in outside], optimizer)

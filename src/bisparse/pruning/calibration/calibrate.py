@@ -38,7 +38,7 @@ from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
 from bisparse.pruning.reduction import positions
 from bisparse.tiles import to_matrices
 
-__all__ = ["Stage", "Walk", "calibrate", "evaluating", "shown"]
+__all__ = ["Stage", "Walk", "calibrate", "evaluating", "showing"]
 
 WHOLE_BYTES = 1 << 30
 """Bytes up to which the statistics of all layers are collected in one pass; otherwise stage by stage, as in "sequential"."""
@@ -142,8 +142,7 @@ def _shown(progress: bool | None) -> tuple[bool | None, ProgressLines | None]:
     return (None if progress is None else not progress), None
 
 
-@contextmanager
-def shown(progress: bool | None, what: str) -> Iterator[Callable[[Sequence[int]], Iterator[int]]]:
+def showing(progress: bool | None, what: str) -> Callable[[Sequence[int]], Iterator[int]]:
     """A function that iterates over batches and shows the progress, as `calibrate` does."""
     hidden, lines = _shown(progress)
 
@@ -153,7 +152,7 @@ def shown(progress: bool | None, what: str) -> Iterator[Callable[[Sequence[int]]
                 lines(what, done, len(batches))
             yield index
 
-    yield each
+    return each
 
 
 def _timed(stages: Iterator[Stage | FinishedBlock], walk: Walk) -> Iterator[Stage | FinishedBlock]:
