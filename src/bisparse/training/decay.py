@@ -115,7 +115,7 @@ class TotalDecay:
 
 
 def is_total(given: Decay | None, steps: int | None) -> bool:
-    """Whether this is a total over a run of so many steps (None: unknown), by default or as a number."""
+    """Whether the decay is a total over the run: a number, or the default (None), where the number of steps is known."""
     return steps is not None and not isinstance(given, FixedDecay | AnnealedDecay)
 
 

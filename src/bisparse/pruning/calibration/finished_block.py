@@ -54,7 +54,7 @@ class BlockFit:
 
 
 def split(batches: int, held_out_every: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The numbers of the batches to fit to, and of those held out; all are both if there are too few."""
+    """The numbers of the batches to fit to, and of those held out; with too few batches, all are in both."""
     judge = tuple(range(held_out_every - 1, batches, held_out_every)) or tuple(range(batches))
     return tuple(number for number in range(batches) if number not in judge) or tuple(range(batches)), judge
 

@@ -178,7 +178,7 @@ def _about_zero(covariance: Tensor | None, left: Tensor | None, right: Tensor | 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """While open, arithmetic does not depend on the caller's autocast, matmul precision and default dtype; not for models."""
+    """Arithmetic without the caller's autocast, matmul precision and default dtype. Models run outside of it, under these."""
     precision, dtype = torch.get_float32_matmul_precision(), torch.get_default_dtype()
     torch.set_float32_matmul_precision("highest")
     torch.set_default_dtype(torch.float32)
