@@ -29,11 +29,8 @@ def main(source: Path, lee50: Path, out: Path, count: int = 60) -> None:
     torch.set_num_threads(1)  # more threads are much slower when anything else runs on the machine
     quiet()
     console, scores = Console(record=True), {}
-    documents, people, tokenizer = (
-        read_documents(lee50),
-        read_similarities(lee50),
-        transformers.AutoTokenizer.from_pretrained(source),
-    )
+    documents, people = read_documents(lee50), read_similarities(lee50)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     texts = read_documents(lee50, "lee_background.cor")[:count]  # none of them among the 50
     cut = {"padding": True, "truncation": True, "max_length": 128, "return_tensors": "pt"}
     batches = [dict(tokenizer(texts[start : start + 10], **cut)) for start in range(0, count, 10)]
