@@ -324,7 +324,8 @@ def _rules(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "### Gradient rules with AdamW\n",
         "A refresh every 40 steps; the length of the run is known, so the decay of SR-STE, masked decay and hysteresis "
-        "(a margin of 0.1) is a total of 5, for which the first two are the same with AdamW. AST's lambda grows to 4e-4 inside of the moments. "
+        "(a margin of 0.1) is a total of 5, for which the first two are the same with AdamW. "
+        "AST's lambda grows to 4e-4 inside of the moments. "
         "Differences to dense: paired by seed, mean and standard error.\n",
         table(("run", "runs", "test loss, nats per byte", "against dense", "flip rate at the last refresh"), body),
     ]
