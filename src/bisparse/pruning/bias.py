@@ -69,6 +69,8 @@ def norms_after(
 
     Norms of several layers, and layers that are called more than once, are left out.
     """
+    if not any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules()):
+        return {}  # running the model would keep the outputs of all layers in memory
     by_module = {id(layer.module): layer.name for layer in layers}
     outputs: list[tuple[str, Tensor]] = []
     pairs: list[tuple[str, nn.Module]] = []

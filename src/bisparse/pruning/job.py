@@ -1,7 +1,7 @@
 """A pruning job as one transaction: all of its layers are changed or, on an exception, none.
 
 The original tensors are stored before they are changed: with calibration data on disk, so that memory has only one copy of the
-model and an interrupted job can be resumed; otherwise in memory.
+model and an interrupted job can be resumed; otherwise in memory. Of a model that is mapped from files, memory has no copy at all.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from bisparse.pruning.fingerprint import fingerprint, stable_repr
 from bisparse.pruning.journal import Journal, JournalError
 from bisparse.pruning.layer import Change, prune_layer
 from bisparse.pruning.layer_tensors import live_tensors, restore_, resumed_result, tensors_after, write_
+from bisparse.pruning.mapped_weights import MappedWeights
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.network_reconstruction import finished_network
 from bisparse.results import LayerResult
@@ -104,6 +105,7 @@ class Job:
         self._touched: dict[str, Layer] = {}
         self._changed: dict[int, tuple[str, str]] = {}
         """By id of a model's tensor, the layer and key under which the journal has its original."""
+        self._mapped = MappedWeights(model)
         self._open = ExitStack()
 
     def __enter__(self) -> Job:
@@ -225,6 +227,7 @@ class Job:
         """
         damaged = []
         try:
+            self._mapped.restore()
             for name, layer in self._touched.items():
                 assert self.journal is not None
                 try:
@@ -309,14 +312,17 @@ class Job:
 
     def _fitted_or_loaded(self, block: FinishedBlock, fitter: BlockFitter) -> BlockFit:
         assert self.journal is not None
-        if self.journal.has("block", block.name):
-            tensors, saved = self.journal.get("block", block.name)
+        loaded = self.journal.has("block", block.name)
+        if loaded:
+            fit = BlockFit(**self.journal.get("block", block.name)[1])
+        else:
+            fit = fitter.fit_(block)
+            held = {f"{layer.name}/{key}": live for layer in block.layers for key, live in live_tensors(layer, {}).items()}
+            self.journal.put("block", block.name, held, asdict(fit))
+        if loaded or self._mapped:  # what the fit has written is no longer mapped
+            tensors, _ = self.journal.get("block", block.name)
             for layer in block.layers:
-                write_(layer, {key: tensors[f"{layer.name}/{key}"] for key in live_tensors(layer, {})}, {})
-            return BlockFit(**saved)
-        fit = fitter.fit_(block)
-        held = {f"{layer.name}/{key}": live for layer in block.layers for key, live in live_tensors(layer, {}).items()}
-        self.journal.put("block", block.name, held, asdict(fit))
+                write_(layer, {key: tensors[f"{layer.name}/{key}"] for key in live_tensors(layer, {})}, {}, self._mapped)
         return fit
 
     def _write(self, layer: Layer) -> None:
@@ -325,7 +331,7 @@ class Job:
             after = tensors_after(self._changes[layer.name], self.norms)
         else:
             after = self.journal.get("done", layer.name)[0]
-        write_(layer, after, self.norms)
+        write_(layer, after, self.norms, self._mapped)
 
     def _notes(self) -> tuple[str, ...]:
         if not self.uses_data:

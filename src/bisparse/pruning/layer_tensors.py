@@ -12,6 +12,7 @@ from bisparse.layers import Layer
 from bisparse.pruning.bias import bias_of
 from bisparse.pruning.journal import Journal, JournalError
 from bisparse.pruning.layer import Change
+from bisparse.pruning.mapped_weights import MappedWeights
 from bisparse.results import LayerResult
 from bisparse.rollback import same_bits
 from bisparse.tiles import Layout, LayoutKind
@@ -36,15 +37,21 @@ def tensors_after(change: Change, norms: Mapping[str, nn.Module]) -> dict[str, T
     return after
 
 
-def write_(layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module]) -> None:
+def write_(
+    layer: Layer, tensors: Mapping[str, Tensor], norms: Mapping[str, nn.Module], mapped: MappedWeights | None = None
+) -> None:
     """Overwrite a layer's tensors in place, by the names of `live_tensors`, and check them by reading back.
+
+    Args:
+        mapped: where a weight that is mapped from a file refers to the new values instead.
 
     Raises:
         RuntimeError: reading back returns other values.
     """
     with torch.no_grad():
         for key, live in live_tensors(layer, norms).items():
-            live.copy_(tensors[key])
+            if mapped is None or not mapped.place(live, tensors[key]):
+                live.copy_(tensors[key])
     for key, live in live_tensors(layer, norms).items():
         if not same_bits(live, tensors[key]):
             raise RuntimeError(

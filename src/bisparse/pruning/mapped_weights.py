@@ -1,0 +1,104 @@
+"""Weights that are mapped from a file go on being mapped when a job writes them, so that a model may be larger than memory.
+
+transformers maps the weights of a safetensors file: the system reads pages when they are used, and drops them when memory is
+short. A page that is written to becomes a private copy, which it cannot drop. So instead of copying new values into such a
+weight, a job lets it refer to the values as they are mapped from its journal. Only on Linux, which lists what is mapped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from bisparse.layers.shared_memory import memory_of
+
+__all__ = ["MappedWeights", "is_mapped"]
+
+MAPS = Path("/proc/self/maps")
+PRIVATE_FILE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ [0-9a-f:]+ (\d+)\s+/")
+
+
+def _mapped_ranges() -> list[tuple[int, int]]:
+    """The addresses of this process that are private, writable mappings of files, in order."""
+    try:
+        lines = MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    found = (PRIVATE_FILE.match(line) for line in lines)
+    return sorted((int(one[1], 16), int(one[2], 16)) for one in found if one is not None and one[3] != "0")
+
+
+def is_mapped(tensor: Tensor) -> bool:
+    """Whether a tensor's memory is mapped from a file, as a copy of its own.
+
+    >>> is_mapped(nn.Linear(2, 2).weight)
+    False
+    """
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or not tensor.numel():
+        return False
+    ranges, first = _mapped_ranges(), tensor.data_ptr()
+    place = bisect_right(ranges, (first, 2**64)) - 1
+    # Memory that the C library manages may be in a private mapping without a file, never in one with a file.
+    return place >= 0 and first + tensor.nbytes <= ranges[place][1]
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    try:
+        found: Callable[[int], int] = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):  # another C library than GNU's
+        return None
+    return found
+
+
+def _trim() -> None:
+    """Give the memory of freed tensors back to the system; GNU's C library would keep most of what each layer needed."""
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+class MappedWeights:
+    """Gives new values to a model's weights that are mapped from a file.
+
+    Args:
+        model: the model; of its tensors, those that others share the memory of are not replaced.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        held = {id(one): one for one in (*model.parameters(), *model.buffers())}
+        places = Counter(map(memory_of, held.values()))
+        self._shared = {key for key, one in held.items() if places[memory_of(one)] > 1}
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}
+        """By id, weights that were replaced, and what they referred to."""
+
+    def place(self, weight: Tensor, values: Tensor) -> bool:
+        """Let a weight refer to values; False if it is not mapped, or must keep its memory for another reason."""
+        if (
+            type(weight) is not nn.Parameter
+            or id(weight) in self._shared
+            or weight.is_inference()
+            or not (weight.is_contiguous() and values.is_contiguous())
+            or (weight.shape, weight.dtype) != (values.shape, values.dtype)
+            or not (is_mapped(weight) and is_mapped(values))
+        ):
+            return False
+        self._before.setdefault(id(weight), (weight, weight.data))
+        weight.data = values
+        _trim()
+        return True
+
+    def restore(self) -> None:
+        """Let all weights refer to what they referred to before."""
+        for weight, before in self._before.values():
+            weight.data = before
+        self._before.clear()
+
+    def __len__(self) -> int:
+        return len(self._before)
