@@ -1,9 +1,10 @@
 """Every test runs on one thread, offline, from a fixed seed, in an empty working directory."""
 
+import gc
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -58,6 +59,17 @@ def _fixed_seed() -> None:
         torch.default_generator.manual_seed(0)
     if "torch._dynamo.convert_frame" in sys.modules:  # what an earlier test compiled must not count against this one's limit
         torch._dynamo.reset()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What collecting the tests imports stays until the end; the garbage collector would search all of it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
