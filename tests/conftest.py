@@ -1,11 +1,13 @@
 """Every test runs on one thread, offline, from a fixed seed, in an empty working directory."""
 
+import functools
 import gc
 import itertools
 import os
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
@@ -14,6 +16,7 @@ if "PYTHONPATH" in os.environ:  # for processes that tests start, whose working 
 
 import pytest
 import torch
+import typer.main
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -40,6 +43,13 @@ def _elsewhere(request: pytest.FixtureRequest, _working_folders: Iterator[Path],
         folder = next(_working_folders)
         folder.mkdir()
         monkeypatch.chdir(folder)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _commands_built_once() -> Iterator[None]:
+    """typer's runner builds every command again for each one that it runs, which takes longer than many of them."""
+    with mock.patch("typer.testing._get_command", functools.cache(typer.main.get_command)):
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
