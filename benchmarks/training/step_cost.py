@@ -1,8 +1,9 @@
 """CPU time of a training step: dense, with static masks, with dynamic masks; interleaved, one thread.
 
-    python benchmarks/training/step_cost.py [--steps 60] [--models resnet20 gpt] [--pattern 4:8-T]
+    python benchmarks/training/step_cost.py [--steps 60] [--models resnet20 gpt wide] [--pattern 4:8-T]
 
-ResNet-20 (width 16, 128 images of 14 x 14, channels last, SGD) and a small GPT (width 128, 4 layers, 4 x 128 tokens, AdamW).
+ResNet-20 (width 16, 128 images of 14 x 14, channels last, SGD), a small GPT (width 128, 4 layers, 4 x 128 tokens, AdamW), and
+four layers of a language model's width (2048 x 2048, ReLU, 256 rows, fused AdamW).
 Each round takes a step of every variant, in rotating order; the figure is the median over rounds of the step's CPU time, and of
 its ratio to the dense step of the same round. A refresh takes place every 40 steps; its search is reported apart, as the mean
 over all steps. Rows go to results/training-step.jsonl.
@@ -54,7 +55,14 @@ def gpt(seed: int) -> tuple[nn.Module, Callable[[nn.Module], torch.optim.Optimiz
     return model, lambda one: torch.optim.AdamW(one.parameters(), lr=1e-4), ids[:, :-1], ids[:, 1:]
 
 
-MODELS = {"resnet20": resnet20, "gpt": gpt}
+def wide(seed: int) -> tuple[nn.Module, Callable[[nn.Module], torch.optim.Optimizer], torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(one for _ in range(4) for one in (nn.Linear(2048, 2048), nn.ReLU())))
+    inputs, labels = torch.randn(256, 2048), torch.randint(0, 2048, (256,))
+    return model, lambda one: torch.optim.AdamW(one.parameters(), lr=1e-4, fused=True), inputs, labels
+
+
+MODELS = {"resnet20": resnet20, "gpt": gpt, "wide": wide}
 
 
 def stepper(kind: str, pattern: str, how: dict[str, Any] | None) -> tuple[Callable[[], None], Any]:

@@ -50,15 +50,16 @@ def train(
 ) -> dict[str, Any]:
     """Train until the CPU time or the steps are spent; what was measured."""
     sparsity = sparsify_(model, options.pattern, mode="static", masks="nonzero", exclude="lm_head")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     sparsity.attach(optimizer)
+    wants_labels = teacher is None or teacher.weights["task"] > 0
     started, steps, tokens, curve = time.process_time(), 0, 0, []
     while (done := _done(started, steps, options)) < 1:
         for group in optimizer.param_groups:
             group["lr"] = options.lr * min(1.0, (steps + 1) / 10) * 0.5 * (1 + math.cos(math.pi * done))
         ids = batches[steps % len(batches)]
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = model(input_ids=ids, labels=ids, use_cache=False)
+            output = model(input_ids=ids, labels=ids if wants_labels else None, use_cache=False)
         loss = output.loss if teacher is None else teacher.loss(output.loss)
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
@@ -13,6 +14,9 @@ __all__ = ["MASK_SUFFIX", "StaticMask", "static_mask", "static_masks"]
 
 MASK_SUFFIX = "_mask"
 """The mask of the static weight `NAME` is its module's attribute `NAME` + this suffix."""
+
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+"""By a weight's number of dimensions."""
 
 
 @dataclass
@@ -32,11 +36,14 @@ def static_masks(module: nn.Module) -> list[tuple[str, StaticMask]]:
 
 
 def static_mask(module: nn.Module, parameter: str) -> Bool[Tensor, "..."] | None:
-    """The mask of a static weight, where the weight is; None for other weights."""
+    """The mask of a static weight, on its device and in its memory format; None for other weights."""
     held = vars(module).get(f"{parameter}{MASK_SUFFIX}")
     if not isinstance(held, StaticMask):
         return None
     weight = module._parameters.get(parameter)
-    if weight is not None and held.mask.device != weight.device:
-        held.mask = held.mask.to(weight.device)
+    if weight is not None:
+        if held.mask.device != weight.device:
+            held.mask = held.mask.to(weight.device)
+        if (last := CHANNELS_LAST.get(weight.ndim)) is not None and weight.is_contiguous(memory_format=last):
+            held.mask = held.mask.contiguous(memory_format=last)  # operators on different formats are several times slower
     return held.mask

@@ -79,6 +79,7 @@ def planned(
 def test_names_decide(tmp_path: Path) -> None:
     dense = {
         "wte.weight": "looked up", "encoder.embed_positions.weight": "looked up", "shared.weight": "looked up",
+        "vision_tower.patchifier.weight": "looked up", "audio_tower.encoder.weight": "looked up",
         "x.relative_attention_bias.weight": "looked up", "lm_head.weight": "head", "model.fc.weight": "head",
         "classifier.weight": "head", "cls.predictions.decoder.weight": "head", "moe.gate.weight": "router",
         "text_projection": "not named",

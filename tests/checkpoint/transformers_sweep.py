@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bisparse.checkpoint.layer_selection import choose_layers
 from bisparse.checkpoint.stored_tensor import FileTensor
@@ -96,32 +96,59 @@ def _make_shallow(config: Any) -> None:
             setattr(config, key, value[:2])
 
 
+def as_saved(model: nn.Module) -> dict[str, Tensor]:
+    """What `save_pretrained` would write: parameters and buffers by their names in files, fused ones apart, shared ones once."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    state = {name: one for name, one in model.state_dict(keep_vars=True).items() if isinstance(one, Tensor)}
+    with torch.no_grad():
+        saved: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    owners: set[int] = set()
+    once = {}
+    for name in [*(name for name in state if name in saved), *(name for name in saved if name not in state)]:
+        if id(saved[name]) not in owners:
+            owners.add(id(saved[name]))
+            once[name] = saved[name]
+    return once
+
+
 def disagreements(built: Built) -> list[str]:
-    """Parameters of a model that a file of it is read differently for: how the module and the file see them."""
+    """Parameters of a model that a file of it is read differently for: how the module and the file see them.
+
+    A parameter that is saved under another name may stay dense in the file for the sake of that name. Of parameters that are
+    fused in the module and apart in the file, or the other way round, the numbers of weights to prune are compared.
+    """
     assert built.model is not None
     layers, skipped = find_layers(built.model)
     by_module: dict[str, Layout | str] = {layer.parameter_name: layer.layout for layer in layers}
     reasons = {one.name: one.reason for one in skipped}
-    tensors = {}
-    owners: set[int] = set()
-    for name, parameter in built.model.state_dict(keep_vars=True).items():
-        if not isinstance(parameter, torch.Tensor):
-            continue
-        # A file holds a shared parameter once.
-        if id(parameter) not in owners:
-            owners.add(id(parameter))
-            shape = tuple(parameter.shape)
-            tensors[name] = FileTensor(name, CODES.get(parameter.dtype, "U8"), shape, Path("model.safetensors"), 0, 0, NOTHING)
+    state = built.model.state_dict(keep_vars=True)
+    own_names = {id(one): name for name, one in reversed(state.items())}
+    saved = as_saved(built.model)
+    tensors = {
+        name: FileTensor(name, CODES.get(one.dtype, "U8"), tuple(one.shape), Path("model.safetensors"), 0, 0, NOTHING)
+        for name, one in saved.items()
+    }
     chosen, left = choose_layers(tensors, built.config, Pattern(2, 4), metadata={"format": "pt"})
     by_file: dict[str, Layout | str] = {layer.tensor.name: layer.layout for layer in chosen}
     left_dense = {one.name: one.reason for one in left}
     found = []
+    apart_in_file, in_both = 0, set()
     for name, tensor in tensors.items():
-        layer = name.removesuffix(".weight")
-        if len(tensor.shape) < 2 or by_module.get(name) == by_file.get(name):
+        own = own_names.get(id(saved[name]))
+        if own is None:
+            apart_in_file += saved[name].numel() if name in by_file else 0
             continue
-        module = by_module.get(name, reasons.get(layer, "not listed"))
-        file = by_file.get(name, left_dense.get(layer, "not listed"))
-        if "its output is the model's" not in str(module):  # data flow, which no file has
+        in_both.add(own)
+        if len(tensor.shape) < 2 or by_module.get(own) == by_file.get(name):
+            continue
+        module = by_module.get(own, reasons.get(own.removesuffix(".weight"), "not listed"))
+        file = by_file.get(name, left_dense.get(name.removesuffix(".weight"), "not listed"))
+        by_its_name = own != name and any(reason in str(file) for reason in ("(its name ends in", "embedding: "))
+        if "its output is the model's" not in str(module) and not by_its_name:  # data flow, which no file has
             found.append(f"{built.type}: {re.sub(r'[0-9]+', '*', name)} {tensor.shape}: module: {module}; file: {file}")
+    shared = {id(one) for name, one in state.items() if name in in_both}
+    apart = sum(one.numel() for name, one in state.items() if name in by_module and id(one) not in shared)
+    if apart != apart_in_file:
+        found.append(f"{built.type}: of fused parameters the module prunes {apart:,} weights, a file {apart_in_file:,}")
     return list(dict.fromkeys(found))

@@ -10,7 +10,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import bisparse
 from bisparse import finalize_, solve, sparsify_, verify
-from bisparse.training.layer import keep_only_
+from bisparse.training.bits import keep_only_
 
 OPTIMIZERS = {
     "sgd": lambda held: torch.optim.SGD(held, lr=0.1),

@@ -13,8 +13,9 @@ from torch.distributed.tensor import DTensor
 
 from bisparse.accelerate.advice import Advice, check_tokens
 from bisparse.accelerate.backends import BackendError, Refusal
+from bisparse.accelerate.conv_packed import PACKED_CONVOLUTIONS
 from bisparse.accelerate.eligibility import BackendName, Plan, plan_layer
-from bisparse.accelerate.linear_packed import PackedLinear
+from bisparse.accelerate.linear_packed import PackedLayer, PackedLinear
 from bisparse.accelerate.linear_trained import SparseLinear
 from bisparse.arguments import check_flag, entry_of
 from bisparse.layers import Filter, Layer, Skipped, find_layers
@@ -25,8 +26,6 @@ from bisparse.training.layer import Accelerated
 from bisparse.wrappers import check_module
 
 __all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "held_bytes", "install", "tied_parameters"]
-
-LINEARS: dict[str, type[PackedLinear] | type[SparseLinear]] = {"packed": PackedLinear, "trained": SparseLinear}
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def accelerate_(
     tokens: int = 1,
     int8: bool = False,
 ) -> AccelerationReport:
-    """Run Linear layers sparse, in place: 2:4 or 2:4-T weights on tensor cores, any zeros on CPUs. Returns a report.
+    """Run layers sparse, in place: 2:4 or 2:4-T weights on tensor cores, any zeros on CPUs. Returns a report.
 
     >>> import bisparse
     >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
@@ -113,7 +112,9 @@ def accelerate_(
     layers of a model in evaluation mode, for which W^T is not packed.
 
     On a CPU, weights that are not trained are packed as non-zeros and a bit mask, whatever their pattern, if at most 0.8 of the
-    entries are not zero. Each layer is timed with `tokens` tokens, and packed only if that is faster.
+    entries are not zero. Each layer is timed with `tokens` tokens, and packed only if that is faster. So are convolutions of
+    kernel size 1 without groups, on CPUs alone, timed for `tokens` positions; if `tokens` is 1, they must be
+    faster at 49 (7 x 7), and no slower at 512.
 
     A layer that runs sparse already stays as it is. On an error the model is unchanged, and its parameters are the same objects.
 
@@ -123,7 +124,8 @@ def accelerate_(
         advice: the result of `advise` for this model: layers that are not faster sparse stay as they are, the others use the
             fastest backend. Layers without advice are converted as usual.
         include, exclude: which layers, by name, glob, ``re:`` or function.
-        layouts: how single layers store their matrices, as for `prune_`; only plain Linear layers run sparse.
+        layouts: how single layers store their matrices, as for `prune_`; only plain Linear layers, and convolutions as above,
+            run sparse.
         dtype: dtype of the inputs of layers in training: by default the weight's if it is half precision, otherwise bfloat16.
             With either half precision, inputs in the other one run sparse as well.
         tokens: on a CPU, the number of input rows for which layers are timed: 1 for decoding, more for prompts and batches.
@@ -167,8 +169,8 @@ def accelerate_(
     with Rollback(model) as rollback:
         for layer, plan in plans:
             outcome = install(layer, plan, search)
-            if isinstance(layer.module, PackedLinear):  # otherwise the rollback would hold the dense weights of the whole model
-                rollback.release(layer.module, "weight", layer.module.packed_weight.parameter)
+            if isinstance(layer.module, PackedLayer):  # otherwise the rollback would hold the dense weights of the whole model
+                rollback.release(layer.module, "weight", layer.module.parameter)
             if isinstance(outcome, AcceleratedLayer):
                 done.append(outcome)
             else:
@@ -183,7 +185,7 @@ def accelerate_(
 def held_bytes(module: nn.Module) -> int:
     """Bytes of all parameters, buffers and packed weights, each storage counted once; of sharded ones, this rank's part."""
     storages = {}
-    own = [one for one in module.modules() if isinstance(one, PackedLinear | SparseLinear)]
+    own = [one for one in module.modules() if isinstance(one, PackedLayer | SparseLinear)]
     derived = [tensor for one in own for tensor in one.derived_tensors]
     for tensor in (*module.parameters(), *module.buffers(), *derived):
         storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
@@ -206,15 +208,19 @@ def _left_dense(name: str, refusal: Refusal, asked_for: bool) -> Skipped:
 
 
 def install(layer: Layer, plan: Plan, search: bool) -> AcceleratedLayer | Refusal:
-    """Convert a Linear by its plan; returns a refusal if it cannot be packed."""
-    module = layer.module
-    assert isinstance(module, nn.Linear)
-    before = held_bytes(module)
+    """Convert a layer by its plan; returns a refusal if it cannot be packed."""
+    module: Any = layer.module
+    before, shape = held_bytes(module), (module.weight.shape[0], module.weight.shape[1])
+    packed: type[PackedLayer] = PACKED_CONVOLUTIONS.get(type(module), PackedLinear)
     try:
-        slow = LINEARS[plan.kind].install_(module, plan, search=search, name=layer.name)
+        if plan.kind == "packed":
+            slow = packed.install_(module, plan, search=search, name=layer.name)
+        else:
+            assert isinstance(module, nn.Linear)
+            slow = SparseLinear.install_(module, plan, search=search, name=layer.name)
     except torch.OutOfMemoryError as error:
         return Refusal(f"out of memory while packing {before:,} bytes, it stays as it is: {str(error).splitlines()[0]}")
     except (BackendError, PatternError) as error:
         return Refusal(str(error), "weight" if isinstance(error, PatternError) else "backend")
-    note, shape = "; ".join(filter(None, (plan.note, slow))), (module.out_features, module.in_features)
+    note = "; ".join(filter(None, (plan.note, slow)))
     return AcceleratedLayer(layer.name, shape, plan.backend, plan.kind, plan.both_ways, before, held_bytes(module), note)

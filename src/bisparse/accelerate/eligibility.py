@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +28,9 @@ BackendName = Literal["auto", "cusparselt", "cutlass", "cpu", "reference"]
 
 WIDER_PATTERNS = ("4:8-T", "8:16-T", "16:32-T", "32:64-T", "4:8", "8:16", "16:32", "32:64")
 """Wider patterns to mention if a weight that is not 2:4 obeys one of them; the strictest first."""
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+POSITIONS = 49
+"""Number of positions, 7 x 7, for which convolutions are timed if the caller names none; with many they must not be slower."""
 MIN_BROKEN_FRACTION = 0.05
 """Minimum fraction of groups that break 2:4 for a wider pattern to be searched for; a few broken groups are an accident."""
 
@@ -108,7 +112,7 @@ def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int], 
     weight = state.weight
     if backend == CPU and (reason := cpu_reason(weight.device)) is not None and not weight.is_meta:
         raise BackendError(f"backend={CPU!r}: {reason}. Pass backend='auto' for what the device has")
-    if (refusal := _layer_refusal(layer)) is not None:
+    if (refusal := _layer_refusal(layer, on_cpu=True)) is not None:
         return refusal
     if _is_trained(layer, state):
         reason = "its weight is trained, and only constant weights are packed on CPUs; it stays masked-dense"
@@ -123,11 +127,18 @@ def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int], 
         return Refusal(
             f"{reason or 'its weight has NaN or infinities, which int8 does not have'}; it stays masked-dense", "weight"
         )
+    if isinstance(layer.module, CONVOLUTIONS):
+        known, tokens = tokens > 1, max(tokens, POSITIONS)
+        at = f"at {tokens} positions, when timed here"
+    else:
+        known, at = True, f"at {tokens} token{'s' if tokens > 1 else ''}, when timed here"
     found = measured(weight, tokens, int8)
-    at = f"at {tokens} token{'s' if tokens > 1 else ''}, when timed here"
     if found.speedup <= MIN_SPEEDUP:
         slower = f"slower by {1 / found.speedup:.2f}x" if found.speedup < 1.0 else f"only {found.speedup:.2f}x faster"
         return Refusal(f"packed it was {slower} {at}; it stays masked-dense")
+    if not known and found.many < 1.0:
+        slower = f"slower by {1 / found.many:.2f}x at {MANY_TOKENS}"
+        return Refusal(f"packed it was {found.speedup:.2f}x faster {at}, and {slower}; it stays masked-dense")
     note = f"{found.speedup:.2f}x faster {at}"
     if expands(weight.dtype) and not int8:
         note += f"; expanded in bands beyond {found.max_tokens} tokens"
@@ -183,10 +194,10 @@ def directions_of(layer: Layer) -> Directions | Refusal:
     return _weight_refusal(mask) or Directions(bool(verify(mask, "2:4-T")))
 
 
-def _layer_refusal(layer: Layer) -> Refusal | None:
+def _layer_refusal(layer: Layer, *, on_cpu: bool = False) -> Refusal | None:
     """Why a layer cannot run sparse, apart from its zeros and the backend; None if it can."""
     module = layer.module
-    if (reason := _kind_reason(module)) is not None:
+    if (reason := _kind_reason(module, on_cpu)) is not None:
         return Refusal(reason, "layer")
     state = layer_state(module)
     if state.parametrization is None and (reason := computed_reason(module, "weight")) is not None:
@@ -223,7 +234,7 @@ def is_2to4(structure: Structure) -> tuple[bool, bool]:
     return rows, rows and isinstance(structure, Pattern) and structure.transposable
 
 
-def _kind_reason(module: nn.Module) -> str | None:
+def _kind_reason(module: nn.Module, on_cpu: bool) -> str | None:
     """Why layers of this kind do not run sparse; None if they can."""
     if isinstance(module, Accelerated):
         return "accelerated already"
@@ -231,6 +242,8 @@ def _kind_reason(module: nn.Module) -> str | None:
         return "Conv1D of GPT-2 stores its weight transposed, which cannot run sparse yet; convert it to nn.Linear"
     parametrized = parametrize.is_parametrized(module)
     kind = type(module).__bases__[0] if parametrized else type(module)
+    if on_cpu and kind in CONVOLUTIONS and not parametrized:
+        return _pointwise_reason(module)
     if kind not in (nn.Linear, MVUELinear):
         return f"{kind.__name__}: only nn.Linear itself runs sparse so far; subclasses may read the weight themselves"
     if not parametrized:
@@ -239,6 +252,20 @@ def _kind_reason(module: nn.Module) -> str | None:
         return "its bias is parametrized too"
     if not isinstance(layer_state(module).parametrization, Masked | SoftThreshold):
         return "its weight is parametrized by another library"
+    return None
+
+
+def _pointwise_reason(module: nn.Module) -> str | None:
+    """Why a convolution is no product with the channels of every position; None if it is one."""
+    assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    if math.prod(module.kernel_size) > 1:
+        kernel = " x ".join(map(str, module.kernel_size))
+        return f"{type(module).__name__} with a kernel of {kernel}: of convolutions, only those of kernel size 1 run packed"
+    if module.groups > 1:
+        return f"{type(module).__name__} with {module.groups} groups: of convolutions, only those without groups run packed"
+    padding = (0,) if isinstance(module.padding, str) else module.padding  # "same" and "valid" add nothing to kernels of size 1
+    if any(padding):
+        return f"{type(module).__name__} with padding {padding}: of convolutions, only those without padding run packed"
     return None
 
 

@@ -1,7 +1,7 @@
-"""A Linear layer with a permanently packed weight: less memory, and products on sparse tensor cores or by CPU kernels.
+"""Layers with a permanently packed weight: less memory, and products on sparse tensor cores or by CPU kernels.
 
-Installed in place by changing a Linear's class, so hooks, names and references to the module do not change. The `state_dict`
-has a plain dense weight, and `restore_` turns the module back into the original Linear.
+Installed in place by changing a module's class, so hooks, names and references to the module do not change. The `state_dict`
+has a plain dense weight, and `restore_` turns the module back into the original one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bisparse.accelerate.eligibility import Plan
 from bisparse.accelerate.operators import autocast_dtype, checked_input, packed_linear_2to4, refuse_onnx
 from bisparse.solution import PatternError, verify
 
-__all__ = ["PackedLinear", "PackedWeight"]
+__all__ = ["PackedLayer", "PackedLinear", "PackedWeight"]
 
 
 @dataclass(frozen=True)
@@ -114,31 +114,33 @@ class PackedWeight:
         return replace(self, packed=apply(self.packed), metadata=apply(self.metadata), packed_t=packed_t, metadata_t=metadata_t)
 
 
-class PackedLinear(nn.Linear):
-    """A Linear with a constant weight, stored as its kept values and their positions.
+class PackedLayer(nn.Module):
+    """Base of layers with a constant weight, stored as its kept values and their positions.
 
-    `weight` is the dense weight, unpacked at each access; so is the entry of `state_dict`, which loads into a plain Linear.
-    Loading takes a plain Linear's entry, which must be 2:4 for a 2:4 library. Packed tensors are not buffers, since they are
+    `weight` is the dense weight, unpacked at each access; so is the entry of `state_dict`, which loads into a plain layer.
+    Loading takes a plain layer's entry, which must be 2:4 for a 2:4 library. Packed tensors are not buffers, since they are
     specific to a device and a library, and tools that average or copy buffers between models would corrupt them.
     """
 
+    plain: type[nn.Module]
+    """The class of the original module."""
     packed_weight: PackedWeight | BitmaskWeight
 
     @classmethod
-    def install_(cls, module: nn.Linear, plan: Plan, *, search: bool = True, name: str = "") -> str:
-        """Turn a Linear into this class, with its weight packed and the dense parameter dropped. Returns a note, often empty.
+    def install_(cls, module: nn.Module, plan: Plan, *, search: bool = True, name: str = "") -> str:
+        """Turn a module into this class, with its weight packed and the dense parameter dropped. Returns a note, often empty.
 
         Raises:
             PatternError, BackendError: as for `from_dense` of the packed weight; the module is unchanged.
         """
         packed: PackedWeight | BitmaskWeight
-        note = ""
+        note, weight = "", module.weight.flatten(1)  # type: ignore[operator]
         if plan.backend == CPU:
-            packed = BitmaskWeight.from_dense(module.weight, max_tokens=plan.max_tokens, int8=plan.int8, name=name)
+            packed = BitmaskWeight.from_dense(weight, max_tokens=plan.max_tokens, int8=plan.int8, name=name)
             if plan.int8:
-                note = f"in int8, relative error {rounding_error(module.weight, packed):.2%}"
+                note = f"in int8, relative error {rounding_error(weight, packed):.2%}"
         else:
-            packed = PackedWeight.from_dense(module.weight, plan.backend, transposed=plan.both_ways, search=search, name=name)
+            packed = PackedWeight.from_dense(weight, plan.backend, transposed=plan.both_ways, search=search, name=name)
         del module._parameters["weight"]
         module.__class__ = cls
         assert isinstance(module, cls)
@@ -146,20 +148,31 @@ class PackedLinear(nn.Linear):
         return note
 
     @property
-    def weight(self) -> Float[Tensor, "O I"]:  # type: ignore[override]
+    def weight_shape(self) -> tuple[int, ...]:
+        """The shape of the dense weight."""
+        return self.packed_weight.shape
+
+    @property
+    def weight(self) -> Float[Tensor, "O I *K"]:
         """The dense weight, unpacked at each access."""
-        return self.packed_weight.dense()
+        return self.dense_weight()
 
     @property
     def derived_tensors(self) -> tuple[Tensor, ...]:
         """The packed tensors."""
         return self.packed_weight.tensors
 
-    def dense_weight(self) -> Float[Tensor, "O I"]:
+    def dense_weight(self) -> Float[Tensor, "O I *K"]:
         """The dense weight, with zeros."""
-        return self.packed_weight.dense()
+        return self.packed_weight.dense().view(self.weight_shape)
 
-    def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+    def parameter(self) -> nn.Parameter:
+        """The dense weight as a parameter."""
+        own = self.packed_weight.parameter()
+        return nn.Parameter(own.detach().view(self.weight_shape), own.requires_grad)
+
+    def multiplied(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        """``x W^T + b``, in the input's dtype, or autocast's."""
         own = self.packed_weight
         if isinstance(own, BitmaskWeight):
             output = own.product.directly(input, self._parameters["bias"])
@@ -169,26 +182,26 @@ class PackedLinear(nn.Linear):
         wanted = autocast_dtype(input)
         if wanted is not None:  # the packed weight cannot be cast, so the input is; the output has autocast's dtype
             input = input.to(own.dtype)
-        return own.linear(self._checked(input), self.bias).to(wanted or input.dtype)
+        return own.linear(self._checked(input), self._parameters["bias"]).to(wanted or input.dtype)
 
     def mask_changed(self, *, proved: bool = False) -> None:
         """No-op, since the weight is a constant."""
 
     @torch.no_grad()
     def restore_(self) -> None:
-        """Become a plain Linear again, with a new parameter."""
-        weight = self.packed_weight.parameter()
+        """Become a plain layer again, with a new parameter."""
+        weight = self.parameter()
         del self.packed_weight
-        self.__class__ = nn.Linear  # type: ignore[assignment]
+        self.__class__ = self.plain  # type: ignore[assignment]
         self.register_parameter("weight", weight)
-        self._parameters["bias"] = self._parameters.pop("bias")  # in Linear's own order
+        self._parameters["bias"] = self._parameters.pop("bias")  # in the layer's own order
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.packed_weight.description}"
 
     def _checked(self, input: Tensor) -> Tensor:
         dtype = self.packed_weight.dtype
-        if checked_input(input, self.in_features).dtype != dtype:
+        if checked_input(input, self.packed_weight.shape[1]).dtype != dtype:
             raise ValueError(
                 f"the weight is packed in {dtype} and the input of shape {tuple(input.shape)} is {input.dtype}: "
                 "convert the input, run under autocast, or convert the module with .to(dtype)"
@@ -233,12 +246,21 @@ class PackedLinear(nn.Linear):
         if weight is None:
             if strict:
                 missing_keys.append(key)
-        elif tuple(weight.shape) != own.shape:
-            error_msgs.append(f"{key}: shape {tuple(weight.shape)}, expected {own.shape}")
+        elif tuple(weight.shape) != self.weight_shape:
+            error_msgs.append(f"{key}: shape {tuple(weight.shape)}, expected {self.weight_shape}")
         else:
             try:
                 held = own.tensors[0].device
                 device = weight.device if held.type == "meta" else held  # a model on the meta device gets its values here
-                self.packed_weight = own.repacked(weight.detach().to(device, own.dtype), key)
+                self.packed_weight = own.repacked(weight.detach().to(device, own.dtype).flatten(1), key)
             except (BackendError, PatternError) as error:
                 error_msgs.append(str(error))
+
+
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override]  # its weight is a property
+    """A Linear with a packed weight; see `PackedLayer`."""
+
+    plain = nn.Linear
+
+    def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
+        return self.multiplied(input)

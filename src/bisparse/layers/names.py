@@ -26,9 +26,11 @@ EMBEDDINGS = (
     "embed", "embed_*", "embedding", "embeddings", "*_embed", "*_embeds", "*_embedding", "*_embeddings", "tok_embeddings",
     "*_embeddings_[0-9]*", "*_embedder", "*embedder_[0-9]*", "wte", "wpe", "wtt", "shared", "relative_attention_bias", "emb",
     "*_emb", "*_embeds_layer", "*_embedding_table", "*_embeddings_table", "codebook", "lookup_table",
-    "relative_position_bias_table", "reference_points", "pe_k", "pe_v", "bias_values",
+    "relative_position_bias_table", "reference_points", "pe_k", "pe_v", "bias_values", "patchifier",
 )  # fmt: skip
 """Last names of embeddings in transformers, timm, fairseq, Whisper and Llama's original code."""
+EMBEDDING_PATHS = ("*audio_tower.encoder",)
+"""Ends of the names of those whose last name says something else."""
 
 ROUTERS = ("gate", "router", "wg", "gating", "switch")
 """Names of a mixture's router, if experts are next to it."""
@@ -84,7 +86,9 @@ def _unwrapped(layer: str) -> str:
 def is_embedding_name(layer: str) -> bool:
     """Whether a layer, or its list of layers, has the name of an embedding."""
     parts = [part for part in layer.split(".") if not part.isdecimal()] or [layer]
-    return any(fnmatch.fnmatchcase(_last(one), glob) for glob in EMBEDDINGS for one in (parts[-1], layer))
+    return any(fnmatch.fnmatchcase(_last(one), glob) for glob in EMBEDDINGS for one in (parts[-1], layer)) or any(
+        fnmatch.fnmatchcase(layer.lower(), glob) for glob in EMBEDDING_PATHS
+    )
 
 
 def reads_input_by_name(layer: str) -> bool:

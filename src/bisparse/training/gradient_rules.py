@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bisparse.training.bits import off
-from bisparse.training.layer import SparseLayer, keep_only_, local, part_of
+from bisparse.training.bits import add_off_, keep_only_, off
+from bisparse.training.layer import SparseLayer, local, part_of
 from bisparse.training.optimizer import Held
 
 __all__ = ["MaskedGradients", "after_closure", "decay_pruned"]
@@ -49,18 +49,17 @@ def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], 
         own = rates.get(layer.name, 0.0)
         if own == 0.0:
             continue
-        dense = local(weight.detach())
-        pruned = off(dense, part_of(layer.mask, weight))
+        dense, mask = local(weight.detach()), part_of(layer.mask, weight)
         if method == "sr-ste":
             rate = group["lr"]
             if isinstance(rate, Tensor):  # reading its value would synchronise with the device
-                dense.sub_(pruned * (rate.to(dense.device, dense.dtype) * own))
+                dense.sub_(off(dense, mask) * (rate.to(dense.device, dense.dtype) * own))
             else:
-                dense.sub_(pruned, alpha=rate * own)
+                add_off_(dense, dense, mask, alpha=-rate * own)
         else:
             assert weight.grad is not None
             sign = -1.0 if group.get("maximize") else 1.0  # such an optimizer negates the gradient
-            local(weight.grad).add_(pruned, alpha=sign * own * (float(scale) if scale is not None else 1.0))
+            add_off_(local(weight.grad), dense, mask, alpha=sign * own * (float(scale) if scale is not None else 1.0))
 
 
 def after_closure(

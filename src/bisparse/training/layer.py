@@ -6,21 +6,20 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from bisparse.pattern import Pattern, Structure
 from bisparse.static_mask import MASK_SUFFIX, StaticMask, static_mask
 from bisparse.tiles import Layout
-from bisparse.training.bits import BITS
+from bisparse.training.bits import keep_only_
 from bisparse.training.decay import Decay
 from bisparse.training.parametrizations import Masked, SoftThreshold, own_parametrization, trained_parameter
 
 __all__ = [
     "Accelerated",
     "SparseLayer",
-    "keep_only_",
     "local",
     "part_of",
 ]
@@ -54,16 +53,6 @@ def part_of(mask: Tensor, weight: Tensor) -> Tensor:
     if isinstance(weight, DTensor):
         mask = distribute_tensor(mask, weight.device_mesh, weight.placements, src_data_rank=None).to_local()
     return mask
-
-
-def keep_only_(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> None:
-    """Set a tensor to exactly zero off the mask, even if it has NaN there.
-
-    ANDs the bits with all ones where the mask is True, in a third of the time of `masked_fill_`, which is not vectorised on a
-    CPU. A product would keep NaN and the sign of zeros.
-    """
-    bits = BITS[tensor.element_size()]
-    tensor.view(bits).bitwise_and_(mask.to(bits).neg_())
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,8 @@ MANY_TOKENS = 512
 """Number of tokens for which the speed relative to dense is reported too."""
 MIN_SPEEDUP = 1.05
 """Minimum speedup for a layer to be packed; a smaller one may be noise."""
+CONVOLUTIONS = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
+"""By a weight's number of dimensions."""
 MIN_ROUNDS, MAX_ROUNDS, SECONDS = 5, 50, 0.03
 """Timed runs of each contender: as many as fit into the time budget in seconds, within these bounds."""
 
@@ -222,7 +224,7 @@ def int8_reason(dtype: torch.dtype) -> str | None:
     return None
 
 
-def density_refusal(weight: Float[Tensor, "O I"]) -> Refusal | None:
+def density_refusal(weight: Float[Tensor, "O I *K"]) -> Refusal | None:
     """Why a weight has too few zeros to be packed; None if it has enough."""
     density = _density(weight)
     if density == 1.0:
@@ -235,31 +237,39 @@ def density_refusal(weight: Float[Tensor, "O I"]) -> Refusal | None:
     return None
 
 
-_timings: dict[tuple[tuple[int, int], torch.dtype, int, int, int, bool], CPUTiming] = {}
+_timings: dict[tuple[tuple[int, ...], torch.dtype, int, int, int, bool], CPUTiming] = {}
 """Timings by shape, dtype, rounded density, threads, tokens, and whether in int8."""
 
 
 @torch.no_grad()
-def measured(weight: Float[Tensor, "O I"], tokens: int = 1, int8: bool = False) -> CPUTiming:
+def measured(weight: Float[Tensor, "O I *K"], tokens: int = 1, int8: bool = False) -> CPUTiming:
     """Times of products with a weight on this CPU, dense and packed; measured once per shape, dtype, density, threads and tokens.
 
-    The same product is repeated, so a weight that fits into the caches is timed in the caches.
+    The same product is repeated, so a weight that fits into the caches is timed in the caches. That of a convolution of kernel
+    size 1 is timed as a convolution and, packed, as a product with the channels of every position.
     """
     from bisparse.kernels.packed_cpu.multiply import expands
 
-    weight = weight.detach()
+    own = weight.detach()
+    weight = own.flatten(1)
     rows, columns = weight.shape
-    key = (rows, columns), weight.dtype, round(DENSITY_STEPS * _density(weight)), torch.get_num_threads(), tokens, int8
+    key = tuple(own.shape), weight.dtype, round(DENSITY_STEPS * _density(weight)), torch.get_num_threads(), tokens, int8
     if key not in _timings:
         packed, generator = pack_int8(weight) if int8 else pack_bitmask(weight), torch.Generator().manual_seed(0)
         inputs = torch.randn(max(*TOKENS, MANY_TOKENS, tokens), columns, generator=generator, dtype=torch.float32, device="cpu")
         inputs = inputs.to(weight.dtype)
 
         def dense(count: int) -> Callable[[], Tensor]:
+            if own.ndim > 2:
+                picture = inputs[:count].t().reshape(1, columns, count, *own.shape[3:])
+                return lambda: CONVOLUTIONS[own.ndim](picture, own)
             return lambda: linear(inputs[:count], weight)
 
         def product(count: int, max_tokens: int) -> Callable[[], Tensor]:
             call = Product(packed, rows, columns, max_tokens)
+            if own.ndim > 2:
+                picture = inputs[:count].t().contiguous()
+                return lambda: call(picture.t(), None).t().contiguous()
             return lambda: call(inputs[:count], None)
 
         most, times = 1, _fastest(dense(1), product(1, 1)) if tokens == 1 else None
