@@ -50,9 +50,8 @@ demo-speed: $(READY)
 	$(RUN) tools/fetch_assets.py smollm2-135m
 	HF_HUB_OFFLINE=1 $(RUN) examples/decode.py .cache/assets/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf
 
-# Each worker starts with tests of files of its own, so that few kernels are compiled and few frameworks imported by several of them.
 test: $(READY)
-	$(RUN) -m pytest -n auto --dist worksteal
+	$(RUN) -m pytest -n auto
 
 # The Triton kernels on the CPU: Triton chooses between GPU and interpreter when it is imported, so they have a process of their own.
 test-interpreter: $(READY)
@@ -87,7 +86,7 @@ matrix:
 		name=.venv-$$version-$$(echo $$torch | tr -d '*.'); \
 		if ! python$$version -c "" 2>/dev/null; then echo "python$$version: not installed, not tested"; continue; fi; \
 		with=; if [ "$$torch" != any ]; then with="--with torch==$$torch"; fi; \
-		python$$version $(SET_UP) $$name --torch-index "$(TORCH_INDEX)" $$with && $$name/bin/python -m pytest -n auto --dist worksteal || failed="$$failed $$version/$$torch"; \
+		python$$version $(SET_UP) $$name --torch-index "$(TORCH_INDEX)" $$with && $$name/bin/python -m pytest -n auto || failed="$$failed $$version/$$torch"; \
 	done; done; if [ -n "$$failed" ]; then echo "failed:$$failed"; exit 1; fi
 
 check: $(READY)
