@@ -1,10 +1,13 @@
 """Every test runs on one thread, offline, from a fixed seed, in an empty working directory."""
 
+import functools
+import gc
 import itertools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
@@ -13,6 +16,7 @@ if "PYTHONPATH" in os.environ:  # for processes that tests start, whose working 
 
 import pytest
 import torch
+import typer.main
 from hypothesis import settings
 
 torch.set_num_threads(1)
@@ -42,6 +46,13 @@ def _elsewhere(request: pytest.FixtureRequest, _working_folders: Iterator[Path],
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _commands_built_once() -> Iterator[None]:
+    """typer's runner builds every command again for each one that it runs, which takes longer than many of them."""
+    with mock.patch("typer.testing._get_command", functools.cache(typer.main.get_command)):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _nothing_new_in_the_repository() -> Iterator[None]:
     before = {path for folder in (ROOT, ROOT / "tests") for path in folder.iterdir()}
     yield
@@ -58,6 +69,17 @@ def _fixed_seed() -> None:
         torch.default_generator.manual_seed(0)
     if "torch._dynamo.convert_frame" in sys.modules:  # what an earlier test compiled must not count against this one's limit
         torch._dynamo.reset()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What collecting the tests imports stays until the end; the garbage collector would search all of it again and again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +24,7 @@ from bisparse.checkpoint import CheckpointError
 from bisparse.cli import app
 from bisparse.progress_lines import ProgressLines
 from bisparse.report import write_report
-from forked import in_child
+from forked import exit_code, in_child, start_command
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="signals and terminals")
 
@@ -451,34 +452,40 @@ def test_without_its_extra_the_command_line_says_what_to_install() -> None:
 def test_stopped_by_a_signal_nothing_is_left(tmp_path: Path, number: signal.Signals, code: int) -> None:
     (tmp_path / "model").mkdir()
     save_file({f"l{i}.weight": torch.randn(512, 512) for i in range(120)}, tmp_path / "model" / "model.safetensors")
-    command = [sys.executable, "-m", "bisparse", "prune", tmp_path / "model", tmp_path / "out", "-p", "2:4", "--threads", "1"]
+    command = ["prune", tmp_path / "model", tmp_path / "out", "-p", "2:4", "--threads", "1"]
 
     def heed() -> None:  # a shell has its jobs in the background ignore ctrl-c, and they hand that on
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed) as job:
+    with tempfile.TemporaryFile("w+") as log:
+        job = start_command(*command, stdout=log.fileno(), stderr=log.fileno(), prepare=heed)
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob(".out.bisparse-*/output/model.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.01)
-        job.send_signal(number)
-        _, errors = job.communicate()
-    assert job.returncode == code, errors
+        os.kill(job, number)
+        returned = exit_code(job)
+        log.seek(0)
+        errors = log.read()
+    assert returned == code, errors
     assert "Traceback" not in errors
     assert f"bisparse: {'stopped by SIGTERM' if code == 143 else 'interrupted'}; nothing was left behind" in errors
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @posix
-def test_a_terminal_sees_a_bar_with_an_eta(model: Path, tmp_path: Path) -> None:
+def test_a_terminal_sees_a_bar_with_an_eta(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
     controller, terminal = pty.openpty()
-    command = [sys.executable, "-m", "bisparse", "prune", str(model), str(tmp_path / "out"), "-p", "2:4"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=terminal, env={**os.environ, "TERM": "xterm"}) as job:
-        os.close(terminal)
-        seen = b""
-        with contextlib.suppress(OSError):  # the end of a terminal is an error to its reader
-            while piece := os.read(controller, 65536):
-                seen += piece
-        assert job.wait() == 0
+    command = ["prune", model, tmp_path / "out", "-p", "2:4"]
+    with (tmp_path / "said").open("w") as said:
+        job = start_command(*command, stdout=said.fileno(), stderr=terminal)
+    os.close(terminal)
+    seen = b""
+    with contextlib.suppress(OSError):  # the end of a terminal is an error to its reader
+        while piece := os.read(controller, 65536):
+            seen += piece
+    assert exit_code(job) == 0
     os.close(controller)
     assert b"eta" in seen and b"%" in seen
 

@@ -77,24 +77,29 @@ def test_a_job_that_is_killed_between_two_steps_continues_after_the_first(folder
     assert again.exit_code == 0 and again.output.count("is complete") == 3 and "Quantised:" in again.output
 
 
-@pytest.mark.parametrize("step", ["quantize_folder", "export_folder"])
 def test_an_interrupted_step_says_what_is_complete_and_is_the_first_to_run_again(
-    folder: Path, step: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     out = folder.parent / "out"
-    with monkeypatch.context() as patched:
-        patched.setattr(f"bisparse.cli.steps.{step}", interrupted)
-        stopped = run(*arguments(folder, out))
-    assert stopped.exit_code == 130 and "nothing was left behind" not in stopped.output
-    complete = f"{out} is complete" if step == "quantize_folder" else f"{out}, {out}-int8 are complete"
-    assert complete in " ".join(stopped.output.split())
-    before = stats(out)
-    refused = run(*arguments(folder, out))
-    assert refused.exit_code == 1 and "exists already" in refused.output
-    assert run(*arguments(folder, out, "--resume", folder.parent / "journal")).exit_code == 0
+    resume = ("--resume", folder.parent / "journal")
+    before: dict[str, tuple[int, int]] = {}
+    for step, complete, more in (
+        ("quantize_folder", f"{out} is complete", ()),
+        ("export_folder", f"{out}, {out}-int8 are complete", resume),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"bisparse.cli.steps.{step}", interrupted)
+            stopped = run(*arguments(folder, out, *more))
+        assert stopped.exit_code == 130 and "nothing was left behind" not in stopped.output
+        assert complete in " ".join(stopped.output.split())
+        assert before.items() <= stats(out).items() and len(before) < len(stats(out))
+        before = stats(out)
+        refused = run(*arguments(folder, out))
+        assert refused.exit_code == 1 and "exists already" in refused.output
+    assert run(*arguments(folder, out, *resume)).exit_code == 0
     assert before.items() <= stats(out).items()
     check_complete(out)
 

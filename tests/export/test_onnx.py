@@ -202,9 +202,17 @@ def test_a_weight_that_breaks_its_pattern_leaves_no_file(tmp_path: Path) -> None
     assert not list(tmp_path.iterdir())
 
 
-def test_refusals_come_before_anything_is_exported(tmp_path: Path) -> None:
+def test_refusals_come_before_anything_is_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.onnx, "export", lambda *_, **__: pytest.fail("the graph is traced"))
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
     (tmp_path / "there.onnx").write_text("x")
+    for bad in (
+        tmp_path / f"{'n' * 300}.onnx",
+        tmp_path.joinpath(*99 * ["long" * 20], "m.onnx"),
+        tmp_path / "there.onnx" / "m.onnx",
+    ):
+        with pytest.raises(CheckpointError):
+            export_onnx(model, bad, torch.randn(2, 32))
     with pytest.raises(CheckpointError, match="exists already"):
         export_onnx(model, tmp_path / "there.onnx", torch.randn(2, 32))
     with pytest.raises(ValueError, match="int8 weights only"):

@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import bisparse
 from bisparse.checkpoint import verify_checkpoint
 from bisparse.process_group import Ranks
-from rank_processes import results_of_ranks
+from rank_processes import command_on_ranks, results_of_ranks
 
 WORKER = Path(__file__).with_name("pruning_ranks.py")
 SPEC = importlib.util.spec_from_file_location("pruning_ranks", WORKER)
@@ -80,10 +80,11 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 def test_what_one_process_does_alone_the_first_rank_does(tmp_path: Path) -> None:
     save_file({f"l{i}.weight": torch.randn(64, 64) for i in range(4)}, tmp_path / "model.safetensors")
-    command = [*LAUNCH, "prune", "model.safetensors", "out", "-p", "4:8-T"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("Written to out") == 1 and "another process" not in done.stderr
+    ended = command_on_ranks(2, tmp_path, "prune", "model.safetensors", "out", "-p", "4:8-T")
+    assert [code for code, _ in ended] == [0, 0], ended
+    said = [log for _, log in ended]
+    assert "Written to out" in said[0] and "Written to out" not in said[1]
+    assert not any("another process" in log for log in said)
     assert verify_checkpoint(tmp_path / "out")
 
 

@@ -63,7 +63,7 @@ for name in {SUBMODULES!r}:
     assert getattr(bisparse, name).__all__
 import torch
 print(bisparse.__file__)
-print(bisparse.solve(torch.tensor([[4.0, 3.0], [3.0, 1.0]]), "1:2").value)
+print(bisparse.solve(torch.tensor([[4.0, 3.0], [3.0, 1.0]]), "50%").value)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.split() == [str(tmp_path / "bisparse" / "__init__.py"), "7.0"], done.stderr

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -149,8 +149,10 @@ def export_onnx(
     names, tensors = _named(inputs)
     axes = dict(dynamic_axes) if dynamic_axes is not None else _default_axes(names, tensors)
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    with explaining(path):  # before the graph is traced, which may take minutes
+        folder = _folder_next_to(path)
     try:
+        model.eval()
         whole = _Exported(model, list(inputs) if isinstance(inputs, Mapping) else None).eval()
         output = _output_name(whole, tensors)
         proto = _proto(whole, names, tensors, axes, output)
@@ -164,21 +166,17 @@ def export_onnx(
         for key, value in (metadata or {}).items():
             proto.metadata_props.add(key=key, value=value)
         with explaining(path):
+            file = _write(proto, folder / path.name)
+        count, unmatched = _check_weights(file, weights, written)
+        verified = _verify(file, pattern)
+        with rounded_inputs(model, {name: scales[name] for name in rounded}):
+            difference, largest, note = _run(whole, file, names, tensors, axes)
+        with explaining(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}-", dir=path.parent))
-        try:
-            with explaining(path):
-                file = _write(proto, folder / path.name)
-            count, unmatched = _check_weights(file, weights, written)
-            verified = _verify(file, pattern)
-            with rounded_inputs(model, {name: scales[name] for name in rounded}):
-                difference, largest, note = _run(whole, file, names, tensors, axes)
-            with explaining(path):
-                for one in sorted(folder.iterdir(), key=lambda one: one.name == path.name):
-                    os.replace(one, path.parent / one.name)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            for one in sorted(folder.iterdir(), key=lambda one: one.name == path.name):
+                os.replace(one, path.parent / one.name)
     finally:
+        shutil.rmtree(folder, ignore_errors=True)
         for module, mode in modes:
             module.training = mode
     shapes = {
@@ -186,6 +184,20 @@ def export_onnx(
         for name, one in zip(names, tensors, strict=True)
     }
     return OnnxExport(path, shapes, output, count, unmatched, verified, difference, largest, note, len(rounded))
+
+
+def _folder_next_to(path: Path) -> Path:
+    """A new folder on the disk of a file to come, in which a file of its name can be written."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        path.lstat()  # another error, such as that of a path too long, comes before the work
+    home = next(one for one in path.absolute().parents if os.path.lexists(one))
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name[:200]}-", dir=home))
+    try:
+        (folder / path.name).touch()
+    except OSError:
+        folder.rmdir()
+        raise
+    return folder
 
 
 def onnx_metadata(path: str | Path) -> dict[str, str]:

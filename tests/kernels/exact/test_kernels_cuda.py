@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -268,11 +269,19 @@ def test_bad_scores_on_the_device_raise_with_their_index(pattern: str) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_the_benchmark_says_so_and_writes_nothing(tmp_path: Path) -> None:
-    command = [sys.executable, str(BENCHMARKS / "solvers.py"), "--results", str(tmp_path / "rows.jsonl")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "torch sees no CUDA device here, so nothing was measured" in done.stderr
+def test_without_a_gpu_the_benchmark_says_so_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    program = BENCHMARKS / "solvers.py"
+    monkeypatch.setattr(sys, "argv", [str(program), "--results", str(tmp_path / "rows.jsonl")])
+    monkeypatch.syspath_prepend(str(program.parent))
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(program), run_name="__main__")
+    for module in ("environment", "record"):
+        sys.modules.pop(module, None)
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == ""
+    assert "torch sees no CUDA device here, so nothing was measured" in said.err
     assert not list(tmp_path.iterdir())
 
 

@@ -19,6 +19,8 @@ from bisparse.tiles import from_tiles, to_tiles
 
 SIDES = [(2, 1), (3, 2), (4, 1), (4, 2), (4, 3), (6, 3), (8, 1), (8, 3), (8, 4), (8, 7), (12, 5), (16, 4), (16, 8), (16, 15)]
 LARGE_SIDES = [(32, 16), (32, 5), (64, 32)]
+COMPILED_FOR_THIS_TEST_ALONE = [(16, 4), (16, 15), (32, 5)]
+"""By sorting networks, as 8:3 and 64:32, on tiles as wide as those of 16:8 and 32:16. Kernels of their own take seconds."""
 PROGRAMS = pytest.mark.parametrize("exactly", [False, True], ids=["at most", "exactly"])
 ALL_SIDES = pytest.mark.parametrize(("m", "n"), SIDES, ids=str)
 
@@ -138,15 +140,21 @@ def test_half_a_unit_is_rounded_to_even() -> None:
 # ---- masks and their proofs ------------------------------------------------------------------------------------------
 
 
+def proved_sides(sides: list[tuple[int, int]]) -> pytest.MarkDecorator:
+    slow = COMPILED_FOR_THIS_TEST_ALONE
+    chosen = [pytest.param(*one, id=f"{one[0]}-{one[1]}", marks=[pytest.mark.slow] if one in slow else []) for one in sides]
+    return pytest.mark.parametrize(("m", "n"), chosen)
+
+
 @PROGRAMS
-@ALL_SIDES
+@proved_sides(SIDES)
 def test_prices_prove_every_mask(implementation: str, m: int, n: int, exactly: bool) -> None:
     # The reference works tile by tile in Python steps: fewer kinds where that is slow.
     check_proofs(m, n, exactly, KINDS if implementation == "numba" or m < 16 else ["gaussian", "int4", "mostly zeros"])
 
 
 @PROGRAMS
-@pytest.mark.parametrize(("m", "n"), LARGE_SIDES, ids=str)
+@proved_sides(LARGE_SIDES)
 def test_prices_prove_every_mask_of_large_tiles(m: int, n: int, exactly: bool) -> None:
     check_proofs(m, n, exactly, ["gaussian", "few values", "mostly zeros", "zeros", "staircase"])
 

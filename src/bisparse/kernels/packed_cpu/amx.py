@@ -58,7 +58,7 @@ def amx_works() -> bool:
     return bool(ctypes.CDLL(None, use_errno=True).syscall(ASK, EXTENDED_STATE, TILE_DATA) == 0)
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def _write_part(sums, scales, bias, out, stride, tokens, rows):  # type: ignore[no-untyped-def]
     """`write_tile` for fewer than 16 tokens or rows."""
     given, added, factors = np.empty(SIDE * SIDE, np.uint16), np.zeros(SIDE, np.uint16), np.ones(SIDE, np.float32)

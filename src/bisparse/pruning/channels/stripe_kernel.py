@@ -67,7 +67,7 @@ def _add_kept(typing: Any, columns: Any, places: Any, row: Any, kept: Any, n: An
     return types.void(columns, places, types.intp, kept, n), codegen
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def divide_band(columns, rows, members, pairs, gains, choices, least, n, first, last):  # type: ignore[no-untyped-def]
     """The gain of the best division over the current one, and that division, for the pairs from first to last."""
     places = np.empty(8, np.int64)

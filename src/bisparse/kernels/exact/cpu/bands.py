@@ -45,7 +45,7 @@ WARM = 1
 """Passed as `warm` to compile the warm start; None leaves it out."""
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def median_sweep(lanes, prices, other, out, line_stride, entry_stride, floor, side):  # type: ignore[no-untyped-def]
     """One half-sweep at N = M / 2: a price for every line of every lane."""
     vec.never_inline()
@@ -53,7 +53,7 @@ def median_sweep(lanes, prices, other, out, line_stride, entry_stride, floor, si
         vec.median_prices(lanes, line * line_stride, entry_stride, prices, other, out + line * LANES, floor, side)
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def general_sweep(lanes, prices, other, out, line_stride, entry_stride, network, n, spare, floor, side):  # type: ignore[no-untyped-def]
     """One half-sweep at any N < M, by a whole sorting network held as data."""
     vec.never_inline()
@@ -65,7 +65,7 @@ def general_sweep(lanes, prices, other, out, line_stride, entry_stride, network,
         vec.store_midpoint(spare, (m - n) * LANES, (m - n - 1) * LANES, prices, out + line * LANES, floor)
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def sweep_prices(lanes, prices16, alternations, network, n, spare, floor, side):  # type: ignore[no-untyped-def]
     """Alternate: row prices from column prices, column prices from row prices. Rows first in `prices16`."""
     vec.never_inline()
@@ -81,7 +81,7 @@ def sweep_prices(lanes, prices16, alternations, network, n, spare, floor, side):
             general_sweep(lanes, prices16, rows, columns, along, across, network, n, spare, floor, side)
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def start_prices(prices16, settled, prices, u, v, chosen, side):  # type: ignore[no-untyped-def]
     """The prices of the sweeps in units of the 24-bit scores, for the chosen tiles; `settled` is scratch for their transpose."""
     vec.never_inline()
@@ -95,14 +95,14 @@ def start_prices(prices16, settled, prices, u, v, chosen, side):  # type: ignore
             refine_prices(settled, t * 2 * m + m, prices, v + t * m, side)
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def clear(array, first, last):  # type: ignore[no-untyped-def]
     """Set entries first to last to zero; numba compiles a slice assignment ten times slower."""
     for k in range(first, last):
         array[k] = 0
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network, side, first, last):  # type: ignore[no-untyped-def]
     """Solve tiles first..last; with `warm`, prices and exponents hold an earlier solution. Returns flags."""
     m = len(side)
@@ -217,7 +217,7 @@ def solve_band(scores, columns, mask, prices, exponents, n, free, warm, network,
     return flags | BAD if worst >= UNBOUNDED else flags
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def middle_tiles(scores, offset, ahead, stride, count, bits, flags, exactly, extremes):  # type: ignore[no-untyped-def]
     """2:4-T masks, as bits, of `count` adjacent tiles, at least `WIDTH`. Returns whether some are coarse, by `flags`.
 
@@ -248,7 +248,7 @@ def middle_tiles(scores, offset, ahead, stride, count, bits, flags, exactly, ext
     return True
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def middle_band(scores, mask, past_caches, exactly, first, last):  # type: ignore[no-untyped-def]
     """2:4-T masks of bands first..last of four rows of a matrix or, if it has one band only, of its tiles first..last.
 
@@ -300,7 +300,7 @@ def coarse_tiles(scores, coarse):  # type: ignore[no-untyped-def]
                 coarse[band * across + start + t] = flags[t] != 0
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def largest_band(groups, n, mask, first, last):  # type: ignore[no-untyped-def]
     """Keep an entry if fewer than n of its group are larger, or equal and before it."""
     m = groups.shape[1]

@@ -15,7 +15,7 @@ ALTERNATIONS = 4
 UNREACHED = np.int64(1) << 62
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def midpoint_of_line(q, line, stride, other, n, top):  # type: ignore[no-untyped-def]
     """Midpoint of the n-th and the next largest of q - other along a line; `top` is scratch for n + 1 numbers."""
     held = 0
@@ -32,7 +32,7 @@ def midpoint_of_line(q, line, stride, other, n, top):  # type: ignore[no-untyped
     return (top[n - 1] + top[n]) >> 1
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def augment(q, row_stride, column_stride, x, u, v, row_kept, column_kept, n, free, near, origin, final):  # type: ignore[no-untyped-def]
     """Shortest augmenting paths from rows that keep too few and columns that keep too many, until there are none.
 
@@ -107,7 +107,7 @@ def augment(q, row_stride, column_stride, x, u, v, row_kept, column_kept, n, fre
             column_kept[node - m] -= 1
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def solve_integers(q, n, free, warm, x, u, v, first, last):  # type: ignore[no-untyped-def]
     """Solve tiles first..last of q (B, M * M) into x (B, M * M) and the prices u, v (B, M), which hold the start if warm."""
     m = u.shape[1]

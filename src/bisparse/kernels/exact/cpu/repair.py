@@ -20,7 +20,7 @@ LIMIT = FAR // 2
 """Maximum total change of a tile's prices. They start within 2**25."""
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-untyped-def]
     """Dijkstra on reduced costs from rows that keep too few and columns that keep too many, until there are none.
 
@@ -98,7 +98,7 @@ def augment(work, bits, prices, u, v, n, free, flip, side):  # type: ignore[no-u
             work[kept_column + node] -= 1
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def fill_ties(bits, work, kept_row, kept_column, n, side):  # type: ignore[no-untyped-def]
     """Keep entries at reduced cost zero, row by row, in the columns with the most room left, of those the lowest first.
 
@@ -133,7 +133,7 @@ def fill_ties(bits, work, kept_row, kept_column, n, side):  # type: ignore[no-un
             room -= 1
 
 
-@cached_njit()
+@cached_njit(from_python=False)
 def repair(scores, base, stride, scale, prices, u, v, n, free, mask, bits, work, side):  # type: ignore[no-untyped-def]
     """Balance one tile; `bits` holds the rows of its mask and `work` the kept counts, as `tile_mask` left them."""
     vec.never_inline()
