@@ -82,6 +82,10 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries that count their objects at the exit would report what is frozen
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the GPU are skipped, with the reason, where there is none."""
     if torch.cuda.is_available():

@@ -125,6 +125,18 @@ def test_other_weights_are_written_in_place(tmp_path):
     assert not is_mapped(torch.empty(0)) and not is_mapped(torch.empty(2, device="meta"))
 
 
+def test_a_model_that_was_pruned_in_inference_mode_can_be_trained(tmp_path):
+    model = mapped(tmp_path)
+    with torch.inference_mode():
+        prune_(model, "2:4", "wanda", BATCHES)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.layers[0].up.weight.detach().clone()
+    model(BATCHES[0]).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(model.layers[0].up.weight, before)
+
+
 def test_the_memory_is_that_of_some_layers(tmp_path):
     def private() -> int:
         lines = Path("/proc/self/status").read_text().splitlines()

@@ -84,6 +84,7 @@ class MappedWeights:
             type(weight) is not nn.Parameter
             or id(weight) in self._shared
             or weight.is_inference()
+            or values.is_inference()  # of a call in inference mode: the weight could not be trained any more
             or not (weight.is_contiguous() and values.is_contiguous())
             or (weight.shape, weight.dtype) != (values.shape, values.dtype)
             or not (is_mapped(weight) and is_mapped(values))
