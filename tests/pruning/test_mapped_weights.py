@@ -116,6 +116,61 @@ def test_weights_that_share_their_memory_keep_sharing_it(tmp_path):
     assert is_mapped(model.layers[0].down.weight)
 
 
+def transposed_buffer(weight: nn.Parameter) -> nn.Module:
+    holder = nn.Module()
+    holder.register_buffer("view", weight.detach().t())
+    return holder
+
+
+def part_of_attribute(weight: nn.Parameter) -> nn.Module:
+    holder = nn.Module()
+    holder.views = [weight.detach()[3:5].t()]
+    return holder
+
+
+def read_again_from_the_file(weight: nn.Parameter) -> nn.Module:
+    holder = nn.Module()
+    storage = weight.untyped_storage()[: weight.nbytes // 2]  # another storage in the same memory
+    holder.register_buffer("view", torch.tensor([], dtype=weight.dtype).set_(storage).view(-1, weight.shape[1]).t())
+    return holder
+
+
+@pytest.mark.parametrize("held", [transposed_buffer, part_of_attribute, read_again_from_the_file])
+def test_views_of_a_weight_see_what_is_written_to_it_as_in_memory(tmp_path, held):
+    model = mapped(tmp_path)
+    weight = model.layers[0].up.weight
+    model.add_module("holder", held(weight))
+    view = model.holder.views[0] if hasattr(model.holder, "views") else model.holder.view
+    before = view.t().clone()
+    prune_(model, "2:4", "wanda", BATCHES)
+    start = 3 if view.shape[1] == 2 else 0
+    assert torch.equal(view.t(), weight[start : start + view.shape[1]])
+    assert not torch.equal(view.t(), before)
+    assert model.layers[0].down.weight.data_ptr() != mapped(tmp_path).layers[0].down.weight.data_ptr()
+    assert is_mapped(model.layers[0].down.weight)
+
+
+def test_gradients_of_an_earlier_graph_are_refused_as_in_memory(tmp_path):
+    """A graph that keeps the parameter itself, and would take the new values for the old ones."""
+
+    class Squared(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, weight):
+            ctx.save_for_backward(weight)
+            return weight.square().sum()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return 2 * gradient * ctx.saved_tensors[0]
+
+    model = mapped(tmp_path)
+    for one in (in_memory(model), model):
+        loss = Squared.apply(one.layers[0].up.weight)
+        prune_(one, "2:4", "wanda", BATCHES)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def test_other_weights_are_written_in_place(tmp_path):
     model = in_memory(mapped(tmp_path))
     before = {name: one.data_ptr() for name, one in model.named_parameters()}

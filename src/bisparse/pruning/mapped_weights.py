@@ -11,13 +11,13 @@ import ctypes
 import re
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
-
-from bisparse.layers.shared_memory import memory_of
+from torch.autograd.graph import increment_version
 
 __all__ = ["MappedWeights", "is_mapped"]
 
@@ -64,17 +64,40 @@ def _trim() -> None:
         trim(0)
 
 
+def _shared(tensors: Iterable[Tensor]) -> set[int]:
+    """Ids of the tensors whose memory others use: another one of them, or any view elsewhere, such as one in a graph."""
+    plain = [one for one in tensors if type(one) in (Tensor, nn.Parameter) and one.layout == torch.strided and one.nbytes]
+    plain = [one for one in plain if one.device.type == "cpu"]
+    own = Counter(one.untyped_storage()._cdata for one in plain)
+    found, end, last = set(), 0, 0
+    for one in sorted(plain, key=Tensor.data_ptr):
+        storage, first = one.untyped_storage(), one.data_ptr()
+        # One use is that of `storage` itself.
+        if torch._C._storage_Use_Count(storage._cdata) > own[storage._cdata] + 1:
+            found.add(id(one))
+        if first < end:
+            found |= {id(one), last}
+        if (own_end := first + _extent(one)) > end:
+            end, last = own_end, id(one)
+    return found
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last one."""
+    steps = sum((side - 1) * step for side, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (int(steps) + 1) * tensor.element_size()
+
+
 class MappedWeights:
     """Gives new values to a model's weights that are mapped from a file.
 
     Args:
-        model: the model; of its tensors, those that others share the memory of are not replaced.
+        model: the model; of its tensors, those whose memory is used elsewhere are not replaced, since these uses see what is
+            written to a weight in place: by other tensors of the model, and by views that anything in this process holds.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        held = {id(one): one for one in (*model.parameters(), *model.buffers())}
-        places = Counter(map(memory_of, held.values()))
-        self._shared = {key for key, one in held.items() if places[memory_of(one)] > 1}
+        self._shared = _shared({id(one): one for one in (*model.parameters(), *model.buffers())}.values())
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         """By id, weights that were replaced, and what they referred to."""
 
@@ -92,6 +115,7 @@ class MappedWeights:
             return False
         self._before.setdefault(id(weight), (weight, weight.data))
         weight.data = values
+        increment_version(weight)  # for graphs that need the values of before
         _trim()
         return True
 
@@ -99,6 +123,7 @@ class MappedWeights:
         """Let all weights refer to what they referred to before."""
         for weight, before in self._before.values():
             weight.data = before
+            increment_version(weight)
         self._before.clear()
 
     def __len__(self) -> int:
