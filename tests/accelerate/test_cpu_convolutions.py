@@ -122,9 +122,12 @@ def test_other_convolutions_are_refused_with_the_reason():
         with pytest.raises(BackendError, match=words):
             accelerate_(model, "cpu", include="0")
         assert type(model[0]) is type(layer)
-    model = nn.Sequential(nn.Conv2d(32, 32, 1))
-    sparsify_(model, "2:4", mode="static", include="0")
-    assert "is trained" in accelerate_(model, include="0").left_dense[0].reason
+    for mode in ("static", "dynamic"):
+        model = nn.Sequential(nn.Conv2d(32, 32, 1), nn.Conv2d(32, 32, 3))
+        sparsify_(model, "2:4", mode=mode, include="*")
+        small, large = (one.reason for one in accelerate_(model, include="*").left_dense)
+        assert "is trained" in small and "finalize_" in small
+        assert large.startswith("Conv2d with a kernel of 3 x 3")
     packed, _ = both(pruned())
     for shape in ((1, 31, 4, 4), (32, 4), (1, 1, 32, 4, 4)):
         with pytest.raises(ValueError, match="does not fit a Conv2d of 32 channels"):

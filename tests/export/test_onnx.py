@@ -1,5 +1,6 @@
 """ONNX files have the model's weights and outputs, at any batch size and length, and are verified on the file."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -215,6 +216,9 @@ def test_refusals_come_before_anything_is_exported(tmp_path: Path, monkeypatch: 
             export_onnx(model, bad, torch.randn(2, 32))
     with pytest.raises(CheckpointError, match="exists already"):
         export_onnx(model, tmp_path / "there.onnx", torch.randn(2, 32))
+    for what, path in {"is a folder": tmp_path, "is a device": Path(os.devnull)}.items():  # overwrite= would not help
+        with pytest.raises(ValueError, match=what):
+            export_onnx(model, path, torch.randn(2, 32))
     with pytest.raises(ValueError, match="int8 weights only"):
         export_onnx(model, tmp_path / "model.onnx", torch.randn(2, 32), quantized=quantize_(model, "int4-g32"))
     with pytest.raises(ValueError, match="cannot be called with 1 tensors by position"):

@@ -242,10 +242,14 @@ def _kind_reason(module: nn.Module, on_cpu: bool) -> str | None:
         return "Conv1D of GPT-2 stores its weight transposed, which cannot run sparse yet; convert it to nn.Linear"
     parametrized = parametrize.is_parametrized(module)
     kind = type(module).__bases__[0] if parametrized else type(module)
-    if on_cpu and kind in CONVOLUTIONS and not parametrized:
-        return _pointwise_reason(module)
-    if kind not in (nn.Linear, MVUELinear):
-        return f"{kind.__name__}: only nn.Linear itself runs sparse so far; subclasses may read the weight themselves"
+    if on_cpu and kind in CONVOLUTIONS:
+        if (reason := _pointwise_reason(module, kind.__name__)) is not None:
+            return reason
+    elif kind not in (nn.Linear, MVUELinear):
+        return (
+            f"{kind.__name__}: only nn.Linear itself and, on CPUs, convolutions of kernel size 1 run sparse so far; subclasses "
+            "may read the weight themselves"
+        )
     if not parametrized:
         return None
     if set(module.parametrizations) != {"weight"}:  # type: ignore[arg-type]
@@ -255,17 +259,17 @@ def _kind_reason(module: nn.Module, on_cpu: bool) -> str | None:
     return None
 
 
-def _pointwise_reason(module: nn.Module) -> str | None:
+def _pointwise_reason(module: nn.Module, kind: str) -> str | None:
     """Why a convolution is no product with the channels of every position; None if it is one."""
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     if math.prod(module.kernel_size) > 1:
         kernel = " x ".join(map(str, module.kernel_size))
-        return f"{type(module).__name__} with a kernel of {kernel}: of convolutions, only those of kernel size 1 run packed"
+        return f"{kind} with a kernel of {kernel}: of convolutions, only those of kernel size 1 run packed"
     if module.groups > 1:
-        return f"{type(module).__name__} with {module.groups} groups: of convolutions, only those without groups run packed"
+        return f"{kind} with {module.groups} groups: of convolutions, only those without groups run packed"
     padding = (0,) if isinstance(module.padding, str) else module.padding  # "same" and "valid" add nothing to kernels of size 1
     if any(padding):
-        return f"{type(module).__name__} with padding {padding}: of convolutions, only those without padding run packed"
+        return f"{kind} with padding {padding}: of convolutions, only those without padding run packed"
     return None
 
 

@@ -134,9 +134,9 @@ def export_onnx(
     """
     path = Path(path)
     check_flag("overwrite", overwrite)
+    check_output_file(path)  # what is no file could not be replaced either
     if not overwrite and os.path.lexists(path):
         raise CheckpointError(path, "exists already", "choose another name, or pass overwrite (--overwrite)")
-    check_output_file(path)
     if accelerated := [name for name, module in model.named_modules() if isinstance(module, HasDenseWeight)]:
         raise ValueError(
             f"the model is accelerated (at {accelerated[0]!r}), for which ONNX has no operators: call finalize_ first"
