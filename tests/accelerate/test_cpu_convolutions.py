@@ -132,6 +132,25 @@ def test_other_convolutions_are_refused_with_the_reason():
     for shape in ((1, 31, 4, 4), (32, 4), (1, 1, 32, 4, 4)):
         with pytest.raises(ValueError, match="does not fit a Conv2d of 32 channels"):
             packed(torch.randn(shape))
+    with pytest.raises(ValueError, match=r"packed in torch.float32 and the input is torch.float64: convert"):  # in no other shape
+        packed(torch.randn(1, 32, 4, 4, dtype=torch.float64))
+
+
+def test_a_model_without_values_computes_without_reading_elsewhere():
+    """to_empty leaves any values, but the positions of the packed ones are no values."""
+    packed, plain = both(pruned())
+    linear = nn.Linear(32, 48).eval()
+    prune_(linear, "2:4")
+    model = nn.Sequential(packed, nn.Flatten(2), nn.Sequential(copy.deepcopy(linear)))
+    accelerate_(model, include="2.0")
+    state = copy.deepcopy(model.state_dict())
+    torch.full((1 << 16,), 127, dtype=torch.uint8)  # what freed memory may hold
+    model.to_empty(device="cpu")
+    assert model[0](torch.randn(1, 32, 4, 8)).shape == (1, 48, 4, 8)
+    assert model(torch.randn(1, 32, 4, 8)).shape == (1, 48, 48)
+    model.load_state_dict(state)
+    x = torch.randn(1, 32, 4, 8)
+    torch.testing.assert_close(model(x), linear(plain(x).flatten(2)), rtol=1e-5, atol=1e-5)
 
 
 def test_timed_as_a_convolution(monkeypatch: pytest.MonkeyPatch):

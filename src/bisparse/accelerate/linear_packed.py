@@ -203,7 +203,7 @@ class PackedLayer(nn.Module):
         dtype = self.packed_weight.dtype
         if checked_input(input, self.packed_weight.shape[1]).dtype != dtype:
             raise ValueError(
-                f"the weight is packed in {dtype} and the input of shape {tuple(input.shape)} is {input.dtype}: "
+                f"the weight is packed in {dtype} and the input is {input.dtype}: "
                 "convert the input, run under autocast, or convert the module with .to(dtype)"
             )
         return input
@@ -221,6 +221,8 @@ class PackedLayer(nn.Module):
         if held.is_meta and not same:
             raise ValueError("the packed weight is on the meta device and has no values to pack again: load a state_dict first")
         moved = own.mapped(fn) if same else own.repacked(fn(own.dense()))
+        if same and not _same_positions(own, moved):  # after `to_empty`, kernels would read where nothing is
+            moved = own
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.packed_weight = moved
         return self
@@ -255,6 +257,13 @@ class PackedLayer(nn.Module):
                 self.packed_weight = own.repacked(weight.detach().to(device, own.dtype).flatten(1), key)
             except (BackendError, PatternError) as error:
                 error_msgs.append(str(error))
+
+
+def _same_positions(one: PackedWeight | BitmaskWeight, other: PackedWeight | BitmaskWeight) -> bool:
+    """Whether a copy of a packed weight has the same integers: the positions of its values. True without values to compare."""
+    pairs = [(own, new) for own, new in zip(one.tensors, other.tensors, strict=True) if not own.is_floating_point()]
+    known = [(own, new) for own, new in pairs if not (own.is_meta or new.is_meta) and own.data_ptr() != new.data_ptr()]
+    return all(torch.equal(own, new) for own, new in known)
 
 
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override]  # its weight is a property
