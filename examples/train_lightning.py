@@ -27,7 +27,7 @@ class Classifier(lightning.LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-def main(epochs: int = 5) -> bisparse.solution.Verification:
+def main(epochs: int = 5) -> bisparse.verification.Verification:
     lightning.seed_everything(0, verbose=False)
     inputs = torch.randn(512, 16)
     data = DataLoader(TensorDataset(inputs, (inputs[:, :8].sum(1) > 0).long()), batch_size=32, shuffle=True)

@@ -18,7 +18,7 @@ def sentences(count: int) -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": row, "labels": (row == 7).any().long()} for row in tokens]
 
 
-def main(output: Path, steps: int = 60) -> bisparse.solution.Verification:
+def main(output: Path, steps: int = 60) -> bisparse.verification.Verification:
     torch.manual_seed(0)
     config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
     model = BertForSequenceClassification(config)  # in place of from_pretrained

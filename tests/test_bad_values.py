@@ -27,7 +27,7 @@ from bisparse.layers import matrix_sides
 
 MODULES = (
     "bisparse", "bisparse.solvers", "bisparse.results", "bisparse.layers", "bisparse.scores", "bisparse.tiles",
-    "bisparse.pattern",
+    "bisparse.pattern", "bisparse.verification",
     "bisparse.solution", "bisparse.pruning", "bisparse.training", "bisparse.diversity", "bisparse.accelerate",
     "bisparse.evaluation", "bisparse.quantization",
 )  # fmt: skip

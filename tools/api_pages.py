@@ -12,7 +12,7 @@ import bisparse
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "api"
 PAGES = {
-    "masks": ("Masks, patterns and proofs", ("pattern", "solution", "diversity", "results")),
+    "masks": ("Masks, patterns and proofs", ("pattern", "solution", "verification", "diversity", "results")),
     "layers": ("Layers: what is pruned, and why not", ("layers",)),
     "solvers": ("Solvers", ("solvers",)),
     "pruning": ("Pruning", ("pruning",)),

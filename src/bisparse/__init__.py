@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from bisparse.pattern import Pattern
     from bisparse.pruning import ALPS, AdaPrune, Magnitude, SparseGPT, Wanda, convert_, prune_, violation
     from bisparse.report import write_report
-    from bisparse.solution import CertificateError, PatternError, Solution, verify
+    from bisparse.solution import CertificateError, Solution
     from bisparse.training import Schedule, Sparsity, finalize_, sparsify_
+    from bisparse.verification import PatternError, verify
 
 __version__ = "0.1.0"
 
@@ -51,7 +52,18 @@ __all__ = [
 ]
 
 # Names are imported when they are first used: `bisparse --help` does not wait for torch.
-_HOMES = ("pattern", "solution", "_solve", "pruning", "training", "accelerate", "checkpoint", "diversity", "report")
+_HOMES = (
+    "pattern",
+    "solution",
+    "verification",
+    "_solve",
+    "pruning",
+    "training",
+    "accelerate",
+    "checkpoint",
+    "diversity",
+    "report",
+)
 _SUBMODULES = ("solvers", "results", "layers", "scores", "tiles", "quantization", "export", *_HOMES)
 
 

@@ -34,7 +34,7 @@ from bisparse.accelerate.backends.cpu import CPUTiming
 from bisparse.accelerate.eligibility import is_2to4
 from bisparse.kernels.sparse24.positions import find_positions, from_metadata, kept_mask, put_values, take_values, to_metadata
 from bisparse.pattern import parse_pattern
-from bisparse.solution import PatternError
+from bisparse.verification import PatternError
 
 GROUPS = [group for group in itertools.product([False, True], repeat=4) if sum(group) <= 2]
 

@@ -19,7 +19,7 @@ from bisparse.accelerate.backends import cpu
 from bisparse.accelerate.backends.cpu import BitmaskWeight, CPUTiming, cpu_reason
 from bisparse.kernels.packed_cpu import instructions
 from bisparse.kernels.packed_cpu.multiply import expands
-from bisparse.solution import PatternError
+from bisparse.verification import PatternError
 
 RUNS = cpu_reason(torch.device("cpu")) is None
 needs_kernels = pytest.mark.skipif(not RUNS, reason="this processor has neither AVX-512 nor AVX2")

@@ -13,7 +13,7 @@ from bisparse import accelerate_, load, prune_, save, sparsify_
 from bisparse.accelerate import PackedLinear, eligibility, load_accelerated_
 from bisparse.accelerate.backends.cpu import CPUTiming, cpu_reason
 from bisparse.errors import CheckpointError
-from bisparse.solution import PatternError
+from bisparse.verification import PatternError
 
 pytestmark = pytest.mark.skipif(cpu_reason(torch.device("cpu")) is not None, reason="this processor has neither AVX-512 nor AVX2")
 

@@ -12,7 +12,7 @@ from bisparse.checkpoint import CheckpointError, verify_checkpoint
 from bisparse.checkpoint.reader import open_source
 from bisparse.export import export_onnx
 from bisparse.quantization import quantize_
-from bisparse.solution import PatternError
+from bisparse.verification import PatternError
 
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")

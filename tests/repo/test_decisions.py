@@ -13,7 +13,7 @@ import torch
 
 from bisparse import solve, verify
 from bisparse.pattern import Paired, parse_pattern
-from bisparse.solution import PatternError
+from bisparse.verification import PatternError
 
 GPU = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
 

@@ -13,6 +13,7 @@ CHECKED = [
     "bisparse.layers",
     "bisparse.pattern",
     "bisparse.solution",
+    "bisparse.verification",
     "bisparse._solve",
     "bisparse.solvers",
     "bisparse.tiles",
@@ -22,7 +23,7 @@ from jaxtyping import install_import_hook
 with install_import_hook({CHECKED!r}, "beartype.beartype"):
     import bisparse.accelerate, bisparse.kernels.mvue.ops, bisparse.kernels.sparse24.positions
     import bisparse.kernels.exact.ops, bisparse.kernels.exact.reference, bisparse.layers
-    import bisparse.pattern, bisparse.solution, bisparse._solve, bisparse.solvers, bisparse.tiles
+    import bisparse.pattern, bisparse.solution, bisparse.verification, bisparse._solve, bisparse.solvers, bisparse.tiles
     import bisparse
 import torch
 torch.set_num_threads(1)

@@ -20,9 +20,9 @@ from bisparse.accelerate.linear_trained import SparseLinear
 from bisparse.arguments import check_flag, entry_of
 from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.rollback import Rollback
-from bisparse.solution import PatternError
 from bisparse.tiles import Layout
 from bisparse.training.layer import Accelerated
+from bisparse.verification import PatternError
 from bisparse.wrappers import check_module
 
 __all__ = ["AcceleratedLayer", "AccelerationReport", "accelerate_", "held_bytes", "install", "tied_parameters"]

@@ -17,10 +17,10 @@ from bisparse.accelerate.backends.cpu import CPU, MANY_TOKENS, MIN_SPEEDUP, cpu_
 from bisparse.diversity import hardware
 from bisparse.layers import Layer, computed_reason
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
-from bisparse.solution import verify
 from bisparse.training import MVUELinear
 from bisparse.training.layer import Accelerated
 from bisparse.training.parametrizations import LayerState, Masked, SoftThreshold, layer_state
+from bisparse.verification import verify
 
 __all__ = ["BackendName", "Directions", "Plan", "choose_backend", "directions_of", "is_2to4", "pattern_refusal", "plan_layer"]
 

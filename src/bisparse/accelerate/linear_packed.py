@@ -18,7 +18,7 @@ from bisparse.accelerate.backends import BACKENDS, BackendError, backend_or_refe
 from bisparse.accelerate.backends.cpu import CPU, BitmaskWeight, rounding_error
 from bisparse.accelerate.eligibility import Plan
 from bisparse.accelerate.operators import autocast_dtype, checked_input, packed_linear_2to4, refuse_onnx
-from bisparse.solution import PatternError, verify
+from bisparse.verification import PatternError, verify
 
 __all__ = ["PackedLayer", "PackedLinear", "PackedWeight"]
 

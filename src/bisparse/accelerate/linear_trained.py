@@ -22,10 +22,10 @@ from bisparse.accelerate.eligibility import Plan
 from bisparse.accelerate.operators import autocast_dtype, checked_input, linear_2to4, refuse_onnx
 from bisparse.kernels.sparse24.metadata import MetadataLayout, empty_slots, lay_out
 from bisparse.kernels.sparse24.positions import find_positions, kept_mask
-from bisparse.solution import verify
 from bisparse.training import MVUELinear
 from bisparse.training.parametrizations import layer_state, trained_parameter
 from bisparse.training.shared_classes import separate_class, share_class
+from bisparse.verification import verify
 
 __all__ = ["SparseLinear", "SparseProducts"]
 

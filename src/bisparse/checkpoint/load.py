@@ -19,7 +19,7 @@ from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError
 from bisparse.layers import check_unheld
 from bisparse.rollback import Rollback
-from bisparse.solution import PatternError
+from bisparse.verification import PatternError
 from bisparse.wrappers import check_module
 
 __all__ = ["check_fit", "check_names", "checked_sidecar", "load", "warn_of_figures", "write_into"]

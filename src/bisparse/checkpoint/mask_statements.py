@@ -13,7 +13,7 @@ from bisparse.checkpoint.sidecar import MASKS, Sidecar, packed_size
 from bisparse.checkpoint.stored_tensor import StoredTensor, read_header
 from bisparse.errors import CheckpointError
 from bisparse.results import LayerResult
-from bisparse.solution import verify
+from bisparse.verification import verify
 
 __all__ = ["wrong_masks"]
 

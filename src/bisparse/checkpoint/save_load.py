@@ -34,8 +34,8 @@ from bisparse.layers import Filter, Layer, Skipped, find_layers
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import LayerResult, PruneReport, checksum_of
 from bisparse.scores import magnitude
-from bisparse.solution import verify
 from bisparse.tiles import Layout, to_matrices
+from bisparse.verification import verify
 from bisparse.wrappers import is_wrapper, plain_names, unwrapped_model
 
 __all__ = ["HasDenseWeight", "configs_of", "plain_weights", "save", "sidecar_of"]

@@ -31,8 +31,8 @@ from bisparse.errors import CheckpointError
 from bisparse.layers import Skipped, layer_name
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.results import MAX_HISTORY, LayerResult, MaskPoint, PruneReport, check_history
-from bisparse.solution import verify
 from bisparse.tiles import to_matrices
+from bisparse.verification import verify
 
 __all__ = [
     "MASKS", "OURS", "SCHEMA_VERSION", "SIDECAR", "SampleTile", "Sidecar", "load_masks", "masks_header", "plain_mark",

@@ -21,7 +21,7 @@ from bisparse.checkpoint.sidecar import SIDECAR, Sidecar
 from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
 from bisparse.results import LayerResult
 from bisparse.scores import magnitude
-from bisparse.solution import Verification
+from bisparse.verification import Verification
 
 __all__ = ["RECORDED", "corrected", "origin", "same_sum", "wrong_statements"]
 

@@ -18,8 +18,8 @@ from bisparse.checkpoint.statements import wrong_statements
 from bisparse.errors import CheckpointError
 from bisparse.layers import FileEvidence, first_match
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
-from bisparse.solution import Verification, Violation, verify
 from bisparse.tiles import Layout, LayoutKind
+from bisparse.verification import Verification, Violation, verify
 
 __all__ = ["verify_checkpoint", "verify_stored"]
 

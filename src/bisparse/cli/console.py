@@ -130,7 +130,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except ValueError as error:
             from bisparse.checkpoint import CheckpointError
             from bisparse.pruning.journal import JournalError
-            from bisparse.solution import PatternError
+            from bisparse.verification import PatternError
 
             # Other ValueErrors are arguments that do not fit: a pattern, a filter that matches nothing.
             fail(str(error), 1 if isinstance(error, CheckpointError | JournalError | PatternError) else 2, as_json=as_json)

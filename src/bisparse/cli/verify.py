@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from bisparse.pattern import Structure
-    from bisparse.solution import Verification, Violation
+    from bisparse.verification import Verification, Violation
 
 __all__ = ["verify"]
 

@@ -32,8 +32,8 @@ from bisparse.errors import CheckpointError, install_extra
 from bisparse.pattern import parse_pattern
 from bisparse.quantization import QuantizationReport, QuantizedLayer, parse_scheme, stored_values
 from bisparse.results import PruneReport
-from bisparse.solution import PatternError, verify
 from bisparse.tiles import LayoutKind
+from bisparse.verification import PatternError, verify
 
 __all__ = ["QUANTIZATION", "can_be_stored", "save_quantized"]
 

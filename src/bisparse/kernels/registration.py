@@ -11,14 +11,18 @@ from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
-__all__ = ["ANY_DEVICE", "HAS_TRITON", "define", "register_kernel"]
+__all__ = ["ANY_DEVICE", "HAS_TRITON", "call", "define", "register_kernel"]
 
 ANY_DEVICE = "CompositeExplicitAutograd"
 """The dispatch key of a specification in plain torch: it runs where no backend has a kernel of its own."""
 HAS_TRITON = find_spec("triton") is not None
 """Without it, as on Windows, the specification runs on GPUs too."""
 LIBRARY = torch.library.Library("bisparse", "DEF")
+
+_ON_CPU: dict[str, Callable[..., Any]] = {}
+"""By operator, the kernel for CPUs."""
 
 KernelT = TypeVar("KernelT", bound=Callable[..., Any])
 
@@ -33,6 +37,30 @@ def register_kernel(operator: str, key: str) -> Callable[[KernelT], KernelT]:
 
     def register(kernel: KernelT) -> KernelT:
         LIBRARY.impl(operator, kernel, key)
+        if key == "CPU":
+            _ON_CPU[operator] = kernel
         return kernel
 
     return register
+
+
+def call(operator: str, tensor: Tensor, *arguments: Any) -> Any:
+    """Call an operator of the library; `tensor` is its first argument.
+
+    A plain tensor on the CPU goes to its kernel directly, unless something could see the call: torch's dispatcher takes 10 to
+    20 us, as long as the masks of thousands of weights.
+    """
+    kernel = _ON_CPU.get(operator)
+    if (
+        kernel is None
+        or type(tensor) is not Tensor
+        or not tensor.is_cpu
+        or tensor.requires_grad
+        or tensor.is_neg()  # a view that torch negates only when it is read
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+    ):
+        kernel = getattr(torch.ops.bisparse, operator)
+    return kernel(tensor, *arguments)

@@ -21,8 +21,8 @@ from torch import Tensor
 from bisparse._solve import solve
 from bisparse.arguments import check_dense, check_flag, is_number
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern, row_groups
-from bisparse.solution import verify
 from bisparse.tiles import Layout, default_layout, to_matrices
+from bisparse.verification import verify
 
 __all__ = [
     "CONFIDENCE",

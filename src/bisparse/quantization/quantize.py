@@ -26,8 +26,8 @@ from bisparse.quantization.report import QuantizationReport, QuantizedLayer
 from bisparse.quantization.rounding import Choose, Stored, round_to_nearest, round_with_feedback
 from bisparse.quantization.scheme import Scheme, parse_scheme
 from bisparse.rollback import Rollback
-from bisparse.solution import PatternError
 from bisparse.tiles import Layout, from_matrices
+from bisparse.verification import PatternError
 
 __all__ = ["quantize_"]
 

@@ -21,7 +21,7 @@ from bisparse.checkpoint.verify import verify_stored
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.pruning.violation import kept_counts, sparsest_for
 from bisparse.results import LayerResult, PruneReport
-from bisparse.solution import Verification
+from bisparse.verification import Verification
 
 __all__ = ["Change", "LayerFigures", "Progress", "PrunedFigures", "Side", "read_figures"]
 

@@ -11,7 +11,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from bisparse.rollback import Rollback
-from bisparse.solution import verify
 from bisparse.static_mask import MASK_SUFFIX, static_masks
 from bisparse.training.forward_hook import remove_hooks
 from bisparse.training.layer import Accelerated, local, part_of
@@ -20,6 +19,7 @@ from bisparse.training.mvue import MVUELinear
 from bisparse.training.parametrizations import masked_parameters, sample_of, trained_parameter
 from bisparse.training.shared_classes import separate_class
 from bisparse.training.sparsity import live_sparsities
+from bisparse.verification import verify
 from bisparse.wrappers import plain_names, unwrapped_model
 
 __all__ = ["finalize_", "plain_state_dict"]

@@ -20,11 +20,11 @@ from bisparse.arguments import check_dense, check_flag
 from bisparse.layers import dtype_reason
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.rollback import Rollback
-from bisparse.solution import PatternError, verify
 from bisparse.static_mask import static_mask
 from bisparse.tiles import Layout, default_layout
 from bisparse.training.masked_lora import masked_adapters, remove_adapter
 from bisparse.training.masked_peft import REWRITTEN, MaskedPeft, is_conv1d, lora_layers, why_not_linear
+from bisparse.verification import PatternError, verify
 from bisparse.wrappers import check_module
 
 __all__ = ["MergedAdapter", "merge_lora_", "merged_weight"]

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from bisparse.solution import PatternError
 from bisparse.training.parametrizations import Masked, SoftThreshold
+from bisparse.verification import PatternError
 
 __all__ = ["check_loaded_masks", "remove_mask_checks"]
 

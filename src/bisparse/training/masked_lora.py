@@ -18,11 +18,11 @@ from bisparse.arguments import check_flag
 from bisparse.layers import Filter, Layer, computed_reason, dtype_reason, find_layers
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.rollback import Rollback
-from bisparse.solution import PatternError, verify
 from bisparse.static_mask import static_masks
 from bisparse.tiles import Layout, from_matrices, to_matrices
 from bisparse.training.parametrizations import masked_parameters
 from bisparse.training.shared_classes import separate_class, share_class
+from bisparse.verification import PatternError, verify
 
 __all__ = ["MaskedLoRA", "add_masked_lora_", "masked_adapters", "remove_adapter"]
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from bisparse.layers import Filter, matches
 from bisparse.pattern import Structure, parse_pattern
-from bisparse.solution import PatternError, verify
 from bisparse.static_mask import static_mask
 from bisparse.training.parametrizations import own_parametrization
+from bisparse.verification import PatternError, verify
 from bisparse.wrappers import check_module
 
 __all__ = ["REWRITTEN", "MaskedPeft", "is_conv1d", "lora_layers", "mask_lora_", "why_not_linear"]

@@ -20,10 +20,10 @@ from torch.nn.utils import parametrize
 
 from bisparse._solve import solve
 from bisparse.pattern import Pattern, Structure
-from bisparse.solution import verify
 from bisparse.static_mask import static_mask, static_masks
 from bisparse.tiles import Layout, from_matrices, to_matrices
 from bisparse.training.bits import kept_straight_through
+from bisparse.verification import verify
 from bisparse.wrappers import is_wrapper
 
 __all__ = [

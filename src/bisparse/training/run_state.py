@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from bisparse.pattern import Structure
-from bisparse.solution import PatternError, verify
 from bisparse.tiles import to_matrices
 from bisparse.training.decay import Decay, TotalDecay
 from bisparse.training.history import history_from_state
 from bisparse.training.layer import SparseLayer
 from bisparse.training.mask_search import Prices
 from bisparse.training.parametrizations import mask_refusal
+from bisparse.verification import PatternError, verify
 
 __all__ = ["STATE_VERSION", "check_mask", "check_not_ended", "check_state", "entry_of", "load_entry"]
 

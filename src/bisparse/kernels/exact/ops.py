@@ -1,4 +1,4 @@
-"""The exact solver's operators as typed functions. torch dispatches them by device."""
+"""The exact solver's operators as typed functions, by device."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from bisparse.kernels.exact.schema import FAST_BITS, NEEDS_EXACT, BadScoreError, check_scores
+from bisparse.kernels.registration import call
 
 __all__ = [
     "FAST_BITS",
@@ -46,7 +47,7 @@ def any_coarse(coarse: Bool[Tensor, " B"]) -> bool:
 
 def keep_largest(groups: Real[Tensor, "G M"], n: int) -> Bool[Tensor, "G M"]:
     """The n largest of every group; of equal scores the one with the lower index."""
-    mask: Tensor = torch.ops.bisparse.keep_largest(groups, n)
+    mask: Tensor = call("keep_largest", groups, n)
     return mask
 
 
@@ -58,7 +59,7 @@ def exact_mask(scores: Float[Tensor, "R C"], n: int, m: int, exactly: bool) -> t
     Raises:
         BadScoreError: a score is NaN, infinite or negative; not on a GPU.
     """
-    mask, coarse = torch.ops.bisparse.exact_mask(scores, n, m, exactly)
+    mask, coarse = call("exact_mask", scores, n, m, exactly)
     return mask, coarse
 
 
@@ -81,7 +82,7 @@ def exact_solve(
         start: the prices of an earlier solve of nearly the same scores.
     """
     before = (None, None) if start is None else (stack(start[0], start[1]), start[2])
-    mask, prices, exponent = torch.ops.bisparse.exact_solve(scores, n, m, exactly, *before)
+    mask, prices, exponent = call("exact_solve", scores, n, m, exactly, *before)
     return mask, *prices.unbind(), exponent
 
 
@@ -94,5 +95,5 @@ def exact_solve_integers(
         ValueError: scores or start prices of another shape or dtype, scores out of range, N not between 1 and M - 1.
     """
     u, v = start if start is not None else (None, None)
-    result = torch.ops.bisparse.exact_solve_integers(q, n, exactly, u, v)
+    result = call("exact_solve_integers", q, n, exactly, u, v)
     return result[0], result[1], result[2]
