@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -403,3 +405,22 @@ def test_tensors_that_share_memory_are_restored_whatever_was_touched_when(order:
     except Stop:
         pass
     assert torch.equal(storage, torch.arange(12.0))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lists what is mapped")
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
+@pytest.mark.parametrize("call", ["magnitude", "wanda", "static", "convert"])
+def test_weights_that_are_mapped_read_only_are_refused_before_the_process_would_end(tmp_path, call):
+    numpy.save(tmp_path / "weight.npy", torch.randn(16, 16).numpy())
+    model = nn.Sequential(nn.Linear(16, 16, bias=False))
+    model[0].weight.data = torch.from_numpy(numpy.load(tmp_path / "weight.npy", mmap_mode="r"))
+    calls = {
+        "magnitude": lambda: bisparse.prune_(model, "2:4"),
+        "wanda": lambda: bisparse.prune_(model, "2:4", "wanda", [torch.randn(4, 16)]),
+        "static": lambda: bisparse.sparsify_(model, "2:4", mode="static"),
+        "convert": lambda: bisparse.convert_(model, "2:4"),
+    }
+    with pytest.raises(ValueError, match="mapped read-only"):
+        calls[call]()
+    model[0].weight.data = model[0].weight.data.clone()
+    calls[call]()

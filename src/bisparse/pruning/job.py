@@ -191,8 +191,8 @@ class Job:
         if self.journal is None:
             self._rollback.touch(*tensors.values())
         elif layer.name not in self._touched:
-            # Mapped before anything is changed, so that a rollback does not depend on the folder.
-            self.journal.hold("dense", layer.name)
+            self._rollback.check_writable(*tensors.values())
+            self.journal.hold("dense", layer.name)  # mapped first, so that a rollback does not depend on the folder
             self._touched[layer.name] = layer
             self._changed.update({id(live): (layer.name, key) for key, live in tensors.items()})
 
