@@ -16,6 +16,7 @@ from bisparse.pruning import violation
 from bisparse.tiles import (
     Layout,
     LayoutKind,
+    check_padding,
     default_layout,
     from_matrices,
     from_tiles,
@@ -202,3 +203,8 @@ def test_tensors_that_are_not_stored_by_strides_are_refused(store: Callable[[Ten
     ):
         with pytest.raises(ValueError, match=r"stored as torch\..* pass its dense form"):
             call()
+
+
+def test_shapes_that_hold_tensors_are_refused():
+    with pytest.raises(ValueError, match="tuples of integers"):
+        check_padding((16, 16), (torch.ones(2),), 4)

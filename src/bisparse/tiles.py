@@ -223,6 +223,8 @@ def _check_strided(tensor: Tensor) -> None:
 
 def check_padding(shape: tuple[int, ...], padded: tuple[int, ...], m: int) -> None:
     """Raise ValueError if matrices of a shape would be almost all padding once `m` divides their sides."""
+    if any(isinstance(side, Tensor) for side in (*shape, *padded)):
+        raise ValueError("shapes are tuples of integers, and these hold tensors")
     entries = math.prod(padded)
     if entries > max(MAX_PADDED, MAX_PADDING * math.prod(shape)):
         raise ValueError(

@@ -146,3 +146,11 @@ def test_an_unstructured_pattern_is_violated_by_what_is_beyond_its_density() -> 
 def test_only_patterns_have_a_prediction() -> None:
     with pytest.raises(ValueError, match="expected a pattern such as"):
         predicted_violation(0.5, "50%")
+
+
+@pytest.mark.parametrize("pattern", ["1:1025", "1:99999-T", "1:99999-seq"])
+@pytest.mark.parametrize("origin", [0.0, 0.5, "2:4"])
+def test_groups_too_large_for_float64_are_refused(origin, pattern):
+    with pytest.raises(ValueError, match="M up to 1024"):
+        predicted_violation(origin, pattern)
+    assert predicted_violation(0.5, "512:1024")[1] > 0

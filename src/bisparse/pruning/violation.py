@@ -35,6 +35,8 @@ __all__ = [
     "violation",
 ]
 
+MAX_M = 1024
+"""Of larger groups, numbers of masks exceed float64."""
 SIMULATED_TILES = 256
 CONFIDENCE = 0.95
 """Minimum fraction of groups that fit a pattern for it to be proposed."""
@@ -159,6 +161,9 @@ def predicted_violation(origin: float | str | Structure, pattern: str | Structur
         origin = parse_pattern(origin)
         if not isinstance(origin, Pattern):
             origin = origin.density
+    for one in (pattern, origin):
+        if getattr(one, "m", 1) > MAX_M:
+            raise ValueError(f"{one}: the violation by random masks is computed for M up to {MAX_M}")
     if not isinstance(pattern, Pattern):
         return _simulated(origin, pattern)
     chances = _count_chances(origin, pattern.m)
