@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import re
-from bisect import bisect_right
 from collections.abc import Callable
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -14,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
+from bisparse.memory_map import is_read_only
+
 __all__ = ["Rollback", "same_bits"]
 
-MAPS = Path("/proc/self/maps")
-READ_ONLY = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-")
 CONTAINERS = (dict, set, list)
 """Attributes that are changed in place: parameters, buffers, submodules, hooks."""
 
@@ -50,7 +47,6 @@ class Rollback:
         self._modules: list[tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any]]] = []
         self._gradients: list[tuple[nn.Parameter, bool, Tensor | None]] = []
         self._released: list[tuple[dict[str, Any], str, TensorWeakRef, Callable[[], nn.Parameter]]] = []
-        self._read_only: list[tuple[int, int]] | None = None
 
     def touch(self, *tensors: Tensor) -> None:
         """Keep a copy of tensors that are about to be written to; of each the first copy counts.
@@ -65,17 +61,13 @@ class Rollback:
 
     def check_writable(self, *tensors: Tensor) -> None:
         """Raise ValueError if the memory of a tensor is mapped read-only: writing would end the process. Only Linux says so."""
-        if self._read_only is None:
-            self._read_only = _read_only_ranges()
         for one in tensors:
-            if type(one) in (Tensor, nn.Parameter) and one.device.type == "cpu" and one.layout == torch.strided and one.numel():
-                place = bisect_right(self._read_only, (one.data_ptr(), 2**64)) - 1
-                if place >= 0 and one.data_ptr() < self._read_only[place][1]:
-                    raise ValueError(
-                        f"the memory of a weight of shape {tuple(one.shape)} is mapped read-only, such as by "
-                        "numpy.load(mmap_mode='r'): it cannot be changed in place; copy it first, by parameter.data = "
-                        "parameter.data.clone()"
-                    )
+            if is_read_only(one):
+                raise ValueError(
+                    f"the memory of a weight of shape {tuple(one.shape)} is mapped read-only, such as by "
+                    "numpy.load(mmap_mode='r'): it cannot be changed in place; copy it first, by parameter.data = "
+                    "parameter.data.clone()"
+                )
 
     def release(self, module: nn.Module, parameter: str, rebuild: Callable[[], nn.Parameter]) -> None:
         """Stop holding a parameter that the block has taken from a module; after an error `rebuild` makes it again.
@@ -124,15 +116,6 @@ class Rollback:
                 if not same_bits(live, before):
                     live.copy_(before)
         _set_random_state(self._random)
-
-
-def _read_only_ranges() -> list[tuple[int, int]]:
-    """The addresses of this process that cannot be written to, in order; none where the system does not list them."""
-    try:
-        lines = MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    return sorted((int(one[1], 16), int(one[2], 16)) for one in map(READ_ONLY.match, lines) if one is not None)
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from bisparse.kernels.masking.dispatch import CHANNELS_LAST
 from bisparse.pattern import Structure
 
 __all__ = ["MASK_SUFFIX", "StaticMask", "static_mask", "static_masks"]
 
 MASK_SUFFIX = "_mask"
 """The mask of the static weight `NAME` is its module's attribute `NAME` + this suffix."""
-
-CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-"""By a weight's number of dimensions."""
 
 
 @dataclass

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bisparse import prune_, save, verify_checkpoint
+from bisparse.memory_map import is_mapped
 from bisparse.pruning import BlockReconstruction
-from bisparse.pruning.mapped_weights import is_mapped
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lists what is mapped")
 

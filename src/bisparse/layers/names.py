@@ -30,7 +30,7 @@ EMBEDDINGS = (
 )  # fmt: skip
 """Last names of embeddings in transformers, timm, fairseq, Whisper and Llama's original code."""
 EMBEDDING_PATHS = ("*audio_tower.encoder",)
-"""Ends of the names of those whose last name says something else."""
+"""Full names of embeddings whose last part alone does not say so."""
 
 ROUTERS = ("gate", "router", "wg", "gating", "switch")
 """Names of a mixture's router, if experts are next to it."""

@@ -1,7 +1,7 @@
 """A pruning job as one transaction: all of its layers are changed or, on an exception, none.
 
 The original tensors are stored before they are changed: with calibration data on disk, so that memory has only one copy of the
-model and an interrupted job can be resumed; otherwise in memory. Of a model that is mapped from files, memory has no copy at all.
+model and an interrupted job can be resumed; otherwise in memory. Weights that are mapped from files stay mapped where possible.
 """
 
 from __future__ import annotations

@@ -8,45 +8,17 @@ weight, a job lets it refer to the values as they are mapped from its journal. O
 from __future__ import annotations
 
 import ctypes
-import re
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-__all__ = ["MappedWeights", "is_mapped"]
+from bisparse.memory_map import is_mapped
 
-MAPS = Path("/proc/self/maps")
-PRIVATE_FILE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ [0-9a-f:]+ (\d+)\s+/")
-
-
-def _mapped_ranges() -> list[tuple[int, int]]:
-    """The addresses of this process that are private, writable mappings of files, in order."""
-    try:
-        lines = MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return []
-    found = (PRIVATE_FILE.match(line) for line in lines)
-    return sorted((int(one[1], 16), int(one[2], 16)) for one in found if one is not None and one[3] != "0")
-
-
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is mapped from a file, as a copy of its own.
-
-    >>> is_mapped(nn.Linear(2, 2).weight)
-    False
-    """
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or not tensor.numel():
-        return False
-    ranges, first = _mapped_ranges(), tensor.data_ptr()
-    place = bisect_right(ranges, (first, 2**64)) - 1
-    # Memory that the C library manages may be in a private mapping without a file, never in one with a file.
-    return place >= 0 and first + tensor.nbytes <= ranges[place][1]
+__all__ = ["MappedWeights"]
 
 
 @cache

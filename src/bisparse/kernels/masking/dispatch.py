@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-__all__ = ["MIN_WEIGHTS", "add_masked", "applies", "masked"]
+__all__ = ["CHANNELS_LAST", "MIN_WEIGHTS", "add_masked", "applies", "masked"]
 
 MIN_WEIGHTS = 1 << 15
 """Fewer are left to torch: the call takes as long as the pass, and small models never need to compile the kernel."""
