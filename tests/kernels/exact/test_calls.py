@@ -2,20 +2,10 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bisparse import solve
 from bisparse.kernels import registration
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
+from dispatched import Seen
 
 
 @pytest.mark.parametrize(("pattern", "operator"), [("2:4-T", "exact_mask"), ("4:8-T", "exact_solve"), ("2:4", "keep_largest")])

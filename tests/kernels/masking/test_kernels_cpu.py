@@ -3,11 +3,11 @@
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bisparse import sparsify_
 from bisparse.kernels.masking.dispatch import MIN_WEIGHTS, applies
 from bisparse.training.bits import add_off_, keep_only_, kept, off
+from dispatched import Seen
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -72,16 +72,6 @@ def test_autograd_notices_that_a_tensor_was_written():
         keep_only_(weight.detach(), torch.rand(256, 256) < 0.5)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         product.sum().backward()
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 class Subclass(torch.Tensor):
