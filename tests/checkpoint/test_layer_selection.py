@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint_files import State, write_folder
 from safetensors.torch import load_file, save_file
-from transformers_sweep import disagreements, model_types
+from transformers_sweep import differs_once_saved, disagreements, model_types
 
 import bisparse
 from bisparse.checkpoint import plan_checkpoint, prune_checkpoint, verify_checkpoint
@@ -289,10 +289,10 @@ def test_the_report_says_how_much_of_the_model_was_pruned_and_warns_below_half(t
 
 @pytest.mark.slow
 @pytest.mark.transformers
-def test_no_model_type_of_transformers_is_read_differently_from_its_file() -> None:
+def test_no_model_type_of_transformers_is_read_differently_from_its_file(tmp_path: Path) -> None:
     """Prints the types that could not be built, with the reason."""
     pytest.importorskip("transformers")
-    built = differing = 0
+    built = differing = saved = 0
     missing, found = [], []
     for one in model_types():
         if one.model is None:
@@ -302,6 +302,11 @@ def test_no_model_type_of_transformers_is_read_differently_from_its_file() -> No
         own = disagreements(one)
         differing += bool(own)
         found += own
+        if (other := differs_once_saved(one, tmp_path / one.type)) is not None:
+            saved += 1
+            found += other
+    assert saved > 20, "the small ones are written to disk, too"
+    print(f"{saved} saved")  # noqa: T201
     print(f"{built} built, {differing} differ; {len(missing)} not built:", *missing, sep="\n")  # noqa: T201
     assert not found, "\n".join(found[:20])
     assert built > 300, "a sweep over few types would prove little"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bisparse.checkpoint import plan_checkpoint
 from bisparse.checkpoint.layer_selection import choose_layers
 from bisparse.checkpoint.stored_tensor import FileTensor
 from bisparse.layers import find_layers
@@ -21,6 +22,8 @@ DEPTHS = {
     "num_decoder_layers",
 }  # fmt: skip
 MAIN = "MODEL_MAPPING"
+LARGEST_SAVED = 1 << 23
+"""Numbers in a model that is written to disk."""
 CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 
 
@@ -152,3 +155,26 @@ def disagreements(built: Built) -> list[str]:
     if apart != apart_in_file:
         found.append(f"{built.type}: of fused parameters the module prunes {apart:,} weights, a file {apart_in_file:,}")
     return list(dict.fromkeys(found))
+
+
+def differs_once_saved(built: Built, folder: Path) -> list[str] | None:
+    """Layers that a folder written by `save_pretrained` is read differently for than `as_saved`; None if it is too large."""
+    model = built.model
+    assert model is not None
+    if sum(one.numel() for one in model.state_dict().values() if isinstance(one, Tensor)) > LARGEST_SAVED:
+        return None
+    tensors = {
+        name: FileTensor(name, CODES.get(one.dtype, "U8"), tuple(one.shape), Path("model.safetensors"), 0, 0, NOTHING)
+        for name, one in as_saved(model).items()
+    }
+    expected = {one.tensor.name for one in choose_layers(tensors, built.config, Pattern(2, 4), metadata={"format": "pt"})[0]}
+    filled = model.to_empty(device="cpu")
+    with torch.no_grad():
+        for one in (*filled.parameters(), *filled.buffers()):
+            one.zero_()
+    try:
+        filled.save_pretrained(folder)
+    except Exception:  # noqa: BLE001 (some classes cannot be saved, such as those without a file of their own)
+        return None
+    found = {one.tensor.name for one in plan_checkpoint(folder, "2:4").layers} if expected else set()
+    return [f"{built.type}: {name}: in one of the two only" for name in sorted(found ^ expected)]
