@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 __all__ = ["HIDDEN_LOSSES", "HiddenLoss", "hidden_distance", "logit_divergence"]
 
 HiddenLoss = Literal["mse", "cosine"]
-CHUNK = 1 << 22
-"""Maximum number of logits converted to float32 probabilities at a time, to bound the additional memory."""
+CHUNK = {"cpu": 1 << 18, "other": 1 << 22}
+"""Maximum number of logits converted to float32 probabilities at a time: on a CPU so few that they stay in its cache."""
 
 
 def logit_divergence(
@@ -42,16 +42,17 @@ class _Divergence(torch.autograd.Function):
         wide = torch.promote_types(student.dtype, torch.float32)
         gradient = torch.empty_like(student, memory_format=torch.contiguous_format)
         total = torch.zeros((), dtype=wide, device=student.device)
-        rows = max(1, CHUNK // student.shape[1])
+        rows = max(1, CHUNK.get(student.device.type, CHUNK["other"]) // student.shape[1])
         weights = torch.ones(len(student), dtype=wide, device=student.device) if where is None else where.to(wide)
         for start in range(0, len(student), rows):
             part = slice(start, start + rows)
-            own = (student[part].to(wide) / temperature).log_softmax(-1)
-            given = (teacher[part].to(wide) / temperature).log_softmax(-1)
+            own = _log_probabilities(student[part], temperature, wide)
+            given = _log_probabilities(teacher[part], temperature, wide)
             target = given.exp()
             kept = weights[part]
-            total += torch.where(kept > 0, (target * (given - own)).sum(-1), 0).sum()
-            gradient[part] = torch.where(kept[:, None] > 0, own.exp() - target, 0)
+            total += torch.where(kept > 0, (target * given.sub_(own)).sum(-1), 0).sum()
+            difference = own.exp_().sub_(target)
+            gradient[part] = difference if where is None else torch.where(kept[:, None] > 0, difference, 0)
         count = weights.sum().clamp(min=1)
         ctx.save_for_backward(gradient, temperature / count)
         return total * (temperature * temperature) / count
@@ -61,6 +62,13 @@ class _Divergence(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         gradient, factor = ctx.saved_tensors
         return gradient * (grad * factor).to(gradient.dtype), None, None, None
+
+
+def _log_probabilities(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """New tensor of the logarithms of the class probabilities."""
+    if temperature == 1:
+        return logits.log_softmax(-1, dtype=dtype)
+    return (logits.to(dtype) / temperature).log_softmax(-1)
 
 
 def _relative_mse(student: Tensor, teacher: Tensor, where: Tensor | None) -> Tensor:
