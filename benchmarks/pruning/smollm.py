@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import re
 import time
 from pathlib import Path
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--sequences", type=int, default=256)
+    parser.add_argument("--network-sequences", type=int, default=1000, help='for methods that end in "the network on more"')
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=12_288, help="of WikiText-2, for the perplexity")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
@@ -71,7 +73,12 @@ def main() -> None:
     for pattern in options.patterns if options.budget is None else [f"{options.budget} of {', '.join(options.patterns)}, dense"]:
         for name in options.methods:
             method, how = method_named(name)
+            more = options.network_sequences if name.endswith("the network on more") else None
+            if more is not None:
+                own = token_batches(text, sequences=more, length=options.length, batch_size=2)
+                how["reconstruction"] = dataclasses.replace(how["reconstruction"], batches=own)
             data = {"sequences": options.sequences, "length": options.length, "corpus": options.calibration.name}
+            data |= {} if more is None else {"network_sequences": more}
             with rows.new({**common, "pattern": pattern, "method": name, **(data if method.needs else {})}) as row:
                 if row is None:
                     continue

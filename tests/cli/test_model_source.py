@@ -380,8 +380,14 @@ def test_a_language_model_is_fitted_as_a_whole(tmp_path: Path) -> None:
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
     for layer in report["layers"]:
         verify(loaded.get_parameter(layer["parameter"]), "2:4-T").check()
-    code, report = invoke("convert", tmp_path / "fitted", tmp_path / "other", "--to", "1:4", *data, "--network-epochs", "1")
+    code, report = invoke("convert", tmp_path / "fitted", tmp_path / "other", "--to", "1:4", *data, "--network-epochs", "1",
+                          "--network-sequences", "40")  # fmt: skip
     assert code == 0 and "fitted the whole network" in " ".join(report["notes"])
+    made_from = json.loads((tmp_path / "other" / "bisparse.json").read_text())["provenance"]["calibration"]
+    assert made_from["sequences"] == 20 and made_from["network_sequences"] == 40
+    for given in (["--network-epochs", "0", *data], ["--network-epochs", "1"]):
+        code, said = invoke("prune", dense, tmp_path / "x", *how[:4], *given, "--network-sequences", "40")
+        assert code == 2 and "requires --" in said["error"]
     for command in (["prune", dense, tmp_path / "x", *how], ["convert", dense, tmp_path / "x", "--to", "2:4", *data]):
         code, said = invoke(*command, "--network-epochs", "1", "--order", "parallel")
         assert code == 2 and "--order sequential" in said["error"]

@@ -104,6 +104,23 @@ def test_the_note_has_the_divergence_on_the_held_out_batches() -> None:
     assert note.endswith(f"nats per position on held-out batches {expected[0]:.4g} before, {expected[1]:.4g} after")
 
 
+def test_more_data_than_the_layers_have_brings_the_network_closer() -> None:
+    dense, batches = case()
+    own = [{"input_ids": torch.randint(TOKENS, (8, 12))} for _ in range(170)]
+    other = [{"input_ids": torch.randint(TOKENS, (8, 12))} for _ in range(6)]
+    few, more = copy.deepcopy(dense), copy.deepcopy(dense)
+    prune_(few, "4:8-T", Wanda(), batches, reconstruction=NetworkReconstruction(epochs=1))
+    how = NetworkReconstruction(epochs=1, batches=(batch for batch in own))
+    note = prune_(more, "4:8-T", Wanda(), batches, reconstruction=how).notes[-1]
+    assert divergence(more, dense, other) < 0.9 * divergence(few, dense, other)
+    held_out = own[5::6]  # every fifth would be more than 32
+    assert note.endswith(f"{divergence(more, dense, held_out):.4g} after")
+    with pytest.raises(ValueError, match="at least one"):
+        NetworkReconstruction(batches=[])
+    with pytest.raises(ValueError, match="batches="):
+        NetworkReconstruction(batches=3)  # type: ignore[arg-type]
+
+
 def test_a_model_without_logits_is_fitted_to_its_output() -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))

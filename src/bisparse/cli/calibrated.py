@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bisparse.cli.calibration_text import TextBatches
     from bisparse.cli.model_source import Source
     from bisparse.pattern import Structure
-    from bisparse.pruning import Method
+    from bisparse.pruning import BlockReconstruction, Method, NetworkReconstruction
     from bisparse.results import LayerResult, PruneReport
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "plan_with_data",
     "provenance",
     "prune_with_data",
+    "with_samples",
 ]
 
 T = TypeVar("T")
@@ -111,7 +112,7 @@ def prune_with_data(
             group=group,
             resume=resume,
             keep_journal=True,
-            **options,
+            **{**options, "reconstruction": with_samples(options["reconstruction"], source, texts)},
         )
         finish(source, target, report, made_from, overwrite, time.perf_counter() - started, as_json, resume, group)
 
@@ -233,12 +234,25 @@ def describe(name: str, texts: TextFiles, data: TextBatches | list[Any] | None) 
         "tokens": data.tokens,
         "seed": SEED,
         "batches": len(data.batches),
+        "network_sequences": texts.network_sequences,
     }
 
 
 def batches_of(data: TextBatches | list[Any] | None) -> list[Any] | None:
     """The batches that the model is called with."""
     return data if data is None or isinstance(data, list) else list(data.batches)
+
+
+def with_samples(
+    reconstruction: BlockReconstruction | NetworkReconstruction | None, source: Source, texts: TextFiles
+) -> BlockReconstruction | NetworkReconstruction | None:
+    """The same fit, of the network on as many samples as were asked for."""
+    from bisparse.pruning import NetworkReconstruction
+
+    if texts.network_sequences is None or not isinstance(reconstruction, NetworkReconstruction):
+        return reconstruction
+    data = _data(source, replace(texts, sequences=texts.network_sequences))
+    return replace(reconstruction, batches=batches_of(data))
 
 
 def _versions() -> dict[str, str]:

@@ -20,6 +20,7 @@ __all__ = [
     "ExpertFloor",
     "Length",
     "NetworkEpochs",
+    "NetworkSequences",
     "Order",
     "Resume",
     "Sequences",
@@ -65,6 +66,10 @@ NetworkEpochs = Annotated[
         help="At the end, fit all layers together to the dense model's outputs, in at most this many passes over the samples.",
     ),
 ]
+NetworkSequences = Annotated[
+    int | None,
+    typer.Option(min=1, help="Calibration samples for --network-epochs, which gains from more. By default those of --sequences."),
+]
 Damping = Annotated[float | None, typer.Option(help="Ridge parameter of the least squares; by default chosen on held-out data.")]
 Device = Annotated[str | None, typer.Option(help="Device on which to run transformer blocks, one at a time, such as cuda.")]
 ExpertFloor = Annotated[
@@ -87,6 +92,8 @@ class TextFiles:
     field: str | None
     sequences: int
     length: int
+    network_sequences: int | None = None
+    """Samples to fit the network on; None: the others."""
 
 
 def parse_method(name: str, damping: float | None = None) -> Method:
@@ -141,9 +148,13 @@ def parse_expert_floor(tokens: float | None) -> float:
 
 
 def parse_reconstruction(
-    block_epochs: int, network_epochs: int, order: str
+    block_epochs: int, network_epochs: int, order: str, texts: TextFiles
 ) -> BlockReconstruction | NetworkReconstruction | None:
     """How blocks, and the whole network, are fitted; None for 0 epochs of both."""
+    if texts.network_sequences is not None and not network_epochs:
+        raise typer.BadParameter("requires --network-epochs", param_hint="--network-sequences")
+    if texts.network_sequences is not None and not texts.paths:
+        raise typer.BadParameter("requires --calibration", param_hint="--network-sequences")
     if block_epochs == network_epochs == 0:
         return None
     if order != "sequential":

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from bisparse.cli.calibrated import batches_of, finish, group_of_ranks, on_first_rank, open_job, provenance
+from bisparse.cli.calibrated import batches_of, finish, group_of_ranks, on_first_rank, open_job, provenance, with_samples
 from bisparse.cli.calibration_options import (
     BlockEpochs,
     Calibration,
@@ -17,6 +17,7 @@ from bisparse.cli.calibration_options import (
     ExpertFloor,
     Length,
     NetworkEpochs,
+    NetworkSequences,
     Order,
     Resume,
     Sequences,
@@ -81,6 +82,7 @@ def convert(
     order: Order = "sequential",
     block_epochs: BlockEpochs = 0,
     network_epochs: NetworkEpochs = 0,
+    network_sequences: NetworkSequences = None,
     expert_floor: ExpertFloor = None,
     damping: Damping = None,
     include: Included = None,
@@ -106,7 +108,7 @@ def convert(
             "--include": include, "--exclude": exclude,
             "--layout": layout, "--damping": damping, "--solver": solver, "--device": device, "--resume": resume,
             "--regrow": regrow or None, "--block-epochs": block_epochs or None, "--network-epochs": network_epochs or None,
-            "--expert-floor": expert_floor,
+            "--expert-floor": expert_floor, "--network-sequences": network_sequences,
         }  # fmt: skip
         if given := [name for name, value in others.items() if value not in (None, [])]:
             raise typer.BadParameter("does not work with --to-dense, which changes no weight", param_hint=given[0])
@@ -126,7 +128,8 @@ def convert(
     asked = {"--regrow": regrow, "--block-epochs": block_epochs > 0, "--network-epochs": network_epochs > 0}
     if chosen is not None:
         asked[chosen.name] = bool(chosen.needs)
-    texts = TextFiles(calibration, text_field, sequences, length)
+    texts = TextFiles(calibration, text_field, sequences, length, network_sequences)
+    reconstruction = parse_reconstruction(block_epochs, network_epochs, order, texts)
     opened, data = open_job(source, target, texts, overwrite=overwrite, resume=resume, asked=asked)
     made_from = provenance(source, opened, texts, data, chosen_order)
     started = time.perf_counter()
@@ -142,7 +145,7 @@ def convert(
             layouts=layouts,
             solver=parse_solver_option(solver),
             order=chosen_order,
-            reconstruction=parse_reconstruction(block_epochs, network_epochs, order),
+            reconstruction=with_samples(reconstruction, opened, texts),
             expert_floor=parse_expert_floor(expert_floor),
             device=parse_device(device),
             resume=resume,

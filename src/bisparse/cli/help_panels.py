@@ -13,7 +13,10 @@ PANELS = {
     "What to prune": (
         "pattern", "to", "to_dense", "budget", "include", "exclude", "key", "layer_pattern", "layout", "remainder", "regrow",
     ),
-    "How": ("solver", "method", "block_epochs", "network_epochs", "expert_floor", "damping", "order", "device", "threads"),
+    "How": (
+        "solver", "method", "block_epochs", "network_epochs", "network_sequences", "expert_floor", "damping", "order", "device",
+        "threads",
+    ),
     "Calibration data": ("calibration", "text_field", "sequences", "length"),
     "Afterwards": ("quantize", "export", "evaluate", "eval_tokens"),
 }  # fmt: skip

@@ -18,6 +18,7 @@ from bisparse.cli.calibration_options import (
     ExpertFloor,
     Length,
     NetworkEpochs,
+    NetworkSequences,
     Order,
     Resume,
     Sequences,
@@ -97,6 +98,7 @@ def prune(
     order: Order = "sequential",
     block_epochs: BlockEpochs = 0,
     network_epochs: NetworkEpochs = 0,
+    network_sequences: NetworkSequences = None,
     expert_floor: ExpertFloor = None,
     damping: Damping = None,
     device: Device = None,
@@ -140,12 +142,12 @@ def prune(
     )
     measurement = parse_measurement(source, None if dry_run else target, evaluate, eval_tokens, as_json=as_json)
     set_threads(threads)
-    texts = TextFiles(calibration, text_field, sequences, length)
+    texts = TextFiles(calibration, text_field, sequences, length, network_sequences)
     job = PruneJob(source, target, structure, {**layers, **choices}, solver, key, overwrite, as_json, texts)
     on_files = method == "magnitude" and not (block_epochs or network_epochs) and not choices and ":" not in str(source)
     if on_files:
         _check_unused({"--calibration": calibration, "--text-field": text_field, "--damping": damping, "--device": device})
-        _check_unused({"--expert-floor": expert_floor})
+        _check_unused({"--expert-floor": expert_floor, "--network-sequences": network_sequences})
         _check_unused({"--resume": None if quantize or export or evaluate else resume})
 
     def run(step: str | None) -> None:
@@ -162,6 +164,7 @@ def prune(
         return
     made_by = {"pattern": structure, **job.layers, "solver": solver, "key": key, "method": method, "damping": damping}
     made_by |= {"order": order, "block_epochs": block_epochs, "network_epochs": network_epochs, "expert_floor": expert_floor}
+    made_by["network_sequences"] = network_sequences
     Steps(source, target, texts, quantize, export, measurement, overwrite, resume, made_by).run(run)
 
 

@@ -79,7 +79,7 @@ def prune_calibrated(job: PruneJob, settings: CalibrationSettings, step: str | N
         **job.layers,
         solver=parse_solver_option(job.solver),
         order=settings.order,
-        reconstruction=parse_reconstruction(settings.block_epochs, settings.network_epochs, settings.order),
+        reconstruction=parse_reconstruction(settings.block_epochs, settings.network_epochs, settings.order, job.texts),
         expert_floor=parse_expert_floor(settings.expert_floor),
         device=parse_device(settings.device),
         resume=settings.resume,

@@ -39,7 +39,7 @@ from bisparse.pruning.layer import Change, prune_layer
 from bisparse.pruning.layer_tensors import live_tensors, restore_, resumed_result, tensors_after, write_
 from bisparse.pruning.mapped_weights import MappedWeights
 from bisparse.pruning.methods.base import Method
-from bisparse.pruning.network_reconstruction import finished_network
+from bisparse.pruning.network_reconstruction import finished_network, note_of
 from bisparse.results import LayerResult
 from bisparse.rollback import Rollback
 
@@ -171,19 +171,16 @@ class Job:
 
     def reconstruct_network(self) -> None:
         """Fit all layers together to the dense network's outputs, or load the result of an interrupted job."""
-        if self.options.network is None or not self.results:
+        how = self.options.network
+        if how is None or not self.results:
             return
         layers = [layer for layer in self.layers if layer.name in self.results]
         each = showing(self.options.progress, "fitting the network")
+        data = self.data if how.batches is None else how.batches
         with evaluating(self.model):
             dense = dense_copy(self.model, self.original)
-            network = finished_network(self.model, dense, layers, self.data, self.options.forward, each)
-            fit = self._fitted_or_loaded(network, self.options.network)
-        unit = "nats per position" if network.classes else "relative error"
-        self.network_note = (
-            f"fitted the whole network to the dense one's outputs: {unit} on held-out batches {fit.error_before:.4g} before, "
-            f"{fit.error:.4g} after{'' if fit.changed else ', so nothing was changed'}",
-        )
+            network = finished_network(self.model, dense, layers, data, self.options.forward, each)
+            self.network_note = (note_of(network, self._fitted_or_loaded(network, how)),)
 
     def touch(self, layer: Layer) -> None:
         """Store a layer's original tensors, before it is written to."""
@@ -266,7 +263,7 @@ class Job:
             "solver": stable_repr(options.solver),
             "order": f"{options.order}{fit}",
             "experts": f"all tokens below {options.expert_floor:g} per input",
-            "data": fingerprint(*pytree.tree_leaves(self.data)) if self.uses_data else "none",
+            "data": fingerprint(*pytree.tree_leaves((self.data, getattr(options.network, "batches", None) or ()))),
             "weights": fingerprint(*(layer.weight for layer in self.layers)) if self.uses_data else "none",
         }
 

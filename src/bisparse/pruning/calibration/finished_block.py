@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from bisparse.layers import Layer
 
-__all__ = ["BlockFit", "BlockFitter", "FinishedBlock", "split"]
+__all__ = ["BlockFit", "BlockFitter", "FinishedBlock", "NetworkFitter", "split"]
 
 
 @dataclass(frozen=True)
@@ -64,3 +64,11 @@ class BlockFitter(Protocol):
 
     def fit_(self, block: FinishedBlock) -> BlockFit:
         """Change the block's kept weights in place; returns its output error before and after."""
+
+
+class NetworkFitter(BlockFitter, Protocol):
+    """The protocol of `NetworkReconstruction`."""
+
+    @property
+    def batches(self) -> Sequence[Any] | None:
+        """The data to fit on; None: the calibration data."""

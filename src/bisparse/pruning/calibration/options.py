@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bisparse.arguments import check_flag, is_number
-from bisparse.pruning.calibration.finished_block import BlockFitter
+from bisparse.pruning.calibration.finished_block import BlockFitter, NetworkFitter
 from bisparse.solvers import Exact, Solver
 
 __all__ = ["EXPERT_FLOOR", "Options", "Order"]
@@ -43,7 +43,7 @@ class Options:
     keep_journal: bool = False
     progress: bool | None = None
     expert_floor: float = EXPERT_FLOOR
-    network: BlockFitter | None = None
+    network: NetworkFitter | None = None
     """How the whole network is fitted at the end."""
 
     def __post_init__(self) -> None:
