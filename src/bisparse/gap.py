@@ -25,7 +25,6 @@ import torch
 from jaxtyping import Bool, Float, Int, Real, Shaped
 from torch import Tensor
 
-from bisparse.kernels.figures.cpu import priced_gap
 from bisparse.tiles import pad_to_multiple
 
 __all__ = ["Failure", "Prices", "bands_of_tiles", "first_true", "flat_bands", "kept_total", "tile_failure", "tiles_gap"]
@@ -207,8 +206,6 @@ def tiles_gap(scores: Real[Tensor, "B O I"], mask: Bool[Tensor, "B O I"], prices
     Raises:
         ValueError: prices or exponents out of range, or scores that are no numbers.
     """
-    if (fast := priced_gap(scores, mask, *prices, n, exactly)) is not None:
-        return fast
     total = 0.0
     for band in _priced_bands(scores, mask, prices, m):
         if failure := _out_of_range(band):

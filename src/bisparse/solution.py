@@ -26,7 +26,7 @@ from jaxtyping import Bool, Int, Real
 from torch import Tensor
 
 from bisparse.gap import Prices, kept_total, tile_failure, tiles_gap
-from bisparse.kernels.figures.cpu import kept_and_total
+from bisparse.kernels.figures.cpu import kept_and_total, priced_figures
 from bisparse.pattern import Pattern, Structure
 from bisparse.selection_gap import selection_failure, selection_gap
 from bisparse.tiles import Layout, to_matrices
@@ -141,6 +141,11 @@ class Solution:
             gap = selection_gap(matrices, masks, self.pattern)
         else:
             prices = self._prices(matrices)
+            figures = priced_figures(matrices, masks, *prices, self.pattern.n, self.exactly)
+            if figures is not None:
+                gap, kept, total = figures
+                self.__dict__.setdefault("_sums", ((kept, 0), (total, 0)))
+                return gap
             try:
                 gap = tiles_gap(matrices, masks, prices, self.pattern.n, self.pattern.m, self.exactly)
             except ValueError as error:
@@ -193,6 +198,11 @@ class Solution:
         if failure := tile_failure(matrices, masks, prices, self.pattern.n, self.pattern.m, self.exactly):
             raise CertificateError(f"tile {failure.tile}: {failure.reason}")
         return self
+
+    @property
+    def total(self) -> float:
+        """Sum of all scores, kept or not."""
+        return _float(*self._total, "total")
 
     @property
     def _kept(self) -> tuple[float, int]:

@@ -22,7 +22,7 @@ from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.sidecar import SampleTile
 from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
 from bisparse.errors import CheckpointError
-from bisparse.kernels.figures.cpu import kept_and_total, prune_in_place
+from bisparse.kernels.figures.cpu import kept_and_total, magnitudes, prune_in_place
 from bisparse.pattern import Structure, Unstructured
 from bisparse.results import LayerResult, has_bound
 from bisparse.scores import magnitude
@@ -133,11 +133,16 @@ def prune_stored(
     for band in bands(tensor, layout, m):
         start = time.perf_counter()
         scores = _scores(band, tensor)
-        mask, gap = (choose(band, scores), 0.0) if choose else _solved(layer, band, scores, solver)
-        kept, total = kept_and_total(scores, mask) or (
-            float(torch.where(mask, scores, 0).sum(dtype=torch.float64)),
-            float(scores.sum(dtype=torch.float64)),
-        )
+        if choose:
+            mask, gap = choose(band, scores), 0.0
+            kept, total = kept_and_total(scores, mask) or (
+                float(torch.where(mask, scores, 0).sum(dtype=torch.float64)),
+                float(scores.sum(dtype=torch.float64)),
+            )
+        else:
+            solution = solve(scores, pattern, solver, layout=band.layout)
+            gap = solution.gap if has_bound(solution) else None  # which sums up the scores as well
+            mask, kept, total = solution.mask, solution.value, solution.total
         sums.value += kept
         sums.total += total
         if not choose:
@@ -169,8 +174,12 @@ def prune_stored(
 
 
 def _scores(band: Band, tensor: StoredTensor) -> Float[Tensor, "..."]:
-    scores = magnitude(band.weight)
-    if scores.numel() and not bool(torch.isfinite(scores.amax())):
+    if (found := magnitudes(band.weight)) is not None:
+        scores, finite = found
+    else:
+        scores = magnitude(band.weight)
+        finite = not scores.numel() or bool(torch.isfinite(scores.amax()))
+    if not finite:
         bad = (~torch.isfinite(scores)).flatten().nonzero()
         if len(bad):
             place = np.unravel_index(band.first + int(bad[0]), tensor.shape)
@@ -182,14 +191,6 @@ def _scores(band: Band, tensor: StoredTensor) -> Float[Tensor, "..."]:
                 tensor=tensor.name,
             )
     return scores
-
-
-def _solved(
-    layer: StoredLayer, band: Band, scores: Float[Tensor, "..."], solver: Solver | None
-) -> tuple[Bool[Tensor, "..."], float | None]:
-    """The mask, and its gap in score units; None for a solver without a bound."""
-    solution = solve(scores, layer.pattern, solver, layout=band.layout)
-    return solution.mask, solution.gap if has_bound(solution) else None
 
 
 def _sample(name: str, band: Band, mask: Bool[Tensor, "..."], pattern: Structure) -> SampleTile:

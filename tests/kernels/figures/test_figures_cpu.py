@@ -9,7 +9,15 @@ import torch
 
 from bisparse import solve, verify
 from bisparse.gap import Prices, kept_total, tiles_gap
-from bisparse.kernels.figures.cpu import MIN_WEIGHTS, all_optimal, broken_groups, kept_and_total, priced_gap, prune_in_place
+from bisparse.kernels.figures.cpu import (
+    MIN_WEIGHTS,
+    all_optimal,
+    broken_groups,
+    kept_and_total,
+    magnitudes,
+    priced_figures,
+    prune_in_place,
+)
 from bisparse.pattern import parse_pattern
 from bisparse.selection_gap import selection_gap
 from bisparse.solvers import Exact
@@ -47,11 +55,23 @@ def test_the_gap_is_the_specifications(scores: torch.Tensor, pattern: str) -> No
     applies = bool((certificate.exponent >= 0).all())
     for mask, u in ((solution.mask, certificate.u), (worse, certificate.u), (worse, moved)):
         prices = Prices(u, certificate.v, certificate.exponent)
-        fast = priced_gap(scores[None], mask[None], *prices, n, False)
+        fast = priced_figures(scores[None], mask[None], *prices, n, False)
         assert (fast is not None) == applies
         exact = tiles_gap(scores.double()[None], mask[None], prices, n, m, False)
-        assert tiles_gap(scores[None], mask[None], prices, n, m, False) == pytest.approx(exact, rel=1e-12, abs=0)
-        assert (exact == 0) == (tiles_gap(scores[None], mask[None], prices, n, m, False) == 0)
+        if fast is not None:
+            assert fast[0] == pytest.approx(exact, rel=1e-12, abs=0)
+            assert (exact == 0) == (fast[0] == 0)
+            sums = math.ldexp(*kept_total(scores, mask)), math.ldexp(*kept_total(scores, None))
+            assert fast[1:] == pytest.approx(sums, rel=1e-12)
+            wide = [side.long() for side in prices]
+            assert priced_figures(scores[None], mask[None], *wide, n, False) == fast
+
+
+def test_figures_of_a_solution_are_the_same_in_any_order(scores: torch.Tensor) -> None:
+    first, second = (solve(scores, "4:8-T") for _ in range(2))
+    assert first.value == pytest.approx((second.gap, second.value)[1], rel=1e-14)
+    assert first.gap == second.gap
+    assert (first.retained, first.bound) == pytest.approx((second.retained, second.bound), rel=1e-14)
 
 
 def test_exactly_n_uses_negative_prices() -> None:
@@ -60,8 +80,9 @@ def test_exactly_n_uses_negative_prices() -> None:
     certificate = solution.certificate
     assert certificate is not None
     prices = Prices(certificate.u, certificate.v, certificate.exponent)
-    fast = priced_gap(scores[None], solution.mask[None], *prices, 4, True)
-    assert fast == pytest.approx(tiles_gap(scores.double()[None], solution.mask[None], prices, 4, 8, True), rel=1e-12, abs=0)
+    fast = priced_figures(scores[None], solution.mask[None], *prices, 4, True)
+    assert fast is not None
+    assert fast[0] == pytest.approx(tiles_gap(scores.double()[None], solution.mask[None], prices, 4, 8, True), rel=1e-12, abs=0)
 
 
 def test_sums_are_those_of_float64(scores: torch.Tensor) -> None:
@@ -147,8 +168,8 @@ def test_what_the_kernels_leave_to_torch() -> None:
     beyond = prices.clone()
     beyond[-1, -1] = 1 << 55
     exponent = torch.zeros(tiles, dtype=torch.int64)
-    assert priced_gap(big[None], all_kept[None], prices, beyond, exponent, 2, False) is None
-    assert priced_gap(big[None], all_kept[None], prices, prices, exponent - 1, 2, False) is None
+    assert priced_figures(big[None], all_kept[None], prices, beyond, exponent, 2, False) is None
+    assert priced_figures(big[None], all_kept[None], prices, prices, exponent - 1, 2, False) is None
 
 
 def test_scores_that_are_no_numbers_have_no_gap() -> None:
@@ -162,12 +183,33 @@ def test_scores_that_are_no_numbers_have_no_gap() -> None:
         broken[place] = math.nan
         with pytest.raises(ValueError, match="NaN"):
             tiles_gap(broken[None], solution.mask[None], prices, 4, 8, False)
+        assert priced_figures(broken[None], solution.mask[None], *prices, 4, False) is None
 
 
 def test_large_prices_do_not_overflow() -> None:
     scores, nothing = torch.rand(ROWS, COLUMNS), torch.zeros(ROWS, COLUMNS, dtype=torch.bool)
     tiles = ROWS * COLUMNS // 64**2
-    prices = torch.full((tiles, 64), 1 << 48)
+    prices = torch.full((tiles, 64), 1 << 40)
     exponent = torch.zeros(tiles, dtype=torch.int64)
-    found = priced_gap(scores[None], nothing[None], prices, prices, exponent, 64, False)
-    assert found == pytest.approx(tiles * 128 * 64 * 2.0**48)
+    found = priced_figures(scores[None], nothing[None], prices, prices, exponent, 64, False)
+    assert found is not None
+    assert found[0] == tiles * 128 * 64 * 2.0**40
+    assert priced_figures(scores[None], nothing[None], prices + 1, prices, exponent, 64, False) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16, torch.float64])
+def test_magnitudes(dtype: torch.dtype) -> None:
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2)).to(dtype)
+    weight[0, :4] = torch.tensor([0.0, -0.0, 1e-40, -1e-40]).to(dtype)
+    found = magnitudes(weight)
+    if dtype not in (torch.bfloat16, torch.float32):
+        assert found is None
+        return
+    assert found is not None
+    scores, finite = found
+    assert finite and torch.equal(scores.view(torch.int32), weight.abs().float().view(torch.int32))
+    for bad in (math.nan, -math.nan, math.inf, -math.inf):
+        weight[-1, -1] = bad
+        _, finite = magnitudes(weight) or (None, True)
+        assert not finite
+    assert magnitudes(weight[:4]) is None and magnitudes(weight.t()) is None

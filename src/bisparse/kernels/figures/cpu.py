@@ -1,7 +1,7 @@
-"""One pass each: the score kept, the gap of a certificate, optimal groups, pruning in place, groups that break a pattern.
+"""One pass each: magnitudes, a certificate's gap, the score kept, optimal groups, pruning in place, groups that break a pattern.
 
 Plain torch takes a pass over memory per operation, 10 to 50 ns per weight in all; these take 1 to 2. Every function returns
-None where its kernel does not apply: another device or dtype, sides that M does not divide, prices beyond 2**48, or so few
+None where its kernel does not apply: another device or dtype, sides that M does not divide, prices beyond 2**40, or so few
 weights that compiling the kernel would cost more than it saves.
 """
 
@@ -16,13 +16,17 @@ import torch
 from jaxtyping import Bool, Int, Real, Shaped
 from torch import Tensor
 
-__all__ = ["all_optimal", "broken_groups", "kept_and_total", "priced_gap", "prune_in_place"]
+__all__ = ["all_optimal", "broken_groups", "kept_and_total", "magnitudes", "priced_figures", "prune_in_place"]
 
 MIN_WEIGHTS = 1 << 19
 """Fewer are left to torch."""
 LANES = 16
-LARGEST_PRICE = 1 << 48
-"""The sum of two prices is then exact in float64, and the sum of 128 of them, each times up to 64, in int64."""
+WIDTH = 512
+"""Columns that are processed at a time."""
+LARGEST_PRICE = 1 << 40
+"""All sums of prices in a tile of at most 64 x 64 are then exact in float64."""
+INFINITE = 0x7F800000
+"""The bits of the infinite float32; those of NaN are larger."""
 MAX_EXPONENT = 1000
 """Powers of two up to this one have an inverse in float64."""
 
@@ -35,7 +39,7 @@ def kept_and_total(scores: Real[Tensor, "..."], mask: Bool[Tensor, "..."]) -> tu
     return float(kept), float(total)
 
 
-def priced_gap(
+def priced_figures(
     scores: Real[Tensor, "B O I"],
     mask: Bool[Tensor, "B O I"],
     u: Int[Tensor, "T M"],
@@ -43,14 +47,24 @@ def priced_gap(
     exponent: Int[Tensor, " T"],
     n: int,
     exactly: bool,
-) -> float | None:
-    """What `bisparse.gap.tiles_gap` computes, from float32 scores."""
+) -> tuple[float, float, float] | None:
+    """What `bisparse.gap.tiles_gap` and `kept_and_total` compute, in one pass: gap, sum of the kept scores, sum of all."""
     m = u.shape[1]
     if not _fits(scores, m) or scores.shape[1] % m or not mask.is_contiguous() or any(side.is_cuda for side in (u, v, exponent)):
         return None
-    prices = (side.long().contiguous().numpy() for side in (u, v, exponent))
-    gap = _gap_kernel()(_matrix(scores.numpy()), _matrix(_bytes(mask)), *prices, n, exactly, (0,) * m)
-    return None if gap < 0 else float(gap)
+    prices = ((side if side.dtype == torch.int32 else side.long()).contiguous().numpy() for side in (u, v, exponent))
+    gap, kept, total = _figures_kernel()(_matrix(scores.numpy()), _matrix(_bytes(mask)), *prices, n, exactly, (0,) * m)
+    return None if gap < 0 else (float(gap), float(kept), float(total))
+
+
+def magnitudes(weight: Shaped[Tensor, "..."]) -> tuple[Tensor, bool] | None:
+    """Magnitudes of a bfloat16 or float32 weight as float32, and whether all are finite."""
+    bits = _bits(weight) if weight.dtype in (torch.bfloat16, torch.float32) else None
+    if bits is None or weight.numel() < MIN_WEIGHTS:
+        return None
+    scores = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
+    largest = _magnitudes_kernel()(bits, scores.view(-1).numpy().view(np.uint32), _sign(bits), 32 - 8 * bits.itemsize)
+    return scores, int(largest) < INFINITE
 
 
 def all_optimal(scores: Real[Tensor, "B O I"], mask: Bool[Tensor, "B O I"], n: int, m: int) -> bool | None:
@@ -141,52 +155,77 @@ def _sums_kernel() -> Callable[..., Any]:
 
 
 @cache
-def _gap_kernel() -> Callable[..., Any]:
-    def gap(scores, mask, u, v, exponent, n, exactly, side):  # type: ignore[no-untyped-def]
+def _figures_kernel() -> Callable[..., Any]:
+    def figures(scores, mask, u, v, exponent, n, exactly, side):  # type: ignore[no-untyped-def]
+        # Prices and their sums are whole numbers below 2**53, so float64 is exact, and one loop over columns serves all M.
         m = len(side)
-        across = scores.shape[1] // m
-        entries, lacking, columns = np.empty(m), np.empty(m, np.int64), np.empty(m)
+        columns = scores.shape[1]
+        across, width = columns // m, WIDTH // m * m
+        row_price, column_price, scale = np.empty(width), np.empty(width), np.empty(width)
+        lines, entries = np.empty(width), np.empty(width)
+        kept, total, gap = np.zeros(width), np.zeros(width), 0.0
         bits = np.empty(1, np.int64)
         as_float = bits.view(np.float64)
-        total = 0.0
-        for tile in range(len(exponent)):
-            row, column = tile // across * m, tile % across * m
-            if not 0 <= exponent[tile] < MAX_EXPONENT:
-                return -1.0
-            bits[0] = (1023 + exponent[tile]) << 52
-            scale = as_float[0]
-            lines = np.int64(0)
-            for j in range(m):
-                price = v[tile, j]
-                if not -LARGEST_PRICE <= price <= LARGEST_PRICE:
-                    return -1.0
-                columns[j] = price if exactly or price > 0 else 0
-                entries[j], lacking[j] = 0.0, n
-            for i in range(m):
-                price = u[tile, i]
-                if not -LARGEST_PRICE <= price <= LARGEST_PRICE:
-                    return -1.0
-                if not exactly and price < 0:
-                    price = np.int64(0)
-                left = np.int64(n)
-                for j in range(m):
-                    kept = mask[row + i, column + j] != 0
-                    slack = np.float64(scores[row + i, column + j]) * scale - (np.float64(price) + columns[j])
-                    term = -slack if kept else slack
-                    entries[j] += 0.0 if term <= 0 else term  # NaN is added, and found below
-                    lacking[j] -= kept
-                    left -= kept
-                lines += price * left
-            for j in range(m):
-                lines += np.int64(columns[j]) * lacking[j]
-            whole = np.float64(lines) + entries.sum()
-            if whole != whole:
-                return -1.0
-            if whole > 0:
-                total += whole / scale
-        return total
+        for first in range(0, columns, width):
+            count = min(width, columns - first)
+            for band in range(scores.shape[0] // m):
+                tile = band * across + first // m
+                for t in range(count // m):
+                    if not 0 <= exponent[tile + t] < MAX_EXPONENT:
+                        return -1.0, 0.0, 0.0
+                    bits[0] = np.int64(1023 + exponent[tile + t]) << 52
+                    for j in range(m):
+                        price = v[tile + t, j]
+                        if not -LARGEST_PRICE <= price <= LARGEST_PRICE:
+                            return -1.0, 0.0, 0.0
+                        scale[t * m + j] = as_float[0]
+                        column_price[t * m + j] = price if exactly or price > 0 else 0
+                for c in range(count):
+                    lines[c], entries[c] = 0.0, 0.0
+                for i in range(m):
+                    for t in range(count // m):
+                        price = u[tile + t, i]
+                        if not -LARGEST_PRICE <= price <= LARGEST_PRICE:
+                            return -1.0, 0.0, 0.0
+                        for j in range(m):
+                            row_price[t * m + j] = price if exactly or price > 0 else 0
+                    row, chosen = scores[band * m + i, first : first + count], mask[band * m + i, first : first + count]
+                    for c in range(count):
+                        score, price = np.float64(row[c]), row_price[c] + column_price[c]
+                        slack = score * scale[c] - price
+                        term = -slack if chosen[c] != 0 else slack
+                        entries[c] += 0.0 if term <= 0 else term  # NaN is added, and found below
+                        lines[c] += price if chosen[c] != 0 else 0.0
+                        total[c] += score
+                        kept[c] += score if chosen[c] != 0 else 0.0
+                for t in range(count // m):
+                    prices, paid, excess = 0.0, 0.0, 0.0
+                    for j in range(m):
+                        price = u[tile + t, j]
+                        prices += column_price[t * m + j] + (price if exactly or price > 0 else 0)
+                        paid += lines[t * m + j]
+                        excess += entries[t * m + j]
+                    whole = n * prices - paid + excess
+                    if whole != whole:
+                        return -1.0, 0.0, 0.0
+                    if whole > 0:
+                        gap += whole / scale[t * m]
+        return gap, kept.sum(), total.sum()
 
-    return _njit(gap)
+    return _njit(figures)
+
+
+@cache
+def _magnitudes_kernel() -> Callable[..., Any]:
+    def magnitudes(bits, scores, magnitude, shift):  # type: ignore[no-untyped-def]
+        largest = np.uint32(0)
+        for k in range(len(bits)):
+            score = np.uint32(np.uint32(bits[k] & magnitude) << shift)
+            scores[k] = score
+            largest = max(largest, score)
+        return largest
+
+    return _njit(magnitudes)
 
 
 @cache
