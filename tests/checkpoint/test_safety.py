@@ -98,6 +98,18 @@ def test_weights_that_are_no_numbers(
     prune_checkpoint(folder, tmp_path / "out", pattern, exclude="*.up")  # the remedy works
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "4:8-T", "50%", "4:8-seq"])
+@pytest.mark.parametrize("number", [1e308, 1e305])
+def test_weights_whose_sum_is_beyond_float64(tmp_path: Path, small_bands: Callable[[], None], number: float, pattern: str) -> None:
+    """In one band, and in the sum over bands alone."""
+    small_bands()
+    (tmp_path / "model").mkdir()
+    save_file({"up.weight": torch.full((64, 64), number, dtype=torch.float64)}, tmp_path / "model" / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"tensor up\.weight holds weights whose sum exceeds float64.*--exclude"):
+        prune_checkpoint(tmp_path / "model", tmp_path / "out", pattern)
+    only(tmp_path, "model")
+
+
 def test_nan_where_nothing_is_pruned_is_no_business_of_ours(folder: Path, state: State, tmp_path: Path) -> None:
     state["embed_tokens.weight"][3] = float("nan")
     save_file(state, folder / "model.safetensors")

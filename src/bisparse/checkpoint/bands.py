@@ -26,6 +26,7 @@ from bisparse.kernels.figures.cpu import kept_and_total, magnitudes, prune_in_pl
 from bisparse.pattern import Structure, Unstructured
 from bisparse.results import LayerResult, has_bound
 from bisparse.scores import magnitude
+from bisparse.solution import ScoreRangeError
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout, LayoutKind, from_matrices, kernel_positions, to_matrices
 
@@ -134,19 +135,16 @@ def prune_stored(
         start = time.perf_counter()
         scores = _scores(band, tensor)
         if choose:
-            mask, gap = choose(band, scores), 0.0
+            mask = choose(band, scores)
             kept, total = kept_and_total(scores, mask) or (
                 float(torch.where(mask, scores, 0).sum(dtype=torch.float64)),
                 float(scores.sum(dtype=torch.float64)),
             )
         else:
-            solution = solve(scores, pattern, solver, layout=band.layout)
-            gap = solution.gap if has_bound(solution) else None  # which sums up the scores as well
-            mask, kept, total = solution.mask, solution.value, solution.total
+            mask, kept, total, gap = _solved(layer, band, scores, solver)
+            sums.bound = None if sums.bound is None or gap is None else sums.bound + kept + gap
         sums.value += kept
         sums.total += total
-        if not choose:
-            sums.bound = None if sums.bound is None or gap is None else sums.bound + kept + gap
         sums.time_s += time.perf_counter() - start
         if sums.sample is None:
             sums.sample = _sample(layer.name, band, mask, pattern)
@@ -156,7 +154,14 @@ def prune_stored(
         write(as_bytes(band.weight))
         packer.add(mask)
     packer.finish()
-    gap = None if sums.bound is None else max(0.0, sums.bound - sums.value) / sums.bound if sums.bound > 0 else 0.0
+    if not math.isfinite(sums.total):
+        raise CheckpointError(
+            tensor.path,
+            "holds weights whose sum exceeds float64",
+            "repair the checkpoint, or leave the layer dense with --exclude",
+            tensor=tensor.name,
+        )
+    relative_gap = None if sums.bound is None else max(0.0, sums.bound - sums.value) / sums.bound if sums.bound > 0 else 0.0
     result = LayerResult(
         layer.name,
         tensor.name,
@@ -166,7 +171,7 @@ def prune_stored(
         str(pattern),
         sums.kept / tensor.size,
         sums.value / sums.total if sums.total > 0 else 1.0,
-        gap,
+        relative_gap,
         sums.value,
         sums.time_s,
     )
@@ -191,6 +196,18 @@ def _scores(band: Band, tensor: StoredTensor) -> Float[Tensor, "..."]:
                 tensor=tensor.name,
             )
     return scores
+
+
+def _solved(
+    layer: StoredLayer, band: Band, scores: Float[Tensor, "..."], solver: Solver | None
+) -> tuple[Bool[Tensor, "..."], float, float, float | None]:
+    """The mask; in score units the sum kept, the sum of all, and the gap, None for a solver without a bound."""
+    solution = solve(scores, layer.pattern, solver, layout=band.layout)
+    try:
+        gap = solution.gap if has_bound(solution) else None  # first, since one pass finds all three
+        return solution.mask, solution.value, solution.total, gap
+    except ScoreRangeError:
+        return solution.mask, math.inf, math.inf, math.inf
 
 
 def _sample(name: str, band: Band, mask: Bool[Tensor, "..."], pattern: Structure) -> SampleTile:
