@@ -19,10 +19,12 @@ from experiment import Rows, measured
 from network import fashion_mnist
 from torch import nn
 
-from bisparse.pruning import ALPS, AdaPrune, Magnitude, fold_batch_norms_, prune_
+from bisparse.pruning import ALPS, AdaPrune, Magnitude, NetworkReconstruction, fold_batch_norms_, prune_
 from record import RESULTS
 
 METHODS = {"magnitude": Magnitude(), "adaprune": AdaPrune(), "alps": ALPS()}
+NETWORK = ", then the network on more"
+"""What a method's name ends in where the whole network is fitted at the end."""
 
 
 def dense_network() -> nn.Module:
@@ -38,18 +40,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--images", type=int, default=128)
+    parser.add_argument("--test-images", type=int, help="by default as many as --images")
+    parser.add_argument("--network-images", type=int, default=2048, help="to fit the whole network on")
+    parser.add_argument("--network-epochs", type=int, default=2)
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8-T"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--results", type=Path, default=RESULTS / "pruning_efficientnet.jsonl")
     options = parser.parse_args()
-    data = fashion_mnist(options.data, options.images, options.images)
+    judged = options.test_images or options.images
+    more = options.network_images if any(name.endswith(NETWORK) for name in options.methods) else 0
+    data = fashion_mnist(options.data, options.images + more, judged)
 
     def images(pixels: torch.Tensor) -> list[torch.Tensor]:
         scaled = nn.functional.interpolate(pixels, size=options.side, mode="bilinear")
         return list(scaled.clamp(-1, 1).expand(-1, 3, -1, -1).split(16))
 
-    batches, test = images(data.train_inputs), torch.cat(images(data.test_inputs))
+    batches, test = images(data.train_inputs[: options.images]), torch.cat(images(data.test_inputs))
+    network = NetworkReconstruction(options.network_epochs, batches=images(data.train_inputs[options.images :])) if more else None
     dense = dense_network()
     with torch.inference_mode():
         goal = torch.cat([dense(part) for part in test.split(16)])
@@ -62,13 +70,20 @@ def main() -> None:
                 row["largest_difference"] = float((folded(test[:8]) - goal[:8]).abs().max() / goal.abs().max())
     for pattern in options.patterns:
         for name in options.methods:
-            with rows.new({"pattern": pattern, "method": name, "images": options.images, "side": options.side}) as row:
+            key = {"pattern": pattern, "method": name, "images": options.images, "side": options.side}
+            fitted = network if name.endswith(NETWORK) else None
+            if fitted is not None:
+                key |= {"network_images": more, "network_epochs": options.network_epochs}
+            if options.test_images:
+                key |= {"test_images": judged}
+            with rows.new(key) as row:
                 if row is None:
                     continue
                 model = copy.deepcopy(dense)
                 started = time.perf_counter()
-                report = prune_(model, pattern, METHODS[name], batches, progress=True)
-                row |= measured(report, time.perf_counter() - started)
+                method = METHODS[name.removesuffix(NETWORK)]
+                report = prune_(model, pattern, method, batches, reconstruction=fitted, progress=True)
+                row |= measured(report, time.perf_counter() - started) | {"notes": list(report.notes)}
                 row["left_dense"] = len(report.left_dense)
                 # Re-estimated batch norms would adapt the network to these images, which are none of its own.
                 with torch.inference_mode():
