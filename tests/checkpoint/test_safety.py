@@ -100,7 +100,9 @@ def test_weights_that_are_no_numbers(
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8-T", "50%", "4:8-seq"])
 @pytest.mark.parametrize("number", [1e308, 1e305])
-def test_weights_whose_sum_is_beyond_float64(tmp_path: Path, small_bands: Callable[[], None], number: float, pattern: str) -> None:
+def test_weights_whose_sum_is_beyond_float64(
+    tmp_path: Path, small_bands: Callable[[], None], number: float, pattern: str
+) -> None:
     """In one band, and in the sum over bands alone."""
     small_bands()
     (tmp_path / "model").mkdir()

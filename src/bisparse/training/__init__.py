@@ -9,6 +9,7 @@ from bisparse.training.masked_lora import MaskedLoRA, add_masked_lora_
 from bisparse.training.masked_peft import mask_lora_
 from bisparse.training.metrics import MaskChange
 from bisparse.training.mvue import MVUELinear, mvue_2_4
+from bisparse.training.parameter_groups import parameter_groups
 from bisparse.training.rng_state import random_state, restore_random_state
 from bisparse.training.rules import RULES, GradientRule
 from bisparse.training.schedule import Phase, Schedule
@@ -35,6 +36,7 @@ __all__ = [
     "merge_lora_",
     "merged_weight",
     "mvue_2_4",
+    "parameter_groups",
     "plain_state_dict",
     "random_state",
     "restore_random_state",
