@@ -1,10 +1,11 @@
 """A small GPT on Python's documentation and library: loss curves dense, 2:4, 2:4-T, 4:8-T, 16:32-T, with and without MVUE.
 
-    python benchmarks/training/gpt.py [--budget small|reduced|full] [--study gpt|decay|rules|total]
+    python benchmarks/training/gpt.py [--budget small|reduced|full] [--study gpt|decay|rules|total|rates]
 
 "decay": instead, masked decay from none to too much at 4:8-T: loss and flip rate say which is right
 for AdamW. "rules": each rule of `bisparse.training.RULES` that takes 4:8-T, everything else equal. "total": decay as a total over
-the run, outside of Adam's moments, and a fixed mask of the initial weights. Rows,
+the run, outside of Adam's moments, and a fixed mask of the initial weights. "rates": the learning rate of sparse weights divided
+by their density, and dense training at other rates. Rows,
 with curves and flip rates, go to results/training-gpt.jsonl; those there are skipped.
 """
 
@@ -90,11 +91,27 @@ def total_grid(base: Recipe, count: int, refresh: int) -> Iterator[tuple[str, Re
         yield from named(f"dense for {share}, then SR-STE, total 5", "4:8-T", method="sr-ste", total_decay=5.0, dense_first=share)
 
 
+def rates_grid(base: Recipe, count: int, refresh: int) -> Iterator[tuple[str, Recipe]]:
+    for factor in (0.7, 1.4):
+        training = replace(base.training, lr=factor * base.training.lr)
+        for recipe in seeds(replace(base, name=f"dense, learning rate x {factor}", training=training), count):
+            yield "rates", recipe
+    for pattern in ("4:8-T", "2:4-T", "16:32-T"):
+        for name, how in {
+            "fixed random mask": {"mode": "static"},
+            "SR-STE, total 5": {"method": "sr-ste", "total_decay": 5.0},
+            "SR-STE, total 10": {"method": "sr-ste", "total_decay": 10.0},
+        }.items():
+            sparsity = SparsityRecipe(pattern, refresh=refresh, scale_lr=True, **how)  # type: ignore[arg-type]
+            for recipe in seeds(replace(base, name=f"{name}, scaled rates {pattern}", sparsity=sparsity), count):
+                yield "rates", recipe
+
+
 def main() -> None:
     arguments = parser(__doc__ or "", "training-gpt.jsonl")
     arguments.add_argument("--budget", choices=BUDGETS, default="reduced")
     arguments.add_argument("--steps", type=int, help="optimizer steps, instead of the budget's")
-    arguments.add_argument("--study", choices=("gpt", "decay", "rules", "total"), default="gpt")
+    arguments.add_argument("--study", choices=("gpt", "decay", "rules", "total", "rates"), default="gpt")
     arguments.add_argument("--decays", nargs="+", type=float, default=DECAYS, help="of the study of that name")
     chosen = arguments.parse_args()
     model, data, training = BUDGETS[chosen.budget]
@@ -107,6 +124,8 @@ def main() -> None:
         wanted = list(rules_grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh))
     elif chosen.study == "total":
         wanted = list(total_grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh))
+    elif chosen.study == "rates":
+        wanted = list(rates_grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh))
     else:
         wanted = list(grid(Recipe("", model=model, data=data, training=training), chosen.seeds, refresh))
     if chosen.dry_run:

@@ -98,6 +98,8 @@ class SparsityRecipe:
     mvue: bool = False
     patterns: dict[str, str] = field(default_factory=dict)
     """Patterns of single layers by glob."""
+    scale_lr: bool = False
+    """Divide the learning rate of sparse weights by their density (`bisparse.training.parameter_groups`)."""
     measure: bool = True
     """Measure flip rates; off where the time of the mask search is what is measured."""
 

@@ -22,6 +22,7 @@ from bisparse.checkpoint.save_load import sidecar_of
 from bisparse.solvers import Exact, Greedy, MinCostFlow, Sinkhorn, Solver, TwoApproximation
 from bisparse.training.decay import FixedDecay
 from bisparse.training.finalize import finalize_, plain_state_dict
+from bisparse.training.parameter_groups import parameter_groups
 from bisparse.training.parametrizations import masked_parameters
 from bisparse.training.rng_state import random_state, restore_random_state
 from bisparse.training.schedule import Schedule
@@ -140,6 +141,8 @@ class _Run:
         decayed = [one for one in self.model.parameters() if one.ndim > 1]
         others = [one for one in self.model.parameters() if one.ndim <= 1]
         groups = [{"params": decayed, "weight_decay": how.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        if self.sparsity is not None and recipe.sparsity is not None and recipe.sparsity.scale_lr:
+            groups = parameter_groups(self.model, self.sparsity, how.lr, weight_decay=how.weight_decay)
         self.optimizer: torch.optim.Optimizer = (
             torch.optim.SGD(groups, lr=how.lr, momentum=how.momentum, nesterov=how.momentum > 0)
             if how.optimizer == "sgd"
