@@ -6,7 +6,7 @@
 "sts": sentence embeddings by mean pooling, trained to give human similarities by their cosine; Spearman on the test set.
 "text": a causal language model on Python's documentation; perplexity on text held out. Before, after one-shot pruning, after
 fine-tuning, and after a dense fine-tuning of the same length; with --method adaprune or alps the static masks start from
-weights that were fitted on a part of the training set. --precision bfloat16 trains under autocast. Rows go to
+weights that were fitted on a part of the training set. With --scale-lr sparse weights have a larger learning rate. --precision bfloat16 trains under autocast. Rows go to
 results/training-finetune.jsonl; those there are skipped.
 """
 
@@ -32,6 +32,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer
 
 import bisparse
 from bisparse.pruning import ALPS
+from bisparse.training import parameter_groups
 from bisparse.training.integrations.transformers import SparsityCallback
 
 CALIBRATION = {"adaprune": 512, "alps": 2048}
@@ -126,6 +127,7 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     arguments.add_argument("--method", choices=("magnitude", *FITS), default="magnitude", help="where static masks start")
+    arguments.add_argument("--scale-lr", action="store_true", help="divide the learning rate of sparse weights by their density")
     chosen = arguments.parse_args()
     torch.set_num_threads(chosen.threads)
     record = Record(chosen.results)
@@ -136,6 +138,8 @@ def main() -> None:
                 how["precision"] = chosen.precision
             if chosen.method != "magnitude":
                 how["method"] = chosen.method
+            if chosen.scale_lr and pattern != "dense":
+                how["scale_lr"] = True
             key = {"task": chosen.task, "model": chosen.model.name, "pattern": pattern, **how}
             if chosen.dry_run or any(all(row.get(name) == value for name, value in key.items()) for row in record.rows):
                 print(key)
@@ -165,7 +169,12 @@ def fine_tune(chosen: Any, pattern: str, seed: int) -> dict[str, Any]:
             warmup_steps=chosen.steps // 10, logging_steps=20, save_strategy="no", report_to=[], use_cpu=True, seed=seed,
             remove_unused_columns=False, bf16=chosen.precision == "bfloat16",
         )  # fmt: skip
-        trainer = Trainer(model=model, args=training, train_dataset=train, data_collator=collate, callbacks=callbacks)
+        own = None
+        if chosen.scale_lr and pattern != "dense":
+            own = torch.optim.AdamW(parameter_groups(model, sparsity, chosen.lr), fused=True)
+        trainer = Trainer(
+            model=model, args=training, train_dataset=train, data_collator=collate, callbacks=callbacks, optimizers=(own, None)
+        )
         figures["seconds"] = trainer.train().metrics["train_runtime"]
         figures["after"] = evaluate()
         if pattern != "dense":
