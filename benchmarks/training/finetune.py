@@ -6,8 +6,8 @@
 "sts": sentence embeddings by mean pooling, trained to give human similarities by their cosine; Spearman on the test set.
 "text": a causal language model on Python's documentation; perplexity on text held out. Before, after one-shot pruning, after
 fine-tuning, and after a dense fine-tuning of the same length; with --method adaprune or alps the static masks start from
-weights that were fitted on a part of the training set. With --scale-lr sparse weights have a larger learning rate. --precision bfloat16 trains under autocast. Rows go to
-results/training-finetune.jsonl; those there are skipped.
+weights that were fitted on a part of the training set; with --scale-lr sparse weights have a larger learning rate. --precision
+bfloat16 trains under autocast. Rows go to results/training-finetune.jsonl; those there are skipped.
 """
 
 from __future__ import annotations
