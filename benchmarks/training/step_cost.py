@@ -62,7 +62,12 @@ def wide(seed: int) -> tuple[nn.Module, Callable[[nn.Module], torch.optim.Optimi
     return model, lambda one: torch.optim.AdamW(one.parameters(), lr=1e-4, fused=True), inputs, labels
 
 
-MODELS = {"resnet20": resnet20, "gpt": gpt, "wide": wide}
+def gpt_fused(seed: int) -> tuple[nn.Module, Callable[[nn.Module], torch.optim.Optimizer], torch.Tensor, torch.Tensor]:
+    model, _, inputs, labels = gpt(seed)
+    return model, lambda one: torch.optim.AdamW(one.parameters(), lr=1e-4, fused=True), inputs, labels
+
+
+MODELS = {"resnet20": resnet20, "gpt": gpt, "gpt, fused AdamW": gpt_fused, "wide": wide}
 
 
 def stepper(kind: str, pattern: str, how: dict[str, Any] | None) -> tuple[Callable[[], None], Any]:

@@ -350,6 +350,17 @@ def test_int8_keeps_masks_and_says_what_rounding_cost(wins: None) -> None:
 
 
 @needs_kernels
+def test_lazy_layers_stay_as_they_are(wins: None) -> None:
+    model = nn.Sequential(model_of(), nn.LazyLinear(4)).eval()
+    x = torch.randn(3, 64)
+    expected = model[0](x)
+    report = accelerate_(model)
+    assert isinstance(model[1], nn.LazyLinear)
+    assert len(report) == (2 if RUNS else 0)
+    torch.testing.assert_close(model[0](x), expected)
+    assert model(x).shape == (3, 4)
+
+
 def test_int8_refuses_other_dtypes_and_values(wins: None) -> None:
     report = accelerate_(model_of("4:8-T", torch.float32), int8=True)
     assert not report.layers and "int8" in report["0"].reason

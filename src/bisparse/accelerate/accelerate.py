@@ -188,6 +188,8 @@ def held_bytes(module: nn.Module) -> int:
     own = [one for one in module.modules() if isinstance(one, PackedLayer | SparseLinear)]
     derived = [tensor for one in own for tensor in one.derived_tensors]
     for tensor in (*module.parameters(), *module.buffers(), *derived):
+        if nn.parameter.is_lazy(tensor):  # without memory until its first forward pass
+            continue
         storage = (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage()
         if not tensor.is_meta:
             storages[storage.data_ptr()] = storage.nbytes()
