@@ -192,6 +192,37 @@ def test_an_interrupted_job_changes_nothing_and_ends_the_same_when_resumed(
     assert not (tmp_path / "journal").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_fit_that_is_interrupted_continues_from_its_last_copy_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Stopped in the second of three epochs, it ends bit for bit as without the stop, and repeats no step."""
+    monkeypatch.setattr("bisparse.pruning.kept_fit.STORE_EVERY", 0.0)
+    dense, batches = case(dtype)
+    how = NetworkReconstruction(epochs=3, worthwhile=1e-9)
+    whole, model = copy.deepcopy(dense), copy.deepcopy(dense)
+    expected = prune_(whole, "2:4", Wanda(), batches, reconstruction=how)
+
+    class Stopping(Language):
+        calls, last = 0, 20
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+            Stopping.calls += torch.is_grad_enabled()
+            if Stopping.calls == self.last:
+                raise KeyboardInterrupt
+            return super().forward(input_ids, attention_mask)
+
+    model.__class__ = Stopping
+    with pytest.raises(KeyboardInterrupt):
+        prune_(model, "2:4", Wanda(), batches, reconstruction=how, resume=tmp_path / "journal")
+    assert all(torch.equal(a, b) for a, b in zip(dense.parameters(), model.parameters(), strict=True))
+    Stopping.last, Stopping.calls = 1000, 0
+    report = prune_(model, "2:4", Wanda(), batches, reconstruction=how, resume=tmp_path / "journal")
+    assert Stopping.calls == 3 * 12 - 19  # 12 of 15 batches are fitted to
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
+    assert report.notes[-1] == expected.notes[-1] and not (tmp_path / "journal").exists()
+
+
 def test_layers_that_a_batch_does_not_reach_are_fitted_by_the_others() -> None:
     class Routed(nn.Module):
         def __init__(self) -> None:

@@ -34,7 +34,7 @@ from bisparse.pruning.calibration.hooks import WITHOUT_DATA, unseen_reason
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, ExpertStatistics, Statistic, full_precision
 from bisparse.pruning.fingerprint import fingerprint, stable_repr
-from bisparse.pruning.journal import Journal, JournalError
+from bisparse.pruning.journal import Journal, JournaledFit, JournalError
 from bisparse.pruning.layer import Change, prune_layer
 from bisparse.pruning.layer_tensors import live_tensors, restore_, resumed_result, tensors_after, write_
 from bisparse.pruning.mapped_weights import MappedWeights
@@ -179,8 +179,11 @@ class Job:
         data = self.data if how.batches is None else how.batches
         with evaluating(self.model):
             dense = dense_copy(self.model, self.original)
-            network = finished_network(self.model, dense, layers, data, self.options.forward, each)
+            network = finished_network(self.model, dense, layers, data, self.options.forward, each, self._stored_fit())
             self.network_note = (note_of(network, self._fitted_or_loaded(network, how)),)
+
+    def _stored_fit(self) -> JournaledFit | None:
+        return None if self.options.resume is None or self.journal is None else JournaledFit(self.journal)
 
     def touch(self, layer: Layer) -> None:
         """Store a layer's original tensors, before it is written to."""

@@ -28,13 +28,15 @@ from bisparse.atomic_file import atomic_file
 from bisparse.errors import CheckpointError, printable
 from bisparse.folder_lock import lock_folder
 
-__all__ = ["Journal", "JournalError", "remove_journal"]
+__all__ = ["Journal", "JournalError", "JournaledFit", "remove_journal"]
 
 ABOUT = "about.json"
 DIGEST = "sha256"
-OURS = re.compile(r"(dense|done|block)-[0-9a-f]{24}\.safetensors")
+OURS = re.compile(r"(dense|done|block|fit)-[0-9a-f]{24}\.safetensors")
 UNFINISHED = re.compile(rf"\.({OURS.pattern}|about\.json)\.[0-9a-f]{{16}}\.part")
 """Pattern of the temporary files that `atomic_file` leaves if the process is killed."""
+FIT = ("fit", "the whole network")
+"""Kind and name of the one fit that is long enough to be stored before its end."""
 OF_A_RANK = re.compile(r"rank-\d+-of-\d+")
 
 
@@ -46,7 +48,7 @@ class JournalError(ValueError):
 
 
 class Journal:
-    """Layers' tensors on disk, by kind ("dense", "done" or "block") and name.
+    """Layers' tensors on disk, by kind ("dense", "done", "block" or "fit") and name.
 
     Args:
         folder: kept after an interruption, so that the same job resumes from it; None: a temporary folder.
@@ -184,6 +186,29 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close(remove=kind is None and not self._keep)
+
+
+class JournaledFit:
+    """The state of a fit that is under way, in a journal."""
+
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and numbers as they were stored last; None: nothing was.
+
+        Raises:
+            JournalError: the file is damaged.
+        """
+        return self._journal.get(*FIT) if self._journal.has(*FIT) else None
+
+    def store(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Replace what was stored.
+
+        Raises:
+            JournalError: it cannot be written.
+        """
+        self._journal.put(*FIT, tensors, numbers)
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

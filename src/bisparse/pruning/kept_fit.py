@@ -8,8 +8,11 @@ Deterministic.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -22,6 +25,9 @@ from bisparse.pruning.calibration.statistics import CalibrationError
 
 __all__ = ["fit_kept_"]
 
+STORE_EVERY = 600.0
+"""Seconds between two copies of a fit's state on disk, for fits that are stored."""
+STORED_NUMBERS = ("epoch", "step", "start", "best")
 WARM_UP = 0.05
 """Fraction of an epoch's steps in which the step size rises; after that it falls along a cosine."""
 
@@ -38,17 +44,24 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
         CalibrationError: an output without gradients.
     """
     fitted = _parameters(block)
-    precise = [parameter.detach().float().clone() for parameter in fitted]
+    state = _State.of(fitted)
+    precise, adam = state.precise, state.adam
     kept = [parameter != 0 for parameter in precise[: len(block.layers)]]
-    adam = torch.optim.Adam([{"params": [one]} for one in precise], betas=(0.9, 0.95), fused=True)
     sizes = [_size(one) for one in precise]
     generator = torch.Generator().manual_seed(0)
-    start = _error(block)
-    best, best_values = start, [parameter.detach().clone() for parameter in fitted]
+    found = None if block.stored is None else block.stored.load()
+    if found is not None:
+        state.load(*found)
+        _write_(fitted, precise)
+    else:
+        state.start = state.best = _error(block)
     with _only_these_require_grad(block.module, fitted):
-        for _ in range(epochs):
+        for epoch in range(epochs):
             order = [block.fit[place] for place in torch.randperm(len(block.fit), generator=generator, device="cpu").tolist()]
-            for step, index in enumerate(block.each(order)):
+            if epoch < state.epoch:
+                continue
+            stored = time.monotonic()
+            for step, index in enumerate(block.each(order[state.step :]), start=state.step):
                 for group, size in zip(adam.param_groups, sizes, strict=True):
                     group["lr"] = learning_rate * size * _rate(step, len(order))
                 distance, energy = _distance(block, index)
@@ -65,14 +78,56 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
                     parameter.grad = None
                 adam.step()
                 _write_(fitted, precise)
-            before, end = best, _error(block)
+                state.step = step + 1
+                if block.stored is not None and time.monotonic() - stored >= STORE_EVERY:
+                    block.stored.store(*state.as_stored())
+                    stored = time.monotonic()
+            before, end = state.best, _error(block)
             # NaN does not count as an improvement.
-            if end < best:
-                best, best_values = end, [parameter.detach().clone() for parameter in fitted]
+            if end < state.best:
+                state.best, state.best_values = end, [parameter.detach().clone() for parameter in fitted]
             if not end < (1 - worthwhile) * before:
                 break
-    _write_(fitted, best_values)
-    return BlockFit(block.name, start, best)
+            state.epoch, state.step = epoch + 1, 0
+    _write_(fitted, state.best_values)
+    return BlockFit(block.name, state.start, state.best)
+
+
+@dataclass
+class _State:
+    """Everything that an interrupted fit continues from."""
+
+    precise: list[Tensor]
+    """The parameters in float32."""
+    adam: torch.optim.Adam
+    best_values: list[Tensor]
+    epoch: int = 0
+    step: int = 0
+    """Steps done in this epoch."""
+    start: float = math.nan
+    best: float = math.nan
+
+    @classmethod
+    def of(cls, fitted: list[nn.Parameter]) -> _State:
+        precise = [parameter.detach().float().clone() for parameter in fitted]
+        adam = torch.optim.Adam([{"params": [one]} for one in precise], betas=(0.9, 0.95), fused=True)
+        return cls(precise, adam, [parameter.detach().clone() for parameter in fitted])
+
+    def as_stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {}
+        for number, (one, best) in enumerate(zip(self.precise, self.best_values, strict=True)):
+            tensors |= {f"{number}/value": one, f"{number}/best": best}
+            tensors |= {f"{number}/{name}": value for name, value in self.adam.state[one].items()}
+        return tensors, {name: getattr(self, name) for name in STORED_NUMBERS}
+
+    def load(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        for number, one in enumerate(self.precise):
+            own = {name.partition("/")[2]: value for name, value in tensors.items() if name.startswith(f"{number}/")}
+            one.copy_(own.pop("value"))
+            self.best_values[number] = own.pop("best").to(one.device)
+            self.adam.state[one] = {name: value.to(one.device) for name, value in own.items()}
+        for name in STORED_NUMBERS:
+            setattr(self, name, numbers[name])
 
 
 def _parameters(block: FinishedBlock) -> list[nn.Parameter]:

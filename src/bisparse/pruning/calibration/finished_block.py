@@ -10,7 +10,17 @@ from torch import Tensor, nn
 
 from bisparse.layers import Layer
 
-__all__ = ["BlockFit", "BlockFitter", "FinishedBlock", "NetworkFitter", "split"]
+__all__ = ["BlockFit", "BlockFitter", "FinishedBlock", "NetworkFitter", "StoredFit", "split"]
+
+
+class StoredFit(Protocol):
+    """The protocol of what stores a fit that is under way, so that an interrupted job continues it."""
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and numbers as they were stored last; None: nothing was."""
+
+    def store(self, tensors: dict[str, Tensor], numbers: dict[str, Any]) -> None:
+        """Replace what was stored."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,8 @@ class FinishedBlock:
     """Whether outputs are logits of classes, compared by their probabilities."""
     each: Callable[[Sequence[int]], Iterable[int]] = iter
     """Iterates over the batches of an epoch; shows the progress of long fits."""
+    stored: StoredFit | None = None
+    """Stores the state of long fits."""
 
 
 @dataclass(frozen=True)
