@@ -5,7 +5,7 @@
 
 "sts": sentence embeddings by mean pooling, trained to give human similarities by their cosine; Spearman on the test set.
 "text": a causal language model on Python's documentation; perplexity on text held out. Before, after one-shot pruning, after
-fine-tuning, and after a dense fine-tuning of the same length; with --method adaprune or alps the static masks start from
+fine-tuning, and after a dense fine-tuning of the same length; with --method the static masks start from
 weights that were fitted on a part of the training set; with --scale-lr sparse weights have a larger learning rate. --precision
 bfloat16 trains under autocast. Rows go to results/training-finetune.jsonl; those there are skipped.
 """
@@ -31,13 +31,15 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import bisparse
-from bisparse.pruning import ALPS
+from bisparse.pruning import ALPS, NetworkReconstruction
 from bisparse.training import parameter_groups
 from bisparse.training.integrations.transformers import SparsityCallback
 
-CALIBRATION = {"adaprune": 512, "alps": 2048}
+CALIBRATION = {"adaprune": 512, "alps": 2048, "alps, then the network": 2048}
 """Rows of the training set (pairs of sentences in "sts") that the fits look at."""
 FITS = {"adaprune": bisparse.AdaPrune(), "alps": ALPS(rho_every=1, correct_upstream=False)}
+FITS["alps, then the network"] = FITS["alps"]
+"""The last one fits the whole network's embeddings to the dense one's on all of the training set, without labels ("sts" only)."""
 
 
 class Similarity(nn.Module):
@@ -158,7 +160,12 @@ def fine_tune(chosen: Any, pattern: str, seed: int) -> dict[str, Any]:
         if chosen.method in FITS:
             rows = range(0, CALIBRATION[chosen.method], 64)
             calibration = [batch for start in rows if (batch := collate(train[start : start + 64]))]
-            bisparse.prune_(model, pattern, FITS[chosen.method], calibration, exclude="*pooler*")
+            how: dict[str, Any] = {}
+            if chosen.method.endswith("the network"):
+                own = [collate(train[start : start + 32]) for start in range(0, len(train), 32)]
+                how["reconstruction"] = NetworkReconstruction(epochs=1, batches=own)
+                how["forward"] = lambda net, batch: net.embed(batch["input_ids"], batch["attention_mask"])
+            bisparse.prune_(model, pattern, FITS[chosen.method], calibration, exclude="*pooler*", **how)
         masks = "nonzero" if chosen.method in FITS else None
         sparsity = bisparse.sparsify_(model, pattern, mode="static", masks=masks, exclude="*pooler*")  # type: ignore[arg-type]
         figures |= {"pruned": evaluate(), "layers": len(sparsity.layers)}
@@ -169,11 +176,16 @@ def fine_tune(chosen: Any, pattern: str, seed: int) -> dict[str, Any]:
             warmup_steps=chosen.steps // 10, logging_steps=20, save_strategy="no", report_to=[], use_cpu=True, seed=seed,
             remove_unused_columns=False, bf16=chosen.precision == "bfloat16",
         )  # fmt: skip
-        own = None
+        optimizer = None
         if chosen.scale_lr and pattern != "dense":
-            own = torch.optim.AdamW(parameter_groups(model, sparsity, chosen.lr), fused=True)
+            optimizer = torch.optim.AdamW(parameter_groups(model, sparsity, chosen.lr), fused=True)
         trainer = Trainer(
-            model=model, args=training, train_dataset=train, data_collator=collate, callbacks=callbacks, optimizers=(own, None)
+            model=model,
+            args=training,
+            train_dataset=train,
+            data_collator=collate,
+            callbacks=callbacks,
+            optimizers=(optimizer, None),
         )
         figures["seconds"] = trainer.train().metrics["train_runtime"]
         figures["after"] = evaluate()
