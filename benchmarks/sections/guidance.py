@@ -31,7 +31,17 @@ class Network:
 
 
 def _text(row: Row) -> str:
-    return f"{row['sequences']} x {row['length']} tokens" if row.get("sequences") else "none"
+    if not row.get("sequences"):
+        return "none"
+    more = f"; network {row['network_sequences']} x {row['length']}" if row.get("network_sequences") else ""
+    return f"{row['sequences']} x {row['length']} tokens{more}"
+
+
+def _views(row: Row) -> str:
+    if row["method"] == "magnitude":
+        return "none"
+    more = f"; network {row['network_images']}, {row['network_epochs']} epochs" if row.get("network_images") else ""
+    return f"{row['images']} pictures{more}"
 
 
 def _pairs(row: Row) -> str:
@@ -58,7 +68,7 @@ NETWORKS = (
     ),
     Network(
         "pruning_efficientnet.jsonl", "EfficientNet-lite0", "same_class", 3, "fraction of pictures given dense's class",
-        lambda row: "none" if row["method"] == "magnitude" else f"{row['images']} pictures",
+        _views,
     ),
 )  # fmt: skip
 
