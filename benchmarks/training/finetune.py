@@ -163,7 +163,7 @@ def fine_tune(chosen: Any, pattern: str, seed: int) -> dict[str, Any]:
             how: dict[str, Any] = {}
             if chosen.method.endswith("the network"):
                 own = [collate(train[start : start + 32]) for start in range(0, len(train), 32)]
-                how["reconstruction"] = NetworkReconstruction(epochs=1, batches=own)
+                how["reconstruction"] = NetworkReconstruction(epochs=4, batches=own)
                 how["forward"] = lambda net, batch: net.embed(batch["input_ids"], batch["attention_mask"])
             bisparse.prune_(model, pattern, FITS[chosen.method], calibration, exclude="*pooler*", **how)
         masks = "nonzero" if chosen.method in FITS else None
