@@ -142,10 +142,9 @@ class Solution:
         else:
             prices = self._prices(matrices)
             figures = priced_figures(matrices, masks, *prices, self.pattern.n, self.exactly)
-            if figures is not None:
-                gap, kept, total = figures
-                self.__dict__.setdefault("_sums", ((kept, 0), (total, 0)))
-                return gap
+            if figures is not None and math.isfinite(figures[0]):
+                self.__dict__.setdefault("_sums", ((figures[1], 0), (figures[2], 0)))
+                return figures[0]
             try:
                 gap = tiles_gap(matrices, masks, prices, self.pattern.n, self.pattern.m, self.exactly)
             except ValueError as error:

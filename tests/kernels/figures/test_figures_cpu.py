@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from bisparse.kernels.figures.cpu import (
 )
 from bisparse.pattern import parse_pattern
 from bisparse.selection_gap import selection_gap
+from bisparse.solution import ScoreRangeError
 from bisparse.solvers import Exact
 
 ROWS, COLUMNS = 512, MIN_WEIGHTS // 512
@@ -184,6 +186,18 @@ def test_scores_that_are_no_numbers_have_no_gap() -> None:
         with pytest.raises(ValueError, match="NaN"):
             tiles_gap(broken[None], solution.mask[None], prices, 4, 8, False)
         assert priced_figures(broken[None], solution.mask[None], *prices, 4, False) is None
+
+
+def test_infinite_scores_have_no_gap_whatever_the_size() -> None:
+    for rows in (8, ROWS):
+        scores = torch.rand(rows, COLUMNS)
+        solution = solve(scores, "4:8-T")
+        pruned = (~solution.mask).nonzero()
+        for row, column in (pruned[0], pruned[-1]):
+            broken = scores.clone()
+            broken[row, column] = math.inf
+            with pytest.raises(ScoreRangeError):
+                _ = replace(solution, scores=broken).gap
 
 
 def test_large_prices_do_not_overflow() -> None:
