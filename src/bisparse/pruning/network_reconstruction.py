@@ -7,10 +7,10 @@ After all layers, and blocks if asked, have been pruned, with T the dense networ
 for models whose output has logits; otherwise the squared error of the output, relative to its energy. Fits of layers and blocks
 match hidden states, and the errors of one are not known to the fits before it; this fit weighs every error by its effect on the
 output. Labels are not needed. Only weights on the masks, and biases of pruned layers, change. It gains most from more data than
-layers need, which costs it no memory but that of the samples.
+the layers need, which takes no memory but that of the samples.
 Guarantee: as for blocks, masks do not change, and the error on held-out batches (every fifth, at most 32) does not grow;
-otherwise nothing is changed. Deterministic. With a journal (``resume=``) the state is stored every ten minutes, 14 to 16 bytes per
-fitted weight, and an interrupted fit continues from there.
+otherwise nothing is changed. Deterministic. With a journal (``resume=``) the state is stored every ten minutes, 14 to 16 bytes
+per fitted weight, and an interrupted fit continues from there.
 Cost: four forward passes of the network per epoch, one of them of the dense one; memory for a dense copy of the model, for the
 activations of one batch, and for 16 bytes per fitted weight.
 Source: distillation after pruning, as in Kurtic et al. 2023 (arXiv 2310.06927), without labels.
