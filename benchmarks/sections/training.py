@@ -251,7 +251,7 @@ def training_gpt(rows: list[dict[str, Any]]) -> list[str]:
     decays = [row for row in rows if row["study"] == "decay"]
     # The grid has the runs at 2e-4.
     parts += _decays([*decays, *(row for row in rows if _at_default(row))]) if decays else []
-    return parts + _totals_of_adam(rows) + _rules(rows)
+    return parts + _totals_of_adam(rows) + _rates(rows) + _rules(rows)
 
 
 def _at_default(row: dict[str, Any]) -> bool:
@@ -312,6 +312,20 @@ def _totals_of_adam(rows: list[dict[str, Any]]) -> list[str]:
         "A refresh every 40 steps. The total is lambda times the sum of learning rates, applied outside of AdamW's moments "
         "(SR-STE); 5 is the default of `sparsify_`. A fixed random mask is the best mask of the initial weights, kept. "
         "Differences to dense: paired by seed, mean and standard error.\n",
+        table(("run", "runs", "test loss, nats per byte", "against dense", "flip rate at the last refresh"), body),
+    ]
+
+
+def _rates(rows: list[dict[str, Any]]) -> list[str]:
+    """Scaled learning rates of sparse weights, and other rates for dense runs, against dense runs."""
+    body = _against_dense(rows, "rates")
+    if not body:
+        return []
+    return [
+        "### Learning rates of sparse weights with AdamW\n",
+        "*Scaled rates*: the learning rate of sparse weights is the dense network's divided by the density "
+        "(`parameter_groups`); everything else is as in the table before. Differences to dense: paired by seed, mean and "
+        "standard error.\n",
         table(("run", "runs", "test loss, nats per byte", "against dense", "flip rate at the last refresh"), body),
     ]
 
