@@ -352,7 +352,8 @@ def training_finetune(rows: list[dict[str, Any]]) -> list[str]:
         return [*parts, "Not measured yet: `python benchmarks/training/finetune.py`.\n"]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
-        how = row["pattern"] + {"adaprune": ", from AdaPrune", "alps": ", from ALPS"}.get(row.get("method", ""), "")
+        starts = {"adaprune": ", from AdaPrune", "alps": ", from ALPS", "alps, then the network": ", from ALPS, then the network"}
+        how = row["pattern"] + starts.get(row.get("method", ""), "") + (", scaled rates" if row.get("scale_lr") else "")
         groups[row["task"], row["model"], how, row["steps"], row["batch"], row.get("precision", "float32")].append(row)
     body = []
     for (task, model, pattern, steps, batch, precision), own in sorted(groups.items(), key=lambda one: (one[0][:2], one[0][3:])):
