@@ -50,7 +50,12 @@ class _Divergence(torch.autograd.Function):
             given = _log_probabilities(teacher[part], temperature, wide)
             target = given.exp()
             kept = weights[part]
-            total += torch.where(kept > 0, (target * given.sub_(own)).sum(-1), 0).sum()
+            terms = given.sub_(own).mul_(target)
+            sums = terms.sum(-1)
+            if student.device.type != "cpu" or bool(sums.isnan().any()):
+                # A class that the teacher excludes, by a logit of -inf, adds nothing, whatever the student's logit.
+                sums = torch.where(target == 0, 0, terms).sum(-1)
+            total += torch.where(kept > 0, sums, 0).sum()
             difference = own.exp_().sub_(target)
             gradient[part] = difference if where is None else torch.where(kept[:, None] > 0, difference, 0)
         count = weights.sum().clamp(min=1)

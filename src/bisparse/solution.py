@@ -200,7 +200,11 @@ class Solution:
 
     @property
     def total(self) -> float:
-        """Sum of all scores, kept or not."""
+        """Sum of all scores, kept or not.
+
+        Raises:
+            ScoreRangeError: it exceeds float64.
+        """
         return _float(*self._total, "total")
 
     @property

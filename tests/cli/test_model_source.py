@@ -384,7 +384,7 @@ def test_a_language_model_is_fitted_as_a_whole(tmp_path: Path) -> None:
                           "--network-sequences", "40")  # fmt: skip
     assert code == 0 and "fitted the whole network" in " ".join(report["notes"])
     made_from = json.loads((tmp_path / "other" / "bisparse.json").read_text())["provenance"]["calibration"]
-    assert made_from["sequences"] == 20 and made_from["network_sequences"] == 40
+    assert made_from["sequences"] == 20 and made_from["network_sequences_at_most"] == 40
     for given in (["--network-epochs", "0", *data], ["--network-epochs", "1"]):
         code, said = invoke("prune", dense, tmp_path / "x", *how[:4], *given, "--network-sequences", "40")
         assert code == 2 and "requires --" in said["error"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from bisparse import verify
 from bisparse.pruning import AdaPrune, BlockReconstruction, Magnitude, NetworkReconstruction, Wanda, convert_, prune_
 from bisparse.pruning.calibration.statistics import CalibrationError
+from bisparse.pruning.journal import JournalError
 
 TOKENS = 50
 
@@ -101,7 +103,8 @@ def test_the_note_has_the_divergence_on_the_held_out_batches() -> None:
     held_out = batches[4::5]
     expected = [divergence(model, dense, held_out) for model in (plain, fitted)]
     assert expected[1] < expected[0]
-    assert note.endswith(f"nats per position on held-out batches {expected[0]:.4g} before, {expected[1]:.4g} after")
+    ending = f"on 12 batches: nats per position on 3 held-out batches {expected[0]:.4g} before, {expected[1]:.4g} after"
+    assert note.endswith(ending)
 
 
 def test_more_data_than_the_layers_have_brings_the_network_closer() -> None:
@@ -117,8 +120,9 @@ def test_more_data_than_the_layers_have_brings_the_network_closer() -> None:
     assert note.endswith(f"{divergence(more, dense, held_out):.4g} after")
     with pytest.raises(ValueError, match="at least one"):
         NetworkReconstruction(batches=[])
-    with pytest.raises(ValueError, match="batches="):
-        NetworkReconstruction(batches=3)  # type: ignore[arg-type]
+    for wrong in (3, "text", {"input_ids": own[0]}, torch.tensor(3.0)):
+        with pytest.raises(ValueError, match="batches="):
+            NetworkReconstruction(batches=wrong)  # type: ignore[arg-type]
 
 
 def test_a_model_without_logits_is_fitted_to_its_output() -> None:
@@ -190,6 +194,35 @@ def test_an_interrupted_job_changes_nothing_and_ends_the_same_when_resumed(
         torch.testing.assert_close(a, b)
     assert report.notes[-1] == expected.notes[-1]
     assert not (tmp_path / "journal").exists()
+
+
+def test_a_journal_belongs_to_the_data_of_the_layers_and_of_the_network_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, batches = case()
+
+    def stop(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("bisparse.pruning.job.Job.commit", stop)
+        with pytest.raises(KeyboardInterrupt):
+            prune_(model, "2:4", Wanda(), batches, reconstruction=NetworkReconstruction(epochs=1), resume=tmp_path / "journal")
+    split = NetworkReconstruction(epochs=1, batches=batches[10:])
+    with pytest.raises(JournalError, match="network data"):
+        prune_(model, "2:4", Wanda(), batches[:10], reconstruction=split, resume=tmp_path / "journal")
+
+
+def test_an_hour_of_short_epochs_is_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not only epochs that are longer than the time between two copies."""
+    clock = itertools.count(0.0, 20.0)
+    monkeypatch.setattr("bisparse.pruning.kept_fit.time.monotonic", lambda: next(clock))
+    stored = []
+    monkeypatch.setattr("bisparse.pruning.journal.JournaledFit.store", lambda _, tensors, numbers: stored.append(numbers))
+    model, batches = case()
+    how = NetworkReconstruction(epochs=10, worthwhile=0.0)
+    prune_(model, "2:4", Wanda(), batches, reconstruction=how, resume=tmp_path / "journal")
+    assert len({numbers["epoch"] for numbers in stored}) >= 3  # 120 steps of 20 s are four times ten minutes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

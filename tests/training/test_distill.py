@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bisparse import finalize_, prune_, sparsify_, verify
+from bisparse.distances import logit_divergence
 from bisparse.training import Distillation, FixedDecay
 
 
@@ -398,3 +399,21 @@ def test_outputs_that_do_not_fit(net):
     teacher = Distillation(lists, output=lambda output: output[0])
     lists(batch(0)[0])
     assert abs(teacher.loss().item()) < 1e-6
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_classes_that_the_teacher_excludes_add_nothing(temperature: float) -> None:
+    student, teacher = torch.randn(6, 9, dtype=torch.float64), torch.randn(6, 9, dtype=torch.float64)
+    teacher[:, 3] = -torch.inf
+    student[:3, 3] = -torch.inf
+    keep = [0, 1, 2, 4, 5, 6, 7, 8]
+    own, given = (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1)
+    expected = (given.exp() * (given - own))[:, keep].sum(-1).mean() * temperature**2
+    student.requires_grad_()
+    found = logit_divergence(student, teacher, temperature)
+    torch.testing.assert_close(found, expected)
+    found.backward()
+    assert student.grad is not None and bool(student.grad.isfinite().all())
+    nothing = torch.zeros(6, 9, dtype=torch.float64)
+    nothing[0, 0] = torch.nan
+    assert bool(logit_divergence(nothing, teacher, temperature).isnan())

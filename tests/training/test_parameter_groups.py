@@ -68,6 +68,11 @@ def test_frozen_shared_and_foreign_parameters() -> None:
         parameter_groups(network(), sparsity, 0.01)
     whole = nn.ModuleDict({"inner": model, "head": nn.Linear(4, 4)})
     assert sum(len(group["params"]) for group in parameter_groups(whole, sparsity, 0.01)) == 6
+    with pytest.raises(ValueError, match=r"1\.weight has no shape yet"):
+        lazy = nn.Sequential(nn.Linear(32, 32), nn.LazyLinear(8))
+        parameter_groups(lazy, sparsify_(lazy, "2:4"), 0.01)
+    with pytest.raises(ValueError, match="expected what sparsify_ returned"):
+        parameter_groups(model, model, 0.01)
     for wrong in ({"lr": 0}, {"lr": float("nan")}, {"lr": 0.1, "weight_decay": -1.0}, {"lr": "fast"}):
         with pytest.raises(ValueError, match=r"lr|weight_decay"):
             parameter_groups(model, sparsity, **wrong)

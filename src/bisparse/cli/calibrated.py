@@ -234,7 +234,7 @@ def describe(name: str, texts: TextFiles, data: TextBatches | list[Any] | None) 
         "tokens": data.tokens,
         "seed": SEED,
         "batches": len(data.batches),
-        "network_sequences": texts.network_sequences,
+        "network_sequences_at_most": texts.network_sequences,
     }
 
 

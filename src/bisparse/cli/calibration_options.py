@@ -68,7 +68,10 @@ NetworkEpochs = Annotated[
 ]
 NetworkSequences = Annotated[
     int | None,
-    typer.Option(min=1, help="Calibration samples for --network-epochs, which gains from more. By default those of --sequences."),
+    typer.Option(
+        min=1,
+        help="Number of samples for the fit of --network-epochs; more give better results. By default those of --sequences.",
+    ),
 ]
 Damping = Annotated[float | None, typer.Option(help="Ridge parameter of the least squares; by default chosen on held-out data.")]
 Device = Annotated[str | None, typer.Option(help="Device on which to run transformer blocks, one at a time, such as cuda.")]

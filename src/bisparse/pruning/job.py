@@ -266,7 +266,8 @@ class Job:
             "solver": stable_repr(options.solver),
             "order": f"{options.order}{fit}",
             "experts": f"all tokens below {options.expert_floor:g} per input",
-            "data": fingerprint(*pytree.tree_leaves((self.data, getattr(options.network, "batches", None) or ()))),
+            "data": fingerprint(*pytree.tree_leaves(self.data)),
+            "network data": fingerprint(*pytree.tree_leaves(getattr(options.network, "batches", None))),
             "weights": fingerprint(*(layer.weight for layer in self.layers)) if self.uses_data else "none",
         }
 
@@ -274,7 +275,7 @@ class Job:
         """The description of the job with one entry per layer and tensor, for ranks to compare."""
         lines = {f"the pruning of {name}": line for name, line in about["jobs"].items()}
         lines |= {"solver=": about["solver"], "order=": about["order"], "expert_floor=": about["experts"]}
-        lines["the digest of the data"] = about["data"]
+        lines |= {f"the digest of the {name}": about[name] for name in ("data", "network data")}
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         lines |= {f"the digest of {name}": fingerprint(one) for name, one in tensors.items()}
         allowed = [(name, task.allowed) for name, task in self.tasks.items() if task.allowed is not None]

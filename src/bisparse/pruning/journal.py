@@ -167,7 +167,8 @@ class Journal:
         return JournalError(f"{path}, which the journal has for {name}, is missing or damaged {how}: {self._advice(kind, name)}")
 
     def _advice(self, kind: str, name: str) -> str:
-        return f"delete {self._path(kind, name).name} to redo {name}, or the whole folder {self.folder} to start over"
+        redo = "restart the fit of the network; pruned layers are kept" if kind == FIT[0] else f"redo {name}"
+        return f"delete {self._path(kind, name).name} to {redo}, or the whole folder {self.folder} to start over"
 
     def close(self, *, remove: bool) -> None:
         """Delete the journal (`remove`, and always for a temporary folder), or leave the folder to resume from."""

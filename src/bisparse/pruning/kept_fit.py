@@ -55,12 +55,12 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
         _write_(fitted, precise)
     else:
         state.start = state.best = _error(block)
+    stored = time.monotonic()
     with _only_these_require_grad(block.module, fitted):
         for epoch in range(epochs):
             order = [block.fit[place] for place in torch.randperm(len(block.fit), generator=generator, device="cpu").tolist()]
             if epoch < state.epoch:
                 continue
-            stored = time.monotonic()
             for step, index in enumerate(block.each(order[state.step :]), start=state.step):
                 for group, size in zip(adam.param_groups, sizes, strict=True):
                     group["lr"] = learning_rate * size * _rate(step, len(order))

@@ -6,13 +6,13 @@ After all layers, and blocks if asked, have been pruned, with T the dense networ
 
 for models whose output has logits; otherwise the squared error of the output, relative to its energy. Fits of layers and blocks
 match hidden states, and the errors of one are not known to the fits before it; this fit weighs every error by its effect on the
-output. Labels are not needed. Only weights on the masks, and biases of pruned layers, change. It gains most from more data than
-the layers need, which takes no memory but that of the samples.
-Guarantee: as for blocks, masks do not change, and the error on held-out batches (every fifth, at most 32) does not grow;
-otherwise nothing is changed. Deterministic. With a journal (``resume=``) the state is stored every ten minutes, 14 to 16 bytes
-per fitted weight, and an interrupted fit continues from there.
+output. Labels are not needed. Only weights on the masks, and biases of pruned layers, change. It gains most from data; more than
+the layers get (``batches=``) takes no memory but that of the samples.
+Guarantee: as for blocks, masks do not change, and the error on held-out batches (every fifth, at most 32; of fewer than five
+batches all are fitted to and judged) does not grow; otherwise nothing is changed. Deterministic. With a journal (``resume=``)
+the state is stored every ten minutes, 14 to 16 bytes per fitted weight, and an interrupted fit continues from there.
 Cost: four forward passes of the network per epoch, one of them of the dense one; memory for a dense copy of the model, for the
-activations of one batch, and for 16 bytes per fitted weight.
+activations of one batch, and for 21 to 25 bytes per fitted weight.
 Source: distillation after pruning, as in Kurtic et al. 2023 (arXiv 2310.06927), without labels.
 """
 
@@ -46,7 +46,7 @@ class NetworkReconstruction:
     """Options of network reconstruction, for ``prune_(..., reconstruction=...)``.
 
     Args:
-        epochs: maximum number of passes over the calibration batches.
+        epochs: maximum number of passes over the batches.
         learning_rate: largest step of Adam, as a fraction of the root mean square of a parameter's kept weights.
         worthwhile: another epoch follows only if the last one reduced the held-out error by at least this fraction.
         blocks: how each block is fitted before, when its layers are pruned; None: not at all.
@@ -66,8 +66,11 @@ class NetworkReconstruction:
         if self.blocks is not None and not isinstance(self.blocks, BlockReconstruction):
             raise ValueError(f"blocks={self.blocks!r:.60}: expected a BlockReconstruction or None")
         if self.batches is not None:
-            if not isinstance(self.batches, Iterable) or not (held := tuple(listed(self.batches))):
-                raise ValueError(f"batches={self.batches!r:.60}: expected batches as for prune_, at least one, or None")
+            scalar = isinstance(self.batches, Tensor) and self.batches.ndim == 0
+            if scalar or isinstance(self.batches, str | bytes | Mapping) or not isinstance(self.batches, Iterable):
+                raise ValueError(f"batches={self.batches!r:.60}: expected batches as for prune_, such as a list, or None")
+            if not (held := tuple(listed(self.batches))):
+                raise ValueError("batches= has no batch: expected at least one, or None")
             object.__setattr__(self, "batches", held)
 
     def fit_(self, network: FinishedBlock) -> BlockFit:
@@ -132,7 +135,8 @@ def note_of(network: FinishedBlock, fit: BlockFit) -> str:
     """What the report says of a fit of the network."""
     unit = "nats per position" if network.classes else "relative error"
     return (
-        f"fitted the whole network to the dense one's outputs: {unit} on held-out batches {fit.error_before:.4g} before, "
+        f"fitted the whole network to the dense one's outputs on {len(network.fit)} batches: {unit} on {len(network.judge)} "
+        f"{'held-out' if set(network.fit).isdisjoint(network.judge) else 'of these'} batches {fit.error_before:.4g} before, "
         f"{fit.error:.4g} after{'' if fit.changed else ', so nothing was changed'}"
     )
 

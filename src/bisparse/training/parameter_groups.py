@@ -1,4 +1,4 @@
-"""Parameter groups for optimizers of the Adam kind, in which sparse weights take larger steps.
+"""Parameter groups for Adam-type optimizers, in which sparse weights take larger steps.
 
 A unit with a fraction d of its inputs left changes 1 / d times less by a step of the same size per weight, so the learning rate
 that is best for the dense network is too small for its sparse layers. Dividing theirs by d keeps the sizes of changes as they
@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
-from bisparse.arguments import check_number
+from bisparse.arguments import check_flag, check_number
 from bisparse.training.sparsity import Sparsity
+from bisparse.wrappers import check_module
 
 __all__ = ["parameter_groups"]
 
@@ -30,8 +31,8 @@ def parameter_groups(
         sparsity.attach(optimizer)
 
     Sparse weights of density d get the learning rate ``lr / d``, and a weight decay of ``weight_decay * d``, so that their decay
-    per step, a product of both, is that of the other weights. Vectors (norms, biases) are not decayed. Not for SGD, whose steps
-    grow with the gradients. Wrap the model (DDP, FSDP2) before.
+    per step, a product of both, is that of the other weights. Vectors, such as norms and biases, are not decayed. Not for SGD,
+    whose steps grow with the gradients. Call it after the model is wrapped (DDP, FSDP2), as for any optimizer.
 
     Args:
         model: the model that was sparsified, or one that contains it.
@@ -41,13 +42,20 @@ def parameter_groups(
         scale: False: the same learning rate for all.
 
     Raises:
-        ValueError: `lr` or `weight_decay` is negative or no number; a sparse weight that is no parameter of the model.
+        ValueError: `lr` or `weight_decay` is negative or no number; a parameter that has no shape yet (lazy layers); a sparse
+            weight that is no parameter of the model, as of a copy of it.
     """
+    check_module(model)
+    if not isinstance(sparsity, Sparsity):
+        raise ValueError(f"sparsity={sparsity!r:.60}: expected what sparsify_ returned")
+    check_flag("scale", scale)
     check_number("lr", lr, above=0)
     check_number("weight_decay", weight_decay, least=0)
     density = {id(layer.weight): layer.pattern.density if scale else 1.0 for layer in sparsity.layers}
     groups: dict[tuple[float, bool], dict[str, Any]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise ValueError(f"{name} has no shape yet: run the model once before its optimizer is made")
         own, decays = density.pop(id(parameter), 1.0), parameter.ndim > 1
         if parameter.requires_grad:
             decay = weight_decay * own if decays else 0.0
@@ -55,5 +63,8 @@ def parameter_groups(
             group["params"].append(parameter)
     if density:
         missing = next(layer for layer in sparsity.layers if id(layer.weight) in density)
-        raise ValueError(f"{missing.name}: its weight is no parameter of this {type(model).__name__}: pass the sparsified model")
+        raise ValueError(
+            f"{missing.name}: its weight is no parameter of this {type(model).__name__}: pass the model that was sparsified, "
+            "not a copy of it"
+        )
     return list(groups.values())

@@ -147,6 +147,22 @@ def test_broken_groups_are_counted_on_both_sides(dtype: torch.dtype, pattern: st
     assert not verify(bad, pattern)
 
 
+@pytest.mark.parametrize("pattern", ["200:256-T", "300:512-T", "300:600-T", "600:1200-T", "512:1024"])
+def test_groups_wider_than_a_tile_of_the_kernels(pattern: str) -> None:
+    """Judged as plain torch judges them: on a matrix large enough for the kernels, and on a part of it that is not."""
+    structure = parse_pattern(pattern)
+    n, m = structure.n, structure.m  # type: ignore[attr-defined]
+    mask = torch.zeros(2, m, m, dtype=torch.bool)
+    mask[..., :n] = True  # rows hold the pattern, columns do not
+    if pattern.endswith("-T"):
+        wide = mask.transpose(0, 1).reshape(m, 2 * m).repeat(-(-MIN_WEIGHTS // (2 * m * m)), 1)
+        assert verify(wide, pattern).violations == wide.numel() // m * n // m
+    scores = torch.rand(m if m > 700 else 2 * m, 2 * m)
+    solution = solve(scores, pattern) if not pattern.endswith("-T") else None
+    if solution is not None:
+        assert verify(solution.mask, pattern) and solution.gap == 0
+
+
 def test_nan_counts_as_kept() -> None:
     weight = torch.zeros(ROWS, COLUMNS)
     weight[0, :3] = math.nan

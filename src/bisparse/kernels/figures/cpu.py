@@ -1,8 +1,8 @@
 """One pass each: magnitudes, a certificate's gap, the score kept, optimal groups, pruning in place, groups that break a pattern.
 
 Plain torch takes a pass over memory per operation, 10 to 50 ns per weight in all; these take 1 to 2. Every function returns
-None where its kernel does not apply: another device or dtype, sides that M does not divide, prices beyond 2**40, or so few
-weights that compiling the kernel would cost more than it saves.
+None where its kernel does not apply: another device or dtype, sides that M does not divide, M above 64, prices beyond 2**40, or
+so few weights that compiling the kernel would cost more than it saves.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ LARGEST_PRICE = 1 << 40
 """All sums of prices in a tile of at most 64 x 64 are then exact in float64."""
 INFINITE = 0x7F800000
 """The bits of the infinite float32; those of NaN are larger."""
+LARGEST_M = 64
+"""Larger groups are left to torch: sums of prices might not be exact, and the kernels count in 8 bits."""
 MAX_EXPONENT = 1000
 """Powers of two up to this one have an inverse in float64."""
 
@@ -88,9 +90,9 @@ def broken_groups(matrices: Shaped[Tensor, "B R C"], n: int, m: int) -> tuple[in
     Matrices of bool, float16, bfloat16, float32 or float64. A NaN is not zero, -0.0 is.
     """
     bits = _bits(matrices)
-    if bits is None or matrices.numel() < MIN_WEIGHTS or not matrices.is_contiguous() or matrices.shape[1] % m:
+    if bits is None or matrices.numel() < MIN_WEIGHTS or not matrices.is_contiguous() or m > LARGEST_M:
         return None
-    if matrices.shape[2] % m:
+    if matrices.shape[1] % m or matrices.shape[2] % m:
         return None
     rows, columns, kept = _broken_kernel()(bits.reshape(-1, matrices.shape[-1]), n, _sign(bits), (0,) * m)
     return int(rows), int(columns), int(kept)
@@ -103,6 +105,7 @@ def _fits(scores: Tensor, m: int = 1) -> bool:
         and scores.dtype == torch.float32
         and scores.numel() >= MIN_WEIGHTS
         and scores.is_contiguous()
+        and m <= LARGEST_M
         and scores.shape[-1] % m == 0
     )
 
