@@ -234,8 +234,7 @@ def describe(name: str, texts: TextFiles, data: TextBatches | list[Any] | None) 
         "tokens": data.tokens,
         "seed": SEED,
         "batches": len(data.batches),
-        "network_sequences_at_most": texts.network_sequences,
-    }
+    } | ({} if texts.network_sequences is None else {"network_sequences_at_most": texts.network_sequences})
 
 
 def batches_of(data: TextBatches | list[Any] | None) -> list[Any] | None:
