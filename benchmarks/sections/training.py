@@ -251,7 +251,7 @@ def training_gpt(rows: list[dict[str, Any]]) -> list[str]:
     decays = [row for row in rows if row["study"] == "decay"]
     # The grid has the runs at 2e-4.
     parts += _decays([*decays, *(row for row in rows if _at_default(row))]) if decays else []
-    return parts + _totals_of_adam(rows) + _rates(rows) + _rules(rows)
+    return parts + _studies(rows)
 
 
 def _at_default(row: dict[str, Any]) -> bool:
@@ -302,47 +302,38 @@ def _against_dense(rows: list[dict[str, Any]], study: str) -> list[list[str]]:
     return body
 
 
-def _totals_of_adam(rows: list[dict[str, Any]]) -> list[str]:
-    """Decay as a total with AdamW, against dense runs and against a fixed mask of the random initial weights."""
-    body = _against_dense(rows, "total")
-    if not body:
-        return []
-    return [
-        "### Decay as a total with AdamW\n",
+STUDIES = {
+    "total": (
+        "Decay as a total with AdamW",
         "A refresh every 40 steps. The total is lambda times the sum of learning rates, applied outside of AdamW's moments "
-        "(SR-STE); 5 is the default of `sparsify_`. A fixed random mask is the best mask of the initial weights, kept. "
-        "Differences to dense: paired by seed, mean and standard error.\n",
-        table(("run", "runs", "test loss, nats per byte", "against dense", "flip rate at the last refresh"), body),
-    ]
-
-
-def _rates(rows: list[dict[str, Any]]) -> list[str]:
-    """Scaled learning rates of sparse weights, and other rates for dense runs, against dense runs."""
-    body = _against_dense(rows, "rates")
-    if not body:
-        return []
-    return [
-        "### Learning rates of sparse weights with AdamW\n",
-        "*Scaled rates*: the learning rate of sparse weights is the dense network's divided by the density "
-        "(`parameter_groups`); everything else is as in the table before. Differences to dense: paired by seed, mean and "
-        "standard error.\n",
-        table(("run", "runs", "test loss, nats per byte", "against dense", "flip rate at the last refresh"), body),
-    ]
-
-
-def _rules(rows: list[dict[str, Any]]) -> list[str]:
-    """The gradient rules with everything else equal, against dense runs."""
-    body = _against_dense(rows, "rules")
-    if not body:
-        return []
-    return [
-        "### Gradient rules with AdamW\n",
+        "(SR-STE); 5 is the default of `sparsify_`. A fixed random mask is the best mask of the initial weights, kept.",
+    ),
+    "rates": (
+        "Learning rates of sparse weights with AdamW",
+        "*Scaled rates*: the learning rate of sparse weights is the dense network's divided by the density, and their weight "
+        "decay is multiplied by it (`parameter_groups`).",
+    ),
+    "rules": (
+        "Gradient rules with AdamW",
         "A refresh every 40 steps; the length of the run is known, so the decay of SR-STE, masked decay and hysteresis "
         "(a margin of 0.1) is a total of 5, for which the first two are the same with AdamW. "
-        "AST's lambda grows to 4e-4 inside of the moments. "
-        "Differences to dense: paired by seed, mean and standard error.\n",
-        table(("run", "runs", "test loss, nats per byte", "against dense", "flip rate at the last refresh"), body),
-    ]
+        "AST's lambda grows to 4e-4 inside of the moments.",
+    ),
+}
+"""Title and text of the studies whose runs are compared with dense ones."""
+
+
+def _studies(rows: list[dict[str, Any]]) -> list[str]:
+    """A table for each study, its recipes against dense runs."""
+    parts = []
+    for study, (title, text) in STUDIES.items():
+        if body := _against_dense(rows, study):
+            parts += [
+                f"### {title}\n",
+                f"{text} Differences to dense: paired by seed, mean and standard error.\n",
+                table(("run", "runs", "test loss, nats per byte", "against dense", "flip rate at the last refresh"), body),
+            ]
+    return parts
 
 
 def training_finetune(rows: list[dict[str, Any]]) -> list[str]:

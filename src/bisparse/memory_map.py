@@ -31,7 +31,7 @@ def is_read_only(tensor: Tensor) -> bool:
 
 
 def _lies_in(tensor: Tensor, kind: re.Pattern[str]) -> bool:
-    """Whether a tensor lies in one mapping of a kind. Mappings change while a process runs, so they are read for each call."""
+    """Whether a tensor is within one mapping of a kind. Mappings change while a process runs, so they are read for each call."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or tensor.layout != torch.strided:
         return False
     if not tensor.numel():

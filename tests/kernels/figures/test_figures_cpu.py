@@ -188,6 +188,9 @@ def test_what_the_kernels_leave_to_torch() -> None:
     exponent = torch.zeros(tiles, dtype=torch.int64)
     assert priced_figures(big[None], all_kept[None], prices, beyond, exponent, 2, False) is None
     assert priced_figures(big[None], all_kept[None], prices, prices, exponent - 1, 2, False) is None
+    wide, one = torch.zeros(ROWS * COLUMNS // 128**2, 128, dtype=torch.int64), torch.zeros(ROWS * COLUMNS // 128**2)
+    assert priced_figures(big[None], all_kept[None], wide, wide, one.long(), 64, False) is None
+    assert broken_groups(big[None], 64, 128) is None and all_optimal(big[None], all_kept[None], 64, 128) is None
 
 
 def test_scores_that_are_no_numbers_have_no_gap() -> None:
