@@ -125,6 +125,15 @@ def test_more_data_than_the_layers_have_brings_the_network_closer() -> None:
             NetworkReconstruction(batches=wrong)  # type: ignore[arg-type]
 
 
+def test_a_fit_without_positions_is_refused() -> None:
+    model, batches = case()
+    before = copy.deepcopy(model.state_dict())
+    empty = [{**batch, "attention_mask": torch.zeros(8, 12, dtype=torch.long)} for batch in batches]
+    with pytest.raises(CalibrationError, match="no position of the held-out batches counts"):
+        prune_(model, "2:4", Wanda(), batches, reconstruction=NetworkReconstruction(batches=empty))
+    assert all(torch.equal(before[name], one) for name, one in model.state_dict().items())
+
+
 def test_a_model_without_logits_is_fitted_to_its_output() -> None:
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))

@@ -182,6 +182,8 @@ def _error(block: FinishedBlock) -> float:
         pairs = [_distance(block, index) for index in block.judge]
         total, energy = (float(sum(one.double() for one in column)) for column in zip(*pairs, strict=True))
     if energy <= 0:
+        if block.classes:
+            raise CalibrationError(f"{block.name}: no position of the held-out batches counts: see their attention_mask")
         return 0.0
     return total / energy if block.classes else (total / energy) ** 0.5
 
