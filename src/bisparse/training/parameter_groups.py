@@ -1,8 +1,7 @@
 """Parameter groups for Adam-type optimizers, in which sparse weights take larger steps.
 
-A unit with a fraction d of its inputs left changes 1 / d times less by a step of the same size per weight, so the learning rate
-that is best for the dense network is too small for its sparse layers. Dividing theirs by d keeps the sizes of changes as they
-were.
+With a fraction d of its inputs left, a unit's output changes only d times as much under a step of the same size per weight, so
+the learning rate that is best for the dense network is too small for its sparse layers. Dividing theirs by d makes up for that.
 Source: Dey, Bergsma, Hestness, "Sparse Maximal Update Parameterization", NeurIPS 2024 (arXiv 2405.15743).
 """
 
