@@ -1,5 +1,6 @@
 """Every test runs on one thread, offline, from a fixed seed, in an empty working directory."""
 
+import atexit
 import functools
 import gc
 import itertools
@@ -80,10 +81,7 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
-
-
-def pytest_unconfigure() -> None:
-    gc.unfreeze()  # libraries that count their objects at the exit would report what is frozen
+        atexit.register(gc.unfreeze)  # libraries that count their objects at the exit would report what is frozen
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,45 +1,62 @@
-"""What the memory of a tensor is mapped as: read-only, or from a file as a copy of its own. Only Linux lists it."""
+"""What the memory of tensors is mapped as: read-only, or from a file as a copy of its own. Only Linux lists it."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["is_mapped", "is_read_only"]
+__all__ = ["mapped_ids", "memory_of", "read_only_ids"]
 
 MAPS = Path("/proc/self/maps")
-READ_ONLY = re.compile(r"([0-9a-f]+)-([0-9a-f]+) r-")
-PRIVATE_FILE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) rw-p [0-9a-f]+ [0-9a-f:]+ [1-9]\d*\s+/")
+READ_ONLY = re.compile(r"\S+ r-")
+PRIVATE_FILE = re.compile(r"\S+ rw-p [0-9a-f]+ [0-9a-f:]+ [1-9]\d*\s+/")
 
 
-def is_mapped(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is mapped from a file, writable and private: writing does not change the file.
-
-    >>> is_mapped(nn.Linear(2, 2).weight)
-    False
-    """
-    return _lies_in(tensor, PRIVATE_FILE)
-
-
-def is_read_only(tensor: Tensor) -> bool:
-    """Whether a tensor's memory is mapped read-only, so that writing to it would end the process."""
-    return _lies_in(tensor, READ_ONLY)
-
-
-def _lies_in(tensor: Tensor, kind: re.Pattern[str]) -> bool:
-    """Whether a tensor is within one mapping of a kind. Mappings change while a process runs, so they are read for each call."""
+def memory_of(tensor: Tensor) -> tuple[int, int] | None:
+    """The first address of a tensor's memory, and the one after its last; None unless it is plain memory of the CPU."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        return False
-    if not tensor.numel():
-        return False
+        return None
+    return (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes) if tensor.numel() else None
+
+
+def mapped_ids(tensors: Iterable[Tensor]) -> set[int]:
+    """Ids of the tensors whose memory is mapped from a file, writable and private: writing does not change the file.
+
+    >>> mapped_ids([nn.Linear(2, 2).weight])
+    set()
+    """
+    return _lie_in(tensors, PRIVATE_FILE)
+
+
+def read_only_ids(tensors: Iterable[Tensor]) -> set[int]:
+    """Ids of the tensors whose memory is mapped read-only, so that writing to it would end the process."""
+    return _lie_in(tensors, READ_ONLY)
+
+
+def _lie_in(tensors: Iterable[Tensor], kind: re.Pattern[str]) -> set[int]:
+    """Ids of the tensors that are within one mapping of a kind.
+
+    Mappings change while a process runs, so they are read for each call: some milliseconds in a process with many libraries.
+    """
+    places = {id(one): place for one in tensors if (place := memory_of(one)) is not None}
+    if not places:
+        return set()
     try:
-        lines = MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = MAPS.read_text(encoding="utf-8", errors="replace").splitlines()  # by rising addresses
     except OSError:
-        return False
-    ranges = sorted((int(one[1], 16), int(one[2], 16)) for one in map(kind.match, lines) if one is not None)
-    place = bisect_right(ranges, (tensor.data_ptr(), 2**64)) - 1
-    return place >= 0 and tensor.data_ptr() + tensor.nbytes <= ranges[place][1]
+        return set()
+    found = set()
+    for key, (start, end) in places.items():
+        number = bisect_right(lines, start, key=_start) - 1
+        if number >= 0 and kind.match(lines[number]) and end <= int(lines[number].split(" ", 1)[0].partition("-")[2], 16):
+            found.add(key)
+    return found
+
+
+def _start(line: str) -> int:
+    return int(line.partition("-")[0], 16)

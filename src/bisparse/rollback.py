@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
-from bisparse.memory_map import is_read_only
+from bisparse.memory_map import memory_of, read_only_ids
 
 __all__ = ["Rollback", "same_bits"]
 
@@ -47,6 +47,8 @@ class Rollback:
         self._modules: list[tuple[nn.Module, type[nn.Module], dict[str, Any], dict[str, Any]]] = []
         self._gradients: list[tuple[nn.Parameter, bool, Tensor | None]] = []
         self._released: list[tuple[dict[str, Any], str, TensorWeakRef, Callable[[], nn.Parameter]]] = []
+        self._writable: set[tuple[int, int] | None] = {None}
+        """Addresses that were found writable, of tensors that the model holds; None stands for other kinds of memory."""
 
     def touch(self, *tensors: Tensor) -> None:
         """Keep a copy of tensors that are about to be written to; of each the first copy counts.
@@ -61,8 +63,15 @@ class Rollback:
 
     def check_writable(self, *tensors: Tensor) -> None:
         """Raise ValueError if the memory of a tensor is mapped read-only: writing would end the process. Only Linux says so."""
-        for one in tensors:
-            if is_read_only(one):
+        unknown = [one for one in tensors if memory_of(one) not in self._writable]
+        if not unknown:
+            return
+        # The whole model at once, since the list of mappings is long; what it does not hold can be freed, and its address reused.
+        own = [] if self._model is None else [*self._model.parameters(), *self._model.buffers()]
+        refused = read_only_ids([*unknown, *own])
+        self._writable |= {memory_of(one) for one in own if id(one) not in refused}
+        for one in unknown:
+            if id(one) in refused:
                 raise ValueError(
                     f"the memory of a weight of shape {tuple(one.shape)} is mapped read-only, such as by "
                     "numpy.load(mmap_mode='r'): it cannot be changed in place; copy it first, by parameter.data = "
@@ -80,6 +89,7 @@ class Rollback:
             return
         self._gradients = [entry for entry in self._gradients if entry[0] is not held]
         contents[parameter] = None
+        self._writable = {None}  # its address can be reused
         self._released.append((contents, parameter, TensorWeakRef(held), rebuild))
 
     def __enter__(self) -> Rollback:
@@ -94,7 +104,7 @@ class Rollback:
             self._restore()
         torch.clear_autocast_cache()  # casts of weights that the block has changed, in an autocast of the caller
         self._tensors.clear()
-        self._modules, self._gradients, self._released = [], [], []
+        self._modules, self._gradients, self._released, self._writable = [], [], [], {None}
 
     def _restore(self) -> None:
         for content, name, reference, rebuild in self._released:

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from bisparse import prune_, save, verify_checkpoint
-from bisparse.memory_map import is_mapped
+from bisparse.memory_map import mapped_ids
 from bisparse.pruning import BlockReconstruction
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux lists what is mapped")
@@ -47,6 +47,10 @@ def mapped(folder: Path, width: int = 32, depth: int = 3) -> Chain:
     with safe_open(path, framework="pt") as file:
         model.load_state_dict({name: file.get_tensor(name) for name in file.keys()}, assign=True)  # noqa: SIM118
     return model.eval()
+
+
+def is_mapped(tensor: torch.Tensor) -> bool:
+    return bool(mapped_ids([tensor]))
 
 
 def in_memory(model: nn.Module) -> nn.Module:

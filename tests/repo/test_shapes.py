@@ -19,13 +19,14 @@ CHECKED = [
     "bisparse.tiles",
 ]
 PROGRAM = f"""
+# First: what is imported under the hook is compiled again, libraries as well.
+import numba, torch, torch._dynamo, torch.distributed.tensor
 from jaxtyping import install_import_hook
 with install_import_hook({CHECKED!r}, "beartype.beartype"):
     import bisparse.accelerate, bisparse.kernels.mvue.ops, bisparse.kernels.sparse24.positions
     import bisparse.kernels.exact.ops, bisparse.kernels.exact.reference, bisparse.layers
     import bisparse.pattern, bisparse.solution, bisparse.verification, bisparse._solve, bisparse.solvers, bisparse.tiles
     import bisparse
-import torch
 torch.set_num_threads(1)
 """
 ENGINE = """

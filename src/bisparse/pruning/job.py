@@ -105,7 +105,7 @@ class Job:
         self._touched: dict[str, Layer] = {}
         self._changed: dict[int, tuple[str, str]] = {}
         """By id of a model's tensor, the layer and key under which the journal has its original."""
-        self._mapped = MappedWeights(model)
+        self._mapped = MappedWeights(model if self.uses_data else nn.Module())  # without data no journal to map values from
         self._open = ExitStack()
 
     def __enter__(self) -> Job:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from bisparse.memory_map import is_mapped
+from bisparse.memory_map import mapped_ids
 
 __all__ = ["MappedWeights"]
 
@@ -70,6 +70,9 @@ class MappedWeights:
 
     def __init__(self, model: nn.Module) -> None:
         self._shared = _shared({id(one): one for one in (*model.parameters(), *model.buffers())}.values())
+        from_files = mapped_ids(model.parameters())
+        self._places = {id(one): one.data_ptr() for one in model.parameters() if id(one) in from_files}
+        """By id, where the weights that are mapped from a file are mapped."""
         self._before: dict[int, tuple[Tensor, Tensor]] = {}
         """By id, weights that were replaced, and what they referred to."""
 
@@ -77,16 +80,19 @@ class MappedWeights:
         """Let a weight refer to values; False if it is not mapped, or must keep its memory for another reason."""
         if (
             type(weight) is not nn.Parameter
+            or id(weight) not in self._places
+            or self._places[id(weight)] != weight.data_ptr()
             or id(weight) in self._shared
             or weight.is_inference()
             or values.is_inference()  # of a call in inference mode: the weight could not be trained any more
             or not (weight.is_contiguous() and values.is_contiguous())
             or (weight.shape, weight.dtype) != (values.shape, values.dtype)
-            or not (is_mapped(weight) and is_mapped(values))
+            or not mapped_ids([values])
         ):
             return False
         self._before.setdefault(id(weight), (weight, weight.data))
         weight.data = values
+        self._places[id(weight)] = values.data_ptr()
         increment_version(weight)  # for graphs that need the values of before
         _trim()
         return True
