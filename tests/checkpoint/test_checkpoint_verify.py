@@ -37,7 +37,7 @@ def test_band_by_band_as_on_the_whole(
     small_bands()
     shape, layout = LAYOUTS[kind]
     weight = torch.rand(shape) + 0.1
-    weight = weight * bisparse.solve(weight, pattern, layout=layout).mask
+    weight = weight * bisparse.solve(weight, pattern, "greedy", layout=layout).mask
     zeros = (weight.flatten() == 0).nonzero()[:, 0]
     weight.view(-1)[zeros[torch.randperm(len(zeros))[:flips]]] = 1.0
     source = write_folder(tmp_path / "model", {"a.weight": weight})
@@ -118,7 +118,7 @@ def test_a_sidecar_that_does_not_fit(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_patterns_are_detected(tmp_path: Path, layout: Layout, pattern: str, found: list[str]) -> None:
     weight = torch.rand(128, 64) + 0.1
-    weight = weight * bisparse.solve(weight, pattern, layout=layout).mask
+    weight = weight * bisparse.solve(weight, pattern, "greedy", layout=layout).mask
     config: dict[str, object] = {"model_type": "gpt2" if layout.kind is LayoutKind.TRANSPOSED else "llama"}
     source = write_folder(tmp_path / "model", {"c_fc.weight": weight}, config)
     (detected,) = detect_patterns(source)
