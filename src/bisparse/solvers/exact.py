@@ -6,7 +6,7 @@ and `Solution.gap` bounds what rounding may have lost (see `bisparse.solution`).
 Cost: about four sorts per row and column, and a shortest path per row or column that is then still unbalanced.
 Source: the paper's section 4 reduces the problem to min-cost flow; Ahuja, Magnanti, Orlin, Network Flows (1993), chapter 9.
 Departures: prices start from block coordinate descent on the dual instead of zero; at M = 4 the optimum is found by
-meeting in the middle, without prices, which are computed when the certificate is first asked for.
+meeting in the middle, without prices, which are computed from the mask when the certificate is first asked for.
 """
 
 from __future__ import annotations
@@ -65,13 +65,16 @@ class Exact(Solver):
         numbers = scores if dtype is torch.float32 or scores.is_cuda else scores.float()
         if (n, m) == (2, 4):
             mask, coarse = ops.exact_mask(numbers, n, m, self.exactly)
-            if ops.any_coarse(coarse):
+            if some_coarse := ops.any_coarse(coarse):
                 mask = self._solve_coarse(scores, mask, coarse, n, m)[0]
             version = None if scores.is_inference() else scores._version
 
             def priced() -> Certificate | None:
                 if version is not None and version != scores._version:
                     return None  # it would be one of other scores
+                prices = None if some_coarse else ops.prices_of_masks(numbers, mask, self.exactly)
+                if prices is not None:
+                    return Certificate(*prices, self.exactly)
                 return self._solve_with_prices(scores, numbers, n, m, None)[1]()
 
             return mask, priced

@@ -177,6 +177,53 @@ def check_proofs(m: int, n: int, exactly: bool, kinds: list[str]) -> None:
 
 
 @PROGRAMS
+@pytest.mark.parametrize("across", [16, 17, 37])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prices_of_2to4_masks_prove_them(kind: str, across: int, exactly: bool) -> None:
+    tiles = numbers(kind, 3 * across, 4).clone()
+    exponent = reference.quantise(tiles)[1]
+    tiles[exponent == ops.NEEDS_EXACT] = 1.0
+    q, exponent = reference.quantise(tiles)
+    mask, coarse = ops.exact_mask(as_matrix(tiles, across), 2, 4, exactly)
+    assert not coarse.any()
+    found = ops.prices_of_masks(as_matrix(tiles, across), mask, exactly)
+    assert found is not None
+    u, v, exponents = found
+    assert (u.dtype, v.dtype, exponents.dtype, u.shape, v.shape) == (*[torch.int32] * 3, (3 * across, 4), (3 * across, 4))
+    assert torch.equal(exponents.long(), exponent)
+    assert bool(oracle.proved(q, to_tiles(mask, 4), u.long(), v.long(), 2, exactly).all())
+
+
+@PROGRAMS
+@pytest.mark.parametrize("place", [0, 15, 16, 36])
+def test_no_prices_prove_a_2to4_mask_that_is_not_optimal(place: int, exactly: bool) -> None:
+    scores = as_matrix(numbers("gaussian", 37, 4), 37)
+    mask, _ = ops.exact_mask(scores, 2, 4, exactly)
+    best = mask[:, 4 * place : 4 * place + 4].clone()
+    others = [
+        best.roll(1, 0),
+        best.roll(1, 1),
+        ~best,
+        torch.eye(4, dtype=torch.bool)[[1, 0, 3, 2]] | torch.eye(4, dtype=torch.bool),
+    ]
+    if not exactly:
+        others.append(torch.zeros(4, 4, dtype=torch.bool))
+    for other in others:
+        mask[:, 4 * place : 4 * place + 4] = other
+        assert (ops.prices_of_masks(scores, mask, exactly) is None) == (not torch.equal(other, best))
+
+
+@pytest.mark.parametrize("bad", [-0.0, -1.0, math.inf, math.nan])
+def test_no_prices_for_scores_that_are_none_or_narrow(bad: float) -> None:
+    scores = as_matrix(numbers("gaussian", 37, 4), 37)
+    mask, _ = ops.exact_mask(scores, 2, 4, False)
+    scores[3, 97] = bad
+    assert ops.prices_of_masks(scores, mask, False) is None
+    assert ops.prices_of_masks(scores[:, :8].abs(), mask[:, :8], False) is None
+    assert ops.prices_of_masks(scores[:0], mask[:0], False) is None
+
+
+@PROGRAMS
 @pytest.mark.parametrize(("m", "n"), [(2, 1), (3, 1), (3, 2), (4, 1), (4, 2)])
 def test_integers_against_every_mask_there_is(implementation: str, m: int, n: int, exactly: bool) -> None:
     for largest in (1, 2, 5, 1000, 1 << 30, 1 << 54):

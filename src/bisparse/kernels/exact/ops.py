@@ -23,6 +23,7 @@ __all__ = [
     "exact_solve_integers",
     "is_coarse",
     "keep_largest",
+    "prices_of_masks",
 ]
 
 
@@ -84,6 +85,18 @@ def exact_solve(
     before = (None, None) if start is None else (stack(start[0], start[1]), start[2])
     mask, prices, exponent = call("exact_solve", scores, n, m, exactly, *before)
     return mask, *prices.unbind(), exponent
+
+
+def prices_of_masks(scores: Float[Tensor, "R C"], mask: Bool[Tensor, "R C"], exactly: bool) -> Prices | None:
+    """Prices that prove 2:4-T masks optimal, of float32 scores without coarse tiles, in a fifth of the time of `exact_solve`.
+
+    None where there is no kernel for this, as on a GPU, and if the masks are not optimal.
+    """
+    if type(scores) is not Tensor or not scores.is_cpu or scores.is_neg() or not scores.numel():
+        return None
+    from bisparse.kernels.exact.cpu import prices_2to4
+
+    return prices_2to4.prices_of_masks(scores, mask, exactly)
 
 
 def exact_solve_integers(

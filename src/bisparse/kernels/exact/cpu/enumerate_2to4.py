@@ -30,6 +30,7 @@ from bisparse.kernels.numba_runtime.llvm import F32, I8, I32, I64, at, call_llvm
 
 __all__ = [
     "FEW",
+    "LANES_I32",
     "TAGS",
     "TAG_BITS",
     "WIDTH",
@@ -37,10 +38,13 @@ __all__ = [
     "best_exactly_2",
     "fence",
     "fetch_ahead",
+    "in_order",
     "mask_bits",
+    "quantiser",
     "spans_too_far",
     "store_masks",
     "store_masks_past_caches",
+    "transposed",
 ]
 
 WIDTH = 16 if get_host_cpu_features().get("avx512vl") else 8
@@ -164,8 +168,11 @@ def _half_values(b: Any, first: list[Any], second: list[Any], untagged: list[Any
     return values
 
 
-def _columns(b: Any, scores: Any, offset: Any) -> list[Any]:
-    """The four columns of one row of `WIDTH` tiles, lanes in the order of `LANE_OF_TILE`."""
+def transposed(b: Any, parts: list[Any]) -> list[Any]:
+    """Four vectors of tiles of four entries as the vectors of their first to fourth entries, and back.
+
+    The entries of a tile are in the lane of `LANE_OF_TILE`; tiles are in order.
+    """
 
     def interleaved(x: Any, y: Any, high: bool, wide: bool) -> Any:
         """The lower or the higher half of each group of four lanes of x and of y, in turn by one lane or, `wide`, by two."""
@@ -173,7 +180,6 @@ def _columns(b: Any, scores: Any, offset: Any) -> list[Any]:
         place = [4 * group + 2 * high + lane for group in range(QUARTERS) for lane in half]
         return b.shuffle_vector(x, y, ir.Constant(LANES_I32, place))
 
-    parts = [load(b, scores, at(b, offset, WIDTH * k), F32, WIDTH) for k in range(4)]
     (low, high), (low_after, high_after) = (
         [interleaved(x, y, high, wide=False) for high in (False, True)] for x, y in (parts[:2], parts[2:])
     )
@@ -181,7 +187,12 @@ def _columns(b: Any, scores: Any, offset: Any) -> list[Any]:
     return [interleaved(x, y, second, wide=True) for x, y in pairs for second in (False, True)]
 
 
-def _quantiser(b: Any, scores: Any, offset: Any, stride: Any) -> tuple[list[Any], Any, Any]:
+def _columns(b: Any, scores: Any, offset: Any) -> list[Any]:
+    """The four columns of one row of `WIDTH` tiles, lanes in the order of `LANE_OF_TILE`."""
+    return transposed(b, [load(b, scores, at(b, offset, WIDTH * k), F32, WIDTH) for k in range(4)])
+
+
+def quantiser(b: Any, scores: Any, offset: Any, stride: Any) -> tuple[list[Any], Any, Any]:
     """The 16 scores of `WIDTH` tiles as floats, the bit pattern of each tile's largest, and the scale that makes it 24 bits."""
     floats = [column for row in range(4) for column in _columns(b, scores, row_of(b, offset, stride, row))]
     bits = [b.bitcast(x, LANES_I32) for x in floats]
@@ -218,7 +229,7 @@ def _best_of(b: Any, values: list[Any]) -> tuple[Any, Any]:
 def _best_mask(exactly: bool) -> Callable[..., Any]:
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         scores, codes, extremes = (data_of(context, b, signature, args, k) for k in (0, 3, 5))
-        floats, largest, scale = _quantiser(b, scores, args[1], args[2])
+        floats, largest, scale = quantiser(b, scores, args[1], args[2])
         integers = [call_llvm(b, f"llvm.lrint.v{WIDTH}i32.v{WIDTH}f32", LANES_I32, [b.fmul(x, scale)]) for x in floats]
         q = [_tagged(b, x, tag) for x, tag in zip(integers, itertools.chain(*TAGS), strict=True)]
         untagged = [_tagged(b, x, 0) for x in integers]
@@ -231,7 +242,7 @@ def _best_mask(exactly: bool) -> Callable[..., Any]:
         values = [b.add(upper[up], lower[low]) for up, low in COMBINATIONS]
         best, where = _best_of(b, values)
         code = b.or_(where, b.and_(best, number(I32, WIDTH, (1 << TAG_BITS) - 1)))
-        store(b, _in_order(b, code), codes, args[4])
+        store(b, in_order(b, code), codes, args[4])
         return context.get_dummy_value()
 
     def typing(context: Any, scores: Any, offset: Any, stride: Any, codes: Any, place: Any, extremes: Any) -> tuple[Any, Any]:
@@ -240,7 +251,8 @@ def _best_mask(exactly: bool) -> Callable[..., Any]:
     return typing
 
 
-def _in_order(b: Any, lanes: Any) -> Any:
+def in_order(b: Any, lanes: Any) -> Any:
+    """Lanes in the order of `LANE_OF_TILE` as tiles in order."""
     return b.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), ir.Constant(LANES_I32, LANE_OF_TILE))
 
 
@@ -298,7 +310,7 @@ def spans_too_far(typing: Any, scores: Any, offset: Any, stride: Any, flags: Any
 
     def codegen(context: Any, b: Any, signature: Any, args: Any) -> Any:
         source, target = (data_of(context, b, signature, args, k) for k in (0, 3))
-        floats, largest, scale = _quantiser(b, source, args[1], args[2])
+        floats, largest, scale = quantiser(b, source, args[1], args[2])
         zero, one, minus = (number(I32, WIDTH, k) for k in (0, 1, -1))
         limit = ir.Constant(ir.VectorType(F32, WIDTH), [SMALL - 0.5] * WIDTH)
         few = zero
@@ -307,7 +319,7 @@ def spans_too_far(typing: Any, scores: Any, offset: Any, stride: Any, flags: Any
             few = b.add(few, b.select(b.icmp_signed("==", b.bitcast(x, LANES_I32), zero), zero, vote))
         tiny = b.icmp_unsigned("<", largest, number(I32, WIDTH, 24 << 23))
         coarse = b.and_(b.icmp_signed("!=", largest, zero), b.or_(tiny, b.icmp_signed(">", few, zero)))
-        store(b, _in_order(b, b.zext(coarse, LANES_I32)), target, args[4])
+        store(b, in_order(b, b.zext(coarse, LANES_I32)), target, args[4])
         return context.get_dummy_value()
 
     return types.void(scores, types.intp, types.intp, flags, types.intp), codegen
