@@ -483,7 +483,7 @@ def test_a_mask_of_four_rows_holds_no_more_than_itself(implementation: str, colu
 @pytest.mark.parametrize(
     "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int8, torch.uint8], ids=str
 )
-@pytest.mark.parametrize("m", [2, 3, 4, 8, 16, 40])
+@pytest.mark.parametrize("m", [2, 3, 4, 8, 16, 32, 40])
 def test_the_largest_of_each_group_and_the_lowest_index_of_equals(implementation: str, m: int, dtype: torch.dtype) -> None:
     few = torch.randint(0, 4, (150, m), generator=torch.Generator().manual_seed(m))
     many = torch.randint(0, 127, (150, m), generator=torch.Generator().manual_seed(m))

@@ -9,9 +9,9 @@ __all__: list[str] = []
 
 @register_kernel("keep_largest", "CPU")
 def _keep_largest(groups: Tensor, n: int) -> Tensor:
-    from bisparse.kernels.exact.cpu import solve
+    from bisparse.kernels.exact.cpu import top_n
 
-    return solve.keep_largest(groups, n)
+    return top_n.keep_largest(groups, n)
 
 
 @register_kernel("exact_mask", "CPU")

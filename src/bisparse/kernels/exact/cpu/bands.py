@@ -1,4 +1,4 @@
-"""The CPU kernels over bands of tiles: the exact solver's sweeps and repairs, 2:4 by meeting in the middle, plain selection.
+"""The CPU kernels over bands of tiles: the exact solver's sweeps and repairs, and 2:4 by meeting in the middle.
 
 Idea: prices of all tiles at once, one tile per lane, by sorting networks on 16-bit scores; then, tile by tile, the mask that
 those prices give on 24-bit scores; then shortest augmenting paths for unbalanced tiles. See `reference` for the algorithm in
@@ -10,7 +10,6 @@ from __future__ import annotations
 from functools import cache
 
 import numpy as np
-import torch
 
 from bisparse.kernels.exact.cpu import vectors as vec
 from bisparse.kernels.exact.cpu.enumerate_2to4 import (
@@ -31,7 +30,7 @@ from bisparse.kernels.exact.cpu.repair import repair
 from bisparse.kernels.exact.cpu.vectors import LANES, SMALL
 from bisparse.kernels.exact.schema import NEEDS_EXACT
 from bisparse.kernels.numba_runtime.cache import cached_njit
-from bisparse.kernels.numba_runtime.thread_pool import Kernel, array_at, kernel, numpy_type
+from bisparse.kernels.numba_runtime.thread_pool import Kernel, array_at, kernel
 
 COLD_ALTERNATIONS = 5  # before the prices are balanced
 BALANCED_ALTERNATIONS = 3
@@ -300,22 +299,6 @@ def coarse_tiles(scores, coarse):  # type: ignore[no-untyped-def]
                 coarse[band * across + start + t] = flags[t] != 0
 
 
-@cached_njit(from_python=False)
-def largest_band(groups, n, mask, first, last):  # type: ignore[no-untyped-def]
-    """Keep an entry if fewer than n of its group are larger, or equal and before it."""
-    m = groups.shape[1]
-    for g in range(first, last):
-        for i in range(m):
-            score = groups[g, i]
-            before = 0
-            for j in range(i):
-                before += groups[g, j] >= score
-            for j in range(i + 1, m):
-                before += groups[g, j] > score
-            mask[g, i] = before < n
-    return 0
-
-
 @cache
 def solve_kernel(m: int, median: bool, warm: bool) -> Kernel:
     """`solve_band` for tiles of a side, at N = M / 2 (`median`) or any N, cold or `warm`; compiles what such a call needs.
@@ -374,18 +357,5 @@ def middle_kernel() -> Kernel:
         shape = given[2], given[3]
         scores, mask = array_at(given[0], shape, np.float32), array_at(given[1], shape, np.bool_)
         return 1 + middle_band(scores, mask, given[4] != 0, given[5] != 0, first, last)
-
-    return kernel(entry)
-
-
-@cache
-def largest_kernel(dtype: torch.dtype) -> Kernel:
-    """`largest_band` for groups of a type. Arguments: groups, mask; groups, entries of a group, n."""
-    number = numpy_type(dtype)
-
-    def entry(arguments, first, last):  # type: ignore[no-untyped-def]
-        given = array_at(arguments, (5,), np.int64)
-        shape = given[2], given[3]
-        return 1 + largest_band(array_at(given[0], shape, number), given[4], array_at(given[1], shape, np.bool_), first, last)
 
     return kernel(entry)

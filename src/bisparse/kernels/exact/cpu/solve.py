@@ -15,7 +15,6 @@ from bisparse.kernels.exact.cpu.bands import (
     BAD,
     MIDDLE_CHUNK,
     coarse_tiles,
-    largest_kernel,
     middle_kernel,
     solve_kernel,
 )  # fmt: skip
@@ -44,17 +43,6 @@ def _usable(flags: int, scores: torch.Tensor) -> bool:
         check_scores(scores)
         return False  # only -0.0
     return True
-
-
-def keep_largest(groups: torch.Tensor, n: int) -> torch.Tensor:
-    """`ops.keep_largest` on CPU."""
-    if groups.dtype in (torch.float16, torch.bfloat16):
-        groups = groups.float()
-    groups = groups.contiguous()
-    count, entries = groups.shape
-    mask = empty((count, entries), torch.bool)
-    over_bands(largest_kernel(groups.dtype), (groups, mask, count, entries, n), count, 1, max(1, 65536 // max(entries, 1)))
-    return mask
 
 
 def exact_mask(scores: torch.Tensor, n: int, m: int, exactly: bool) -> tuple[torch.Tensor, torch.Tensor]:
