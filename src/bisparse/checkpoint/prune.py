@@ -7,14 +7,17 @@ import shutil
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
+from torch import Tensor
 
 from bisparse.apart import check_apart
 from bisparse.arguments import check_function
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
+from bisparse.checkpoint.background import InBackground
 from bisparse.checkpoint.bands import prune_stored
 from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers
@@ -37,6 +40,7 @@ __all__ = ["CheckpointPlan", "Progress", "copy_others", "plan_checkpoint", "prun
 Progress = Callable[[str, int, int], None]
 """A function called with the current action, the bytes done and their total."""
 
+Bytes = bytes | bytearray | memoryview
 SAMPLES = 8
 """Maximum number of layers with a sample tile."""
 SLACK = 8 << 20
@@ -204,16 +208,19 @@ class _Job:
         self.progress(f"check {tensor.name}", self.done, self.total)
 
     def _write_shard(self, shard: Shard, masks: SafetensorsWriter, results: list[LayerResult], samples: list[SampleTile]) -> None:
-        with SafetensorsWriter(self.folder / shard.file, shard.header) as writer:
+        with SafetensorsWriter(self.folder / shard.file, shard.header) as writer, InBackground() as background:
+
+            def append(name: str, data: Bytes) -> None:
+                self.checksums[name] = zlib.crc32(data, self.checksums[name])
+                writer.write(data)
+
             for tensor in shard.tensors:
                 layer = self.layers.get(tensor.name)
                 self.progress(layer.name if layer else tensor.name, self.done, self.total)
-                checksum = 0
+                self.checksums[tensor.name] = 0
 
-                def write(data: bytes | bytearray | memoryview, name: str = tensor.name) -> None:
-                    nonlocal checksum
-                    checksum = zlib.crc32(data, checksum)
-                    writer.write(data)
+                def write(data: Bytes, name: str = tensor.name) -> None:
+                    background.call(partial(append, name, data))
                     self.done += len(data)
                     self.progress(name, self.done, self.total)
 
@@ -225,7 +232,6 @@ class _Job:
                     results.append(result)
                     if sample is not None:
                         samples.append(sample)
-                self.checksums[tensor.name] = checksum
 
 
 def read_back(
@@ -246,12 +252,20 @@ def read_back(
             # Opened again for each tensor, since pages that a mapping has touched count as memory until it is closed.
             with safe_open(path, framework="pt") as file:
                 read = file.get_tensor(tensor.name)
-            if zlib.crc32(as_bytes(read)) != checksums[tensor.name]:
-                raise CheckpointError(path, "was not read back as it was written", "check the disk", tensor=tensor.name)
-            if (layer := layers.get(tensor.name)) is not None:
-                stored = MemoryTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.nbytes, read)
-                verify_stored(StoredLayer(layer.name, stored, layer.layout, layer.pattern)).check()
+            verification = None
+            with InBackground() as background:
+                background.call(partial(_check_bytes, path, tensor.name, read, checksums[tensor.name]))
+                if (layer := layers.get(tensor.name)) is not None:
+                    stored = MemoryTensor(tensor.name, tensor.dtype, tensor.shape, path, tensor.nbytes, read)
+                    verification = verify_stored(StoredLayer(layer.name, stored, layer.layout, layer.pattern))
+            if verification is not None:
+                verification.check()
         advance(tensor)
+
+
+def _check_bytes(path: Path, name: str, read: Tensor, checksum: int) -> None:
+    if zlib.crc32(as_bytes(read)) != checksum:
+        raise CheckpointError(path, "was not read back as it was written", "check the disk", tensor=name)
 
 
 def copy_others(source: Source, folder: Path) -> tuple[str, ...]:
