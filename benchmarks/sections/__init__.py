@@ -15,10 +15,12 @@ from sections.guidance import guidance
 from sections.pruning import depthwise, images, language, law, peers, permutation, sentences
 from sections.quality import quality
 from sections.speed import speed
+from sections.streaming import streaming
 from sections.training import training_finetune, training_gpt, training_resnet, training_search, training_teacher
 
 SECTIONS = {
     "solvers.jsonl": speed,
+    "streaming.jsonl": streaming,
     "cpu.jsonl": cpu,
     "gpu_solvers.jsonl": gpu_solvers,
     "gpu_kernels.jsonl": gpu_kernels,
@@ -59,7 +61,7 @@ PAGES = {
     "speed": Page(
         "How fast masks are found",
         "On CPUs the exact solver is more than ten times as fast as every other solver here.",
-        ("solvers.jsonl",),
+        ("solvers.jsonl", "streaming.jsonl"),
     ),
     "masks": Page(
         "What masks keep, and how many there are",
