@@ -108,6 +108,18 @@ def test_unstructured_thresholds_on_hard_numbers(
     assert report.layers[0].gap == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.parametrize("density", ["50%", "0.0001%", "100%"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_unstructured_masks_of_large_weights_are_those_of_the_whole(tmp_path: Path, dtype: torch.dtype, density: str) -> None:
+    weight = (torch.randn(1100, 1024) * 0.02).to(dtype)  # two bands, and many equal numbers in 16 bits
+    source = write_folder(tmp_path / "model", {"a.weight": weight})
+    (result,) = prune_checkpoint(source, tmp_path / "out", density)
+    solution = bisparse.solve(weight.float().abs(), density)
+    assert torch.equal(load_masks(tmp_path / "out")["a.weight"], solution.mask)
+    assert result.gap == pytest.approx(0, abs=1e-12)
+    assert result.value == pytest.approx(solution.value, rel=1e-12)
+
+
 def test_everything_else_is_carried_over(folder: Path, state: State, tmp_path: Path) -> None:
     before = snapshot(folder)
     report = prune_checkpoint(folder, tmp_path / "out", "2:4")

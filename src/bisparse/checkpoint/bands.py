@@ -22,7 +22,7 @@ from bisparse.checkpoint.layer_selection import StoredLayer
 from bisparse.checkpoint.sidecar import SampleTile
 from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
 from bisparse.errors import CheckpointError
-from bisparse.kernels.figures.cpu import kept_and_total, magnitudes, prune_in_place
+from bisparse.kernels.figures.cpu import add_digits, keep_above, kept_and_total, magnitudes, prune_in_place
 from bisparse.pattern import Structure, Unstructured
 from bisparse.results import LayerResult, has_bound
 from bisparse.scores import magnitude
@@ -233,23 +233,28 @@ def _unstructured_chooser(layer: StoredLayer, sums: _Sums) -> Callable[[Band, Fl
     sums.bound = kept * float(threshold.sum(dtype=torch.float64)) if kept else 0.0
 
     def choose(band: Band, scores: Float[Tensor, "..."]) -> Bool[Tensor, "..."]:
+        assert sums.bound is not None
         matrices = to_matrices(scores, band.layout)
         own = slice(band.matrix, band.matrix + matrices.shape[0])
+        if len(matrices) == 1 and (
+            found := keep_above(matrices.reshape(-1), float(threshold[band.matrix]), int(ties[band.matrix]))
+        ):
+            mask, ties[band.matrix], excess = found
+            sums.bound += excess
+            return from_matrices(mask.view_as(matrices), band.layout, band.weight.shape)
         price = threshold[own, None, None]
         mask = matrices > price
         equal = (matrices == price).flatten(1)
         nth = equal.cumsum(1)
         mask |= (equal & (nth <= ties[own, None])).view_as(mask)
         ties[own] = (ties[own] - nth[:, -1]).clamp(min=0)
-        excess = (matrices.double() - price.double()).clamp(min=0)
-        assert sums.bound is not None
-        sums.bound += float(excess.sum())
+        sums.bound += float((matrices.double() - price.double()).clamp(min=0).sum())
         return from_matrices(mask, band.layout, band.weight.shape)
 
     return choose
 
 
-def _bits(scores: Float[Tensor, "B R C"]) -> Int[Tensor, "B R C"]:
+def _bits(scores: Float[Tensor, " S"]) -> Int[Tensor, " S"]:
     """Integers in the order of the scores: the bits of non-negative floats."""
     return scores.contiguous().view(torch.int64 if scores.dtype == torch.float64 else torch.int32)
 
@@ -264,11 +269,15 @@ def _thresholds(layer: StoredLayer, kept: int, count: int) -> tuple[Float[Tensor
     width = 64 if double else 32
     prefix = torch.zeros(count, dtype=torch.int64, device="cpu")
     wanted = torch.full((count,), kept, dtype=torch.int64, device="cpu")
-    for shift in range(width - DIGIT, -1, -DIGIT):
+    last = 16 if layer.tensor.dtype == "BF16" else 0  # all bits below are zero
+    for shift in range(width - DIGIT, last - 1, -DIGIT):
         histogram = torch.zeros(count, 1 << DIGIT, dtype=torch.int64, device="cpu")
         for band in bands(layer.tensor, layer.layout, 1):
-            bits = _bits(to_matrices(_scores(band, layer.tensor), band.layout)).flatten(1)
-            for index, line in enumerate(bits, start=band.matrix):
+            matrices = to_matrices(_scores(band, layer.tensor), band.layout).flatten(1)
+            for index, line in enumerate(matrices, start=band.matrix):
+                if add_digits(line, shift, int(prefix[index]), histogram[index]):
+                    continue
+                line = _bits(line)
                 # The sign bit is never set, so a shift by one more digit than there are leaves zero for all scores.
                 alike = line[(line >> shift >> DIGIT) == prefix[index]]
                 histogram[index] += torch.bincount((alike >> shift) & ((1 << DIGIT) - 1), minlength=1 << DIGIT)
@@ -277,4 +286,5 @@ def _thresholds(layer: StoredLayer, kept: int, count: int) -> tuple[Float[Tensor
         own = digit[:, None]
         wanted = wanted - (at_least.gather(1, own) - histogram.gather(1, own))[:, 0]
         prefix = (prefix << DIGIT) | digit
+    prefix <<= last
     return (prefix if double else prefix.int()).view(torch.float64 if double else torch.float32), wanted

@@ -12,8 +12,10 @@ from bisparse import solve, verify
 from bisparse.gap import Prices, kept_total, tiles_gap
 from bisparse.kernels.figures.cpu import (
     MIN_WEIGHTS,
+    add_digits,
     all_optimal,
     broken_groups,
+    keep_above,
     kept_and_total,
     magnitudes,
     priced_figures,
@@ -246,3 +248,33 @@ def test_magnitudes(dtype: torch.dtype) -> None:
         _, finite = magnitudes(weight) or (None, True)
         assert not finite
     assert magnitudes(weight[:4]) is None and magnitudes(weight.t()) is None
+
+
+@pytest.mark.parametrize("kind", ["Gaussian", "ties", "zeros", "bfloat16", "odd"])
+def test_thresholds_and_what_exceeds_them(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    scores = {
+        "Gaussian": torch.randn(MIN_WEIGHTS, generator=generator).abs(),
+        "ties": torch.randint(0, 4, (MIN_WEIGHTS,), generator=generator).float(),
+        "zeros": torch.zeros(MIN_WEIGHTS),
+        "bfloat16": torch.randn(MIN_WEIGHTS, generator=generator).abs().bfloat16().float(),
+        "odd": torch.rand(MIN_WEIGHTS + 5, generator=generator),
+    }[kind]
+    bits = scores.view(torch.int32).long()
+    for shift, prefix in ((24, 0), (16, int(bits[7] >> 24)), (0, int(bits[7] >> 8)), (8, 1 << 15)):
+        histogram = torch.ones(256, dtype=torch.int64)
+        assert add_digits(scores, shift, prefix, histogram)
+        alike = bits[bits >> shift >> 8 == prefix] >> shift & 255
+        assert torch.equal(histogram - 1, torch.bincount(alike, minlength=256))
+    for price, ties in ((float(scores[3]), 10), (float(scores.max()), 3), (0.0, MIN_WEIGHTS * 2), (float(scores[9]), 0)):
+        found = keep_above(scores, price, ties)
+        assert found is not None
+        mask, left, excess = found
+        equal = scores == price
+        taken = equal & (equal.cumsum(0) <= ties)
+        assert torch.equal(mask, (scores > price) | taken)
+        assert left == ties - int(taken.sum())
+        assert excess == pytest.approx(float((scores.double() - price).clamp(min=0).sum()), rel=1e-12)
+    assert keep_above(scores, math.inf, 0) is None
+    assert keep_above(scores[:100], 0.0, 0) is None
+    assert add_digits(scores.double(), 24, 0, torch.zeros(256, dtype=torch.int64)) is None

@@ -1,4 +1,4 @@
-"""One pass each: magnitudes, a certificate's gap, the score kept, optimal groups, pruning in place, groups that break a pattern.
+"""One pass each: magnitudes, a certificate's gap, the score kept, thresholds, optimal groups, pruning, broken groups.
 
 Plain torch takes a pass over memory per operation, 10 to 50 ns per weight in all; these take 1 to 2. Every function returns
 None where its kernel does not apply: another device or dtype, sides that M does not divide, M above 64, prices beyond 2**40, or
@@ -7,6 +7,7 @@ so few weights that compiling the kernel would cost more than it saves.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
@@ -16,7 +17,16 @@ import torch
 from jaxtyping import Bool, Int, Real, Shaped
 from torch import Tensor
 
-__all__ = ["all_optimal", "broken_groups", "kept_and_total", "magnitudes", "priced_figures", "prune_in_place"]
+__all__ = [
+    "add_digits",
+    "all_optimal",
+    "broken_groups",
+    "keep_above",
+    "kept_and_total",
+    "magnitudes",
+    "priced_figures",
+    "prune_in_place",
+]
 
 MIN_WEIGHTS = 1 << 19
 """Fewer are left to torch."""
@@ -67,6 +77,23 @@ def magnitudes(weight: Shaped[Tensor, "..."]) -> tuple[Tensor, bool] | None:
     scores = torch.empty(weight.shape, dtype=torch.float32, device="cpu")
     largest = _magnitudes_kernel()(bits, scores.view(-1).numpy().view(np.uint32), _sign(bits), 32 - 8 * bits.itemsize)
     return scores, int(largest) < INFINITE
+
+
+def add_digits(scores: Real[Tensor, " S"], shift: int, prefix: int, histogram: Int[Tensor, " D"]) -> bool | None:
+    """Count, by the byte above the lowest `shift` bits, the float32 scores >= 0 whose bits above that byte are `prefix`."""
+    if not _fits(scores) or histogram.dtype != torch.int64 or not histogram.is_contiguous():
+        return None
+    _digits_kernel()(scores.numpy().view(np.uint32), np.uint32(shift), np.uint32(prefix), histogram.numpy())
+    return True
+
+
+def keep_above(scores: Real[Tensor, " S"], price: float, ties: int) -> tuple[Bool[Tensor, " S"], int, float] | None:
+    """Which scores exceed a price or are among the first `ties` that equal it; how many of these are left, and the excess."""
+    if not _fits(scores) or not math.isfinite(price):
+        return None
+    mask = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
+    left, excess = _above_kernel()(scores.numpy(), np.float32(price), ties, _bytes(mask))
+    return mask, int(left), float(excess)
 
 
 def all_optimal(scores: Real[Tensor, "B O I"], mask: Bool[Tensor, "B O I"], n: int, m: int) -> bool | None:
@@ -229,6 +256,48 @@ def _magnitudes_kernel() -> Callable[..., Any]:
         return largest
 
     return _njit(magnitudes)
+
+
+@cache
+def _digits_kernel() -> Callable[..., Any]:
+    def digits(bits, shift, prefix, histogram):  # type: ignore[no-untyped-def]
+        # In turn, since one count cannot be raised again at once; what is not counted has a place too, instead of a branch. Two
+        # shifts, as one by all 32 bits is undefined.
+        apart = np.zeros((4, 257), np.int64)
+        for k in range(len(bits)):
+            high = bits[k] >> shift
+            apart[k & 3, high & np.uint32(255) if high >> np.uint32(8) == prefix else np.uint32(256)] += 1
+        for digit in range(256):
+            for turn in range(4):
+                histogram[digit] += apart[turn, digit]
+
+    return _njit(digits)
+
+
+@cache
+def _above_kernel() -> Callable[..., Any]:
+    def above(scores, price, ties, mask):  # type: ignore[no-untyped-def]
+        excess, whole = np.zeros(LANES), len(scores) - len(scores) % LANES
+        for start in range(0, whole, LANES):
+            equal = 0
+            for k in range(LANES):
+                score = scores[start + k]
+                mask[start + k] = score > price
+                equal += score == price
+                excess[k] += np.float64(max(score, price)) - np.float64(price)
+            if equal and ties > 0:
+                for k in range(start, start + LANES):
+                    if scores[k] == price and ties > 0:
+                        mask[k], ties = 1, ties - 1
+        for k in range(whole, len(scores)):
+            kept = scores[k] > price
+            if scores[k] == price and ties > 0:
+                kept, ties = True, ties - 1
+            mask[k] = kept
+            excess[0] += np.float64(max(scores[k], price)) - np.float64(price)
+        return ties, excess.sum()
+
+    return _njit(above)
 
 
 @cache
