@@ -7,6 +7,8 @@ from jaxtyping import Bool, Real
 from torch import Tensor
 
 from bisparse.kernels.exact.ops import BadScoreError, check_scores, keep_largest
+from bisparse.kernels.figures.cpu import keep_largest_of_all
+from bisparse.kernels.registration import is_plain_on_cpu
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.solution import Certificate, Solution
 from bisparse.solvers import Solver, parse_solver
@@ -143,9 +145,14 @@ def select(matrices: Real[Tensor, "B R C"], pattern: Structure) -> Bool[Tensor, 
     """The best mask of a structure whose groups are independent; of equal scores the one with the lower index is kept."""
     batch, rows, columns = matrices.shape
     if isinstance(pattern, Unstructured):
-        flat = matrices.reshape(batch, rows * columns)
+        flat, kept = matrices.reshape(batch, rows * columns), pattern.kept(rows * columns)
+        if is_plain_on_cpu(flat):
+            exact = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+            lines = [keep_largest_of_all(line, kept) for line in exact]
+            if (found := [line for line in lines if line is not None]) and len(found) == batch:
+                return torch.stack(found).view(batch, rows, columns)
         mask = torch.zeros_like(flat, dtype=torch.bool)
-        best = flat.sort(stable=True, dim=-1, descending=True).indices[:, : pattern.kept(rows * columns)]
+        best = flat.sort(stable=True, dim=-1, descending=True).indices[:, :kept]
         return mask.scatter_(1, best, True).view(batch, rows, columns)
     assert isinstance(pattern, Pattern | Sequential | Paired)
     m, n = pattern.m, pattern.n

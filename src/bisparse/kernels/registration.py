@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["ANY_DEVICE", "HAS_TRITON", "call", "define", "register_kernel"]
+__all__ = ["ANY_DEVICE", "HAS_TRITON", "call", "define", "is_plain_on_cpu", "register_kernel"]
 
 ANY_DEVICE = "CompositeExplicitAutograd"
 """The dispatch key of a specification in plain torch: it runs where no backend has a kernel of its own."""
@@ -51,16 +51,20 @@ def call(operator: str, tensor: Tensor, *arguments: Any) -> Any:
     20 us, as long as the masks of thousands of weights.
     """
     kernel = _ON_CPU.get(operator)
-    if (
-        kernel is None
-        or type(tensor) is not Tensor
-        or not tensor.is_cpu
-        or tensor.requires_grad
-        or tensor.is_neg()  # a view that torch negates only when it is read
-        or torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._get_tracing_state() is not None
-    ):
+    if kernel is None or not is_plain_on_cpu(tensor):
         kernel = getattr(torch.ops.bisparse, operator)
     return kernel(tensor, *arguments)
+
+
+def is_plain_on_cpu(tensor: Tensor) -> bool:
+    """Whether a kernel may read a tensor's memory directly: nothing traces, transforms or intercepts what is computed."""
+    return (
+        type(tensor) is Tensor
+        and tensor.is_cpu
+        and not tensor.requires_grad
+        and not tensor.is_neg()  # a view that torch negates only when it is read
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._get_tracing_state() is None
+    )

@@ -16,6 +16,7 @@ from bisparse.kernels.figures.cpu import (
     all_optimal,
     broken_groups,
     keep_above,
+    keep_largest_of_all,
     kept_and_total,
     magnitudes,
     priced_figures,
@@ -25,6 +26,7 @@ from bisparse.pattern import parse_pattern
 from bisparse.selection_gap import selection_gap
 from bisparse.solution import ScoreRangeError
 from bisparse.solvers import Exact
+from bisparse.tiles import Layout, LayoutKind
 
 ROWS, COLUMNS = 512, MIN_WEIGHTS // 512
 
@@ -278,3 +280,32 @@ def test_thresholds_and_what_exceeds_them(kind: str) -> None:
     assert keep_above(scores, math.inf, 0) is None
     assert keep_above(scores[:100], 0.0, 0) is None
     assert add_digits(scores.double(), 24, 0, torch.zeros(256, dtype=torch.int64)) is None
+
+
+@pytest.mark.parametrize("kind", ["Gaussian", "ties", "zeros", "negative zeros", "bfloat16", "tiny", "huge"])
+@pytest.mark.parametrize("kept", [1, 7, MIN_WEIGHTS // 2, MIN_WEIGHTS - 1, MIN_WEIGHTS])
+def test_the_largest_of_all_are_those_of_a_stable_sort(kind: str, kept: int) -> None:
+    normal = torch.randn(MIN_WEIGHTS, generator=torch.Generator().manual_seed(kept)).abs()
+    scores = {
+        "Gaussian": normal,
+        "ties": (normal * 2).round(),
+        "zeros": torch.zeros(MIN_WEIGHTS),
+        "negative zeros": torch.where(normal > 1, normal, torch.where(normal > 0.5, -0.0, 0.0)),
+        "bfloat16": normal.bfloat16().float(),
+        "tiny": normal * torch.finfo(torch.float32).tiny,
+        "huge": normal * 2.0**120,
+    }[kind]
+    mask = keep_largest_of_all(scores, kept)
+    assert mask is not None
+    best = scores.sort(stable=True, descending=True).indices[:kept]
+    assert torch.equal(mask.nonzero()[:, 0], best.sort().values)
+    matrix, density = scores.view(512, -1), f"{100 * kept / MIN_WEIGHTS:.10g}%"
+    assert torch.equal(solve(matrix, density).mask.view(-1), mask)
+    if kind == "bfloat16":
+        assert torch.equal(solve(matrix.bfloat16(), density).mask.view(-1), mask)
+
+
+def test_each_matrix_has_a_threshold_of_its_own() -> None:
+    scores = torch.stack([torch.rand(512, MIN_WEIGHTS // 512), 10 + torch.rand(512, MIN_WEIGHTS // 512)])
+    mask = solve(scores, "50%", layout=Layout(LayoutKind.EXPERTS)).mask
+    assert mask.sum((1, 2)).tolist() == [MIN_WEIGHTS // 2, MIN_WEIGHTS // 2]

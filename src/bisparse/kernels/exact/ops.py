@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 
 from bisparse.kernels.exact.schema import FAST_BITS, NEEDS_EXACT, BadScoreError, check_scores
-from bisparse.kernels.registration import call
+from bisparse.kernels.registration import call, is_plain_on_cpu
 
 __all__ = [
     "FAST_BITS",
@@ -92,7 +92,7 @@ def prices_of_masks(scores: Float[Tensor, "R C"], mask: Bool[Tensor, "R C"], exa
 
     None where there is no kernel for this, as on a GPU, and if the masks are not optimal.
     """
-    if type(scores) is not Tensor or not scores.is_cpu or scores.is_neg() or not scores.numel():
+    if not is_plain_on_cpu(scores) or not scores.numel():
         return None
     from bisparse.kernels.exact.cpu import prices_2to4
 

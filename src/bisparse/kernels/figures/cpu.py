@@ -22,6 +22,7 @@ __all__ = [
     "all_optimal",
     "broken_groups",
     "keep_above",
+    "keep_largest_of_all",
     "kept_and_total",
     "magnitudes",
     "priced_figures",
@@ -94,6 +95,22 @@ def keep_above(scores: Real[Tensor, " S"], price: float, ties: int) -> tuple[Boo
     mask = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
     left, excess = _above_kernel()(scores.numpy(), np.float32(price), ties, _bytes(mask))
     return mask, int(left), float(excess)
+
+
+def keep_largest_of_all(scores: Real[Tensor, " S"], kept: int) -> Bool[Tensor, " S"] | None:
+    """The largest of all float32 scores >= 0, of equal ones the first, by a threshold that is found byte by byte."""
+    if not _fits(scores) or not 0 < kept <= len(scores):
+        return None
+    prefix, wanted = 0, kept
+    for shift in (24, 16, 8, 0):
+        histogram = torch.zeros(256, dtype=torch.int64, device="cpu")
+        add_digits(scores, shift, prefix, histogram)
+        at_least = histogram.flip(0).cumsum(0).flip(0)
+        digit = int((at_least >= wanted).sum()) - 1
+        wanted -= int(at_least[digit] - histogram[digit])
+        prefix = prefix << 8 | digit
+    found = keep_above(scores, float(np.uint32(prefix).view(np.float32)), wanted)
+    return None if found is None else found[0]
 
 
 def all_optimal(scores: Real[Tensor, "B O I"], mask: Bool[Tensor, "B O I"], n: int, m: int) -> bool | None:
@@ -265,7 +282,7 @@ def _digits_kernel() -> Callable[..., Any]:
         # shifts, as one by all 32 bits is undefined.
         apart = np.zeros((4, 257), np.int64)
         for k in range(len(bits)):
-            high = bits[k] >> shift
+            high = (bits[k] & np.uint32(0x7FFFFFFF)) >> shift
             apart[k & 3, high & np.uint32(255) if high >> np.uint32(8) == prefix else np.uint32(256)] += 1
         for digit in range(256):
             for turn in range(4):
