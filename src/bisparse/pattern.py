@@ -9,6 +9,7 @@ A group is M consecutive entries of one row (or, for the transpose, of one colum
 
 from __future__ import annotations
 
+import math
 import re
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -168,7 +169,7 @@ class Unstructured(Structure):
         broken = torch.zeros((*mask.shape[:-1], 1), dtype=torch.bool, device=mask.device)
         if mask.shape[-2]:
             # Matrix by matrix: twenty times as fast as a sum over dimensions of a bool tensor.
-            held = [one.count_nonzero() for one in mask.reshape(-1, *mask.shape[-2:])]
+            held = [one.count_nonzero() for one in mask.reshape(math.prod(mask.shape[:-2]), *mask.shape[-2:])]
             counts = torch.stack(held).view(mask.shape[:-2]) if held else mask.new_zeros(mask.shape[:-2], dtype=torch.int64)
             broken[..., 0, 0] = counts > self.kept(mask.shape[-2] * mask.shape[-1])
         return broken
