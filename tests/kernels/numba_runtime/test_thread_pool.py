@@ -154,7 +154,8 @@ def test_interruptions_at_any_moment_lose_no_band() -> None:
                 over_bands(count_visits, (visits, starts, 64), 64, 1, 1)
                 calls += 1
         timer.join()
-    assert calls > 0 and (visits >= calls).all()
+    over_bands(count_visits, (visits, starts, 64), 64, 1, 1)  # on a busy machine all others may have been interrupted
+    assert (visits >= calls + 1).all()
     assert they_meet()
 
 
