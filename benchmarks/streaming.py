@@ -3,7 +3,7 @@
     python benchmarks/streaming.py [--patterns 2:4-T 4:8-T 2:4] [--layers 8] [--repeat 7]
 
 Random bfloat16 layers of 4096 x 4096, written to --folder (a temporary one by default) and pruned by `prune_checkpoint`, which
-solves, proves, writes, reads back and verifies. The file is in the system's cache; nothing else should run. One thread solves; a
+solves, proves, writes, reads back and verifies. The file is in the page cache; nothing else should run. One thread solves, a
 second one writes. Medians. Rows go to results/streaming.jsonl.
 """
 

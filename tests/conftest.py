@@ -17,10 +17,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for processes that tests start
 if "PYTHONPATH" in os.environ:  # for processes that tests start, whose working directory is another
     os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(one) for one in os.environ["PYTHONPATH"].split(os.pathsep))
 
-# Temporary files in memory, if there is plenty: waiting for a disk takes up to a third of the time.
-if "TMPDIR" not in os.environ and os.access("/dev/shm", os.W_OK) and shutil.disk_usage("/dev/shm").free > 4 * 2**30:
-    tempfile.tempdir = os.environ["TMPDIR"] = "/dev/shm"
-
 import pytest
 import torch
 import typer.main
@@ -34,6 +30,17 @@ settings.load_profile("fast")
 
 
 ROOT = Path(__file__).parents[1]
+IN_MEMORY = "/dev/shm"
+"""Where temporary files go, if there is plenty of it: waiting for a disk takes up to a third of the time."""
+if (
+    "TMPDIR" not in os.environ  # the workers have it from the process that starts them
+    and os.access(IN_MEMORY, os.W_OK)
+    and shutil.disk_usage(IN_MEMORY).free > 4 * 2**30
+    and not os.statvfs(IN_MEMORY).f_flag & os.ST_NOEXEC
+):
+    tempfile.tempdir = os.environ["TMPDIR"] = OWN_FOLDER = tempfile.mkdtemp(prefix="bisparse-tests-", dir=IN_MEMORY)
+else:
+    OWN_FOLDER = None
 
 
 @pytest.fixture(scope="session")
@@ -88,6 +95,19 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)  # libraries that count their objects at the exit would report what is frozen
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Give the memory of temporary files back, unless a test failed and somebody may want to look at its files."""
+    if OWN_FOLDER is not None and not getattr(config, "some_failed", False):
+        shutil.rmtree(OWN_FOLDER, ignore_errors=True)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """What `pytest_unconfigure` asks."""
+    session.config.some_failed = exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

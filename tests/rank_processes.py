@@ -1,6 +1,6 @@
 """Ranks of a job as processes of their own: a script run once for each, and what each of them wrote.
 
-On Linux they are forked from one process that has imported torch and this package, and has loaded a kernel: an import takes
+On Linux they are forked from one process that has imported torch and this package, and has set up numba: an import takes
 a rank longer than most jobs here.
 """
 
@@ -28,7 +28,7 @@ if sys.platform == "linux":
             "bisparse.accelerate",
             "bisparse.pruning",
             "bisparse.training",
-            "loaded_kernels",
+            "numba_set_up",
         ]
     )
 

@@ -545,3 +545,52 @@ def test_a_copy_of_a_solution_whose_scores_were_changed_knows_that() -> None:
     solution.scores.zero_()
     with pytest.raises(ValueError, match="changed in place"):
         copy.deepcopy(solution).check()
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (8, 4), (4, 64), (2, 4, 4), (4, 4, 3, 3)])
+@pytest.mark.parametrize("numbers", ["exponent 0", "zeros", "ones"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.int64])
+def test_nothing_that_is_asked_of_a_solution_changes_its_scores(shape: tuple[int, ...], numbers: str, dtype: torch.dtype) -> None:
+    # float64 scores whose largest is just below 2**52 are rounded to 52 bits as they are.
+    scores = {
+        "exponent 0": torch.rand(shape, dtype=torch.float64) * 2**51 + 2**51 - 1,
+        "zeros": torch.zeros(shape),
+        "ones": torch.ones(shape),
+    }
+    given = scores[numbers].to(dtype)
+    for pattern in ("2:4-T", "2:4", "50%"):
+        before = given.clone()
+        solution = solve(given, pattern)
+        mask = solution.mask.clone()
+        solution.check()
+        figures = solution.value, solution.gap, solution.bound, solution.retained, solution.relative_gap
+        assert torch.equal(given, before) and torch.equal(solution.mask, mask)
+        assert solution.check() is solution and figures[1] >= 0
+
+
+def test_scores_of_inference_mode_are_checked_outside_of_it() -> None:
+    with torch.inference_mode():
+        scores = torch.rand(64, 64)
+    solution = solve(scores, "2:4-T")
+    assert solution.check().value > 0
+    with torch.inference_mode():
+        inside = solve(torch.rand(64, 64), "2:4-T").check()
+    assert inside.value > 0
+
+
+@pytest.mark.parametrize("exactly", [False, True])
+def test_prices_do_not_depend_on_what_the_mask_was_changed_to(exactly: bool) -> None:
+    scores = torch.rand(8, 64)
+    expected = solve(scores, "2:4-T", Exact(exactly=exactly)).bound
+    for change in (
+        lambda mask: mask.zero_(),
+        lambda mask: mask.fill_(True),
+        lambda mask: mask[0].zero_(),
+        lambda mask: mask[0].fill_(True),
+    ):
+        solution = solve(scores, "2:4-T", Exact(exactly=exactly))
+        kept = solution.mask.clone()
+        change(solution.mask)
+        assert solution.certificate is not None
+        solution.mask.copy_(kept)
+        assert solution.check().bound == pytest.approx(expected, rel=1e-6)

@@ -10,8 +10,9 @@ from sections.markdown import provenance, table, verdict
 ASKED = 150.0
 """Million weights per second of one core, at 2:4-T."""
 
-HOW = """Random bfloat16 layers of 4096 x 4096 in one safetensors file, which the system has in memory. `bisparse prune FOLDER`
-solves, proves, writes, reads back and verifies each band; a second thread writes. `python benchmarks/streaming.py` runs it.
+HOW = """Random bfloat16 layers of 4096 x 4096 in one safetensors file, which is in the page cache. `bisparse prune FOLDER`
+solves, proves and writes each band, writing on a second thread, and then reads each tensor back and verifies it.
+`python benchmarks/streaming.py` runs it.
 """
 
 

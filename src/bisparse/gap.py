@@ -161,7 +161,7 @@ def _slack(band: _Band, rounded: bool) -> Float[Tensor, "M M T"]:
     if scores.is_floating_point():
         numbers = scores.double()
         if rounded:
-            return _times_power(numbers, exponent).round_().sub_(priced)
+            return _times_power(numbers, exponent).round() - priced  # not in place: these may be the caller's numbers
         return _times_power(numbers, exponent.clamp(min=0)) - _times_power(priced.double(), (-exponent).clamp(min=0))
     shift = (-exponent).clamp(min=0)
     if not bool(shift.any()):

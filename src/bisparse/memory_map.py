@@ -13,8 +13,8 @@ from torch import Tensor, nn
 __all__ = ["mapped_ids", "memory_of", "read_only_ids"]
 
 MAPS = Path("/proc/self/maps")
-READ_ONLY = re.compile(r"\S+ r-")
-PRIVATE_FILE = re.compile(r"\S+ rw-p [0-9a-f]+ [0-9a-f:]+ [1-9]\d*\s+/")
+READ_ONLY = re.compile(rb"\S+ r-")
+PRIVATE_FILE = re.compile(rb"\S+ rw-p [0-9a-f]+ [0-9a-f:]+ [1-9]\d*\s+/")
 
 
 def memory_of(tensor: Tensor) -> tuple[int, int] | None:
@@ -38,7 +38,7 @@ def read_only_ids(tensors: Iterable[Tensor]) -> set[int]:
     return _lie_in(tensors, READ_ONLY)
 
 
-def _lie_in(tensors: Iterable[Tensor], kind: re.Pattern[str]) -> set[int]:
+def _lie_in(tensors: Iterable[Tensor], kind: re.Pattern[bytes]) -> set[int]:
     """Ids of the tensors that are within one mapping of a kind.
 
     Mappings change while a process runs, so they are read for each call: some milliseconds in a process with many libraries.
@@ -47,16 +47,16 @@ def _lie_in(tensors: Iterable[Tensor], kind: re.Pattern[str]) -> set[int]:
     if not places:
         return set()
     try:
-        lines = MAPS.read_text(encoding="utf-8", errors="replace").splitlines()  # by rising addresses
+        lines = MAPS.read_bytes().split(b"\n")[:-1]  # by rising addresses; a name may hold any other character
     except OSError:
         return set()
     found = set()
     for key, (start, end) in places.items():
         number = bisect_right(lines, start, key=_start) - 1
-        if number >= 0 and kind.match(lines[number]) and end <= int(lines[number].split(" ", 1)[0].partition("-")[2], 16):
+        if number >= 0 and kind.match(lines[number]) and end <= int(lines[number].split(b" ", 1)[0].partition(b"-")[2], 16):
             found.add(key)
     return found
 
 
-def _start(line: str) -> int:
-    return int(line.partition("-")[0], 16)
+def _start(line: bytes) -> int:
+    return int(line.partition(b"-")[0], 16)

@@ -94,8 +94,7 @@ class Solution:
         known = self.__dict__
         if self.scores.is_inference():  # whose changes torch does not count
             known["scores"] = self.scores.clone()
-        else:
-            known["_version"] = self.scores._version
+        known["_version"] = _version_of(self.scores)
 
     def __str__(self) -> str:
         shape = " x ".join(map(str, self.mask.shape))

@@ -66,3 +66,12 @@ def test_an_error_of_the_block_is_raised_when_the_call_that_runs_has_ended() -> 
         raise KeyboardInterrupt
     assert seen == ["first"]
     assert threading.active_count() <= threads
+
+
+def test_calls_are_made_at_once_while_python_shuts_down() -> None:
+    seen: list[int] = []
+    with InBackground() as background:
+        background.call(lambda: seen.append(0))
+        background._pool.shutdown(wait=False)  # as the interpreter does: no call can be submitted from then on
+        background.call(lambda: seen.append(1))
+        assert seen == [0, 1]

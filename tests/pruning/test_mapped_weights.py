@@ -209,3 +209,14 @@ def test_the_memory_is_that_of_some_layers(tmp_path):
     before = private()
     prune_(model, "2:4", "wanda", batches)
     assert private() - before < size / 3
+
+
+@pytest.mark.parametrize("name", ["w\x0c7f00-7fff r-.bin", "x\u2028y.bin", "line\x85.bin", "ret\rurn.bin"])
+def test_files_of_any_name_are_mapped_and_pruned(tmp_path, name):
+    model = mapped(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / name)
+    with safe_open(tmp_path / name, framework="pt") as file:
+        model.load_state_dict({one: file.get_tensor(one) for one in file.keys()}, assign=True)  # noqa: SIM118
+    assert all(map(is_mapped, model.parameters()))
+    prune_(model, "2:4", "wanda", BATCHES)
+    prune_(model, "2:4")

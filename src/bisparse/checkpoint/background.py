@@ -10,14 +10,16 @@ from types import TracebackType
 __all__ = ["InBackground"]
 
 WAITING = 2
-"""Calls that may wait, with what they hold in memory."""
+"""Calls that may be unfinished at once; each keeps its data in memory."""
 
 
 class InBackground:
     """Makes calls one after another on one thread.
 
-    Inside a ``with`` block, `call` returns at once unless `WAITING` calls are behind. The error of a call is raised by a later
-    `call` or at the end of the block, which waits for all calls; if the block raises, calls that have not started are left out.
+    Inside a ``with`` block, `call` returns at once unless `WAITING` calls are unfinished. The error of a call is raised by a
+    later `call` or at the end of the block, which waits for all calls; those behind it may run all the same. If the block raises,
+    calls that have not started are left out, and errors of calls are not reported. While Python shuts down, when no thread can be
+    started, calls are made at once.
     """
 
     def __init__(self) -> None:
@@ -28,7 +30,12 @@ class InBackground:
         """Make this call after those before it."""
         while len(self._behind) >= WAITING or (self._behind and self._behind[0].done()):
             self._behind.popleft().result()
-        self._behind.append(self._pool.submit(function))
+        try:
+            self._behind.append(self._pool.submit(function))
+        except RuntimeError:  # Python shuts down
+            while self._behind:
+                self._behind.popleft().result()
+            function()
 
     def __enter__(self) -> InBackground:
         return self

@@ -36,8 +36,11 @@ UNBOUNDED = 0x7F800000
 """The bit pattern of infinity: those of NaN and, unsigned, of -0.0 and of negative numbers are larger."""
 
 
-def _limits(b: Any, q: list[Any], words: list[Any], exactly: bool) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
-    """What a mask allows: u_i - w_j and w_j - u_i at most, entry by entry; u_i and, for columns, -w_j at most, line by line."""
+def _limits(b: Any, q: list[Any], words: list[Any], exactly: bool) -> tuple[tuple[list[Any], ...], Any]:
+    """What a mask allows, and which masks are infeasible.
+
+    Allowed are, at most, u_i - w_j and w_j - u_i, entry by entry; u_i and, for columns, -w_j, line by line.
+    """
     far, zero, one = (number(I32, WIDTH, value) for value in (FAR, 0, 1))
     up, down, kept = [], [], []
     for row in range(4):
@@ -47,12 +50,11 @@ def _limits(b: Any, q: list[Any], words: list[Any], exactly: bool) -> tuple[list
             up.append(b.select(held, q[4 * row + column], far))
             down.append(b.select(held, far, b.sub(zero, q[4 * row + column])))
             kept.append(bit)
-    if exactly:
-        return up, down, [far] * 4, [far] * 4
     two = number(I32, WIDTH, 2)
-    lines = [[kept[4 * row + column] for column in range(4)] for row in range(4)], [kept[column::4] for column in range(4)]
-    rows, columns = ([b.select(b.icmp_signed("<", reduce(b.add, line), two), zero, far) for line in side] for side in lines)
-    return up, down, rows, columns
+    sums = [reduce(b.add, line) for line in (*(kept[4 * row : 4 * row + 4] for row in range(4)), *(kept[k::4] for k in range(4)))]
+    infeasible = reduce(b.or_, [b.icmp_signed("!=" if exactly else ">", one, two) for one in sums])
+    slack = [far if exactly else b.select(b.icmp_signed("<", one, two), zero, far) for one in sums]
+    return (up, down, slack[:4], slack[4:]), infeasible
 
 
 def _shorter(b: Any, nodes: list[Any], limits: tuple[list[Any], ...], exactly: bool) -> list[Any]:
@@ -84,7 +86,7 @@ def _price_tiles(exactly: bool) -> Any:
         entries = [row_of(b, offset, stride, row) for row in range(4)]
         four = ir.Constant(I64, 4)
         held = [_by_lane(b, load(b, words, b.udiv(entry, four), I32, WIDTH)) for entry in entries]
-        limits = _limits(b, q, held, exactly)
+        limits, infeasible = _limits(b, q, held, exactly)
         places = [cgutils.alloca_once(b, LANES_I32) for _ in range(9)]
         for place in places:
             b.store(none, place)
@@ -104,7 +106,7 @@ def _price_tiles(exactly: bool) -> Any:
         for side, first in ((u, tile), (v, b.add(tile, tiles))):
             for k, part in enumerate(transposed(b, side)):
                 store(b, part, prices, at(b, b.mul(first, four), WIDTH * k))
-        bad = b.zext(b.icmp_unsigned(">=", largest, number(I32, WIDTH, UNBOUNDED)), LANES_I32)
+        bad = b.zext(b.or_(infeasible, b.icmp_unsigned(">=", largest, number(I32, WIDTH, UNBOUNDED))), LANES_I32)
         return b.or_(b.load(unsettled), call_llvm(b, f"llvm.vector.reduce.or.v{WIDTH}i32", I32, [bad]))
 
     def typing(
@@ -180,8 +182,8 @@ def prices_of_masks(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
     """Row and column prices (tiles, 4) and exponents, int32, of 2:4-T masks of float32 scores (rows, columns) >= 0.
 
-    None if a mask is not optimal for the scores as rounded to 24 bits of each tile's largest, for scores that are NaN, infinite,
-    negative or -0.0, and for matrices narrower than the vectors. Tiles must not be coarse.
+    None if a mask is infeasible, or not optimal for the scores as rounded to 24 bits of each tile's largest, for scores that are
+    NaN, infinite, negative or -0.0, and for matrices narrower than the vectors. Tiles must not be coarse.
     """
     rows, columns = scores.shape
     if columns < 4 * WIDTH:
