@@ -1,8 +1,8 @@
 """Prunes or checks a stored weight in bands of rows, so that memory does not grow with its size.
 
 The rows of a band are a multiple of M, so tiles and groups do not cross bands, and the mask is the one that `solve` finds for
-the whole weight; of equal scores at the threshold of a transposed unstructured weight, others may be kept. Only unstructured masks couple a whole matrix: their threshold is found first, digit by digit of the scores'
-bits, in passes over the file.
+the whole weight. Only unstructured masks couple a whole matrix: their threshold is found first, digit by digit of the scores'
+bits, in passes over the file. Of scores equal to the threshold, a transposed weight may keep others than `solve` does.
 """
 
 from __future__ import annotations
