@@ -473,6 +473,33 @@ def test_stopped_by_a_signal_nothing_is_left(tmp_path: Path, number: signal.Sign
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+BECOMES_ANOTHER_ERROR = """
+import os, signal, typer
+from bisparse.cli.console import command, run_app
+signal.signal(signal.SIGINT, signal.default_int_handler)
+app = typer.Typer()
+@app.command()
+@command
+def job() -> None:
+    try:
+        os.kill(os.getpid(), {number})
+        signal.pause()
+    except BaseException:
+        raise {error} from None
+run_app(app)
+"""
+
+
+@posix
+@pytest.mark.parametrize("error", ["OSError(9, 'Bad file descriptor')", "ValueError('could not determine the shape')"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "terminate"])
+def test_a_signal_that_becomes_another_error_is_reported_as_the_signal(error: str, number: signal.Signals, code: int) -> None:
+    program = BECOMES_ANOTHER_ERROR.format(error=error, number=int(number))
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert "interrupted" in done.stderr or "stopped by SIGTERM" in done.stderr
+
+
 @posix
 def test_a_terminal_sees_a_bar_with_an_eta(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "xterm")

@@ -36,6 +36,8 @@ __all__ = [
 P = ParamSpec("P")
 _given: list[str] = []
 _complete: list[Path] = []
+_signals: list[int] = []
+"""Signals that have asked this process to end."""
 _quiet = False
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
@@ -107,7 +109,13 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
     def guarded(*args: P.args, **kwargs: P.kwargs) -> None:
         as_json = bool(kwargs.get("as_json"))
         try:
-            function(*args, **kwargs)
+            try:
+                function(*args, **kwargs)
+            except Exception as error:
+                # On its way through foreign code and cleanups a signal can become any error, such as a bad file descriptor.
+                if _signals:
+                    raise (SystemExit(TERMINATED) if signal.SIGTERM in _signals else KeyboardInterrupt) from error
+                raise
         except KeyboardInterrupt:
             fail(f"interrupted; {_left_behind(kwargs.get('resume'))}", INTERRUPTED, as_json=as_json)
         except MemoryError:
@@ -202,9 +210,16 @@ def run_app(app: typer.Typer) -> None:
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         # A launcher may send it again, which must not interrupt the cleanup.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _signals.append(number)
         raise SystemExit(TERMINATED)
 
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        _signals.append(number)
+        raise KeyboardInterrupt
+
     signal.signal(signal.SIGTERM, stop)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         app()
     except KeyboardInterrupt:
