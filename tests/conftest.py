@@ -39,6 +39,7 @@ if (
     and not os.statvfs(IN_MEMORY).f_flag & os.ST_NOEXEC
 ):
     tempfile.tempdir = os.environ["TMPDIR"] = OWN_FOLDER = tempfile.mkdtemp(prefix="bisparse-tests-", dir=IN_MEMORY)
+    os.chmod(OWN_FOLDER, 0o755)  # some tests become another user
 else:
     OWN_FOLDER = None
 
