@@ -90,7 +90,7 @@ def exact_solve(
 def prices_of_masks(scores: Float[Tensor, "R C"], mask: Bool[Tensor, "R C"], exactly: bool) -> Prices | None:
     """Prices that prove 2:4-T masks optimal, of float32 scores without coarse tiles: a quarter of `exact_solve`'s time.
 
-    None where there is no kernel for this, as on a GPU, and if the masks are not optimal.
+    None where there is no kernel for this, as on a GPU and for narrow matrices, and if a mask is infeasible or not optimal.
     """
     if not is_plain_on_cpu(scores) or not scores.numel():
         return None

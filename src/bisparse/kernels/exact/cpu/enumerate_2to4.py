@@ -31,6 +31,7 @@ from bisparse.kernels.numba_runtime.llvm import F32, I8, I32, I64, at, call_llvm
 __all__ = [
     "FEW",
     "LANES_I32",
+    "LANE_OF_TILE",
     "TAGS",
     "TAG_BITS",
     "WIDTH",

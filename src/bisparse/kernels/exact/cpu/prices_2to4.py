@@ -2,7 +2,7 @@
 
 Complementary slackness, with w = -v, is a system of differences: u_i <= w_j + q_ij where the mask keeps, w_j <= u_i - q_ij where
 it does not; for "at most 2" also w_j <= 0 <= u_i, with equality where a column or row keeps fewer. Lengths of shortest paths in
-the graph of these differences solve it; they exist if and only if the mask is optimal for the integer scores q.
+the graph of these differences solve it; for a feasible mask they exist if and only if it is optimal for the integer scores q.
 
 Source: Ahuja, Magnanti, Orlin, Network Flows (1993), sections 5.4 and 9.2.
 """
@@ -19,7 +19,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from bisparse.kernels.exact.cpu.enumerate_2to4 import LANES_I32, WIDTH, in_order, quantiser, transposed
+from bisparse.kernels.exact.cpu.bands import UNBOUNDED
+from bisparse.kernels.exact.cpu.enumerate_2to4 import LANE_OF_TILE, LANES_I32, WIDTH, in_order, quantiser, transposed
 from bisparse.kernels.numba_runtime.cache import cached_njit
 from bisparse.kernels.numba_runtime.llvm import I32, I64, at, call_llvm, data_of, load, number, row_of, smaller, store
 from bisparse.kernels.numba_runtime.memory import empty
@@ -30,10 +31,8 @@ __all__ = ["prices_of_masks"]
 FAR = 1 << 28
 """More than the length of any path, of at most 8 scores of 24 bits."""
 ROUNDS = 10
-"""Among 9 nodes, paths that still get shorter in the ninth round have no end: the mask is not optimal."""
+"""Shortest paths among 9 nodes are found in fewer; if some get shorter in the last one, the mask is not optimal."""
 NOT_PROVED = 1
-UNBOUNDED = 0x7F800000
-"""The bit pattern of infinity: those of NaN and, unsigned, of -0.0 and of negative numbers are larger."""
 
 
 def _limits(b: Any, q: list[Any], words: list[Any], exactly: bool) -> tuple[tuple[list[Any], ...], Any]:
@@ -120,8 +119,7 @@ def _price_tiles(exactly: bool) -> Any:
 
 def _by_lane(b: Any, words: Any) -> Any:
     """One word per tile, tiles in order, in the lanes of `LANE_OF_TILE`."""
-    quarters = WIDTH // 4
-    place = [lane // 4 + quarters * (lane % 4) for lane in range(WIDTH)]
+    place = [LANE_OF_TILE.index(lane) for lane in range(WIDTH)]
     return b.shuffle_vector(words, ir.Constant(LANES_I32, ir.Undefined), ir.Constant(LANES_I32, place))
 
 
