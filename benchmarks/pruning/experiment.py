@@ -47,6 +47,7 @@ RECONSTRUCTIONS = {
     ", then blocks": BlockReconstruction(epochs=1),
     ", then blocks, up to 8 epochs": BlockReconstruction(epochs=8),
     ", then the network": NetworkReconstruction(epochs=2),
+    ", then the network on more": NetworkReconstruction(epochs=1),
     ", then blocks, then the network on more": NetworkReconstruction(epochs=1, blocks=BlockReconstruction(epochs=1)),
     ", then blocks, then the network": NetworkReconstruction(epochs=2, blocks=BlockReconstruction(epochs=1)),
 }
