@@ -107,6 +107,15 @@ def test_the_note_has_the_divergence_on_the_held_out_batches() -> None:
     assert note.endswith(ending)
 
 
+def test_without_a_terminal_progress_names_each_part_of_the_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    model, batches = case()
+    prune_(model, "2:4", Wanda(), batches, reconstruction=NetworkReconstruction(epochs=1), progress=True)
+    said = [line.split("  ", 1)[1].split() for line in capsys.readouterr().err.splitlines()]
+    parts = [" ".join(words) for words in said if words[-1] == "done"]
+    judged = "100 % judging the whole network done"
+    assert parts == ["100 % calibrating done", judged, "100 % fitting the whole network done", judged]
+
+
 def test_more_data_than_the_layers_have_brings_the_network_closer() -> None:
     dense, batches = case()
     own = [{"input_ids": torch.randint(TOKENS, (8, 12))} for _ in range(170)]

@@ -175,7 +175,7 @@ class Job:
         if how is None or not self.results:
             return
         layers = [layer for layer in self.layers if layer.name in self.results]
-        each = showing(self.options.progress, "fitting the network")
+        each = showing(self.options.progress)
         data = self.data if how.batches is None else how.batches
         with evaluating(self.model):
             dense = dense_copy(self.model, self.original)

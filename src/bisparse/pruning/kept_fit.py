@@ -61,7 +61,7 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
             order = [block.fit[place] for place in torch.randperm(len(block.fit), generator=generator, device="cpu").tolist()]
             if epoch < state.epoch:
                 continue
-            for step, index in enumerate(block.each(order[state.step :]), start=state.step):
+            for step, index in enumerate(block.each(order[state.step :], f"fitting {block.name}"), start=state.step):
                 for group, size in zip(adam.param_groups, sizes, strict=True):
                     group["lr"] = learning_rate * size * _rate(step, len(order))
                 distance, energy = _distance(block, index)
@@ -179,7 +179,7 @@ def _distance(block: FinishedBlock, index: int) -> tuple[Float[Tensor, ""], Floa
 
 def _error(block: FinishedBlock) -> float:
     with torch.no_grad():
-        pairs = [_distance(block, index) for index in block.judge]
+        pairs = [_distance(block, index) for index in block.each(block.judge, f"judging {block.name}")]
         total, energy = (float(sum(one.double() for one in column)) for column in zip(*pairs, strict=True))
     if energy <= 0:
         if block.classes:

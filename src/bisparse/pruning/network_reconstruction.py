@@ -97,7 +97,7 @@ def finished_network(
     layers: Sequence[Layer],
     data: Sequence[Any],
     forward: Callable[[nn.Module, Any], Any] | None,
-    each: Callable[[Sequence[int]], Iterable[int]] = iter,
+    each: Callable[[Sequence[int], str], Iterable[int]] = lambda batches, what: batches,
     stored: StoredFit | None = None,
 ) -> FinishedBlock:
     """A pruned network and its dense copy, both in eval mode, as `NetworkReconstruction` compares them.

@@ -102,7 +102,7 @@ def calibrate(
     # Raw inputs are too large to send: each rank runs all of the data instead.
     ranks = ranks or Ranks()
     shared = Data(data, needs, ranks if Statistic.INPUTS not in needs else Ranks(), options.expert_floor)
-    hidden, lines = _shown(options.progress) if ranks.rank == 0 else (True, None)
+    hidden, lines = _shown(options.progress, "calibrating") if ranks.rank == 0 else (True, None)
     bar = tqdm(total=len(layers), desc="calibrating", unit="layer", disable=hidden, smoothing=0.1)
     with evaluating(model), bar:
         passed = len(done)
@@ -134,23 +134,25 @@ def calibrate(
             lines("", len(layers), len(layers))
 
 
-def _shown(progress: bool | None) -> tuple[bool | None, ProgressLines | None]:
+def _shown(progress: bool | None, heading: str) -> tuple[bool | None, ProgressLines | None]:
     """Whether the bar is hidden (None: where there is no terminal), and the lines that take its place."""
     notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
     if progress and not notebook and not sys.stderr.isatty():
-        return True, ProgressLines("calibrating")
+        return True, ProgressLines(heading)
     return (None if progress is None else not progress), None
 
 
-def showing(progress: bool | None, what: str) -> Callable[[Sequence[int]], Iterator[int]]:
-    """A function that iterates over batches and shows the progress, as `calibrate` does."""
-    hidden, lines = _shown(progress)
+def showing(progress: bool | None) -> Callable[[Sequence[int], str], Iterator[int]]:
+    """A function that iterates over batches and shows the progress of what is done with them, as `calibrate` does."""
 
-    def each(batches: Sequence[int]) -> Iterator[int]:
+    def each(batches: Sequence[int], what: str) -> Iterator[int]:
+        hidden, lines = _shown(progress, what)
         for done, index in enumerate(tqdm(batches, desc=what, unit="batch", disable=hidden, smoothing=0.1)):
             if lines:
-                lines(what, done, len(batches))
+                lines("", done, len(batches))
             yield index
+        if lines:
+            lines("", len(batches), len(batches))
 
     return each
 

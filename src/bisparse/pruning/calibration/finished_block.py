@@ -42,8 +42,8 @@ class FinishedBlock:
     """Batches held out."""
     classes: bool = False
     """Whether outputs are logits of classes, compared by their probabilities."""
-    each: Callable[[Sequence[int]], Iterable[int]] = iter
-    """Iterates over the batches of an epoch; shows the progress of long fits."""
+    each: Callable[[Sequence[int], str], Iterable[int]] = lambda batches, what: batches
+    """Iterates over batches; shows the progress of long fits, and what is done: "fitting" or "judging", and the name."""
     stored: StoredFit | None = None
     """Stores the state of long fits."""
 
