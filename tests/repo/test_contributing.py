@@ -40,7 +40,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, li
     Each example is added twice: with its line, and under another name without one.
     """
     folder = tmp_path_factory.mktemp("contributed")
-    ignored = shutil.ignore_patterns("__pycache__")
+    ignored = shutil.ignore_patterns("*.nbi", "*.nbc")
     shutil.copytree(ROOT / "tests", folder / "tests", ignore=ignored)
     shutil.copytree(ROOT / "src", folder / "src", ignore=ignored)
     for part in COMPILED:
