@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bisparse.pruning import CalibrationError, fold_batch_norms_, reestimate_batch_norms_
+from bisparse import prune_, verify
+from bisparse.pruning import BiasCorrection, CalibrationError, fold_batch_norms_, reestimate_batch_norms_
 
 
 class Residual(nn.Module):
@@ -90,3 +91,27 @@ def test_a_layer_whose_output_is_used_twice_keeps_its_norm() -> None:
     assert sorted(fold_batch_norms_(one, x)) == ["b", "fc"]
     assert isinstance(one.na, nn.BatchNorm2d) and one.a.bias is None
     torch.testing.assert_close(one(x), before, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("positions", [8, 5])
+@pytest.mark.parametrize("kind", ["linear on positions", "convolution without a batch"])
+@pytest.mark.parametrize("method", ["adaprune", "alps", BiasCorrection("wanda")], ids=["adaprune", "alps", "bias"])
+def test_a_norm_of_another_axis_than_the_outputs_is_no_bias(positions: int, kind: str, method: object) -> None:
+    """The norm after a Linear layer on (B, positions, features) is one of positions, also where there are as many as outputs."""
+    torch.manual_seed(0)
+    if kind == "linear on positions":
+        first, shape, last = nn.Linear(16, 8, bias=False), (8, positions, 16), 8
+    else:
+        first, shape, last = nn.Conv1d(16, 8, 1, bias=False), (16, positions), positions
+    network = nn.Sequential(first, nn.BatchNorm1d(positions), nn.ReLU(), nn.Linear(last, 8))
+    norm = network[1]
+    nn.init.normal_(norm.running_mean)
+    norm.running_var.uniform_(0.5, 2)
+    network.eval()
+    batches = [torch.randn(shape) for _ in range(6)]
+    before = copy.deepcopy(network)
+    prune_(network, "1:4", method, batches, include=["0"])  # type: ignore[arg-type]
+    assert verify(network[0].weight, "1:4")
+    for name, buffer in norm.named_buffers():
+        assert torch.equal(buffer, before[1].get_buffer(name))
+    assert fold_batch_norms_(before, batches[0]) == []

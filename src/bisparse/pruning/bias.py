@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.hooks import call_model
@@ -67,21 +68,28 @@ def norms_after(
 ) -> dict[str, nn.Module]:
     """By layer, the batch norm whose input is the layer's output, found by running one batch.
 
-    Norms of several layers, and layers that are called more than once, are left out.
+    Norms of several layers, layers that are called more than once, and norms of another axis than the layer's outputs, such as
+    of the positions that a Linear layer is applied to, are left out.
     """
     if not any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules()):
         return {}  # running the model would keep the outputs of all layers in memory
-    by_module = {id(layer.module): layer.name for layer in layers}
+    by_module = {id(layer.module): layer.name for layer in layers if layer.parameter == "weight"}
     outputs: list[tuple[str, Tensor]] = []
     pairs: list[tuple[str, nn.Module]] = []
+    per_output: set[str] = set()
 
     def after(module: nn.Module, _: Any, output: Any) -> None:
         if isinstance(output, Tensor):
-            outputs.append((by_module[id(module)], output))
+            name = by_module[id(module)]
+            outputs.append((name, output))
+            # A batch norm's axis is 1: channels, if a convolution has a batch; outputs of a Linear layer only if there are two axes.
+            axes = module.weight.ndim if isinstance(module, _ConvNd) else 2
+            if output.ndim == axes:
+                per_output.add(name)
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         if args:
-            pairs.extend((name, module) for name, output in outputs if output is args[0])
+            pairs.extend((name, module) for name, output in outputs if output is args[0] and name in per_output)
 
     handles = []
     for module in model.modules():
