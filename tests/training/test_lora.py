@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from bisparse import PatternError, finalize_, prune_, solve, sparsify_, verify
-from bisparse.training import merge_lora_
+from bisparse.training import merge_lora_, merged_weight
 
 
 class Conv1D(nn.Module):
@@ -129,3 +129,25 @@ def test_what_is_not_w_plus_b_a_is_refused_before_anything_is_changed(change):
     with pytest.raises(PatternError if change is rewritten else ValueError, match=f"1.*{REFUSED[change]}"):
         merge_lora_(model, "4:8-T")
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-60, 1e200])
+def test_float64_weights_are_merged_in_float64(size: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(8, 8, dtype=torch.float64) * size
+    weight *= solve((weight / size).abs(), "2:4").mask
+    a, b = torch.randn(2, 8, dtype=torch.float64) * size, torch.randn(8, 2, dtype=torch.float64)
+    same = merged_weight(weight, a, torch.zeros(8, 2), 1.0, "2:4")
+    assert torch.equal(same.weight, weight)
+    assert same.lost == 0
+    merged = merged_weight(weight, a, b, 1.0, "2:4")
+    torch.testing.assert_close(merged.weight, torch.where(weight != 0, weight + b @ a, 0), rtol=1e-14, atol=0)
+    assert 0 < merged.lost < 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_a_merged_weight_that_is_not_finite_is_refused(dtype: torch.dtype) -> None:
+    weight = torch.ones(4, 4, dtype=dtype) * solve(torch.rand(4, 4), "2:4").mask
+    huge = torch.full((1, 4), torch.finfo(dtype).max, dtype=dtype)
+    with pytest.raises(ValueError, match=r"first: W \+ s B A has NaN or infinite"):
+        merged_weight(weight, huge, torch.full((4, 1), 4.0, dtype=dtype), 1.0, "2:4", name="first")

@@ -94,7 +94,13 @@ def _merge(
             f"{name or 'adapter'}: A of shape {tuple(a.shape)} and B of {tuple(b.shape)} do not fit a weight of "
             f"{tuple(weight.shape)}; expected (rank, {inside}) and ({out}, rank)"
         )
-    merged = (weight.float() + scaling * (b.float() @ a.float())).to(weight.dtype)
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    merged = (weight.to(precise) + scaling * (b.to(precise) @ a.to(precise))).to(weight.dtype)
+    if not bool(torch.isfinite(merged).all()):
+        raise ValueError(
+            f"{name or 'adapter'}: W + s B A has NaN or infinite values in {str(weight.dtype).removeprefix('torch.')}, so it was "
+            "not merged; check the weight, A, B and the scaling"
+        )
     if new_mask:
         mask = solve(merged.abs(), pattern).mask
     else:
@@ -104,8 +110,12 @@ def _merge(
             raise PatternError(f"{error}. {REWRITTEN}, or pass new_mask=True") from error
         mask = weight != 0 if mask is None else mask
     kept = torch.where(mask, merged, 0)
-    norm = merged.float().norm()
-    return MergedAdapter(name, kept, mask, float((merged - kept).float().norm() / norm) if norm > 0 else 0.0)
+    # Relative to the largest entry, since squares of float64 weights may be too large or too small for float64.
+    largest = merged.abs().amax().to(precise) if merged.numel() else merged.new_zeros((), dtype=precise)
+    if largest == 0:
+        return MergedAdapter(name, kept, mask, 0.0)
+    scaled, lost = merged.to(precise) / largest, (merged - kept).to(precise) / largest
+    return MergedAdapter(name, kept, mask, float(lost.norm() / scaled.norm()))
 
 
 @torch.no_grad()
@@ -175,8 +185,9 @@ def _merged(name: str, layer: Any, adapters: list[str], pattern: Structure, new_
     if isinstance(layer, MaskedPeft):
         own, mask = layer.merged_weight(), layer.base_mask()
         return _trained_under_mask(name, *((own.T, mask.T) if is_conv1d(base) else (own, mask)), pattern)
-    a = torch.cat([float(layer.scaling[adapter]) * layer.lora_A[adapter].weight.float() for adapter in adapters])
-    b = torch.cat([layer.lora_B[adapter].weight.float() for adapter in adapters], 1)
+    precise = torch.promote_types(weight.dtype, torch.float32)
+    a = torch.cat([float(layer.scaling[adapter]) * layer.lora_A[adapter].weight.to(precise) for adapter in adapters])
+    b = torch.cat([layer.lora_B[adapter].weight.to(precise) for adapter in adapters], 1)
     return _merge(weight, a, b, 1.0, pattern, mask, new_mask=new_mask, name=name)
 
 
