@@ -207,6 +207,10 @@ def test_stacks_of_experts_go_by_evidence(
         ("any", (16, 8, 3, 3), 16, "conv"),
         ("any", (8, 8, 3, 3), None, "conv"),
         ("reader", (16, 2, 3, 3), 16, None),
+        ("any", (24, 4, 3, 3), 8, "conv-transposed, 2 groups"),
+        ("any", (24, 4, 3, 3), 10, None),
+        ("any", (24, 4, 3, 3), 20, None),
+        ("deconv", (16, 4, 4, 4), 16, None),
         ("any", (8, 3, 3, 8), None, None),
     ],
 )

@@ -24,6 +24,8 @@ CONV1D_ARCHITECTURES = ("GPT2", "OpenAIGPT", "ImageGPT", "DecisionTransformer", 
 CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
 """Models that use GPT-2's `Conv1D`, which stores (inputs, outputs), and the names of those layers."""
 
+GIVE_LAYOUT = "give its layout: 'conv' or 'conv-transposed'"
+
 INPUTS_FIRST_EXPERTS = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter")
 """Models that store experts as (E, inputs, outputs), in case the sizes do not show it."""
 GROUPS_BY_MODEL = {"mgp-str": 8}
@@ -235,18 +237,29 @@ class FileEvidence:
 
     def _oriented(self, layer: str, shape: tuple[int, ...], bias: int | None) -> Kind:
         """A plain or transposed convolution, by its bias, otherwise by its name and kernel."""
-        if bias is not None and (bias == shape[0]) != (bias == shape[1]):
+        by_name = is_transposed_by_name(layer, shape[2:])
+        if bias is not None and bias not in shape[:2]:
+            # Transposed with groups: (C_in, C_out / groups, *kernel).
+            groups, rest = divmod(bias, shape[1])
+            if rest or shape[0] % max(1, groups):
+                return Kind(uncertain=f"its bias of {bias} fits no convolution of shape {shape}; {GIVE_LAYOUT}")
+            return Kind(refused=DEPTHWISE) if groups == shape[0] else Kind(Layout(LayoutKind.CONV_TRANSPOSED, groups=groups))
+        if bias is not None and shape[0] != shape[1]:
             is_transposed: bool | None = bias == shape[1]
+            if not is_transposed and by_name and shape[0] % shape[1] == 0:
+                return Kind(
+                    uncertain="its bias is that of a plain convolution, or of a transposed one with "
+                    f"{shape[0] // shape[1]} groups, as its name says; {GIVE_LAYOUT}"
+                )
         else:
-            is_transposed = is_transposed_by_name(layer, shape[2:])
+            is_transposed = by_name
             norm = self._norm_after(layer)
             if is_transposed is None and (norm == shape[0]) != (norm == shape[1]):
                 is_transposed = norm == shape[1]
         if is_transposed is None:
             kernel = " x ".join(map(str, shape[2:]))
             return Kind(
-                uncertain=f"its name and its kernel of {kernel} do not show whether the convolution is transposed; give its "
-                "layout: 'conv' or 'conv-transposed'"
+                uncertain=f"its name and its kernel of {kernel} do not show whether the convolution is transposed; {GIVE_LAYOUT}"
             )
         if is_transposed:
             return Kind(refused=DEPTHWISE) if shape[0] == 1 else Kind(Layout(LayoutKind.CONV_TRANSPOSED))

@@ -82,7 +82,7 @@ def norms_after(
         if isinstance(output, Tensor):
             name = by_module[id(module)]
             outputs.append((name, output))
-            # A batch norm's axis is 1: channels, if a convolution has a batch; outputs of a Linear layer only if there are two axes.
+            # A batch norm's axis is 1: channels, if a convolution has a batch; a Linear layer's outputs, of 2 axes only.
             axes = module.weight.ndim if isinstance(module, _ConvNd) else 2
             if output.ndim == axes:
                 per_output.add(name)
