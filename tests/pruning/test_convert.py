@@ -87,6 +87,23 @@ def test_conversion_without_violation_and_without_data_changes_nothing() -> None
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("method", ["wanda", "adaprune", "sparsegpt", "alps"])
+@pytest.mark.parametrize("pattern", ["50%", "2:4", "2:4-T", "16:32-T", "4:8-seq", "4:8-paired"])
+def test_weights_of_dead_inputs_are_kept_where_the_pattern_allows_them(pattern: str, method: str) -> None:
+    """Their scores are zero, as those of weights that were pruned before."""
+    model, batches = network()
+    with torch.no_grad():
+        model[0].bias[:18] = -1e3
+    prune_(model, pattern)
+    before = [model[number].weight != 0 for number in (0, 2)]
+    convert_(model, pattern, method, batches)
+    for number, kept in zip((0, 2), before, strict=True):
+        assert int(((model[number].weight != 0) ^ kept).sum()) == 0
+    convert_(model, "1:4", method, batches)
+    verify(model[2].weight, "1:4").check()
+    assert not bool(((model[2].weight != 0) & ~before[1]).any())
+
+
 @pytest.mark.parametrize("to", ["2:4", "2:4-T", "4:8-paired"])
 def test_regrowth_keeps_what_is_kept_fills_free_places_and_lowers_the_error(to: str) -> None:
     model, batches = network()

@@ -240,10 +240,10 @@ class FileEvidence:
         by_name = is_transposed_by_name(layer, shape[2:])
         if bias is not None and bias not in shape[:2]:
             # Transposed with groups: (C_in, C_out / groups, *kernel).
-            groups, rest = divmod(bias, shape[1])
-            if rest or shape[0] % max(1, groups):
+            parts, rest = divmod(bias, shape[1])
+            if rest or shape[0] % parts:
                 return Kind(uncertain=f"its bias of {bias} fits no convolution of shape {shape}; {GIVE_LAYOUT}")
-            return Kind(refused=DEPTHWISE) if groups == shape[0] else Kind(Layout(LayoutKind.CONV_TRANSPOSED, groups=groups))
+            return Kind(refused=DEPTHWISE) if parts == shape[0] else Kind(Layout(LayoutKind.CONV_TRANSPOSED, groups=parts))
         if bias is not None and shape[0] != shape[1]:
             is_transposed: bool | None = bias == shape[1]
             if not is_transposed and by_name and shape[0] % shape[1] == 0:

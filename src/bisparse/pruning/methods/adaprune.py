@@ -111,7 +111,7 @@ def fit(
             judge = problem.least_squares(centred=centred, statistics=held_out)
             damping, _ = choose_damping(part, judge, mask)
             if damping == math.inf:
-                notes.append("no fit did better on held-out data than the mask alone: the kept weights stay")
+                notes.append("no fit did better on held-out data than the mask alone: the kept weights are unchanged")
     try:
         solved = reconstruct(whole, mask, damping=damping, method=linear_solver, start=start)
     except ValueError as error:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -64,10 +65,20 @@ class LayerProblem:
             raise ValueError(f"{self.name}: {error}") from error
         if self.allowed is None:
             return solution
-        # The solver may fill up with entries of score zero; those that are not allowed must not return that way.
-        return Solution(
-            solution.mask & self.allowed, solution.scores, solution.pattern, solution.layout, certify=lambda: solution.certificate
-        )
+        mask = self._filled(solution.mask, scores == 0)
+        return Solution(mask, solution.scores, solution.pattern, solution.layout, certify=lambda: solution.certificate)
+
+    def _filled(self, mask: Bool[Tensor, "B O I"], zero: Bool[Tensor, "B O I"]) -> Bool[Tensor, "B O I"]:
+        """The optimal mask, with allowed entries of score zero where there is room: the solver has no reason to choose them."""
+        assert self.allowed is not None
+        kept = mask & self.allowed
+        if not bool((self.allowed & ~kept & zero).any()):
+            return kept
+        # An entry of `kept` is worth more than all others of its tile together, so none is given up.
+        rest = 1 / (1 + int(getattr(self.pattern, "m", 1)) ** 2)
+        scores = torch.where(kept, 1.0, rest) * self.allowed
+        filled = solve(scores, self.pattern, self.solver, layout=MATRICES).mask & self.allowed
+        return filled if not bool((kept & ~filled).any()) else kept
 
     def rows(self, matrices: Tensor) -> Tensor:
         """(B, O, I) -> (G, O, K), one least-squares problem per convolution group, packed part or expert."""
