@@ -264,6 +264,18 @@ def test_masks_by_scores_of_the_callers_keep_the_largest_total_score(kind: str, 
         assert torch.equal(pruned, dense * mask)
 
 
+def test_scores_are_named_by_layer_or_by_parameter() -> None:
+    model = nn.Sequential(nn.Linear(16, 16), nn.MultiheadAttention(16, 2))
+    by_parameter = {name: torch.rand(one.shape) for name, one in model.named_parameters() if one.ndim == 2}
+    by_layer = {name.removesuffix(".weight"): one for name, one in by_parameter.items()}
+    other = copy.deepcopy(model)
+    prune_(model, "2:4", scores=by_parameter, include=["*"])
+    prune_(other, "2:4", scores=by_layer, include=["*"])
+    assert equal(model, other)
+    with pytest.raises(ValueError, match=r"names \['0'\] twice"):
+        prune_(model, "2:4", scores=by_parameter | {"0": by_parameter["0.weight"]}, include=["*"])
+
+
 BAD_SCORES = {
     "of another shape": (
         lambda name, weight: weight[:1].abs(),
@@ -273,7 +285,7 @@ BAD_SCORES = {
     "negative": (lambda name, weight: -torch.ones_like(weight), "0"),
     "NaN": (lambda name, weight: torch.full_like(weight, torch.nan), "0"),
     "complex": (lambda name, weight: weight.to(torch.complex64), "0"),
-    "for a layer that is not there": ({"0": torch.ones(16, 16), "1": torch.ones(16, 16), "9": torch.ones(2)}, r"has \['9'\]"),
+    "for a layer that is not there": ({"0": torch.ones(16, 16), "1": torch.ones(16, 16), "9": torch.ones(2)}, r"names \['9'\]"),
     "for some layers only": ({"0": torch.ones(16, 16)}, r"has none for \['1'\]"),
     "neither": (torch.ones(16, 16), "expected a dict"),
 }

@@ -85,7 +85,8 @@ def test_masks_of_another_shape_or_pattern(mlp):
     plain = {name: solve(torch.rand(mask.shape), "4:8").mask for name, mask in good.items()}
     for masks, error, message in [
         ({"0": good["0"]}, ValueError, r"none for \['2'\]"),
-        (good | {"9": good["0"]}, ValueError, r"\['9'\], which are not sparse layers"),
+        (good | {"0.weight": good["0"]}, ValueError, r"\['0'\] twice"),
+        (good | {"9": good["0"]}, ValueError, r"\['9'\], which are not among the layers"),
         (good | {"0": good["0"].T}, ValueError, r"shape \(16, 32\), the weight \(32, 16\)"),
         (good | {"0": good["0"].float()}, ValueError, "bool tensor"),
         (plain, PatternError, r"0: .* break 4:8-T; the first: 0: W\^T"),

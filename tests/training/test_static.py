@@ -137,9 +137,11 @@ def test_any_structure_and_any_score(model, pattern):
 
 def test_given_masks_and_zeros_of_a_pruned_checkpoint(mlp, step):
     masks = {"0": solve(torch.rand(32, 16), "4:8-T").mask, "2": solve(torch.rand(8, 32), "4:8-T").mask}
-    sparsity = sparsify_(mlp, "4:8-T", mode="static", masks=masks)
-    assert all(torch.equal(layer.mask, masks[layer.name]) for layer in sparsity.layers)
-    finalize_(mlp)
+    for by_parameter in (False, True):
+        given = {f"{name}.weight" if by_parameter else name: mask for name, mask in masks.items()}
+        sparsity = sparsify_(mlp, "4:8-T", mode="static", masks=given)
+        assert all(torch.equal(layer.mask, masks[layer.name]) for layer in sparsity.layers)
+        finalize_(mlp)
     again = sparsify_(mlp, "4:8-T", mode="static", masks="nonzero")
     assert all(torch.equal(layer.mask, masks[layer.name]) for layer in again.layers)
 

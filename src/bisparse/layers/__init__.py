@@ -24,7 +24,7 @@ from bisparse.layers.kinds import (
     why_dense,
 )
 from bisparse.layers.modules import Layer, find_layers
-from bisparse.layers.names import head_reason, layer_name
+from bisparse.layers.names import by_layer, head_reason, layer_name
 
 __all__ = [
     "NOT_NAMED",
@@ -36,6 +36,7 @@ __all__ = [
     "NameFilter",
     "Skipped",
     "TensorInfo",
+    "by_layer",
     "check_unheld",
     "computed_reason",
     "dtype_reason",

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeVar
 
-__all__ = ["Names", "head_reason", "is_embedding_name", "is_transposed_by_name", "layer_name", "reads_input_by_name"]
+__all__ = ["Names", "by_layer", "head_reason", "is_embedding_name", "is_transposed_by_name", "layer_name", "reads_input_by_name"]
+
+T = TypeVar("T")
 
 HEAD_NAMES = (
     "lm_head", "classifier", "head", "fc", "score", "embed_out", "output_layer", "logits", "output_projection", "lm_output",
@@ -61,6 +64,26 @@ REDUCING = r"down|subsampl|reduc|(^|\.)sr(\.|$)|patch|strid|squeeze|feature_extr
 def layer_name(parameter: str) -> str:
     """The name of a parameter's layer: the parameter's name without ``.weight``."""
     return parameter.removesuffix(".weight")
+
+
+def by_layer(argument: str, given: Mapping[str, T], layers: Sequence[str]) -> dict[str, T]:
+    """What a caller gave for every layer, by the layer's name or its parameter's (``"0"`` or ``"0.weight"``): by layer name.
+
+    Raises:
+        ValueError: a layer without a value or with two, or a name that is not a layer's.
+    """
+    names = {key: layer_name(key) if isinstance(key, str) else key for key in given}
+    if unknown := [str(key) for key, name in names.items() if name not in layers]:
+        raise ValueError(
+            f"{argument}= names {sorted(unknown)[:5]}, which are not among the layers; those are {list(layers)[:10]}"
+        )
+    found = {name: given[key] for key, name in names.items()}
+    if missing := [name for name in layers if name not in found]:
+        raise ValueError(f"{argument}= has none for {missing[:5]}: add them, or exclude these layers")
+    if len(found) < len(names):
+        twice = sorted(name for name in found if list(names.values()).count(name) > 1)
+        raise ValueError(f"{argument}= names {twice[:5]} twice, by layer and by parameter")
+    return found
 
 
 def _last(layer: str) -> str:

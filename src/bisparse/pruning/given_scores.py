@@ -9,7 +9,7 @@ from typing import TypeAlias
 from jaxtyping import Real
 from torch import Tensor
 
-from bisparse.layers import Layer
+from bisparse.layers import Layer, by_layer
 from bisparse.pruning.fingerprint import fingerprint
 from bisparse.pruning.methods.base import LayerProblem, Method, Pruned
 from bisparse.tiles import to_matrices
@@ -17,7 +17,7 @@ from bisparse.tiles import to_matrices
 __all__ = ["GivenScores", "Scores", "methods_of"]
 
 Scores: TypeAlias = Mapping[str, Tensor] | Callable[[str, Tensor], Tensor]
-"""Scores of the weight's shape, by layer name, or as a function of the layer's name and a copy of its weight."""
+"""Scores of the weight's shape, by the name of the layer or its parameter, or as a function of a layer's name and weight."""
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -49,11 +49,7 @@ def methods_of(layers: Sequence[Layer], scores: Scores) -> list[Method]:
     if not isinstance(scores, Mapping) and not callable(scores):
         raise ValueError(f"scores={scores!r:.60}: expected a dict {{layer name: tensor}} or a function (name, weight) -> tensor")
     if isinstance(scores, Mapping):
-        names = [layer.name for layer in layers]
-        if unknown := sorted(str(name) for name in scores if name not in names):
-            raise ValueError(f"scores= has {unknown[:20]}, which are not among the layers to prune: {names[:20]}")
-        if missing := [name for name in names if name not in scores]:
-            raise ValueError(f"scores= has none for {missing[:20]}: add them, or exclude these layers")
+        scores = by_layer("scores", scores, [layer.name for layer in layers])
     return [GivenScores(_of_layer(layer, scores)) for layer in layers]
 
 

@@ -73,7 +73,7 @@ def prune_(
             ``model(*batch)`` or ``model(batch)``.
         budget: instead of a pattern, a total for all layers, such as ``"50%"`` of the weights, or a `Budget` of weights, bytes
             or time. Each layer gets one of `patterns`, such that the network loses least, measured on `batches` if given.
-        scores: instead of a method, the importance of each weight: ``{layer name: tensor}`` or a function
+        scores: instead of a method, the importance of each weight: ``{name of the layer or its parameter: tensor}`` or a function
             ``(name, weight) -> tensor``, of the weight's shape, non-negative and finite; see `bisparse.scores`. Each mask keeps
             the largest total score.
         include, exclude: names, globs, ``re:`` patterns, or functions ``(name, module) -> bool``; see `find_layers`.

@@ -13,7 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from bisparse.arguments import check_flag
-from bisparse.layers import Filter, Layer, Skipped, computed_reason, dtype_reason, find_layers, matches
+from bisparse.layers import Filter, Layer, Skipped, by_layer, computed_reason, dtype_reason, find_layers, matches
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.rollback import Rollback
 from bisparse.solvers import Solver
@@ -91,8 +91,8 @@ def sparsify_(
         remainder: for layers that M does not divide: "pad" as if with zeros, leave "dense" with the reason, or "error".
         patterns: different patterns for some layers, by name or glob; the first match counts; ``"dense"`` leaves a layer out.
         score: (layer name, weight) -> scores, or "magnitude".
-        masks: for a static run: a mask for each layer by name, instead of the best one for the scores; or "nonzero": the
-            non-zeros of the weights.
+        masks: for a static run: a mask for each layer, by the name of the layer or its parameter, instead of the best one for
+            the scores; or "nonzero": the non-zeros of the weights.
         mvue: Linear layers compute an unbiased weight gradient from a 2:4 output gradient; see `bisparse.training.mvue`.
         measure_every: optimizer steps between measurements of flip rate and other metrics, at least `refresh`; 0 for never.
         check_gradients: raise an error on a NaN or infinite gradient before the optimizer's step spreads it.
@@ -344,14 +344,7 @@ def _given_masks(layers: list[SparseLayer], masks: Mapping[str, Tensor] | str) -
     if isinstance(masks, str):
         found = {layer.name: layer.full_weight() != 0 for layer in layers}
     else:
-        names = {layer.name for layer in layers}
-        if missing := sorted(names - masks.keys()):
-            raise ValueError(f"masks= has none for {missing[:5]}: pass one for each sparse layer, or exclude these layers")
-        if surplus := sorted(masks.keys() - names):
-            raise ValueError(
-                f"masks= names {surplus[:5]}, which are not sparse layers of this model; those are {sorted(names)[:10]}"
-            )
-        found = dict(masks)
+        found = by_layer("masks", masks, [layer.name for layer in layers])
     for layer in layers:
         check_mask(layer.name, found[layer.name], layer.pattern, layer)
     return found
