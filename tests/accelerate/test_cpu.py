@@ -1,6 +1,7 @@
 """Models on a CPU whose weights are packed as non-zeros and a bit mask: the dense model's numbers, from whatever pattern."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,20 @@ def test_inputs_of_any_number_of_dimensions_and_their_gradients(shape: tuple[int
         results.append((output, inputs.grad))
     for ours, theirs in zip(*results, strict=True):
         assert ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-5)
+
+
+@needs_kernels
+def test_the_first_call_compiles_without_a_graph_break_also_of_copies(wins: None) -> None:
+    dense = model_of()
+    model = copy.deepcopy(dense)
+    accelerate_(model)
+    inputs = torch.randn(2, 64)
+    for one in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        torch._dynamo.reset()
+        compiled = torch.compile(one, backend="eager", fullgraph=True)
+        with torch.no_grad():
+            assert torch.allclose(compiled(inputs), dense(inputs), atol=1e-5)
+    torch._dynamo.reset()
 
 
 @needs_kernels

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Shaped
@@ -62,6 +61,8 @@ class BitmaskWeight:
     """Maximum number of tokens for which the weight is multiplied in packed form; for more, bands of it are expanded, unless
     AMX multiplies them."""
     packed: BitmaskPacked | Int8Packed
+    product: Product = field(init=False, repr=False, compare=False)
+    """Products with this weight, without torch's dispatcher if possible."""
 
     @classmethod
     @torch.no_grad()
@@ -127,13 +128,16 @@ class BitmaskWeight:
         """The dense weight as a parameter."""
         return nn.Parameter(self.dense(), self.trainable)
 
+    def __post_init__(self) -> None:
+        # Not at the first product: torch.compile cannot trace the lock of a cached_property.
+        object.__setattr__(self, "product", Product(self.packed, *self.shape, self.max_tokens))
+
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name != "product"}  # it holds addresses
 
-    @cached_property
-    def product(self) -> Product:
-        """Products with this weight, without torch's dispatcher if possible."""
-        return Product(self.packed, *self.shape, self.max_tokens)
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def linear(self, input: Float[Tensor, "*T I"], bias: Float[Tensor, " O"] | None) -> Float[Tensor, "*T O"]:
         """``x W^T + b``, in the weight's dtype."""
