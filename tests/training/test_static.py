@@ -146,6 +146,56 @@ def test_given_masks_and_zeros_of_a_pruned_checkpoint(mlp, step):
     assert all(torch.equal(layer.mask, masks[layer.name]) for layer in again.layers)
 
 
+@pytest.mark.parametrize("forward_before", [False, True])
+@pytest.mark.parametrize("where", ["all", "one entry", "load_state_dict", "a layer called on its own"])
+def test_the_next_forward_pass_undoes_writes_at_any_time(mlp, step, where, forward_before):
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    sparsity = sparsify_(mlp, "4:8-T", mode="static").attach(optimizer)
+    masks = {layer.name: layer.mask.clone() for layer in sparsity.layers}
+    step(mlp, optimizer, 0)
+    if forward_before:
+        mlp(torch.randn(2, 16))
+    for evaluating in (False, True):
+        mlp.train(not evaluating)
+        with torch.no_grad():
+            if where == "one entry":
+                mlp[0].weight[(~masks["0"]).nonzero()[3].tolist()] = 3.0
+            elif where == "load_state_dict":
+                dense = {key: torch.randn_like(value) for key, value in mlp.state_dict().items() if value.is_floating_point()}
+                mlp.load_state_dict(dense, strict=False)
+            else:
+                mlp[0].weight.copy_(torch.randn(32, 16))
+        kept = mlp[0].weight[masks["0"]].clone()
+        with torch.no_grad():
+            mlp[0](torch.randn(2, 16)) if where == "a layer called on its own" else mlp(torch.randn(2, 16))
+        assert not bool(mlp[0].weight[~masks["0"]].any()), "not undone"
+        assert torch.equal(mlp[0].weight[masks["0"]], kept)
+
+
+@pytest.mark.parametrize(
+    "order", ["model, attach, masks", "attach, masks, model", "attach, model, masks", "masks, attach, model"]
+)
+def test_no_order_of_loading_and_attaching_loses_weights(mlp, step, order):
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    masks = {"0": solve(torch.rand(32, 16), "4:8-T").mask, "2": solve(torch.rand(8, 32), "4:8-T").mask}
+    sparsity = sparsify_(mlp, "4:8-T", mode="static", masks=masks).attach(optimizer)
+    step(mlp, optimizer, 0)
+    weights = copy.deepcopy(mlp.state_dict())
+    fresh = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    resumed = sparsify_(fresh, "4:8-T", mode="static")
+    does = {
+        "model": lambda: fresh.load_state_dict(weights),
+        "masks": lambda: resumed.load_state_dict(sparsity.state_dict()),
+        "attach": lambda: resumed.attach(torch.optim.SGD(fresh.parameters(), lr=0.1)),
+    }
+    for one in order.split(", "):
+        does[one]()
+    inputs = torch.randn(2, 16)
+    assert torch.equal(fresh(inputs), mlp(inputs))
+    for name, mask in masks.items():
+        assert torch.equal(fresh[int(name)].weight, mlp[int(name)].weight) and not bool(fresh[int(name)].weight[~mask].any())
+
+
 def test_resume_takes_the_masks_from_the_state_and_not_from_the_weights(mlp, step):
     optimizer = torch.optim.AdamW(mlp.parameters(), lr=0.01)
     masks = {"0": solve(torch.rand(32, 16), "4:8-T").mask, "2": solve(torch.rand(8, 32), "4:8-T").mask}

@@ -83,17 +83,18 @@ class RefreshHook:
 
 
 class ZerosHook:
-    """A forward pre-hook of static runs: the first forward pass after a step checks that pruned weights are still zero.
+    """A forward pre-hook of static runs: pruned weights that something else has written to are set to zero again.
 
-    An optimizer that wraps the attached one, such as Lookahead, may write weights after the step. Compiled code does not check.
+    `load_state_dict` may, or an optimizer that wraps the attached one, such as Lookahead. Compiled code does not check.
     """
 
     def __init__(self) -> None:
         self.check: Callable[[], None] | None = None
+        self.undo_writes: Callable[[nn.Module], None] | None = None
         self.unchecked = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"check": None, "unchecked": True}
+        return {"check": None, "undo_writes": None, "unchecked": True}
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if torch.compiler.is_compiling():
@@ -101,6 +102,8 @@ class ZerosHook:
         if self.check is not None and self.unchecked:
             self.unchecked = False
             self.check()
+        if self.undo_writes is not None:
+            self.undo_writes(module)
 
     def install(self, modules: Iterable[nn.Module]) -> None:
         """Install the hook before all other hooks of these modules."""
