@@ -28,7 +28,7 @@ from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructure
 from bisparse.process_group import Ranks
 from bisparse.pruning.calibration.calibrate import Walk, calibrate
 from bisparse.pruning.calibration.finished_block import FinishedBlock
-from bisparse.pruning.calibration.hooks import unseen_reason
+from bisparse.pruning.calibration.hooks import none_reached, unreached_reason
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics, full_precision
 from bisparse.pruning.experts import expert_problems
@@ -196,11 +196,7 @@ def plan_within(
             }
         )
     costs = _costs(model, layers, allowed, batches, options, ranks)
-    left_dense += [
-        Skipped(one.name, unseen_reason(one) or "no calibration batch reached this layer")
-        for one in layers
-        if one.name not in costs
-    ]
+    left_dense += [Skipped(one.name, unreached_reason(one)) for one in layers if one.name not in costs]
     layers = [layer for layer in layers if layer.name in costs]
     return _chosen(budget, layers, allowed, costs, left_dense, measured=batches is not None)
 
@@ -296,7 +292,7 @@ def _costs(
         assert not isinstance(stage, FinishedBlock)
         add(zip(stage.layers, stage.statistics, strict=True))
     if not found:
-        raise CalibrationError("no calibration batch reached any of the layers to prune")
+        raise CalibrationError(none_reached(layers))
     return found
 
 

@@ -28,9 +28,8 @@ from bisparse.pruning.bias import bias_of, norms_after
 from bisparse.pruning.calibration.block_chain import dense_copy
 from bisparse.pruning.calibration.calibrate import Walk, evaluating, showing
 from bisparse.pruning.calibration.collector import Stage
-from bisparse.pruning.calibration.expert_inputs import EXPERTS
 from bisparse.pruning.calibration.finished_block import BlockFit, BlockFitter, FinishedBlock
-from bisparse.pruning.calibration.hooks import WITHOUT_DATA, unseen_reason
+from bisparse.pruning.calibration.hooks import none_reached, unreached_reason
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, ExpertStatistics, Statistic, full_precision
 from bisparse.pruning.fingerprint import fingerprint, stable_repr
@@ -206,17 +205,14 @@ class Job:
     def commit(self) -> Outcome:
         """Write the remaining layers, wait for all ranks, and return the outcome."""
         if self.uses_data and not self.results:
-            raise CalibrationError(
-                f"no calibration batch reached any of the {len(self.layers)} layers to prune, such as "
-                f"{self.layers[0].name}; check that the batches run the part of the model that is to be pruned"
-            )
+            raise CalibrationError(none_reached(self.layers))
         for layer in self.layers:
             if layer.name in self.results and layer.name not in self._touched:
                 self._write(layer)
         # No rank finishes before all do: a failure up to here fails all of them.
         self.ranks.all(None)
         results = tuple(self.results[layer.name] for layer in self.layers if layer.name in self.results)
-        unreached = tuple(Skipped(name, _why_unreached(self.tasks[name].layer)) for name in self.walk.unreached)
+        unreached = tuple(Skipped(name, unreached_reason(self.tasks[name].layer)) for name in self.walk.unreached)
         return Outcome(results, unreached, self._notes())
 
     def abort(self, error: BaseException) -> None:
@@ -369,17 +365,6 @@ def _note_of_experts(stacks: Sequence[Sequence[ExpertStatistics]], floor: float)
         f"{len(stacks)} stacks of experts calibrated per expert: {min(routed)} to {max(routed)} tokens routed to each; {wide} of "
         f"{len(experts)} on all tokens (below {floor:g} routed tokens per input), {unseen} by magnitude (no token)",
     )
-
-
-def _why_unreached(layer: Layer) -> str:
-    if (reason := unseen_reason(layer)) is not None:
-        return reason
-    if layer.layout.kind in EXPERTS:
-        return (
-            "calibration saw no product of these experts: no batch reached them, or their module is not called itself or does "
-            f"not multiply by views of the parameter; {WITHOUT_DATA}"
-        )
-    return "no calibration batch reached this layer"
 
 
 def _notes(walk: Walk, batches: int, order: str) -> tuple[str, ...]:

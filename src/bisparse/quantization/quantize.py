@@ -17,6 +17,7 @@ from bisparse.pattern import Structure, Unstructured, parse_pattern
 from bisparse.pruning.calibration.calibrate import calibrate
 from bisparse.pruning.calibration.collector import Stage
 from bisparse.pruning.calibration.finished_block import FinishedBlock
+from bisparse.pruning.calibration.hooks import none_reached
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics, full_precision, stacked_moments
 from bisparse.pruning.layer import check_can_be_written, layer_problem
@@ -163,10 +164,7 @@ def _stages(
             reached |= any(statistics.columns for statistics in stage.statistics)
         yield stage
     if not reached:
-        raise CalibrationError(
-            f"no calibration batch reached any of the {len(layers)} layers to quantise, such as {layers[0].name}; check "
-            "that the batches run the part of the model that is to be quantised"
-        )
+        raise CalibrationError(none_reached(layers))
 
 
 def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> QuantizedLayer:

@@ -16,6 +16,7 @@ from bisparse.pruning.calibration.execution_order import discover
 from bisparse.pruning.calibration.moments import Moments
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.reduction import positions, to_rows
+from bisparse.quantization import quantize_
 from bisparse.tiles import to_matrices
 
 ALL = frozenset({Statistic.NORM, Statistic.MEAN, Statistic.GRAM})
@@ -582,3 +583,16 @@ def test_layers_whose_inputs_no_hook_sees_are_left_dense_with_their_reason() -> 
     assert [layer.name for layer in report] == ["inner"]
     reasons = {one.name: one.reason for one in report.left_dense}
     assert "recurrent layer" in reasons["rnn.weight_ih_l0"] and "transposed convolutions" in reasons["up"]
+
+
+@pytest.mark.parametrize("how", ["wanda", "budget", "quantize"])
+def test_if_no_layer_can_be_calibrated_the_error_says_why(how: str) -> None:
+    model = nn.Sequential(nn.ConvTranspose1d(8, 8, 2))
+    batches = [torch.randn(2, 8, 6)] * 5
+    with pytest.raises(CalibrationError, match=r"none of the 1 layers, such as 0, .* transposed convolutions"):
+        if how == "quantize":
+            quantize_(model, "int8", data=batches, method="gptq", include=["0"])
+        elif how == "budget":
+            prune_(model, None, "wanda", batches, budget="50%", patterns=["2:4", "4:8"], include=["0"])
+        else:
+            prune_(model, "2:4", "wanda", batches, include=["0"])

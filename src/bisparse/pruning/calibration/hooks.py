@@ -22,8 +22,10 @@ __all__ = [
     "Seen",
     "batch_error_context",
     "call_model",
+    "none_reached",
     "observed",
     "token_mask",
+    "unreached_reason",
     "unseen_reason",
 ]
 
@@ -53,6 +55,30 @@ def unseen_reason(layer: Layer) -> str | None:
         return None
     return (
         f"how {type(module).__name__} uses its parameter is not known, so that calibration cannot see its inputs; {WITHOUT_DATA}"
+    )
+
+
+def unreached_reason(layer: Layer) -> str:
+    """Why calibration has no inputs of a layer."""
+    if (reason := unseen_reason(layer)) is not None:
+        return reason
+    if layer.layout.kind in EXPERTS:
+        return (
+            "calibration saw no product of these experts: no batch reached them, or their module is not called itself or does "
+            f"not multiply by views of the parameter; {WITHOUT_DATA}"
+        )
+    return "no calibration batch reached this layer"
+
+
+def none_reached(layers: Sequence[Layer]) -> str:
+    """Why calibration has no inputs of any of these layers."""
+    reasons = {unseen_reason(layer) for layer in layers}
+    if None not in reasons:
+        why = "; ".join(sorted(map(str, reasons)))
+        return f"none of the {len(layers)} layers, such as {layers[0].name}, can be calibrated: {why}"
+    return (
+        f"no calibration batch reached any of the {len(layers)} layers, such as {layers[0].name}; check that the batches run "
+        "this part of the model"
     )
 
 
