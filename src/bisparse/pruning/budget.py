@@ -244,8 +244,8 @@ def _chosen(
     proof = "proved optimal" if choice.gap == 0 else f"within {choice.gap:.1e} of the optimum"
     used = ", ".join(f"{count} {text}" for text, count in counts.most_common())
     note = (
-        f"budget of {budget} of {len(layers)} layers, {choice.size / total:.4g} used: "
-        f"{used}; mean loss {choice.cost / len(layers):.4g} {what} layer before any fit, {proof} "
+        f"budget of {budget} of {len(layers)} layers, of which the choice takes {100 * choice.size / total:.4g} %: "
+        f"{used}; mean loss {choice.cost / len(layers):.4g} {what} per layer before any fit, {proof} "
         f"(bound of the linear relaxation {choice.relaxed / len(layers):.4g})"
     )
     if smallest > (1 - 1e-9) * budget.fraction * total:

@@ -93,7 +93,8 @@ def violation(
 
     Args:
         mask: bool, or a weight whose non-zeros are the mask.
-        pattern: the target. For an unstructured one v_w is the excess over its density, without a comparison with random masks.
+        pattern: the target. For an unstructured one the violation is the excess over its density, and random masks are not
+            compared with.
         scores: the value of each weight; by default every kept weight counts the same.
 
     >>> mask = torch.tensor([[True, True, True, False], [False, True, True, False]])

@@ -47,7 +47,7 @@ MAX_OVER_PEAK = 4.0
 
 @dataclass(frozen=True)
 class FixedDecay:
-    """The same lambda in every step, independent of the run's length; Zhou et al. use 2e-4.
+    """The same decay factor, SR-STE's lambda, in every step, independent of the run's length; Zhou et al. use 2e-4.
 
     >>> sparsify_(model, "4:8-T", decay=FixedDecay(2e-4))  # doctest: +SKIP
     """

@@ -6,7 +6,7 @@ W' solves a ridge regression towards D; D is W' + V / rho on its best mask (scor
 point); V are the multipliers. rho grows until the mask has settled. Then the weights are refitted on the mask.
 Inputs are scaled to unit mean square first, so that the first projection is Wanda's.
 Sensitive to rounding: its masks depend on the last bits of its inputs. In one check, inputs times (1 + 1e-7), batches in reversed
-order or two ranks instead of one changed 13 % of a mask's places at equal error; the masks of SparseGPT and AdaPrune did not
+order or two ranks instead of one changed 13 % of a mask's entries, not the error; the masks of SparseGPT and AdaPrune did not
 change. Compare the errors of two runs, not their masks.
 Guarantee: none overall; the first projection's mask is returned instead if its error after the refit, on 64 rows, is smaller.
 Cost: one eigendecomposition of K x K, then two products (O, K) x (K, K) and one mask solve per iteration.
@@ -47,7 +47,8 @@ MIN_RELATIVE_SCORE = 1e-7
 class ALPS(Method):
     """Mask and weights by ADMM.
 
-    The mask is sensitive to rounding: inputs times (1 + 1e-7) changed 13 % of its places in one check, at equal error.
+    The mask is sensitive to rounding: in one check, multiplying the inputs by 1 + 1e-7 changed which weights are kept for 13 % of
+    them, while the error stayed the same.
 
     Args:
         damping: ridge of the mask search, in units of the mean square of an input.
