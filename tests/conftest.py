@@ -9,6 +9,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Generator, Iterator
+from multiprocessing.util import Finalize
 from pathlib import Path
 from unittest import mock
 
@@ -102,7 +103,8 @@ def pytest_collection() -> Generator[None, object, object]:
 def pytest_unconfigure(config: pytest.Config) -> None:
     """Give the memory of temporary files back, unless a test failed and somebody may want to look at its files."""
     if OWN_FOLDER is not None and not getattr(config, "some_failed", False):
-        shutil.rmtree(OWN_FOLDER, ignore_errors=True)
+        # At the exit, after multiprocessing has removed its own folder in there, which it does at priority -100.
+        Finalize(None, shutil.rmtree, args=[OWN_FOLDER], kwargs={"ignore_errors": True}, exitpriority=-200)
 
 
 @pytest.hookimpl(trylast=True)
