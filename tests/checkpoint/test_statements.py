@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoint_files import write_folder
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import bisparse
@@ -69,6 +69,24 @@ def test_what_the_weights_contradict_is_said_by_verify_load_and_report(pruned: P
     write_report(figures, pruned.parent / "page.html")
     page = (pruned.parent / "page.html").read_text()
     assert said in page and "what bisparse.json says" in page
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_numbers_of_a_quantised_weight_do_not_contradict_what_is_said_of_the_weight(pruned: Path, dtype: torch.dtype) -> None:
+    state = load_file(pruned / "model.safetensors")
+    scale = state["a.weight"].abs().amax(1, keepdim=True) / 100
+    numbers = (state["a.weight"].sign() + state["a.weight"] / scale).to(dtype)
+    save_file({**state, "a.weight": numbers, "a.weight_scale": scale}, pruned / "model.safetensors")
+    assert verify_checkpoint(pruned).contradicted == ()
+    figures = read_figures(pruned, pruned.parent / "dense")
+    assert figures.contradicted == () and figures.layers[0].change is None and figures.layers[1].change is not None
+    assert "quantised layers, whose weights were not compared with the dense ones: 1" in figures.report.notes
+    change(pruned, "density", 0.25)
+    assert "the density of a is" in read_figures(pruned).contradicted[0]
+    assert read_figures(pruned).layers[0].result.dtype == "float32"
+    # Without a scale these are not a quantised weight's numbers.
+    save_file({**state, "a.weight": numbers}, pruned / "model.safetensors")
+    assert "not float32" in verify_checkpoint(pruned).contradicted[0]
 
 
 def test_the_share_kept_is_compared_with_the_dense_weights(pruned: Path) -> None:

@@ -13,6 +13,7 @@ import bisparse
 from bisparse.checkpoint import CheckpointError, load_masks, to_dense, verify_checkpoint
 from bisparse.export import QUANTIZATION, can_be_stored, save_quantized
 from bisparse.quantization import quantize_
+from bisparse.report import read_figures
 
 pytest.importorskip("compressed_tensors")
 transformers = pytest.importorskip("transformers")
@@ -52,7 +53,9 @@ def test_transformers_loads_the_same_logits_and_the_file_keeps_the_mask(tmp_path
     assert config["quantization_config"]["format"] == SCHEMES[scheme]
     assert "sparsity_config" not in json.dumps(config)
     checked = verify_checkpoint(tmp_path / "quantised")
-    assert checked and len(checked.layers) == len(report) == 14
+    assert checked and len(checked.layers) == len(report) == 14 and checked.contradicted == ()
+    figures = read_figures(tmp_path / "quantised", tmp_path / "pruned")
+    assert figures.holds and figures.contradicted == () and figures.change is None
     pruned, kept = load_masks(tmp_path / "pruned"), load_masks(tmp_path / "quantised")
     assert not any(bool((kept[name] & ~mask).any()) for name, mask in pruned.items())
 

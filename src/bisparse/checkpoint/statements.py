@@ -1,8 +1,9 @@
 """Compares the statements of a sidecar with the weights, as far as they can be computed from them.
 
 The pattern is checked by `verify_checkpoint`, the masks by `wrong_masks`. From the weights follow the density and dtype of each
-layer, the number of all parameters, the checksum of a weight, and for magnitude pruning the total score kept. The share of the
-score kept and the gap need the dense weights; they are repeated as what the sidecar says.
+layer, the number of all parameters, the checksum of a weight, and for magnitude pruning the total score kept; of a quantised
+weight only its density. The share of the score kept and the gap need the dense weights; they are repeated as what the sidecar
+says.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from bisparse.checkpoint.mask_statements import wrong_masks
 from bisparse.checkpoint.reader import Source
 from bisparse.checkpoint.sidecar import SIDECAR, Sidecar
 from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
+from bisparse.layers import QUANTISED, layer_name
 from bisparse.results import LayerResult
 from bisparse.scores import magnitude
 from bisparse.verification import Verification
 
-__all__ = ["RECORDED", "corrected", "origin", "same_sum", "wrong_statements"]
+__all__ = ["RECORDED", "corrected", "is_quantised", "origin", "same_sum", "wrong_statements"]
 
 RECORDED = (
     "score kept, gap, errors and times are what bisparse.json says: they follow from the dense weights or the calibration data, "
@@ -46,7 +48,7 @@ def wrong_statements(sidecar: Sidecar, source: Source, checked: Iterable[Verific
     density = {one.layer: one.density for one in checked}
     for result in sidecar.report:
         if (tensor := source.tensors.get(result.parameter)) is not None:
-            found += _wrong(sidecar, result, tensor, density.get(result.name))
+            found += _wrong(sidecar, result, tensor, density.get(result.name), quantised=is_quantised(source, tensor))
     stated, counted = sidecar.report.parameters, sum(tensor.size for tensor in source.tensors.values())
     least = sum(layer.size for layer in sidecar.report)
     # Packed tensors have several weights per entry.
@@ -56,13 +58,23 @@ def wrong_statements(sidecar: Sidecar, source: Source, checked: Iterable[Verific
     return (*found, *wrong_masks(sidecar, source))
 
 
-def _wrong(sidecar: Sidecar, result: LayerResult, tensor: StoredTensor, density: float | None) -> list[str]:
+def is_quantised(source: Source, tensor: StoredTensor) -> bool:
+    """Whether a tensor has the numbers of a quantised weight: one byte or integers, with a scale next to them.
+
+    A sidecar describes the weight, which is number times scale: its dtype and checksum are not those of the numbers.
+    """
+    layer, dtype = layer_name(tensor.name), tensor.torch_dtype
+    narrow = dtype is None or not dtype.is_floating_point or dtype.itemsize == 1
+    return narrow and any(f"{layer}.{one}" in source.tensors for one in QUANTISED)
+
+
+def _wrong(sidecar: Sidecar, result: LayerResult, tensor: StoredTensor, density: float | None, *, quantised: bool) -> list[str]:
     found = []
-    if (own := _dtype(tensor)) != result.dtype:
+    if not quantised and (own := _dtype(tensor)) != result.dtype:
         found.append(f"{result.name} is {own}, not {result.dtype}")
     if density is not None and abs(density - result.density) > TOLERANCE:
         found.append(f"the density of {result.name} is {density:.6g}, not {result.density:.6g}")
-    if result.checksum is not None and _checksum(tensor) != result.checksum:
+    if result.checksum is not None and not quantised and _checksum(tensor) != result.checksum:
         found.append(f"{result.name} is not the weight that its figures are about, by their checksum")
     elif result.value is not None and _keeps_weights(sidecar, result):
         kept = _kept(tensor)
@@ -81,10 +93,11 @@ def corrected(sidecar: Sidecar, source: Source, checked: Iterable[Verification])
         tensor = source.tensors.get(result.parameter)
         if tensor is not None:
             density = verified[result.name].density if result.name in verified else None
-            if _wrong(sidecar, result, tensor, density):
+            quantised = is_quantised(source, tensor)
+            if _wrong(sidecar, result, tensor, density, quantised=quantised):
                 result = replace(
                     result,
-                    dtype=_dtype(tensor),
+                    dtype=result.dtype if quantised else _dtype(tensor),
                     density=result.density if density is None else density,
                     retained=None,
                     gap=None,

@@ -14,8 +14,9 @@ from bisparse.checkpoint import SIDECAR, CheckpointError, SampleTile, Sidecar, r
 from bisparse.checkpoint.bands import bands
 from bisparse.checkpoint.coverage import nonzero
 from bisparse.checkpoint.layer_selection import StoredLayer
+from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.reader import Source, open_source
-from bisparse.checkpoint.statements import RECORDED, corrected, origin, wrong_statements
+from bisparse.checkpoint.statements import RECORDED, corrected, is_quantised, origin, wrong_statements
 from bisparse.checkpoint.stored_tensor import StoredTensor
 from bisparse.checkpoint.verify import verify_stored
 from bisparse.pattern import Pattern, Structure, parse_pattern
@@ -96,6 +97,7 @@ class LayerFigures:
     columns: Side | None
     """W^T at the same N:M, whether or not the pattern asks for it; None where the structure has no transpose."""
     change: Change | None
+    """The change of the weight; None without a dense checkpoint, and for a quantised weight."""
     density: float = 0.0
     """Fraction of weights that are not zero, counted again."""
     fits: Pattern | None = None
@@ -163,7 +165,7 @@ class PrunedFigures:
 
     @property
     def change(self) -> Change | None:
-        """All layers together; None without a dense checkpoint."""
+        """All layers together; None without a dense checkpoint, or if a layer was not compared with it."""
         total = Change(0.0, 0.0, 0.0, 0.0, 0)
         for layer in self.layers:
             if layer.change is None:
@@ -176,8 +178,8 @@ def read_figures(folder: str | Path, against: str | Path | None = None, progress
     """Read a pruned folder, check every layer again, and compare it with the dense checkpoint if one is given.
 
     Args:
-        folder: written by `prune_checkpoint` or `save`.
-        against: the dense checkpoint that it came from: a folder or a file.
+        folder: written by `prune_checkpoint`, `save` or `save_quantized`.
+        against: the dense checkpoint that it came from: a folder or a file. Quantised layers are not compared with it.
 
     Raises:
         CheckpointError: no sidecar, weights that cannot be read, or a dense checkpoint of other shapes.
@@ -188,15 +190,17 @@ def read_figures(folder: str | Path, against: str | Path | None = None, progress
         raise CheckpointError(
             folder, "holds no bisparse.json, which the report is made from", "prune it with bisparse, or use `bisparse verify`"
         )
-    pruned = open_source(folder)
+    pruned = unpacked(open_source(folder))
     dense = None if against is None else open_source(against)
     total = sum(_stored(pruned, layer).nbytes for layer in sidecar.report)
-    done, layers = 0, []
+    done, quantised, layers = 0, 0, []
     for layer in sidecar.report:
         if progress:
             progress(layer.name, done, total)
         tensor = _stored(pruned, layer)
-        change = None if dense is None else _change(tensor, _stored(dense, layer))
+        compared = None if dense is None else _stored(dense, layer)
+        quantised += is_quantised(pruned, tensor)
+        change = None if compared is None or is_quantised(pruned, tensor) else _change(tensor, compared)
         rows, columns, density = _verify(tensor, layer)
         layers.append(LayerFigures(layer, rows, columns, change, density, _fits(tensor, layer)))
         done += tensor.nbytes
@@ -205,6 +209,8 @@ def read_figures(folder: str | Path, against: str | Path | None = None, progress
     sidecar = corrected(sidecar, pruned, checked)
     layers = [replace(one, result=result) for one, result in zip(layers, sidecar.report, strict=True)]
     said = (*origin(sidecar), *(f"{SIDECAR} is wrong: {one}" for one in wrong), RECORDED)
+    if quantised and dense is not None:
+        said = (*said, f"quantised layers, whose weights were not compared with the dense ones: {quantised}")
     sidecar = replace(sidecar, report=replace(sidecar.report, notes=(*sidecar.report.notes, *said)))
     for source in (pruned, dense):
         if source is not None:
