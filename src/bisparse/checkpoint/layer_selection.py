@@ -88,14 +88,15 @@ def choose_layers(
         pattern_key, own = first_match(patterns, layer, name)
         unused -= {layout_key, pattern_key}
         kind = evidence.kind(name)
-        if isinstance(tensor.operand, Layout):  # the file states its layout
-            kind = Kind(tensor.operand, kind.refused)
+        if isinstance(tensor.operand, Layout):  # the file states its layout, but not that it is a head or an embedding
+            kind = Kind(tensor.operand, kind.refused, "", kind.default)
         elif tensor.operand is not None:
-            kind = Kind(None, kind.refused, tensor.operand)
+            kind = Kind(None, kind.refused, tensor.operand, kind.default)
         if given is not None:
             kind = Kind(None, kind.refused, "", kind.default)
         reason = why_dense(kind, included=wanted, excluded=exclude is not None and matches_name(exclude, layer, name))
-        if reason is not None and reason == kind.uncertain != NOT_NAMED:
+        by_default = kind.default and not wanted
+        if reason is not None and reason == kind.uncertain != NOT_NAMED and not by_default:
             undecided.add(name)
         layout = kind.layout
         structure = own or pattern

@@ -115,7 +115,8 @@ def export_onnx(
 
     Args:
         inputs: example inputs, by name or by position.
-        pattern: the pattern of the weights, for all layers or by layer name; checked on the file. TensorRT needs ``"2:4"``.
+        pattern: the pattern of the weights, checked on the file: one for all layers that are pruned by default, without heads
+            and embeddings, or by layer name. TensorRT needs ``"2:4"``.
         quantized: the report of `quantize_` with the scheme int8: weights are written as int8 behind DequantizeLinear nodes.
         dynamic_axes: names of axes of any length, by input; by default the first axis is "batch", and the second axis of
             two-dimensional integers is "sequence".

@@ -90,6 +90,21 @@ def test_what_no_gemm_multiplies_by_is_no_layer(tmp_path: Path) -> None:
     assert "two ways" in said["both"] and "LSTM" in said["lstm"] and "no MatMul" in said["table"]
 
 
+def test_heads_and_embeddings_are_left_out_by_name_as_in_other_files(tmp_path: Path) -> None:
+    layers = [f"model.layers.0.{name}.weight" for name in ("q_proj", "up_proj")]
+    untied = [node("Gather", "model.embed_tokens.weight", "ids", out="a"), node("Gemm", "a", layers[0], out="b", transB=1)]
+    untied += [node("Gemm", "b", layers[1], out="c", transB=1), node("Gemm", "c", "lm_head.weight", transB=1)]
+    tied = [*untied[:3], node("Gemm", "c", "model.embed_tokens.weight", transB=1)]
+    for nodes, dense in ((untied, ["model.embed_tokens", "lm_head"]), (tied, ["model.embed_tokens"])):
+        values = {name: sparse(16, 16).numpy() for name in layers}
+        path = tmp_path / f"{len(dense)}.onnx"
+        onnx.save(model(nodes, {**values, **{f"{name}.weight": np.ones((40, 16), np.float32) for name in dense}}), path)
+        result = verify_checkpoint(path, "2:4")
+        assert result and {one.layer for one in result.layers} == {name.removesuffix(".weight") for name in layers}
+        assert result.unchecked == () and {one.name for one in result.left_out} == set(dense)
+        assert not verify_checkpoint(path, "2:4", include=dense[-1])
+
+
 @pytest.mark.parametrize(("point", "holds"), [(0, True), (3, False)])
 def test_a_zero_point_that_is_not_zero_makes_zeros_unknown(tmp_path: Path, point: int, holds: bool) -> None:
     nodes = [node("DequantizeLinear", "w", "scale", "point", out="d"), node("MatMul", "x", "d")]
