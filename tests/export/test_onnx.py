@@ -123,6 +123,17 @@ def test_int8_inputs_that_give_no_range_are_refused(tmp_path: Path, examples: li
     assert not list(tmp_path.iterdir()) and not model[0]._forward_pre_hooks
 
 
+def test_the_pattern_of_every_layer_that_prune_takes_by_default_is_checked_or_said_not_to_be(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(3, 16, 1), nn.ConvTranspose2d(16, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 16, 1)
+    model = nn.Sequential(*convolutions, nn.Flatten(2), nn.LSTM(64, 8)).eval()
+    patterns = {one.name: one.pattern for one in bisparse.prune_(model, "2:4")}
+    assert {"1", "3", "5.weight_ih_l0"} <= set(patterns)
+    made = export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 3, 6, 6), pattern=patterns, dynamic_axes={})
+    assert made.verified == {"2:4": 2}
+    assert {one.name for one in made.unverified} == {name for name in patterns if name.startswith("5")}
+
+
 class Unused(nn.Module):
     """A network with a layer that its output does not depend on, like BERT's pooler."""
 

@@ -256,6 +256,10 @@ def show_export(export: OnnxExport, as_json: bool = False) -> None:
         console.print(f"{export.int8_inputs} layers round their inputs to int8.")
     for pattern, layers in export.verified.items():
         console.print(f"{pattern} holds on {layers} layers along the reduction axis of the graph.")
+    if export.unverified:
+        examples = "; ".join(f"{one.name} ({one.reason})" for one in export.unverified[:4])
+        more = f"; and {len(export.unverified) - 4} more" if len(export.unverified) > 4 else ""
+        console.print(f"Pattern not checked: {examples}{more}.", style="yellow", markup=False, soft_wrap=True)
     if export.difference is not None:
         console.print(f"onnxruntime: outputs differ by at most {export.difference:.2e} (largest output {export.largest:.3g}).")
     else:

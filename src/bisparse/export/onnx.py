@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 from bisparse.arguments import check_flag
 from bisparse.atomic_file import check_output_file, explaining
-from bisparse.checkpoint.reader import open_source
 from bisparse.checkpoint.save_load import HasDenseWeight, plain_weights
-from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError, install_extra
 from bisparse.export.int8_inputs import input_scales, quantize_inputs, rounded_inputs
+from bisparse.export.onnx_checks import check_weights, naming, verify_patterns
 from bisparse.export.onnx_graph import check_quantizable, name_axes, quantize_weights, rename_weights
-from bisparse.pattern import Structure, parse_pattern
-from bisparse.quantization import QuantizationReport, QuantizedLayer, stored_values
+from bisparse.layers import Skipped
+from bisparse.pattern import Structure
+from bisparse.quantization import QuantizationReport
 from bisparse.user_errors import error_in_one_line
 
 __all__ = ["OnnxExport", "export_onnx", "onnx_metadata"]
@@ -67,6 +67,8 @@ class OnnxExport:
     note: str = ""
     int8_inputs: int = 0
     """Number of layers whose inputs are rounded to int8 in the file."""
+    unverified: tuple[Skipped, ...] = ()
+    """Layers whose pattern could not be checked in the file, such as recurrent ones, and why."""
 
 
 class _Exported(nn.Module):
@@ -168,9 +170,9 @@ def export_onnx(
             proto.metadata_props.add(key=key, value=value)
         with explaining(path):
             file = _write(proto, folder / path.name)
-        count, unmatched = _check_weights(file, weights, written)
-        verified = _verify(file, pattern)
-        with rounded_inputs(model, {name: scales[name] for name in rounded}):
+        with naming(path, file), rounded_inputs(model, {name: scales[name] for name in rounded}):
+            count, unmatched = check_weights(file, weights, written)
+            verified, unverified = verify_patterns(file, pattern)
             difference, largest, note = _run(whole, file, names, tensors, axes)
         with explaining(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,7 +186,7 @@ def export_onnx(
         name: tuple(axes.get(name, {}).get(i, side) for i, side in enumerate(one.shape))
         for name, one in zip(names, tensors, strict=True)
     }
-    return OnnxExport(path, shapes, output, count, unmatched, verified, difference, largest, note, len(rounded))
+    return OnnxExport(path, shapes, output, count, unmatched, verified, difference, largest, note, len(rounded), unverified)
 
 
 def _folder_next_to(path: Path) -> Path:
@@ -319,50 +321,6 @@ def _write(proto: Any, file: Path) -> Path:
     onnx.save(proto, str(file), save_as_external_data=large, location=f"{file.name}.data")
     onnx.checker.check_model(str(file))
     return file
-
-
-def _check_weights(
-    file: Path, weights: Mapping[str, Tensor], stored: Mapping[str, QuantizedLayer]
-) -> tuple[int, tuple[str, ...]]:
-    """The number of matrices in the file that are bit-identical to the model's, and the names of those it lacks.
-
-    Raises:
-        CheckpointError: a matrix has different values.
-    """
-    tensors = open_source(file).tensors
-    found, lacking = {}, {}
-    for name, weight in weights.items():
-        if weight.ndim < 2:
-            continue
-        if (tensor := tensors.get(name)) is None:
-            lacking[name] = weight.data_ptr()
-            continue
-        meant = stored_values(weight, stored[name]) if name in stored else weight
-        read = tensor.read().view(tensor.shape)
-        if read.shape != meant.shape or read.dtype != meant.dtype or not bool((read == meant.cpu()).all()):
-            raise CheckpointError(file, "differs from the model's weight", "report this", tensor=name)
-        found[name] = weight.data_ptr()
-    if lost := [name for name in stored if name not in found]:
-        raise CheckpointError(file, "is not an initializer", "report this", tensor=lost[0])
-    return len(found), tuple(name for name, place in lacking.items() if place not in found.values())
-
-
-def _verify(file: Path, pattern: str | Structure | Mapping[str, str | Structure] | None) -> dict[str, int]:
-    """By pattern, the number of layers in the file that obey it."""
-    if pattern is None:
-        return {}
-    if not isinstance(pattern, Mapping):
-        found = verify_checkpoint(file, pattern)
-        found.check()
-        return {str(parse_pattern(pattern)): len(found.layers)}
-    verified = {}
-    for one in sorted({str(parse_pattern(each)) for each in pattern.values()}):
-        found = verify_checkpoint(file, one, include=[name for name, each in pattern.items() if str(parse_pattern(each)) == one])
-        found.check()
-        if found.unchecked:
-            raise CheckpointError(file, f"cannot be checked ({found.unchecked[0].reason})", "report this", tensor=one)
-        verified[one] = len(found.layers)
-    return verified
 
 
 def _run(

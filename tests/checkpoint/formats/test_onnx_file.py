@@ -55,6 +55,8 @@ CONV = sparse(16, 8, 3, 3)
         ([("Identity", "w", {}), ("Transpose", "_0", {}), ("MatMul", "x", "_1")], LINEAR),
         ([("Cast", "w", {"to": 10}), ("MatMul", "x", "_0")], LINEAR.t()),
         ([("Conv", "x", "w")], CONV),
+        ([("ConvTranspose", "x", "w")], CONV.transpose(0, 1)),
+        ([("ConvTranspose", "x", "w", {"group": 2})], torch.cat([CONV, CONV.roll(1, 0)], 1).transpose(0, 1)),
     ],
 )
 def test_the_axis_of_the_reduction_is_the_graphs(tmp_path: Path, nodes: list[Any], weight: Tensor) -> None:
@@ -73,7 +75,7 @@ def test_the_axis_of_the_reduction_is_the_graphs(tmp_path: Path, nodes: list[Any
 def test_what_no_gemm_multiplies_by_is_no_layer(tmp_path: Path) -> None:
     nodes = [
         node("MatMul", "x", "w", out="a"), node("Add", "a", "table", out="b"), node("Gather", "vocabulary", "ids", out="c"),
-        node("Conv", "image", "depthwise", out="d", group=8), node("ConvTranspose", "image", "up", out="e"),
+        node("Conv", "image", "depthwise", out="d", group=8), node("ConvTranspose", "image", "up", out="e", group=8),
         node("MatMul", "x", "both", out="f"), node("Gemm", "x", "both", out="g", transB=1),
         node("LSTM", "x", "lstm", "lstm", out="h"),
     ]  # fmt: skip
@@ -86,7 +88,7 @@ def test_what_no_gemm_multiplies_by_is_no_layer(tmp_path: Path) -> None:
     result = verify_checkpoint(tmp_path / "m.onnx", "2:4")
     assert result and [one.layer for one in result.layers] == ["w"]
     said = {name: tensor.operand for name, tensor in open_source(tmp_path / "m.onnx").tensors.items()}
-    assert "looked up" in said["vocabulary"] and "depthwise" in said["depthwise"] and "transposed" in said["up"]
+    assert "looked up" in said["vocabulary"] and "depthwise" in said["depthwise"] and "depthwise" in said["up"]
     assert "two ways" in said["both"] and "LSTM" in said["lstm"] and "no MatMul" in said["table"]
 
 

@@ -1,7 +1,8 @@
 """Reads ONNX models: initializers and constants, including those of nested graphs, and how the graph multiplies by each.
 
-TensorRT looks for 2:4 along the reduction axis of the weights of MatMul, Gemm and Conv, as the GEMM does. A weight reaches these
-nodes directly or through nodes that keep its zeros: Identity, Cast, Transpose, and DequantizeLinear with a zero point of zero.
+TensorRT looks for 2:4 along the reduction axis of the weights of MatMul, Gemm and Conv, as the GEMM does; ConvTranspose sums over
+its input channels, the first axis of its weight. A weight reaches these nodes directly or through nodes that keep its zeros:
+Identity, Cast, Transpose, and DequantizeLinear with a zero point of zero.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class _Reading:
 
     def named(self) -> dict[str, StoredTensor]:
         """The tensors, each with the layout of its product, or why there is none."""
-        unused = "no MatMul, Gemm or Conv multiplies by it"
+        unused = "no MatMul, Gemm, Conv or ConvTranspose multiplies by it"
         return {
             name: replace(tensor, operand=self.found.get(name, unused) if len(tensor.shape) >= 2 else None)
             for name, tensor in self.tensors.items()
@@ -210,8 +211,14 @@ def _multiplied(node: Any, scope: Mapping[str, Place], tensors: Mapping[str, Sto
                 yield name, f"a convolution of {groups} groups, which do not divide its {shape[0]} outputs"
             else:
                 yield name, replace(Layout(LayoutKind.CONV), groups=groups)
-        elif node.op_type == "ConvTranspose" and place == 1:
-            yield name, "transposed convolution: not supported"
+        elif node.op_type == "ConvTranspose" and place == 1 and len(shape) in (3, 4, 5) and not transposed:
+            groups = int(_attribute(node, "group", 1))
+            if groups == shape[0]:
+                yield name, "depthwise convolution: one input channel per filter, no reduction to make sparse"
+            elif groups < 1 or shape[0] % groups:
+                yield name, f"a transposed convolution of {groups} groups, which do not divide its {shape[0]} inputs"
+            else:
+                yield name, replace(Layout(LayoutKind.CONV_TRANSPOSED), groups=groups)
         elif node.op_type in ("LSTM", "GRU", "RNN") and place in (1, 2):
             yield name, f"recurrent layer ({node.op_type}): not supported"
         elif node.op_type in ("Gather", "GatherElements") and place == 0:
