@@ -78,6 +78,24 @@ def test_eval_of_a_classifier_against_another(tmp_path: Path, monkeypatch: pytes
     assert [one.get("accuracy", one.get("agreement")) for one in said["figures"]] == [float((first == second).mean())] * 2
 
 
+def test_a_model_of_few_positions_is_measured_with_these_and_says_so_where_more_are_asked_for(folder: Path) -> None:
+    text, out = folder.parent / "text.txt", folder.parent / "out"
+    config = transformers.GPT2Config(vocab_size=64, n_positions=24, n_embd=32, n_layer=1, n_head=4)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    code, _ = invoke("prune", folder, out, "-p", "2:4", "--eval", text)
+    assert code == 0
+    before, after = read_sidecar(out).evaluation
+    assert (before["context"], before["stride"]) == (after["context"], after["stride"]) == (24, 24)
+    for options in (
+        ["eval", folder, "--text", text, "--context", 25],
+        ["prune", folder, folder.parent / "other", "--method", "wanda", "--calibration", text],
+        ["quantize", folder, folder.parent / "other", "--method", "gptq", "--calibration", text],
+    ):
+        code, content = invoke(*options)
+        assert code == 2 and "has only 24 positions; pass" in content["error"]
+    assert not (folder.parent / "other").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -87,6 +105,7 @@ def test_eval_of_a_classifier_against_another(tmp_path: Path, monkeypatch: pytes
         (["--images", "text.txt", "--labels", "text.txt"], "not a .npy file"),
         (["--text", "text.txt", "--stride", "600"], "more than the context"),
         (["--text", "text.txt", "--tokens", "100"], "fewer than one window"),
+        (["--pairs", "text.txt", "--context", "8"], "--text"),
         (["--tasks", "arc_easy"], "pip install lm-eval"),
     ],
 )

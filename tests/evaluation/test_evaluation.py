@@ -82,6 +82,30 @@ def test_perplexity_refuses_settings_without_a_window(settings: dict[str, int], 
         perplexity(Counting(), torch.zeros(64, dtype=torch.long), **settings)
 
 
+class Positions(Counting):
+    """A language model with a table of 16 positions, as its configuration says under one of the usual names."""
+
+    def __init__(self, name: str | None) -> None:
+        super().__init__()
+        self.positions = nn.Embedding(16, 11)
+        self.config = types.SimpleNamespace(**({name: 16} if name else {}))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        return super().forward(input_ids) + self.positions(torch.arange(input_ids.shape[1]))
+
+
+@pytest.mark.parametrize("name", ["max_position_embeddings", "n_positions"])
+def test_the_default_context_is_no_longer_than_the_model_takes(name: str) -> None:
+    model, ids = Positions(name), torch.randint(11, (600,))
+    found = perplexity(model, ids)
+    assert found.context == found.stride == 16 and "context 16, stride 16" in str(found)
+    with pytest.raises(ValueError, match="context=17: the model has only 16 positions; pass a context of at most 16"):
+        perplexity(model, ids, context=17)
+    with pytest.raises(ValueError, match=r"failed on an input of shape \(4, 32\)"):
+        perplexity(Positions(None), ids, context=32)
+    assert perplexity(Counting(), ids).context == 512
+
+
 def test_perplexity_of_a_model_that_returns_nan_is_refused() -> None:
     model = Counting()
     model.table.weight.data[5] = float("nan")

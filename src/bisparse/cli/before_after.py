@@ -25,16 +25,15 @@ EvalText = Annotated[
         exists=True,
         dir_okay=False,
         help="Measure the perplexity of a causal language model on this text before and after, and of the --quantize folder "
-        "(context and stride 512), and record it in bisparse.json and README.md.",
+        "(context and stride 512, or the model's positions if these are fewer), and record it in bisparse.json and README.md.",
     ),
 ]
 EvalTokens = Annotated[int | None, typer.Option("--eval-tokens", min=2, help="Read only this many tokens of the --eval text.")]
-CONTEXT = 512
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """The perplexity on a text, with windows of 512 tokens that do not overlap."""
+    """The perplexity on a text, with windows of 512 tokens, or as many as the model has positions, that do not overlap."""
 
     text: Path
     tokens: int | None
@@ -45,7 +44,7 @@ class Measurement:
         """The figure of a model on disk, as JSON values; the text's digest and the dtype of the weights are part of it."""
         if not self.as_json:
             to_stderr().print(f"Measuring the perplexity of {model} ...", markup=False, soft_wrap=True)
-        figure, dtype = measured(model, self.text, context=CONTEXT, tokens=self.tokens)
+        figure, dtype = measured(model, self.text, tokens=self.tokens)
         return {**figure.as_dict(), **self._protocol(), "dtype": dtype}
 
     def recorded(self, folder: Path, when: str) -> dict[str, Any] | None:
@@ -78,7 +77,7 @@ class Measurement:
 
     def _protocol(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.text.read_bytes()).hexdigest()
-        return {"corpus_sha256": digest, "context": CONTEXT, "stride": CONTEXT, "tokens_asked": self.tokens}
+        return {"corpus_sha256": digest, "tokens_asked": self.tokens}
 
 
 def parse_measurement(
@@ -97,7 +96,7 @@ def parse_measurement(
 
 
 def measured(
-    model: Path, text: Path, *, context: int = CONTEXT, stride: int | None = None, tokens: int | None = None
+    model: Path, text: Path, *, context: int | None = None, stride: int | None = None, tokens: int | None = None
 ) -> tuple[Perplexity, str]:
     """The perplexity of a transformers model on disk, and the dtype in which it ran."""
     from bisparse.cli.model_source import open_source

@@ -263,7 +263,7 @@ def _versions() -> dict[str, str]:
 
 def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
     """The batches, from the text files or from the model's function; None if there are none."""
-    from bisparse.cli.calibration_text import text_batches
+    from bisparse.cli.calibration_text import text_batches, usable_length
 
     if not texts.paths:
         if texts.field is not None:
@@ -274,8 +274,9 @@ def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
             "text requires a transformers model; module:function returns its own batches", param_hint="--calibration"
         )
     causal = bool(getattr(source.model, "can_generate", lambda: False)())
+    length = usable_length(source.model, texts.length, causal=causal)
     return text_batches(
-        source.tokenizer, list(texts.paths), causal=causal, field=texts.field, sequences=texts.sequences, length=texts.length
+        source.tokenizer, list(texts.paths), causal=causal, field=texts.field, sequences=texts.sequences, length=length
     )
 
 

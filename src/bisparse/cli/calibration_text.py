@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from bisparse.checkpoint.input_file import open_input
+from bisparse.evaluation.model_outputs import positions_of
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.user_errors import error_in_one_line
 
-__all__ = ["SEED", "CalibrationFile", "TextBatches", "text_batches", "token_batches"]
+__all__ = ["SEED", "CalibrationFile", "TextBatches", "text_batches", "token_batches", "usable_length"]
 
 SEED = 0
 """Seed of the order of calibration samples."""
@@ -141,6 +142,22 @@ def _shares(available: Sequence[int], wanted: int) -> list[int]:
     for done, place in enumerate(sorted(range(len(available)), key=lambda i: available[i])):
         counts[place] = min(available[place], -(-(wanted - sum(counts)) // (len(available) - done)))
     return counts
+
+
+def usable_length(model: nn.Module, length: int, *, causal: bool) -> int:
+    """Tokens per sample for a model: all samples of a causal model have this length, those of another one at most this length.
+
+    Raises:
+        CalibrationError: a causal model has fewer positions.
+    """
+    positions = positions_of(model)
+    if positions is None or length <= positions:
+        return length
+    if causal:
+        raise CalibrationError(
+            f"samples of {length} tokens do not fit the model, which has only {positions:,} positions; pass --length {positions}"
+        )
+    return positions
 
 
 def _rows(ids: Int[Tensor, " T"], length: int, what: str) -> Int[Tensor, "S L"]:

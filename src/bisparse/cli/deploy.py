@@ -301,7 +301,7 @@ def _check_plain(source: str) -> None:
 
 
 def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length: int) -> list[Any] | None:
-    from bisparse.cli.calibration_text import text_batches
+    from bisparse.cli.calibration_text import text_batches, usable_length
 
     if calibration is None:
         batches: list[Any] | None = opened.batches
@@ -309,6 +309,7 @@ def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length
     if opened.tokenizer is None:
         raise typer.BadParameter("text requires a transformers model", param_hint="--calibration")
     causal = bool(getattr(opened.model, "can_generate", lambda: False)())
+    length = usable_length(opened.model, length, causal=causal)
     return list(text_batches(opened.tokenizer, calibration, causal=causal, sequences=sequences, length=length).batches)
 
 

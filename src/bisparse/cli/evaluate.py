@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate"]
 
+LARGEST_DEFAULT = 512
+"""The context without --context, unless the model has fewer positions, which is known once it is loaded."""
+
 
 @command
 def evaluate(
@@ -24,7 +27,10 @@ def evaluate(
     text: Annotated[
         Path | None, typer.Option("--text", exists=True, dir_okay=False, help="Perplexity of a causal model on this text.")
     ] = None,
-    context: Annotated[int, typer.Option(min=2, help="Tokens per window of --text.")] = 512,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Tokens per window of --text; by default 512, or the model's positions if these are fewer."),
+    ] = None,
     stride: Annotated[
         int | None,
         typer.Option(min=1, help="Tokens between the starts of two windows of --text; by default the context, without overlap."),
@@ -97,7 +103,7 @@ def evaluate(
 def _text_figures(
     source: Source,
     text: Path | None,
-    context: int,
+    context: int | None,
     stride: int | None,
     tokens: int | None,
     pairs: Path | None,
@@ -134,7 +140,7 @@ def _image_figures(source: Source, inputs: Tensor, classes: Tensor | None, again
 def _check(
     text: Path | None,
     stride: int | None,
-    context: int,
+    context: int | None,
     tokens: int | None,
     pairs: Path | None,
     images: Path | None,
@@ -149,6 +155,7 @@ def _check(
     for hint, given, needed, other in (
         ("--tokens", tokens, text, "--text"),
         ("--stride", stride, text, "--text"),
+        ("--context", context, text, "--text"),
         ("--labels", labels, images, "--images"),
         ("--against", against, images, "--images"),
         ("--limit", limit, tasks, "--tasks"),
@@ -157,11 +164,11 @@ def _check(
             raise typer.BadParameter(f"requires {other}", param_hint=hint)
     if images is not None and labels is None and against is None:
         raise typer.BadParameter("requires --labels, --against or both", param_hint="--images")
-    if stride is not None and stride > context:
+    if stride is not None and stride > (context or LARGEST_DEFAULT):
         raise typer.BadParameter(
-            f"{stride} is more than the context of {context}: tokens would be left out", param_hint="--stride"
+            f"{stride} is more than the context of {context or LARGEST_DEFAULT}: tokens would be left out", param_hint="--stride"
         )
-    if tokens is not None and tokens < context:
+    if tokens is not None and context is not None and tokens < context:
         raise typer.BadParameter(f"{tokens} tokens are fewer than one window of {context}", param_hint="--tokens")
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.apart import read_text
+from bisparse.arguments import check_count
 
-__all__ = ["as_json", "device_of", "evaluating", "naming_input", "tensor_of", "text_of"]
+__all__ = ["as_json", "device_of", "evaluating", "fitting_length", "naming_input", "positions_of", "tensor_of", "text_of"]
 
 
 @contextmanager
@@ -64,6 +65,30 @@ def text_of(path: str | Path) -> str:
         return read_text(path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text ({error}): convert it, as by iconv -f latin1 -t utf-8") from error
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The most tokens that a transformers model takes at a time, by its configuration; None if that does not say."""
+    config = getattr(model, "config", None)
+    of_text = getattr(config, "get_text_config", None)
+    config = of_text() if callable(of_text) else config
+    sizes = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions", "max_seq_len"))
+    return next((size for size in sizes if type(size) is int and size > 0), None)
+
+
+def fitting_length(model: nn.Module, given: int | None, default: int, name: str) -> int:
+    """The given number of tokens or, without one, the default or the model's positions if these are fewer.
+
+    Raises:
+        ValueError: more tokens than the model has positions.
+    """
+    positions = positions_of(model)
+    if given is None:
+        return default if positions is None else min(default, positions)
+    check_count(name, given)
+    if positions is not None and given > positions:
+        raise ValueError(f"{name}={given}: the model has only {positions:,} positions; pass a {name} of at most {positions}")
+    return given
 
 
 def device_of(model: nn.Module) -> torch.device:

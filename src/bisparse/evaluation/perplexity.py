@@ -19,10 +19,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bisparse.arguments import check_count
-from bisparse.evaluation.model_outputs import as_json, device_of, evaluating, tensor_of, text_of
+from bisparse.evaluation.model_outputs import (
+    as_json,
+    device_of,
+    evaluating,
+    fitting_length,
+    naming_input,
+    tensor_of,
+    text_of,
+)
 from bisparse.wrappers import check_module
 
 __all__ = ["Perplexity", "perplexity", "text_perplexity"]
+
+CONTEXT = 512
+"""Tokens per window by default, for models with as many positions."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,7 @@ def perplexity(
     model: nn.Module,
     ids: Int[Tensor, " T"],
     *,
-    context: int = 512,
+    context: int | None = None,
     stride: int | None = None,
     tokens: int | None = None,
     batch_size: int = 4,
@@ -99,16 +110,18 @@ def perplexity(
     Args:
         ids: the token ids of the whole text, T of them.
         model: called as ``model(input_ids=...)``; returns logits of shape (B, context, V), or an output that holds them.
-        context: tokens per window.
+        context: tokens per window; by default 512, or as many as the model has positions if these are fewer.
         stride: tokens between the starts of two windows; by default `context`, without overlap.
         tokens: read only this many; by default all.
         batch_size: windows per forward pass.
         corpus: name of the text, for the record.
 
     Raises:
-        ValueError: fewer tokens than one window, settings without a window, or logits that are not finite.
+        ValueError: fewer tokens than one window, settings without a window, or logits that are not finite, more context
+            than the model has positions, or a model that fails on the tokens.
     """
     check_module(model)
+    context = fitting_length(model, context, CONTEXT, "context")
     stride = context if stride is None else stride
     _check(ids, context, stride, tokens, batch_size)
     if callable(generates := getattr(model, "can_generate", None)) and not generates():
@@ -122,7 +135,8 @@ def perplexity(
     with evaluating(model):
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size].to(device)
-            logits = tensor_of(model(input_ids=part), "logits")
+            with naming_input(part):
+                logits = tensor_of(model(input_ids=part), "logits")
             for offset, (scores, row) in enumerate(zip(logits, part, strict=True)):
                 number = start + offset
                 scored = int(counts[number])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bisparse.errors import install_extra
-from bisparse.evaluation.model_outputs import device_of, evaluating, tensor_of, text_of
+from bisparse.evaluation.model_outputs import device_of, evaluating, fitting_length, tensor_of, text_of
 from bisparse.wrappers import check_module
 
 __all__ = ["Pair", "Similarity", "read_pairs", "similarity"]
@@ -24,6 +24,8 @@ __all__ = ["Pair", "Similarity", "read_pairs", "similarity"]
 Pair = tuple[float, str, str]
 """A human score and two sentences."""
 STS_COLUMNS = 7
+LENGTH = 128
+"""Maximum tokens per sentence by default, for models with as many positions."""
 """Columns of STS-B: score and sentences are columns 5, 6 and 7; some rows have their sources after those."""
 
 
@@ -86,18 +88,20 @@ def read_pairs(path: str | Path) -> list[Pair]:
 
 
 def similarity(
-    model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], *, length: int = 128, batch_size: int = 64, corpus: str = ""
+    model: nn.Module, tokenizer: Any, pairs: Sequence[Pair], *, length: int | None = None, batch_size: int = 64, corpus: str = ""
 ) -> Similarity:
     """Spearman's correlation between human scores and cosines of a model's mean-pooled sentence embeddings.
 
     Args:
         model: an encoder, called with the tokenizer's output; its output has ``last_hidden_state`` of shape (B, T, D).
-        length: maximum tokens per sentence; longer sentences are truncated.
+        length: maximum tokens per sentence; longer sentences are truncated. By default 128, or as many as the model has
+            positions if these are fewer.
 
     Raises:
         ValueError: fewer than three pairs, embeddings that are not finite, or cosines or scores that are all equal.
     """
     check_module(model)
+    length = fitting_length(model, length, LENGTH, "length")
     try:
         from scipy.stats import spearmanr
     except ImportError as error:

@@ -221,7 +221,7 @@ def _output_name(whole: _Exported, tensors: Sequence[Tensor]) -> str:
     vocabulary = getattr(getattr(whole.model, "config", None), "vocab_size", None)
     try:
         made = whole(*tensors)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
         given = ", ".join(whole.names or [f"{len(tensors)} tensors by position"])
         raise ValueError(f"the model cannot be called with {given}: {error_in_one_line(error)}") from error
     return "logits" if made.shape[-1] == vocabulary else "output"
