@@ -51,7 +51,7 @@ def test_transformer_by_default() -> None:
     ]
     assert reasons(model) == {
         "embed_tokens": "embedding: looked up, not multiplied",
-        "lm_head": "output head (its name ends in 'lm_head'); include it by name to prune it",
+        "lm_head": "output head (its name ends in 'lm_head'); include it by name",
     }
 
 
@@ -170,7 +170,7 @@ def test_the_last_linear_of_another_name_is_no_head(name: str) -> None:
 def test_only_the_first_convolution_stays_dense() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv1d(8, 8, 3))
     assert list(found(model)) == ["1", "2"]
-    assert reasons(model) == {"0": "first convolution; include it by name to prune it"}
+    assert reasons(model) == {"0": "first convolution; include it by name"}
     assert list(found(model, include="0")) == ["0"]
 
 
@@ -574,6 +574,21 @@ def test_verify_looks_at_every_layer_and_names_the_first_that_breaks() -> None:
     assert verification.first is not None
     assert str(verification.first) == "layers.1.up: W, row 5, group 1 keeps 4"
     assert verification.violations == 1 + 2
+
+
+def test_verify_of_a_model_names_the_layers_that_it_left_out_by_default() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(16, 16), "head": nn.Linear(16, 16), "other": nn.Linear(16, 16)})
+    bisparse.prune_(model, "2:4", include=["body", "head", "other"])
+    model["head"].weight.data.fill_(1.0)
+    found = bisparse.verify(model, "2:4", exclude="other")
+    assert found and {one.name for one in found.left_out} == {"head", "other"}
+    assert found.message == (
+        "2:4 holds on 64 groups; 1 left out: head (output head (its name ends in 'head'); include it by name)"
+    )
+    whole = bisparse.verify(model, "2:4", include=["body", "head", "other"])
+    assert not whole and whole.left_out == () and "left out" not in whole.message
+    left = bisparse.accelerate_(model.eval(), "reference").left_dense
+    assert not [one for one in left if "prune" in one.reason]
 
 
 def test_verify_of_a_model_without_layers_does_not_hold() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from bisparse.kernels.figures.cpu import broken_groups
-from bisparse.layers import Filter, Skipped, find_layers
+from bisparse.layers import BY_NAME, Filter, Skipped, find_layers
 from bisparse.pattern import Pattern, Structure, parse_pattern
 from bisparse.tiles import Layout, default_layout, to_matrices
 
@@ -47,7 +47,8 @@ class Violation:
 class Verification:
     """What `verify` found: true in an ``if`` or ``assert`` if the mask, weight or model obeys its pattern.
 
-    `message` says it in a sentence, with the first group that breaks the pattern; `check` raises an error instead.
+    `message` says it in a sentence, with the first group that breaks the pattern and the layers that were left out because they
+    were not included by name; `check` raises an error instead.
     """
 
     pattern: Structure
@@ -65,7 +66,7 @@ class Verification:
     unchecked: tuple[Skipped, ...] = field(default=(), repr=False)
     """For a checkpoint, the layers whose zeros could not be seen or are not constrained, and why."""
     left_out: tuple[Skipped, ...] = field(default=(), repr=False)
-    """For a checkpoint, the tensors that are no layers to prune by default, or that the caller left out."""
+    """For a model or a checkpoint, the matrices that are no layers to prune by default, or that the caller left out, and why."""
     contradicted: tuple[str, ...] = field(default=(), repr=False)
     """For a checkpoint, what its sidecar says of the weights that is not so, such as another density; each in a sentence."""
 
@@ -90,19 +91,25 @@ class Verification:
         else:
             found = f"{patterns} holds on {self.groups} groups"
         found = f"{subject}{found}; {self._not_checked}" if self.unchecked else f"{subject}{found}"
+        by_default = [one for one in self.left_out if one.reason.endswith(BY_NAME)]
+        found = f"{found}; {len(by_default)} left out: {_listed(by_default)}" if by_default else found
         return f"{found}; bisparse.json is wrong: {'; '.join(self.contradicted[:4])}" if self.contradicted else found
 
     @property
     def _not_checked(self) -> str:
-        examples = "; ".join(f"{one.name} ({one.reason})" for one in self.unchecked[:4])
-        more = f"; and {len(self.unchecked) - 4} more" if len(self.unchecked) > 4 else ""
-        return f"{len(self.unchecked)} {'was' if len(self.unchecked) == 1 else 'were'} not checked: {examples}{more}"
+        return f"{len(self.unchecked)} {'was' if len(self.unchecked) == 1 else 'were'} not checked: {_listed(self.unchecked)}"
 
     def check(self) -> Verification:
         """Raise `PatternError` unless the structure holds; returns itself."""
         if not self:
             raise PatternError(self.message)
         return self
+
+
+def _listed(layers: Sequence[Skipped]) -> str:
+    """The first layers with their reasons, and how many more there are."""
+    more = f"; and {len(layers) - 4} more" if len(layers) > 4 else ""
+    return "; ".join(f"{one.name} ({one.reason})" for one in layers[:4]) + more
 
 
 def verify(
@@ -125,12 +132,12 @@ def verify(
         layout: how a bare tensor stores its matrices, where the default above does not fit.
         name: the layer's name for messages.
         include, exclude: of a module, its layers, as passed to `prune_`; by default those that `find_layers` chooses,
-            without output heads and the first convolution.
+            without output heads and the first convolution, which `left_out` and the message name.
         layouts: of a module, how single layers store their matrices, as passed to `prune_`.
     """
     pattern = parse_pattern(pattern)
     if isinstance(target, nn.Module):
-        found, _ = find_layers(target, include, exclude, layouts=layouts)
+        found, left = find_layers(target, include, exclude, layouts=layouts)
         results = tuple(verify(layer.weight, pattern, layout=layer.layout, name=layer.name) for layer in found)
         if not results:
             raise ValueError(
@@ -145,6 +152,7 @@ def verify(
             next((result.first for result in results if result.first), None),
             sum(result.density * layer.weight.numel() for result, layer in zip(results, found, strict=True)) / max(weights, 1),
             layers=results,
+            left_out=tuple(left),
         )
     if not isinstance(target, Tensor):
         raise ValueError(f"verify needs a tensor or a module, not {type(target).__name__}")

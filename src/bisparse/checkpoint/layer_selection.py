@@ -177,9 +177,7 @@ def _reasons_of_sharing(tensors: Mapping[str, StoredTensor], chosen: Iterable[St
             if name in planned:
                 other = dense or next(one for one in group if one != name)
                 found[name] = f"shares its storage with {other}, " + (
-                    "which stays dense: one parameter under two names; include both to prune it"
-                    if dense
-                    else "which is another view"
+                    "which stays dense: one parameter under two names; include both" if dense else "which is another view"
                 )
     return found
 

@@ -24,9 +24,10 @@ from bisparse.layers.kinds import (
     why_dense,
 )
 from bisparse.layers.modules import Layer, find_layers
-from bisparse.layers.names import by_layer, head_reason, layer_name
+from bisparse.layers.names import BY_NAME, by_layer, head_reason, layer_name
 
 __all__ = [
+    "BY_NAME",
     "NOT_NAMED",
     "QUANTISED",
     "FileEvidence",

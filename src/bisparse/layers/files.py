@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from bisparse.layers.experts import config_parts, config_widths, experts_layout, is_pair
 from bisparse.layers.kinds import DEPTHWISE, Kind
-from bisparse.layers.names import Names, is_embedding_name, is_transposed_by_name, layer_name, reads_input_by_name
+from bisparse.layers.names import BY_NAME, Names, is_embedding_name, is_transposed_by_name, layer_name, reads_input_by_name
 from bisparse.tiles import Layout, LayoutKind
 
 __all__ = ["NOT_NAMED", "QUANTISED", "FileEvidence", "TensorInfo"]
@@ -51,7 +51,7 @@ MOST_KERNEL = 31
 """Maximum odd kernel size for which a three-dimensional tensor is taken as a convolution without other evidence."""
 
 
-NOT_NAMED = "not named as a layer's weight; give its layout, such as 'linear', to prune it"
+NOT_NAMED = "not named as a layer's weight; give its layout, such as 'linear'"
 EMBEDDING = "embedding: looked up, not multiplied"
 
 
@@ -104,10 +104,10 @@ class FileEvidence:
         is_table = len(shape) == 2 and self._bias(name) is None
         default = EMBEDDING if is_table and is_embedding_name(layer) else self._names.default_reason(name) or ""
         if not default and is_table and shape[0] in self._vocabularies and shape[0] > shape[1]:
-            default = f"embedding or output head: its {shape[0]} rows are the vocabulary; include it by name to prune it"
+            default = f"embedding or output head: its {shape[0]} rows are the vocabulary; {BY_NAME}"
         beside = [one for one in QUANTISED if f"{layer}.{one}" in self._shapes]
         if beside and name.endswith(".weight"):
-            return Kind(uncertain=f"its module quantises it, since {beside[0]} is next to it; give its layout to prune it anyway")
+            return Kind(uncertain=f"its module quantises it, since {beside[0]} is next to it; give its layout if it is not")
         kind = self._by_shape(name, layer)
         return Kind(kind.layout, kind.refused, kind.uncertain, default or kind.default)
 
@@ -301,7 +301,7 @@ class FileEvidence:
 
     def _first_convolution(self, layer: str, channels: int) -> str:
         if channels == 3 or reads_input_by_name(layer) or channels in self._input_channels:
-            return f"first convolution (reads {channels} channels); include it by name to prune it"
+            return f"first convolution (reads {channels} channels); {BY_NAME}"
         return ""
 
 

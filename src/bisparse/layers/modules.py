@@ -14,7 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from bisparse.layers.experts import config_widths, experts_layout, is_pair
 from bisparse.layers.filters import Filter, first_match, matches, matrix_sides, remainder_reason
 from bisparse.layers.kinds import DEPTHWISE, Kind, Skipped, parse_layout, parse_layouts, why_dense
-from bisparse.layers.names import Names, is_embedding_name, reads_input_by_name
+from bisparse.layers.names import BY_NAME, Names, is_embedding_name, reads_input_by_name
 from bisparse.layers.own_forward import own_forward_reason
 from bisparse.layers.shared_memory import clashes, memory_of
 from bisparse.pattern import Structure
@@ -181,15 +181,15 @@ def _candidates(model: nn.Module) -> Iterator[_Candidate]:
         parameter = f"{one.name}.weight" if one.parameter == "weight" else one.name
         default = names.default_reason(parameter) or ""
         if not default and "router" in type(one.module).__name__.lower():
-            default = f"router of a mixture of experts ({type(one.module).__name__}); include it by name to prune it"
+            default = f"router of a mixture of experts ({type(one.module).__name__}); {BY_NAME}"
         if not default and isinstance(one.module, _ConvNd):
             channels = one.module.in_channels
             if not isinstance(one.module, _ConvTransposeNd) and (one is first or channels == 3 or reads_input_by_name(one.name)):
-                default = "first convolution; include it by name to prune it"
+                default = f"first convolution; {BY_NAME}"
         if not default and type(one.module) is nn.Linear and one.module.bias is None and is_embedding_name(one.name):
-            default = "embedding, or the projection of the model's input (by its name); include it by name to prune it"
+            default = f"embedding, or the projection of the model's input (by its name); {BY_NAME}"
         if not default and one is head:
-            default = "output head (its output is the model's); include it by name to prune it"
+            default = f"output head (its output is the model's); {BY_NAME}"
         yield _Candidate(one.name, one.module, one.parameter, Kind(kind.layout, "", kind.uncertain, default))
 
 
@@ -242,7 +242,7 @@ def _bare(name: str, own: str, module: nn.Module, model: nn.Module) -> Kind:
         named_stacks = {f"{name}.{key}": shape for key, shape in stacks.items()}
         layout = experts_layout(f"{name}.{own}", named_stacks, biases, _widths(name, module, model, stacks[own][0]))
         return Kind(layout) if isinstance(layout, Layout) else Kind(uncertain=layout)
-    said = f"a parameter of {kind}, of which it is not known how it is used; give its layout, such as 'linear', to prune it"
+    said = f"a parameter of {kind}, of which it is not known how it is used; give its layout, such as 'linear'"
     return Kind(uncertain=said)
 
 

@@ -10,9 +10,21 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
-__all__ = ["Names", "by_layer", "head_reason", "is_embedding_name", "is_transposed_by_name", "layer_name", "reads_input_by_name"]
+__all__ = [
+    "BY_NAME",
+    "Names",
+    "by_layer",
+    "head_reason",
+    "is_embedding_name",
+    "is_transposed_by_name",
+    "layer_name",
+    "reads_input_by_name",
+]
 
 T = TypeVar("T")
+
+BY_NAME = "include it by name"
+"""End of the reasons of layers that are left out by default alone, for pruning, verification and all else."""
 
 HEAD_NAMES = (
     "lm_head", "classifier", "head", "fc", "score", "embed_out", "output_layer", "logits", "output_projection", "lm_output",
@@ -96,7 +108,7 @@ def head_reason(name: str) -> str | None:
     layer = layer_name(name)
     last = _last(layer)
     if any(fnmatch.fnmatchcase(last, one) for one in HEAD_NAMES) or any(fnmatch.fnmatchcase(layer, one) for one in HEAD_PATHS):
-        return f"output head (its name ends in '{last}'); include it by name to prune it"
+        return f"output head (its name ends in '{last}'); {BY_NAME}"
     return None
 
 
@@ -157,17 +169,17 @@ class Names:
         """Why a parameter stays dense by default, by its name and those around it; None if there is no such reason."""
         layer = layer_name(parameter)
         if re.search(ADAPTERS, layer):
-            return "low-rank (LoRA) or other adapter: its base layer is the one to prune; include it by name to prune it"
+            return f"low-rank (LoRA) or other adapter: its base layer is the one to prune; {BY_NAME}"
         if self._is_router(layer):
-            return "router of a mixture of experts; include it by name to prune it"
+            return f"router of a mixture of experts; {BY_NAME}"
         parent, _, index = layer.rpartition(".")
         is_last = index.isdecimal() and self._sequential_ends.get(parent) == int(index)
         if (head := head_reason(parent if is_last and parent else layer)) is not None:
             return head
         if layer == self._outer_head:
-            return f"output head (the model's own '{_last(layer)}'); include it by name to prune it"
+            return f"output head (the model's own '{_last(layer)}'); {BY_NAME}"
         if re.search(NORMS, _last(parent if _last(layer) in ("scale", "shift", "gamma", "beta") else layer)):
-            return "normalisation: it scales and is not the matrix of a product; include it by name to prune it"
+            return f"normalisation: it scales and is not the matrix of a product; {BY_NAME}"
         if re.search(TOKENS, layer.lower()):
             return "learned token or query: an input, not a weight that multiplies inputs"
         return None
