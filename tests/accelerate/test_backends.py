@@ -203,6 +203,13 @@ def test_packed_layers(library: Library, name: str, pattern: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), dense.parameters(), strict=True))
 
 
+def test_usable_backends_takes_a_device_by_its_name() -> None:
+    assert usable_backends("cpu") == usable_backends(torch.device("cpu"))
+    for bad in ("gpu", 3.5, None):
+        with pytest.raises(ValueError, match="expected a torch device or its name"):
+            usable_backends(bad)  # type: ignore[arg-type]
+
+
 def test_packed_bytes_are_nine_sixteenths(library: Library) -> None:
     for name in ("cusparselt", "cutlass"):
         model = model_of().eval()

@@ -24,12 +24,19 @@ BACKENDS: dict[str, Backend] = {one.name: one for one in (CuSparseLt(), Cutlass(
 """Backends for 2:4 matrices, by name. "auto" takes the first one that runs, and never the reference."""
 
 
-def usable_backends(device: torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
+def usable_backends(device: str | torch.device, dtype: torch.dtype | None = None) -> dict[str, str | None]:
     """By backend, why it cannot run on this device with this dtype; None if it can. "cpu" is for weights of any pattern.
 
-    >>> usable_backends(torch.device("cpu"))["cusparselt"]
+    Raises:
+        ValueError: there is no such kind of device.
+
+    >>> usable_backends("cpu")["cusparselt"]
     'cusparselt needs a CUDA device, and the weights are on cpu'
     """
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={device!r:.60}: expected a torch device or its name, such as 'cuda:0'") from error
     reasons = {
         name: (None if dtype is None else backend.dtype_reason(dtype)) or backend.device_reason(device)
         for name, backend in BACKENDS.items()
