@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +164,9 @@ def test_what_was_given_is_quoted_without_escape_sequences(arguments: tuple[str,
 
     shown = CliRunner().invoke(app, list(arguments))
     assert shown.exit_code == 2 and "\x1b[2J" not in shown.output
+
+
+def test_the_command_that_checks_a_folder_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    source, out = written({"a.weight": torch.randn(16, 16)}, tmp_path / "dense"), tmp_path / "it's a (2:4) $model"
+    said = shown("prune", source, out, "-p", "2:4").partition("Check it: ")[2]
+    assert shlex.split(said) == ["bisparse", "verify", str(out)]

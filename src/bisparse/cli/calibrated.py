@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import typer
 
 from bisparse.cli.calibration_options import TextFiles, fits_asked
-from bisparse.cli.console import command_line, print_coverage, print_json, shows_progress, to_stdout
+from bisparse.cli.console import command_line, print_coverage, print_json, print_written, shows_progress, to_stdout
 from bisparse.cli.tables import grouped, print_left_dense, print_table
 
 if TYPE_CHECKING:
@@ -334,7 +334,7 @@ def finish(
         console.print(f"Note: {note}", markup=False)
     console.print(f"[bold green]{len(report)} layers[/] by {report.method}: density {report.density:.4f}, {seconds:.1f} s.")
     print_coverage(console, report.coverage)
-    console.print(f"Written to {target}. Check it: bisparse verify {target}", markup=False, soft_wrap=True)
+    print_written(target)
 
 
 def _row(name: str, group: list[LayerResult], converted: bool) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = [
     "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Key", "Layouts", "Threads", "command", "command_line",
     "fail", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "parse_source", "print_coverage", "print_json",
-    "progress_bar", "run_app", "set_quiet", "set_threads", "shows_progress", "to_stderr", "to_stdout",
+    "print_written", "progress_bar", "run_app", "set_quiet", "set_threads", "shows_progress", "to_stderr", "to_stdout",
 ]  # fmt: skip
 
 P = ParamSpec("P")
@@ -66,7 +67,9 @@ Key = Annotated[
         "--key", metavar="KEY", help="Key of the state dict in a torch file, such as model.state_dict. Found by default."
     ),
 ]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; by default torch's number.")]
+Threads = Annotated[
+    int | None, typer.Option("--threads", min=1, help="CPU threads; by default torch's number.")
+]
 
 INTERRUPTED = 130
 PIPED_WIDTH = 160
@@ -233,6 +236,12 @@ def run_app(app: typer.Typer) -> None:
 def print_json(content: object) -> None:
     """Print one JSON document on standard output."""
     typer.echo(json.dumps(content, indent=2, default=str))
+
+
+def print_written(target: Path) -> None:
+    """Print the place of a folder, and a command line that checks it."""
+    command = shlex.join(["bisparse", "verify", str(target)])
+    to_stdout().print(f"Written to {target}. Check it: {command}", markup=False, soft_wrap=True)
 
 
 def set_threads(threads: int | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bisparse.cli.console import command_line, print_json, to_stdout
+from bisparse.cli.console import command_line, print_json, print_written, to_stdout
 from bisparse.cli.tables import grouped, print_left_dense, print_table
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def show_quantization(report: QuantizationReport, target: Path, as_json: bool = 
     print_left_dense(console, report.left, "not quantised")
     console.print()
     console.print(f"[bold green]{report}[/]; {report.time_s:.1f} s.", highlight=False)
-    console.print(f"Written to {target}. Check it: bisparse verify {target}", markup=False, soft_wrap=True)
+    print_written(target)
 
 
 def show_export(export: OnnxExport, as_json: bool = False) -> None:

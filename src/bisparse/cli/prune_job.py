@@ -18,6 +18,7 @@ from bisparse.cli.console import (
     parse_source,
     print_coverage,
     print_json,
+    print_written,
     progress_bar,
     to_stdout,
 )
@@ -169,7 +170,7 @@ def _print_report(report: PruneReport, target: Path, time_s: float, as_json: boo
         f"{time_s:.1f} s, {report.time_s:.1f} s of it mask search and proof."
     )
     print_coverage(console, report.coverage)
-    console.print(f"Written to {target}. Check it: bisparse verify {target}", markup=False, soft_wrap=True)
+    print_written(target)
 
 
 def _row(name: str, group: list[LayerResult]) -> tuple[str, ...]:
