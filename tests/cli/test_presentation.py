@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -164,6 +165,15 @@ def test_what_was_given_is_quoted_without_escape_sequences(arguments: tuple[str,
 
     shown = CliRunner().invoke(app, list(arguments))
     assert shown.exit_code == 2 and "\x1b[2J" not in shown.output
+
+
+def test_json_has_null_for_numbers_that_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    from bisparse.cli.console import print_json
+
+    content = {"nan": float("nan"), "inner": [(float("inf"), 1.5)], "path": Path("a"), "array": np.float64("-inf")}
+    print_json(content)
+    found = json.loads(capsys.readouterr().out, parse_constant=lambda said: pytest.fail(f"{said} is no JSON"))
+    assert found == {"nan": None, "inner": [[None, 1.5]], "path": "a", "array": None}
 
 
 def test_the_command_that_checks_a_folder_can_be_pasted_into_a_shell(tmp_path: Path) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -234,8 +235,16 @@ def run_app(app: typer.Typer) -> None:
 
 
 def print_json(content: object) -> None:
-    """Print one JSON document on standard output."""
-    typer.echo(json.dumps(content, indent=2, default=str))
+    """Print one JSON document on standard output; numbers that JSON lacks, NaN and infinity, are null."""
+    typer.echo(json.dumps(_finite(content), indent=2, default=str, allow_nan=False))
+
+
+def _finite(content: object) -> object:
+    if isinstance(content, Mapping):
+        return {key: _finite(one) for key, one in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(one) for one in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def print_written(target: Path) -> None:
