@@ -167,6 +167,17 @@ def test_what_was_given_is_quoted_without_escape_sequences(arguments: tuple[str,
     assert shown.exit_code == 2 and "\x1b[2J" not in shown.output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("verify", "model", "--threads", "99999"), "Invalid value for --threads"),
+    ],
+)
+def test_values_that_no_command_can_use_are_refused_by_the_name_of_the_option(arguments: tuple[str, ...], said: str) -> None:
+    shown = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
+    assert shown.exit_code == 2 and said in json.loads(shown.stdout)["error"].replace("'", "")
+
+
 def test_json_has_null_for_numbers_that_it_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     from bisparse.cli.console import print_json
 

@@ -42,6 +42,9 @@ _signals: list[int] = []
 """Signals that have asked this process to end."""
 _quiet = False
 
+MOST_THREADS = 1024
+"""Most threads that are started: systems refuse tens of thousands with errors of many kinds."""
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on standard output.")]
 Included = Annotated[
     list[str] | None,
@@ -69,7 +72,7 @@ Key = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", min=1, help="CPU threads; by default torch's number.")
+    int | None, typer.Option("--threads", min=1, max=MOST_THREADS, help="CPU threads; by default torch's number.")
 ]
 
 INTERRUPTED = 130
