@@ -17,7 +17,7 @@ MODULES = (
     "bisparse", "bisparse.checkpoint", "bisparse.report", "bisparse.export", "bisparse.evaluation", "bisparse.accelerate",
     "bisparse.pruning", "bisparse.quantization", "bisparse.training",
 )  # fmt: skip
-BAD = {"long name": "x" * 5000, "long path": "a/" * 3000, "half a surrogate pair": "\ud800", "null byte": "\x00"}
+BAD = {"long name": "x" * 5000, "long path": "a/" * 3000, "half a surrogate pair": "\ud800", "null byte": "\x00", "empty": ""}
 ALLOWED = (ValueError, TypeError, FileNotFoundError, NotADirectoryError, ImportError)
 
 

@@ -49,6 +49,8 @@ def check_path(path: str | Path) -> Path:
     Raises:
         CheckpointError: no system could have such a path.
     """
+    if not os.fspath(path):  # which Path takes for the current folder
+        raise CheckpointError(Path("''"), "is no path (it is empty)", "choose another name")
     try:
         real = Path(os.path.realpath(path))
         os.lstat(real)

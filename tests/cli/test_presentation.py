@@ -170,6 +170,11 @@ def test_what_was_given_is_quoted_without_escape_sequences(arguments: tuple[str,
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (("prune", "model", "", "-p", "2:4"), "Invalid value for target: it is empty"),
+        (("prune", "", "out", "-p", "2:4"), "Invalid value for source: it is empty"),
+        (("prune", "model", "out", "-p", "2:4", "--resume", ""), "Invalid value for --resume: it is empty"),
+        (("eval", "", "--tasks", "piqa"), "Invalid value for model: it is empty"),
+        (("report", "model", "-o", ""), "Invalid value for --output"),
         (("verify", "model", "--threads", "99999"), "Invalid value for --threads"),
     ],
 )

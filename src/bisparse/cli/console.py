@@ -168,6 +168,12 @@ class Commands(TyperGroup):
         _complete.clear()
         return context
 
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, found, rest = super().resolve_command(ctx, args)
+        for parameter in () if found is None else found.params:
+            _refuse_empty(parameter)
+        return name, found, rest
+
     def invoke(self, ctx: Any) -> Any:
         as_json = "--json" in ctx.args
         try:
@@ -177,6 +183,18 @@ class Commands(TyperGroup):
             if as_json:
                 print_json({"ok": False, "error": error.format_message(), "exit_code": error.exit_code})
             raise
+
+
+def _refuse_empty(parameter: Any) -> None:
+    """Make a parameter of the command line refuse an empty text: no option has a use for it, and a path would be the folder."""
+    process = parameter.process_value
+
+    def checked(ctx: Any, value: Any) -> Any:
+        if value == "" or (isinstance(value, list | tuple) and "" in value):
+            raise typer.BadParameter("it is empty", ctx, parameter)
+        return process(ctx, value)
+
+    parameter.process_value = checked
 
 
 def note_complete(place: Path) -> None:
