@@ -2,13 +2,15 @@
 
 import hashlib
 import json
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
-from bisparse.cli.calibration_text import text_batches
+from bisparse.cli.calibration_text import text_batches, usable_length
 from bisparse.pruning.calibration.statistics import CalibrationError
 
 
@@ -127,3 +129,13 @@ def test_files_that_are_no_calibration_text_are_named(tmp_path: Path) -> None:
     tokenizer.chat_template = ""
     with pytest.raises(CalibrationError, match=r"line 1: messages is a conversation.*no chat template"):
         text_batches(tokenizer, lines(tmp_path / "chat.jsonl", {"messages": CHAT}), causal=True, length=2)
+
+
+def test_samples_are_no_longer_than_the_model_takes() -> None:
+    model = nn.Linear(2, 2)
+    assert usable_length(model, 600, causal=True) == 600 and usable_length(model, None, causal=True) == 512
+    model.config = types.SimpleNamespace(n_positions=24)
+    assert [usable_length(model, length, causal=True) for length in (24, 8, None)] == [24, 8, 24]
+    with pytest.raises(CalibrationError, match="only 24 positions; pass --length 24"):
+        usable_length(model, 25, causal=True)
+    assert usable_length(model, 600, causal=False) == 24  # a maximum, by which sentences are truncated

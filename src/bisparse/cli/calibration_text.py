@@ -14,7 +14,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from bisparse.checkpoint.input_file import open_input
-from bisparse.evaluation.model_outputs import positions_of
+from bisparse.evaluation.model_outputs import fitting_length, positions_of
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.user_errors import error_in_one_line
 
@@ -28,6 +28,8 @@ CONVERSATIONS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 """From the roles in ShareGPT's files to those of chat templates."""
 SHOWN = 6
+LENGTH = 512
+"""Tokens per sample where a command has no option for them."""
 
 
 @dataclass(frozen=True)
@@ -144,13 +146,18 @@ def _shares(available: Sequence[int], wanted: int) -> list[int]:
     return counts
 
 
-def usable_length(model: nn.Module, length: int, *, causal: bool) -> int:
+def usable_length(model: nn.Module, length: int | None, *, causal: bool) -> int:
     """Tokens per sample for a model: all samples of a causal model have this length, those of another one at most this length.
+
+    Args:
+        length: what was asked for; None for 512, or as many as the model has positions if these are fewer.
 
     Raises:
         CalibrationError: a causal model has fewer positions.
     """
     positions = positions_of(model)
+    if length is None:
+        return fitting_length(model, None, LENGTH, "length")
     if positions is None or length <= positions:
         return length
     if causal:

@@ -164,7 +164,7 @@ def export_folder(
     method: str = "rtn",
     calibration: list[Path] | None = None,
     sequences: int = 128,
-    calibration_length: int = 512,
+    calibration_length: int | None = None,
     overwrite: bool = False,
     step: str | None = None,
 ) -> OnnxExport:
@@ -300,7 +300,7 @@ def _check_plain(source: str) -> None:
         raise CheckpointError(source, "is already quantised, by its config.json", "start from the unquantised model")
 
 
-def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length: int) -> list[Any] | None:
+def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length: int | None) -> list[Any] | None:
     from bisparse.cli.calibration_text import text_batches, usable_length
 
     if calibration is None:
