@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from bisparse import verify
 from bisparse.cli.calibration_text import token_batches
 from bisparse.cli.model_source import open_source
-from bisparse.pruning import prune_
+from bisparse.pruning import NetworkReconstruction, prune_
 from record import RESULTS
 
 PATTERNS = ("2:4", "2:4-T", "4:8-T", "8:16-T", "16:32-T")
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--network-sequences", type=int, default=1000, help='for methods that end in "the network on more"')
-    parser.add_argument("--network-step", type=float, help="its learning rate, where it is not the default")
+    parser.add_argument("--network-step", type=float, default=NetworkReconstruction().learning_rate, help="its learning rate")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=12_288, help="of WikiText-2, for the perplexity")
     parser.add_argument("--patterns", nargs="+", default=PATTERNS)
@@ -80,7 +80,7 @@ def main() -> None:
                 how["reconstruction"] = dataclasses.replace(how["reconstruction"], batches=own)
             data = {"sequences": options.sequences, "length": options.length, "corpus": options.calibration.name}
             data |= {} if more is None else {"network_sequences": more}
-            if more is not None and options.network_step is not None:
+            if more is not None:  # rows without it are of a step of 0.003
                 how["reconstruction"] = dataclasses.replace(how["reconstruction"], learning_rate=options.network_step)
                 data["network_step"] = options.network_step
             with rows.new({**common, "pattern": pattern, "method": name, **(data if method.needs else {})}) as row:

@@ -76,6 +76,7 @@ def language(rows: list[Row]) -> list[str]:
         if "sequences" not in row:
             return str(row["method"])
         more = f", network {row['network_sequences']}" if row.get("network_sequences") else ""
+        more += f" at a step of {row['network_step']:g}" if row.get("network_step") else ""
         return f"{row['method']}, {row['sequences']} of {row['corpus']}{more}"
 
     parts += [grid(rows, data, by_pattern, "perplexity", 1)]

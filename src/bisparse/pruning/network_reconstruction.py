@@ -54,7 +54,7 @@ class NetworkReconstruction:
     """
 
     epochs: int = 2
-    learning_rate: float = 0.003
+    learning_rate: float = 0.001
     worthwhile: float = 0.01
     blocks: BlockReconstruction | None = None
     batches: Sequence[Any] | None = field(default=None, repr=False, compare=False)
