@@ -133,7 +133,8 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     with torch.no_grad():
-        bits = [tensor.detach().contiguous().view(-1).view(torch.uint8) for tensor in (one, other)]
+        plain = [tensor.detach().resolve_conj().resolve_neg() for tensor in (one, other)]
+        bits = [tensor.contiguous().view(-1).view(torch.uint8) for tensor in plain]
         return torch.equal(*(tensor.to(bits[0].device) for tensor in bits))
 
 

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -389,3 +390,15 @@ def test_a_model_that_is_one_layer(kind: type[nn.Module], sides: tuple[int, ...]
         again.weight.fill_(1)
     save_file(again.state_dict(), tmp_path / "one" / "model.safetensors")
     assert not verify_checkpoint(tmp_path / "one")
+
+
+@pytest.mark.parametrize("view", [torch.Tensor.conj, torch._neg_view], ids=["conjugated", "negated"])
+def test_buffers_that_are_conjugated_or_negated_views_are_written_as_they_read(view: Any, tmp_path: Path) -> None:
+    model, other = mlp(), mlp()
+    report = prune_(model, "2:4")
+    for one in (model, other):
+        one.register_buffer("turned", view(torch.randn(3, dtype=torch.complex64)))
+    save(model, tmp_path / "out", report=report)
+    assert torch.equal(load_file(tmp_path / "out" / "model.safetensors")["turned"], model.turned.resolve_conj().resolve_neg())
+    load(other, tmp_path / "out")
+    assert torch.equal(other.turned, model.turned)

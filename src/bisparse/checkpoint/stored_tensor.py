@@ -136,7 +136,8 @@ class StridedTensor(StoredTensor):
 
 def as_bytes(tensor: Shaped[Tensor, "..."]) -> memoryview:
     """A tensor's bytes in row-major order, without a copy if it is contiguous."""
-    return memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    resolved = tensor.detach().cpu().resolve_conj().resolve_neg()  # views that are conjugated or negated only when they are read
+    return memoryview(resolved.contiguous().flatten().view(torch.uint8).numpy())
 
 
 def memory_tensor(name: str, tensor: Shaped[Tensor, "..."], path: Path) -> MemoryTensor:

@@ -44,5 +44,6 @@ def _sums(tensor: Tensor) -> list[Tensor]:
         tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
+    tensor = tensor.resolve_neg()
     rows = tensor.contiguous().view(-1).view(BITS[tensor.element_size()]).view(tensor.shape[0] if tensor.ndim else 1, -1)
     return [rows.sum(0, dtype=torch.int64), rows.sum(1, dtype=torch.int64)]
