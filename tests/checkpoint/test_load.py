@@ -22,6 +22,15 @@ class Tied(nn.Module):
         self.register_buffer("first", self.emb.weight.detach()[:2])
 
 
+class Views(nn.Module):
+    """One block of memory, and views of its first and its last rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flat = nn.Parameter(torch.zeros(8, 4))
+        self.first, self.last = (nn.Parameter(self.flat.data[rows]) for rows in (slice(5), slice(5, 8)))
+
+
 def unchanged(model: nn.Module, before: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -82,3 +91,26 @@ def test_a_job_from_a_file_whose_tied_tensors_differ_is_not_saved(tmp_path: Path
     with pytest.raises(CheckpointError, match=r"has other values than (emb|head)\.weight"):
         save(model, tmp_path / "out", report=report, source=source)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("held", "filled"),
+    [
+        ({"flat": (8, 4)}, True),
+        ({"first": (5, 4), "last": (3, 4)}, True),
+        ({"first": (5, 4)}, False),  # begins where flat does
+        ({"last": (3, 4)}, False),
+    ],
+)
+def test_a_tensor_may_be_absent_only_if_others_fill_all_of_its_memory(
+    tmp_path: Path, held: dict[str, tuple[int, int]], filled: bool
+) -> None:
+    model = Views()
+    source = write_folder(tmp_path / "m", {name: torch.ones(shape) for name, shape in held.items()})
+    if filled:
+        load(model, source)
+        assert bool((model.flat == 1).all())
+    else:
+        with pytest.raises(CheckpointError, match=r"lacks 2 of the model's tensors \['flat'"):
+            load(model, source)
+        assert not model.flat.any()

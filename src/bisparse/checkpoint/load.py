@@ -17,7 +17,7 @@ from bisparse.checkpoint.statements import corrected
 from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
 from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError
-from bisparse.layers import check_unheld
+from bisparse.layers import check_unheld, not_written
 from bisparse.rollback import Rollback
 from bisparse.verification import PatternError
 from bisparse.wrappers import check_module
@@ -31,8 +31,8 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
 
     Args:
         folder: the output of `save` or `prune_checkpoint`, or any checkpoint that `prune_checkpoint` reads.
-        strict: require that model and checkpoint have the same tensors, except for tied weights. Otherwise tensors of other
-            names are ignored on both sides, but at least one must match.
+        strict: require that model and checkpoint have the same tensors, except for tied weights and views that the checkpoint's
+            tensors fill. Otherwise tensors of other names are ignored on both sides, but at least one must match.
         key: where a torch file keeps the state dict, such as ``"model.state_dict"``; by default it is found.
 
     Returns:
@@ -54,7 +54,7 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
         )
     check_unheld(model, "loading weights")
     source = open_source(folder, key)
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)  # the same object for each name of a tied tensor
     if absent := [name for name, value in state.items() if value.is_meta]:
         raise ValueError(
             f"{absent[0]} is on the meta device and has no memory: call model.to_empty(device='cpu') first, and initialise "
@@ -122,7 +122,7 @@ def check_fit(state: Mapping[str, Tensor], source: Source) -> None:
 
 
 def check_names(state: Mapping[str, Tensor], source: Source, strict: bool) -> None:
-    """Raise unless the two have common names, or with `strict` the same names, each tied weight at least once."""
+    """Raise unless the two have common names, or with `strict` the same names, except for tied weights and views."""
     tensors = source.tensors
     if state and not state.keys() & tensors.keys():
         raise CheckpointError(
@@ -133,8 +133,7 @@ def check_names(state: Mapping[str, Tensor], source: Source, strict: bool) -> No
         )
     if not strict:
         return
-    here = {_place(state[name]) for name in tensors if name in state}
-    missing = [name for name, value in state.items() if name not in tensors and _place(value) not in here]
+    missing = not_written(state, tensors.keys())
     unexpected = [name for name in tensors if name not in state]
     if missing or unexpected:
         raise CheckpointError(
@@ -142,11 +141,6 @@ def check_names(state: Mapping[str, Tensor], source: Source, strict: bool) -> No
             f"lacks {len(missing)} of the model's tensors {missing[:4]} and has {len(unexpected)} others {unexpected[:4]}",
             "build the plain model of this checkpoint (before sparsify_ or accelerate_), or pass strict=False",
         )
-
-
-def _place(value: Tensor) -> int:
-    """A key that tied weights share; on the meta device they must be the same object."""
-    return id(value) if value.is_meta else value.data_ptr()
 
 
 def write_into(tensor: StoredTensor, own: Tensor) -> None:

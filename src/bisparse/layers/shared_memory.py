@@ -1,13 +1,14 @@
-"""Parameters whose elements share memory with each other, or with a part of another parameter: writing one changes the other."""
+"""Tensors whose elements share memory with each other, or with a part of another tensor: writing one changes the other."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["clashes", "memory_of"]
+__all__ = ["clashes", "memory_of", "not_written"]
 
 
 def memory_of(weight: Tensor) -> Hashable:
@@ -38,6 +39,58 @@ def clashes(parameters: Iterable[tuple[str, Tensor]]) -> dict[int, str]:
                             "other; make one of them a weight of its own by .clone()",
                         )
     return found
+
+
+def not_written(tensors: Mapping[str, Tensor], written: Collection[str]) -> list[str]:
+    """The names of tensors that still hold an old number once the tensors named `written` are written to.
+
+    A tensor that is not written itself is new as a whole if it is tied to a written one, or a view of written memory alone.
+    """
+    new = [tensor for name, tensor in tensors.items() if name in written]
+    same = {memory_of(tensor) for tensor in new}
+    ranges: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for tensor in new:
+        if _is_plain(tensor) and _has_no_gaps(tensor):
+            ranges[tensor.untyped_storage().data_ptr()].append(_bytes(tensor))
+    merged = {storage: _merged(parts) for storage, parts in ranges.items()}
+
+    def is_new(tensor: Tensor) -> bool:
+        if memory_of(tensor) in same:
+            return True
+        if not _is_plain(tensor):
+            return False
+        start, stop = _bytes(tensor)
+        return any(first <= start and stop <= last for first, last in merged.get(tensor.untyped_storage().data_ptr(), ()))
+
+    return [name for name, tensor in tensors.items() if name not in written and not is_new(tensor)]
+
+
+def _bytes(tensor: Tensor) -> tuple[int, int]:
+    """The part of its storage from a tensor's first element to the end of its last."""
+    first, last = _range(tensor)
+    return first, last + tensor.element_size()
+
+
+def _has_no_gaps(tensor: Tensor) -> bool:
+    """Whether a tensor has each element between its first and its last in memory, and each once."""
+    expected = 1
+    for step, side in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if side > 1:
+            if step != expected:
+                return False
+            expected *= side
+    return True
+
+
+def _merged(parts: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Ranges that touch or overlap, joined."""
+    joined: list[tuple[int, int]] = []
+    for start, stop in sorted(parts):
+        if joined and start <= joined[-1][1]:
+            joined[-1] = joined[-1][0], max(stop, joined[-1][1])
+        else:
+            joined.append((start, stop))
+    return joined
 
 
 def _is_plain(weight: Tensor) -> bool:

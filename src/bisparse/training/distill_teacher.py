@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bisparse.apart import check_path
-from bisparse.layers import find_layers
+from bisparse.layers import find_layers, not_written
 from bisparse.static_mask import static_masks
 from bisparse.training.parametrizations import masked_parameters
 from bisparse.wrappers import unwrapped_model
@@ -110,17 +110,13 @@ def _read(student: nn.Module, folder: Path) -> nn.Module:
         raise ValueError("create the Distillation before sparsify_ to read its teacher from a folder, or pass a module")
     made = _copied(student)
     state = {name: value for file in files for name, value in load_file(file).items()}
-    aliases = made.state_dict()
-    shared = {
-        name
-        for name in aliases
-        if any(aliases[other].data_ptr() == aliases[name].data_ptr() for other in state if other in aliases)
-    }
+    own = {name: value for name, value in made.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     try:
         result = made.load_state_dict(state, strict=False)
     except RuntimeError as error:
         raise ValueError(f"{folder} has a different architecture than the student: {error}") from error
-    if missing := sorted(set(result.missing_keys) - shared):
+    # Entries that are no tensors are in no safetensors file, and the copy has them from the student.
+    if missing := sorted(set(result.missing_keys) & set(not_written(own, state.keys()))):
         raise ValueError(f"{folder} lacks {missing[:3]} of the student's weights")
     if result.unexpected_keys:
         raise ValueError(f"{folder} has {sorted(result.unexpected_keys)[:3]}, which the student does not have")
