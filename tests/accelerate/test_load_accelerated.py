@@ -34,7 +34,14 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm1d(32)
         self.head = nn.Linear(32, 40, bias=False)
         self.head.weight = self.embed.weight
+        self.seen = 0
         self.register_buffer("scale", torch.tensor(0.5), persistent=False)
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.seen)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        self.seen = int(state)
 
     def forward(self, tokens: Tensor) -> Tensor:
         return self.head(self.norm(self.down(torch.relu(self.up(self.embed(tokens)))) * self.scale))
@@ -55,6 +62,7 @@ def pruned(tmp_path: Path) -> tuple[Net, Path]:
     torch.manual_seed(0)
     net = Net()
     net(torch.arange(40))
+    net.seen = 40
     report = prune_(net.eval(), "4:8-T", include=["up", "down"])
     save(net, tmp_path / "model", report=report)
     return net, tmp_path / "model"
@@ -70,6 +78,7 @@ def test_the_model_is_that_of_load_and_accelerate(dtype: torch.dtype, pruned: tu
     assert {one.name for one in report.left_dense} == {one.name for one in expected.left_dense}
     assert (report.bytes_after, report.bytes_before) == (expected.bytes_after, expected.bytes_before - other.scale.nbytes)
     assert isinstance(model.up, PackedLinear) and model.head.weight is model.embed.weight and not model.training
+    assert model.seen == other.seen == 40
     found, state = model.state_dict(), other.state_dict()
     assert found.keys() == state.keys() and all(torch.equal(found[name], value) for name, value in state.items())
     tokens = torch.arange(12)
@@ -86,7 +95,18 @@ def test_parameters_keep_what_they_were(pruned: tuple[Net, Path]) -> None:
 
 @pytest.mark.parametrize(
     "fault",
-    ["missing", "other shape", "damaged", "broken mask", "meta buffer", "accelerated", "tokens", "int8", "sparse training"],
+    [
+        "missing",
+        "other shape",
+        "damaged",
+        "broken mask",
+        "meta buffer",
+        "copies",
+        "accelerated",
+        "tokens",
+        "int8",
+        "sparse training",
+    ],
 )
 def test_nothing_is_changed_by_what_cannot_be_loaded(fault: str, pruned: tuple[Net, Path], tmp_path: Path) -> None:
     net, folder = pruned
@@ -106,6 +126,8 @@ def test_nothing_is_changed_by_what_cannot_be_loaded(fault: str, pruned: tuple[N
         save_file(tensors, folder / "model.safetensors")
     elif fault == "meta buffer":
         model.scale = model.scale.to("meta")
+    elif fault == "copies":
+        model.register_state_dict_post_hook(lambda _, state, *__: state.update({key: v.clone() for key, v in state.items()}))
     elif fault == "accelerated":
         load_accelerated_(model, folder)
     elif fault == "sparse training":

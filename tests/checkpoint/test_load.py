@@ -1,14 +1,16 @@
 """Loading is exact or refused: tied tensors that differ, and values that a model's dtype cannot hold."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoint_files import write_folder
-from torch import nn
+from torch import Tensor, nn
 
 import bisparse
 from bisparse.checkpoint import CheckpointError, load, save
+from bisparse.training import Distillation, plain_state_dict
 
 
 class Tied(nn.Module):
@@ -114,3 +116,105 @@ def test_a_tensor_may_be_absent_only_if_others_fill_all_of_its_memory(
         with pytest.raises(CheckpointError, match=r"lacks 2 of the model's tensors \['flat'"):
             load(model, source)
         assert not model.flat.any()
+
+
+class Cloned(nn.Linear):
+    """A layer whose entries in the state_dict are copies."""
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = destination[prefix + "weight"].clone()
+
+
+class Metric(nn.Module):
+    """A state that is neither parameter nor buffer, as in torchmetrics, which are loaded by assignment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = torch.zeros(2)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        destination[prefix + "total"] = self.total.clone()
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *rest: Any) -> None:
+        self.total = state.pop(prefix + "total", self.total)
+
+
+class Counter(nn.Module):
+    """Extra state that is a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(16, 16)
+        self.seen: list[int] = []
+
+    def get_extra_state(self) -> Tensor:
+        return torch.tensor(self.seen)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if len(state) > 3:
+            raise ValueError("too many")
+        self.seen = state.tolist()
+
+
+class Note(nn.Module):
+    """Extra state that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = "new"
+
+    def get_extra_state(self) -> dict[str, str]:
+        return {"text": self.text}
+
+    def set_extra_state(self, state: dict[str, str]) -> None:
+        self.text = state["text"]
+
+
+def made() -> nn.ModuleDict:
+    return nn.ModuleDict({"plain": nn.Linear(16, 16), "cloned": Cloned(16, 16), "metric": Metric(), "counter": Counter()})
+
+
+def hooked() -> nn.ModuleDict:
+    model = made()
+    model.register_state_dict_post_hook(lambda module, state, *_: state.update({key: v.clone() for key, v in state.items()}))
+    return model
+
+
+@pytest.mark.parametrize("build", [made, hooked])
+def test_entries_that_are_not_memory_of_the_model_are_loaded_by_the_model(tmp_path: Path, build: Any) -> None:
+    model, other = build(), build()
+    report = bisparse.prune_(model, "2:4")
+    model["metric"].total, model["counter"].seen = torch.tensor([3.0, 5.0]), [7, 8]
+    save(model, tmp_path / "out", report=report)
+    load(other, tmp_path / "out")
+    assert unchanged(other, model.state_dict()) and other["counter"].seen == [7, 8]
+    model["counter"].seen = [1, 2, 3, 4]
+    model["metric"].total += 1
+    save(model, tmp_path / "bad", report=report)
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    with pytest.raises(ValueError, match="too many"):
+        load(other, tmp_path / "bad")
+    assert unchanged(other, before) and other["counter"].seen == [7, 8]
+
+
+def test_a_copy_that_the_model_does_not_load_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    source = write_folder(tmp_path / "m", {name: torch.ones_like(value) for name, value in model.state_dict().items()})
+    model[0].register_state_dict_post_hook(lambda module, state, prefix, _: state.update({prefix + "weight": module.weight * 2}))
+    before = model[0].weight.clone()
+    with pytest.raises(CheckpointError, match=r"tensor 0\.weight was passed to the model's load_state_dict, but"):
+        load(model, source)
+    assert torch.equal(model[0].weight, before)
+
+
+def test_extra_state_that_is_no_tensor_stays_as_it_is_with_a_warning(tmp_path: Path) -> None:
+    model, other = (nn.Sequential(nn.Linear(16, 16), Note()) for _ in range(2))
+    model[1].text = "old"
+    save(model, tmp_path / "out", report=bisparse.prune_(model, "2:4"))
+    with pytest.warns(UserWarning, match=r"1 entries .* are no tensors.*1\._extra_state") as warned:
+        load(other, tmp_path / "out")
+    assert torch.equal(other[0].weight, model[0].weight) and other[1].text == "new"
+    assert warned[0].filename == __file__
+    assert torch.equal(Distillation(other, tmp_path / "out").teacher[0].weight, model[0].weight)
+    assert plain_state_dict(model)["1._extra_state"] == {"text": "old"}

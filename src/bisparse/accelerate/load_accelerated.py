@@ -19,7 +19,8 @@ from bisparse.accelerate.accelerate import (
 from bisparse.accelerate.advice import check_tokens
 from bisparse.accelerate.eligibility import Plan, plan_layer
 from bisparse.arguments import check_flag
-from bisparse.checkpoint.load import check_fit, check_names, checked_sidecar, warn_of_figures, write_into
+from bisparse.checkpoint.load import check_fit, check_names, checked_sidecar, warn_of_figures, warn_of_others
+from bisparse.checkpoint.model_state import ModelState, state_of, write_into
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
 from bisparse.errors import CheckpointError
@@ -65,7 +66,8 @@ def load_accelerated_(
         CheckpointError: the checkpoint lacks a tensor of the model, or has others; shapes or dtypes do not fit; a corrupt file,
             or one that changes while it is loaded. The model is unchanged.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
-        ValueError: the model is accelerated already, in sparse training, or not on the CPU or the meta device; tokens below 1.
+        ValueError: the model is accelerated already, in sparse training, or not on the CPU or the meta device; its state_dict
+            has copies of its parameters; tokens below 1.
     """
     check_module(model)
     check_tokens(tokens)
@@ -75,9 +77,10 @@ def load_accelerated_(
             raise ValueError(f"{name or 'the model'} is accelerated already: build a new model to load into")
     check_unheld(model, "loading weights")
     source = open_source(folder, key)
-    state = model.state_dict(keep_vars=True)
-    if elsewhere := [name for name, value in state.items() if value.device.type not in ("cpu", "meta")]:
-        raise ValueError(f"{elsewhere[0]} is on {state[elsewhere[0]].device}: build the model on the meta device")
+    state = state_of(model)
+    if elsewhere := [name for name, value in state.tensors.items() if value.device.type not in ("cpu", "meta")]:
+        raise ValueError(f"{elsewhere[0]} is on {state.entries[elsewhere[0]].device}: build the model on the meta device")
+    _check_copies(model, state)
     check_fit(state, source)
     check_names(state, source, strict=True)
     _check_buffers(model, state)
@@ -87,7 +90,10 @@ def load_accelerated_(
     by_parameter = {id(layer.module._parameters.get(layer.parameter)): layer for layer in layers}
     tied, dense = tied_parameters(model), 0
     done: list[AcceleratedLayer] = []
-    with Rollback(model):
+    made = {name: tensor for name, tensor in source.tensors.items() if name in state.made}
+    with Rollback(model) as rollback:
+        if made:
+            state.check(state.load(made, rollback), made)
         model.eval()
         for old, tensor in stored:
             new = torch.empty(old.shape, dtype=old.dtype, device="cpu")
@@ -103,10 +109,25 @@ def load_accelerated_(
                     left.append(outcome)
         source.check_unchanged()
     warn_of_figures(source, wrong)
+    warn_of_others(state, source)
     return AccelerationReport(tuple(done), tuple(left), dense, held_bytes(model))
 
 
-def _stored(state: Mapping[str, Tensor], source: Source) -> list[tuple[Tensor, StoredTensor]]:
+def _check_copies(model: nn.Module, state: ModelState) -> None:
+    """Raise for parameters and buffers whose entry in the state_dict is a copy, so that what it is a copy of is not known."""
+    held = {
+        name
+        for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+        for name, _ in tensors
+    }
+    if copies := [name for name in state.entries if name in state.made and name in held]:
+        raise ValueError(
+            f"{copies[0]}: the model's state_dict has a copy of it, made by a hook or by its module, so that it cannot be "
+            "replaced on its own: use load, and then accelerate_"
+        )
+
+
+def _stored(state: ModelState, source: Source) -> list[tuple[Tensor, StoredTensor]]:
     """Each parameter and buffer of the model, tied ones once, with the stored tensor for it.
 
     Raises:
@@ -114,9 +135,9 @@ def _stored(state: Mapping[str, Tensor], source: Source) -> list[tuple[Tensor, S
     """
     found: dict[int, tuple[Tensor, StoredTensor]] = {}
     tensors = source.tensors
-    for name in (one for one in state if one in tensors):
-        tensor = tensors[name]
-        own, first = found.setdefault(id(state[name]), (state[name], tensor))
+    for name in (one for one in state.entries if one in tensors and one not in state.made):
+        tensor, entry = tensors[name], state.entries[name]
+        own, first = found.setdefault(id(entry), (entry, tensor))
         if first is not tensor and as_bytes(first.read().to(own.dtype)) != as_bytes(tensor.read().to(own.dtype)):
             raise CheckpointError(
                 tensor.path,
@@ -127,9 +148,9 @@ def _stored(state: Mapping[str, Tensor], source: Source) -> list[tuple[Tensor, S
     return list(found.values())
 
 
-def _check_buffers(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _check_buffers(model: nn.Module, state: ModelState) -> None:
     """Raise for buffers on the meta device that no checkpoint has, such as a table of rotary positions."""
-    saved = {id(value) for value in state.values()}
+    saved = {id(value) for value in state.entries.values()}
     for name, buffer in model.named_buffers():
         if buffer.is_meta and id(buffer) not in saved:
             raise ValueError(

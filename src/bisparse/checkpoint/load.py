@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bisparse.checkpoint.model_state import ModelState, is_extra, state_of, write_into
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.save_load import HasDenseWeight
 from bisparse.checkpoint.sidecar import Sidecar, read_own_sidecar
@@ -22,7 +23,7 @@ from bisparse.rollback import Rollback
 from bisparse.verification import PatternError
 from bisparse.wrappers import check_module
 
-__all__ = ["check_fit", "check_names", "checked_sidecar", "load", "warn_of_figures", "write_into"]
+__all__ = ["check_fit", "check_names", "checked_sidecar", "load", "warn_of_figures", "warn_of_others"]
 
 
 @torch.no_grad()
@@ -39,9 +40,14 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
         The sidecar; None if there is none. Figures that the weights contradict are corrected, or set to None if the weights do
         not determine them, with a note and a warning.
 
+    Entries of the state_dict that are not memory of the model, such as copies that a hook makes, states of torchmetrics and
+    tensors from `get_extra_state`, are loaded by the model's own `load_state_dict`. Entries that are no tensors are in no
+    checkpoint: they stay as they are, with a warning.
+
     Raises:
         CheckpointError: names, shapes or dtypes that do not fit; values that the model's dtype cannot hold; tensors that differ
-            although the model ties them; a corrupt file, or one that changes while it is loaded. The model is unchanged.
+            although the model ties them, or that its `load_state_dict` does not take; a corrupt file, or one that changes while
+            it is loaded. The model is unchanged.
         ValueError: the model is accelerated or in sparse training, whose masks would not be those of the weights, or has tensors
             on the meta device.
         PatternError: the weights break the pattern that the sidecar states; the model is unchanged.
@@ -54,8 +60,8 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
         )
     check_unheld(model, "loading weights")
     source = open_source(folder, key)
-    state = model.state_dict(keep_vars=True)  # the same object for each name of a tied tensor
-    if absent := [name for name, value in state.items() if value.is_meta]:
+    state = state_of(model)
+    if absent := [name for name, value in state.tensors.items() if value.is_meta]:
         raise ValueError(
             f"{absent[0]} is on the meta device and has no memory: call model.to_empty(device='cpu') first, and initialise "
             "what the checkpoint lacks"
@@ -63,17 +69,23 @@ def load(model: nn.Module, folder: str | Path, *, strict: bool = True, key: str 
     check_fit(state, source)
     check_names(state, source, strict)
     sidecar, wrong = checked_sidecar(source, key)
-    chosen = {name: tensor for name, tensor in source.tensors.items() if name in state}
+    chosen = {name: tensor for name, tensor in source.tensors.items() if name in state.entries}
     for tensor in chosen.values():
         tensor.read(0, min(tensor.size, 1))  # raises for a dtype that torch lacks and for a wrong checksum
-    with Rollback() as rollback:
+    by_model = {name: chosen[name] for name in state.with_siblings(chosen)}
+    direct = {name: tensor for name, tensor in chosen.items() if name not in by_model}
+    with Rollback(model if by_model else None) as rollback:
+        places = {name: state.entries[name].detach() for name in direct}  # tensors of inference mode can be written to by a view
         # All tensors are saved before the first is written, since tensors of the model may share memory.
-        rollback.touch(*(state[name] for name in chosen))
-        for name, tensor in chosen.items():
-            write_into(tensor, state[name])
-        _check_shared(state, chosen)
+        rollback.touch(*places.values())
+        loaded = state.load(by_model, rollback, strict) if by_model else {}
+        for name, tensor in direct.items():
+            write_into(tensor, places[name])
+        _check_shared(places, direct)
+        state.check(loaded, by_model)
         source.check_unchanged()
     warn_of_figures(source, wrong)
+    warn_of_others(state, source)
     return sidecar
 
 
@@ -94,17 +106,31 @@ def checked_sidecar(source: Source, key: str | None) -> tuple[Sidecar | None, Se
 
 
 def warn_of_figures(source: Source, wrong: Sequence[str]) -> None:
-    """Warn of figures in the sidecar that the weights contradict, on behalf of the caller's caller."""
+    """Warn of figures in the sidecar that the weights contradict, at the line that called `load`."""
     if wrong:
-        warnings.warn(f"{source.path}: bisparse.json is wrong: {'; '.join(wrong)}", stacklevel=3)
+        warnings.warn(f"{source.path}: bisparse.json is wrong: {'; '.join(wrong)}", stacklevel=4)
 
 
-def check_fit(state: Mapping[str, Tensor], source: Source) -> None:
-    """Raise unless common tensors have equal shapes, and dtypes whose values the model's can represent."""
+def warn_of_others(state: ModelState, source: Source) -> None:
+    """Warn of entries of the model's state_dict that no file of tensors has, at the line that called `load`."""
+    if left := state.left(source.tensors):
+        warnings.warn(
+            f"{source.path}: {len(left)} entries of the model's state_dict are no tensors, so that they are not in the "
+            f"checkpoint and stay as they were in the model: {left[:4]}",
+            stacklevel=4,
+        )
+
+
+def check_fit(state: ModelState, source: Source) -> None:
+    """Raise unless common tensors have equal shapes, and dtypes whose values the model's can represent.
+
+    Extra state is not compared: its module decides what it takes.
+    """
+    held = state.tensors
     for name, tensor in source.tensors.items():
-        if name not in state:
+        if name not in held or is_extra(name):
             continue
-        own = state[name]
+        own = held[name]
         if tuple(own.shape) != tensor.shape:
             raise CheckpointError(
                 tensor.path,
@@ -121,70 +147,26 @@ def check_fit(state: Mapping[str, Tensor], source: Source) -> None:
             )
 
 
-def check_names(state: Mapping[str, Tensor], source: Source, strict: bool) -> None:
+def check_names(state: ModelState, source: Source, strict: bool) -> None:
     """Raise unless the two have common names, or with `strict` the same names, except for tied weights and views."""
-    tensors = source.tensors
-    if state and not state.keys() & tensors.keys():
+    tensors, own = source.tensors, state.tensors
+    if own and not state.entries.keys() & tensors.keys():
         raise CheckpointError(
             source.path,
-            f"has none of the model's tensors: its names begin with {list(tensors)[:2]}, the model's with {list(state)[:2]}"
-            + _prefix_hint(state, tensors),
+            f"has none of the model's tensors: its names begin with {list(tensors)[:2]}, the model's with {list(own)[:2]}"
+            + _prefix_hint(own, tensors),
             "build the model of this checkpoint, or rename its tensors; nothing was loaded",
         )
     if not strict:
         return
-    missing = not_written(state, tensors.keys())
-    unexpected = [name for name in tensors if name not in state]
+    missing = not_written(own, tensors.keys())
+    unexpected = [name for name in tensors if name not in state.entries]
     if missing or unexpected:
         raise CheckpointError(
             source.path,
             f"lacks {len(missing)} of the model's tensors {missing[:4]} and has {len(unexpected)} others {unexpected[:4]}",
             "build the plain model of this checkpoint (before sparsify_ or accelerate_), or pass strict=False",
         )
-
-
-def write_into(tensor: StoredTensor, own: Tensor) -> None:
-    """Copy a stored tensor into a tensor of the model.
-
-    Raises:
-        CheckpointError: it cannot be copied, or numbers would become infinite, NaN or different integers.
-    """
-    new = tensor.read().view(tensor.shape)
-    try:
-        own.copy_(new)
-    except (RuntimeError, TypeError) as error:
-        raise CheckpointError(
-            tensor.path,
-            f"cannot be written to the model's {own.dtype}: {str(error).splitlines()[0]}",
-            "build the model in the dtype of the checkpoint",
-            tensor=tensor.name,
-        ) from error
-    if own.dtype == new.dtype:
-        return
-    written = own.cpu()
-    if own.dtype.is_floating_point or own.dtype.is_complex:
-        # Some conversions saturate instead of overflowing.
-        limits = torch.finfo(own.dtype)
-        lost = _finite(new) & (~_finite(written) | (_wide(new).abs() > limits.max * (1 + limits.eps / 2)))
-    else:
-        lost = written.to(new.dtype) != new
-    if bool(lost.any()):
-        worst = _wide(new)[lost].abs().max()
-        raise CheckpointError(
-            tensor.path,
-            f"has {int(lost.sum()):,} values, up to {float(worst):.6g}, that the model's {own.dtype} cannot hold",
-            f"build the model in the dtype of the checkpoint ({tensor.dtype}) or in bfloat16, which has the range of float32",
-            tensor=tensor.name,
-        )
-
-
-def _finite(values: Tensor) -> Tensor:
-    return torch.isfinite(_wide(values))
-
-
-def _wide(values: Tensor) -> Tensor:
-    """The values in a dtype for which torch has arithmetic."""
-    return values if values.is_complex() else values.double()
 
 
 def _check_shared(state: Mapping[str, Tensor], chosen: Mapping[str, StoredTensor]) -> None:

@@ -137,17 +137,14 @@ def _remove(module: nn.Module, parameter: str, own: nn.Module) -> None:
 
 
 @torch.no_grad()
-def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
+def plain_state_dict(model: nn.Module) -> dict[str, Any]:
     """The state_dict that the finalized model would have, with its names, without changing the model.
 
     Sharded weights are gathered, so in a sharded run all ranks must call it.
     """
     model = unwrapped_model(model)
     plain = plain_names(model)
-    state = {
-        plain(name): value.full_tensor() if isinstance(value, DTensor) else value.detach()
-        for name, value in model.state_dict().items()
-    }
+    state = {plain(name): _whole(value) for name, value in model.state_dict().items()}
     for full_name, module, parameter, own in masked_parameters(model, each_name=True):
         own.follow()
         name = plain(full_name)
@@ -164,3 +161,10 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
             inside = f"{prefix}.{index}."
             state |= {f"{prefix}.{number}.{key[len(inside) :]}": value for key, value in others.items() if key.startswith(inside)}
     return state
+
+
+def _whole(entry: Any) -> Any:
+    """An entry of a state_dict, gathered; what `get_extra_state` returns need not be a tensor."""
+    if isinstance(entry, DTensor):
+        return entry.full_tensor()
+    return entry.detach() if isinstance(entry, Tensor) else entry
