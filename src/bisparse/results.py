@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ __all__ = [
     "PruneReport",
     "check_history",
     "checksum_of",
+    "checksum_of_pieces",
     "count_parameters",
     "gap_of",
     "has_bound",
@@ -34,6 +35,8 @@ MOSTLY_PRUNED = 0.5
 """Fraction of a model's parameters below which a summary warns that most of it stays dense."""
 MAX_HISTORY = 1000
 """Maximum number of points in the history of a run."""
+PIECE = 1 << 17
+"""Weights at a time in a checksum, so that they stay in a processor's cache."""
 MAX_STEP = 1 << 53
 """Optimizer steps of a point are fewer, so that a float holds them."""
 
@@ -88,7 +91,8 @@ class LayerResult:
     fitted: str = ""
     """The sparsest N:M, of the pattern's M, that 95 % of the groups fitted before a conversion; empty where there was none."""
     checksum: int | None = None
-    """`checksum_of` the weight that the figures are about, for a weight that may be trained further; None if not recorded."""
+    """`checksum_of` the weight that the figures are about; None if not recorded. Plain magnitude pruning needs none: there
+    `value` is the sum of the weight's magnitudes."""
 
     @property
     def size(self) -> int:
@@ -97,6 +101,10 @@ class LayerResult:
         for side in self.shape:
             size *= side
         return size
+
+    def without_figures(self) -> LayerResult:
+        """The record without the figures that do not hold for other numbers in the weight."""
+        return replace(self, retained=None, gap=None, value=None, error=None, error_before=None, checksum=None)
 
 
 @dataclass(frozen=True)
@@ -240,11 +248,18 @@ class PruneReport:
 def checksum_of(weight: Tensor) -> int:
     """CRC-32 of a weight's bytes; -0.0 counts as 0.0, as it comes and goes with a product by a mask."""
     check_dense("weight", weight)
-    weight = weight.detach().cpu()
-    if weight.element_size() == 1 and weight.is_floating_point():  # which cannot be added to
-        weight = weight.float()
-    positive = (weight + 0.0).contiguous().flatten()  # 1-D: strides of sides of 1 may be anything
-    return zlib.crc32(positive.view(torch.uint8).numpy().tobytes())
+    flat = weight.detach().cpu().contiguous().flatten()  # 1-D: strides of sides of 1 may be anything
+    return checksum_of_pieces(flat.split(PIECE))
+
+
+def checksum_of_pieces(pieces: Iterable[Tensor]) -> int:
+    """`checksum_of` the weight whose entries are in these 1-D tensors, one after the other."""
+    found = 0
+    for piece in pieces:
+        if piece.element_size() == 1 and piece.is_floating_point():  # which cannot be added to
+            piece = piece.float()
+        found = zlib.crc32((piece + 0.0).view(torch.uint8).numpy().data, found)
+    return found
 
 
 def count_parameters(model: nn.Module) -> int:

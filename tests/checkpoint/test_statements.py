@@ -1,6 +1,8 @@
 """A sidecar is compared with its weights: what these contradict is said, and never handed on as it was."""
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,9 @@ from torch import nn
 import bisparse
 from bisparse import CheckpointError
 from bisparse.checkpoint import load, load_masks, prune_checkpoint, read_sidecar, save, verify_checkpoint
+from bisparse.pruning import NetworkReconstruction
 from bisparse.report import read_figures, write_report
+from bisparse.results import PruneReport
 
 
 @pytest.fixture
@@ -104,6 +108,38 @@ def test_a_model_that_changed_after_its_report_is_saved_with_its_own_figures(tmp
     assert saved is not None and saved.report.gap is None and saved.report.layers[0].dtype == "float16"
     assert "changed after the report" in saved.report.notes[-1]
     assert verify_checkpoint(tmp_path / "half").contradicted == ()
+
+
+def by_scores(own: nn.Module) -> PruneReport:
+    return bisparse.prune_(own, "2:4", scores=lambda name, weight: weight.square())
+
+
+def by_fit(own: nn.Module) -> PruneReport:
+    return bisparse.prune_(own, "2:4", "adaprune", [torch.randn(64, 32)])
+
+
+def by_conversion(own: nn.Module) -> PruneReport:
+    bisparse.prune_(own, "50%")
+    return bisparse.convert_(own, "2:4", batches=[torch.randn(64, 32)])
+
+
+def by_magnitude_and_fit(own: nn.Module) -> PruneReport:
+    return bisparse.prune_(own, "2:4", batches=[torch.randn(64, 32)] * 2, reconstruction=NetworkReconstruction())
+
+
+@pytest.mark.parametrize("prune", [bisparse.prune_, by_scores, by_fit, by_conversion, by_magnitude_and_fit])
+def test_figures_are_saved_only_with_the_weights_that_they_are_about(tmp_path: Path, prune: Any) -> None:
+    torch.manual_seed(0)
+    own = nn.Sequential(nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 16))
+    report = prune(own, *(["2:4"] if prune is bisparse.prune_ else []))
+    for name, kept in (("same", own), ("wider", copy.deepcopy(own).double())):
+        saved = save(kept, tmp_path / name, report=report).report
+        assert [(one.retained, one.error) for one in saved] == [(one.retained, one.error) for one in report]
+        assert None not in [one.retained for one in saved] and verify_checkpoint(tmp_path / name).contradicted == ()
+    own[0].weight.data *= 2
+    first, second = save(own, tmp_path / "changed", report=report).report
+    assert (first.retained, first.gap, first.value, first.error, first.error_before) == (None,) * 5
+    assert second == replace(report[1], density=second.density) and verify_checkpoint(tmp_path / "changed").contradicted == ()
 
 
 def change_mask(folder: Path, name: str, change: Any) -> None:

@@ -244,26 +244,32 @@ def _count(weights: Mapping[str, Tensor]) -> int:
 
 def _about(report: PruneReport, weights: Mapping[str, Tensor]) -> PruneReport:
     """A report without the figures that were computed for different weights."""
-    results, trained = [], 0
+    results, changed = [], 0
     for result in report:
         if result.parameter not in weights:
             raise ValueError(f"{result.name}: the report is about {result.parameter}, which is not among the model's weights")
         weight = weights[result.parameter]
-        density = float((weight != 0).double().mean()) if weight.numel() else result.density
-        result = replace(result, density=density, dtype=str(weight.dtype).removeprefix("torch."))
+        own = replace(
+            result,
+            density=int(weight.count_nonzero()) / weight.numel() if weight.numel() else result.density,
+            dtype=str(weight.dtype).removeprefix("torch."),
+        )
         if not _is_of(result, weight, report.method):
-            result, trained = replace(result, retained=None, gap=None, value=None, checksum=None), trained + 1
-        results.append(result)
+            own, changed = own.without_figures(), changed + 1
+        elif result.checksum is not None and own.dtype != result.dtype:
+            own = replace(own, checksum=checksum_of(weight))
+        results.append(own)
     notes = report.notes
-    if trained:
-        notes += (f"{trained} layers were changed after the report was made: what they keep of the score is not known",)
+    if changed:
+        notes += (f"{changed} layers were changed after the report was made: their score kept, gap and errors are not known",)
     return replace(report, layers=tuple(results), notes=notes)
 
 
 def _is_of(result: LayerResult, weight: Tensor, method: str) -> bool:
     """Whether the figures of a layer belong to this weight, as far as that can be checked."""
     if result.checksum is not None:
-        return result.checksum == checksum_of(weight)
+        then = weight.to(getattr(torch, result.dtype))  # a weight in a wider dtype can have the same numbers
+        return checksum_of(then) == result.checksum and torch.equal(then.to(weight.dtype), weight)
     if method != "magnitude" or result.value is None:
         return True
     # Magnitude pruning does not change kept weights, so the kept score is the sum of their magnitudes.

@@ -9,7 +9,6 @@ says.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -19,9 +18,9 @@ import torch
 from bisparse.checkpoint.mask_statements import wrong_masks
 from bisparse.checkpoint.reader import Source
 from bisparse.checkpoint.sidecar import SIDECAR, Sidecar
-from bisparse.checkpoint.stored_tensor import StoredTensor, as_bytes
+from bisparse.checkpoint.stored_tensor import StoredTensor
 from bisparse.layers import QUANTISED, layer_name
-from bisparse.results import LayerResult
+from bisparse.results import LayerResult, checksum_of_pieces
 from bisparse.scores import magnitude
 from bisparse.verification import Verification
 
@@ -74,8 +73,9 @@ def _wrong(sidecar: Sidecar, result: LayerResult, tensor: StoredTensor, density:
         found.append(f"{result.name} is {own}, not {result.dtype}")
     if density is not None and abs(density - result.density) > TOLERANCE:
         found.append(f"the density of {result.name} is {density:.6g}, not {result.density:.6g}")
-    if result.checksum is not None and not quantised and _checksum(tensor) != result.checksum:
-        found.append(f"{result.name} is not the weight that its figures are about, by their checksum")
+    if result.checksum is not None:
+        if not quantised and _checksum(tensor) != result.checksum:
+            found.append(f"{result.name} is not the weight that its figures are about, by their checksum")
     elif result.value is not None and _keeps_weights(sidecar, result):
         kept = _kept(tensor)
         if kept is not None and not same_sum(kept, result.value):
@@ -95,15 +95,8 @@ def corrected(sidecar: Sidecar, source: Source, checked: Iterable[Verification])
             density = verified[result.name].density if result.name in verified else None
             quantised = is_quantised(source, tensor)
             if _wrong(sidecar, result, tensor, density, quantised=quantised):
-                result = replace(
-                    result,
-                    dtype=result.dtype if quantised else _dtype(tensor),
-                    density=result.density if density is None else density,
-                    retained=None,
-                    gap=None,
-                    value=None,
-                    checksum=None,
-                )
+                own = result.density if density is None else density
+                result = replace(result.without_figures(), dtype=result.dtype if quantised else _dtype(tensor), density=own)
         layers.append(result)
     if not wrong:
         return sidecar
@@ -164,10 +157,7 @@ def _kept(tensor: StoredTensor) -> float | None:
 
 def _checksum(tensor: StoredTensor) -> int:
     """`bisparse.results.checksum_of` of a stored weight."""
-    found = 0
-    for start in range(0, tensor.size, PIECE):
-        found = zlib.crc32(as_bytes(tensor.read(start, min(start + PIECE, tensor.size)) + 0.0), found)
-    return found
+    return checksum_of_pieces(tensor.read(start, min(start + PIECE, tensor.size)) for start in range(0, tensor.size, PIECE))
 
 
 def same_sum(one: float, other: float) -> bool:

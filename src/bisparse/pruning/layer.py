@@ -135,7 +135,7 @@ def record(layer: Layer, pattern: Structure, pruned: Pruned, change: Change, sec
         str(layer.weight.dtype).removeprefix("torch."),
         layer.layout,
         str(pattern),
-        float(kept.double().mean()),
+        int(kept.count_nonzero()) / max(kept.numel(), 1),
         pruned.solution.retained,
         gap_of(pruned.solution),
         pruned.solution.value,

@@ -30,7 +30,7 @@ from bisparse.pruning.methods import parse_method
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.network_reconstruction import NetworkReconstruction, parse_reconstruction
-from bisparse.results import PruneReport, count_parameters
+from bisparse.results import LayerResult, PruneReport, checksum_of, count_parameters
 from bisparse.solvers import Solver, parse_solver
 from bisparse.tiles import Layout
 from bisparse.wrappers import check_module
@@ -178,7 +178,16 @@ def prune_layers_(
             else:
                 job.prune(stage)
         job.reconstruct_network()
-        return job.commit()
+        outcome = job.commit()
+        return replace(outcome, results=tuple(_identified(one, job) for one in outcome.results))
+
+
+def _identified(result: LayerResult, job: Job) -> LayerResult:
+    """A result with the checksum of its weight, by which `save` finds weights that were changed since."""
+    task = job.tasks[result.name]
+    if isinstance(task.method, Magnitude) and not job.uses_data:
+        return result  # its kept score is the sum of the weight's magnitudes, which `save` compares
+    return replace(result, checksum=checksum_of(task.layer.weight))
 
 
 def _stages(job: Job) -> Generator[Stage | FinishedBlock]:
