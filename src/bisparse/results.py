@@ -106,6 +106,11 @@ class LayerResult:
         """The record without the figures that do not hold for other numbers in the weight."""
         return replace(self, retained=None, gap=None, value=None, error=None, error_before=None, checksum=None)
 
+    def at(self, pattern: str) -> LayerResult:
+        """The record of the same weight at another pattern, without the figures that compare it with the pattern."""
+        compared = replace(self, violated_weights=None, violated_groups=None, origin_weights=None, origin_groups=None)
+        return replace(compared, pattern=pattern, gap=None, unstructured_weights=None, unstructured_groups=None)
+
 
 @dataclass(frozen=True)
 class MaskPoint:

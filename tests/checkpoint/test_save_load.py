@@ -392,6 +392,24 @@ def test_a_model_that_is_one_layer(kind: type[nn.Module], sides: tuple[int, ...]
     assert not verify_checkpoint(tmp_path / "one")
 
 
+def test_the_pattern_that_is_given_is_checked_and_written_whatever_the_report_says(tmp_path: Path) -> None:
+    model = mlp()
+    report = prune_(model, "2:4")
+    saved = save(model, tmp_path / "wider", "4:8", report=report).report
+    assert saved.pattern == "4:8" and [(one.pattern, one.retained, one.gap) for one in saved] == [
+        ("4:8", one.retained, None) for one in report
+    ]
+    other = mlp()
+    prune_(other, "4:8")
+    model.load_state_dict(other.state_dict())
+    save(model, tmp_path / "pruned again", "4:8", report=report)
+    for name in ("wider", "pruned again"):
+        checked = verify_checkpoint(tmp_path / name)
+        assert checked and checked.contradicted == () and load(mlp(), tmp_path / name) is not None
+    with pytest.raises(PatternError, match="2:4"):
+        save(model, tmp_path / "refused", "2:4", report=report)
+
+
 @pytest.mark.parametrize("view", [torch.Tensor.conj, torch._neg_view], ids=["conjugated", "negated"])
 def test_buffers_that_are_conjugated_or_negated_views_are_written_as_they_read(view: Any, tmp_path: Path) -> None:
     model, other = mlp(), mlp()

@@ -115,7 +115,9 @@ def save(
     of the model: pass `source`, or ``beside=tokenizer.save_pretrained``. The folder only appears once it is complete.
 
     Args:
-        pattern: the pattern of the layers. By default that of `report` or, for a model in sparse training, of its masks.
+        pattern: the pattern of the layers, which is checked and written. By default that of `report` or, for a model in sparse
+            training, of its masks. Another pattern than the report's replaces it, and the figures that depend on it, such as the
+            gap, are omitted.
         report: the report of `prune_` or `Sparsity.report`; its figures go into the sidecar, except those that were computed for
             different weights.
         state: the weights, for a model whose weights are sharded over ranks.
@@ -159,10 +161,12 @@ def save(
         weights = named_as_in(opened, weights, {one.parameter for one in report}, unsaved_buffers(model))
     folder = Path(folder)
     report = _about(report, weights)
+    if pattern is not None:
+        report = _at(report, str(parse_pattern(pattern)))
     stored = {name: memory_tensor(name, weight, folder / WEIGHTS) for name, weight in weights.items()}
     layers = {}
     for result in report:
-        own = parse_pattern(result.pattern if pattern is None else pattern)
+        own = parse_pattern(result.pattern)
         verify(weights[result.parameter], own, layout=result.layout, name=result.name).check()
         layers[result.parameter] = StoredLayer(result.name, stored[result.parameter], result.layout, own)
     ordered = in_file_order(stored.values())
@@ -263,6 +267,16 @@ def _about(report: PruneReport, weights: Mapping[str, Tensor]) -> PruneReport:
     if changed:
         notes += (f"{changed} layers were changed after the report was made: their score kept, gap and errors are not known",)
     return replace(report, layers=tuple(results), notes=notes)
+
+
+def _at(report: PruneReport, pattern: str) -> PruneReport:
+    """A report of the same weights at another pattern."""
+    others = {result.pattern for result in report if result.pattern != pattern}
+    notes = report.notes
+    if others:
+        notes += (f"the report is about {', '.join(sorted(others))}; {pattern} was given when the model was saved",)
+    layers = (result if result.pattern == pattern else result.at(pattern) for result in report)
+    return replace(report, pattern=pattern, patterns={}, layers=tuple(layers), notes=notes)
 
 
 def _is_of(result: LayerResult, weight: Tensor, method: str) -> bool:
