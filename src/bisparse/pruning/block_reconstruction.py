@@ -30,9 +30,10 @@ class BlockReconstruction:
 
     Args:
         epochs: maximum number of passes over the calibration batches.
-        learning_rate: initial step of Adam, as a fraction of the root mean square of a parameter's kept weights.
-        worthwhile: another epoch follows only if the last one reduced the held-out error by at least this fraction. The first
-            blocks improve for many epochs, and all later blocks inherit their error; later blocks soon stop improving.
+        learning_rate: largest step of Adam at first, as a fraction of the root mean square of a parameter's kept weights.
+        worthwhile: after an epoch that reduces the held-out error by less than this fraction, the next ones take a quarter of the
+            step, from the best weights; after another such epoch the fit ends. The first blocks improve for many epochs, and
+            all later blocks inherit their error; later blocks soon stop improving.
     """
 
     epochs: int = 8

@@ -27,7 +27,9 @@ __all__ = ["fit_kept_"]
 
 STORE_EVERY = 600.0
 """Seconds between two copies of a fit's state on disk, for fits that are stored."""
-STORED_NUMBERS = ("epoch", "step", "start", "best")
+STORED_NUMBERS = ("epoch", "step", "start", "best", "scale")
+SMALLER = 0.25
+"""Factor of the step size after a pass that reduced the held-out error too little; after a second such pass the fit ends."""
 WARM_UP = 0.05
 """Fraction of an epoch's steps in which the step size rises; after that it falls along a cosine."""
 
@@ -38,14 +40,15 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
     Args:
         epochs: maximum number of passes over the batches.
         learning_rate: largest step, as a fraction of the root mean square of a parameter's kept weights.
-        worthwhile: another epoch follows only if the last one reduced the held-out error by at least this fraction.
+        worthwhile: after a pass that does not reduce the held-out error by at least this fraction, the fit goes on from the best
+            weights with a quarter of the step, and after another one it ends.
 
     Raises:
         CalibrationError: an output without gradients.
     """
     fitted = _parameters(block)
     state = _State.of(fitted)
-    precise, adam = state.precise, state.adam
+    precise = state.precise
     kept = [parameter != 0 for parameter in precise[: len(block.layers)]]
     sizes = [_size(one) for one in precise]
     generator = torch.Generator().manual_seed(0)
@@ -62,8 +65,8 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
             if epoch < state.epoch:
                 continue
             for step, index in enumerate(block.each(order[state.step :], f"fitting {block.name}"), start=state.step):
-                for group, size in zip(adam.param_groups, sizes, strict=True):
-                    group["lr"] = learning_rate * size * _rate(step, len(order))
+                for group, size in zip(state.adam.param_groups, sizes, strict=True):
+                    group["lr"] = learning_rate * state.scale * size * _rate(step, len(order))
                 distance, energy = _distance(block, index)
                 if not distance.requires_grad:
                     raise CalibrationError(
@@ -76,7 +79,7 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
                     if one.grad is not None and number < len(kept):
                         one.grad.mul_(kept[number])
                     parameter.grad = None
-                adam.step()
+                state.adam.step()
                 _write_(fitted, precise)
                 state.step = step + 1
                 if block.stored is not None and time.monotonic() - stored >= STORE_EVERY:
@@ -87,7 +90,11 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
             if end < state.best:
                 state.best, state.best_values = end, [parameter.detach().clone() for parameter in fitted]
             if not end < (1 - worthwhile) * before:
-                break
+                if state.scale < 1 or epoch + 1 == epochs:
+                    break
+                state.scale = SMALLER
+                if not end < before:
+                    state.return_to_best()
             state.epoch, state.step = epoch + 1, 0
     _write_(fitted, state.best_values)
     return BlockFit(block.name, state.start, state.best)
@@ -106,12 +113,19 @@ class _State:
     """Steps done in this epoch."""
     start: float = math.nan
     best: float = math.nan
+    scale: float = 1.0
+    """Factor of the step size."""
+
+    def return_to_best(self) -> None:
+        """Give up what was fitted since the best pass, and the moments."""
+        for one, best in zip(self.precise, self.best_values, strict=True):
+            one.copy_(best)
+        self.adam = _adam(self.precise)
 
     @classmethod
     def of(cls, fitted: list[nn.Parameter]) -> _State:
         precise = [parameter.detach().float().clone() for parameter in fitted]
-        adam = torch.optim.Adam([{"params": [one]} for one in precise], betas=(0.9, 0.95), fused=True)
-        return cls(precise, adam, [parameter.detach().clone() for parameter in fitted])
+        return cls(precise, _adam(precise), [parameter.detach().clone() for parameter in fitted])
 
     def as_stored(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
@@ -128,6 +142,10 @@ class _State:
             self.adam.state[one] = {name: value.to(one.device) for name, value in own.items()}
         for name in STORED_NUMBERS:
             setattr(self, name, numbers[name])
+
+
+def _adam(parameters: list[Tensor]) -> torch.optim.Adam:
+    return torch.optim.Adam([{"params": [one]} for one in parameters], betas=(0.9, 0.95), fused=True)
 
 
 def _parameters(block: FinishedBlock) -> list[nn.Parameter]:

@@ -47,8 +47,9 @@ class NetworkReconstruction:
 
     Args:
         epochs: maximum number of passes over the batches.
-        learning_rate: largest step of Adam, as a fraction of the root mean square of a parameter's kept weights.
-        worthwhile: another epoch follows only if the last one reduced the held-out error by at least this fraction.
+        learning_rate: largest step of Adam at first, as a fraction of the root mean square of a parameter's kept weights.
+        worthwhile: after an epoch that reduces the held-out error by less than this fraction, the next ones take a quarter of the
+            step, from the best weights; after another such epoch the fit ends.
         blocks: how each block is fitted before, when its layers are pruned; None: not at all.
         batches: data for this fit, of the kind that `prune_` takes as ``batches``; None: the calibration data.
     """
