@@ -1,7 +1,9 @@
 """Static masks: keys unchanged, and zeros that stay exactly zero whatever the optimizer does."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -319,3 +321,65 @@ def test_a_recurrent_layer_takes_static_masks_and_no_changing_ones() -> None:
         "rnn.weight_ih_l0", "rnn.weight_hh_l0", "up"
     }  # fmt: skip
     assert verify(fixed, "2:4")
+
+
+def attached(mlp):
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    return optimizer, sparsify_(mlp, "4:8-T", mode="static").attach(optimizer)
+
+
+def test_tensors_of_functional_call_are_not_written_to(mlp, step):
+    optimizer, sparsity = attached(mlp)
+    step(mlp, optimizer, 0)
+    inputs = torch.randn(3, 16)
+    for kind in (lambda value: torch.ones_like(value), lambda value: nn.Parameter(torch.ones_like(value))):
+        given = {name: kind(value) for name, value in mlp.named_parameters()}
+        for _ in range(2):
+            torch.func.functional_call(mlp, given, (inputs,))
+        assert all(bool((value == 1).all()) for value in given.values())
+    step(mlp, optimizer, 1)
+    stacked = {name: torch.stack([value.detach()] * 2) for name, value in mlp.named_parameters()}
+    both = torch.func.vmap(lambda one: torch.func.functional_call(mlp, one, (inputs,)))(stacked)
+    assert torch.allclose(both[1], mlp(inputs), atol=1e-6)
+    assert all(not bool(layer.weight[~layer.mask].any()) for layer in sparsity.layers)
+
+
+def test_a_part_may_be_finalized_and_the_rest_trains_on(mlp, step):
+    model = nn.Sequential(mlp[0], nn.ReLU(), nn.Sequential(mlp[2]))
+    optimizer, _ = attached(model)
+    step(model, optimizer, 0)
+    finalize_(model[2])
+    for number in (1, 2, 3):
+        step(model, optimizer, number)
+    assert verify(model[0].weight, "4:8-T")
+    assert not verify(model[2][0].weight, "4:8-T"), "it trains dense"
+
+
+def test_a_module_that_is_called_on_its_own_and_reads_a_weight_inside_of_it():
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.inner.weight)
+
+    model = nn.Sequential(Reader(), nn.MultiheadAttention(16, 2), nn.Linear(16, 16))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsity = sparsify_(model, "4:8-T", mode="static", include="*").attach(optimizer)
+    model[0](torch.randn(2, 16))
+    model.load_state_dict({key: torch.randn_like(value) for key, value in model.named_parameters()}, strict=False)
+    model[0](torch.randn(2, 16))
+    model[1](*[torch.randn(3, 16)] * 3)
+    broken = {layer.name for layer in sparsity.layers if bool(layer.weight[~layer.mask].any())}
+    assert broken == {"2"}, "only what was not called"
+
+
+def test_an_attached_run_is_freed_with_its_model_and_optimizer(mlp, step):
+    mlp = copy.deepcopy(mlp)  # the fixture holds the original
+    optimizer, sparsity = attached(mlp)
+    kept = [weakref.ref(one) for one in (mlp, optimizer, sparsity, mlp[0].weight)]
+    step(mlp, optimizer, 0)
+    del mlp, optimizer, sparsity
+    gc.collect()
+    assert [one() for one in kept] == [None] * 4

@@ -97,7 +97,7 @@ class ZerosHook:
         return {"check": None, "undo_writes": None, "unchecked": True}
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
             return
         if self.check is not None and self.unchecked:
             self.unchecked = False

@@ -3,14 +3,16 @@
 Gradients are masked when they are accumulated, so that clipping uses the masked norm, and weights after each step. Other writes,
 such as those of `load_state_dict` or of an optimizer that wraps the attached one, are undone by the next forward pass: those that
 torch counts exactly, and others, through ``.data`` or to sharded weights, if a sample shows them in the first pass after a step.
+Only the parameters that were attached are written to, not what `torch.func.functional_call` puts in their place.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
@@ -35,35 +37,39 @@ class StaticZeros:
         self._hook = ZerosHook()
         self._sample = PrunedSample()
         self._gradients = MaskedGradients()
-        self._used: dict[int, list[SparseLayer]] = {}
-        """By the module's id: the layers whose weights its forward pass uses."""
-        self._versions: dict[str, tuple[int, int] | None] = {}
-        """By layer: the weight and how often it had been written to, when its pruned weights were last known to be zero."""
+        self._names: frozenset[str] = frozenset()
+        """Of the layers in training, at the last step."""
+        self._inside: dict[int, list[SparseLayer]] = {}
+        """By the id of a module that checks: the layers in it."""
+        self._attached: dict[str, weakref.ref[Tensor]] = {}
+        """By layer: the parameter that may be written to."""
+        self._versions: dict[str, int] = {}
+        """By layer: torch's count of writes to the weight when its pruned weights were last known to be zero."""
 
     def attach(self, optimizers: Iterable[tuple[Optimizer, Optimizer]], modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
         """Install the hooks. Returns functions that remove them.
 
         Args:
             optimizers: each as it was given, and without its wrappers.
-            modules: those whose forward pass checks that the zeros are still there; the first uses all layers.
+            modules: those whose forward pass checks that the zeros are still there.
         """
         # A wrapper, such as Lookahead, may write weights after the inner step.
         undo = [after_each_step(outer, self.restore) for outer, inner in optimizers if outer is not inner]
-        called = list(modules)
-        self._used = {id(called[0]): self._layers()}
+        layers, called = self._layers(), list(modules)
+        self._names = frozenset(layer.name for layer in layers)
+        self._attached = {layer.name: weakref.ref(layer.weight) for layer in layers}
+        self._inside = {id(module): _layers_in(module, layers) for module in called}
         self._hook.check, self._hook.undo_writes = self._check, self._undo_writes
         self._hook.install(called)
-        for layer in self._layers():
-            for module in (layer.module, *layer.sharing):
-                if module is not called[0]:
-                    self._used.setdefault(id(module), []).append(layer)
+        for layer in layers:
             if layer.weight.requires_grad:
-                undo.append(
-                    layer.weight.register_post_accumulate_grad_hook(
-                        lambda weight, own=layer: self._gradients.mask(own, weight)
-                    ).remove
-                )
+                undo.append(layer.weight.register_post_accumulate_grad_hook(_gradient_hook(self, layer)).remove)
         return [*undo, self._detach]
+
+    def mask_gradient(self, layer: SparseLayer, weight: Tensor) -> None:
+        """Mask the gradient of a layer's weight, if the layer is still in training."""
+        if layer.name in self._names:
+            self._gradients.mask(layer, weight)
 
     def before_step(self, held: Iterable[Held]) -> None:
         """Mask the gradients that are not masked yet."""
@@ -72,6 +78,7 @@ class StaticZeros:
 
     def after_step(self, held: Iterable[Held]) -> None:
         """Set the pruned weights to zero that an optimizer's step has written."""
+        self._names = frozenset(layer.name for layer in self._layers())
         self._zero(one.layer for one in held)
         self._hook.unchecked = True
 
@@ -79,34 +86,70 @@ class StaticZeros:
         """Set all pruned weights to zero."""
         self._zero(self._layers())
 
-    def _zero(self, layers: Iterable[SparseLayer]) -> None:
-        for layer in layers:
-            layer.zero_pruned()
-            self._versions[layer.name] = _version(layer)
-
-    def _undo_writes(self, module: nn.Module) -> None:
-        """Zero pruned weights that the module's forward pass would use and that have been written to."""
-        written = [one for one in self._used.get(id(module), ()) if self._versions.get(one.name) != _version(one)]
-        if written:
-            self._zero(written)
-
     def masks_changed(self) -> None:
         """Zero the pruned weights of the next forward pass, whatever was known of them, and sample them again."""
         self._sample.clear()
         self._versions.clear()
 
+    def _zero(self, layers: Iterable[SparseLayer]) -> None:
+        for layer in layers:
+            layer.zero_pruned()
+            if (version := _version(self._own(layer))) is not None:
+                self._versions[layer.name] = version
+
+    def _own(self, layer: SparseLayer) -> Tensor | None:
+        """The layer's weight; None if another tensor is in its place for now."""
+        weight = layer.module._parameters.get(layer.parameter)
+        attached = self._attached.get(layer.name)
+        if weight is None or attached is None:
+            return None
+        # FSDP2 has a different parameter in its place at different times.
+        return weight if attached() is weight or isinstance(weight, DTensor) else None
+
+    def _undo_writes(self, module: nn.Module) -> None:
+        """Zero pruned weights that the module's forward pass may use and that have been written to."""
+        for layer in self._inside.get(id(module), ()):
+            weight = self._own(layer)
+            version = _version(weight)
+            if weight is None or version is None or version == self._versions.get(layer.name):
+                continue
+            if layer.name not in self._names or not layer.active:
+                continue
+            # Nothing is written without need: a backward pass may still use the weight as it is.
+            if not weight.is_meta and bool(weight.detach().masked_fill(layer.mask, 0).any()):
+                self._zero([layer])
+            else:
+                self._versions[layer.name] = version
+
     @torch.no_grad()
     def _check(self) -> None:
         """Zero pruned weights again if a sample shows that something other than an attached optimizer has changed them."""
-        if self._sample.any_nonzero(self._layers()):
-            self.restore()
+        layers = [layer for layer in self._layers() if self._own(layer) is not None]
+        if self._sample.any_nonzero(layers):
+            self._zero(layers)
 
     def _detach(self) -> None:
         self._hook.check = self._hook.undo_writes = None
-        self._used.clear()
+        self._inside, self._attached, self._versions = {}, {}, {}
 
 
-def _version(layer: SparseLayer) -> tuple[int, int] | None:
-    """What identifies a weight's values: the parameter and torch's count of writes to it; None where there is no such count."""
-    weight = layer.weight
-    return None if isinstance(weight, DTensor) or weight.is_inference() else (id(weight), weight._version)
+def _layers_in(module: nn.Module, layers: Iterable[SparseLayer]) -> list[SparseLayer]:
+    inner = {id(one) for one in module.modules()}
+    return [layer for layer in layers if any(id(holder) in inner for holder in (layer.module, *layer.sharing))]
+
+
+def _gradient_hook(zeros: StaticZeros, layer: SparseLayer) -> Callable[[Tensor], None]:
+    """A hook of the weight without references to it, since no garbage collection would free a cycle of them."""
+    owner, masked = weakref.ref(zeros), weakref.ref(layer)
+
+    def hook(weight: Tensor) -> None:
+        own, one = owner(), masked()
+        if own is not None and one is not None:
+            own.mask_gradient(one, weight)
+
+    return hook
+
+
+def _version(weight: Tensor | None) -> int | None:
+    """Torch's count of writes to a weight; None where there is none."""
+    return None if weight is None or isinstance(weight, DTensor) or weight.is_inference() else weight._version
