@@ -105,6 +105,32 @@ def test_int8_inputs_are_rounded_by_their_largest_magnitude(tmp_path: Path, kind
         assert 0 < float((exact - model(examples[0])).abs().max()) < 0.1 * float(exact.abs().max())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_int8_weights_and_inputs_are_dequantised_to_the_dtype_of_the_model(tmp_path: Path, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).to(dtype).eval()
+    images = torch.randn(4, 32).to(dtype)
+    done = quantize_(model, "int8")
+    for given in (None, [images]):
+        made = export_onnx(model, tmp_path / "m.onnx", images, quantized=done, int8_inputs=given, overwrite=True)
+        onnx.checker.check_model(str(made.path), full_check=True)
+        scales = [one for one in onnx.load(made.path).graph.initializer if one.name.endswith("_scale")]
+        meant = {torch.float16: onnx.TensorProto.FLOAT16, torch.bfloat16: onnx.TensorProto.BFLOAT16}[dtype]
+        assert len(scales) == (1 if given is None else 2) * len(done) and {one.data_type for one in scales} == {meant}
+        if dtype == torch.float16:  # onnxruntime has no products of bfloat16 on CPUs
+            assert made.difference is not None and made.difference < 0.01 < (made.largest or 0)
+
+
+def test_a_graph_that_onnx_does_not_allow_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 32)).double().eval()
+    with pytest.raises(ValueError, match=r"is float64, .* convert the model to float32"):
+        export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 32).double(), quantized=quantize_(model, "int8"))
+    model = nn.Sequential(nn.Conv2d(4, 4, 1)).bfloat16().eval()
+    with pytest.raises(ValueError, match="not valid ONNX; convert the model to float32"):
+        export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4, 3, 3).bfloat16(), dynamic_axes={})
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [

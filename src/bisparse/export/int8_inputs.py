@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bisparse.export.onnx_graph import TYPES, initializer
 from bisparse.quantization import QuantizedLayer
 from bisparse.user_errors import error_in_one_line
 
@@ -39,8 +39,10 @@ def input_scales(
             module with a weight.
     """
     largest: dict[str, Tensor] = {}
+    dtypes: dict[str, torch.dtype] = {}
 
     def record(name: str, given: Tensor) -> None:
+        dtypes[name] = given.dtype
         most = given.detach().abs().amax().float() if given.numel() else given.new_zeros((), dtype=torch.float32)
         largest[name] = torch.maximum(largest[name], most) if name in largest else most
 
@@ -60,7 +62,14 @@ def input_scales(
         raise ValueError(f"{unseen[0]}: no example of int8_inputs reaches the layer, so its inputs have no range")
     if wrong := [name for name, most in largest.items() if not bool(torch.isfinite(most))]:
         raise ValueError(f"{wrong[0]}: the layer's inputs are NaN or infinite")
-    return {name: float(most) / LARGEST or 1.0 for name, most in largest.items()}
+    return {name: _scale(float(most), dtypes[name]) for name, most in largest.items()}
+
+
+def _scale(most: float, dtype: torch.dtype) -> float:
+    """The scale of inputs of a largest magnitude, as a number of their dtype, in which the graph has it."""
+    if most == 0:
+        return 1.0
+    return max(float(torch.tensor(most / LARGEST, dtype=dtype)), torch.finfo(dtype).tiny)
 
 
 @contextmanager
@@ -69,7 +78,7 @@ def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> Iterator[No
 
     def rounded(name: str, given: Tensor) -> Tensor:
         scale = scales[name]
-        return (given / scale).round().clamp(-LARGEST - 1, LARGEST) * scale
+        return ((given.float() / scale).round().clamp(-LARGEST - 1, LARGEST) * scale).to(given.dtype)
 
     with _before(model, scales, rounded):
         yield
@@ -103,37 +112,38 @@ def quantize_inputs(proto: Any, scales: Mapping[str, float]) -> tuple[str, ...]:
     Raises:
         ValueError: a weight that is in the graph, but in no product.
     """
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
+    dtypes = {one.name.removesuffix("_scale"): one.data_type for one in proto.graph.initializer if one.name.endswith("_scale")}
     consumers: dict[str, list[Any]] = {}
     for node in proto.graph.node:
         for given in node.input:
             consumers.setdefault(given, []).append(node)
-    found: dict[int, tuple[int, float]] = {}
+    found: dict[int, tuple[int, float, int]] = {}
     written = []
     for name, scale in scales.items():
         start = f"{name}_dequantized"
         if start not in consumers:
             continue
-        products = list(_products(consumers, start))
+        products = list(_products(consumers, start, dtypes[name]))
         if not products:
             raise ValueError(f"{name}: the exported graph has no product with it, whose inputs could be rounded")
-        found |= {id(node): (place, scale) for node, place in products}
+        found |= {id(node): (place, scale, dtype) for node, place, dtype in products}
         written.append(name)
     nodes: list[Any] = []
-    made: dict[tuple[str, float], str] = {}
+    made: dict[tuple[str, float, int], str] = {}
     for node in proto.graph.node:
         if id(node) in found:
-            place, scale = found[id(node)]
+            place, scale, dtype = found[id(node)]
             given = node.input[place]
-            if (given, scale) not in made:
-                made[given, scale] = key = f"{given}_int8_{len(made)}"
-                values = {f"{key}_scale": np.array(scale, np.float32), f"{key}_zero_point": np.array(0, np.int8)}
-                proto.graph.initializer.extend(numpy_helper.from_array(value, one) for one, value in values.items())
+            if (given, scale, dtype) not in made:
+                made[given, scale, dtype] = key = f"{given}_int8_{len(made)}"
+                values = {f"{key}_scale": _number(scale, dtype), f"{key}_zero_point": torch.tensor(0, dtype=torch.int8)}
+                proto.graph.initializer.extend(initializer(one, value) for one, value in values.items())
                 nodes.append(helper.make_node("QuantizeLinear", [given, *values], [key], name=f"{key}_QuantizeLinear"))
                 dequantized = [f"{key}_dequantized"]
                 nodes.append(helper.make_node("DequantizeLinear", [key, *values], dequantized, name=f"{key}_DequantizeLinear"))
-            node.input[place] = f"{made[given, scale]}_dequantized"
+            node.input[place] = f"{made[given, scale, dtype]}_dequantized"
         nodes.append(node)
     copied = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del proto.graph.node[:]
@@ -141,10 +151,19 @@ def quantize_inputs(proto: Any, scales: Mapping[str, float]) -> tuple[str, ...]:
     return tuple(written)
 
 
-def _products(consumers: Mapping[str, Sequence[Any]], name: str) -> Iterator[tuple[Any, int]]:
-    """The products that a tensor reaches through transpositions, each with the place of its other operand."""
+def _number(value: float, dtype: int) -> Tensor:
+    """A number as a tensor of one of ONNX's dtypes."""
+    from onnx import TensorProto
+
+    named = {name: one for one, name in TYPES.items()}
+    return torch.tensor(value, dtype=named.get(TensorProto.DataType.Name(dtype), torch.float32))
+
+
+def _products(consumers: Mapping[str, Sequence[Any]], name: str, dtype: int) -> Iterator[tuple[Any, int, int]]:
+    """The products that a tensor reaches through transpositions, each with the place of its other operand and its dtype."""
     for node in consumers.get(name, ()):
         if node.op_type in BETWEEN:
-            yield from _products(consumers, node.output[0])
+            cast = next((one.i for one in node.attribute if node.op_type == "Cast" and one.name == "to"), dtype)
+            yield from _products(consumers, node.output[0], cast)
         elif node.op_type in PRODUCTS:
-            yield node, 0 if node.op_type == "Conv" or node.input[1] == name else 1
+            yield node, 0 if node.op_type == "Conv" or node.input[1] == name else 1, dtype

@@ -41,6 +41,8 @@ ONE_FILE_BYTES = 1_500_000_000
 PREFIX = "model."
 OUTPUTS = ("logits", "last_hidden_state")
 """Fields of a transformers model's output; the first one that exists is exported."""
+INVALID = ("Load model from", "Type Error")
+"""What onnxruntime says of a file whose types are against ONNX's rules, as opposed to one that it does not support."""
 DynamicAxes = Mapping[str, Mapping[int, str]]
 Inputs = Mapping[str, Tensor] | Sequence[Tensor] | Tensor
 """Inputs of a model, by name or by position."""
@@ -132,8 +134,8 @@ def export_onnx(
         CheckpointError: the file exists or cannot be written, or its weights differ from the model's.
         ImportError: onnx or onnxscript is not installed.
         PatternError: a weight in the file breaks its pattern. No file is left.
-        ValueError: `path` is a folder or a device; an accelerated model, a scheme other than int8, or inputs that the model does
-            not take.
+        ValueError: `path` is a folder or a device; an accelerated model, a scheme other than int8, inputs that the model does not
+            take, or a graph that is not valid, such as one with a convolution of bfloat16. No file is left.
     """
     path = Path(path)
     check_flag("overwrite", overwrite)
@@ -145,7 +147,7 @@ def export_onnx(
             f"the model is accelerated (at {accelerated[0]!r}), for which ONNX has no operators: call finalize_ first"
         )
     if quantized is not None:
-        check_quantizable(quantized)
+        check_quantizable(quantized, plain_weights(model))
     elif int8_inputs is not None:
         raise ValueError("int8_inputs needs quantized=, the report of quantize_(model, 'int8')")
     _check_packages()
@@ -319,8 +321,16 @@ def _write(proto: Any, file: Path) -> Path:
 
     large = sum(len(one.raw_data) for one in proto.graph.initializer) > ONE_FILE_BYTES
     onnx.save(proto, str(file), save_as_external_data=large, location=f"{file.name}.data")
-    onnx.checker.check_model(str(file))
+    try:
+        onnx.checker.check_model(str(file), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise _invalid(error) from error
     return file
+
+
+def _invalid(error: Exception) -> ValueError:
+    found = error_in_one_line(error)
+    return ValueError(f"the graph that was exported is not valid ONNX; convert the model to float32 by model.float(): {found}")
 
 
 def _run(
@@ -338,7 +348,9 @@ def _run(
     options.intra_op_num_threads = torch.get_num_threads()
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # noqa: BLE001 - onnxruntime's errors have no common type, and it may not support bfloat16
+    except Exception as error:  # onnxruntime's errors have no common type, and it may not support bfloat16
+        if all(one in str(error) for one in INVALID):
+            raise _invalid(error) from error
         return None, None, f"onnxruntime cannot run it here: {str(error).splitlines()[0][:200]}"
     shorter = [
         one[tuple(slice(0, max(1, one.shape[i] - 1)) if i in axes.get(name, {}) else slice(None) for i in range(one.ndim))]

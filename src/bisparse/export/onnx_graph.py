@@ -5,17 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
+import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
 from bisparse.quantization import QuantizationReport, QuantizedLayer, parse_scheme, stored_values
 from bisparse.tiles import LayoutKind
 
-__all__ = ["check_quantizable", "name_axes", "quantize_weights", "rename_weights"]
+__all__ = ["TYPES", "check_quantizable", "initializer", "name_axes", "quantize_weights", "rename_weights"]
 
 CHANNEL_AXIS = {LayoutKind.LINEAR: 0, LayoutKind.TRANSPOSED: 1, LayoutKind.CONV: 0}
 """The axis of output channels in a stored weight."""
+TYPES = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16", torch.int8: "INT8"}
+"""ONNX's names of the dtypes of weights, scales and zero points; scales of DequantizeLinear cannot be float64."""
+OPSET_OF_HALF_SCALES = 19
+"""The first opset whose QuantizeLinear and DequantizeLinear take scales of float16 and bfloat16."""
+REMEDY = "convert the model to float32 by model.float() and quantise it again"
+
+
+def initializer(name: str, value: Shaped[Tensor, "..."]) -> Any:
+    """A tensor as an initializer of a graph."""
+    from onnx import TensorProto
+
+    raw = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return TensorProto(name=name, dims=value.shape, data_type=TensorProto.DataType.Value(TYPES[value.dtype]), raw_data=raw)
 
 
 def rename_weights(proto: Any, prefix: str) -> None:
@@ -42,13 +55,15 @@ def name_axes(proto: Any, axes: Mapping[str, Mapping[int, str]]) -> None:
                 dimension.dim_param = symbols[dimension.dim_param]
 
 
-def check_quantizable(report: QuantizationReport) -> None:
+def check_quantizable(report: QuantizationReport, weights: Mapping[str, Tensor]) -> None:
     """Raise ValueError if weights cannot be written as int8 behind DequantizeLinear nodes.
 
     Raises:
-        ValueError: a scheme other than int8, or a layer of several matrices.
+        ValueError: a scheme other than int8, a layer of several matrices, or a dtype that DequantizeLinear cannot return.
     """
     for layer in report:
+        if (weight := weights.get(layer.parameter)) is not None and weight.dtype not in TYPES:
+            raise ValueError(f"{layer.name} is {_name(weight.dtype)}, to which ONNX cannot dequantise int8 weights; {REMEDY}")
         if parse_scheme(layer.scheme).name != "int8":
             raise ValueError(f"{layer.name} is quantised to {layer.scheme}: ONNX files are written with int8 weights only")
         if layer.layout.kind not in CHANNEL_AXIS or layer.layout.groups > 1:
@@ -67,9 +82,10 @@ def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[st
         The layers stored as int8, by the names of their weights.
 
     Raises:
-        ValueError: a layer's weight is not an initializer of its name, but one of another name may be it.
+        ValueError: a layer's weight is not an initializer of its name, but one of another name may be it; or weights of float16
+            or bfloat16 in a graph of an opset that has no such scales.
     """
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
     places = {one.name: place for place, one in enumerate(proto.graph.initializer)}
     renamed = [sorted(one.dims) for one in proto.graph.initializer if one.name not in weights]
@@ -80,15 +96,23 @@ def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[st
                 raise ValueError(f"{layer.name}: the exported graph has no initializer named {layer.parameter}")
             continue
         written[layer.parameter] = layer
-        stored, scale = _stored(weights[layer.parameter], layer)
+        weight = weights[layer.parameter]
+        opset = next(one.version for one in proto.opset_import if one.domain in ("", "ai.onnx"))
+        if weight.dtype != torch.float32 and opset < OPSET_OF_HALF_SCALES:
+            raise ValueError(
+                f"{layer.name} is {_name(weight.dtype)}, but this version of torch writes opset {opset}, in which int8 "
+                f"weights are dequantised to float32 only; {REMEDY}"
+            )
+        # The products after it take operands of one dtype.
+        stored, scale = stored_values(weight, layer), layer.scale.flatten().to(weight.dtype)
         name, result = layer.parameter, f"{layer.parameter}_dequantized"
         for node in proto.graph.node:
             for place, given in enumerate(node.input):
                 if given == name:
                     node.input[place] = result
-        proto.graph.initializer[places[name]].CopyFrom(numpy_helper.from_array(stored, name))
-        extra = {f"{name}_scale": scale, f"{name}_zero_point": np.zeros(len(scale), dtype=np.int8)}
-        proto.graph.initializer.extend(numpy_helper.from_array(value, key) for key, value in extra.items())
+        proto.graph.initializer[places[name]].CopyFrom(initializer(name, stored))
+        extra = {f"{name}_scale": scale, f"{name}_zero_point": torch.zeros(len(scale), dtype=torch.int8)}
+        proto.graph.initializer.extend(initializer(key, value) for key, value in extra.items())
         axis = CHANNEL_AXIS[layer.layout.kind]
         nodes.append(helper.make_node("DequantizeLinear", [name, *extra], [result], name=f"{name}_DequantizeLinear", axis=axis))
     others = [one for one in proto.graph.value_info if one.name not in written]
@@ -100,6 +124,5 @@ def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[st
     return written
 
 
-def _stored(weight: Tensor, layer: QuantizedLayer) -> tuple[Shaped[np.ndarray, "..."], Shaped[np.ndarray, " O"]]:
-    stored = stored_values(weight, layer).cpu().numpy()
-    return stored, layer.scale.flatten().float().cpu().numpy()
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
