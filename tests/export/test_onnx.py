@@ -105,6 +105,37 @@ def test_int8_inputs_are_rounded_by_their_largest_magnitude(tmp_path: Path, kind
         assert 0 < float((exact - model(examples[0])).abs().max()) < 0.1 * float(exact.abs().max())
 
 
+class Tied(nn.Module):
+    """Two layers with one weight, of which the second has much larger inputs, and a head that is tied to an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(48, 32)
+        self.a, self.b, self.head = (nn.Linear(32, side, bias=False) for side in (32, 32, 48))
+        self.b.weight = self.a.weight
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.b(self.a(self.embedding(ids)) * 100.0))
+
+
+def test_tied_weights_are_int8_under_the_name_that_the_graph_has(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Tied().eval()
+    done = quantize_(model, "int8", include=["a", "head"])
+    ids = torch.randint(0, 48, (2, 7))
+    for given in (None, [ids]):
+        made = export_onnx(model, tmp_path / "m.onnx", ids, quantized=done, int8_inputs=given, overwrite=True)
+        graph = onnx.load(made.path).graph
+        assert {one.data_type for one in graph.initializer if len(one.dims) == 2} == {onnx.TensorProto.INT8}
+        assert made.unmatched == () and made.int8_inputs == (0 if given is None else 2)
+        assert made.difference is not None and made.difference < 1e-4 * (made.largest or 0)
+    with torch.no_grad():
+        most = float((model.a(model.embedding(ids)) * 100.0).abs().max())
+    scales = [float(onnx.numpy_helper.to_array(one)) for one in graph.initializer if "_scale" in one.name and not one.dims]
+    assert pytest.approx(most / 127, rel=1e-5) in scales  # the range has the inputs of both layers
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_int8_weights_and_inputs_are_dequantised_to_the_dtype_of_the_model(tmp_path: Path, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
@@ -274,6 +305,7 @@ def test_a_layer_that_no_example_reaches_has_no_range() -> None:
     model = Unused().eval()
     report = quantize_(model, "int8", include=["hidden", "pooler"])
     examples = [[torch.randn(2, 16)]]
+    weights = {one.parameter: [one.parameter] for one in report}
     with pytest.raises(ValueError, match=r"pooler\.weight: no example of int8_inputs reaches the layer"):
-        input_scales(model, report, examples, lambda x: model.out(model.hidden(x)))
-    assert set(input_scales(model, report, examples, model)) == {"hidden.weight", "pooler.weight"}
+        input_scales(model, weights, examples, lambda x: model.out(model.hidden(x)))
+    assert set(input_scales(model, weights, examples, model)) == {"hidden.weight", "pooler.weight"}

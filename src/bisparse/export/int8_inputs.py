@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.export.onnx_graph import TYPES, initializer
-from bisparse.quantization import QuantizedLayer
 from bisparse.user_errors import error_in_one_line
 
 __all__ = ["input_scales", "quantize_inputs", "rounded_inputs"]
@@ -27,11 +26,12 @@ BETWEEN = {"Transpose", "Cast", "Identity"}
 
 
 def input_scales(
-    model: nn.Module, layers: Iterable[QuantizedLayer], examples: Iterable[Sequence[Tensor]], call: Callable[..., Any]
+    model: nn.Module, weights: Mapping[str, Sequence[str]], examples: Iterable[Sequence[Tensor]], call: Callable[..., Any]
 ) -> dict[str, float]:
-    """The scale of each layer's inputs, by the name of its weight.
+    """The scale of each layer's inputs, by the name of its weight; one for all modules that share a weight.
 
     Args:
+        weights: by the name of a weight, all its names in the model.
         examples: tensors for `call`, a function that runs the model.
 
     Raises:
@@ -46,8 +46,7 @@ def input_scales(
         most = given.detach().abs().amax().float() if given.numel() else given.new_zeros((), dtype=torch.float32)
         largest[name] = torch.maximum(largest[name], most) if name in largest else most
 
-    names = [layer.parameter for layer in layers]
-    with _before(model, names, record):
+    with _before(model, weights, record):
         count = 0
         for example in examples:
             try:
@@ -58,7 +57,7 @@ def input_scales(
             count += 1
     if count == 0:
         raise ValueError("int8_inputs has no examples: pass inputs of the model, as many as are typical")
-    if unseen := [name for name in names if name not in largest]:
+    if unseen := [name for name in weights if name not in largest]:
         raise ValueError(f"{unseen[0]}: no example of int8_inputs reaches the layer, so its inputs have no range")
     if wrong := [name for name, most in largest.items() if not bool(torch.isfinite(most))]:
         raise ValueError(f"{wrong[0]}: the layer's inputs are NaN or infinite")
@@ -73,37 +72,54 @@ def _scale(most: float, dtype: torch.dtype) -> float:
 
 
 @contextmanager
-def rounded_inputs(model: nn.Module, scales: Mapping[str, float]) -> Iterator[None]:
-    """A context manager in which layers round their inputs as the ONNX file does."""
+def rounded_inputs(model: nn.Module, scales: Mapping[str, float], weights: Mapping[str, Sequence[str]]) -> Iterator[None]:
+    """A context manager in which layers round their inputs as the ONNX file does.
+
+    Args:
+        weights: by the name of a weight, all its names in the model.
+    """
 
     def rounded(name: str, given: Tensor) -> Tensor:
         scale = scales[name]
         return ((given.float() / scale).round().clamp(-LARGEST - 1, LARGEST) * scale).to(given.dtype)
 
-    with _before(model, scales, rounded):
+    with _before(model, {name: weights[name] for name in scales}, rounded):
         yield
 
 
 @contextmanager
-def _before(model: nn.Module, names: Iterable[str], function: Callable[[str, Tensor], Tensor | None]) -> Iterator[None]:
-    """Call a function with each input of the modules whose weights have these names; what it returns replaces the input."""
+def _before(
+    model: nn.Module, weights: Mapping[str, Sequence[str]], function: Callable[[str, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Call a function with each input of the modules that use these weights; what it returns replaces the input."""
     handles = []
     try:
-        for name in names:
-            module = model.get_submodule(name.removesuffix(".weight")) if name.endswith(".weight") else None
-            if not isinstance(getattr(module, "weight", None), Tensor):
-                raise ValueError(f"{name} is not the weight of a module, so its inputs cannot be rounded to int8; exclude it")
+        for name, tied in weights.items():
+            for module in dict.fromkeys(_module(model, one) for one in tied):
+                if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                    continue  # looked up, not multiplied
 
-            def hook(_: nn.Module, given: tuple[Any, ...], name: str = name) -> tuple[Any, ...] | None:
-                made = function(name, given[0])
-                return None if made is None else (made, *given[1:])
+                def hook(_: nn.Module, given: tuple[Any, ...], name: str = name) -> tuple[Any, ...] | None:
+                    made = function(name, given[0])
+                    return None if made is None else (made, *given[1:])
 
-            assert module is not None
-            handles.append(module.register_forward_pre_hook(hook))
+                handles.append(module.register_forward_pre_hook(hook))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    """The module of a weight.
+
+    Raises:
+        ValueError: the name is not that of a module's weight.
+    """
+    module = model.get_submodule(name.removesuffix(".weight")) if name.endswith(".weight") else None
+    if module is None or not isinstance(getattr(module, "weight", None), Tensor):
+        raise ValueError(f"{name} is not the weight of a module, so its inputs cannot be rounded to int8; exclude it")
+    return module
 
 
 def quantize_inputs(proto: Any, scales: Mapping[str, float]) -> tuple[str, ...]:

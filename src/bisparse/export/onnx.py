@@ -26,7 +26,7 @@ from bisparse.checkpoint.save_load import HasDenseWeight, plain_weights
 from bisparse.errors import CheckpointError, install_extra
 from bisparse.export.int8_inputs import input_scales, quantize_inputs, rounded_inputs
 from bisparse.export.onnx_checks import check_weights, naming, verify_patterns
-from bisparse.export.onnx_graph import check_quantizable, name_axes, quantize_weights, rename_weights
+from bisparse.export.onnx_graph import check_quantizable, name_axes, quantize_weights, rename_weights, tied_names
 from bisparse.layers import Skipped
 from bisparse.pattern import Structure
 from bisparse.quantization import QuantizationReport
@@ -59,7 +59,7 @@ class OnnxExport:
     weights: int
     """Number of the model's matrices that are bit-identical initializers of the file."""
     unmatched: tuple[str, ...]
-    """Names of the model's matrices that are not in the file, and so were not compared; without tied ones."""
+    """Names of the model's matrices that are not in the file, and so were not compared, nor stored as int8; without tied ones."""
     verified: dict[str, int]
     """By pattern, the number of layers that obey it along the reduction axis of the graph."""
     difference: float | None
@@ -162,17 +162,18 @@ def export_onnx(
         output = _output_name(whole, tensors)
         proto = _proto(whole, names, tensors, axes, output)
         weights = plain_weights(model)
+        tied = tied_names(weights)
         written = {} if quantized is None else quantize_weights(proto, quantized, weights)
         scales: dict[str, float] = {}
         if int8_inputs is not None:
             examples = (_ordered(one, names, isinstance(inputs, Mapping)) for one in int8_inputs)
-            scales = input_scales(model, written.values(), examples, whole)
+            scales = input_scales(model, {name: tied[name] for name in written}, examples, whole)
         rounded = quantize_inputs(proto, scales)
         for key, value in (metadata or {}).items():
             proto.metadata_props.add(key=key, value=value)
         with explaining(path):
             file = _write(proto, folder / path.name)
-        with naming(path, file), rounded_inputs(model, {name: scales[name] for name in rounded}):
+        with naming(path, file), rounded_inputs(model, {name: scales[name] for name in rounded}, tied):
             count, unmatched = check_weights(file, weights, written)
             verified, unverified = verify_patterns(file, pattern)
             difference, largest, note = _run(whole, file, names, tensors, axes)

@@ -11,7 +11,7 @@ from torch import Tensor
 from bisparse.checkpoint.reader import open_source
 from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError
-from bisparse.layers import Skipped, layer_name, matches_name
+from bisparse.layers import Skipped, layer_name, matches_name, memory_of
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.quantization import QuantizedLayer, stored_values
 from bisparse.verification import Verification
@@ -33,13 +33,13 @@ def check_weights(file: Path, weights: Mapping[str, Tensor], stored: Mapping[str
         if weight.ndim < 2:
             continue
         if (tensor := tensors.get(name)) is None:
-            lacking[name] = weight.data_ptr()
+            lacking[name] = memory_of(weight)
             continue
         meant = stored_values(weight, stored[name]) if name in stored else weight
         read = tensor.read().view(tensor.shape)
         if read.shape != meant.shape or read.dtype != meant.dtype or not bool((read == meant.cpu()).all()):
             raise CheckpointError(file, "differs from the model's weight", "report this", tensor=name)
-        found[name] = weight.data_ptr()
+        found[name] = memory_of(weight)
     if lost := [name for name in stored if name not in found]:
         raise CheckpointError(file, "is not an initializer", "report this", tensor=lost[0])
     return len(found), tuple(name for name, place in lacking.items() if place not in found.values())

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Shaped
 from torch import Tensor
 
+from bisparse.layers import memory_of
 from bisparse.quantization import QuantizationReport, QuantizedLayer, parse_scheme, stored_values
 from bisparse.tiles import LayoutKind
 
-__all__ = ["TYPES", "check_quantizable", "initializer", "name_axes", "quantize_weights", "rename_weights"]
+__all__ = ["TYPES", "check_quantizable", "initializer", "name_axes", "quantize_weights", "rename_weights", "tied_names"]
 
 CHANNEL_AXIS = {LayoutKind.LINEAR: 0, LayoutKind.TRANSPOSED: 1, LayoutKind.CONV: 0}
 """The axis of output channels in a stored weight."""
@@ -73,13 +74,22 @@ def check_quantizable(report: QuantizationReport, weights: Mapping[str, Tensor])
             )
 
 
+def tied_names(weights: Mapping[str, Tensor]) -> dict[str, tuple[str, ...]]:
+    """By name of a weight, all names of it: several for a tied weight."""
+    names: dict[Hashable, list[str]] = {}
+    for name, weight in weights.items():
+        names.setdefault(memory_of(weight), []).append(name)
+    return {name: tuple(names[memory_of(weight)]) for name, weight in weights.items()}
+
+
 def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[str, Tensor]) -> dict[str, QuantizedLayer]:
     """Store quantised layers' weights as int8, with a scale per channel and zero point 0, and dequantise them in the graph.
 
-    A layer that no output depends on, such as a pooler, is not in the graph, and is left out.
+    A layer that no output depends on, such as a pooler, is not in the graph, and is left out. Of the names of a tied weight, the
+    graph may have another than the report.
 
     Returns:
-        The layers stored as int8, by the names of their weights.
+        The layers stored as int8, by the names of their weights in the graph.
 
     Raises:
         ValueError: a layer's weight is not an initializer of its name, but one of another name may be it; or weights of float16
@@ -89,13 +99,14 @@ def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[st
 
     places = {one.name: place for place, one in enumerate(proto.graph.initializer)}
     renamed = [sorted(one.dims) for one in proto.graph.initializer if one.name not in weights]
+    tied, own = tied_names(weights), {layer.parameter for layer in report}
     nodes, written = [], {}
     for layer in report:
-        if layer.parameter not in places:
+        present = [name for name in tied[layer.parameter] if name in places]
+        if not present:
             if sorted(weights[layer.parameter].shape) in renamed:
                 raise ValueError(f"{layer.name}: the exported graph has no initializer named {layer.parameter}")
             continue
-        written[layer.parameter] = layer
         weight = weights[layer.parameter]
         opset = next(one.version for one in proto.opset_import if one.domain in ("", "ai.onnx"))
         if weight.dtype != torch.float32 and opset < OPSET_OF_HALF_SCALES:
@@ -105,16 +116,21 @@ def quantize_weights(proto: Any, report: QuantizationReport, weights: Mapping[st
             )
         # The products after it take operands of one dtype.
         stored, scale = stored_values(weight, layer), layer.scale.flatten().to(weight.dtype)
-        name, result = layer.parameter, f"{layer.parameter}_dequantized"
-        for node in proto.graph.node:
-            for place, given in enumerate(node.input):
-                if given == name:
-                    node.input[place] = result
-        proto.graph.initializer[places[name]].CopyFrom(initializer(name, stored))
-        extra = {f"{name}_scale": scale, f"{name}_zero_point": torch.zeros(len(scale), dtype=torch.int8)}
-        proto.graph.initializer.extend(initializer(key, value) for key, value in extra.items())
-        axis = CHANNEL_AXIS[layer.layout.kind]
-        nodes.append(helper.make_node("DequantizeLinear", [name, *extra], [result], name=f"{name}_DequantizeLinear", axis=axis))
+        for name in present:
+            if name in own and name != layer.parameter:
+                continue  # a layer of the report in its own right
+            written[name], result = layer, f"{name}_dequantized"
+            for node in proto.graph.node:
+                for place, given in enumerate(node.input):
+                    if given == name:
+                        node.input[place] = result
+            proto.graph.initializer[places[name]].CopyFrom(initializer(name, stored))
+            extra = {f"{name}_scale": scale, f"{name}_zero_point": torch.zeros(len(scale), dtype=torch.int8)}
+            proto.graph.initializer.extend(initializer(key, value) for key, value in extra.items())
+            axis = CHANNEL_AXIS[layer.layout.kind]
+            nodes.append(
+                helper.make_node("DequantizeLinear", [name, *extra], [result], name=f"{name}_DequantizeLinear", axis=axis)
+            )
     others = [one for one in proto.graph.value_info if one.name not in written]
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(others)

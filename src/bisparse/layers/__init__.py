@@ -25,7 +25,7 @@ from bisparse.layers.kinds import (
 )
 from bisparse.layers.modules import Layer, find_layers
 from bisparse.layers.names import BY_NAME, by_layer, head_reason, layer_name
-from bisparse.layers.shared_memory import not_written
+from bisparse.layers.shared_memory import memory_of, not_written
 
 __all__ = [
     "BY_NAME",
@@ -50,6 +50,7 @@ __all__ = [
     "matches",
     "matches_name",
     "matrix_sides",
+    "memory_of",
     "not_written",
     "parse_layout",
     "parse_layouts",
