@@ -191,6 +191,17 @@ def test_the_pattern_of_every_layer_that_prune_takes_by_default_is_checked_or_sa
     assert {one.name for one in made.unverified} == {name for name in patterns if name.startswith("5")}
 
 
+def test_one_pattern_is_checked_for_the_layers_that_prune_takes_by_default(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    convolutions = nn.Conv2d(4, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+    model = nn.Sequential(*convolutions, nn.Linear(32, 32), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    model[6].weight = model[5].weight  # the graph may have either name
+    done = bisparse.prune_(model, "2:4")
+    assert "0" not in {one.name for one in done}
+    made = export_onnx(model, tmp_path / "m.onnx", torch.randn(2, 4, 8, 8), pattern="2:4")
+    assert made.verified == {"2:4": len(done)} and made.unverified == ()
+
+
 class Unused(nn.Module):
     """A network with a layer that its output does not depend on, like BERT's pooler."""
 

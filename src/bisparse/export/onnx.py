@@ -119,8 +119,8 @@ def export_onnx(
 
     Args:
         inputs: example inputs, by name or by position.
-        pattern: the pattern of the weights, checked on the file: one for all layers that are pruned by default, without heads
-            and embeddings, or by layer name. TensorRT needs ``"2:4"``.
+        pattern: the pattern of the weights, checked on the file: one for all layers of the model that `prune_` prunes by default,
+            without heads, embeddings and the first convolution, or by layer name. TensorRT needs ``"2:4"``.
         quantized: the report of `quantize_` with the scheme int8: weights are written as int8 behind DequantizeLinear nodes.
         dynamic_axes: names of axes of any length, by input; by default the first axis is "batch", and the second axis of
             two-dimensional integers is "sequence".
@@ -175,7 +175,7 @@ def export_onnx(
             file = _write(proto, folder / path.name)
         with naming(path, file), rounded_inputs(model, {name: scales[name] for name in rounded}, tied):
             count, unmatched = check_weights(file, weights, written)
-            verified, unverified = verify_patterns(file, pattern)
+            verified, unverified = verify_patterns(file, pattern, model, tied)
             difference, largest, note = _run(whole, file, names, tensors, axes)
         with explaining(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bisparse.checkpoint.reader import open_source
 from bisparse.checkpoint.verify import verify_checkpoint
 from bisparse.errors import CheckpointError
-from bisparse.layers import Skipped, layer_name, matches_name, memory_of
+from bisparse.layers import Skipped, find_layers, layer_name, matches_name, memory_of
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.quantization import QuantizedLayer, stored_values
 from bisparse.verification import Verification
@@ -46,18 +46,30 @@ def check_weights(file: Path, weights: Mapping[str, Tensor], stored: Mapping[str
 
 
 def verify_patterns(
-    file: Path, pattern: str | Structure | Mapping[str, str | Structure] | None
+    file: Path,
+    pattern: str | Structure | Mapping[str, str | Structure] | None,
+    model: nn.Module,
+    tied: Mapping[str, Sequence[str]],
 ) -> tuple[dict[str, int], tuple[Skipped, ...]]:
     """By pattern, the number of layers in the file that obey it, and the layers that could not be checked.
 
+    Args:
+        pattern: by layer name, or one for the layers of the model that are pruned by default.
+        tied: by the name of a weight, all its names, of which the file may have any.
+
     Raises:
+        CheckpointError: one pattern, for a model without layers that are pruned by default.
         PatternError: a layer breaks its pattern.
     """
     if pattern is None:
         return {}, ()
     if not isinstance(pattern, Mapping):
-        return _verified(verify_checkpoint(file, pattern))
+        # The model says which layers they are; the file's names do not tell its first convolution.
+        pattern = {one.name or one.parameter_name: pattern for one in find_layers(model)[0]}
+        if not pattern:
+            raise CheckpointError(file, "has no layer that is pruned by default", "pass the pattern by layer name")
     tensors = open_source(file).tensors
+    pattern = {_name_in(tensors, name, tied): one for name, one in pattern.items()}
     absent = {one for one in pattern if not any(matches_name(one, layer_name(name), name) for name in tensors)}
     verified: dict[str, int] = {}
     unverified = [Skipped(name, NOT_IN_THE_FILE) for name in pattern if name in absent]
@@ -70,6 +82,13 @@ def verify_patterns(
         verified |= found
         unverified += unchecked
     return verified, tuple(unverified)
+
+
+def _name_in(tensors: Collection[str], name: str, tied: Mapping[str, Sequence[str]]) -> str:
+    """The name of a layer in the file: of a tied weight, that of another layer if the file lacks its own."""
+    names = tied.get(f"{name}.weight", tied.get(name, ()))
+    present = [one for one in names if one in tensors]
+    return name if not present or name in present or f"{name}.weight" in present else layer_name(present[0])
 
 
 def _verified(found: Verification) -> tuple[dict[str, int], tuple[Skipped, ...]]:
