@@ -105,6 +105,27 @@ def test_int8_inputs_are_rounded_by_their_largest_magnitude(tmp_path: Path, kind
         assert 0 < float((exact - model(examples[0])).abs().max()) < 0.1 * float(exact.abs().max())
 
 
+class ByKeyword(nn.Module):
+    """A layer whose input is passed by keyword."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(input=x)
+
+
+def test_inputs_that_are_passed_by_keyword_are_rounded_to_int8(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = ByKeyword().eval(), torch.randn(4, 32)
+    done = quantize_(model, "int8", include="a")
+    made = export_onnx(model, tmp_path / "m.onnx", x, quantized=done, int8_inputs=[x])
+    assert made.int8_inputs == 1 and made.difference is not None and made.difference < 1e-5
+    with torch.no_grad():
+        assert 0 < float((run(made.path, input=x) - model(x)).abs().max()) < 0.1
+
+
 class Tied(nn.Module):
     """Two layers with one weight, of which the second has much larger inputs, and a head that is tied to an embedding."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -99,11 +100,21 @@ def _before(
                 if isinstance(module, nn.Embedding | nn.EmbeddingBag):
                     continue  # looked up, not multiplied
 
-                def hook(_: nn.Module, given: tuple[Any, ...], name: str = name) -> tuple[Any, ...] | None:
-                    made = function(name, given[0])
-                    return None if made is None else (made, *given[1:])
+                def hook(
+                    module: nn.Module, given: tuple[Any, ...], named: dict[str, Any], name: str = name
+                ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+                    if given:
+                        made = function(name, given[0])
+                        return None if made is None else ((made, *given[1:]), named)
+                    first = next((one for one in signature(module.forward).parameters if one in named), None)
+                    if first is None:
+                        raise ValueError(
+                            f"{name}: its module is called without inputs, which cannot be rounded to int8; exclude it"
+                        )
+                    made = function(name, named[first])
+                    return None if made is None else (given, {**named, first: made})
 
-                handles.append(module.register_forward_pre_hook(hook))
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         yield
     finally:
         for handle in handles:
