@@ -113,6 +113,16 @@ def test_random_n_m_masks_violate_as_predicted(origin: str, pattern: str) -> Non
     assert found.groups == pytest.approx(found.origin_groups, abs=0.02)
 
 
+@pytest.mark.parametrize(
+    ("origin", "pattern"),
+    [("2:4", "2:6"), ("2:4", "3:6"), ("4:6", "2:4"), ("8:16", "6:12"), ("5:9", "1:2"), ("2:4-T", "3:6-T"), ("2:4", "3:6-seq")],
+)
+def test_groups_that_do_not_divide_each_other_violate_as_predicted(origin: str, pattern: str) -> None:
+    mask = solve(torch.rand(432, 432, generator=torch.Generator().manual_seed(1)), origin).mask
+    found = violation(mask, pattern)
+    assert (found.weights, found.groups) == pytest.approx(predicted_violation(origin, pattern), abs=0.012)
+
+
 def test_the_origin_is_the_n_m_that_a_mask_obeys_and_fills() -> None:
     assert violation(torch.rand(64, 64) < 0.5, "2:4").origin is None
     assert violation(torch.ones(8, 8, dtype=torch.bool), "2:4").origin is None

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from math import comb
 
 import torch
-from jaxtyping import Bool, Int, Real, Shaped
+from jaxtyping import Bool, Float, Int, Real, Shaped
 from torch import Tensor
+from torch.nn import functional
 
 from bisparse._solve import solve
 from bisparse.arguments import check_dense, check_flag, is_number
@@ -38,6 +39,8 @@ __all__ = [
 MAX_M = 1024
 """Of larger groups, numbers of masks exceed float64."""
 SIMULATED_TILES = 256
+MAX_PERIOD = 512
+"""Simulated matrices are enlarged to all alignments of two sizes of groups up to this least common multiple."""
 CONFIDENCE = 0.95
 """Minimum fraction of groups that fit a pattern for it to be proposed."""
 ORIGINS = (2, 4, 8, 16, 32, 64)
@@ -142,9 +145,9 @@ def predicted_violation(origin: float | str | Structure, pattern: str | Structur
     """Expected (v_w, v_b) of random masks of a density, or of random masks that obey an N:M.
 
     With Z = M - N required zeros and every weight pruned with probability p, a group fits with probability
-    ``sum over i >= Z of C(M, i) p^i (1-p)^(M-i)``; from an N:M mask the counts are hypergeometric. For a transposable
-    pattern v_w has no closed form and is measured on random tiles (seeded, solved exactly); so are both for paired and
-    sequential patterns.
+    ``sum over i >= Z of C(M, i) p^i (1-p)^(M-i)``; from an N:M mask the counts are hypergeometric, or sums of these where
+    neither M divides the other. For a transposable pattern v_w has no closed form and is measured on random tiles (seeded,
+    solved exactly); so are both for paired and sequential patterns.
 
     >>> [round(share, 4) for share in predicted_violation(0.5, "2:4")]  # density 0.5
     [0.1875, 0.3125]
@@ -183,26 +186,60 @@ def predicted_violation(origin: float | str | Structure, pattern: str | Structur
 
 def _count_chances(origin: float | Pattern, m: int) -> dict[int, float]:
     """Probability of each number of kept weights in a group of m."""
-    if isinstance(origin, Pattern):
-        if origin.m % m == 0:
-            ways = comb(origin.m, origin.n)
-            return {
-                k: comb(m, k) * comb(origin.m - m, origin.n - k) / ways for k in range(max(0, m - origin.m), min(m, origin.n) + 1)
-            }
-        if m % origin.m == 0:
-            return {origin.n * (m // origin.m): 1.0}
-        origin = origin.density
-    return {k: comb(m, k) * origin**k * (1 - origin) ** (m - k) for k in range(m + 1)}
+    if not isinstance(origin, Pattern):
+        return {k: comb(m, k) * origin**k * (1 - origin) ** (m - k) for k in range(m + 1)}
+    if origin.m % m == 0:
+        ways = comb(origin.m, origin.n)
+        return {k: comb(m, k) * comb(origin.m - m, origin.n - k) / ways for k in range(min(m, origin.n) + 1)}
+    if m % origin.m == 0:
+        return {origin.n * (m // origin.m): 1.0}
+    return _straddling_chances(origin, m)
+
+
+def _straddling_chances(origin: Pattern, m: int) -> dict[int, float]:
+    """The same for groups that begin or end within groups of `origin`, which are independent, over all alignments of both."""
+    pieces = _piece_chances(origin)
+    starts = range(0, origin.m, math.gcd(origin.m, m))
+    chances = torch.zeros(m + 1, dtype=torch.float64, device="cpu")
+    for start in starts:
+        head = min(-start % origin.m, m)
+        whole, tail = divmod(m - head, origin.m)
+        first, last = (pieces[length, : min(length, origin.n) + 1] for length in (head, tail))
+        both = functional.conv1d(first[None, None], last.flip(0)[None, None], padding=len(last) - 1)[0, 0]
+        chances[whole * origin.n :][: len(both)] += both
+    return {count: chance / len(starts) for count, chance in enumerate(chances.tolist()) if chance > 0}
+
+
+def _piece_chances(origin: Pattern) -> Float[Tensor, " M N+1"]:
+    """Probability of each number of kept weights in a part of each size of a group of `origin`, from 0 to M - 1."""
+    counts = torch.arange(origin.n + 1, dtype=torch.float64, device="cpu")
+    chances = torch.zeros(origin.m, origin.n + 1, dtype=torch.float64, device="cpu")
+    chances[0, 0] = 1
+    for length in range(1, origin.m):
+        # Of the weights not yet in the part, one more is kept with this probability.
+        kept = ((origin.n - counts) / (origin.m - length + 1)).clamp(max=1)
+        chances[length] = chances[length - 1] * (1 - kept)
+        chances[length, 1:] += (chances[length - 1] * kept)[:-1]
+    return chances
 
 
 def _simulated(origin: float | Pattern, pattern: Structure) -> tuple[float, float]:
     generator = torch.Generator().manual_seed(0)
-    side = getattr(pattern, "m", 1) * math.isqrt(SIMULATED_TILES)
-    draws = torch.rand(side, side, generator=generator, dtype=torch.float32, device="cpu")
-    mask = solve(draws, origin).mask if isinstance(origin, Pattern) else draws < origin
+    side = whole = getattr(pattern, "m", 1) * math.isqrt(SIMULATED_TILES)
+    if isinstance(origin, Pattern):
+        period = math.lcm(getattr(pattern, "m", 1), origin.m)  # of alignments of both groups
+        if period <= max(side, MAX_PERIOD):
+            side = _rounded_up(side, period)
+        whole = _rounded_up(side, origin.m)
+    draws = torch.rand(whole, whole, generator=generator, dtype=torch.float32, device="cpu")
+    mask = solve(draws, origin).mask[:side, :side] if isinstance(origin, Pattern) else draws < origin
     total = float(mask.sum())
     found = verify(mask, pattern)
     return 1 - solve(mask.float(), pattern).value / total if total else 0.0, found.violations / found.groups
+
+
+def _rounded_up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 def kept_counts(
