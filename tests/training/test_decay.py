@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -114,3 +115,18 @@ def test_a_resumed_run_decays_on_where_it_was(mlp, step):
         other.param_groups[0]["lr"] = 0.1 / (number + 1)
         step(given, other, number)
     assert all(torch.equal(value, given.state_dict()[name]) for name, value in mlp.state_dict().items())
+
+
+@pytest.mark.parametrize(("decay", "warned"), [(None, 1), (3.0, 1), (FixedDecay(2e-4), 0), (0.0, 0)])
+def test_a_run_beyond_the_steps_that_were_given_warns_where_nothing_is_left_to_decay(decay, warned):
+    model = nn.Linear(16, 16)
+    sparsity = sparsify_(model, "2:4-T", decay=decay, steps=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    sparsity.attach(optimizer)
+    model(torch.ones(1, 16)).sum().backward()
+    optimizer.step()
+    sparsity.detach()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sparsity.attach(optimizer)
+    assert ["do not decay any more" in str(one.message) for one in caught] == [True] * warned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 
 from torch.optim import Optimizer
@@ -27,6 +28,18 @@ class RunDecay:
         self.done: dict[str, TotalDecay] = {}
         """By layer name, what a total decay has done so far."""
         self._rates: dict[str, float] = {}
+        self.start: int | None = None
+        """The step at which the run of a trainer began whose callback set the number of steps; None if that was given."""
+
+    def warn_if_over(self, decays: Iterable[Decay | None], step: int, steps: int | None) -> None:
+        """Warn if the given number of steps is done, so that a total decay has nothing left for those to come."""
+        over = steps is not None and step >= steps and self.start is None and self.method in ("masked-decay", "sr-ste")
+        if over and any(is_total(one, steps) and one != 0 for one in decays):
+            warnings.warn(
+                f"the run of steps={steps} is over, so pruned weights do not decay any more: pass the steps of all runs together "
+                "to sparsify_, or set a fixed lambda, sparsity.decay = FixedDecay(2e-4)",
+                stacklevel=3,
+            )
 
     def add(
         self, held: Iterable[Held], optimizer: Optimizer, given: Decay | None, step: int, steps: int | None, *, first: bool

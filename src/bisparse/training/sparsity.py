@@ -86,8 +86,8 @@ class Sparsity:
         self.step = 0
         """Optimizer steps done."""
         self.steps = steps
-        """Optimizer steps of the whole run; None if unknown. Trainers' callbacks set it."""
-        self._decay = RunDecay(method)
+        """Optimizer steps of the whole run; None if unknown. Trainers' callbacks set it for each run, unless it was given."""
+        self.run_decay = RunDecay(method)
         self.changes: dict[str, MaskChange] = {}
         """Metrics of the last measured refresh, by layer name."""
         self.history: list[MaskPoint] = []
@@ -228,6 +228,7 @@ class Sparsity:
             after = own.register_step_post_hook(lambda *_, own=own, first=index == 0: self._after_step(own, first))
             self._undo += [before.remove, after.remove]
         if self.mode == "dynamic":
+            self.run_decay.warn_if_over(decays, self.step, self.steps)
             self._expect(self.due)
             self.hook.refreshed = self
             self.hook.install(self.called)
@@ -271,7 +272,7 @@ class Sparsity:
         if self.mode == "static":
             self._zeros.before_step(held)
         else:
-            self._decay.add(held, own, self.decay, self.step, self.steps, first=first)
+            self.run_decay.add(held, own, self.decay, self.step, self.steps, first=first)
 
     @torch.no_grad()
     def _after_step(self, own: Optimizer, counts: bool) -> None:
@@ -357,7 +358,7 @@ class Sparsity:
         """
         self.notice_replaced()
         layers = {
-            layer.name: entry_of(layer, self.mode, self.search.prices.get(layer.name), self._decay.done.get(layer.name))
+            layer.name: entry_of(layer, self.mode, self.search.prices.get(layer.name), self.run_decay.done.get(layer.name))
             for layer in self._active
         }
         numbers = {"step": self.step, "refreshes": self.refreshes, "due": self.due, "ended": self.ended}
@@ -385,7 +386,7 @@ class Sparsity:
         self.step, self.refreshes = int(state["step"]), int(state["refreshes"])
         self.history = history_from_state(state.get("history", []), self.step)
         for name, entry in saved.items():
-            load_entry(entry, own[name], own[name].decay_or(self.decay), self.search.prices, self._decay.done)
+            load_entry(entry, own[name], own[name].decay_or(self.decay), self.search.prices, self.run_decay.done)
         done = self.step - 1 if state["due"] else self.step  # a due change has not happened yet
         dense = self._phase_after(done) is Phase.DENSE
         for layer in self._active:

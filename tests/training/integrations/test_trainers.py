@@ -105,6 +105,65 @@ def test_lightning_resumes_bit_by_bit(tmp_path):
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
+def test_a_second_fit_decays_and_resumes_bit_by_bit(tmp_path):
+    import lightning
+    from lightning.pytorch.callbacks import LambdaCallback
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from bisparse.training.integrations.lightning import SparsityCallback
+
+    inputs = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    data = DataLoader(TensorDataset(inputs, (inputs.sum(1) > 0).long()), batch_size=8)
+
+    def new():
+        torch.manual_seed(0)
+        module = example("train_lightning.py").Classifier()
+        return module, SparsityCallback(sparsify_(module, "4:8-T", refresh=1000))
+
+    def fit(module, callback, checkpoint=None):
+        save = LambdaCallback(
+            on_train_epoch_end=lambda trainer, _: trainer.save_checkpoint(tmp_path / f"{trainer.current_epoch}")
+        )
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[callback] if checkpoint else [callback, save],
+        )  # fmt: skip
+        trainer.fit(module, data, ckpt_path=checkpoint)
+
+    module, callback = new()
+    fit(module, callback)
+    layer = callback.sparsity.layers[0]
+    with torch.no_grad():
+        layer.weight[~layer.mask] = 1.0
+    fit(module, callback)
+    assert callback.sparsity.step == callback.sparsity.steps == 32
+    assert float(layer.weight.detach()[~layer.mask].abs().max()) < 0.2
+    other, resumed = new()
+    fit(other, resumed, tmp_path / "0")
+    assert resumed.sparsity.step == resumed.sparsity.steps == 32
+    for name, value in module.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+@pytest.mark.transformers
+def test_a_second_train_of_transformers_has_steps_of_its_own(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
+
+    from bisparse.training.integrations.transformers import SparsityCallback
+
+    config = BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    model = BertForSequenceClassification(config)
+    sparsity = sparsify_(model, "4:8-T", exclude="*pooler*")
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True, save_strategy="no"
+    )
+    data = example("train_transformers.py").sentences(16)
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, callbacks=[SparsityCallback(sparsity)])
+    for steps in (2, 4):
+        trainer.train()
+        assert sparsity.step == sparsity.steps == steps
+
+
 def test_accelerate(tmp_path):
     sparsity = example("train_accelerate.py").main(tmp_path, epochs=1)
     assert sparsity.step == 16  # 32 batches, accumulated by two

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from bisparse.training.distill import Distillation
-from bisparse.training.integrations.states import joined_state, load_joined
+from bisparse.training.integrations.states import joined_state, load_joined, set_run_length
 from bisparse.training.sparsity import Sparsity
 
 __all__ = ["SparsityCallback"]
@@ -40,8 +40,7 @@ class SparsityCallback(Callback):  # type: ignore[misc]
             self._check_teachable(pl_module)
         self.sparsity.detach()
         total = trainer.estimated_stepping_batches
-        if self.sparsity.steps is None and 0 < total < float("inf"):
-            self.sparsity.steps = int(total)
+        set_run_length(self.sparsity, int(total) if 0 < total < float("inf") else None, trainer.global_step)
         self.sparsity.attach(*trainer.optimizers)
         if self.distill is not None:
             self._teach(pl_module, self.distill)

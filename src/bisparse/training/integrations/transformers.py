@@ -19,7 +19,7 @@ from bisparse.atomic_file import atomic_file
 from bisparse.errors import CheckpointError
 from bisparse.training.distill import Distillation
 from bisparse.training.finalize import plain_state_dict
-from bisparse.training.integrations.states import joined_state, load_joined
+from bisparse.training.integrations.states import joined_state, load_joined, set_run_length
 from bisparse.training.parametrizations import masked_parameters, trained_parameter
 from bisparse.training.sparsity import Sparsity
 from bisparse.wrappers import unwrapped_model
@@ -130,7 +130,7 @@ class SparsityCallback(TrainerCallback):  # type: ignore[misc]
         if self.distill is not None:
             self._teach(loop["model"], self.distill)
         self.sparsity.detach()
-        self.sparsity.steps = self.sparsity.steps or state.max_steps
+        set_run_length(self.sparsity, state.max_steps, state.global_step)
         self.sparsity.attach(loop["optimizer"])
 
     def _teach(self, model: nn.Module, distill: Distillation) -> None:
