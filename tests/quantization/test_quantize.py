@@ -108,6 +108,35 @@ def test_each_channel_uses_its_own_scale() -> None:
     assert report["0"].weight_error == pytest.approx(float((layer.weight.detach() - before).norm() / before.norm()), rel=1e-4)
 
 
+@pytest.mark.parametrize("scheme", ["int8", "fp8", "int4-g32", "fp4"])
+@pytest.mark.parametrize("size", [1.0, 0.02, 1e-5])
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_small_float16_weights_keep_the_levels_of_float32(scheme: str, size: float, method: str) -> None:
+    narrow = network().half()
+    with torch.no_grad():
+        for one in narrow[::2]:
+            one.weight.mul_(size)
+    wide = copy.deepcopy(narrow).float()
+    found = quantize_(narrow, scheme, data=[one.half() for one in data()], method=method)
+    expected = quantize_(wide, scheme, data=data(), method=method)
+    assert found.weight_error < (1.1 if size > 1e-5 else 1.5) * expected.weight_error
+    for layer in found:
+        weight = narrow.state_dict()[layer.parameter]
+        scale = layer.scale[0].repeat_interleave(weight.shape[1] // layer.scale.shape[-1], 1)
+        assert torch.equal(stored_values(weight, layer).half() * scale, weight)
+        assert ("fewer levels" in layer.note) == (size == 1e-5)
+
+
+def test_weights_too_small_for_any_scale_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(64, 8))
+    with torch.no_grad():
+        model[0].weight.mul_(1e-40)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match="would become zero"):
+        quantize_(model, "int8")
+    assert torch.equal(model[0].weight, before)
+
+
 def test_fp4_rounds_as_the_number_format_does() -> None:
     ml_dtypes = pytest.importorskip("ml_dtypes")
     scheme = SCHEMES["fp4"]

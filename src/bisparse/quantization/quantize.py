@@ -78,7 +78,8 @@ def quantize_(
 
     Raises:
         CalibrationError: no data, data that does not fit the model, or inputs that are not finite.
-        ValueError: an unknown scheme or method, weights that are not finite, no layer to quantise, or missing data.
+        ValueError: an unknown scheme or method, weights that are not finite or that would all become zero, no layer to
+            quantise, or missing data.
 
     >>> model = nn.Sequential(nn.Linear(16, 16))
     >>> report = quantize_(model, "int8")
@@ -199,11 +200,18 @@ def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> Qua
         pruned = "" if settings.pattern is None else "pruned by magnitude and "
         note = f"no calibration batch reached this layer: its weights are {pruned}rounded to nearest"
     # Before the weight is written, whose memory `dense` may share.
-    density_before, unit = float((dense != 0).double().mean()), scheme.unit(rows)
+    density_before, unit = float((dense != 0).double().mean()), scheme.unit(rows, dtype)
+    if coarse := int(scheme.coarse(scale, dtype, unit).sum()):
+        few = f"{coarse} of {scale.numel()} scales are near the smallest {dtype}, so that their weights have fewer levels"
+        note = "; ".join(filter(None, (note, few)))
     weight = _dequantised(layer, problem, (stored, scale), scheme)
     _check_zeros(layer, weight)
     before = layer.weight.double()
     energy, changed = float(before.square().sum()), float((weight.double() - before).square().sum())
+    if energy and not weight.any():
+        raise ValueError(
+            f"{layer.name}: all its weights would become zero, since {dtype} has no scale as small; exclude the layer"
+        )
     layer.weight.copy_(weight)
     return QuantizedLayer(
         layer.name,

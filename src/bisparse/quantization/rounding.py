@@ -52,7 +52,7 @@ def _parts(columns: int, scheme: Scheme, choose: Choose | None) -> list[slice]:
 
 def round_to_nearest(rows: Float[Tensor, "G O K"], scheme: Scheme, dtype: torch.dtype) -> Stored:
     """Round each weight to the nearest stored number."""
-    scale = scheme.scales(rows, dtype, scheme.unit(rows))
+    scale = scheme.scales(rows, dtype, scheme.unit(rows, dtype))
     return scheme.round(rows, scheme.spread(scale, rows.shape[-1])), scale
 
 
@@ -76,7 +76,7 @@ def round_with_feedback(
         ValueError: the moments are singular; names the layer.
     """
     stored, scales = torch.empty_like(rows), []
-    columns, unit = rows.shape[-1], scheme.unit(rows)
+    columns, unit = rows.shape[-1], scheme.unit(rows, dtype)
     for g in range(rows.shape[0]):
         weight = rows[g].clone()
         upper = upper_inverse(gram[g], name)

@@ -10,13 +10,16 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 __all__ = ["SCHEMES", "Scheme", "parse_scheme"]
 
 SHRINKS = (1.0, 0.95, 0.9, 0.86, 0.82, 0.78, 0.74, 0.7, 0.66, 0.62)
 """Fractions of the largest weight tried as the range of a 4-bit scale, since clipping a few weights may help the others."""
+
+COARSE = 16
+"""Multiples of the smallest number below which scales are counted as coarse."""
 
 E4M3_MAX, E4M3_SMALLEST, E2M1_MAX = 448.0, 2.0**-9, 6.0
 
@@ -61,7 +64,7 @@ class Scheme:
             return f"{self.group} does not divide its {inputs} inputs, as {self.name} needs"
         return None
 
-    def unit(self, rows: Float[Tensor, "..."]) -> float | None:
+    def unit(self, rows: Float[Tensor, "..."], dtype: torch.dtype) -> float | None:
         """The power of two of which the scales of a matrix are float8 multiples; None if scales are not stored as float8.
 
         The largest scale is at most half the largest float8, since error feedback may enlarge weights.
@@ -69,8 +72,8 @@ class Scheme:
         if not self.scaled_scales:
             return None
         most = float(rows.abs().max()) / E2M1_MAX if rows.numel() else 0.0
-        # 0 for a matrix of zeros, and limited so that scales are normal float32 numbers.
-        return float(2.0 ** max(-110, math.ceil(math.log2(most / (E4M3_MAX / 2))))) if most else 1.0
+        # 0 for a matrix of zeros.
+        return max(_smallest_unit(dtype), 2.0 ** math.ceil(math.log2(most / (E4M3_MAX / 2)))) if most else 1.0
 
     def scales(self, rows: Float[Tensor, "... O K"], dtype: torch.dtype, unit: float | None = None) -> Float[Tensor, "... O S"]:
         """The scales of rows of weights, in float32 but representable in `dtype`; 1 for weights that are all 0.
@@ -81,14 +84,25 @@ class Scheme:
         parts = rows.unflatten(-1, (-1, self.group or rows.shape[-1]))
         most = parts.abs().amax(-1)
         best = self._scale(most, dtype, unit)
-        if self.bits >= 8:
+        others = [] if self.bits >= 8 else [self._scale(most * shrink, dtype, unit) for shrink in SHRINKS[1:]]
+        if dtype == torch.float16 and unit is None:
+            # Subnormal numbers are far apart: the next larger one may lose less than the nearest.
+            low = (best < torch.finfo(dtype).smallest_normal) & (best * self.range[1] < most)
+            others.append(best + low * _smallest_scale(dtype))
+        if not others:
             return best
         least = self._rounding(parts, best)
-        for shrink in SHRINKS[1:]:
-            tried = self._scale(most * shrink, dtype, unit)
+        for tried in others:
             error = self._rounding(parts, tried)
             best, least = torch.where(error < least, tried, best), torch.minimum(error, least)
         return best
+
+    def coarse(self, scales: Float[Tensor, "..."], dtype: torch.dtype, unit: float | None) -> Bool[Tensor, "..."]:
+        """Which scales are so small that `dtype` cannot hold them within 3 %, or that they had to be raised to its smallest."""
+        if unit is not None:
+            return (scales < COARSE * E4M3_SMALLEST * unit) & (unit <= _smallest_unit(dtype))
+        smallest = _smallest_scale(dtype)
+        return scales < COARSE * smallest if dtype == torch.float16 else scales <= smallest
 
     def round(self, weights: Float[Tensor, "..."], scale: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
         """The stored numbers of weights, as float32; `scale` broadcasts to the weights."""
@@ -115,14 +129,25 @@ class Scheme:
             steps = (most / (self.range[1] * unit)).clamp(E4M3_SMALLEST, E4M3_MAX).to(torch.float8_e4m3fn).float()
             return torch.where(most > 0, steps * unit, unit)
         scale = (most / self.range[1]).to(dtype).float()
-        # A scale that rounds to 0 would lose the weights, so it is at least the smallest number of the dtype.
-        smallest = torch.finfo(dtype).smallest_normal if dtype != torch.float64 else torch.finfo(torch.float32).smallest_normal
-        return torch.where(most > 0, scale.clamp(min=smallest), 1.0)
+        # A scale that rounds to 0 would lose the weights.
+        return torch.where(most > 0, scale.clamp(min=_smallest_scale(dtype)), 1.0)
 
     def _rounding(self, parts: Tensor, scale: Tensor) -> Tensor:
         wide = scale.unsqueeze(-1)
         result: Tensor = (self.round(parts, wide) * wide - parts).square().sum(-1)
         return result
+
+
+def _smallest_scale(dtype: torch.dtype) -> float:
+    """The smallest scale in a dtype: for float16, whose weights may be near its smallest normal number, a subnormal one."""
+    if dtype == torch.float16:
+        return torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    return torch.finfo(torch.float32).smallest_normal
+
+
+def _smallest_unit(dtype: torch.dtype) -> float:
+    """The smallest power of two of which all float8 multiples are numbers of `dtype`: in others than float16, normal ones."""
+    return _smallest_scale(dtype) / E4M3_SMALLEST if dtype == torch.float16 else 2.0**-110
 
 
 SCHEMES = {
