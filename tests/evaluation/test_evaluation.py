@@ -49,6 +49,12 @@ def test_perplexity_is_the_mean_over_tokens_that_no_window_scored_before(context
     assert found.tokens == (len(windows) - 1) * stride + context <= 45
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_token_ids_are_whole_numbers_of_any_dtype(dtype: torch.dtype) -> None:
+    model, ids = Counting(), torch.randint(11, (45,), generator=torch.Generator().manual_seed(3))
+    assert perplexity(model, ids.to(dtype), context=8) == perplexity(model, ids, context=8)
+
+
 def test_error_of_a_perplexity_is_that_of_a_mean_over_windows() -> None:
     model, ids = Counting(), torch.randint(11, (400,), generator=torch.Generator().manual_seed(3))
     _, windows = by_hand(model, ids, 8, 8)

@@ -126,7 +126,7 @@ def perplexity(
     _check(ids, context, stride, tokens, batch_size)
     if callable(generates := getattr(model, "can_generate", None)) and not generates():
         raise ValueError(f"{type(model).__name__} is not a causal language model: its outputs depend on the tokens to predict")
-    ids = ids[:tokens]
+    ids = ids[:tokens].long()
     rows = ids.unfold(0, context, stride)
     sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
     counts = torch.full((len(rows),), min(stride, context - 1), dtype=torch.float64, device="cpu")
