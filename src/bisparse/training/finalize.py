@@ -30,7 +30,8 @@ def finalize_(model: nn.Module) -> nn.Module:
     """Turn a sparsified or accelerated model into a plain one: weights contain their zeros, and wrappers and hooks are removed.
 
     Returns the model. Its `Sparsity` ends: it detaches from the optimizers, and further training is dense. Parameters stay the
-    same objects, so optimizers keep them, except weights that were packed. The masks are checked against their patterns first.
+    same objects, so optimizers keep them, except weights that were packed: these are new parameters, which require gradients as
+    they did before `accelerate_`. The masks are checked against their patterns first.
     A layer whose module was replaced after `sparsify_` is not changed, and a warning names it. Parametrizations that were added
     after `sparsify_`, such as a spectral norm, are kept. An average of the weights (a copy of the model, such as
     `AveragedModel`) uses the masks of the model that it averages. A model that is plain already, as after `accelerate_` has
