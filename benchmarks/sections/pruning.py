@@ -87,7 +87,8 @@ def language(rows: list[Row]) -> list[str]:
         "*short*: rho grows at "
         "every iteration. *then blocks*: after its layers, the kept weights of each block are fitted to the dense network's "
         "activations after that block (`BlockReconstruction`). *then the network*: at the end, those of all layers "
-        "together to the dense network's logits (`NetworkReconstruction`), *on more*: on as many sequences as follow 'network'.\n"
+        "together to the dense network's logits (`NetworkReconstruction`), *on more*: on as many sequences as follow 'network', "
+        "at a step of 0.003 unless another is named.\n"
     ]
     for pattern, aim in {"2:4": 66, "2:4-T": 95, "4:8-T": 72, "16:32-T": 50, "6:8": 37, "6:8-T": 38}.items():
         best = min((row for row in rows if row["pattern"] == pattern), key=lambda row: row["perplexity"], default=None)
