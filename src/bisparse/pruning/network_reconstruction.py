@@ -47,7 +47,8 @@ class NetworkReconstruction:
 
     Args:
         epochs: maximum number of passes over the batches.
-        learning_rate: largest step of Adam at first, as a fraction of the root mean square of a parameter's kept weights.
+        learning_rate: largest step of Adam at first, as a fraction of the root mean square of a parameter's kept weights. The
+            default suits a hundred sequences or so; a fit to a thousand can bear 0.003.
         worthwhile: after an epoch that reduces the held-out error by less than this fraction, the next ones take a quarter of the
             step, from the best weights; after another such epoch the fit ends.
         blocks: how each block is fitted before, when its layers are pruned; None: not at all.
