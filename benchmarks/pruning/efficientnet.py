@@ -73,7 +73,7 @@ def main() -> None:
             key = {"pattern": pattern, "method": name, "images": options.images, "side": options.side}
             fitted = network if name.endswith(NETWORK) else None
             if fitted is not None:
-                key |= {"network_images": more, "network_epochs": options.network_epochs}
+                key |= {"network_images": more, "network_epochs": options.network_epochs, "network_step": fitted.learning_rate}
             if options.test_images:
                 key |= {"test_images": judged}
             with rows.new(key) as row:

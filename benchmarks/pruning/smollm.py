@@ -80,7 +80,7 @@ def main() -> None:
                 how["reconstruction"] = dataclasses.replace(how["reconstruction"], batches=own)
             data = {"sequences": options.sequences, "length": options.length, "corpus": options.calibration.name}
             data |= {} if more is None else {"network_sequences": more}
-            if more is not None:  # rows without it are of a step of 0.003
+            if isinstance(how["reconstruction"], NetworkReconstruction):  # rows without a step are of 0.003
                 how["reconstruction"] = dataclasses.replace(how["reconstruction"], learning_rate=options.network_step)
                 data["network_step"] = options.network_step
             with rows.new({**common, "pattern": pattern, "method": name, **(data if method.needs else {})}) as row:

@@ -276,6 +276,12 @@ def test_scores_are_named_by_layer_or_by_parameter() -> None:
         prune_(model, "2:4", scores=by_parameter | {"0": by_parameter["0.weight"]}, include=["*"])
 
 
+def test_a_layer_whose_own_name_ends_like_a_parameter() -> None:
+    model = nn.ModuleDict({"weight": nn.Linear(16, 16)})
+    for name in ("weight", "weight.weight"):
+        prune_(model, "2:4", scores={name: torch.rand(16, 16)}, include=["*"])
+
+
 BAD_SCORES = {
     "of another shape": (
         lambda name, weight: weight[:1].abs(),

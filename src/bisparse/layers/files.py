@@ -105,9 +105,9 @@ class FileEvidence:
         default = EMBEDDING if is_table and is_embedding_name(layer) else self._names.default_reason(name) or ""
         if not default and is_table and shape[0] in self._vocabularies and shape[0] > shape[1]:
             default = f"embedding or output head: its {shape[0]} rows are the vocabulary; {BY_NAME}"
-        beside = [one for one in QUANTISED if f"{layer}.{one}" in self._shapes]
-        if beside and name.endswith(".weight"):
-            return Kind(uncertain=f"its module quantises it, since {beside[0]} is next to it; give its layout if it is not")
+        scales = [one for one in QUANTISED if f"{layer}.{one}" in self._shapes]
+        if scales and name.endswith(".weight"):
+            return Kind(uncertain=f"its module quantises it, since {scales[0]} is next to it; give its layout if it does not")
         kind = self._by_shape(name, layer)
         return Kind(kind.layout, kind.refused, kind.uncertain, default or kind.default)
 

@@ -84,7 +84,7 @@ def by_layer(argument: str, given: Mapping[str, T], layers: Sequence[str]) -> di
     Raises:
         ValueError: a layer without a value or with two, or a name that is not a layer's.
     """
-    names = {key: layer_name(key) if isinstance(key, str) else key for key in given}
+    names = {key: layer_name(key) if isinstance(key, str) and key not in layers else key for key in given}
     if unknown := [str(key) for key, name in names.items() if name not in layers]:
         raise ValueError(
             f"{argument}= names {sorted(unknown)[:5]}, which are not among the layers; those are {list(layers)[:10]}"

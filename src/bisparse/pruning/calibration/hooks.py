@@ -75,7 +75,7 @@ def none_reached(layers: Sequence[Layer]) -> str:
     reasons = {unseen_reason(layer) for layer in layers}
     if None not in reasons:
         why = "; ".join(sorted(map(str, reasons)))
-        return f"none of the {len(layers)} layers, such as {layers[0].name}, can be calibrated: {why}"
+        return f"calibration can observe none of these layers, such as {layers[0].name}: {why}"
     return (
         f"no calibration batch reached any of the {len(layers)} layers, such as {layers[0].name}; check that the batches run "
         "this part of the model"
