@@ -32,7 +32,7 @@ def test_values_are_the_nearest_steps_and_zeros_stay(rows: int, columns: int, fr
     torch.testing.assert_close(largest, matrix.abs().amax(1) if columns else largest)
 
 
-@pytest.mark.parametrize("shape", [(16, 32), (100, 72), (1, 5), (36, 300), (64, 256)])
+@pytest.mark.parametrize("shape", [(16, 32), (100, 72), (1, 5), (36, 300), (64, 256), (8, 4160), (4, 65600)])
 @pytest.mark.parametrize("tokens", [0, 1, 2, 3, 4, 5, 16, 17, 40, 70])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_products_are_those_of_the_rounded_matrix(shape: tuple[int, int], tokens: int, with_bias: bool) -> None:
