@@ -12,6 +12,7 @@ bfloat16 trains under autocast. Rows go to results/training-finetune.jsonl; thos
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import math
@@ -40,6 +41,9 @@ CALIBRATION = {"adaprune": 512, "alps": 2048, "alps, then the network": 2048}
 FITS = {"adaprune": bisparse.AdaPrune(), "alps": ALPS(rho_every=1, correct_upstream=False)}
 FITS["alps, then the network"] = FITS["alps"]
 """The last one fits the whole network's embeddings to the dense one's on all of the training set, without labels ("sts" only)."""
+
+PRUNED: dict[tuple[str, str], dict[str, Tensor]] = {}
+"""By pattern and method: the pruned model, which is the same for every seed."""
 
 
 class Similarity(nn.Module):
@@ -164,8 +168,13 @@ def fine_tune(chosen: Any, pattern: str, seed: int) -> dict[str, Any]:
             if chosen.method.endswith("the network"):
                 own = [collate(train[start : start + 32]) for start in range(0, len(train), 32)]
                 how["reconstruction"] = NetworkReconstruction(epochs=4, batches=own)
+                figures["network_step"] = how["reconstruction"].learning_rate
                 how["forward"] = lambda net, batch: net.embed(batch["input_ids"], batch["attention_mask"])
-            bisparse.prune_(model, pattern, FITS[chosen.method], calibration, exclude="*pooler*", **how)
+            if (found := PRUNED.get((pattern, chosen.method))) is not None:
+                model.load_state_dict(found)
+            else:
+                bisparse.prune_(model, pattern, FITS[chosen.method], calibration, exclude="*pooler*", **how)
+                PRUNED[pattern, chosen.method] = copy.deepcopy(model.state_dict())
         masks = "nonzero" if chosen.method in FITS else None
         sparsity = bisparse.sparsify_(model, pattern, mode="static", masks=masks, exclude="*pooler*")  # type: ignore[arg-type]
         figures |= {"pruned": evaluate(), "layers": len(sparsity.layers)}

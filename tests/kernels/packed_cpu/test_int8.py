@@ -49,6 +49,20 @@ def test_products_are_those_of_the_rounded_matrix(shape: tuple[int, int], tokens
         assert bool(((found.double() - exact).abs() <= 2**-8 * exact.abs() + 2**-20 * scale).all())
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 64])
+def test_every_step_is_multiplied_as_it_is_in_every_place(tokens: int) -> None:
+    """One-hot inputs give the columns of the rounded matrix, in which each place has each number from -127 to 127."""
+    places, steps = torch.arange(32), torch.arange(-127, 128)
+    matrix = torch.zeros(32, len(steps), 64)
+    matrix[places, :, places] = steps.float()
+    matrix[places, :, places + 32] = 127.0  # the step of every row is 1
+    matrix = matrix.flatten(0, 1)
+    packed = pack_int8(matrix.bfloat16())
+    with torch.no_grad():
+        parts = [linear_bitmask_int8(one, packed, None, len(matrix)) for one in torch.eye(64).bfloat16().split(tokens)]
+    assert torch.equal(torch.cat(parts).T.float(), matrix)
+
+
 def test_gradients_of_input_and_bias() -> None:
     packed = pack_int8(sparse(12, 40))
     weight = dequantized(packed, 12, 40)
