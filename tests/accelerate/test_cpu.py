@@ -283,11 +283,25 @@ def test_one_timing_serves_layers_that_are_alike(monkeypatch: pytest.MonkeyPatch
 
 
 @needs_kernels
+@pytest.mark.parametrize(("expanded", "most"), [(1.04, cpu.TOKENS[-1]), (1.1, cpu.ANY_TOKENS)])
+def test_a_weight_that_is_faster_as_stored_with_many_tokens_is_never_expanded(
+    expanded: float, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter([[2.0, 1.0], *[[1.0, expanded]] * (len(cpu.TOKENS) + 1), [3.0, 1.0]])
+    monkeypatch.setattr(cpu, "_timings", {})
+    monkeypatch.setattr(cpu, "_fastest", lambda *_: next(seconds))
+    model = model_of()
+    report = accelerate_(model, include=["0"])
+    assert cpu.measured(model_of()[0].weight) == CPUTiming(2.0, 1.0, most, 3.0) and next(seconds, None) is None
+    assert ("expanded" in report.layers[0].note) == ("expanded" in repr(model)) == (most == cpu.TOKENS[-1])
+
+
+@needs_kernels
 def test_a_real_timing_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_timings", {})
     weight, before = model_of()[0].weight, torch.get_rng_state()
     found = cpu.measured(weight)
-    assert 0 < found.dense_s < 1 and 0 < found.packed_s < 1 and found.max_tokens in (1, *cpu.TOKENS)
+    assert 0 < found.dense_s < 1 and 0 < found.packed_s < 1 and found.max_tokens in (1, *cpu.TOKENS, cpu.ANY_TOKENS)
     assert torch.equal(torch.get_rng_state(), before)
 
 

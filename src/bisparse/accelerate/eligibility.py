@@ -13,7 +13,16 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from bisparse.accelerate.backends import BACKENDS, HALF, Backend, BackendError, Refusal
-from bisparse.accelerate.backends.cpu import CPU, MANY_TOKENS, MIN_SPEEDUP, cpu_reason, density_refusal, int8_reason, measured
+from bisparse.accelerate.backends.cpu import (
+    ANY_TOKENS,
+    CPU,
+    MANY_TOKENS,
+    MIN_SPEEDUP,
+    cpu_reason,
+    density_refusal,
+    int8_reason,
+    measured,
+)
 from bisparse.diversity import hardware
 from bisparse.layers import Layer, computed_reason
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured
@@ -140,7 +149,7 @@ def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int], 
         slower = f"slower by {1 / found.many:.2f}x at {MANY_TOKENS}"
         return Refusal(f"packed it was {found.speedup:.2f}x faster {at}, and {slower}; it stays masked-dense")
     note = f"{found.speedup:.2f}x faster {at}"
-    if expands(weight.dtype) and not int8:
+    if expands(weight.dtype) and not int8 and found.max_tokens < ANY_TOKENS:
         note += f"; expanded in bands beyond {found.max_tokens} tokens"
     if found.many < 1.0 / MIN_SPEEDUP:
         note += f", slower by {1 / found.many:.2f}x at {MANY_TOKENS}"

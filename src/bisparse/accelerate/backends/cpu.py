@@ -18,6 +18,7 @@ from bisparse.kernels.packed_cpu.layout import BitmaskPacked, pack_bitmask, unpa
 from bisparse.rollback import same_bits
 
 __all__ = [
+    "ANY_TOKENS",
     "CPU",
     "MANY_TOKENS",
     "MAX_DENSITY",
@@ -41,6 +42,8 @@ TOKENS = (4, 8, 16, 32, 64)
 """Numbers of tokens for which the two ways to multiply by a packed weight are compared."""
 MANY_TOKENS = 512
 """Number of tokens for which the speed relative to dense is reported too."""
+ANY_TOKENS = 2**31 - 1
+"""Maximum number of tokens of weights that are faster as stored for `MANY_TOKENS` too, such as float16 without AVX512-FP16."""
 MIN_SPEEDUP = 1.05
 """Minimum speedup for a layer to be packed; a smaller one may be noise."""
 CONVOLUTIONS = {3: torch.conv1d, 4: torch.conv2d, 5: torch.conv3d}
@@ -105,7 +108,7 @@ class BitmaskWeight:
     @property
     def description(self) -> str:
         """How the weight is stored, for `repr`."""
-        expanded = f", expanded beyond {self.max_tokens} tokens" if self.expands else ""
+        expanded = f", expanded beyond {self.max_tokens} tokens" if self.expands and self.max_tokens < ANY_TOKENS else ""
         return f"packed with a bit mask{', in int8' if self.int8 else expanded}"
 
     @property
@@ -282,10 +285,13 @@ def measured(weight: Float[Tensor, "O I *K"], tokens: int = 1, int8: bool = Fals
             if as_stored > expanded:
                 break
             most = count
+        if most == TOKENS[-1]:
+            as_stored, expanded = _fastest(product(MANY_TOKENS, ANY_TOKENS), product(MANY_TOKENS, 0))
+            most = ANY_TOKENS if expanded > MIN_SPEEDUP * as_stored else most
         dense_s, packed_s = times or _fastest(dense(tokens), product(tokens, most))
         many = 1.0
         if dense_s > MIN_SPEEDUP * packed_s:
-            dense_many, packed_many = _fastest(dense(MANY_TOKENS), product(MANY_TOKENS, 0))
+            dense_many, packed_many = _fastest(dense(MANY_TOKENS), product(MANY_TOKENS, most))
             many = dense_many / packed_many
         _timings[key] = CPUTiming(dense_s, packed_s, most, many)
     return _timings[key]
