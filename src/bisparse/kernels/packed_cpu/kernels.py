@@ -12,11 +12,12 @@ from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, GROUP
 
 __all__ = ["expand_kernel", "multiply_kernel"]
 
-NEAR_BYTES = 1 << 15
-"""Maximum bytes of an expanded block and 4 tokens to fit into the L1 cache; larger blocks are expanded once per 4 tokens."""
-NEAR_BYTES_INT8 = 1 << 20
-"""The same for int8, whose expansion takes so long that reading it from the L2 cache is faster: at 4096 x 4096 and 5 tokens or
-more by factors of 1.7 (6 tokens) to 5 (512 tokens)."""
+NEAR_BYTES, FAR_BYTES = 1 << 15, 1 << 20
+"""Maximum bytes of an expanded block and 4 tokens for which a block is expanded once per call, and not once per pass over 4
+tokens (2 with AVX2): with few passes they fit into the L1 cache, with many into the L2 cache."""
+MANY_PASSES = 4
+"""Passes from which it is faster to read an expanded block from the L2 cache than to expand it again: at 4096 x 4096 and 512
+tokens 1.2 (float16, AVX-512) to 1.7 times (bfloat16, AVX2). In int8, whose expansion takes longer, two are enough."""
 
 
 @cache
@@ -28,13 +29,14 @@ def multiply_kernel(way: int, kind: int, size: int) -> Kernel:
     """
 
     most, size_out = MAX_TOKENS[Way(way)], max(size, 2)
-    near = NEAR_BYTES_INT8 if kind == INT8 else NEAR_BYTES
+    many = most * (1 if kind == INT8 else MANY_PASSES)
     group_bytes = GROUP * (2 if way == Way.AVX512_BF16 else 4)
 
     def entry(arguments, first, last):  # type: ignore[no-untyped-def]
         packed, masks, starts, x, bias, out, scales, groups, tokens, x_stride, out_stride = array_at(arguments, (11,), np.int64)
         where = array_at(starts, (last + 1,), np.int64)
-        expands = tokens > most and 2 * BLOCK_ROWS * group_bytes * groups <= near  # once per block
+        room_for = FAR_BYTES if tokens >= many else NEAR_BYTES
+        expands = tokens > most and 2 * BLOCK_ROWS * group_bytes * groups <= room_for  # once per block
         room = np.empty(BLOCK_ROWS * group_bytes * groups if expands else 0, np.uint8)
         expanded = room.ctypes.data
         for block in range(first, last):
