@@ -278,6 +278,11 @@ def test_bench_measures_this_processor_and_predicts_others() -> None:
     assert code == 0 and [one["device"] for one in content["predicted"]] == ["A100", "H100", "B200", "RTX4090", "RTX5080", "GB10"]
     if content["source"] == "measured":  # not where the processor has neither AVX-512 nor AVX2
         assert "this CPU" in content["device"] and content["layers"][0]["timing"]["dense"]["forward_ms"] > 0
+    wide = run("bench", "-m", "64x64", "-n", "1", "--inference", "-p", "4:8-T", "--dtype", "float32").stdout
+    assert re.search(r"Measured on this CPU with \d threads?: 1 token, float32, forward; medians\.", wide)
+    assert "Predicted" not in wide and "win at 1 token on" in wide.replace("wins", "win"), "no GPU was measured in float32"
+    refused = run("bench", "-m", "64x64", "--dtype", "float32", "--device-name", "A100")
+    assert refused.exit_code == 2 and "float32" in refused.stderr
     shown = run("bench", "-m", "4096x4096", "-n", "8192", "--device-name", "rtx 4090").stdout
     assert "Predicted from public measurements of products (forward only" in shown and "RTX4090" in shown and "H100" not in shown
     assert "there are public times for A100" in run("bench", "-m", "64x64", "--device-name", "abacus").stderr

@@ -10,7 +10,7 @@ from bisparse.accelerate.timing import Timing
 from bisparse.arguments import entry_of
 from bisparse.layers import Skipped
 
-__all__ = ["Advice", "LayerAdvice", "LayerShape", "Source", "check_tokens"]
+__all__ = ["Advice", "LayerAdvice", "LayerShape", "Source", "check_tokens", "token_count"]
 
 Source = Literal["measured", "predicted", "exact"]
 
@@ -99,4 +99,13 @@ class Advice:
         if self.source == "exact":
             return f"{len(self.layers)} layers, without times: {self.note}"
         total = "" if self.speedup is None else f"; {self.speedup:.2f}x on all layers that were {self.source}"
-        return f"{wins} of {len(self.layers)} layers win at {self.tokens} tokens on {self.device}, {self.source}{total}"
+        return f"{wins} of {len(self.layers)} layers win at {token_count(self.tokens)} on {self.device}, {self.source}{total}"
+
+
+def token_count(tokens: int) -> str:
+    """A number of tokens as text.
+
+    >>> token_count(1), token_count(4096)
+    ('1 token', '4,096 tokens')
+    """
+    return f"{tokens:,} token{'' if tokens == 1 else 's'}"

@@ -57,7 +57,7 @@ def advise(
 
     Args:
         tokens: rows of the layers' inputs: batch size times sequence length.
-        dtype: float16 or bfloat16.
+        dtype: float16, bfloat16 or, for inference on a CPU, float32.
         device: by default CUDA if available.
         backend: measure only this backend; "auto" measures all that run here and takes the fastest.
         training: time both passes; otherwise only the forward pass. By default the mode of the model.

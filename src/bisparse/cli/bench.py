@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["bench"]
 
-DTYPES = ("bfloat16", "float16")
+DTYPES = ("bfloat16", "float16", "float32")
 BACKENDS = ("auto", "cusparselt", "cutlass", "cpu", "reference")
 
 
@@ -51,7 +51,7 @@ def bench(
         ),
     ] = None,
     inference: Annotated[bool, typer.Option("--inference", help="Measure the forward pass only.")] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help=f"{' or '.join(DTYPES)}.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", help="bfloat16, float16 or, on a CPU with --inference, float32.")] = "bfloat16",
     device: Annotated[str | None, typer.Option("--device", help="By default CUDA if available.")] = None,
     backend: Annotated[str, typer.Option("--backend", help=f"{', '.join(BACKENDS)}.")] = "auto",
     grid: Annotated[
@@ -86,7 +86,9 @@ def bench(
 
     from bisparse.accelerate import advise_shapes, predict_products
 
-    predict_products([], tokens, dtype=dtype, device=device_name)  # refuses unknown names before anything is measured
+    predicts = dtype != "float32" or device_name is not None  # no GPU was measured in float32
+    if predicts:
+        predict_products([], tokens, dtype=dtype, device=device_name)  # refuses unknown names before anything is measured
     shapes, left = _shapes(model, structure, include, exclude)
     with progress_bar(show=not as_json) as progress:
         advice = advise_shapes(
@@ -100,13 +102,13 @@ def bench(
             grid=grid,
             progress=progress,
         )
-    predicted = predict_products(shapes, tokens, dtype=dtype, device=device_name)
+    predicted = predict_products(shapes, tokens, dtype=dtype, device=device_name) if predicts else ()
     if as_json:
         content = {"ok": True, "speedup": advice.speedup, **advice.as_dict()}
         print_json({**content, "predicted": [one.as_dict() for one in predicted]})
     else:
         _show(advice)
-        if shapes:
+        if shapes and predicted:
             _show_predicted(predicted, layers=device_name is not None)
 
 
@@ -164,13 +166,15 @@ def _stored(
 
 
 def _show(advice: Advice) -> None:
+    from bisparse.accelerate.advice import token_count
+
     console = to_stdout()
     passes = "forward and backward, float32 weights under autocast" if advice.training else "forward"
     if advice.source == "exact":
         console.print(f"No times are known: {advice.note}. The figures below are exact.", markup=False, soft_wrap=True)
     else:
         console.print(
-            f"{advice.source.capitalize()} on {advice.device}: {advice.tokens:,} tokens, {advice.dtype}, {passes}; medians.",
+            f"{advice.source.capitalize()} on {advice.device}: {token_count(advice.tokens)}, {advice.dtype}, {passes}; medians.",
             markup=False,
             soft_wrap=True,
         )
@@ -186,11 +190,13 @@ def _show(advice: Advice) -> None:
 
 
 def _show_predicted(predicted: tuple[DevicePrediction, ...], *, layers: bool) -> None:
+    from bisparse.accelerate.advice import token_count
+
     console, patterns = to_stdout(), ("2:4", "4:6", "6:8")
     console.print()
     console.print(
         f"Predicted from public measurements of products (forward only, no packing, no activation lifting; bcacdwk/vllmbench), "
-        f"{predicted[0].tokens:,} tokens, {predicted[0].dtype}, as if all layers were pruned:",
+        f"{token_count(predicted[0].tokens)}, {predicted[0].dtype}, as if all layers were pruned:",
         markup=False,
         soft_wrap=True,
     )
