@@ -115,8 +115,8 @@ def main() -> None:
     model = AutoModel.from_pretrained(options.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     texts = load_text(options.calibration, "sentence")
-    fitted = inputs_of(model, options.layers, calibration(tokenizer, texts[0::2], options.count))
-    judged = inputs_of(model, options.layers, calibration(tokenizer, texts[1::2], options.count))
+    fitted = inputs_of(model, options.layers, calibration(tokenizer, texts[0::2], options.count, 0))
+    judged = inputs_of(model, options.layers, calibration(tokenizer, texts[1::2], options.count, 0))
     contenders: dict[tuple[str, str], Callable[[Tensor, Tensor], tuple[Callable[[], Tensor], str]]] = {
         ("bisparse", name): lambda weight, inputs, method=method: by_us(method, weight, inputs) for name, method in OURS.items()
     }

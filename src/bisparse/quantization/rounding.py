@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bisparse.pruning.methods.error_feedback import feed_back, upper_inverse
+from bisparse.pruning.methods.error_feedback import ColumnSweep, upper_inverse
 from bisparse.quantization.scheme import Scheme
 from bisparse.scores import hessian
 
@@ -80,6 +80,7 @@ def round_with_feedback(
     for g in range(rows.shape[0]):
         weight = rows[g].clone()
         upper = upper_inverse(gram[g], name)
+        sweep = ColumnSweep(weight, upper)
         if scheme.group is None:
             own = scheme.scales(weight, dtype).to(weight.device)
         else:
@@ -89,10 +90,10 @@ def round_with_feedback(
             if scheme.group is not None and start % scheme.group == 0:
                 # Scales of the current weights, which previous columns have changed.
                 whole = slice(start, start + scheme.group)
-                own[:, start // scheme.group] = scheme.scales(weight[:, whole] * kept[g][:, whole], dtype, unit)[:, 0]
+                own[:, start // scheme.group] = scheme.scales(sweep.current(whole) * kept[g][:, whole], dtype, unit)[:, 0]
             scale = own[:, 0 if scheme.group is None else start // scheme.group]
             if choose is not None:
-                scores = hessian(weight[:, part], upper[part, part].diagonal().square()) * kept[g][:, part]
+                scores = hessian(sweep.current(part), upper[part, part].diagonal().square()) * kept[g][:, part]
                 kept[g][:, part] &= choose.mask(scores)
 
             def rounded(column: Tensor, j: int, g: int = g, scale: Tensor = scale, start: int = start) -> Tensor:
@@ -101,6 +102,6 @@ def round_with_feedback(
                 result: Tensor = value * scale
                 return result
 
-            feed_back(weight, upper, part, rounded)
+            sweep.replace(part, rounded)
         scales.append(own)
     return stored, torch.stack(scales)

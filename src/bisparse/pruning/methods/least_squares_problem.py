@@ -41,6 +41,8 @@ class LeastSquaresProblem:
     """Mean square of each dense output (variance if centred)."""
     floor: Float[Tensor, "G K"]
     """The mean square of an input below which it cannot be distinguished from rounding."""
+    same_inputs: bool = False
+    """Dense and present inputs are the same, so that the dense weight has no error, and no slope."""
 
     @property
     def scale(self) -> Float[Tensor, " G"]:
@@ -51,9 +53,12 @@ class LeastSquaresProblem:
         """Mean squared error of each output; clamped at zero against rounding."""
         # Around the dense weight, so that a small error is not the difference of two large numbers.
         step = weight - self.weight
+        curved = ((step @ self.gram) * step).sum(2)
+        if self.same_inputs:
+            return curved.clamp(min=0)
         slope = self.weight @ self.gram - self.target
         at_dense = self.energy + ((slope - self.target) * self.weight).sum(2)
-        return (at_dense + 2 * (slope * step).sum(2) + ((step @ self.gram) * step).sum(2)).clamp(min=0)
+        return (at_dense + 2 * (slope * step).sum(2) + curved).clamp(min=0)
 
     def error(self, weight: Float[Tensor, "G O K"], energy_of: Float[Tensor, "G O"] | None = None) -> float:
         """Relative output error: error over energy, square root; 0 = as dense, 1 = as an output of zeros.
@@ -138,8 +143,9 @@ def make_problem(
     floor = floor.expand(problems, -1).to(weight.device)
     gram, cross, dense_gram = (moment.expand(problems, -1, -1).to(weight.device) for moment in (gram, cross, dense_gram))
     target = weight @ cross
-    energy = ((weight @ dense_gram) * weight).sum(2).clamp(min=0)
-    problem = LeastSquaresProblem(weight, gram, target, energy, floor)
+    same_inputs = statistics.cross_covariance is None
+    energy = ((target if same_inputs else weight @ dense_gram) * weight).sum(2).clamp(min=0)
+    problem = LeastSquaresProblem(weight, gram, target, energy, floor, same_inputs)
     if not bool(torch.isfinite(problem.energy).all() & torch.isfinite(gram).all()):
         raise CalibrationError(f"{name}: input moments are not finite; the inputs overflow float32")
     return problem

@@ -13,6 +13,7 @@ their final support afterwards (`refit`), which the left-to-right sweep cannot d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -20,10 +21,12 @@ from torch import Tensor
 
 from bisparse._solve import solve
 from bisparse.arguments import check_flag, check_number
+from bisparse.kernels.column_sweep.dispatch import applies, prune_columns
+from bisparse.pattern import Pattern
 from bisparse.pruning.calibration.statistics import Statistic
 from bisparse.pruning.methods.adaprune import DAMPING_UNIT, fit
 from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned
-from bisparse.pruning.methods.error_feedback import feed_back, upper_inverse
+from bisparse.pruning.methods.error_feedback import BLOCK, ColumnSweep, upper_inverse
 from bisparse.pruning.methods.least_squares_problem import LeastSquaresProblem
 from bisparse.scores import hessian
 from bisparse.solution import Solution
@@ -84,35 +87,75 @@ class SparseGPT(Method):
     def _sweep(self, whole: LeastSquaresProblem, problem: LayerProblem) -> tuple[Tensor, Tensor, Tensor]:
         """Weights, mask and scores, each (G, O, K)."""
         damped = whole.damped(self.damping)
-        scores = torch.zeros_like(whole.weight)
-        mask = torch.zeros_like(whole.weight, dtype=torch.bool)
-        inputs = whole.weight.shape[2] // problem.positions
-        width = getattr(problem.pattern, "m", UNSTRUCTURED_COLUMNS)
+        shape, inputs = whole.weight.shape, whole.weight.shape[2] // problem.positions
+        scores = whole.weight.new_zeros(shape)
+        mask = torch.zeros(shape, dtype=torch.bool, device=whole.weight.device)
         # Without a mask the best weights are the dense ones, unless earlier layers were pruned.
-        weight = whole.weight.clone()
+        weight = whole.weight.clone(memory_format=torch.contiguous_format)
         if self.correct_upstream:
             weight = torch.linalg.solve(damped.gram.double(), damped.target.double().transpose(1, 2)).transpose(1, 2).float()
+            weight = weight.contiguous()
         allowed = None if problem.allowed is None else problem.rows(problem.allowed)
-        for g in range(weight.shape[0]):
+        plain = _plain(problem) if applies(weight) else None
+        for g in range(len(weight)):
             upper = upper_inverse(damped.gram[g], problem.name, self.damping)
+            sweep = ColumnSweep(weight[g], upper)
             for position in range(problem.positions):
-                for start in range(position * inputs, (position + 1) * inputs, width):
-                    columns = slice(start, min(start + width, (position + 1) * inputs))
-                    band = None if allowed is None else allowed[g][:, columns]
-                    chosen, own = _prune_band(weight[g], upper, columns, problem, band)
-                    mask[g][:, columns], scores[g][:, columns] = chosen, own
+                columns = slice(position * inputs, (position + 1) * inputs)
+                if plain is not None:
+                    _prune_groups(weight[g], upper, mask[g], scores[g], columns, plain)
+                else:
+                    _prune_bands(sweep, upper, mask[g], scores[g], columns, problem, None if allowed is None else allowed[g])
         return weight, mask, scores
 
 
-def _prune_band(
-    weight: Float[Tensor, "O K"], upper: Float[Tensor, "K K"], columns: slice, problem: LayerProblem, allowed: Tensor | None
-) -> tuple[Bool[Tensor, "O M"], Float[Tensor, "O M"]]:
-    """Mask some columns and spread their error over the later ones, in place; their mask and scores."""
-    scores = hessian(weight[:, columns], upper[columns, columns].diagonal().square())
-    if allowed is not None:
-        scores = scores * allowed
-    mask = solve(scores.unsqueeze(0), problem.pattern, problem.solver, layout=MATRICES).mask[0]
-    if allowed is not None:
-        mask = mask & allowed
-    feed_back(weight, upper, columns, lambda column, j: column * mask[:, j])
-    return mask, scores
+def _plain(problem: LayerProblem) -> Pattern | None:
+    """The pattern, if the groups of each row are independent and any of their masks may be chosen."""
+    found = problem.pattern
+    return found if problem.allowed is None and isinstance(found, Pattern) and not found.transposable else None
+
+
+def _prune_groups(
+    weight: Float[Tensor, "O K"],
+    upper: Float[Tensor, "K K"],
+    mask: Bool[Tensor, "O K"],
+    scores: Float[Tensor, "O K"],
+    columns: slice,
+    pattern: Pattern,
+) -> None:
+    """Prune columns at a plain N:M pattern, in place, and spread their errors over all later columns."""
+    width = max(BLOCK // pattern.m, 1) * pattern.m
+    for start in range(columns.start, columns.stop, width):
+        block = slice(start, min(start + width, columns.stop))
+        errors = prune_columns(weight, upper, mask, scores, block, pattern.n, pattern.m)
+        if errors is None:
+            solve(scores[:, block], pattern)  # says which are not finite
+            raise AssertionError("unreachable: solve refuses scores that are not finite")
+        weight[:, block.stop :] -= errors @ upper[block, block.stop :]
+
+
+def _prune_bands(
+    sweep: ColumnSweep,
+    upper: Float[Tensor, "K K"],
+    mask: Bool[Tensor, "O K"],
+    scores: Float[Tensor, "O K"],
+    columns: slice,
+    problem: LayerProblem,
+    allowed: Bool[Tensor, "O K"] | None,
+) -> None:
+    """Prune columns at any pattern, a band of M at a time, in place, and spread their errors over all later columns."""
+    width = getattr(problem.pattern, "m", UNSTRUCTURED_COLUMNS)
+    for start in range(columns.start, columns.stop, width):
+        band = slice(start, min(start + width, columns.stop))
+        own = hessian(sweep.current(band), upper[band, band].diagonal().square())
+        if allowed is not None:
+            own = own * allowed[:, band]
+        chosen = solve(own.unsqueeze(0), problem.pattern, problem.solver, layout=MATRICES).mask[0]
+        if allowed is not None:
+            chosen = chosen & allowed[:, band]
+        sweep.replace(band, partial(_masked, chosen))
+        mask[:, band], scores[:, band] = chosen, own
+
+
+def _masked(mask: Bool[Tensor, "O M"], column: Float[Tensor, " O"], place: int) -> Float[Tensor, " O"]:
+    return column * mask[:, place]
