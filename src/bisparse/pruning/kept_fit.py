@@ -22,6 +22,7 @@ from bisparse.distances import logit_divergence
 from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock
 from bisparse.pruning.calibration.moments import token_weights
 from bisparse.pruning.calibration.statistics import CalibrationError
+from bisparse.token_masks import fitted
 
 __all__ = ["fit_kept_"]
 
@@ -178,10 +179,10 @@ def _distance(block: FinishedBlock, index: int) -> tuple[Float[Tensor, ""], Floa
     Of logits, the divergence of the probabilities, summed over positions, and the number of positions.
     """
     target = block.target(index)
+    keep = fitted(block.keep(index), target.shape[:-1])
     if block.classes:
         output = block.output(index)
-        keep = block.keep(index)
-        where = keep.to(target.device) if keep is not None and keep.shape == target.shape[:-1] else None
+        where = None if keep is None else keep.to(target.device)
         count = target[..., 0].numel() if where is None else int(where.sum())
         return logit_divergence(output, target, where=where) * count, torch.tensor(
             float(count), dtype=torch.float32, device=target.device
@@ -190,7 +191,7 @@ def _distance(block: FinishedBlock, index: int) -> tuple[Float[Tensor, ""], Floa
     output = block.output(index).reshape(target.shape).float()
     weights = token_weights(target[None])
     each = torch.ones(len(target), dtype=target.dtype, device=target.device) if weights is None else weights[0, :, 0]
-    if (keep := block.keep(index)) is not None and keep.numel() == len(each):
+    if keep is not None:
         each = each * keep.reshape(-1).to(each.device)
     return (each * (output - target).square().sum(1)).sum(), (each * target.square().sum(1)).sum()
 

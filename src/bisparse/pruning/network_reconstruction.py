@@ -31,9 +31,10 @@ from bisparse.layers import Layer
 from bisparse.pruning.block_reconstruction import BlockReconstruction
 from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY
 from bisparse.pruning.calibration.finished_block import BlockFit, FinishedBlock, StoredFit, split
-from bisparse.pruning.calibration.hooks import call_model, token_mask
+from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.pruning.kept_fit import fit_kept_
+from bisparse.token_masks import TokenMasks
 
 __all__ = ["NetworkReconstruction", "finished_network", "note_of", "parse_reconstruction"]
 
@@ -124,7 +125,7 @@ def finished_network(
         tuple(layers),
         output,
         target,
-        lambda index: token_mask(data[index]),
+        lambda index: TokenMasks.of_batch(model, data[index]).of(""),
         fit,
         judge,
         classes,

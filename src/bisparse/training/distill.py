@@ -22,6 +22,7 @@ from bisparse.arguments import check_function, is_number
 from bisparse.distances import HIDDEN_LOSSES, HiddenLoss, hidden_distance, logit_divergence
 from bisparse.layers import Filter, matches
 from bisparse.results import checksum_of
+from bisparse.token_masks import TokenMasks, fitted
 from bisparse.training.distill_teacher import frozen_teacher
 from bisparse.wrappers import plain_names, unwrapped_model
 
@@ -86,7 +87,7 @@ class Distillation:
         output: function from an output of student or teacher to logits, classes last; by default the output itself if it is a
             tensor, otherwise its ``logits``.
         where: function from (args, kwargs) of the forward pass to a bool tensor of the positions that count; by default
-            ``attention_mask``, if it has the logits' leading shape.
+            ``attention_mask``, or a decoder's ``decoder_attention_mask``, if it has the shape of the positions.
 
     Raises:
         ValueError: weights or options without a loss, layers that are not in both models, a student that is already sparse if
@@ -116,7 +117,7 @@ class Distillation:
         self.teacher, self._own = frozen_teacher(self.student, teacher, dtype)
         self.weights = {"logits": float(logits), "hidden": float(hidden), "task": float(task)}
         self.temperature, self.hidden_loss, self.dtype = float(temperature), hidden_loss, dtype
-        self._output, self._where = output or _logits, where or _attended
+        self._output, self._where = output or _logits, where
         self.terms: dict[str, Tensor] = {}
         """The parts of the last loss, before their weights, detached."""
         self._passes: list[_Pass] = []
@@ -185,14 +186,16 @@ class Distillation:
         (done,) = self._passes
         self.reset()
         given = self._teach(done)
-        where = self._where(done.args, done.kwargs)
+        masks = TokenMasks.of_batch(self.student, done.kwargs)
+        if self._where is not None:
+            masks = TokenMasks(self._where(done.args, done.kwargs))
         parts: dict[str, Tensor] = {}
         if self.weights["logits"]:
             own, theirs = self._output(done.output), self._output(given)
             _check_logits(own, theirs)
-            parts["logits"] = logit_divergence(own, theirs, self.temperature, _fitting(where, own))
+            parts["logits"] = logit_divergence(own, theirs, self.temperature, fitted(masks.of(""), own.shape[:-1]))
         if self.weights["hidden"]:
-            parts["hidden"] = self._compare(done.hidden, where)
+            parts["hidden"] = self._compare(done.hidden, masks)
         self._given = {}
         if task is not None:
             parts["task"] = task
@@ -219,7 +222,7 @@ class Distillation:
     def _cast(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    def _compare(self, hidden: Mapping[str, list[Tensor]], where: Tensor | None) -> Tensor:
+    def _compare(self, hidden: Mapping[str, list[Tensor]], masks: TokenMasks) -> Tensor:
         distances = []
         for name, theirs in self._given.items():
             own = hidden.get(name, [])
@@ -233,7 +236,8 @@ class Distillation:
                     f"{name}: the student has hidden states of shapes {[tuple(one.shape) for one in own]}, the teacher "
                     f"{[tuple(one.shape) for one in theirs]}; they must agree (choose others by layers=)"
                 )
-            distances += [hidden_distance(one, other, self.hidden_loss, where) for one, other in zip(own, theirs, strict=True)]
+            for one, other in zip(own, theirs, strict=True):
+                distances.append(hidden_distance(one, other, self.hidden_loss, fitted(masks.of(name), one.shape[:-1])))
         if not distances:
             raise ValueError("the teacher ran none of the layers whose hidden states are to be compared")
         return torch.stack(distances).mean()
@@ -356,15 +360,6 @@ def _logits(output: Any) -> Tensor:
     if not isinstance(found, Tensor):
         raise ValueError(f"no logits in an output of type {type(output).__name__}: pass output=, a function that returns them")
     return found
-
-
-def _attended(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    return mask != 0 if isinstance(mask, Tensor) else None
-
-
-def _fitting(where: Tensor | None, logits: Tensor) -> Tensor | None:
-    return where if where is not None and where.shape == logits.shape[:-1] else None
 
 
 def _check_logits(own: Tensor, theirs: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.layers import find_layers
-from bisparse.pruning import AdaPrune, CalibrationError, Statistic, Wanda, prune_
+from bisparse.pruning import AdaPrune, CalibrationError, GradientAdaPrune, Statistic, Wanda, prune_
 from bisparse.pruning.calibration.block_chain import find_chains
 from bisparse.pruning.calibration.calibrate import Walk, calibrate
 from bisparse.pruning.calibration.execution_order import discover
@@ -119,6 +119,26 @@ def test_hidden_positions_are_not_counted() -> None:
     found = walked(Model(), [{"x": x, "attention_mask": keep}])["linear"]
     assert found.columns == 3
     torch.testing.assert_close(found.gram[0], x[keep.bool()].T @ x[keep.bool()] / 3)
+
+
+SINGLE = {
+    "vector": (nn.Linear(16, 16), (16,)),
+    "picture": (nn.Conv2d(16, 8, 3), (16, 6, 5)),
+    "line": (nn.Conv1d(16, 8, 3), (16, 7)),
+}
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize("method", [AdaPrune(), GradientAdaPrune(steps=20)], ids=repr)
+@pytest.mark.parametrize("count", [3, 6])
+def test_samples_without_a_batch_dimension_are_batches_of_one(name: str, method, count: int) -> None:
+    layer, shape = SINGLE[name]
+    samples = [torch.randn(shape) for _ in range(count)]
+    one, many = (nn.Sequential(copy.deepcopy(layer)) for _ in range(2))
+    found = prune_(one, "2:4", method, samples, include="0")
+    expected = prune_(many, "2:4", method, [sample[None] for sample in samples], include="0")
+    assert found["0"].error == expected["0"].error
+    assert torch.equal(one[0].weight, many[0].weight)
 
 
 class Block(nn.Module):

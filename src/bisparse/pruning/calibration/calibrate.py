@@ -32,11 +32,12 @@ from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Da
 from bisparse.pruning.calibration.execution_order import discover
 from bisparse.pruning.calibration.expert_inputs import EXPERTS, ExpertInputs
 from bisparse.pruning.calibration.finished_block import FinishedBlock, split
-from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, batch_error_context, call_model, observed, token_mask
+from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, batch_error_context, call_model, observed
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
 from bisparse.pruning.reduction import positions
 from bisparse.tiles import to_matrices
+from bisparse.token_masks import TokenMasks
 
 __all__ = ["Stage", "Walk", "calibrate", "evaluating", "showing"]
 
@@ -78,7 +79,8 @@ def calibrate(
 
     Args:
         batches: calibration data, read once and kept (token ids, images). Passed as ``model(**batch)``, ``model(*batch)``
-            or ``model(batch)``, or by `forward`. Positions that a 2-D "attention_mask" hides are not counted.
+            or ``model(batch)``, or by `forward`. Positions that a 2-D "attention_mask", or of a
+            decoder its "decoder_attention_mask", hides are not counted.
         needs: what to collect.
         options: the order (see above), how and where to run the model, the progress bar, and whether to reconstruct blocks: then
             each block of a chain is yielded after its layers, and the caller may change it again. CROSS is collected in
@@ -227,16 +229,17 @@ def _run(
     twins = [replace(layer, module=reference.get_submodule(_module_name(model, layer))) for layer in plain] if reference else []
     for index, batch in data.own:
         dense: dict[str, list[Tensor]] = {}
+        masks = TokenMasks.of_batch(model, batch)
         if reference is not None and twins:
             with observed(reference, twins, _noting(dense)):
                 call_model(reference, batch, forward, index)
-        with observed(model, layers, _collecting(collector, index, batch, dense, layers if once else ())), suppress(EnoughSeen):
+        with observed(model, layers, _collecting(collector, index, masks, dense, layers if once else ())), suppress(EnoughSeen):
             call_model(model, batch, forward, index)
         walk.forwards += 1 + (reference is not None)
     if stacks := collector.widen():
         for index, batch in data.own:
-            own = stacks if once else []
-            with observed(model, stacks, _collecting(collector, index, batch, {}, own)), suppress(EnoughSeen):
+            own, masks = stacks if once else [], TokenMasks.of_batch(model, batch)
+            with observed(model, stacks, _collecting(collector, index, masks, {}, own)), suppress(EnoughSeen):
                 call_model(model, batch, forward, index)
             walk.forwards += 1
     walk.statistics_bytes = max(walk.statistics_bytes, collector.bytes)
@@ -252,14 +255,15 @@ def _noting(dense: dict[str, list[Tensor]]) -> Seen:
     return seen
 
 
-def _collecting(collector: Collector, index: int, batch: Any, dense: dict[str, list[Tensor]], wanted: Sequence[Layer]) -> Seen:
+def _collecting(
+    collector: Collector, index: int, masks: TokenMasks, dense: dict[str, list[Tensor]], wanted: Sequence[Layer]
+) -> Seen:
     """Adds inputs to the collector; stops the forward pass once every layer of `wanted`, if given, was seen."""
-    keep = token_mask(batch)
     remaining = {layer.name for layer in wanted}
 
     def seen(layer: Layer, inputs: Tensor | ExpertInputs, part: int | None) -> None:
         z = dense[layer.name].pop(0) if dense.get(layer.name) else None
-        collector.add(index, layer, inputs, z, keep, part)
+        collector.add(index, layer, inputs, z, masks.of(layer.name), part)
         if part in (None, LAST_PART):
             remaining.discard(layer.name)
         if wanted and not remaining:
@@ -308,13 +312,14 @@ def _walk_in_order(
 
 def _finished(run: ChainRun, layers: tuple[Layer, ...], data: Data) -> FinishedBlock:
     fit, judge = split(len(data.own), HOLD_OUT_EVERY)
+    name = f"{run.chain.name}.{run.current}"
     return FinishedBlock(
-        f"{run.chain.name}.{run.current}",
+        name,
         run.chain.blocks[run.current],
         layers,
         run.output,
         run.dense_inputs.__getitem__,
-        lambda number: token_mask(data.own[number][1]),
+        lambda number: TokenMasks.of_batch(run.model, data.own[number][1]).of(name),
         fit,
         judge,
     )
@@ -359,11 +364,11 @@ def _walk_chain(
 def _collect(run: ChainRun, position: int, layers: Sequence[Layer], collector: Collector, data: Data) -> None:
     """Add every batch's inputs of a stage of the current block to the collector."""
     for own_index, (index, batch) in enumerate(data.own):
-        keep = token_mask(batch)
+        masks = TokenMasks.of_batch(run.model, batch)
         with batch_error_context(batch, index, f"the layer {layers[0].name}"):
             inputs, dense_inputs = run.inputs_of(own_index, position)
             for at, (x, part) in enumerate(inputs):
                 z = dense_inputs[at][0] if dense_inputs and at < len(dense_inputs) else None
                 for layer in layers:
-                    collector.add(index, layer, x, z if isinstance(z, Tensor) else None, keep, part)
+                    collector.add(index, layer, x, z if isinstance(z, Tensor) else None, masks.of(layer.name), part)
         run.release(own_index)

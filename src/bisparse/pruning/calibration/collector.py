@@ -12,7 +12,15 @@ from bisparse.layers import Layer
 from bisparse.process_group import Ranks
 from bisparse.pruning.calibration.expert_inputs import ExpertInputs, number_of_experts
 from bisparse.pruning.calibration.moments import Moments
-from bisparse.pruning.calibration.statistics import ExpertStatistics, Statistic, Statistics, input_key
+from bisparse.pruning.calibration.statistics import (
+    ExpertStatistics,
+    Statistic,
+    Statistics,
+    batched,
+    input_key,
+    positions_shape,
+)
+from bisparse.token_masks import fitted
 
 __all__ = ["HOLD_OUT_EVERY", "Collector", "Data", "Stage"]
 
@@ -93,7 +101,8 @@ class Collector:
     ) -> None:
         """Add a batch of a layer's inputs. An input is counted once for layers that share their moments."""
         if isinstance(x, Tensor):
-            self._add(index, layer, x, z, keep, part)
+            own, dense = batched(layer, x), None if z is None else batched(layer, z)
+            self._add(index, layer, own, dense, fitted(keep, positions_shape(layer, own)), part)
         elif layer.name in self._experts:
             # The two networks route tokens differently, so that dense inputs of an expert's tokens are not known.
             experts = self._experts[layer.name]
@@ -136,8 +145,7 @@ class Collector:
             cut = x.shape[0] - x.shape[0] // HOLD_OUT_EVERY
             for chosen, span in ((self.fit, slice(0, cut)), (self.held, slice(cut, None))):
                 if x[span].shape[0]:
-                    whole = keep is None or keep.shape[0] != x.shape[0]
-                    own_keep = keep if whole else keep[span] if keep is not None else None
+                    own_keep = None if keep is None else keep[span]
                     chosen[layer.name].add(x[span], None if z is None else z[span], own_keep, part, index)
 
     def stage(self, layers: Sequence[Layer]) -> Stage:

@@ -24,7 +24,6 @@ __all__ = [
     "call_model",
     "none_reached",
     "observed",
-    "token_mask",
     "unreached_reason",
     "unseen_reason",
 ]
@@ -154,12 +153,6 @@ def _describe(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"{type(value).__name__} of {', '.join(_describe(one) for one in value[:4])}"
     return type(value).__name__
-
-
-def token_mask(batch: Any) -> Tensor | None:
-    """Which positions of a batch are real tokens (bool), from its 2-D ``attention_mask``; None where it has none."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
 @contextmanager

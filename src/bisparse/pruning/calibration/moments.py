@@ -28,6 +28,7 @@ from bisparse.pruning.calibration.statistics import (
     input_columns,
     precise,
 )
+from bisparse.tiles import LayoutKind
 
 __all__ = ["Moments", "token_weights"]
 
@@ -118,7 +119,8 @@ class Moments:
             self._forget_dense()
         self._paired = paired
         if Statistic.INPUTS in self.needs:
-            self._inputs.append(inputs.cpu())
+            rows = keep is not None and self.layer.layout.kind is not LayoutKind.CONV
+            self._inputs.append((inputs[keep.to(inputs.device)] if rows and keep is not None else inputs).cpu())
         with full_precision(inputs.device):
             dense = None if dense_inputs is None or not paired else input_columns(self.layer, dense_inputs.detach(), keep)
             for x in input_columns(self.layer, inputs, keep):

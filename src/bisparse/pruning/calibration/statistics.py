@@ -32,9 +32,11 @@ __all__ = [
     "ExpertStatistics",
     "Statistic",
     "Statistics",
+    "batched",
     "full_precision",
     "input_columns",
     "input_key",
+    "positions_shape",
     "precise",
     "stacked_moments",
 ]
@@ -199,17 +201,30 @@ def input_columns(layer: Layer, inputs: Float[Tensor, "..."], keep: Bool[Tensor,
     """A layer's inputs as pieces of shape (G, T, K), float32, in the order of `to_rows`.
 
     Args:
-        keep: for inputs (*, I) of the same leading shape, which positions count: `False` = padding.
+        keep: which positions count, of the shape `positions_shape`: `False` = padding. Ignored for convolutions that change the
+            number of positions.
     """
     if layer.layout.kind is LayoutKind.CONV:
-        yield from _patches(layer.module, inputs)
+        yield from _patches(layer.module, inputs, keep)
         return
     flat = inputs.reshape(-1, inputs.shape[-1])
-    if keep is not None and keep.shape == inputs.shape[:-1]:
+    if keep is not None:
         flat = flat[keep.reshape(-1).to(flat.device)]
     rows = max(1, COLUMN_BYTES // (4 * max(1, flat.shape[1])))
     for piece in flat.split(rows):
         yield piece.float().unsqueeze(0)
+
+
+def batched(layer: Layer, inputs: Float[Tensor, "..."]) -> Float[Tensor, "N ..."]:
+    """A layer's inputs with a first dimension, which a single vector or picture lacks."""
+    module = layer.module
+    single = len(module.kernel_size) + 1 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) else 1
+    return inputs[None] if inputs.ndim == single else inputs
+
+
+def positions_shape(layer: Layer, inputs: Float[Tensor, "N ..."]) -> tuple[int, ...]:
+    """The shape of the positions that `inputs` has a column for, before a convolution changes their number."""
+    return (inputs.shape[0], *inputs.shape[2:]) if layer.layout.kind is LayoutKind.CONV else tuple(inputs.shape[:-1])
 
 
 def input_key(layer: Layer) -> Hashable:
@@ -220,11 +235,11 @@ def input_key(layer: Layer) -> Hashable:
     return layer.name if isinstance(module, nn.MultiheadAttention) else "rows"
 
 
-def _patches(module: nn.Module, inputs: Float[Tensor, "N C *spatial"]) -> Iterator[Float[Tensor, "G T K"]]:
+def _patches(
+    module: nn.Module, inputs: Float[Tensor, "N C *spatial"], keep: Bool[Tensor, "..."] | None
+) -> Iterator[Float[Tensor, "G T K"]]:
     assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     dimensions = len(module.kernel_size)
-    if inputs.ndim == dimensions + 1:
-        inputs = inputs.unsqueeze(0)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     # The convolution's own list of pads: the only place where padding="same" is given as numbers.
     pads = list(module._reversed_padding_repeated_twice)
@@ -232,7 +247,10 @@ def _patches(module: nn.Module, inputs: Float[Tensor, "N C *spatial"]) -> Iterat
     padded_sizes = [size + pads[-2 * i - 2] + pads[-2 * i - 1] for i, size in enumerate(inputs.shape[2:])]
     out = [(padded_sizes[i] - dilation[i] * (kernel[i] - 1) - 1) // stride[i] + 1 for i in range(dimensions)]
     per_image = 4 * inputs.shape[1] * math.prod(kernel) * math.prod(out)
-    for images in inputs.split(max(1, COLUMN_BYTES // max(1, per_image))):
+    if keep is not None and list(keep.shape[1:]) != out:
+        keep = None
+    images_at_once = max(1, COLUMN_BYTES // max(1, per_image))
+    for number, images in enumerate(inputs.split(images_at_once)):
         x = functional.pad(images.float(), pads, mode=mode) if any(pads) else images.float()
         x = x.unflatten(1, (module.groups, -1))
         taps = []
@@ -243,4 +261,8 @@ def _patches(module: nn.Module, inputs: Float[Tensor, "N C *spatial"]) -> Iterat
                 tap = tap.movedim(3 + i, 0)[start : start + stride[i] * (out[i] - 1) + 1 : stride[i]].movedim(0, 3 + i)
             taps.append(tap.flatten(3))
         columns = torch.stack(taps, 2)  # (N, G, P, I, positions)
-        yield columns.permute(1, 0, 4, 2, 3).flatten(3).flatten(1, 2)
+        columns = columns.permute(1, 0, 4, 2, 3).flatten(3).flatten(1, 2)
+        if keep is not None:
+            own = keep[number * images_at_once : (number + 1) * images_at_once]
+            columns = columns[:, own.reshape(-1).to(columns.device)]
+        yield columns
