@@ -220,6 +220,55 @@ def test_a_hidden_use_of_the_channels_is_caught_by_the_outputs() -> None:
     assert "outputs changed" in report.spaces[0].reason
 
 
+class Auxiliary(nn.Module):
+    """A second head, as in GoogLeNet and DeepLab, that runs in training only."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.head = nn.Linear(16, 32), nn.Linear(32, 32), nn.Linear(32, 8), nn.Linear(32, 8)
+        self.norm, self.dropout = nn.BatchNorm1d(32), dropout
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = torch.relu(self.b(torch.relu(self.norm(self.a(x)))))
+        y = nn.functional.dropout(y, self.dropout, self.training)
+        return (self.c(y), self.head(y)) if self.training else self.c(y)
+
+
+def test_outputs_in_training_mode_stay_equal_too() -> None:
+    model, x = randomised(Auxiliary()), torch.randn(64, 16)
+    dense, state = copy.deepcopy(model), copy.deepcopy(dict(model.named_buffers()))
+    report = permute_(model, "2:4", x)
+    for one, other in zip(model.train()(x), dense.train()(x), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert {space.layers: space.reason[:19] for space in report.spaces} == {("a", "b"): "", ("b", "c"): "the outputs changed"}
+    assert "does not reach it" in report.untraced["head"]
+    assert not model.eval().training and int(model.norm.num_batches_tracked) == int(state["norm.num_batches_tracked"]) + 1
+
+
+def test_random_outputs_in_training_mode_are_not_compared_and_the_layers_are_named() -> None:
+    model, x = randomised(Auxiliary(dropout=0.5)), torch.randn(64, 16)
+    before = model(x)
+    report = permute_(model, "2:4", x)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-4)
+    assert all(not space.reason for space in report.spaces) and "does not reach it" in report.untraced["head"]
+
+
+def test_outputs_that_hold_no_tensor_are_refused() -> None:
+    class Result:
+        def __init__(self, value: Tensor) -> None:
+            self.value = value
+
+    class Wrapped(nn.Sequential):
+        def forward(self, x: Tensor) -> Result:
+            return Result(super().forward(x))
+
+    model = Wrapped(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+    with pytest.raises(ValueError, match="pass forward="):
+        permute_(model, "2:4", torch.randn(2, 16))
+    report = permute_(model, "2:4", torch.randn(2, 16), forward=lambda model, x: model(x).value)
+    assert "cannot trace" in report.untraced["Wrapped"]
+
+
 def test_parts_are_traced_where_the_whole_cannot_be() -> None:
     class Branching(nn.Module):
         def __init__(self) -> None:

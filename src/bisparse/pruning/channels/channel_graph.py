@@ -88,7 +88,10 @@ def _distinct(entries: list[tuple[Tensor, int]]) -> list[tuple[Tensor, int]]:
 def channel_spaces(
     model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any] | None = None
 ) -> tuple[list[ChannelSpace], dict[str, str]]:
-    """The channel spaces that have a reader and a writer, frozen ones included; and the untraceable submodules with reasons."""
+    """The channel spaces that have a reader and a writer, frozen ones included; and submodules that were not read, with reasons.
+
+    These are submodules that cannot be traced, and layers that the example does not reach.
+    """
     given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     handles = [
         module.register_forward_pre_hook(
@@ -118,6 +121,10 @@ def channel_spaces(
                 visit(child, f"{name}.{child_name}" if name else child_name)
 
     visit(model, "")
+    inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}  # never called
+    for name, module in model.named_modules():
+        if name not in given and id(module) not in inside and any(one.ndim > 1 for one in module.parameters(recurse=False)):
+            skipped[name] = "the example does not reach it: if it reads channels of other layers, their order may have changed"
     shared = {tensor for tensor, uses in _uses(model).items() if uses > 1}
     for space in spaces:
         if any(id(tensor) in shared for tensor, _ in [*space.writers, *space.readers]):

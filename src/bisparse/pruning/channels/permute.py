@@ -4,7 +4,8 @@ Columns are divided into groups of M. One step takes one column out of every gro
 assignment that keeps the most score; a step never loses. For a transposable pattern a column adds to a tile at most its N best
 entries, both directions of a weight count, and a new order is accepted only if the exact masks keep more. Groups of four are then
 refined in pairs (`stripe_search`).
-Guarantee: the score kept never falls, and the network's outputs stay equal, which is checked.
+Guarantee: the score kept never falls, and the network's outputs stay equal, which is checked, also in training mode unless they
+are random there: some models have outputs in training only, which read channels too.
 Cost: R x (C/M)^2 per step for R rows and C columns, and one assignment of C/M columns.
 Sources: channel permutation, Pool and Yu, NeurIPS 2021; dealing out by assignment, Zhao et al., "Gyro-Permutation", AAAI 2025.
 """
@@ -27,7 +28,7 @@ from bisparse.errors import install_extra
 from bisparse.layers import Filter, Layer, check_unheld, find_layers
 from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.calibration.hooks import call_model
-from bisparse.pruning.calibration.statistics import full_precision
+from bisparse.pruning.calibration.statistics import CalibrationError, full_precision
 from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces
 from bisparse.pruning.channels.stripe_search import refine_stripes
 from bisparse.rollback import Rollback
@@ -65,7 +66,7 @@ class PermutationReport:
     retained_after: float
     time_s: float
     untraced: dict[str, str]
-    """Parts that torch.fx could not trace, with the reason."""
+    """Parts that torch.fx could not trace, and layers that the example did not reach, with the reason."""
 
     def __str__(self) -> str:
         done = sum(not space.reason for space in self.spaces)
@@ -130,6 +131,9 @@ def permute_(
         model.eval()
         spaces, untraced = channel_spaces(model, example, forward)
         goal = _outputs(model, example, forward)
+        if not any(one.is_floating_point() for one in goal):
+            raise ValueError("the model returned no floating-point tensor to compare: pass forward=, which returns one")
+        goal_training = _training_outputs(model, example, forward)
         before_all, total = _kept(layers, parsed, score_of)
         found: list[PermutedSpace] = []
         # The outputs after a permutation sum in another order; undone ones are those that differ by more.
@@ -149,7 +153,10 @@ def permute_(
                 back = torch.argsort(order)
                 if after <= value:
                     space.permute_(back)
-                elif not _close(goal, _outputs(model, example, forward), tolerance):
+                elif not (
+                    _close(goal, _outputs(model, example, forward), tolerance)
+                    and _close(goal_training, _training_outputs(model, example, forward), tolerance)
+                ):
                     space.permute_(back)
                     done[id(space)] = "the outputs changed: the graph hides a use of these channels"
                 else:
@@ -317,8 +324,27 @@ def _outputs(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any],
     return [leaf for leaf in pytree.tree_leaves(call_model(model, example, forward)) if isinstance(leaf, Tensor)]
 
 
+def _training_outputs(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any] | None) -> list[Tensor]:
+    """The outputs in training mode, with dropout and batch norms as in evaluation; none if they are random or need labels."""
+    containers = [module for module in model.modules() if any(True for _ in module.children())]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        for module in containers:
+            module.training = True
+        first, second = (_outputs(model, example, forward) for _ in range(2))
+    except CalibrationError:
+        return []
+    finally:
+        for module in containers:
+            module.training = False
+        for buffer, before in buffers:
+            buffer.copy_(before)
+    alike = len(first) == len(second) and all(map(torch.equal, first, second))
+    return first if alike else []
+
+
 def _close(goal: list[Tensor], now: list[Tensor], tolerance: float) -> bool:
-    return all(
+    return len(goal) == len(now) and all(
         float((a.double() - b.double()).abs().max()) <= tolerance * max(float(a.double().abs().max()), 1e-12)
         for a, b in zip(goal, now, strict=True)
         if a.numel() and a.is_floating_point()
