@@ -94,10 +94,10 @@ def find_chains(
     model: nn.Module,
     layers: Sequence[Layer],
     calls: dict[str, int],
-    batch: Any,
+    batches: Sequence[Any],
     forward: Callable[..., Any] | None,
 ) -> list[Chain]:
-    """The chains that hold layers, none inside another, in no particular order."""
+    """The chains that hold layers, none inside another, in no particular order: those of each of these batches."""
     candidates = []
     for name, container in model.named_modules():
         if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 1:
@@ -110,8 +110,9 @@ def find_chains(
     for name, blocks, members, _ in sorted(candidates, key=lambda one: (-one[3], len(one[0]))):
         if any(id(block) in chain.members for chain in chains for block in blocks):
             continue
-        if found := _slot_of(model, blocks, batch, forward):
-            chains.append(Chain(name, blocks, found[0], members, found[1]))
+        found = [_slot_of(model, blocks, batch, forward) for batch in batches]
+        if (first := found[0]) and all(one and one[0] == first[0] for one in found):
+            chains.append(Chain(name, blocks, first[0], members, all(one and one[1] for one in found)))
     return chains
 
 

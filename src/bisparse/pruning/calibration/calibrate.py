@@ -29,7 +29,7 @@ from bisparse.progress_lines import ProgressLines
 from bisparse.pruning.calibration.block_chain import Chain, dense_copy, find_chains
 from bisparse.pruning.calibration.block_runner import ChainRun
 from bisparse.pruning.calibration.collector import HOLD_OUT_EVERY, Collector, Data, Stage
-from bisparse.pruning.calibration.execution_order import discover
+from bisparse.pruning.calibration.execution_order import discover, one_of_each_kind
 from bisparse.pruning.calibration.expert_inputs import EXPERTS, ExpertInputs
 from bisparse.pruning.calibration.finished_block import FinishedBlock, split
 from bisparse.pruning.calibration.hooks import LAST_PART, EnoughSeen, Seen, batch_error_context, call_model, observed
@@ -287,7 +287,8 @@ def _walk_in_order(
     done: frozenset[str],
     dense: Callable[[Tensor], Tensor | None] | None,
 ) -> Iterator[Stage | FinishedBlock]:
-    chains = find_chains(model, [layer for stage in stages for layer in stage], calls, data.batches[0], options.forward)
+    kinds = one_of_each_kind(data.batches)
+    chains = find_chains(model, [layer for stage in stages for layer in stage], calls, kinds, options.forward)
     segments: list[Chain | list[Layer]] = []
     for stage in stages:
         # A stage that straddles a chain's end does not exist: its layers share one input.

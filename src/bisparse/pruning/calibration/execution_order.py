@@ -1,22 +1,23 @@
 """The layers of a model in order of execution, as calibration data run through them.
 
 The first batch gives the order. If it misses layers (a mixture routes it to some experts only), further batches are run until
-every layer was seen.
+every layer was seen; and one of each kind, since other arguments or flags may call layers more often or on other inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.expert_inputs import ExpertInputs
 from bisparse.pruning.calibration.hooks import call_model, observed, unseen_reason
 
-__all__ = ["discover"]
+__all__ = ["discover", "one_of_each_kind"]
 
 
 def discover(
@@ -25,19 +26,39 @@ def discover(
     """The layers in order of execution, grouped by shared input.
 
     Returns:
-        The groups; how often each layer is called for the first batch that reaches it; how many batches were run.
+        The groups; how often one of these batches calls each layer at most, and more than once for layers that share their input
+        in some of them only; how many batches were run.
     """
     stages: list[list[Layer]] = []
     calls: dict[str, int] = {}
     missing = {layer.name for layer in layers if unseen_reason(layer) is None}
+    kinds: set[Hashable] = set()
+    runs = 0
     for index, batch in enumerate(data):
+        if (kind := _kind(batch)) in kinds and not missing:
+            continue
+        kinds.add(kind)
         found, counts = _stages_of(model, layers, batch, forward, index)
+        place = {layer.name: number for number, stage in enumerate(found) for layer in stage}
+        for stage in stages:
+            if len({place[layer.name] for layer in stage if layer.name in place}) > 1:
+                counts |= {layer.name: max(2, counts.get(layer.name, 0)) for layer in stage}
         stages = _joined(stages, found)
-        calls = counts | calls
+        calls |= {name: max(count, calls.get(name, 0)) for name, count in counts.items()}
         missing -= counts.keys()
-        if not missing:
-            return stages, calls, index + 1
-    return stages, calls, len(data)
+        runs += 1
+    return stages, calls, runs
+
+
+def one_of_each_kind(data: Sequence[Any]) -> list[Any]:
+    """The first batch of each kind; see `discover`."""
+    return list({_kind(batch): batch for batch in reversed(data)}.values())[::-1]
+
+
+def _kind(batch: Any) -> Hashable:
+    """What a model may branch on without looking at numbers: which arguments there are, and flags among them."""
+    leaves, structure = pytree.tree_flatten(dict(batch) if isinstance(batch, Mapping) else batch)
+    return repr(structure), tuple(leaf if leaf is None or isinstance(leaf, bool) else type(leaf) for leaf in leaves)
 
 
 def _stages_of(
