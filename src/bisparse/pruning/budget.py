@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from bisparse.diversity import hardware
 from bisparse.layers import Filter, Layer, Skipped, find_layers, matrix_sides, remainder_reason
@@ -192,7 +191,7 @@ def plan_within(
                 "budget=": stable_repr(budget),
                 "patterns=": ", ".join(map(_text, structures)),
                 "the layers": ", ".join(allowed),
-                "the digest of the data": "none" if batches is None else fingerprint(*pytree.tree_leaves(batches)),
+                "the digest of the data": "none" if batches is None else fingerprint(batches),
             }
         )
     costs = _costs(model, layers, allowed, batches, options, ranks)

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from bisparse.apart import check_apart, origin_of
 from bisparse.arguments import listed
@@ -32,7 +31,7 @@ from bisparse.pruning.calibration.finished_block import BlockFit, BlockFitter, F
 from bisparse.pruning.calibration.hooks import none_reached, unreached_reason
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, ExpertStatistics, Statistic, full_precision
-from bisparse.pruning.fingerprint import fingerprint, stable_repr
+from bisparse.pruning.fingerprint import fingerprint, saved_tensors, stable_repr
 from bisparse.pruning.journal import Journal, JournaledFit, JournalError
 from bisparse.pruning.layer import Change, prune_layer
 from bisparse.pruning.layer_tensors import live_tensors, restore_, resumed_result, tensors_after, write_
@@ -262,16 +261,18 @@ class Job:
             "solver": stable_repr(options.solver),
             "order": f"{options.order}{fit}",
             "experts": f"all tokens below {options.expert_floor:g} per input",
-            "data": fingerprint(*pytree.tree_leaves(self.data)),
-            "network data": fingerprint(*pytree.tree_leaves(getattr(options.network, "batches", None))),
-            "weights": fingerprint(*(layer.weight for layer in self.layers)) if self.uses_data else "none",
+            "data": fingerprint(self.data),
+            "network data": fingerprint(getattr(options.network, "batches", None)),
+            "forward": "none" if options.forward is None else fingerprint(options.forward),
+            # What calibration runs through is more than the layers that are pruned.
+            "weights": fingerprint(*saved_tensors(self.model)) if self.uses_data else "none",
         }
 
     def _argument_by_argument(self, about: Mapping[str, Any]) -> dict[str, str]:
         """The description of the job with one entry per layer and tensor, for ranks to compare."""
         lines = {f"the pruning of {name}": line for name, line in about["jobs"].items()}
         lines |= {"solver=": about["solver"], "order=": about["order"], "expert_floor=": about["experts"]}
-        lines |= {f"the digest of the {name}": about[name] for name in ("data", "network data")}
+        lines |= {f"the digest of the {name}": about[name] for name in ("data", "network data")} | {"forward=": about["forward"]}
         tensors = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
         lines |= {f"the digest of {name}": fingerprint(one) for name, one in tensors.items()}
         allowed = [(name, task.allowed) for name, task in self.tasks.items() if task.allowed is not None]
