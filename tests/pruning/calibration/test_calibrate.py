@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import UserDict
 
 import pytest
 import torch
@@ -139,6 +140,29 @@ def test_samples_without_a_batch_dimension_are_batches_of_one(name: str, method,
     expected = prune_(many, "2:4", method, [sample[None] for sample in samples], include="0")
     assert found["0"].error == expected["0"].error
     assert torch.equal(one[0].weight, many[0].weight)
+
+
+@pytest.mark.parametrize("order", ["parallel", "sequential"])
+@pytest.mark.parametrize(
+    "made", [lambda x: x, lambda x: {"x": x}, lambda x: UserDict({"x": x})], ids=["tensor", "dict", "UserDict"]
+)
+def test_a_model_that_works_on_its_inputs_in_place_sees_the_same_data_in_each_pass(order: str, made) -> None:
+    class Normalising(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(torch.relu(self.a(x.sub_(3.0))))
+
+    x = [torch.randn(4, 8) for _ in range(5)]
+    batches = [made(one.clone()) for one in x]
+    found = walked(Normalising(), batches, include=["a", "b"], order=order)
+    rows = torch.cat(x) - 3
+    torch.testing.assert_close(found["a"].gram[0], rows.T @ rows / 20, rtol=1e-4, atol=1e-5)
+    assert all(
+        torch.equal(one, batch if isinstance(batch, Tensor) else batch["x"]) for one, batch in zip(x, batches, strict=True)
+    )
 
 
 class Recurrent(nn.Module):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bisparse.layers import Layer
 from bisparse.pruning.calibration.expert_inputs import BUSY, EXPERTS, ExpertInputs, experts_hook
@@ -88,6 +90,8 @@ class EnoughSeen(Exception):
 def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None, index: int = 0) -> Any:
     """Run the model on one batch: ``forward(model, batch)``, or a mapping by keyword, a tuple or list by position, else as one.
 
+    The model gets a copy: one that works on its inputs in place would see other data in each pass.
+
     Raises:
         CalibrationError: the model does not take the batch.
     """
@@ -97,6 +101,7 @@ def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
     )
     forget_casts()
     with batch_error_context(batch, index, f"the model {type(model).__name__}", ways), _without_cache(model):
+        batch = _copied(batch)
         if forward is not None:
             return forward(model, batch)
         if isinstance(batch, Mapping):
@@ -104,6 +109,25 @@ def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
         if isinstance(batch, tuple | list):
             return model(*batch)
         return model(batch)
+
+
+def _copied(batch: Any) -> Any:
+    """A batch with tensors of its own. Those that are one tensor stay one, since layers with the same input share statistics."""
+    twins: dict[int, Tensor] = {}
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            if id(leaf) not in twins:
+                twins[id(leaf)] = leaf.detach().clone()
+            return twins[id(leaf)]
+        if isinstance(leaf, MutableMapping):  # a tokenizer's output
+            twin = copy.copy(leaf)
+            for key, value in leaf.items():
+                twin[key] = pytree.tree_map(copied, value)
+            return twin
+        return leaf
+
+    return pytree.tree_map(copied, batch)
 
 
 def forget_casts() -> None:
