@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from bisparse.checkpoint import read_sidecar
 from bisparse.cli import app
 
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
 PATTERNS = ("-p", "2:4-T", "-p", "4:8-T", "-p", "6:8-T", "-p", "dense")
 
 
@@ -42,6 +43,26 @@ def test_a_budget_gives_a_folder_of_several_patterns_that_verifies(method: str, 
     assert {layer.pattern for layer in read_sidecar(tmp_path / "out").report} == used
     code, said = invoke("verify", "out")
     assert code == 0 and said["ok"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [("prune", "--budget", "60%", *PATTERNS), ("quantize", "-s", "int8")],
+    ids=["budget", "quantize"],
+)
+def test_a_model_without_tokenizer_needs_none_where_no_text_is_read(command: tuple[str, ...], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **SIZES)).save_pretrained("model")
+    verb, *options = command
+    code, said = invoke(verb, "model", "out", *options)
+    assert code == 0 and said["ok"] and (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_model_without_tokenizer_and_a_method_that_needs_text(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **SIZES)).save_pretrained("model")
+    code, said = invoke("prune", "model", "out", "-p", "2:4", "--method", "wanda")
+    assert code == 2 and "needs calibration data" in str(said) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

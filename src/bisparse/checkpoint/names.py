@@ -48,8 +48,8 @@ def named_as_in(
         raise CheckpointError(
             source.path,
             f"holds other tensors than the model built from it: {'; '.join(said)}",
-            "load it with transformers, write it to another folder with save_pretrained and start from that, or name a function "
-            "of yours, module:function, that returns the model",
+            "name a function of yours, module:function, that returns the model: it is written under its own names, which "
+            "from_pretrained reads, too. A copy by save_pretrained helps only if that writes the model's own names",
         )
     return fitting
 

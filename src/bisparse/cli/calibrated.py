@@ -196,7 +196,7 @@ def open_job(
     if target is not None:
         output.check_target(target, overwrite, SIDECAR)
         output.check_writable(target)
-    source = open_source(name)
+    source = open_source(name, tokenizer=bool(texts.paths))
     for place in (target, resume):
         if place is not None:
             check_apart(place, {"model's own files": origin_of(source.model)})
@@ -285,7 +285,7 @@ def _check_data(name: str, source: Source, data: TextBatches | list[Any] | None,
     needing = next((what for what, needs in asked.items() if needs), None)
     if data is not None or needing is None:
         return
-    if source.tokenizer is None:
+    if source.folder is None and source.tokenizer is None:
         raise typer.BadParameter(
             f"{name}() returns only a model, and {needing} needs calibration data: return (model, batches)", param_hint="SOURCE"
         )

@@ -117,7 +117,7 @@ def quantize_folder(
     output.check_target(target, overwrite, QUANTIZATION)
     output.check_writable(target)
     _check_plain(source)
-    opened = open_source(source)
+    opened = open_source(source, tokenizer=calibration is not None)
     batches = _batches(opened, calibration, sequences, length)
     if method == "gptq" and batches is None:
         raise typer.BadParameter("missing; gptq needs calibration data", param_hint="--calibration")

@@ -48,7 +48,7 @@ def open_source(name: str, *, tokenizer: bool = True) -> Source:
     ``org/name`` is taken from the local Hugging Face cache.
 
     Args:
-        tokenizer: also load the model's tokenizer; image models have none.
+        tokenizer: also load the model's tokenizer; image models have none. That of a .gguf file is always loaded.
 
     Raises:
         CheckpointError: the folder's files are damaged, config.json names no transformers class, or the model's tensors
@@ -92,7 +92,7 @@ def open_source(name: str, *, tokenizer: bool = True) -> Source:
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     words = None
-    if tokenizer:
+    if tokenizer or options:
         with _loading(path, "the tokenizer"):
             words = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     if options:
