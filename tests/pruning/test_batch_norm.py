@@ -85,6 +85,18 @@ def test_folding_keeps_the_outputs_depthwise_and_linear_included() -> None:
     assert fold_batch_norms_(one, x) == []
 
 
+def test_outputs_that_hold_no_tensor_are_refused_and_nothing_is_folded() -> None:
+    class Wrapped(nn.Sequential):
+        def forward(self, x: Tensor) -> object:
+            return type("Result", (), {"value": super().forward(x)})()
+
+    model = Wrapped(nn.Linear(4, 8), nn.BatchNorm1d(8)).eval()
+    with pytest.raises(ValueError, match="pass forward="):
+        fold_batch_norms_(model, torch.randn(3, 4))
+    assert isinstance(model[1], nn.BatchNorm1d)
+    assert fold_batch_norms_(model, torch.randn(3, 4), forward=lambda model, x: model(x).value) == ["0"]
+
+
 def test_a_layer_whose_output_is_used_twice_keeps_its_norm() -> None:
     one, x = model(shared=True), torch.randn(4, 3, 6, 6)
     before = one(x)

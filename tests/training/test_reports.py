@@ -63,6 +63,7 @@ def test_static_masks_follow_no_scores_and_dense_phases_have_no_mask() -> None:
         _, _, sparsity = trained(**how)
         for layer in sparsity.report():
             assert layer.retained is layer.gap is layer.value is None and layer.density == pytest.approx(density, abs=0.01)
+            assert ("dense phase" in layer.note) is (density == 1.0)
 
 
 @pytest.mark.parametrize("finalized", [False, True])

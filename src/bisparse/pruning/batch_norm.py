@@ -81,7 +81,7 @@ def fold_batch_norms_(
         The names of the layers that a batch norm was folded into.
 
     Raises:
-        ValueError: the model is in sparse training, or accelerated: call `finalize_` first.
+        ValueError: the model is in sparse training, or accelerated: call `finalize_` first; or outputs without a tensor.
     """
     check_unheld(model, "folding batch norms")
     check_number("tolerance", tolerance, least=0)
@@ -97,6 +97,8 @@ def fold_batch_norms_(
         rollback.touch(*(model.get_submodule(name).weight for name in found))  # type: ignore[arg-type]
         model.eval()
         before = _outputs(model, batch, forward)
+        if not any(one.is_floating_point() for one in before):
+            raise ValueError("the model returned no floating-point tensor to compare: pass forward=, which returns one")
         undo = [_fold_(model, name, norm) for name, norm in found.items()]
         folded = list(found)
         if not _close(before, _outputs(model, batch, forward), tolerance):

@@ -18,7 +18,7 @@ def layer_facts(layer: SparseLayer, score: Score) -> LayerResult:
     """Density and, for a dynamic mask, the fraction of the score that it keeps and its gap to the best mask of this weight.
 
     The gap is proved by the certificate of a new exact search, whichever solver the run uses. These figures are None for a
-    static mask, which does not follow scores, and in a dense phase, which has no mask.
+    static mask, which does not follow scores, and in a dense phase, which has no mask, as a note says.
     """
     weight = layer.full_weight()
     own = layer.parametrization
@@ -47,5 +47,6 @@ def layer_facts(layer: SparseLayer, score: Score) -> LayerResult:
         gap=gap,
         value=value,
         time_s=0.0,
+        note="dense: the run is in a dense phase, which has no mask" if own is not None and own.dense else "",
         checksum=checksum_of(forward),
     )
