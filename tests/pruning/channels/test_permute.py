@@ -220,6 +220,26 @@ def test_a_hidden_use_of_the_channels_is_caught_by_the_outputs() -> None:
     assert "outputs changed" in report.spaces[0].reason
 
 
+def test_blocks_in_a_list_are_traced_where_the_whole_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)) for _ in range(2))
+
+        def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return torch.add(x, x) if scale is None else x * scale
+
+    model, x = randomised(Blocks()), torch.randn(3, 8)
+    before = model(x)
+    report = permute_(model, "2:4", x)
+    assert list(report.untraced) == ["Blocks"] and [space.layers[0] for space in report.spaces] == ["blocks.0.0", "blocks.1.0"]
+    assert report.retained_after > report.retained_before and not any(space.reason for space in report.spaces)
+    torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+    assert not capsys.readouterr().err
+
+
 class Auxiliary(nn.Module):
     """A second head, as in GoogLeNet and DeepLab, that runs in training only."""
 

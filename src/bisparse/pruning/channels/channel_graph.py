@@ -11,8 +11,10 @@ Where torch.fx cannot trace the whole model, its submodules are traced separatel
 from __future__ import annotations
 
 import inspect
+import io
 import operator
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,16 +111,18 @@ def channel_spaces(
     skipped: dict[str, str] = {}
 
     def visit(module: nn.Module, name: str) -> None:
-        if name not in given or not any(True for _ in module.children()):
+        if not any(True for _ in module.children()):
             return
-        try:
-            spaces.extend(_Reader(module, *given[name]).spaces())
-        except UNTRACEABLE as error:
-            skipped[name or type(model).__name__] = (
-                f"torch.fx cannot trace it: {str(error).splitlines()[0] if str(error) else error!r}"
-            )
-            for child_name, child in module.named_children():
-                visit(child, f"{name}.{child_name}" if name else child_name)
+        if name in given:  # a ModuleList is not called itself
+            try:
+                spaces.extend(_Reader(module, *given[name]).spaces())
+                return
+            except UNTRACEABLE as error:
+                skipped[name or type(model).__name__] = (
+                    f"torch.fx cannot trace it: {str(error).splitlines()[0] if str(error) else error!r}"
+                )
+        for child_name, child in module.named_children():
+            visit(child, f"{name}.{child_name}" if name else child_name)
 
     visit(model, "")
     inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}  # never called
@@ -163,7 +167,7 @@ class _Reader:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         values = [bound.arguments.get(node.target) for node in graph.nodes if node.op == "placeholder"]
-        with torch.no_grad():
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # it prints the traceback of an error
             ShapeProp(traced).propagate(*values)
         self.graph = traced.graph
         self.all: list[ChannelSpace] = []

@@ -134,6 +134,9 @@ def permute_(
         if not any(one.is_floating_point() for one in goal):
             raise ValueError("the model returned no floating-point tensor to compare: pass forward=, which returns one")
         goal_training = _training_outputs(model, example, forward)
+        random = not _equal(goal_training, _training_outputs(model, example, forward))
+        if random or _equal(goal_training, goal):
+            goal_training = []  # nothing to compare
         before_all, total = _kept(layers, parsed, score_of)
         found: list[PermutedSpace] = []
         # The outputs after a permutation sum in another order; undone ones are those that differ by more.
@@ -153,9 +156,8 @@ def permute_(
                 back = torch.argsort(order)
                 if after <= value:
                     space.permute_(back)
-                elif not (
-                    _close(goal, _outputs(model, example, forward), tolerance)
-                    and _close(goal_training, _training_outputs(model, example, forward), tolerance)
+                elif not _close(goal, _outputs(model, example, forward), tolerance) or (
+                    goal_training and not _close(goal_training, _training_outputs(model, example, forward), tolerance)
                 ):
                     space.permute_(back)
                     done[id(space)] = "the outputs changed: the graph hides a use of these channels"
@@ -325,13 +327,13 @@ def _outputs(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any],
 
 
 def _training_outputs(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any] | None) -> list[Tensor]:
-    """The outputs in training mode, with dropout and batch norms as in evaluation; none if they are random or need labels."""
+    """The outputs in training mode, with dropout and batch norms as in evaluation; none if they need labels."""
     containers = [module for module in model.modules() if any(True for _ in module.children())]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         for module in containers:
             module.training = True
-        first, second = (_outputs(model, example, forward) for _ in range(2))
+        return _outputs(model, example, forward)
     except CalibrationError:
         return []
     finally:
@@ -339,8 +341,10 @@ def _training_outputs(model: nn.Module, example: Any, forward: Callable[[nn.Modu
             module.training = False
         for buffer, before in buffers:
             buffer.copy_(before)
-    alike = len(first) == len(second) and all(map(torch.equal, first, second))
-    return first if alike else []
+
+
+def _equal(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 def _close(goal: list[Tensor], now: list[Tensor], tolerance: float) -> bool:
