@@ -38,6 +38,24 @@ def batch(number: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(8, 16, generator=generator), torch.randint(0, 8, (8,), generator=generator)
 
 
+def test_a_student_that_works_on_its_inputs_in_place_is_refused():
+    class Normalising(nn.Sequential):
+        def forward(self, x: torch.Tensor, *, mean: torch.Tensor) -> torch.Tensor:
+            return super().forward(x.sub_(mean))
+
+    student = Normalising(nn.Linear(16, 8))
+    teacher, mean = Distillation(student, task=0.0), torch.tensor(2.0)
+    student(torch.randn(4, 16), mean=mean)
+    with pytest.raises(ValueError, match="in place"):
+        teacher.loss()
+    with torch.no_grad():
+        student.eval()(torch.randn(4, 16), mean=mean)
+    student.train()
+    student.forward = lambda x, *, mean: nn.Sequential.forward(student, x - mean)
+    student(torch.randn(4, 16), mean=mean)
+    assert float(teacher.loss().detach()) == pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_the_loss_is_the_divergence_of_hinton_and_its_gradient(net, temperature):
     dense = copy.deepcopy(net)

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from bisparse.arguments import check_function, is_number
 from bisparse.distances import HIDDEN_LOSSES, HiddenLoss, hidden_distance, logit_divergence
 from bisparse.layers import Filter, matches
 from bisparse.results import checksum_of
 from bisparse.token_masks import TokenMasks, fitted
+from bisparse.training.distill_outputs import check_logits, device_of, hidden_state, logits_of
 from bisparse.training.distill_teacher import frozen_teacher
 from bisparse.wrappers import plain_names, unwrapped_model
 
@@ -42,10 +43,12 @@ class _Pass:
     output: Any
     hidden: dict[str, list[Tensor]]
     autocast: torch.dtype | None
+    intact: bool
+    """Whether the arguments are as they were before the pass."""
 
 
 class _Hook:
-    """A forward hook that records an output. In copies and pickles of the module it does nothing and has no teacher."""
+    """A hook that records what it is called with. In copies and pickles of the module it does nothing and has no teacher."""
 
     def __init__(self, record: Callable[..., None]) -> None:
         self.record: Callable[..., None] | None = record
@@ -53,9 +56,9 @@ class _Hook:
     def __getstate__(self) -> dict[str, Any]:
         return {"record": None}
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, *call: Any) -> None:
         if self.record is not None:
-            self.record(module, args, kwargs, output)
+            self.record(*call)
 
 
 class Distillation:
@@ -117,7 +120,7 @@ class Distillation:
         self.teacher, self._own = frozen_teacher(self.student, teacher, dtype)
         self.weights = {"logits": float(logits), "hidden": float(hidden), "task": float(task)}
         self.temperature, self.hidden_loss, self.dtype = float(temperature), hidden_loss, dtype
-        self._output, self._where = output or _logits, where
+        self._output, self._where = output or logits_of, where
         self.terms: dict[str, Tensor] = {}
         """The parts of the last loss, before their weights, detached."""
         self._passes: list[_Pass] = []
@@ -131,8 +134,11 @@ class Distillation:
         for name, module in names.items():
             self._hook(module, lambda own, *rest, name=name: self._keep(self._hidden, name, own, rest[-1]))
             self._hook(
-                theirs[name], lambda own, *rest, name=name: self._given.setdefault(name, []).append(_state(rest[-1], name))
+                theirs[name], lambda own, *rest, name=name: self._given.setdefault(name, []).append(hidden_state(rest[-1], name))
             )
+        self._versions: list[int] = []
+        self._hooks.append(_Hook(self._before))
+        self._handles.append(self.student.register_forward_pre_hook(self._hooks[-1], with_kwargs=True))
         self._hook(self.student, self._record)
         self._checksum: int | None = None
 
@@ -152,14 +158,19 @@ class Distillation:
 
     def _keep(self, held: dict[str, list[Tensor]], name: str, module: nn.Module, output: Any) -> None:
         if _trains(module):
-            held.setdefault(name, []).append(_state(output, name))
+            held.setdefault(name, []).append(hidden_state(output, name))
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if _trains(module):
+            self._versions = _versions_of((args, kwargs))
 
     def _record(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not _trains(module):
             return
-        kind = "cpu" if (device := _device(output)) is None else device.type
+        kind = "cpu" if (device := device_of(output)) is None else device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self._passes.append(_Pass(args, kwargs, output, self._hidden, dtype))
+        intact = self._versions == _versions_of((args, kwargs))
+        self._passes.append(_Pass(args, kwargs, output, self._hidden, dtype, intact))
         self._hidden = {}
 
     def reset(self) -> None:
@@ -175,7 +186,8 @@ class Distillation:
             task: the loss without a teacher, a mean over examples; None: only the distances.
 
         Raises:
-            ValueError: no training forward pass since the last call, or several (see `reset`); outputs of different shapes.
+            ValueError: no training forward pass since the last call, or several (see `reset`); outputs of different shapes;
+                inputs that the student has changed.
         """
         if len(self._passes) != 1:
             many = "no training forward pass" if not self._passes else f"{len(self._passes)} training forward passes"
@@ -185,6 +197,11 @@ class Distillation:
             )
         (done,) = self._passes
         self.reset()
+        if not done.intact:
+            raise ValueError(
+                f"the student ({type(self.student).__name__}) works on its inputs in place, so the teacher would get other ones: "
+                "let its forward begin with a copy, such as x = x - mean instead of x.sub_(mean)"
+            )
         given = self._teach(done)
         masks = TokenMasks.of_batch(self.student, done.kwargs)
         if self._where is not None:
@@ -192,7 +209,7 @@ class Distillation:
         parts: dict[str, Tensor] = {}
         if self.weights["logits"]:
             own, theirs = self._output(done.output), self._output(given)
-            _check_logits(own, theirs)
+            check_logits(own, theirs)
             parts["logits"] = logit_divergence(own, theirs, self.temperature, fitted(masks.of(""), own.shape[:-1]))
         if self.weights["hidden"]:
             parts["hidden"] = self._compare(done.hidden, masks)
@@ -205,7 +222,7 @@ class Distillation:
 
     def _teach(self, done: _Pass) -> Any:
         """The teacher's output for the inputs of a forward pass."""
-        device = _device(done.output) or torch.device("cpu")
+        device = device_of(done.output) or torch.device("cpu")
         if self._own and next(iter(self.teacher.parameters())).device != device:
             self.teacher.to(device)
         self.teacher.eval()
@@ -341,40 +358,8 @@ def _trains(module: nn.Module) -> bool:
     return torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1
 
 
-def _state(output: Any, name: str) -> Tensor:
-    """The hidden state in a module's output: the tensor, or the first entry of a tuple or mapping."""
-    first = output
-    if isinstance(output, Mapping):
-        first = next(iter(output.values()), None)
-    elif isinstance(output, tuple | list):
-        first = output[0] if output else None
-    if not isinstance(first, Tensor):
-        raise ValueError(f"{name}: its output is {type(output).__name__} and does not begin with a tensor: choose other layers=")
-    return first
-
-
-def _logits(output: Any) -> Tensor:
-    found = output["logits"] if isinstance(output, Mapping) and "logits" in output else getattr(output, "logits", output)
-    if isinstance(found, tuple | list):
-        found = next((one for one in found if isinstance(one, Tensor) and one.ndim > 0), None)
-    if not isinstance(found, Tensor):
-        raise ValueError(f"no logits in an output of type {type(output).__name__}: pass output=, a function that returns them")
-    return found
-
-
-def _check_logits(own: Tensor, theirs: Tensor) -> None:
-    if own.shape != theirs.shape or own.ndim < 2:
-        raise ValueError(
-            f"logits of shape {tuple(own.shape)} (student) and {tuple(theirs.shape)} (teacher): expected the same, (..., C)"
-        )
-    if own.shape[-1] < 2:
-        raise ValueError(
-            "outputs of one number per sample are not class probabilities, and their divergence is always 0: "
-            "pass logits=0 and hidden=, or output="
-        )
-
-
-def _device(output: Any) -> torch.device | None:
-    """The device of the first tensor in an output."""
-    values = output.values() if isinstance(output, Mapping) else output if isinstance(output, tuple | list) else [output]
-    return next((one.device for one in values if isinstance(one, Tensor)), None)
+def _versions_of(inputs: Any) -> list[int]:
+    """How often each tensor was written to in place; compiled code does not know it."""
+    if torch.compiler.is_compiling():
+        return []
+    return [one._version for one in tree_leaves(inputs) if isinstance(one, Tensor) and not one.is_inference()]
