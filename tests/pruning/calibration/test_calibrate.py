@@ -165,6 +165,23 @@ def test_a_model_that_works_on_its_inputs_in_place_sees_the_same_data_in_each_pa
     )
 
 
+@pytest.mark.parametrize("compiled", ["all", "block"])
+def test_compiled_modules_are_calibrated_like_plain_ones(compiled: str) -> None:
+    plain = nn.Sequential(nn.Linear(16, 16), nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16)), nn.Linear(16, 16))
+    model, batches = copy.deepcopy(plain.eval()), [torch.randn(20, 16) for _ in range(5)]
+    (model if compiled == "all" else model[1]).compile(backend="eager")
+    with torch.no_grad():
+        model(batches[0])  # compiled code has the hooks of its first run: none
+    expected, found = (prune_(one, "2:4", AdaPrune(), batches) for one in (plain, model))
+    assert [layer.error for layer in found] == [layer.error for layer in expected]
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), plain.parameters(), strict=True))
+    torch.testing.assert_close(model(batches[0]), plain(batches[0]))
+    wrapped = torch.compile(copy.deepcopy(plain), backend="eager")
+    with torch.no_grad():
+        wrapped(batches[0])
+    assert len(prune_(wrapped, "1:4", Wanda(), batches)) == 4
+
+
 class Recurrent(nn.Module):
     """A layer that a flag calls twice, and blocks of which a flag skips one."""
 

@@ -172,11 +172,12 @@ def _timed(stages: Iterator[Stage | FinishedBlock], walk: Walk) -> Iterator[Stag
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """While open, all modules are in eval mode."""
+    """While open, all modules are in eval mode, and compiled ones run uncompiled, since compiled code has old hooks."""
     training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         for module, mode in training:
             module.training = mode

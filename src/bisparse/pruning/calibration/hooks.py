@@ -90,7 +90,8 @@ class EnoughSeen(Exception):
 def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None = None, index: int = 0) -> Any:
     """Run the model on one batch: ``forward(model, batch)``, or a mapping by keyword, a tuple or list by position, else as one.
 
-    The model gets a copy: one that works on its inputs in place would see other data in each pass.
+    The model gets a copy: one that works on its inputs in place would see other data in each pass. Compiled modules run
+    uncompiled, since compiled code has the hooks of an earlier run.
 
     Raises:
         CalibrationError: the model does not take the batch.
@@ -100,7 +101,11 @@ def call_model(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any],
         "else, such as (inputs, labels) pairs"
     )
     forget_casts()
-    with batch_error_context(batch, index, f"the model {type(model).__name__}", ways), _without_cache(model):
+    with (
+        batch_error_context(batch, index, f"the model {type(model).__name__}", ways),
+        _without_cache(model),
+        torch.compiler.set_stance("force_eager"),
+    ):
         batch = _copied(batch)
         if forward is not None:
             return forward(model, batch)
