@@ -134,6 +134,14 @@ def test_the_decoder_of_a_model_without_encoder_reads_the_attention_mask() -> No
     assert masks.of("decoder.bert.encoder.layer.0.attention.self.key") is None
 
 
+def test_the_mask_of_a_text_is_not_that_of_pictures() -> None:
+    masks = TokenMasks.of_batch(nn.Linear(1, 1), {"attention_mask": MASK, "pixel_values": torch.ones(2, 3, 8, 8)})
+    for name in ("vision_model.encoder.layers.0.mlp.fc1", "model.visual.blocks.0.attn.qkv", "vision_tower.layers.1.fc2"):
+        assert masks.of(name) is None
+    for name in ("text_model.encoder.layers.0.mlp.fc1", "model.language_model.layers.0.mlp.up_proj", ""):
+        assert torch.equal(masks.of(name), MASK.bool())
+
+
 def test_a_student_with_encoder_and_decoder_is_compared_at_the_decoders_positions() -> None:
     student = Translator()
     teacher = Distillation(student, hidden=1.0, layers=["encoder", "decoder.layers.1"])

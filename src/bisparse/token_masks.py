@@ -1,7 +1,7 @@
 """Which positions of a batch are real tokens, where layers, blocks and outputs store them.
 
 A mask is of (samples, positions). Hidden states have these positions in several shapes, and in a model of encoder and decoder
-each of the two has a mask of its own.
+each of the two has a mask of its own. Pictures next to text have none.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 __all__ = ["TokenMasks", "fitted"]
 
 DECODER = re.compile(r"(^|[._])decoder(\.|$)")
+VISION = re.compile(r"(^|[._])(vision|visual|image)[^.]*\.")
 CROSS_ATTENTION = re.compile(r"(cross|enc)\w*att\w*\.(\w+\.)*(k|v|kv|key|value)(_\w+)?$", re.IGNORECASE)
 """Keys and values of the decoder's attention to the encoder: T5's EncDecAttention.k, BART's encoder_attn.k_proj."""
 
@@ -31,6 +32,8 @@ class TokenMasks:
     """``decoder_attention_mask``."""
     has_decoder: bool = False
     """Whether encoder and decoder read different sequences."""
+    has_pictures: bool = False
+    """Whether the batch has pictures besides tokens."""
 
     @classmethod
     def of_batch(cls, model: nn.Module, batch: Any) -> TokenMasks:
@@ -39,13 +42,14 @@ class TokenMasks:
             return cls()
         two = getattr(getattr(model, "config", None), "is_encoder_decoder", False) is True
         two = two or any(isinstance(key, str) and key.startswith("decoder_") for key in batch)
-        return cls(_two_dimensional(batch.get("attention_mask")), _two_dimensional(batch.get("decoder_attention_mask")), two)
+        own, decoder = (_two_dimensional(batch.get(name)) for name in ("attention_mask", "decoder_attention_mask"))
+        return cls(own, decoder, two, "pixel_values" in batch)
 
     def of(self, name: str) -> Bool[Tensor, "B S"] | None:
         """The mask of the positions that a layer reads or a block returns, by its name; "" is the model itself."""
         if self.has_decoder and (not name or DECODER.search(name)) and not CROSS_ATTENTION.search(name):
             return self.decoder
-        return self.own
+        return None if self.has_pictures and VISION.search(name) else self.own
 
 
 def fitted(mask: Bool[Tensor, "B S"] | None, leading: Sequence[int]) -> Bool[Tensor, "..."] | None:
