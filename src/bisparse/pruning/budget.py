@@ -5,9 +5,12 @@ The cost of a pattern for a layer is the fraction of the energy of its output th
     |W x - (S * W) x|^2 / |W x|^2 = tr(D G D^T) / tr(W G W^T),    D = W - S * W,    G = E[x x^T]
 
 with G from calibration data and S the mask that keeps most of ``w_oi^2 G_ii``; without data, the fraction of squared magnitude.
-It is measured on the dense network, before kept weights are fitted. The sum over layers is minimised exactly; see `choose`.
-Using this sum as the damage to the network is an assumption. A layer can be denser than the budget only if another one is
-sparser, so the list of patterns should include some that are sparser than the budget.
+It is measured on the dense network, before kept weights are fitted. With data, layers are weighed by how much the output of the
+network depends on theirs, where gradients can tell (`output_sensitivity`). The sum over layers is minimised exactly; see
+`choose`. Using this sum as the damage to the network is an assumption. A layer can be denser than the budget only if another one
+is sparser, so the list of patterns should include some that are sparser than the budget.
+Measured (SmolLM2-135M, 50 % of the weights, SparseGPT on 32 sequences, perplexity): every layer at 16:32-T 95.1; a choice from
+8:32-T to 24:32-T and dense 77.9, without the weights of layers 98.7.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from bisparse.pruning.fingerprint import fingerprint, stable_repr
 from bisparse.pruning.knapsack import Choice, choose
 from bisparse.pruning.layer import check_can_be_written, layer_problem
 from bisparse.pruning.methods.base import LayerProblem
+from bisparse.pruning.sensitivity import output_sensitivity
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout
 
@@ -194,10 +198,11 @@ def plan_within(
                 "the digest of the data": "none" if batches is None else fingerprint(batches),
             }
         )
-    costs = _costs(model, layers, allowed, batches, options, ranks)
-    left_dense += [Skipped(one.name, unreached_reason(one)) for one in layers if one.name not in costs]
-    layers = [layer for layer in layers if layer.name in costs]
-    return _chosen(budget, layers, allowed, costs, left_dense, measured=batches is not None)
+    losses = _losses(model, layers, allowed, batches, options, ranks)
+    left_dense += [Skipped(one.name, unreached_reason(one)) for one in layers if one.name not in losses]
+    layers = [layer for layer in layers if layer.name in losses]
+    weights = None if batches is None else _weights(model, layers, losses, batches, options, ranks)
+    return _chosen(budget, layers, allowed, losses, left_dense, weights)
 
 
 def _structures(patterns: object) -> list[Structure | None]:
@@ -213,11 +218,11 @@ def _chosen(
     budget: Budget,
     layers: Sequence[Layer],
     allowed: Mapping[str, Sequence[Structure | None]],
-    costs: Mapping[str, Sequence[float]],
+    losses: Mapping[str, Losses],
     left_dense: list[Skipped],
-    *,
-    measured: bool,
+    weights: Mapping[str, float] | str | None,
 ) -> Plan:
+    """The cheapest structures. `weights`: of the layers; or why all have the same; None: there is no data."""
     sizes = [[budget.size(layer, one) for one in allowed[layer.name]] for layer in layers]
     total = sum(budget.size(layer, None) for layer in layers)
     smallest = sum(map(min, sizes))
@@ -226,12 +231,15 @@ def _chosen(
         raise ValueError(
             f"the budget of {budget} is too small: the sparsest patterns need {smallest / total:.4g} of the dense layers"
         )
-    choice = choose([costs[layer.name] for layer in layers], sizes, capacity)
-    what = "of the output's energy" if measured else "of the squared magnitude"
-    planned, reasons = [], {}
+    own = weights if isinstance(weights, Mapping) else {layer.name: 1.0 for layer in layers}
+    costs = [[own[layer.name] * one for one in losses[layer.name].fractions] for layer in layers]
+    choice = choose(costs, sizes, capacity)
+    what = "of the squared magnitude" if weights is None else "of the output's energy"
+    planned, reasons, lost = [], {}, 0.0
     for layer, option in zip(layers, choice.options, strict=True):
-        structures = allowed[layer.name]
-        reason = _reason(structures, costs[layer.name], option, budget, what)
+        structures, fractions = allowed[layer.name], losses[layer.name].fractions
+        lost += fractions[option]
+        reason = _reason(structures, fractions, option, budget, what)
         if (structure := structures[option]) is None:
             left_dense.append(Skipped(layer.name, reason))
         else:
@@ -242,10 +250,15 @@ def _chosen(
     counts = Counter(_text(allowed[layer.name][option]) for layer, option in zip(layers, choice.options, strict=True))
     proof = "proved optimal" if choice.gap == 0 else f"within {choice.gap:.1e} of the optimum"
     used = ", ".join(f"{count} {text}" for text, count in counts.most_common())
+    weighed = ""
+    if isinstance(weights, Mapping):
+        weighed = ", with layers weighed by how much the network's output depends on theirs"
+    elif weights is not None:
+        weighed = f", with all layers weighed alike: {weights}"
     note = (
         f"budget of {budget} of {len(layers)} layers, of which the choice takes {100 * choice.size / total:.4g} %: "
-        f"{used}; mean loss {choice.cost / len(layers):.4g} {what} per layer before any fit, {proof} "
-        f"(bound of the linear relaxation {choice.relaxed / len(layers):.4g})"
+        f"{used}; mean loss {lost / len(layers):.4g} {what} per layer before any fit{weighed}; {proof} (the bound of the linear "
+        f"relaxation is {1 - choice.relaxed / choice.cost if choice.cost > 0 else 0.0:.2%} below)"
     )
     if smallest > (1 - 1e-9) * budget.fraction * total:
         note += "; the sparsest patterns use the whole budget, so no layer can have a denser one: add sparser patterns"
@@ -262,23 +275,35 @@ def _reason(structures: Sequence[Structure | None], costs: Sequence[float], opti
     return f"{_text(structures[option])} under the budget of {budget}: loses {costs[option]:.2%} {what}{alternatives}"
 
 
-def _costs(
+@dataclass(frozen=True)
+class Losses:
+    """What the patterns of a layer lose."""
+
+    fractions: list[float]
+    """By structure, of the energy of the output or, without data, of the squared magnitude."""
+    energy: float
+    """The output's mean square, summed over channels; without data the squared magnitude."""
+
+
+def _losses(
     model: nn.Module,
     layers: Sequence[Layer],
     allowed: Mapping[str, Sequence[Structure | None]],
     batches: Sequence[Any] | None,
     options: Options,
     ranks: Ranks,
-) -> dict[str, list[float]]:
-    """By layer, the cost of each allowed structure, without layers that no batch reached. The ranks share the work."""
-    found: dict[str, list[float]] = {}
+) -> dict[str, Losses]:
+    """By layer, the loss of each allowed structure, without layers that no batch reached. The ranks share the work."""
+    found: dict[str, Losses] = {}
 
     def add(part: Iterable[tuple[Layer, Statistics | None]]) -> None:
         own = {}
         for layer, statistics in ranks.share(list(part)):
             if statistics is None or statistics.columns:
                 with full_precision(layer.weight.device):
-                    own[layer.name] = [_lost(layer, one, options.solver, statistics) for one in allowed[layer.name]]
+                    pairs = [_lost(layer, one, options.solver, statistics) for one in allowed[layer.name]]
+                energy = max(energy for _, energy in pairs)
+                own[layer.name] = Losses([lost / energy if energy > 0 else 0.0 for lost, energy in pairs], energy)
         for one in ranks.all(own):
             found.update(one)
 
@@ -295,26 +320,43 @@ def _costs(
     return found
 
 
+def _weights(
+    model: nn.Module,
+    layers: Sequence[Layer],
+    losses: Mapping[str, Losses],
+    batches: Sequence[Any],
+    options: Options,
+    ranks: Ranks,
+) -> dict[str, float] | str:
+    """By layer, what losing all of its output would cost, as fractions of the largest; or why this is not known."""
+    if options.device is not None:
+        return "with device=, gradients of the whole network are not computed"
+    found = ranks.all(output_sensitivity(model, layers, batches, options.forward))[0]
+    if isinstance(found, str):
+        return found
+    costs = {name: losses[name].energy * sensitivity for name, sensitivity in found.items()}
+    largest = max(costs.values())
+    return {name: cost / largest for name, cost in costs.items()} if 0 < largest < math.inf else "its gradients are zero"
+
+
 @torch.no_grad()
-def _lost(layer: Layer, structure: Structure | None, solver: Solver, statistics: Statistics | None) -> float:
-    """The fraction of a layer's output energy, or without statistics of its squared magnitude, that its mask loses."""
+def _lost(layer: Layer, structure: Structure | None, solver: Solver, statistics: Statistics | None) -> tuple[float, float]:
+    """What a layer's mask loses of its output energy, or without statistics of its squared magnitude, and the whole of it."""
     if structure is None:
-        return 0.0
+        return 0.0, 0.0
     problem = layer_problem(layer, structure, solver, statistics)
     if statistics is None:
         squares = _in_units_of_the_largest(problem.weight).square()
-        total = float(squares.double().sum())
-        return float(squares[~problem.solve(squares).mask].double().sum()) / total if total > 0 else 0.0
+        return float(squares[~problem.solve(squares).mask].double().sum()), float(squares.double().sum())
     experts = statistics.experts
     if experts is None:
-        lost, energy = _energies(problem)
-        return lost / energy if energy > 0 else 0.0
+        return _energies(problem)
     lost = energy = 0.0
     for own, expert in zip(expert_problems(problem, experts), experts, strict=True):
         if tokens := expert.statistics.columns:
             own_lost, own_energy = _energies(own)
             lost, energy = lost + tokens * own_lost, energy + tokens * own_energy
-    return lost / energy if energy > 0 else 0.0
+    return lost, energy
 
 
 def _energies(problem: LayerProblem) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from bisparse.pruning.calibration.moments import token_weights
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.token_masks import fitted
 
-__all__ = ["fit_kept_"]
+__all__ = ["fit_kept_", "only_these_require_grad"]
 
 STORE_EVERY = 600.0
 """Seconds between two copies of a fit's state on disk, for fits that are stored."""
@@ -60,7 +60,7 @@ def fit_kept_(block: FinishedBlock, epochs: int, learning_rate: float, worthwhil
     else:
         state.start = state.best = _error(block)
     stored = time.monotonic()
-    with _only_these_require_grad(block.module, fitted):
+    with only_these_require_grad(block.module, fitted):
         for epoch in range(epochs):
             order = [block.fit[place] for place in torch.randperm(len(block.fit), generator=generator, device="cpu").tolist()]
             if epoch < state.epoch:
@@ -208,7 +208,8 @@ def _error(block: FinishedBlock) -> float:
 
 
 @contextmanager
-def _only_these_require_grad(module: nn.Module, chosen: list[nn.Parameter]) -> Iterator[None]:
+def only_these_require_grad(module: nn.Module, chosen: list[nn.Parameter]) -> Iterator[None]:
+    """While open, gradients are recorded, of these parameters of a module and of no others; `.grad` is kept aside."""
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in module.parameters()]
     ids = {id(parameter) for parameter in chosen}
     try:

@@ -36,7 +36,7 @@ from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.pruning.kept_fit import fit_kept_
 from bisparse.token_masks import TokenMasks
 
-__all__ = ["NetworkReconstruction", "finished_network", "note_of", "parse_reconstruction"]
+__all__ = ["NetworkReconstruction", "finished_network", "note_of", "parse_reconstruction", "tensor_of"]
 
 HELD_OUT_AT_MOST = 32
 """Held-out batches of long fits."""
@@ -110,14 +110,14 @@ def finished_network(
     """
 
     def output(index: int) -> Tensor:
-        return _tensor_of(call_model(model, data[index], forward, index), index)[0]
+        return tensor_of(call_model(model, data[index], forward, index), index)[0]
 
     def target(index: int) -> Tensor:
         with torch.no_grad():
-            return _tensor_of(call_model(dense, data[index], forward, index), index)[0]
+            return tensor_of(call_model(dense, data[index], forward, index), index)[0]
 
     with torch.no_grad():
-        classes = _tensor_of(call_model(dense, data[0], forward, 0), 0)[1]
+        classes = tensor_of(call_model(dense, data[0], forward, 0), 0)[1]
     fit, judge = split(len(data), max(HOLD_OUT_EVERY, -(-len(data) // HELD_OUT_AT_MOST)))
     return FinishedBlock(
         "the whole network",
@@ -144,7 +144,7 @@ def note_of(network: FinishedBlock, fit: BlockFit) -> str:
     )
 
 
-def _tensor_of(output: Any, index: int) -> tuple[Tensor, bool]:
+def tensor_of(output: Any, index: int) -> tuple[Tensor, bool]:
     """What of a model's output is compared: its logits, else its first floating-point tensor; and whether these are logits."""
     logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
     if isinstance(logits, Tensor) and logits.ndim >= 2 and logits.shape[-1] > 1:
