@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.layers import Layer
-from bisparse.pruning.calibration.calibrate import evaluating
+from bisparse.pruning.calibration.calibrate import evaluating, showing
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.pruning.kept_fit import only_these_require_grad
@@ -43,6 +43,8 @@ def output_sensitivity(
     layers: Sequence[Layer],
     batches: Sequence[Any],
     forward: Callable[[nn.Module, Any], Any] | None = None,
+    *,
+    progress: bool | None = False,
 ) -> dict[str, float] | str:
     """The sensitivity of each layer by its name; or why there is none for all of them, as text.
 
@@ -55,7 +57,7 @@ def output_sensitivity(
     step = -(-len(batches) // MAX_BATCHES)
     try:
         with evaluating(model), only_these_require_grad(model, []), _squares_added_to(sums, layers):
-            for index in range(0, len(batches), step):
+            for index in showing(progress)(range(0, len(batches), step), "weighing layers"):
                 masks = TokenMasks.of_batch(model, batches[index])
                 output, classes = tensor_of(call_model(model, batches[index], forward, index), index)
                 if not output.requires_grad:
@@ -90,7 +92,8 @@ def _squares_added_to(sums: dict[str, Tensor], layers: Sequence[Layer]) -> Itera
                 return output
             # A copy, since a later module may work in place, which a leaf that requires a gradient does not allow.
             watched = (output if output.requires_grad else output.detach().requires_grad_()).clone()
-            watched.register_hook(add)
+            if watched.requires_grad:  # not under torch.no_grad()
+                watched.register_hook(add)
             return watched
 
         return hook
