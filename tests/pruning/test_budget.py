@@ -100,22 +100,26 @@ def test_the_mixture_loses_least_of_all_mixtures(data: bool) -> None:
             share = float((weight.detach() * ~mask).double().square().sum() / weight.detach().double().square().sum())
             costs[name, pattern] = lost(model, dense, x)[name] if data else share
     total = sum(sizes[name, "dense"] for name in names)
-    weights = dict.fromkeys(names, 1.0)
+    weighed = dict(costs)
     if data:
         sensitivity, x = output_sensitivity(dense, find_layers(dense, ["*"])[0], batches()), torch.cat(batches())
         assert isinstance(sensitivity, dict)
-        for name in names:
-            output = dense[int(name)].weight.detach() @ dense[: int(name)](x).detach().T
-            weights[name] = sensitivity[name] * float(output.square().mean(1).sum())
+        for name, pattern in costs:
+            weighed[name, pattern] = 0.0
+            if pattern != "dense":
+                weight, seen = dense.get_parameter(f"{name}.weight").detach(), dense[: int(name)](x).detach()
+                mask = bisparse.solve(weight.square() * seen.square().mean(0), pattern).mask
+                error = ((weight * ~mask) @ seen.T).double().square().mean(1)
+                weighed[name, pattern] = float((error * sensitivity[name]).sum())
     best = min(
-        sum(weights[pair[0]] * costs[pair] for pair in zip(names, choice, strict=True))
+        sum(weighed[pair] for pair in zip(names, choice, strict=True))
         for choice in itertools.product(PATTERNS, repeat=len(names))
         if sum(sizes[pair] for pair in zip(names, choice, strict=True)) <= 0.7 * total
     )
     model = network()
     report = prune_(model, budget="70%", patterns=PATTERNS, batches=given, include=["*"])
     got = {layer.name: layer.pattern for layer in report} | {one.name: "dense" for one in report.left_dense}
-    assert sum(weights[name] * costs[name, got[name]] for name in names) == pytest.approx(best, rel=1e-3)
+    assert sum(weighed[name, got[name]] for name in names) == pytest.approx(best, rel=1e-3)
     mean = sum(costs[name, got[name]] for name in names) / len(names)
     assert float(re.search(r"mean loss ([\d.e-]+)", report.notes[0])[1]) == pytest.approx(mean, rel=2e-3)
 

@@ -24,18 +24,20 @@ NETWORKS: dict[str, tuple[nn.Module, Tensor]] = {
         ),
         torch.randn(60, 3, 8, 8),
     ),
-    "transposed": (nn.Sequential(nn.ConvTranspose1d(4, 6, 3), nn.Tanh(), nn.Conv1d(6, 3, 2)), torch.randn(80, 4, 9)),
+    "transposed": (nn.Sequential(nn.ConvTranspose1d(4, 6, 3, groups=2), nn.Tanh(), nn.Conv1d(6, 3, 2)), torch.randn(80, 4, 9)),
     "Conv1D": (nn.Sequential(Conv1D(12, 8), nn.Tanh(), Conv1D(6, 12)), torch.randn(200, 8)),
 }  # fmt: skip
 
 
-def changed_by(model: nn.Module, name: str, inputs: Tensor, size: float) -> float:
-    """The squared change of the outputs, all together, where a layer's outputs change at random."""
+def changed_by(model: nn.Module, name: str, inputs: Tensor, size: float, channels: Tensor) -> float:
+    """The squared change of the outputs, all together, where some channels of a layer's outputs change at random."""
     module, total, draws = model.get_submodule(name), 0.0, 30
+    kernel = module.weight.ndim - 2 if hasattr(module, "stride") else 0
+    sizes = (size * channels).view(-1, *(1,) * kernel)
     with torch.no_grad():
         before = model(inputs)
         for _ in range(draws):
-            handle = module.register_forward_hook(lambda _, args, output: output + size * torch.randn_like(output))
+            handle = module.register_forward_hook(lambda _, args, output: output + sizes * torch.randn_like(output))
             total += float((model(inputs) - before).square().sum())
             handle.remove()
     return total / draws
@@ -50,11 +52,12 @@ def test_it_is_how_much_outputs_change_with_a_layers(kind: str) -> None:
     assert isinstance(found, dict)
     size = 1e-3
     for layer in layers:
-        channels = layer.module.bias.numel()
-        expected = changed_by(model, layer.name, inputs[:20], size) / (channels * size**2)
+        half = torch.arange(layer.module.bias.numel()) < layer.module.bias.numel() // 2
         # Of 8 batches at most, all of which have 20 samples.
-        own = found[layer.name] / min(8, len(range(0, len(inputs.split(20)), -(-len(inputs.split(20)) // 8))))
-        assert own == pytest.approx(expected, rel=0.25), layer.name
+        own = found[layer.name] / len(range(0, len(inputs.split(20)), -(-len(inputs.split(20)) // 8)))
+        for some in (half, ~half):
+            expected = changed_by(model, layer.name, inputs[:20], size, some) / size**2
+            assert float(own[some].sum()) == pytest.approx(expected, rel=0.3), layer.name
 
 
 class Classifier(nn.Module):
@@ -73,12 +76,13 @@ def test_of_logits_it_is_twice_the_divergence() -> None:
     found = output_sensitivity(model, layers, [{"x": x}])
     p = model(x).logits.softmax(-1)
     assert isinstance(found, dict)
-    assert found["head"] == pytest.approx(float((1 - p.square().sum(-1)).sum()) / 7, rel=0.05)
+    trace = (p * (1 - p)).detach().double().sum((0, 1))
+    torch.testing.assert_close(found["head"], trace, rtol=0.15, atol=0.0)
     noise = 1e-2 * torch.randn(40, 4, 300, 10)
     with torch.no_grad():
         q = model.head((model.body(x) + noise).tanh()).log_softmax(-1)
     divergence = float((p * (p.log() - q)).sum()) / len(noise)
-    assert 0.5 * found["body"] * 10 * 1e-4 == pytest.approx(divergence, rel=0.1)
+    assert 0.5 * float(found["body"].sum()) * 1e-4 == pytest.approx(divergence, rel=0.1)
 
 
 def test_hidden_positions_do_not_count() -> None:
@@ -90,7 +94,7 @@ def test_hidden_positions_do_not_count() -> None:
     rest = output_sensitivity(model, layers, [{"x": x[:, :30]}])
     assert isinstance(found, dict) and isinstance(rest, dict)
     for name in rest:
-        assert found[name] == pytest.approx(rest[name], rel=0.2)
+        assert float(found[name].sum()) == pytest.approx(float(rest[name].sum()), rel=0.2)
 
 
 def test_nothing_of_the_model_changes() -> None:
@@ -100,7 +104,8 @@ def test_nothing_of_the_model_changes() -> None:
     before, random = {name: one.clone() for name, one in model.state_dict().items()}, torch.get_rng_state()
     layers, _ = find_layers(model, ["*"])
     one, other = (output_sensitivity(model, layers, NETWORKS["linear"][1].split(20)) for _ in range(2))
-    assert one == other, "the same each time"
+    assert isinstance(one, dict) and isinstance(other, dict)
+    assert all(torch.equal(value, other[name]) for name, value in one.items()), "the same each time"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), random) and model.training
     assert [one.requires_grad for one in model.parameters()] == [False, True, True, True]

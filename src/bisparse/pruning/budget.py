@@ -1,16 +1,8 @@
 """A global budget: each layer gets the pattern that costs the network least, within a total of weights, bytes or time.
 
-The cost of a pattern for a layer is the fraction of the energy of its output that is lost,
-
-    |W x - (S * W) x|^2 / |W x|^2 = tr(D G D^T) / tr(W G W^T),    D = W - S * W,    G = E[x x^T]
-
-with G from calibration data and S the mask that keeps most of ``w_oi^2 G_ii``; without data, the fraction of squared magnitude.
-It is measured on the dense network, before kept weights are fitted. With data, layers are weighed by how much the output of the
-network depends on theirs, where gradients can tell (`output_sensitivity`). The sum over layers is minimised exactly; see
-`choose`. Using this sum as the damage to the network is an assumption. A layer can be denser than the budget only if another one
-is sparser, so the list of patterns should include some that are sparser than the budget.
-Measured (SmolLM2-135M, 50 % of the weights, SparseGPT on 32 sequences, perplexity): every layer at 16:32-T 95.1; a choice from
-8:32-T to 24:32-T and dense 81.6, without the weights of layers 98.7.
+The cost of a pattern for a layer is an estimate of what its mask does to the network's output; see `budget_costs`. The sum over
+layers is minimised exactly; see `choose`. Using this sum as the damage to the network is an assumption. A layer can be denser
+than the budget only if another one is sparser, so the list of patterns should include some that are sparser than the budget.
 """
 
 from __future__ import annotations
@@ -18,28 +10,21 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from bisparse.diversity import hardware
 from bisparse.layers import Filter, Layer, Skipped, find_layers, matrix_sides, remainder_reason
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
 from bisparse.process_group import Ranks
-from bisparse.pruning.calibration.calibrate import Walk, calibrate
-from bisparse.pruning.calibration.finished_block import FinishedBlock
-from bisparse.pruning.calibration.hooks import none_reached, unreached_reason
+from bisparse.pruning.budget_costs import Losses, costs_of, losses_of
+from bisparse.pruning.calibration.hooks import unreached_reason
 from bisparse.pruning.calibration.options import Options
-from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics, full_precision
-from bisparse.pruning.experts import expert_problems
 from bisparse.pruning.fingerprint import fingerprint, stable_repr
 from bisparse.pruning.knapsack import Choice, choose
-from bisparse.pruning.layer import check_can_be_written, layer_problem
-from bisparse.pruning.methods.base import LayerProblem
-from bisparse.pruning.sensitivity import output_sensitivity
-from bisparse.solvers import Solver
+from bisparse.pruning.layer import check_can_be_written
 from bisparse.tiles import Layout
 
 __all__ = ["Budget", "Plan", "parse_budget", "plan_within"]
@@ -198,11 +183,11 @@ def plan_within(
                 "the digest of the data": "none" if batches is None else fingerprint(batches),
             }
         )
-    losses = _losses(model, layers, allowed, batches, options, ranks)
+    losses = losses_of(model, layers, allowed, batches, options, ranks)
     left_dense += [Skipped(one.name, unreached_reason(one)) for one in layers if one.name not in losses]
     layers = [layer for layer in layers if layer.name in losses]
-    weights = None if batches is None else _weights(model, layers, losses, batches, options, ranks)
-    return _chosen(budget, layers, allowed, losses, left_dense, weights)
+    costs = None if batches is None else costs_of(model, layers, losses, batches, options, ranks)
+    return _chosen(budget, layers, allowed, losses, left_dense, costs)
 
 
 def _structures(patterns: object) -> list[Structure | None]:
@@ -220,9 +205,9 @@ def _chosen(
     allowed: Mapping[str, Sequence[Structure | None]],
     losses: Mapping[str, Losses],
     left_dense: list[Skipped],
-    weights: Mapping[str, float] | str | None,
+    costs: Mapping[str, Sequence[float]] | str | None,
 ) -> Plan:
-    """The cheapest structures. `weights`: of the layers; or why all have the same; None: there is no data."""
+    """The cheapest structures. `costs`: by layer; or why they are the fractions lost; None: they are, since there is no data."""
     sizes = [[budget.size(layer, one) for one in allowed[layer.name]] for layer in layers]
     total = sum(budget.size(layer, None) for layer in layers)
     smallest = sum(map(min, sizes))
@@ -231,10 +216,9 @@ def _chosen(
         raise ValueError(
             f"the budget of {budget} is too small: the sparsest patterns need {smallest / total:.4g} of the dense layers"
         )
-    own = weights if isinstance(weights, Mapping) else {layer.name: 1.0 for layer in layers}
-    costs = [[own[layer.name] * one for one in losses[layer.name].fractions] for layer in layers]
-    choice = choose(costs, sizes, capacity)
-    what = "of the squared magnitude" if weights is None else "of the output's energy"
+    known = costs if isinstance(costs, Mapping) else {name: own.fractions for name, own in losses.items()}
+    choice = choose([known[layer.name] for layer in layers], sizes, capacity)
+    what = "of the squared magnitude" if costs is None else "of the output's energy"
     planned, reasons, lost = [], {}, 0.0
     for layer, option in zip(layers, choice.options, strict=True):
         structures, fractions = allowed[layer.name], losses[layer.name].fractions
@@ -251,10 +235,10 @@ def _chosen(
     proof = "proved optimal" if choice.gap == 0 else f"within {choice.gap:.1e} of the optimum"
     used = ", ".join(f"{count} {text}" for text, count in counts.most_common())
     weighed = ""
-    if isinstance(weights, Mapping):
+    if isinstance(costs, Mapping):
         weighed = ", with layers weighed by how much the network's output depends on theirs"
-    elif weights is not None:
-        weighed = f", with all layers weighed alike: {weights}"
+    elif costs is not None:
+        weighed = f", with all layers weighed alike: {costs}"
     note = (
         f"budget of {budget} of {len(layers)} layers, of which the choice takes {100 * choice.size / total:.4g} %: "
         f"{used}; mean loss {lost / len(layers):.4g} {what} per layer before any fit{weighed}; {proof} (the bound of the linear "
@@ -273,107 +257,6 @@ def _reason(structures: Sequence[Structure | None], costs: Sequence[float], opti
     others = [f"{_text(one)} {cost:.2%}" for one, cost in zip(structures, costs, strict=True) if one is not structures[option]]
     alternatives = f" ({', '.join(others)})" if others else ""
     return f"{_text(structures[option])} under the budget of {budget}: loses {costs[option]:.2%} {what}{alternatives}"
-
-
-@dataclass(frozen=True)
-class Losses:
-    """What the patterns of a layer lose."""
-
-    fractions: list[float]
-    """By structure, of the energy of the output or, without data, of the squared magnitude."""
-    energy: float
-    """The output's mean square, summed over channels; without data the squared magnitude."""
-
-
-def _losses(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    allowed: Mapping[str, Sequence[Structure | None]],
-    batches: Sequence[Any] | None,
-    options: Options,
-    ranks: Ranks,
-) -> dict[str, Losses]:
-    """By layer, the loss of each allowed structure, without layers that no batch reached. The ranks share the work."""
-    found: dict[str, Losses] = {}
-
-    def add(part: Iterable[tuple[Layer, Statistics | None]]) -> None:
-        own = {}
-        for layer, statistics in ranks.share(list(part)):
-            if statistics is None or statistics.columns:
-                with full_precision(layer.weight.device):
-                    pairs = [_lost(layer, one, options.solver, statistics) for one in allowed[layer.name]]
-                energy = max(energy for _, energy in pairs)
-                own[layer.name] = Losses([lost / energy if energy > 0 else 0.0 for lost, energy in pairs], energy)
-        for one in ranks.all(own):
-            found.update(one)
-
-    if batches is None:
-        add((layer, None) for layer in layers)
-        return found
-    quiet = replace(options, order="parallel", reconstruction=None, network=None, resume=None)
-    needs = frozenset({Statistic.GRAM, Statistic.NORM})
-    for stage in calibrate(model, layers, batches, needs, quiet, walk=Walk(), ranks=ranks):
-        assert not isinstance(stage, FinishedBlock)
-        add(zip(stage.layers, stage.statistics, strict=True))
-    if not found:
-        raise CalibrationError(none_reached(layers))
-    return found
-
-
-def _weights(
-    model: nn.Module,
-    layers: Sequence[Layer],
-    losses: Mapping[str, Losses],
-    batches: Sequence[Any],
-    options: Options,
-    ranks: Ranks,
-) -> dict[str, float] | str:
-    """By layer, what losing all of its output would cost, as fractions of the largest; or why this is not known."""
-    if options.device is not None:
-        return "with device=, gradients of the whole network are not computed"
-    progress = options.progress if ranks.rank == 0 else False
-    found = ranks.all(output_sensitivity(model, layers, batches, options.forward, progress=progress))[0]
-    if isinstance(found, str):
-        return found
-    costs = {name: losses[name].energy * sensitivity for name, sensitivity in found.items()}
-    largest = max(costs.values())
-    return {name: cost / largest for name, cost in costs.items()} if 0 < largest < math.inf else "its gradients are zero"
-
-
-@torch.no_grad()
-def _lost(layer: Layer, structure: Structure | None, solver: Solver, statistics: Statistics | None) -> tuple[float, float]:
-    """What a layer's mask loses of its output energy, or without statistics of its squared magnitude, and the whole of it."""
-    if structure is None:
-        return 0.0, 0.0
-    problem = layer_problem(layer, structure, solver, statistics)
-    if statistics is None:
-        squares = _in_units_of_the_largest(problem.weight).square()
-        return float(squares[~problem.solve(squares).mask].double().sum()), float(squares.double().sum())
-    experts = statistics.experts
-    if experts is None:
-        return _energies(problem)
-    lost = energy = 0.0
-    for own, expert in zip(expert_problems(problem, experts), experts, strict=True):
-        if tokens := expert.statistics.columns:
-            own_lost, own_energy = _energies(own)
-            lost, energy = lost + tokens * own_lost, energy + tokens * own_energy
-    return lost, energy
-
-
-def _energies(problem: LayerProblem) -> tuple[float, float]:
-    """The mean output energy that the mask loses, and the total, from the problem's statistics."""
-    least = problem.least_squares(centred=False)
-    scale = least.gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()[:, None, :]
-    scores = _in_units_of_the_largest(least.weight * scale).square()
-    mask = problem.solve(problem.matrices(scores)).mask
-    energy = float(least.energy.double().sum())
-    return float(least.row_error(problem.rows(problem.weight * mask).float()).double().sum()), energy
-
-
-def _in_units_of_the_largest(values: torch.Tensor) -> torch.Tensor:
-    """The values divided by the largest, so that squares neither overflow nor underflow."""
-    largest = values.abs().amax() if values.numel() else values.new_ones(())
-    return values / largest.clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _most_kept(layer: Layer, structure: Structure) -> int:

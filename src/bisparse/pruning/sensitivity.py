@@ -6,9 +6,9 @@ An error d of a layer's output changes the network's output by the distance::
 
 g is the gradient of ``log p(label)``, with the label drawn from the network's own probabilities, for outputs that are logits (the
 distance is then twice the divergence of the probabilities, to second order), otherwise of a sum of outputs with random signs (the
-squared distance of the outputs). A layer's sensitivity is the sum of g^2 over positions, the mean over channels: times a layer's
-mean squared error it estimates the distance, in a unit that is the same for all layers of a network.
-Departures: g^2 and d^2 are averaged over channels apart, and errors at different positions and channels count as independent.
+squared distance of the outputs). A layer's sensitivity is the sum of g^2 over positions, by channel: times the mean squared error
+of each channel it estimates the distance, in a unit that is the same for all layers of a network.
+Departures: g^2 and d^2 are averaged over positions apart, and errors at different positions and channels count as independent.
 Cost: a forward and a backward pass per batch, of at most `MAX_BATCHES`, and memory for the activations of one batch.
 Source: the Fisher information of a layer's output, as in Theis et al. 2018 (arXiv 1801.05787), for channels.
 """
@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from bisparse.layers import Layer
@@ -45,8 +46,8 @@ def output_sensitivity(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     *,
     progress: bool | None = False,
-) -> dict[str, float] | str:
-    """The sensitivity of each layer by its name; or why there is none for all of them, as text.
+) -> dict[str, Float[Tensor, " C"]] | str:
+    """The sensitivity of each layer by its name, float64 by output channel; or why there is none for all of them, as text.
 
     Labels and signs are drawn from a fixed seed. Nothing of the model changes.
     """
@@ -67,10 +68,9 @@ def output_sensitivity(
         return f"its gradients could not be computed ({str(error).splitlines()[0]:.150})"
     if unseen := [layer.name for layer in layers if layer.name not in sums]:
         return f"the output of {unseen[0]} was not seen, or does not reach the network's output"
-    found = {name: float(total) for name, total in sums.items()}
-    if not all(0 <= value < float("inf") for value in found.values()) or not any(found.values()):
+    if not all(bool(one.isfinite().all()) for one in sums.values()) or not any(bool(one.any()) for one in sums.values()):
         return "its gradients are zero or not finite"
-    return found
+    return sums
 
 
 def _is_product(layer: Layer) -> bool:
@@ -84,7 +84,7 @@ def _squares_added_to(sums: dict[str, Tensor], layers: Sequence[Layer]) -> Itera
 
     def hook_of(name: str, channel: int) -> Callable[..., Tensor]:
         def add(gradient: Tensor) -> None:
-            own = gradient.double().square().sum().cpu() / gradient.shape[channel]
+            own = gradient.double().square().movedim(channel, 0).flatten(1).sum(1).cpu()
             sums[name] = sums[name] + own if name in sums else own
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
