@@ -371,7 +371,7 @@ def test_report_of_broken_masks_is_written_and_is_exit_code_1(model: Path, tmp_p
         (["bench", "-m", "64x64", "--device", "meta"], "holds no numbers"),
         (["bench", "-m", "json:loads"], "json:loads is called without arguments, but takes"),
         (["bench", "-m", "builtins:dict"], "must return a model, or a model and its calibration batches, not dict"),
-        (["bench", "-m", "64x64", "--dtype", "float32"], "float16"),
+        (["bench", "-m", "64x64", "--dtype", "float64"], "float32"),
         (["bench", "-m", "64x64", "--tokens", "0"], "--tokens"),
         (["bench", "-m", "64x64", "--grid", "MODEL/config.json"], "not a grid of measured times"),
         (["prune", "nowhere", "OUT"], "nowhere: no such folder or file (it does not exist)"),
