@@ -90,13 +90,20 @@ def language(rows: list[Row]) -> list[str]:
         "together to the dense network's logits (`NetworkReconstruction`), *on more*: on as many sequences as follow 'network', "
         "at a step of 0.003 unless another is named.\n"
     ]
-    for pattern, aim in {"2:4": 66, "2:4-T": 95, "4:8-T": 72, "16:32-T": 50, "6:8": 37, "6:8-T": 38}.items():
+    budget = "50% of 8:32-T, 12:32-T, 16:32-T, 20:32-T, 24:32-T, dense"
+    for pattern, aim in {"2:4": 66, "2:4-T": 95, "4:8-T": 72, "16:32-T": 50, "6:8": 37, "6:8-T": 38, budget: 55}.items():
         best = min((row for row in rows if row["pattern"] == pattern), key=lambda row: row["perplexity"], default=None)
         if best is not None:
             met = verdict(best["perplexity"] <= aim)
-            fits = [note for note in best.get("notes", []) if note.startswith(("reconstructed", "fitted"))]
+            fits = [note for note in best.get("notes", []) if note.startswith(("budget", "reconstructed", "fitted"))]
             notes = "".join(f" {note[0].upper()}{note[1:]}." for note in fits)
             parts += [f"Best {pattern}: {best['perplexity']:.1f} by {data(best)}; at most {aim}: {met}.{notes}\n"]
+    parts += [
+        "A budget's row whose notes do not say that layers were weighed is by the fractions of energy that layers lose, which "
+        "was worse than one pattern for all layers.\n"
+        if any("%" in row["pattern"] for row in rows)
+        else ""
+    ]
     parts += _what_blocks_gain(rows)
     return [*parts, provenance(rows)]
 
