@@ -54,10 +54,15 @@ def output_sensitivity(
     if odd := [layer.name for layer in layers if not _is_product(layer)]:
         return f"the outputs of {odd[0]} are not those of one linear or convolution layer"
     sums: dict[str, Tensor] = {}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     step = -(-len(batches) // MAX_BATCHES)
     try:
-        with evaluating(model), only_these_require_grad(model, []), _squares_added_to(sums, layers):
+        with (
+            torch.inference_mode(False),
+            evaluating(model),
+            only_these_require_grad(model, []),
+            _squares_added_to(sums, layers),
+        ):
             for index in showing(progress)(range(0, len(batches), step), "weighing layers"):
                 masks = TokenMasks.of_batch(model, batches[index])
                 output, classes = tensor_of(call_model(model, batches[index], forward, index), index)
@@ -109,7 +114,7 @@ def _sampled(output: Tensor, classes: bool, keep: Tensor | None, generator: torc
     """The sum over positions whose gradient is g; `keep`: positions that count."""
     output = output.float()
     if not classes:
-        signs = torch.randint(0, 2, output.shape, generator=generator).mul_(2).sub_(1).to(output.device)
+        signs = torch.randint(0, 2, output.shape, generator=generator, device="cpu").mul_(2).sub_(1).to(output.device)
         return (output * (signs if keep is None else signs * keep[..., None].to(output.device))).sum()
     rows = output.flatten(0, -2)
     labels = torch.multinomial(rows.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0].to(rows.device)
