@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from bisparse.accelerate.backends.base import token_count
 from bisparse.accelerate.timing import Timing
 from bisparse.arguments import entry_of
 from bisparse.layers import Skipped
 
-__all__ = ["Advice", "LayerAdvice", "LayerShape", "Source", "check_tokens", "token_count"]
+__all__ = ["Advice", "LayerAdvice", "LayerShape", "Source", "check_tokens"]
 
 Source = Literal["measured", "predicted", "exact"]
 
@@ -100,12 +101,3 @@ class Advice:
             return f"{len(self.layers)} layers, without times: {self.note}"
         total = "" if self.speedup is None else f"; {self.speedup:.2f}x on all layers that were {self.source}"
         return f"{wins} of {len(self.layers)} layers win at {token_count(self.tokens)} on {self.device}, {self.source}{total}"
-
-
-def token_count(tokens: int) -> str:
-    """A number of tokens as text.
-
-    >>> token_count(1), token_count(4096)
-    ('1 token', '4,096 tokens')
-    """
-    return f"{tokens:,} token{'' if tokens == 1 else 's'}"

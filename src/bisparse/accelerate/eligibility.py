@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
 from bisparse.accelerate.backends import BACKENDS, HALF, Backend, BackendError, Refusal
+from bisparse.accelerate.backends.base import token_count
 from bisparse.accelerate.backends.cpu import (
     ANY_TOKENS,
     CPU,
@@ -140,7 +141,7 @@ def _plan_on_cpu(layer: Layer, state: LayerState, backend: str, tied: set[int], 
         known, tokens = tokens > 1, max(tokens, POSITIONS)
         at = f"at {tokens} positions, when timed here"
     else:
-        known, at = True, f"at {tokens} token{'s' if tokens > 1 else ''}, when timed here"
+        known, at = True, f"at {token_count(tokens)}, when timed here"
     found = measured(weight, tokens, int8)
     if found.speedup <= MIN_SPEEDUP:
         slower = f"slower by {1 / found.speedup:.2f}x" if found.speedup < 1.0 else f"only {found.speedup:.2f}x faster"

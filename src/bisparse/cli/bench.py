@@ -166,7 +166,7 @@ def _stored(
 
 
 def _show(advice: Advice) -> None:
-    from bisparse.accelerate.advice import token_count
+    from bisparse.accelerate.backends.base import token_count
 
     console = to_stdout()
     passes = "forward and backward, float32 weights under autocast" if advice.training else "forward"
@@ -190,7 +190,7 @@ def _show(advice: Advice) -> None:
 
 
 def _show_predicted(predicted: tuple[DevicePrediction, ...], *, layers: bool) -> None:
-    from bisparse.accelerate.advice import token_count
+    from bisparse.accelerate.backends.base import token_count
 
     console, patterns = to_stdout(), ("2:4", "4:6", "6:8")
     console.print()

@@ -207,7 +207,12 @@ def _chosen(
     left_dense: list[Skipped],
     costs: Mapping[str, Sequence[float]] | str | None,
 ) -> Plan:
-    """The cheapest structures. `costs`: by layer; or why they are the fractions lost; None: they are, since there is no data."""
+    """The structures with the smallest sum of costs.
+
+    Args:
+        costs: by layer and structure. A text says why they are not known, and None that there is no data: the fractions that
+            are lost take their place.
+    """
     sizes = [[budget.size(layer, one) for one in allowed[layer.name]] for layer in layers]
     total = sum(budget.size(layer, None) for layer in layers)
     smallest = sum(map(min, sizes))

@@ -126,7 +126,7 @@ def _losses(layer: Layer, structures: Sequence[Structure | None], solver: Solver
 
 
 def _lost(problem: LayerProblem) -> tuple[Float[Tensor, " C"], float]:
-    """What a layer's mask loses by output channel, and the whole energy; without statistics of squared magnitude."""
+    """The output energy that a layer's mask removes, by channel, and all of it; without statistics, the squared magnitude."""
     statistics = problem.statistics
     if statistics is None:
         squares = _in_units_of_the_largest(problem.weight).square()

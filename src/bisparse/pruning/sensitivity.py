@@ -30,6 +30,7 @@ from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.pruning.kept_fit import only_these_require_grad
 from bisparse.pruning.network_reconstruction import tensor_of
 from bisparse.token_masks import TokenMasks, fitted
+from bisparse.user_errors import error_in_one_line
 
 __all__ = ["MAX_BATCHES", "output_sensitivity"]
 
@@ -67,14 +68,14 @@ def output_sensitivity(
                 masks = TokenMasks.of_batch(model, batches[index])
                 output, classes = tensor_of(call_model(model, batches[index], forward, index), index)
                 if not output.requires_grad:
-                    return "its output has no gradient with respect to its layers"
+                    return "the network's output has no gradient with respect to its layers"
                 _sampled(output, classes, fitted(masks.of(""), output.shape[:-1]), generator).backward()
-    except (CalibrationError, RuntimeError, NotImplementedError) as error:
-        return f"its gradients could not be computed ({str(error).splitlines()[0]:.150})"
+    except (CalibrationError, RuntimeError) as error:
+        return f"the network's gradients could not be computed ({error_in_one_line(error)})"
     if unseen := [layer.name for layer in layers if layer.name not in sums]:
         return f"the output of {unseen[0]} was not seen, or does not reach the network's output"
     if not all(bool(one.isfinite().all()) for one in sums.values()) or not any(bool(one.any()) for one in sums.values()):
-        return "its gradients are zero or not finite"
+        return "the network's gradients are zero or not finite"
     return sums
 
 

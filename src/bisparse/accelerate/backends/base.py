@@ -17,7 +17,7 @@ from torch import Tensor
 from bisparse.kernels.sparse24.metadata import MetadataLayout
 from bisparse.kernels.sparse24.pack import split_packed
 
-__all__ = ["HALF", "Backend", "BackendError", "Refusal"]
+__all__ = ["HALF", "Backend", "BackendError", "Refusal", "token_count"]
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -125,3 +125,12 @@ class Backend(ABC):
         search: bool = False,
     ) -> Float[Tensor, "..."]:
         """``S @ dense + bias``, (R, N), or its transpose, (N, R); contiguous. With `search`, by the fastest algorithm here."""
+
+
+def token_count(tokens: int) -> str:
+    """A number of tokens as text.
+
+    >>> token_count(1), token_count(4096)
+    ('1 token', '4,096 tokens')
+    """
+    return f"{tokens:,} token{'' if tokens == 1 else 's'}"
