@@ -72,7 +72,7 @@ def prune_(
         batches: calibration data, for methods that need statistics: passed to the model as ``model(**batch)``,
             ``model(*batch)`` or ``model(batch)``.
         budget: instead of a pattern, a total for all layers, such as ``"50%"`` of the weights, or a `Budget` of weights, bytes
-            or time. Each layer gets one of `patterns`, such that the estimated loss of the network is smallest, on `batches` if given.
+            or time. Each layer gets one of `patterns`, with the smallest estimated loss of the network, on `batches` if given.
         scores: instead of a method, the importance of each weight: ``{name of the layer or its parameter: tensor}`` or a function
             ``(name, weight) -> tensor``, of the weight's shape, non-negative and finite; see `bisparse.scores`. Each mask keeps
             the largest total score.
