@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--network-sequences", type=int, default=1000, help='for methods that end in "the network on more"')
+    parser.add_argument("--network-batch", type=int, default=2, help="sequences per step of that fit")
     parser.add_argument("--network-step", type=float, default=NetworkReconstruction().learning_rate, help="its learning rate")
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=12_288, help="of WikiText-2, for the perplexity")
@@ -76,10 +77,12 @@ def main() -> None:
             method, how = method_named(name)
             more = options.network_sequences if name.endswith("the network on more") else None
             if more is not None:
-                own = token_batches(text, sequences=more, length=options.length, batch_size=2)
+                own = token_batches(text, sequences=more, length=options.length, batch_size=options.network_batch)
                 how["reconstruction"] = dataclasses.replace(how["reconstruction"], batches=own)
             data = {"sequences": options.sequences, "length": options.length, "corpus": options.calibration.name}
             data |= {} if more is None else {"network_sequences": more}
+            if more is not None and options.network_batch != 2:  # rows without a batch are of 2
+                data["network_batch"] = options.network_batch
             if isinstance(how["reconstruction"], NetworkReconstruction):  # rows without a step are of 0.003
                 how["reconstruction"] = dataclasses.replace(how["reconstruction"], learning_rate=options.network_step)
                 data["network_step"] = options.network_step

@@ -72,6 +72,23 @@ def test_it_is_the_least_squares_solution_of_every_row(method: str, upstream: bo
         assert problem.error(solved.weight, plain.energy) == pytest.approx(float((output - goal).norm() / goal.norm()), rel=1e-3)
 
 
+@pytest.mark.parametrize("problems", [1, 3])
+@pytest.mark.parametrize("started", [False, True], ids=["from the masked weight", "from another start"])
+def test_rows_that_converge_at_different_iterations(problems: int, started: bool) -> None:
+    kept = torch.tensor([0, 1, 2, 5, 20, 39, 40, 3, 0, 40])
+    mask = torch.stack([torch.arange(40) < kept[torch.randperm(10)][:, None] for _ in range(problems)])
+    inputs = [correlated(200, 40) for _ in range(problems)]
+    weight = torch.randn(problems, 10, 40)
+    gram = torch.stack([x.T @ x / len(x) for x in inputs])
+    mean = torch.zeros(problems, 40)
+    problem = make_problem(weight, Statistics(200, mean=mean, covariance=gram))
+    start = torch.randn_like(weight) * mask if started else None
+    solved = reconstruct(problem, mask, damping=0.02, method="conjugate gradient", tolerance=1e-6, start=start)
+    for one, x in enumerate(inputs):
+        expected = oracle(weight[one], mask[one], x, x, 0.02 * float(problem.scale[one]))
+        torch.testing.assert_close(solved.weight[one].double(), expected, rtol=1e-3, atol=5e-4)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_mask_of_ones_returns_the_dense_weight(method: str) -> None:
     x, weight = correlated(100, 16), torch.randn(1, 8, 16)

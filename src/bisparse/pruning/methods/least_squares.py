@@ -32,6 +32,8 @@ DAMPINGS = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 CHUNK_BYTES = 256 << 20
 MAX_FACTORISED_SUPPORT = 96
 """With more unknowns per row, conjugate gradient is faster, on CPU and GPU."""
+FEWER_ROWS = 0.8
+"""Conjugate gradient continues with the rows that have not converged once they are at most this fraction."""
 
 
 @dataclass(frozen=True)
@@ -119,35 +121,51 @@ def _factorised(problem: LeastSquaresProblem, mask: Bool[Tensor, "G O K"], large
 def _conjugate_gradient(
     problem: LeastSquaresProblem, mask: Bool[Tensor, "G O K"], tolerance: float, max_iterations: int, start: Tensor | None
 ) -> tuple[Float[Tensor, "G O K"], int, float]:
+    tiny = torch.finfo(problem.weight.dtype).tiny
     support = mask.to(problem.weight.dtype)
-    weight = (problem.weight if start is None else start) * support
+    masked = problem.weight * support
     diagonal = problem.gram.diagonal(dim1=1, dim2=2)[:, None, :]
-    inverse = torch.where(diagonal > 0, 1 / diagonal.clamp(min=torch.finfo(diagonal.dtype).tiny), 0.0) * support
-    initial = (problem.target - (problem.weight * support) @ problem.gram) * support
-    residual = (problem.target - weight @ problem.gram) * support
+    inverse = torch.where(diagonal > 0, 1 / diagonal.clamp(min=tiny), 0.0) * support
+    residual = (problem.target - masked @ problem.gram) * support
     # Convergence is judged in the preconditioned norm, relative to that of the masked dense weight.
-    goal = (initial * inverse * initial).sum(2) * tolerance**2
-    z = residual * inverse
-    direction = z
-    rho = (residual * z).sum(2)
+    goal = (residual * inverse * residual).sum(2) * tolerance**2
+    weight = masked
+    if start is not None:
+        weight = start * support
+        residual = (problem.target - weight @ problem.gram) * support
+    direction = residual * inverse
+    rho = (residual * direction).sum(2)
+    found, left = torch.empty_like(weight), torch.empty_like(rho)
+    unfinished, rows = torch.arange(mask.shape[1], device=mask.device), goal
     iterations = 0
-    while iterations < max_iterations and bool((rho > goal).any()):
-        product = (direction @ problem.gram) * support
-        curvature = (direction * product).sum(2)
-        step = torch.where((curvature > 0) & (rho > goal), rho / curvature.clamp(min=torch.finfo(rho.dtype).tiny), 0.0)
-        weight = weight + step[:, :, None] * direction
-        residual = residual - step[:, :, None] * product
-        z = residual * inverse
-        after = (residual * z).sum(2)
-        ratio = torch.where(step > 0, after / rho.clamp(min=torch.finfo(rho.dtype).tiny), 0.0)
-        direction = z + ratio[:, :, None] * direction
-        rho = torch.where(step > 0, after, rho)
+    while iterations < max_iterations:
+        active = (rho > rows).any(0)
+        remaining = int(active.sum())
+        if remaining == 0:
+            break
+        if remaining <= FEWER_ROWS * len(active):
+            found[:, unfinished], left[:, unfinished] = weight, rho
+            unfinished = unfinished[active]
+            weight, residual, direction, inverse, support, rho, rows = (
+                one[:, active] for one in (weight, residual, direction, inverse, support, rho, rows)
+            )
+        product = (direction @ problem.gram).mul_(support)
+        curvature = torch.linalg.vecdot(direction, product)
+        step = torch.where((curvature > 0) & (rho > rows), rho / curvature.clamp(min=tiny), 0.0)
         iterations += 1
         if not bool((step > 0).any()):
             break
-    relative = (rho / (goal / tolerance**2).clamp(min=torch.finfo(rho.dtype).tiny)).clamp(min=0).sqrt()
-    worst = float(torch.where(rho > goal, relative, torch.zeros_like(relative)).max()) if rho.numel() else 0.0
-    return weight, iterations, worst
+        weight.addcmul_(step[:, :, None], direction)
+        residual.addcmul_(step[:, :, None], product, value=-1)
+        z = torch.mul(residual, inverse, out=product)
+        after = torch.linalg.vecdot(residual, z)
+        ratio = torch.where(step > 0, after / rho.clamp(min=tiny), 0.0)
+        direction.mul_(ratio[:, :, None]).add_(z)
+        rho = torch.where(step > 0, after, rho)
+    found[:, unfinished], left[:, unfinished] = weight, rho
+    relative = (left / (goal / tolerance**2).clamp(min=tiny)).clamp(min=0).sqrt()
+    worst = float(torch.where(left > goal, relative, torch.zeros_like(relative)).max()) if left.numel() else 0.0
+    return found, iterations, worst
 
 
 def some_rows(mask: Bool[Tensor, "G O K"], count: int = 64) -> Int[Tensor, " R"]:
