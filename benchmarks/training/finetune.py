@@ -133,6 +133,7 @@ def main() -> None:
     arguments.add_argument("--threads", type=int, default=1)
     arguments.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     arguments.add_argument("--method", choices=("magnitude", *FITS), default="magnitude", help="where static masks start")
+    arguments.add_argument("--network-batch", type=int, default=32, help="pairs per step of the fit of the whole network")
     arguments.add_argument("--scale-lr", action="store_true", help="divide the learning rate of sparse weights by their density")
     chosen = arguments.parse_args()
     torch.set_num_threads(chosen.threads)
@@ -144,6 +145,8 @@ def main() -> None:
                 how["precision"] = chosen.precision
             if chosen.method != "magnitude":
                 how["method"] = chosen.method
+            if chosen.method.endswith("the network") and chosen.network_batch != 32:
+                how["network_batch"] = chosen.network_batch
             if chosen.scale_lr and pattern != "dense":
                 how["scale_lr"] = True
             key = {"task": chosen.task, "model": chosen.model.name, "pattern": pattern, **how}
@@ -166,7 +169,8 @@ def fine_tune(chosen: Any, pattern: str, seed: int) -> dict[str, Any]:
             calibration = [batch for start in rows if (batch := collate(train[start : start + 64]))]
             how: dict[str, Any] = {}
             if chosen.method.endswith("the network"):
-                own = [collate(train[start : start + 32]) for start in range(0, len(train), 32)]
+                each = chosen.network_batch
+                own = [collate(train[start : start + each]) for start in range(0, len(train), each)]
                 how["reconstruction"] = NetworkReconstruction(epochs=4, batches=own)
                 figures["network_step"] = how["reconstruction"].learning_rate
                 how["forward"] = lambda net, batch: net.embed(batch["input_ids"], batch["attention_mask"])

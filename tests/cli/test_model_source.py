@@ -376,13 +376,14 @@ def test_a_language_model_is_fitted_as_a_whole(tmp_path: Path) -> None:
     code, report = invoke("prune", dense, tmp_path / "fitted", *how, *fits)
     notes = " ".join(report["notes"])
     assert code == 0 and "reconstructed" in notes and "fitted the whole network" in notes and "nats per position" in notes
+    assert "on 16 batches" in notes  # of 20 sequences, of which every fifth is held out: one per step
     assert not (tmp_path / "journal").exists()
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "fitted")
     for layer in report["layers"]:
         verify(loaded.get_parameter(layer["parameter"]), "2:4-T").check()
     code, report = invoke("convert", tmp_path / "fitted", tmp_path / "other", "--to", "1:4", *data, "--network-epochs", "1",
                           "--network-sequences", "40")  # fmt: skip
-    assert code == 0 and "fitted the whole network" in " ".join(report["notes"])
+    assert code == 0 and "fitted the whole network to the dense one's outputs on 32 batches" in " ".join(report["notes"])
     made_from = json.loads((tmp_path / "other" / "bisparse.json").read_text())["provenance"]["calibration"]
     assert made_from["sequences"] == 20 and made_from["network_sequences_at_most"] == 40
     for given in (["--network-epochs", "0", *data], ["--network-epochs", "1"]):
