@@ -101,11 +101,9 @@ def transformer(options: argparse.Namespace, dtype: torch.dtype, score: Callable
     """All rows of a transformers model, in a temporary folder."""
     source = open_source(str(options.source))
     causal = options.model == "smollm"
-    read = text_batches(
-        source.tokenizer, [options.calibration], causal=causal, sequences=options.sequences, length=LENGTH, batch_size=4
-    )
+    read = text_batches(source.tokenizer, [options.calibration], causal=causal, sequences=options.sequences, length=LENGTH)
     batches, kind = list(read.batches), type(source.model)
-    calibrated = {"method": options.method, "sequences": len(batches) * 4, "length": LENGTH, "corpus": options.calibration.name}
+    calibrated = {"method": options.method, "sequences": read.sequences, "length": LENGTH, "corpus": options.calibration.name}
     rows = Measurement(options, {**calibrated, "dtype": str(dtype).removeprefix("torch.")})
     example = torch.randint(0, 1000, (2, 16), generator=torch.Generator().manual_seed(0))
     inputs = {"input_ids": example, "attention_mask": torch.ones_like(example)}

@@ -150,7 +150,7 @@ def test_sequences_are_spread_over_the_text_and_never_repeat() -> None:
     starts = sorted(int(row[0]) for batch in batches for row in batch["input_ids"])
     assert [len(batch["input_ids"]) for batch in batches] == [2, 2, 1]
     assert starts[0] == 0 and starts[-1] == 14 * 64 and len(set(starts)) == 5
-    assert len(token_batches(torch.arange(130), sequences=9, length=64)[0]["input_ids"]) == 2
+    assert len(token_batches(torch.arange(130), sequences=9, length=64, batch_size=8)[0]["input_ids"]) == 2
     with pytest.raises(CalibrationError, match="63 tokens, fewer than one sequence of 64"):
         token_batches(torch.arange(63), length=64)
 
@@ -634,7 +634,7 @@ def test_the_sidecar_says_how_a_job_was_called_and_on_what_data(tmp_path: Path, 
             "length": 32,
             "tokens": 12 * 32,
             "seed": 0,
-            "batches": 2,
+            "batches": 12,
         }
         assert said["versions"].keys() == {"transformers", "tokenizers"}
         shown = " ".join(

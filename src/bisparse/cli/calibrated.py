@@ -40,8 +40,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-FITTED_AT_ONCE = 1
-"""Samples of a causal model per step of the fit of the whole network, since many small steps fit better than few large ones."""
 
 
 @contextmanager
@@ -247,12 +245,12 @@ def batches_of(data: TextBatches | list[Any] | None) -> list[Any] | None:
 def with_samples(
     reconstruction: BlockReconstruction | NetworkReconstruction | None, source: Source, texts: TextFiles
 ) -> BlockReconstruction | NetworkReconstruction | None:
-    """The same fit, of the network on as many samples as were asked for, in small batches."""
+    """The same fit, of the network on as many samples as were asked for."""
     from bisparse.pruning import NetworkReconstruction
 
-    if not texts.paths or not isinstance(reconstruction, NetworkReconstruction):
+    if texts.network_sequences is None or not isinstance(reconstruction, NetworkReconstruction):
         return reconstruction
-    data = _data(source, replace(texts, sequences=texts.network_sequences or texts.sequences), causal_batch=FITTED_AT_ONCE)
+    data = _data(source, replace(texts, sequences=texts.network_sequences))
     return replace(reconstruction, batches=batches_of(data))
 
 
@@ -263,12 +261,8 @@ def _versions() -> dict[str, str]:
     return {package: version(package) for package in ("transformers", "tokenizers") if package in sys.modules}
 
 
-def _data(source: Source, texts: TextFiles, causal_batch: int | None = None) -> TextBatches | list[Any] | None:
-    """The batches, from the text files or from the model's function; None if there are none.
-
-    Args:
-        causal_batch: samples per batch if the model is causal, whose samples are long; by default as for other models.
-    """
+def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
+    """The batches, from the text files or from the model's function; None if there are none."""
     from bisparse.cli.calibration_text import text_batches, usable_length
 
     if not texts.paths:
@@ -281,9 +275,8 @@ def _data(source: Source, texts: TextFiles, causal_batch: int | None = None) -> 
         )
     causal = bool(getattr(source.model, "can_generate", lambda: False)())
     length = usable_length(source.model, texts.length, causal=causal)
-    own: dict[str, Any] = {"batch_size": causal_batch} if causal and causal_batch is not None else {}
     return text_batches(
-        source.tokenizer, list(texts.paths), causal=causal, field=texts.field, sequences=texts.sequences, length=length, **own
+        source.tokenizer, list(texts.paths), causal=causal, field=texts.field, sequences=texts.sequences, length=length
     )
 
 

@@ -28,6 +28,10 @@ CONVERSATIONS = ("messages", "conversations")
 ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 """From the roles in ShareGPT's files to those of chat templates."""
 SHOWN = 6
+CAUSAL_BATCH = 1
+"""Samples per batch for causal models: fits of blocks and of the network take a step per batch."""
+LINES = 8
+"""Samples per batch for other models, whose samples are single lines."""
 LENGTH = 512
 """Tokens per sample where a command has no option for them."""
 
@@ -82,7 +86,7 @@ class _File:
 
 
 def token_batches(
-    ids: Int[Tensor, " T"], *, sequences: int = 256, length: int = 512, batch_size: int = 8
+    ids: Int[Tensor, " T"], *, sequences: int = 256, length: int = 512, batch_size: int = CAUSAL_BATCH
 ) -> list[dict[str, Tensor]]:
     """Sequences of `length` tokens, evenly spread over a text, as batches of ``input_ids``.
 
@@ -100,7 +104,6 @@ def text_batches(
     field: str | None = None,
     sequences: int = 256,
     length: int = 512,
-    batch_size: int = 8,
 ) -> TextBatches:
     """Calibration batches from files. Every file contributes the same number of samples, as far as it has enough.
 
@@ -121,13 +124,13 @@ def text_batches(
     files = [_read(Path(path)) for path in ([paths] if isinstance(paths, str | Path) else paths)]
     if causal:
         rows = [_rows(_ids(tokenizer, one, field, sequences * length), length, str(one.path)) for one in files]
-        batches, counts = _token_batches(rows, sequences, batch_size)
+        batches, counts = _token_batches(rows, sequences, CAUSAL_BATCH)
     else:
         samples = [[sample.text for sample in _samples(tokenizer, one, field)] for one in files]
         for one, own in zip(files, samples, strict=True):
             if not own:
                 raise CalibrationError(f"{one.path} has no text to calibrate on")
-        batches, counts = _padded_batches(tokenizer, samples, sequences, length, batch_size)
+        batches, counts = _padded_batches(tokenizer, samples, sequences, length)
     return TextBatches(batches, tuple(one.described(count) for one, count in zip(files, counts, strict=True)))
 
 
@@ -188,7 +191,7 @@ def _token_batches(
 
 
 def _padded_batches(
-    tokenizer: Any, samples: Sequence[list[str]], sequences: int, length: int, batch_size: int
+    tokenizer: Any, samples: Sequence[list[str]], sequences: int, length: int
 ) -> tuple[list[dict[str, Tensor]], list[int]]:
     counts = _shares([len(one) for one in samples], sequences)
     texts = []
@@ -198,8 +201,8 @@ def _padded_batches(
     # Lines of similar length share a batch, to need little padding; then the batches are shuffled.
     texts.sort(key=len)
     batches = [
-        dict(tokenizer(texts[i : i + batch_size], padding=True, truncation=True, max_length=length, return_tensors="pt"))
-        for i in range(0, len(texts), batch_size)
+        dict(tokenizer(texts[i : i + LINES], padding=True, truncation=True, max_length=length, return_tensors="pt"))
+        for i in range(0, len(texts), LINES)
     ]
     return [batches[i] for i in torch.randperm(len(batches), generator=torch.Generator().manual_seed(SEED + 1)).tolist()], counts
 
