@@ -129,3 +129,18 @@ def test_masks_are_no_buffers_and_move_with_the_model(mlp, mode):
     mask = sparsity.layers[0].mask
     assert torch.equal(mlp.double()[0].weight != 0, mask) and sparsity.layers[0].mask.dtype == torch.bool
     assert mlp.to("meta")[0].weight.is_meta and sparsity.layers[0].mask.is_meta
+
+
+def test_an_average_follows_masks_although_some_inputs_are_always_zero(mlp):
+    sparsity = sparsify_(mlp, "4:8-T", method="ste", refresh=1)
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.5)
+    sparsity.attach(optimizer)
+    average = AveragedModel(mlp, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    for number in range(6):
+        inputs = torch.randn(16, 16, generator=torch.Generator().manual_seed(number))
+        inputs[:, ::8] = 0  # like the corners of pictures: these columns of the first weight are never trained
+        nn.functional.mse_loss(mlp(inputs), torch.ones(16, 8)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update_parameters(mlp)
+    assert bool((average.module[0].weight[~sparsity.layers[0].mask] == 0).all())

@@ -383,3 +383,14 @@ def test_an_attached_run_is_freed_with_its_model_and_optimizer(mlp, step):
     del mlp, optimizer, sparsity
     gc.collect()
     assert [one() for one in kept] == [None] * 4
+
+
+def test_writes_through_data_are_seen_in_whichever_columns_they_are(mlp, step):
+    mask = torch.tensor([False, False, True, True]).repeat(32, 4)
+    sparsity = sparsify_(mlp, "2:4", mode="static", include="0", masks={"0": mask})
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    sparsity.attach(optimizer)
+    step(mlp, optimizer, 0)
+    mlp[0].weight.data[:, [1, 4, 5, 9, 12, 13]] = 1.0
+    mlp(torch.randn(2, 16))
+    assert bool((mlp[0].weight[~mask] == 0).all())

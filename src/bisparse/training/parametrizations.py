@@ -9,6 +9,7 @@ phase of the model that it was copied from. A copy that is to be trained needs i
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ __all__ = [
     "masked_parameters",
     "own_parametrization",
     "sample_of",
+    "sample_step",
     "soft_threshold",
     "trained_parameter",
 ]
@@ -49,7 +51,15 @@ def sample_of(weight: Float[Tensor, "..."]) -> Float[Tensor, " S"]:
     """A sample of a weight's entries, to detect training; copies, casts and broadcasts do not change it."""
     own = weight.to_local() if isinstance(weight, DTensor) else weight
     flat = own.detach().flatten()
-    return flat[:: max(1, flat.numel() // SAMPLED)].clone()
+    return flat[:: sample_step(flat.numel())].clone()
+
+
+def sample_step(count: int) -> int:
+    """The distance between `SAMPLED` of `count` entries, without a common factor, so that they are not all in one column."""
+    step = max(1, count // SAMPLED)
+    while math.gcd(step, count) > 1:
+        step += 1
+    return step
 
 
 class _StraightThroughThreshold(torch.autograd.Function):

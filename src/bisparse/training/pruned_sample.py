@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bisparse.training.layer import SparseLayer, local
-from bisparse.training.parametrizations import SAMPLED
+from bisparse.training.parametrizations import sample_step
 
 __all__ = ["PrunedSample"]
 
@@ -32,6 +32,6 @@ class PrunedSample:
                 continue
             if layer.name not in self._positions:
                 pruned = (~layer.local_mask).flatten().nonzero().flatten()
-                self._positions[layer.name] = pruned[:: max(1, pruned.numel() // SAMPLED)]
+                self._positions[layer.name] = pruned[:: sample_step(pruned.numel())]
             values.append(weight.take(self._positions[layer.name].to(weight.device)))
         return bool(values) and bool(torch.cat([one.to(values[0].device) for one in values]).any())
