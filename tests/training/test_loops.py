@@ -252,3 +252,16 @@ def test_an_optimizer_inside_a_wrapper_is_found(mlp, step):
     assert sparsity.step == 1
     with pytest.raises(ValueError, match=r"torch\.optim\.Optimizer"):
         sparsify_(copy.deepcopy(nn.Linear(8, 8)), "4:8-T").attach(SimpleNamespace())
+
+
+def test_a_layer_that_thaws_is_clipped_by_the_gradient_that_is_used(mlp, step):
+    mlp[0].weight.requires_grad_(False)
+    sparsity = sparsify_(mlp, "4:8-T", mode="static")
+    thawing = sparsity.layers[0]
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.1)
+    sparsity.attach(optimizer)
+    assert not thawing.weight.requires_grad
+    step(mlp, optimizer, 0)
+    thawing.weight.requires_grad_(True)
+    mlp(torch.ones(2, 16)).square().sum().backward()
+    assert bool(thawing.weight.grad.any()) and not bool(thawing.weight.grad[~thawing.mask].any())

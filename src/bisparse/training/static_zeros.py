@@ -62,8 +62,13 @@ class StaticZeros:
         self._hook.check, self._hook.undo_writes = self._check, self._undo_writes
         self._hook.install(called)
         for layer in layers:
-            if layer.weight.requires_grad:
-                undo.append(layer.weight.register_post_accumulate_grad_hook(_gradient_hook(self, layer)).remove)
+            weight = layer.weight
+            if weight.is_inference():
+                continue  # it is never trained
+            trained = weight.requires_grad
+            weight.requires_grad_(True)  # torch refuses the hook for a frozen weight, which may be thawed later
+            undo.append(weight.register_post_accumulate_grad_hook(_gradient_hook(self, layer)).remove)
+            weight.requires_grad_(trained)
         return [*undo, self._detach]
 
     def mask_gradient(self, layer: SparseLayer, weight: Tensor) -> None:
