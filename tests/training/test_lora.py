@@ -151,3 +151,15 @@ def test_a_merged_weight_that_is_not_finite_is_refused(dtype: torch.dtype) -> No
     huge = torch.full((1, 4), torch.finfo(dtype).max, dtype=dtype)
     with pytest.raises(ValueError, match=r"first: W \+ s B A has NaN or infinite"):
         merged_weight(weight, huge, torch.full((4, 1), 4.0, dtype=dtype), 1.0, "2:4", name="first")
+
+
+@pytest.mark.parametrize("other", ["adapted", "plain"])
+def test_an_adapter_of_a_tied_weight_is_refused_and_nothing_is_changed(other):
+    base, tied = nn.Linear(16, 16), nn.Linear(16, 16)
+    prune_(base, "4:8-T", include="")
+    tied.weight = base.weight
+    model = nn.Sequential(Adapted(base, 16, 16), Adapted(tied, 16, 16) if other == "adapted" else tied)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=r"0: its weight is tied to 1\..*nothing was merged"):
+        merge_lora_(model, "4:8-T")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -213,3 +213,15 @@ def test_bad_arguments(arguments, message):
     prune_(kernels, "4:8-T", include="*")
     with pytest.raises(ValueError, match="9 matrices"):
         add_masked_lora_(kernels, "4:8-T", include="*")
+
+
+@pytest.mark.parametrize("tie", [lambda weight: weight, lambda weight: nn.Parameter(weight.data)])
+def test_weights_that_are_tied_are_refused_and_nothing_is_changed(tie):
+    model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+    prune_(model, "4:8-T")
+    model[2].weight = tie(model[0].weight)
+    before = list(model.named_parameters())
+    with pytest.raises(ValueError, match=r"0: its weight is tied to 2\.weight"):
+        add_masked_lora_(model, "4:8-T", include="0", rank=2)
+    assert all(one is other for (_, one), (_, other) in zip(before, model.named_parameters(), strict=True))
+    assert all(one.requires_grad for one in model.parameters())

@@ -22,7 +22,7 @@ from bisparse.pattern import Structure, parse_pattern
 from bisparse.rollback import Rollback
 from bisparse.static_mask import static_mask
 from bisparse.tiles import Layout, default_layout
-from bisparse.training.masked_lora import masked_adapters, remove_adapter
+from bisparse.training.masked_lora import masked_adapters, remove_adapter, tied_reason
 from bisparse.training.masked_peft import REWRITTEN, MaskedPeft, is_conv1d, lora_layers, why_not_linear
 from bisparse.verification import PatternError, verify
 from bisparse.wrappers import check_module
@@ -137,7 +137,7 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
         PatternError: a base weight does not obey the pattern and `new_mask` is not set, for example because PiSSA, OLoRA or
             another initialization has rewritten it. Nothing is changed.
         ValueError: the model has no such layer, an adapter is already merged, or an adapter or base layer is of another kind
-            (DoRA and other variants, embeddings, convolutions, LoRA with a bias, quantised or dynamic sparse weights).
+            (DoRA and other variants, embeddings, convolutions, LoRA with a bias, quantised, tied or dynamic sparse weights).
             Nothing is changed.
     """
     check_flag("new_mask", new_mask)
@@ -159,6 +159,8 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
         adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         if (reason := _why_not_merged(layer, adapters, new_mask)) is not None:
             raise ValueError(f"{name}: {reason}; nothing was merged")
+        if adapters and (reason := tied_reason(model, layer.base_layer, "weight")) is not None:
+            raise ValueError(f"{name}: {reason}: untie them; nothing was merged")
         if adapters:
             merged.append((layer, adapters, _merged(name, layer, adapters, pattern, new_mask)))
     if not merged and not exact:

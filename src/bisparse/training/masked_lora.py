@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bisparse.arguments import check_flag
-from bisparse.layers import Filter, Layer, computed_reason, dtype_reason, find_layers
+from bisparse.layers import Filter, Layer, computed_reason, dtype_reason, find_layers, memory_of
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.rollback import Rollback
 from bisparse.static_mask import static_masks
@@ -24,7 +24,7 @@ from bisparse.training.parametrizations import masked_parameters
 from bisparse.training.shared_classes import separate_class, share_class
 from bisparse.verification import PatternError, verify
 
-__all__ = ["MaskedLoRA", "add_masked_lora_", "masked_adapters", "remove_adapter"]
+__all__ = ["MaskedLoRA", "add_masked_lora_", "masked_adapters", "remove_adapter", "tied_reason"]
 
 
 def check_rank(rank: object) -> None:
@@ -115,8 +115,9 @@ def add_masked_lora_(
 
     Raises:
         PatternError: a layer does not obey the pattern.
-        ValueError: wrong arguments, a model that is in sparse training or already has such adapters, or a layer of several
-            matrices (experts, packed projections, convolutions with kernels). On an error nothing is changed.
+        ValueError: wrong arguments, a model that is in sparse training or already has such adapters, a layer of several
+            matrices (experts, packed projections, convolutions with kernels), or one whose weight is tied to another module's.
+            On an error nothing is changed.
     """
     pattern = parse_pattern(pattern)
     check_flag("rslora", rslora)
@@ -131,6 +132,8 @@ def add_masked_lora_(
         raise ValueError(f"the model has no layer to adapt ({'; '.join(f'{one.name}: {one.reason}' for one in skipped[:5])})")
     for layer in layers:
         _check_layer(layer, pattern, rank)
+        if (reason := tied_reason(model, layer.module, layer.parameter)) is not None:
+            raise ValueError(f"{layer.name}: {reason}; untie them, or exclude the layer")
     scaling = float(scale) / (math.sqrt(rank) if rslora else rank)
     made: list[nn.Parameter] = []
     with Rollback(model):
@@ -154,6 +157,17 @@ def _check_plain(model: nn.Module) -> None:
         )
     if adapted := masked_adapters(model):
         raise ValueError(f"the model already has adapters under its masks (at {adapted[0][0]!r}): call merge_lora_ first")
+
+
+def tied_reason(model: nn.Module, module: nn.Module, parameter: str) -> str | None:
+    """Why an adapter of one module's weight is not exact: another module has the same weight; None if no other has it."""
+    memory = memory_of(module._parameters[parameter])  # type: ignore[arg-type]
+    for name, other in model.named_modules():
+        for own, held in other._parameters.items():
+            if (other, own) != (module, parameter) and held is not None and memory_of(held) == memory:
+                shared = f"{name}.{own}" if name else own
+                return f"its weight is tied to {shared}, which has no part in the adapter and would change when it is merged"
+    return None
 
 
 def _check_layer(layer: Layer, pattern: Structure, rank: int) -> None:

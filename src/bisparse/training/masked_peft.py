@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bisparse.layers import Filter, matches
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.static_mask import static_mask
+from bisparse.training.masked_lora import tied_reason
 from bisparse.training.parametrizations import own_parametrization
 from bisparse.verification import PatternError, verify
 from bisparse.wrappers import check_module
@@ -113,8 +114,8 @@ def mask_lora_(model: nn.Module, pattern: str | Structure, *, exclude: Filter | 
     Raises:
         PatternError: a base weight does not obey the pattern, for example because PiSSA or OLoRA has rewritten it.
         ValueError: the model has no such layer, or one of another kind: embeddings, convolutions, variants other than DoRA, LoRA
-            with a bias, quantised or dynamic sparse weights, merged adapters, DoRA next to another adapter or on a row without
-            a kept weight. On an error nothing is changed.
+            with a bias, quantised, tied or dynamic sparse weights, merged adapters, DoRA next to another adapter or on a row
+            without a kept weight. On an error nothing is changed.
     """
     check_module(model)
     structure = parse_pattern(pattern)
@@ -124,6 +125,8 @@ def mask_lora_(model: nn.Module, pattern: str | Structure, *, exclude: Filter | 
             continue
         if (reason := _why_not_masked(module)) is not None:
             raise ValueError(f"{name}: {reason}; exclude the layer or train it without a mask. Nothing was changed")
+        if (reason := tied_reason(model, module.base_layer, "weight")) is not None:  # type: ignore[arg-type]
+            raise ValueError(f"{name}: {reason}; untie them, or exclude the layer. Nothing was changed")
         if isinstance(module, MaskedPeft):
             raise ValueError(f"{name} already trains under its mask; nothing was changed")
         base: Any = module.base_layer
