@@ -237,6 +237,18 @@ def test_a_custom_score_decides(mlp):
         assert torch.equal(layer.mask, solve(scores[layer.name], "4:8-T").mask)
 
 
+@pytest.mark.parametrize("size", [4.0, 1e-4])
+def test_the_scale_of_a_soft_threshold_in_float16_is_that_of_float32(size):
+    weight = size * torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    scales = []
+    for dtype in (torch.float16, torch.float32):
+        model = nn.Sequential(nn.Linear(512, 512)).to(dtype)
+        model[0].weight.data.copy_(weight.half())
+        sparsify_(model, "2:4", method="s-ste", include="0")
+        scales.append(float(model[0].parametrizations.weight[0].scale))
+    assert scales[0] == pytest.approx(scales[1], rel=1e-3)
+
+
 def test_soft_threshold_is_continuous_and_scaled(mlp, step):
     weight = mlp[0].weight.detach().clone()
     sparsity = sparsify_(mlp, "2:4", method="s-ste", include="0")

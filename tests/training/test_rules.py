@@ -109,3 +109,15 @@ def test_bad_rules():
             GradientRule(**wrong)
     with pytest.raises(ValueError, match="AnnealedDecay"):
         AnnealedDecay(-1.0)
+
+
+def test_a_small_margin_counts_in_bfloat16():
+    model = nn.Sequential(nn.Linear(16, 32)).bfloat16()
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    given = torch.tensor([False, True, False, True]).repeat(32, 4)
+    sparsity = sparsify_(model, "2:4", include="*", rule=GradientRule("ste", margin=0.003))  # 1.003 is 1 in bfloat16
+    layer = sparsity.layers[0]
+    layer.use_mask(given)
+    sparsity.refresh()
+    assert torch.equal(layer.mask, given)

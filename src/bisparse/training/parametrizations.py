@@ -307,8 +307,10 @@ def soft_threshold(weight: Float[Tensor, "..."], pattern: Pattern, layout: Layou
 
 def least_squares_scale(weight: Float[Tensor, "..."], thresholded: Float[Tensor, "..."]) -> Float[Tensor, ""]:
     """The factor b that minimises ``||w - b S(w)||``; 1 if S(w) is zero."""
-    power = (thresholded * thresholded).sum()
-    return torch.where(power > 0, (weight * thresholded).sum() / power.clamp(min=torch.finfo(power.dtype).tiny), 1.0)
+    wide = torch.promote_types(weight.dtype, torch.float32)  # squares of float16 weights overflow, or become zero
+    full, own = weight.to(wide), thresholded.to(wide)
+    power = (own * own).sum()
+    return torch.where(power > 0, (full * own).sum() / power.clamp(min=torch.finfo(wide).tiny), 1.0).to(weight.dtype)
 
 
 def own_parametrization(module: nn.Module, parameter: str) -> Masked | SoftThreshold | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -84,7 +85,8 @@ class StickyScore:
         if layer is None or not layer.active or _all_kept(layer):
             return scores
         mask = layer.mask.to(scores.device)
-        return scores * (1 + self.margin * mask.to(scores.dtype))
+        wide = torch.promote_types(scores.dtype, torch.float32)  # 1 + margin may be 1 in bfloat16
+        return scores.to(wide) * (1 + self.margin * mask.to(wide))
 
 
 def _all_kept(layer: SparseLayer) -> bool:
