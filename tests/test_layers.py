@@ -2,6 +2,7 @@
 
 import copy
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -213,6 +214,29 @@ def test_recurrent_weights_are_layers_and_stay_usable(kind: type[nn.RNNBase]) ->
     again = kind(8, 16, num_layers=2, bidirectional=True)
     again.load_state_dict(model.state_dict())
     torch.testing.assert_close(model(inputs)[0], again(inputs)[0])
+
+
+def weight_dropped(module: nn.Module, name: str) -> None:
+    """As in AWD-LSTM: the layer reads a tensor that is computed from a parameter of another name."""
+    raw = module._parameters.pop(name)
+    module.register_parameter(f"{name}_raw", raw)
+    setattr(module, name, nn.functional.dropout(raw, 0.5))
+
+
+@pytest.mark.parametrize(
+    "compute", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm, nn.utils.spectral_norm, weight_dropped]
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_a_recurrent_weight_that_is_computed_is_one_layer_and_refused(compute: Callable[..., object]) -> None:
+    model = nn.ModuleDict({"rnn": nn.LSTM(8, 8)})
+    compute(model["rnn"], "weight_hh_l0")
+    assert list(found(model)) == ["rnn.weight_ih_l0", "rnn.weight_hh_l0"]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for change in (lambda: bisparse.prune_(model, "2:4"), lambda: bisparse.sparsify_(model, "2:4", mode="static")):
+        with pytest.raises(ValueError, match=r"rnn\.weight_hh_l0"):
+            change()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [layer.parameter for layer in bisparse.prune_(model, "2:4", exclude="*hh*")] == ["rnn.weight_ih_l0"]
 
 
 def test_recurrent_cells_are_layers_and_bilinear_layers_are_not() -> None:

@@ -206,8 +206,11 @@ def _of_module(name: str, module: nn.Module, model: nn.Module) -> Iterator[tuple
     elif isinstance(module, nn.Linear):
         yield "weight", Kind(Layout(LayoutKind.LINEAR))
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        for own in dict(module.named_parameters(recurse=False)):
-            if own.startswith(RECURRENT):
+        # Other parameters of these names are those of weight_norm and the like, from which a weight is computed.
+        read = module._flat_weights_names if isinstance(module, nn.RNNBase) else RECURRENT
+        for own in read:
+            held = own in module._parameters or own in vars(module) or parametrize.is_parametrized(module, own)
+            if own.startswith(RECURRENT) and held:
                 yield own, Kind(Layout(LayoutKind.LINEAR))
     elif isinstance(module, nn.Bilinear):
         yield "weight", Kind(refused="bilinear layer: no single matrix multiplies its inputs")
