@@ -5,9 +5,11 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.func import functional_call, grad, jacrev, vmap
 from torch.utils.checkpoint import checkpoint
 
-from bisparse import Schedule, Sparsity, finalize_, sparsify_, verify
+from bisparse import Schedule, Sparsity, finalize_, solve, sparsify_, verify
+from bisparse.training import FixedDecay
 
 STEPS = 7
 
@@ -217,3 +219,49 @@ def test_numbers_that_are_not_finite_leave_the_masks_as_they_are() -> None:
     weight[0, 0] = kept
     model(torch.ones(1, 16))
     assert sparsity.refreshes == 1
+
+
+PASSES = {
+    "the Jacobian of the outputs": lambda model, inputs, others: vmap(jacrev(model))(inputs),
+    "gradients for each sample": lambda model, inputs, others: vmap(
+        grad(lambda one: functional_call(model, dict(model.named_parameters()), one).square().sum())
+    )(inputs),
+    "other weights": lambda model, inputs, others: functional_call(model, others, inputs),
+    "other weights without gradients": lambda model, inputs, others: functional_call(
+        model, {name: one.detach() for name, one in others.items()}, inputs
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PASSES)
+def test_masks_are_of_the_trained_weights_whatever_torch_func_does(mlp, what):
+    sparsity = sparsify_(mlp, "4:8-T", refresh=1, decay=FixedDecay(0.0))
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.5)
+    sparsity.attach(optimizer)
+    torch.manual_seed(3)
+    others = {name: torch.randn_like(one).requires_grad_() for name, one in mlp.named_parameters()}
+    for _ in range(3):
+        inputs = torch.randn(4, 16)
+        PASSES[what](mlp, inputs, others)  # before any other pass of this step
+        mlp(inputs).square().sum().backward()
+        for layer in sparsity.layers:
+            assert torch.equal(layer.mask, solve(layer.weight.detach().abs(), "4:8-T").mask)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sparsity.refreshes == 2
+
+
+def test_a_loop_of_torch_func_alone_refreshes_masks(mlp):
+    sparsity = sparsify_(mlp, "4:8-T", refresh=2)
+    optimizer = torch.optim.SGD(mlp.parameters(), lr=0.01)
+    sparsity.attach(optimizer)
+    weights = dict(mlp.named_parameters())
+    for number in range(8):
+        inputs = torch.randn(4, 16, generator=torch.Generator().manual_seed(number))
+        found = grad(lambda held, inputs=inputs: functional_call(mlp, held, inputs).square().sum())(weights)
+        for name, weight in weights.items():
+            weight.grad = found[name]
+        optimizer.step()
+    assert sparsity.refreshes == 3
+    finalize_(mlp)
+    assert verify(mlp, "4:8-T")

@@ -5,23 +5,27 @@ saved or finalized is the one that was trained. The hook is on every sparse laye
 it runs no matter which of them is called, outermost first.
 
 A training forward pass is one in training mode with gradients recorded. No refresh runs in the backward pass, so that the forward
-passes that activation checkpointing repeats there use the same masks. If there was no training forward pass before the next
-optimizer step (layers trained in eval mode, or gradients written by hand), the refresh follows that step. In compiled code the
-hook is traced: a step without a refresh adds only a guard to the graph, and a step with one has its own graph, without a break,
-in which one operator does the refresh. A change of phase changes the code that runs, which a graph cannot do, so compiled models
-change their phase directly after the optimizer step.
+passes that activation checkpointing repeats there use the same masks; and none inside of `torch.func`, whose transforms refuse
+writes to masks, and whose `functional_call` puts other tensors in the place of the weights. If there was no training forward pass
+before the next optimizer step (layers trained in eval mode, or gradients written by hand), the refresh follows that step. In
+compiled code the hook is traced: a step without a refresh adds only a guard to the graph, and a step with one has its own graph,
+without a break, in which one operator does the refresh. A change of phase changes the code that runs, which a graph cannot do, so
+compiled models change their phase directly after the optimizer step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
+from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 
+from bisparse.training.layer import SparseLayer
 from bisparse.training.parametrizations import masked_parameters
 
 __all__ = ["RefreshHook", "Refreshed", "ZerosHook", "gathered_again", "remove_hooks"]
@@ -39,6 +43,10 @@ class Refreshed(Protocol):
     written: list[Tensor]
     """The tensors that a refresh writes, while one is due."""
 
+    @property
+    def attached(self) -> Sequence[Optimizer]:
+        """The optimizers that train its weights."""
+
     def refresh_due(self) -> None:
         """Run the refresh that is due."""
 
@@ -54,10 +62,11 @@ class RefreshHook:
 
     def __init__(self, refreshed: Refreshed) -> None:
         self.refreshed: Refreshed | None = None
+        self._weights: list[tuple[SparseLayer, ref[Tensor]]] = []
         _REFRESHED[refreshed.handle] = refreshed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"refreshed": None, "copied": True}
+        return {"refreshed": None, "copied": True, "_weights": []}
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> None:
         refreshed = self.refreshed
@@ -72,11 +81,28 @@ class RefreshHook:
         if torch.compiler.is_dynamo_compiling():
             torch.ops.bisparse.refresh_masks(refreshed.written, refreshed.handle)
             refreshed.due = False  # for the hooks that are traced after this one
-        elif torch._C._current_graph_task_id() == -1:  # not in a backward pass
+        elif torch._C._current_graph_task_id() == -1 and not self._others_in_place(refreshed):  # not in a backward pass
             refreshed.refresh_due()
 
-    def install(self, modules: Iterable[nn.Module]) -> None:
-        """Install the hook before all other hooks of these modules, since FSDP2's hooks gather weights."""
+    def _others_in_place(self, refreshed: Refreshed) -> bool:
+        """Whether other tensors are in the place of weights for now, or a transform of `torch.func` runs."""
+        if torch._C._are_functorch_transforms_active():
+            return True
+        # FSDP2 has a different parameter in its place at different times.
+        pairs = ((layer.weight, own) for layer, attached in self._weights if (own := attached()) is not None)
+        others = [weight for weight, own in pairs if weight is not own and not isinstance(own, DTensor)]
+        if not others:
+            return False
+        held = {id(one) for optimizer in refreshed.attached for group in optimizer.param_groups for one in group["params"]}
+        return any(id(weight) not in held for weight in others)
+
+    def install(self, modules: Iterable[nn.Module], layers: Iterable[SparseLayer] = ()) -> None:
+        """Install the hook before all other hooks of these modules, since FSDP2's hooks gather weights.
+
+        Args:
+            layers: those whose masks are refreshed.
+        """
+        self._weights = [(layer, ref(layer.weight)) for layer in layers]
         for module in modules:
             remove_hooks(module, self)
             module.register_forward_pre_hook(self, prepend=True)

@@ -231,7 +231,7 @@ class Sparsity:
             self.run_decay.warn_if_over(decays, self.step, self.steps)
             self._expect(self.due)
             self.hook.refreshed = self
-            self.hook.install(self.called)
+            self.hook.install(self.called, self._active)
         else:
             self._undo += self._zeros.attach(zip(optimizers, plain, strict=True), self.called)
         return self
