@@ -59,7 +59,26 @@ def test_pruned_weights_shrink_by_the_total_whatever_the_length_and_the_rate(met
     assert trained(method, FixedDecay(0.5), 10, 100) == pytest.approx((1 - 0.05) ** 10, rel=1e-4)
 
 
-@pytest.mark.parametrize("by", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam])
+class Rateless(torch.optim.Optimizer):
+    """Descent by signs at a rate that it computes, as Adafactor of transformers does with lr=None."""
+
+    def __init__(self, groups: list[dict[str, object]], lr: float) -> None:
+        super().__init__(groups, {"lr": None, "eps": 1e-3})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for weight in group["params"]:
+                weight.sub_(0.1 * weight.grad.sign())
+
+
+@pytest.mark.parametrize(
+    "by",
+    [
+        torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RMSprop, torch.optim.Adagrad, torch.optim.Adadelta,
+        torch.optim.Adafactor, torch.optim.Muon, torch.optim.Rprop, Rateless,
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("decay", [3.0, None])
 def test_a_total_is_the_same_with_optimizers_that_divide_gradients_by_their_size(by, decay):
     total = DEFAULT_TOTAL if decay is None else decay

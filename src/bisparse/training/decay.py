@@ -4,8 +4,9 @@ Masked decay adds ``lambda * w`` to the gradient of a pruned weight, so that a s
 relevant quantity is the total over the run, lambda times the sum of learning rates: a lambda that settles the masks of a long run
 has no effect in a short one. A plain number is therefore this total, spread equally over the steps for any learning rate
 schedule: ``lambda = remaining / (steps left * lr)``, but at most `MAX_OVER_PEAK` times its value at the largest rate so far.
-With Adam and its variants, which divide gradients by their size, a total is applied to the weights themselves, outside of the
-moments, as AdamW applies weight decay. With SGD it is part of the gradient, so that momentum multiplies it (by 10 at 0.9).
+With Adam and other optimizers that divide gradients by their size, such as RMSprop and Muon, a total is applied to the weights
+themselves, outside of the moments, as AdamW applies weight decay. With SGD it is part of the gradient, so that momentum
+multiplies it (by 10 at 0.9).
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def decay_rate(
     Args:
         given: the decay of the layer or the run; None: the default.
         totals: by layer name, what a total decay has done so far; this step is added.
-        adaptive: masked decay with an optimizer that divides gradients by their size, such as Adam.
+        adaptive: masked decay with Adam or one of its variants.
     """
     if given is None:
         if steps is None:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from bisparse.training.bits import add_off_, keep_only_, off
 from bisparse.training.layer import SparseLayer, local, part_of
-from bisparse.training.optimizer import Held
+from bisparse.training.optimizer import Held, learning_rate
 
 __all__ = ["MaskedGradients", "after_closure", "decay_pruned"]
 
@@ -51,7 +51,7 @@ def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], 
             continue
         dense, mask = local(weight.detach()), part_of(layer.mask, weight)
         if method == "sr-ste":
-            rate = group["lr"]
+            rate = learning_rate(group)
             if isinstance(rate, Tensor):  # reading its value would synchronise with the device
                 dense.sub_(off(dense, mask) * (rate.to(dense.device, dense.dtype) * own))
             else:

@@ -13,8 +13,10 @@ from bisparse.training.layer import SparseLayer
 
 __all__ = [
     "after_each_step",
+    "divides_gradients",
     "flattened",
     "held_by",
+    "learning_rate",
     "skipped_by_scaler",
     "unwrapped",
     "why_not_followed",
@@ -38,6 +40,20 @@ def held_by(optimizer: Optimizer, layers: Iterable[SparseLayer]) -> list[Held]:
     return [Held(layer, weight, group) for layer, weight in pairs if (group := groups.get(id(weight))) is not None]
 
 
+def divides_gradients(optimizer: Optimizer) -> bool:
+    """Whether an optimizer divides gradients by their size, by settings of its groups that such optimizers have.
+
+    "betas": Adam, Lion; "eps": RMSprop, Adagrad, Adadelta, Adafactor, Muon; "etas": Rprop.
+    """
+    return any(name in group for group in optimizer.param_groups for name in ("betas", "eps", "etas"))
+
+
+def learning_rate(group: dict[str, Any]) -> float | Tensor:
+    """The learning rate of a parameter group; 1 for an optimizer that has none, or computes it, as Adafactor may."""
+    rate: float | Tensor | None = group.get("lr")
+    return 1.0 if rate is None else rate
+
+
 def why_not_followed(optimizer: Optimizer, method: str) -> str | None:
     """Why sparse training cannot follow an optimizer; None if it can."""
     kind = type(optimizer).__name__
@@ -45,7 +61,7 @@ def why_not_followed(optimizer: Optimizer, method: str) -> str | None:
         optimizer.register_step_pre_hook(lambda *_: None).remove()
     except AttributeError:
         return f"{kind} has no step hooks: its __init__ must call super().__init__(params, defaults) of torch.optim.Optimizer"
-    if method == "sr-ste" and any("lr" not in group for group in optimizer.param_groups):
+    if method == "sr-ste" and any(group.get("lr") is None for group in optimizer.param_groups):
         return f'method="sr-ste" decays by the learning rate, and a parameter group of {kind} has no "lr": use "masked-decay"'
     return None
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from bisparse.training.decay import Decay, TotalDecay, decay_rate, is_total
 from bisparse.training.gradient_rules import decay_pruned
-from bisparse.training.optimizer import Held
+from bisparse.training.optimizer import Held, divides_gradients, learning_rate
 
 __all__ = ["RunDecay"]
 
@@ -17,7 +17,7 @@ __all__ = ["RunDecay"]
 class RunDecay:
     """Adds masked decay to gradients, or takes SR-STE's step on the weights, with each layer's own lambda.
 
-    A total of masked decay with Adam and its variants is a step on the weights, too.
+    A total of masked decay with optimizers that divide gradients by their size, such as Adam, is a step on the weights, too.
 
     Args:
         method: the method of the run; "ste" and "s-ste" do not decay.
@@ -55,6 +55,7 @@ class RunDecay:
             return
         held = list(held)
         adaptive = self.method == "masked-decay" and any("betas" in group for group in optimizer.param_groups)
+        divides = self.method == "masked-decay" and divides_gradients(optimizer)
         for one in held if first else ():
             self._rates[one.layer.name] = decay_rate(
                 one.layer.decay_or(given),
@@ -62,14 +63,14 @@ class RunDecay:
                 one.layer.name,
                 step,
                 steps,
-                learning_rate=float(one.group.get("lr", 1.0)),
+                learning_rate=float(learning_rate(one.group)),
                 adaptive=adaptive,
             )
         inside: list[Held] = []
         outside: list[Held] = []
         for one in held:
             # Adam would divide a total by the size of the gradients: it is outside of the moments, as AdamW's weight decay.
-            total = adaptive and is_total(one.layer.decay_or(given), steps)
+            total = divides and is_total(one.layer.decay_or(given), steps)
             (outside if total else inside).append(one)
         decay_pruned(self.method, self._rates, inside, optimizer)
         if first:

@@ -82,8 +82,8 @@ def sparsify_(
         refresh: optimizer steps between mask searches.
         decay: total decay of pruned weights over the run: lambda times the sum of learning rates. `FixedDecay` sets lambda
             itself. By default 5 if `steps` is known, otherwise a lambda of 2e-4, or 2e-3 for masked decay with Adam and its
-            variants. A total of masked decay with those is applied as "sr-ste" does. With a mapping from layer names or
-            globs, only those layers decay.
+            variants. A total of masked decay with optimizers that divide gradients by their size is applied as "sr-ste" does.
+            With a mapping from layer names or globs, only those layers decay.
         steps: optimizer steps of the whole run. The callbacks for the transformers Trainer and Lightning set it.
         schedule: dense and frozen phases of a dynamic run, in optimizer steps.
         include, exclude: which layers, by name, glob, ``re:`` or function, as `bisparse.layers.find_layers` takes them.
