@@ -1,5 +1,7 @@
 """What is left after `finalize_`, and what is written: plain names, under every wrapper and every name of a module."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -98,3 +100,14 @@ def test_a_parametrization_that_was_added_later_stays(mlp, step):
         assert verify(one, "4:8-T") and torch.allclose(one(torch.ones(2, 16)), expected)
         assert float(torch.linalg.matrix_norm(one[0].weight.detach(), 2)) == pytest.approx(1.0, abs=0.2)
     assert mlp.state_dict().keys() == plain.state_dict().keys()
+
+
+def test_the_plain_state_of_a_static_run_has_its_zeros_whatever_was_loaded(mlp):
+    dense = copy.deepcopy(mlp.state_dict())
+    sparsify_(mlp, "4:8-T", mode="static")
+    mlp.load_state_dict(dense)
+    state = copy.deepcopy(plain_state_dict(mlp))
+    assert all(torch.equal(value, dense[name]) for name, value in mlp.state_dict().items())  # the model is not changed
+    with pytest.warns(UserWarning, match="no longer zero"):
+        finalize_(mlp)
+    assert all(torch.equal(value, state[name]) for name, value in mlp.state_dict().items())

@@ -161,6 +161,12 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
         for number, index in enumerate(kept):
             inside = f"{prefix}.{index}."
             state |= {f"{prefix}.{number}.{key[len(inside) :]}": value for key, value in others.items() if key.startswith(inside)}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for parameter, held in static_masks(module):
+            key = plain(f"{name}.{parameter}" if name else parameter)
+            weight = state.get(key)
+            if isinstance(weight, Tensor) and bool(weight.masked_fill(mask := held.mask.to(weight.device), 0).any()):
+                state[key] = weight.masked_fill(~mask, 0)  # something else has written to it
     return state
 
 
