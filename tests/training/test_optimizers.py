@@ -198,3 +198,46 @@ def test_an_optimizer_without_hooks_is_refused_and_another_can_follow() -> None:
     model(torch.ones(4, 16)).sum().backward()
     optimizer.step()
     assert sparsity.step == 1
+
+
+class Derived(torch.optim.SGD):
+    """Its step is that of a base class with something around it; torch calls hooks in both."""
+
+    fails = False
+
+    def step(self, closure=None):
+        if self.fails:
+            raise RuntimeError("out of memory")
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_a_step_that_calls_the_step_of_its_base_class_is_one_step(with_closure: bool) -> None:
+    results = []
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # from now on torch calls hooks in SGD.step, too
+    for kind in (torch.optim.SGD, Derived):
+        model = one_layer()
+        optimizer = kind(model.parameters(), lr=0.1)
+        sparsity = sparsify_(model, "2:4-T", decay=FixedDecay(0.5), refresh=2).attach(optimizer)
+
+        def step(number: int, model=model, optimizer=optimizer) -> None:
+            def closure() -> torch.Tensor:
+                optimizer.zero_grad()
+                loss = model(torch.randn(4, 16, generator=torch.Generator().manual_seed(number))).square().mean()
+                loss.backward()
+                return loss
+
+            if not with_closure:
+                closure()
+            optimizer.step(closure if with_closure else None)
+
+        for number in range(5):
+            step(number)
+            if number == 2 and kind is Derived:  # a step that fails does not count, and the next one does
+                optimizer.fails = True
+                with pytest.raises(RuntimeError, match="out of memory"):
+                    step(number)
+                optimizer.fails = False
+        assert sparsity.step == 5 and sparsity.refreshes == 2
+        results.append(model.parametrizations.weight.original.detach().clone())
+    assert torch.equal(*results)

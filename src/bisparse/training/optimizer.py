@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from bisparse.training.layer import SparseLayer
 
 __all__ = [
     "after_each_step",
+    "around_each_step",
     "divides_gradients",
     "flattened",
     "held_by",
@@ -108,6 +110,46 @@ def after_each_step(outer: Any, then: Callable[[], None]) -> Callable[[], None]:
 
     outer.step = stepped
     return undo
+
+
+def around_each_step(
+    optimizer: Optimizer,
+    before: Callable[[tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None],
+    after: Callable[[], None],
+) -> list[Callable[[], None]]:
+    """Call `before` and `after` around each step of an optimizer; returns functions to undo it.
+
+    torch calls step hooks again where a `step` calls that of its base class, which is then a part of the same step.
+    """
+    runs, inner = False, 0
+
+    def pre(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        nonlocal runs, inner
+        if runs and _steps_in_progress(optimizer) > 1:
+            inner += 1
+            return None
+        runs, inner = True, 0  # if it was True, the last step has raised an error
+        return before(args, kwargs)
+
+    def post(*_: object) -> None:
+        nonlocal runs, inner
+        if inner:
+            inner -= 1
+            return
+        runs = False
+        after()
+
+    return [optimizer.register_step_pre_hook(pre).remove, optimizer.register_step_post_hook(post).remove]
+
+
+def _steps_in_progress(optimizer: Optimizer) -> int:
+    """The calls of an optimizer's `step` that this code is in, by the frames of torch's function around it."""
+    count, frame = 0, sys._getframe()
+    while frame is not None:
+        around = frame.f_code.co_name == "wrapper" and frame.f_globals.get("__name__") == "torch.optim.optimizer"
+        count += around and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back  # type: ignore[assignment]
+    return count
 
 
 def flattened(weight: Tensor) -> bool:

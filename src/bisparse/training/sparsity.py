@@ -9,6 +9,7 @@ finalized is the one that was trained.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Mapping
@@ -35,7 +36,7 @@ from bisparse.training.history import history_from_state, history_state, record
 from bisparse.training.layer import SparseLayer
 from bisparse.training.mask_search import MaskSearch, Score
 from bisparse.training.metrics import MaskChange, as_metrics, measure_change
-from bisparse.training.optimizer import held_by, skipped_by_scaler, unwrapped
+from bisparse.training.optimizer import around_each_step, held_by, skipped_by_scaler, unwrapped
 from bisparse.training.rank_consistency import check_ranks_agree, raise_together, ranks_of
 from bisparse.training.run_decay import RunDecay
 from bisparse.training.run_layers import RunLayers
@@ -224,9 +225,8 @@ class Sparsity:
         for layer in self._active:
             layer.follow_nothing()
         for index, own in enumerate(plain):
-            before = own.register_step_pre_hook(lambda _, args, kwargs, own=own: self._before_step(own, args, kwargs))  # type: ignore[misc]
-            after = own.register_step_post_hook(lambda *_, own=own, first=index == 0: self._after_step(own, first))
-            self._undo += [before.remove, after.remove]
+            before, after = functools.partial(self._before_step, own), functools.partial(self._after_step, own, index == 0)
+            self._undo += around_each_step(own, before, after)
         if self.mode == "dynamic":
             self.run_decay.warn_if_over(decays, self.step, self.steps)
             self._expect(self.due)
