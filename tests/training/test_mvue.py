@@ -156,3 +156,18 @@ def test_a_broken_gradient_is_not_hidden_by_the_estimate(broken):
     model(torch.randn(16, 8)).backward(upstream)
     with pytest.raises(ValueError, match="holds NaN or infinite numbers"):
         optimizer.step()
+
+
+def test_the_estimate_ends_with_the_run_although_a_parametrization_stays(mlp):
+    sparsify_(mlp, "2:4-T", mvue=True)
+    nn.utils.parametrizations.spectral_norm(mlp[0])
+    finalize_(mlp)
+    inputs, gradients = torch.randn(8, 16), []
+    mlp.eval()  # spectral_norm does not move then
+    for _ in range(2):
+        mlp.zero_grad()
+        mlp(inputs).square().sum().backward()
+        gradients.append(mlp[0].parametrizations.weight.original.grad.clone())
+    assert torch.equal(*gradients) and not any(isinstance(module, MVUELinear) for module in mlp)
+    nn.utils.parametrize.remove_parametrizations(mlp[0], "weight")
+    assert type(mlp[0]) is nn.Linear

@@ -19,10 +19,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from bisparse.arguments import check_dense
 from bisparse.kernels.mvue.ops import estimate_2to4, keep_probabilities
 from bisparse.kernels.mvue.philox import draw_seed
+from bisparse.training.shared_classes import separate_class
 
 __all__ = ["MVUELinear", "keep_probabilities", "mvue_2_4"]
 
@@ -112,6 +114,8 @@ class MVUELinear(nn.Linear):
 
     @staticmethod
     def remove_(module: nn.Module) -> None:
-        """The inverse of `install_`, once parametrizations are removed."""
+        """The inverse of `install_`, once masks are removed; other parametrizations stay."""
         if type(module) is MVUELinear:
             module.__class__ = nn.Linear  # type: ignore[assignment]
+        elif parametrize.is_parametrized(module) and type(module).__bases__[0] is MVUELinear:
+            separate_class(module, nn.Linear)
