@@ -1,7 +1,9 @@
 """A teacher: its loss, what it is made from, and the loops in which it works."""
 
 import copy
+import gc
 import io
+import weakref
 
 import pytest
 import torch
@@ -53,6 +55,48 @@ def test_a_student_that_works_on_its_inputs_in_place_is_refused():
     student.train()
     student.forward = lambda x, *, mean: nn.Sequential.forward(student, x - mean)
     student(torch.randn(4, 16), mean=mean)
+    assert float(teacher.loss().detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+class Residual(nn.Module):
+    """Blocks that add to their input, in place or not; then a ReLU, in place or not."""
+
+    def __init__(self, blocks: bool, relu: bool) -> None:
+        super().__init__()
+        self.blocks, self.in_place = nn.ModuleList(nn.Linear(16, 16) for _ in range(2)), blocks
+        self.relu, self.head = nn.ReLU(inplace=relu), nn.Linear(16, 8)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.blocks[0](inputs)
+        change = self.blocks[1](hidden.clone())
+        hidden = hidden.add_(change) if self.in_place else hidden + change
+        return self.head(self.relu(hidden))
+
+
+@pytest.mark.parametrize(("blocks", "relu"), [(True, False), (False, True), (False, False)])
+def test_a_hidden_state_that_is_changed_in_place_is_refused(blocks, relu):
+    student = Residual(blocks, relu)
+    layers = ["blocks.0"] if blocks else ["relu", "blocks.1"]
+    teacher = Distillation(student, hidden=1.0, layers=layers)
+    student(torch.randn(4, 16))
+    if blocks:
+        with pytest.raises(ValueError, match=r"blocks\.0: another module works on its output in place"):
+            teacher.loss()
+    else:
+        assert float(teacher.loss().detach()) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_teacher_that_is_evaluated_keeps_no_hidden_states(net):
+    dense = copy.deepcopy(net)
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    dense.blocks[0].register_forward_hook(lambda module, inputs, output: outputs.append(weakref.ref(output)))
+    teacher = Distillation(net, dense, hidden=1.0)
+    with torch.no_grad():
+        for _ in range(3):
+            dense(batch(0)[0])
+    gc.collect()
+    assert len(outputs) == 3 and all(one() is None for one in outputs)
+    net(batch(0)[0])
     assert float(teacher.loss().detach()) == pytest.approx(0.0, abs=1e-6)
 
 

@@ -35,13 +35,26 @@ PEFT = "base_model.model."
 
 
 @dataclass
+class _Hidden:
+    """A hidden state, as a module has returned it."""
+
+    state: Tensor
+    versions: list[int]
+
+    @property
+    def changed(self) -> bool:
+        """Whether something has worked on it in place since."""
+        return bool(self.versions) and self.versions != _versions_of(self.state)
+
+
+@dataclass
 class _Pass:
     """A training forward pass of the student."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Any
-    hidden: dict[str, list[Tensor]]
+    hidden: dict[str, list[_Hidden]]
     autocast: torch.dtype | None
     intact: bool
     """Whether the arguments are as they were before the pass."""
@@ -124,18 +137,17 @@ class Distillation:
         self.terms: dict[str, Tensor] = {}
         """The parts of the last loss, before their weights, detached."""
         self._passes: list[_Pass] = []
-        self._hidden: dict[str, list[Tensor]] = {}
-        self._given: dict[str, list[Tensor]] = {}
+        self._hidden: dict[str, list[_Hidden]] = {}
+        self._given: dict[str, list[_Hidden]] = {}
+        self._teaching = False
         self._handles: list[Any] = []
         self._hooks: list[_Hook] = []
         theirs = {_plain(name): module for name, module in _named(unwrapped_model(self.teacher))}
         if missing := [name for name in names if name not in theirs]:
             raise ValueError(f"the teacher has no module {missing[0]!r}, whose hidden state is to be compared; choose layers=")
         for name, module in names.items():
-            self._hook(module, lambda own, *rest, name=name: self._keep(self._hidden, name, own, rest[-1]))
-            self._hook(
-                theirs[name], lambda own, *rest, name=name: self._given.setdefault(name, []).append(hidden_state(rest[-1], name))
-            )
+            self._hook(module, lambda own, *rest, name=name: self._keep(self._hidden, name, rest[-1], keep=_trains(own)))
+            self._hook(theirs[name], lambda *call, name=name: self._keep(self._given, name, call[-1], keep=self._teaching))
         self._versions: list[int] = []
         self._hooks.append(_Hook(self._before))
         self._handles.append(self.student.register_forward_pre_hook(self._hooks[-1], with_kwargs=True))
@@ -156,9 +168,10 @@ class Distillation:
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("a Distillation cannot be pickled: create it again from the same teacher, which state_dict() identifies")
 
-    def _keep(self, held: dict[str, list[Tensor]], name: str, module: nn.Module, output: Any) -> None:
-        if _trains(module):
-            held.setdefault(name, []).append(hidden_state(output, name))
+    def _keep(self, held: dict[str, list[_Hidden]], name: str, output: Any, *, keep: bool) -> None:
+        if keep:
+            state = hidden_state(output, name)
+            held.setdefault(name, []).append(_Hidden(state, _versions_of(state)))
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if _trains(module):
@@ -187,7 +200,7 @@ class Distillation:
 
         Raises:
             ValueError: no training forward pass since the last call, or several (see `reset`); outputs of different shapes;
-                inputs that the student has changed.
+                inputs or hidden states that were changed in place.
         """
         if len(self._passes) != 1:
             many = "no training forward pass" if not self._passes else f"{len(self._passes)} training forward passes"
@@ -233,16 +246,26 @@ class Distillation:
         if self.dtype is not None:
             args, kwargs = tree_map(self._cast, (args, kwargs))
         on = done.autocast is not None and self.dtype is None
-        with torch.no_grad(), torch.autocast(device.type, done.autocast, enabled=True) if on else contextlib.nullcontext():
-            return self.teacher(*args, **kwargs)
+        self._teaching = True
+        try:
+            with torch.no_grad(), torch.autocast(device.type, done.autocast, enabled=True) if on else contextlib.nullcontext():
+                return self.teacher(*args, **kwargs)
+        finally:
+            self._teaching = False
 
     def _cast(self, value: Any) -> Any:
         return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    def _compare(self, hidden: Mapping[str, list[Tensor]], masks: TokenMasks) -> Tensor:
+    def _compare(self, hidden: Mapping[str, list[_Hidden]], masks: TokenMasks) -> Tensor:
         distances = []
-        for name, theirs in self._given.items():
-            own = hidden.get(name, [])
+        for name, given in self._given.items():
+            kept = hidden.get(name, [])
+            if any(one.changed for one in (*kept, *given)):
+                raise ValueError(
+                    f"{name}: another module works on its output in place, such as ReLU(inplace=True) or x += y, so the hidden "
+                    "state is lost: let that make a copy, such as x = x + y, or choose other layers="
+                )
+            own, theirs = [one.state for one in kept], [one.state for one in given]
             if not own or any(not one.requires_grad for one in own):
                 raise ValueError(
                     f"{name}: the student's hidden state has no gradient; the layer may be frozen, in eval mode or "
