@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from bisparse import PatternError, finalize_, solve, sparsify_, verify
-from bisparse.training import FixedDecay, merge_lora_, merged_weight, plain_state_dict
+from bisparse import PatternError, finalize_, prune_, solve, sparsify_, verify
+from bisparse.training import FixedDecay, add_masked_lora_, merge_lora_, merged_weight, plain_state_dict
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "static"])
@@ -265,3 +265,27 @@ def test_a_layer_that_thaws_is_clipped_by_the_gradient_that_is_used(mlp, step):
     thawing.weight.requires_grad_(True)
     mlp(torch.ones(2, 16)).square().sum().backward()
     assert bool(thawing.weight.grad.any()) and not bool(thawing.weight.grad[~thawing.mask].any())
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+def test_a_cache_of_parametrizations_has_the_weights_of_each_module(adapters):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    if adapters:
+        prune_(model, "4:8-T")
+        optimizer = torch.optim.SGD(add_masked_lora_(model, "4:8-T", rank=2), lr=0.5)
+    else:
+        sparsity = sparsify_(model, "4:8-T", refresh=1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        sparsity.attach(optimizer)
+    model.append(copy.deepcopy(model[0]))
+    for number in range(3):
+        inputs = torch.randn(4, 16, generator=torch.Generator().manual_seed(number))
+        with nn.utils.parametrize.cached():
+            output = model(inputs)
+            assert model[1].weight is model[1].weight  # it is computed once
+        assert torch.equal(output, model(inputs))
+        output.square().sum().backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()

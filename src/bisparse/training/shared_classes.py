@@ -11,6 +11,7 @@ from typing import Any, cast
 from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 __all__ = ["separate_class", "share_class"]
 
@@ -84,6 +85,14 @@ def _of_parametrized(name: str, own: property) -> property:
     get: Callable[[Any], Tensor] = own.fget  # type: ignore[assignment]
 
     def guarded(self: Any) -> Any:
-        return get(self) if name in self.parametrizations else nn.Module.__getattr__(self, name)
+        if name not in self.parametrizations:
+            return nn.Module.__getattr__(self, name)
+        if not parametrize._cache_enabled:
+            return get(self)
+        # torch's own getter caches under the module for which it was made, so that all of the class would get that one's weight.
+        key = (id(self), name)
+        if parametrize._cache.get(key) is None:
+            parametrize._cache[key] = self.parametrizations[name]()
+        return parametrize._cache[key]
 
     return property(guarded, own.fset)
