@@ -157,3 +157,14 @@ def test_more_refusals():
     two.base_model.set_adapter(["default", "other"])
     with pytest.raises(ValueError, match="lora_dropout=0"):
         two.train()(IDS)
+
+
+def test_adapters_of_tied_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.ReLU(), nn.Linear(16, 16, bias=False))
+    model[2].weight = model[0].weight
+    prune_(model, "2:4-T")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["0", "2"], r=2))
+    before = copy.deepcopy(adapted.state_dict())
+    with pytest.raises(ValueError, match="is tied to"):
+        mask_lora_(adapted, "2:4-T")
+    assert all(torch.equal(before[name], one) for name, one in adapted.state_dict().items())
