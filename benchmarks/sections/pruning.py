@@ -76,7 +76,8 @@ def language(rows: list[Row]) -> list[str]:
         if "sequences" not in row:
             return str(row["method"])
         more = f", network {row['network_sequences']}" if row.get("network_sequences") else ""
-        more += f" at a step of {row['network_step']:g}" if row.get("network_step") else ""
+        more += f" at a step size of {row['network_step']:g}" if row.get("network_step") else ""
+        more += ", one sequence per step" if row.get("network_batch") == 1 else ""
         return f"{row['method']}, {row['sequences']} of {row['corpus']}{more}"
 
     parts += [grid(rows, data, by_pattern, "perplexity", 1)]
@@ -88,7 +89,7 @@ def language(rows: list[Row]) -> list[str]:
         "every iteration. *then blocks*: after its layers, the kept weights of each block are fitted to the dense network's "
         "activations after that block (`BlockReconstruction`). *then the network*: at the end, those of all layers "
         "together to the dense network's logits (`NetworkReconstruction`), *on more*: on as many sequences as follow 'network', "
-        "at a step of 0.003 unless another is named.\n"
+        "at a step size of 0.003 unless another is named, two sequences per step unless one is named.\n"
     ]
     budget = "50% of 8:32-T, 12:32-T, 16:32-T, 20:32-T, 24:32-T, dense"
     for pattern, aim in {"2:4": 66, "2:4-T": 95, "4:8-T": 72, "16:32-T": 50, "6:8": 37, "6:8-T": 38, budget: 55}.items():

@@ -344,7 +344,9 @@ def training_finetune(rows: list[dict[str, Any]]) -> list[str]:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         starts = {"adaprune": ", from AdaPrune", "alps": ", from ALPS", "alps, then the network": ", from ALPS, then the network"}
-        how = row["pattern"] + starts.get(row.get("method", ""), "") + (", scaled rates" if row.get("scale_lr") else "")
+        how = row["pattern"] + starts.get(row.get("method", ""), "")
+        how += f" in batches of {row['network_batch']} pairs" if row.get("network_batch") else ""
+        how += ", scaled rates" if row.get("scale_lr") else ""
         groups[row["task"], row["model"], how, row["steps"], row["batch"], row.get("precision", "float32")].append(row)
     body = []
     for (task, model, pattern, steps, batch, precision), own in sorted(groups.items(), key=lambda one: (one[0][:2], one[0][3:])):
