@@ -263,7 +263,7 @@ def _versions() -> dict[str, str]:
 
 def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
     """The batches, from the text files or from the model's function; None if there are none."""
-    from bisparse.cli.calibration_text import text_batches, usable_length
+    from bisparse.cli.calibration_text import has_decoder, text_batches, usable_length
 
     if not texts.paths:
         if texts.field is not None:
@@ -276,8 +276,9 @@ def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
     causal = bool(getattr(source.model, "can_generate", lambda: False)())
     length = usable_length(source.model, texts.length, causal=causal)
     return text_batches(
-        source.tokenizer, list(texts.paths), causal=causal, field=texts.field, sequences=texts.sequences, length=length
-    )
+        source.tokenizer, list(texts.paths), causal=causal, field=texts.field, sequences=texts.sequences, length=length,
+        labels=has_decoder(source.model),
+    )  # fmt: skip
 
 
 def _check_data(name: str, source: Source, data: TextBatches | list[Any] | None, asked: Mapping[str, bool]) -> None:

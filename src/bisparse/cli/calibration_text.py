@@ -18,7 +18,7 @@ from bisparse.evaluation.model_outputs import fitting_length, positions_of
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.user_errors import error_in_one_line
 
-__all__ = ["SEED", "CalibrationFile", "TextBatches", "text_batches", "token_batches", "usable_length"]
+__all__ = ["SEED", "CalibrationFile", "TextBatches", "has_decoder", "text_batches", "token_batches", "usable_length"]
 
 SEED = 0
 """Seed of the order of calibration samples."""
@@ -104,6 +104,7 @@ def text_batches(
     field: str | None = None,
     sequences: int = 256,
     length: int = 512,
+    labels: bool = False,
 ) -> TextBatches:
     """Calibration batches from files. Every file contributes the same number of samples, as far as it has enough.
 
@@ -116,6 +117,7 @@ def text_batches(
         field: the field to read instead.
         sequences: maximum number of samples.
         length: tokens per sample; the maximum for models that are not causal.
+        labels: add each sample as labels, too, as encoder-decoder models need: their decoder then reads the same text.
 
     Raises:
         CalibrationError: a file is empty, too short, or not text; a line is not JSON or lacks the field. Names file and line.
@@ -131,6 +133,8 @@ def text_batches(
             if not own:
                 raise CalibrationError(f"{one.path} has no text to calibrate on")
         batches, counts = _padded_batches(tokenizer, samples, sequences, length)
+    if labels:
+        batches = [batch | {"labels": batch["input_ids"]} for batch in batches]
     return TextBatches(batches, tuple(one.described(count) for one, count in zip(files, counts, strict=True)))
 
 
@@ -147,6 +151,11 @@ def _shares(available: Sequence[int], wanted: int) -> list[int]:
     for done, place in enumerate(sorted(range(len(available)), key=lambda i: available[i])):
         counts[place] = min(available[place], -(-(wanted - sum(counts)) // (len(available) - done)))
     return counts
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether a transformers model has an encoder and a decoder, as T5 and BART have."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def usable_length(model: nn.Module, length: int | None, *, causal: bool) -> int:

@@ -301,7 +301,7 @@ def _check_plain(source: str) -> None:
 
 
 def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length: int | None) -> list[Any] | None:
-    from bisparse.cli.calibration_text import text_batches, usable_length
+    from bisparse.cli.calibration_text import has_decoder, text_batches, usable_length
 
     if calibration is None:
         batches: list[Any] | None = opened.batches
@@ -310,7 +310,8 @@ def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length
         raise typer.BadParameter("text requires a transformers model", param_hint="--calibration")
     causal = bool(getattr(opened.model, "can_generate", lambda: False)())
     length = usable_length(opened.model, length, causal=causal)
-    return list(text_batches(opened.tokenizer, calibration, causal=causal, sequences=sequences, length=length).batches)
+    how: dict[str, Any] = {"causal": causal, "sequences": sequences, "length": length, "labels": has_decoder(opened.model)}
+    return list(text_batches(opened.tokenizer, calibration, **how).batches)
 
 
 def _example(opened: Any, length: int, torch: Any) -> Any:
