@@ -397,3 +397,20 @@ def test_int8_refuses_other_dtypes_and_values(wins: None) -> None:
     with torch.no_grad():
         model[0].weight[0, 0] = float("inf")
     assert "int8" in accelerate_(model, int8=True)["0"].reason
+
+
+@needs_kernels
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_weights_are_packed_inside_an_autocast_of_the_caller(dtype: torch.dtype, autocast: torch.dtype, wins: None) -> None:
+    dense, inputs = model_of("4:8-T", dtype), torch.randn(3, 64).to(dtype)
+    model = copy.deepcopy(dense)
+    with torch.autocast("cpu", autocast):
+        accelerate_(model)
+        model.load_state_dict(dense.state_dict())
+        others = {one: copy.deepcopy(model).to(one) for one in ROUNDING}
+        saved = model.state_dict()
+    assert isinstance(model[0], PackedLinear)
+    assert all(torch.equal(saved[name], value) for name, value in dense.state_dict().items())
+    for one, other in {dtype: model, **others}.items():
+        assert torch.allclose(other(inputs.to(one)).float(), dense(inputs).float(), atol=0.05)

@@ -157,7 +157,8 @@ def _pack(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         masks[first:last] = (kept.int() << places).sum(-1, dtype=torch.int32)
         starts[first + 1 : last + 1] = kept.flatten(1).sum(1)
         values.append(band[kept])
-    return torch.cat([*values, matrix.new_zeros(PADDING)]), masks, starts.cumsum(0)
+    with torch.autocast(matrix.device.type, enabled=False):  # which raises for halves of the other kind
+        return torch.cat([*values, matrix.new_zeros(PADDING)]), masks, starts.cumsum(0)
 
 
 @register_kernel("unpack_bitmask", ANY_DEVICE)
