@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import TensorWeakRef
 
@@ -822,3 +823,23 @@ def test_a_failure_gives_weights_back_that_only_the_model_held(monkeypatch: pyte
     assert {type(layer) for layer in (model.up, model.down, model.head)} == {nn.Linear}
     assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     assert bool(model.up.weight.grad.all()) and model.down.weight.requires_grad
+
+
+@pytest.mark.parametrize("phase", ["packed", "packed on a CPU", "fixed", "in sparse training"])
+def test_derivatives_in_forward_mode_are_those_of_the_dense_layers(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(eligibility, "measured", lambda weight, *_: CPUTiming(2.0, 1.0, 4))
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 32)).train(not phase.startswith("packed"))
+    prune_(dense, "2:4-T", include="*")
+    model = copy.deepcopy(dense)
+    if phase == "in sparse training":
+        sparsify_(model, "2:4-T", include="*")
+    accelerate_(model, "auto" if phase == "packed on a CPU" else "reference", dtype=torch.float32)
+    inputs, direction = torch.randn(3, 32), torch.randn(3, 32)
+    for one in (torch.enable_grad, torch.no_grad):
+        with one():
+            for found, expected in zip(*(torch.func.jvp(each, (inputs,), (direction,)) for each in (model, dense)), strict=True):
+                torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+            with forward_ad.dual_level():
+                output = model(forward_ad.make_dual(inputs, direction))
+                torch.testing.assert_close(forward_ad.unpack_dual(output).tangent, expected, atol=1e-5, rtol=1e-5)

@@ -13,11 +13,18 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from bisparse.accelerate.backends import BACKENDS, BackendError, backend_or_reference
 from bisparse.accelerate.backends.cpu import CPU, BitmaskWeight, rounding_error
 from bisparse.accelerate.eligibility import Plan
-from bisparse.accelerate.operators import autocast_dtype, checked_input, packed_linear_2to4, refuse_onnx
+from bisparse.accelerate.operators import (
+    autocast_dtype,
+    checked_input,
+    in_forward_mode,
+    packed_linear_2to4,
+    refuse_onnx,
+)
 from bisparse.verification import PatternError, verify
 
 __all__ = ["PackedLayer", "PackedLinear", "PackedWeight"]
@@ -174,6 +181,8 @@ class PackedLayer(nn.Module):
     def multiplied(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         """``x W^T + b``, in the input's dtype, or autocast's."""
         own = self.packed_weight
+        if in_forward_mode():
+            return linear(input, own.dense(), self._parameters["bias"])
         if isinstance(own, BitmaskWeight):
             output = own.product.directly(input, self._parameters["bias"])
             if output is not None:

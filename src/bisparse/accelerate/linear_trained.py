@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 from bisparse.accelerate.backends import BACKENDS, backend_or_reference
 from bisparse.accelerate.eligibility import Plan
-from bisparse.accelerate.operators import autocast_dtype, checked_input, linear_2to4, refuse_onnx
+from bisparse.accelerate.operators import autocast_dtype, checked_input, in_forward_mode, linear_2to4, refuse_onnx
 from bisparse.kernels.sparse24.metadata import MetadataLayout, empty_slots, lay_out
 from bisparse.kernels.sparse24.positions import find_positions, kept_mask
 from bisparse.training import MVUELinear
@@ -201,7 +201,7 @@ class SparseLinear(nn.Linear):
     def forward(self, input: Float[Tensor, "*T I"]) -> Float[Tensor, "*T O"]:
         refuse_onnx()
         input = _autocast(input)
-        if self.positions is None or not self.products.serves(input.dtype):
+        if self.positions is None or in_forward_mode() or not self.products.serves(input.dtype):
             return self._masked_dense(input)
         weight = trained_parameter(self, "weight")
         slots = self.slots

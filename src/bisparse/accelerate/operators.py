@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Shaped, UInt8
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bisparse.accelerate.backends import BACKENDS, HALF
 from bisparse.kernels.mvue.ops import estimate_2to4, pack_estimate
@@ -26,7 +27,7 @@ from bisparse.kernels.mvue.philox import draw_seed
 from bisparse.kernels.sparse24.metadata import WORD
 from bisparse.kernels.sparse24.positions import put_values, take_values
 
-__all__ = ["autocast_dtype", "checked_input", "linear_2to4", "packed_linear_2to4", "refuse_onnx"]
+__all__ = ["autocast_dtype", "checked_input", "in_forward_mode", "linear_2to4", "packed_linear_2to4", "refuse_onnx"]
 
 _LIBRARY = torch.library.Library("bisparse", "FRAGMENT")
 _LIBRARY.define(
@@ -101,6 +102,11 @@ def refuse_onnx() -> None:
             "ONNX has no sparse products: export the plain model that finalize_(copy.deepcopy(model)) makes; its zeros stay "
             "in the weights"
         )
+
+
+def in_forward_mode() -> bool:
+    """Whether derivatives may be computed in forward mode, where operators written in Python drop tangents without an error."""
+    return forward_ad._current_level >= 0
 
 
 def autocast_dtype(input: Tensor) -> torch.dtype | None:
