@@ -27,7 +27,7 @@ from bisparse import (
     verify,
     verify_checkpoint,
 )
-from bisparse.accelerate import BackendError, PackedLinear, SparseLinear, eligibility, linear_trained
+from bisparse.accelerate import BackendError, PackedLinear, SparseLinear, eligibility, linear_trained, load_accelerated_
 from bisparse.accelerate import accelerate as accelerate_module
 from bisparse.accelerate.accelerate import held_bytes
 from bisparse.accelerate.backends import BACKENDS
@@ -843,3 +843,27 @@ def test_derivatives_in_forward_mode_are_those_of_the_dense_layers(phase: str, m
             with forward_ad.dual_level():
                 output = model(forward_ad.make_dual(inputs, direction))
                 torch.testing.assert_close(forward_ad.unpack_dual(output).tangent, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("phase", ["packed", "packed on a CPU", "loaded", "fixed", "in sparse training"])
+def test_what_is_accelerated_in_inference_mode_serves_outside_of_it(
+    phase: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(eligibility, "measured", lambda weight, *_: CPUTiming(2.0, 1.0, 4))
+    dense = block().train(phase in ("fixed", "in sparse training"))
+    model = copy.deepcopy(dense)
+    if phase == "in sparse training":
+        sparsify_(model, "2:4-T")
+    with torch.inference_mode():
+        if phase == "loaded":
+            save(dense, tmp_path / "saved", "2:4-T")
+            load_accelerated_(model.to("meta"), tmp_path / "saved")
+        else:
+            accelerate_(model, "auto" if phase == "packed on a CPU" else "reference", dtype=torch.float32)
+        model.load_state_dict(model.state_dict())
+    results = both(model, dense)
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    with torch.inference_mode():
+        finalize_(model)
+    assert not any(one.is_inference() for one in model.parameters())

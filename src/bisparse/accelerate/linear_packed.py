@@ -49,6 +49,7 @@ class PackedWeight:
     metadata_t: Shaped[Tensor, "..."] | None = None
 
     @classmethod
+    @torch.inference_mode(False)  # its tensors outlive the mode of the caller
     @torch.no_grad()
     def from_dense(
         cls, weight: Float[Tensor, "O I"], backend: str, *, transposed: bool, search: bool = True, name: str = ""
@@ -94,6 +95,7 @@ class PackedWeight:
         """The dense weight. Its zeros are all 0.0, since packed storage does not keep the sign of zeros."""
         return BACKENDS[self.backend].unpack(self.packed, self.metadata, *self.shape)
 
+    @torch.inference_mode(False)
     def parameter(self) -> nn.Parameter:
         """The dense weight as a parameter."""
         return nn.Parameter(self.dense(), self.trainable)
@@ -111,6 +113,8 @@ class PackedWeight:
         found = self.from_dense(weight, backend, transposed=self.packed_t is not None, search=self.search, name=name)
         return replace(found, wanted_backend=self.wanted_backend, trainable=self.trainable)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def mapped(self, fn: Callable[[Tensor], Tensor]) -> PackedWeight:
         """A copy with a function applied to all tensors, which keep their dtypes."""
 
@@ -173,6 +177,7 @@ class PackedLayer(nn.Module):
         """The dense weight, with zeros."""
         return self.packed_weight.dense().view(self.weight_shape)
 
+    @torch.inference_mode(False)
     def parameter(self) -> nn.Parameter:
         """The dense weight as a parameter."""
         own = self.packed_weight.parameter()

@@ -89,6 +89,7 @@ class SparseProducts:
         layout_t = library.metadata_layout(columns, rows, self.dtype, device) if self.both_ways else layout
         return None if layout is None or layout_t is None else (layout, layout_t)
 
+    @torch.inference_mode(False)  # they outlive the mode of the caller
     @torch.no_grad()
     def slots(self, mask: Bool[Tensor, "O I"], held: Slots | None = None) -> Slots:
         """Positions and metadata of a mask and, if both ways are sparse, of its transpose.

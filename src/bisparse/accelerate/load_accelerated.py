@@ -33,6 +33,7 @@ from bisparse.wrappers import check_module
 __all__ = ["load_accelerated_"]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def load_accelerated_(
     model: nn.Module,

@@ -68,6 +68,7 @@ class BitmaskWeight:
     """Products with this weight, without torch's dispatcher if possible."""
 
     @classmethod
+    @torch.inference_mode(False)  # its tensors outlive the mode of the caller
     @torch.no_grad()
     def from_dense(cls, weight: Float[Tensor, "O I"], *, max_tokens: int, int8: bool = False, name: str = "") -> BitmaskWeight:
         """Pack a weight. The packed weight is unpacked once and compared: equal or, in int8, within half a step of each row.
@@ -127,6 +128,7 @@ class BitmaskWeight:
             return torch.empty(self.shape, dtype=self.dtype, device="meta")
         return dequantized(self.packed, *self.shape).to(self.dtype)
 
+    @torch.inference_mode(False)
     def parameter(self) -> nn.Parameter:
         """The dense weight as a parameter."""
         return nn.Parameter(self.dense(), self.trainable)
@@ -154,6 +156,8 @@ class BitmaskWeight:
         int8 = self.int8 and weight.dtype == torch.bfloat16
         return replace(self.from_dense(weight, max_tokens=self.max_tokens, int8=int8, name=name), trainable=self.trainable)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def mapped(self, fn: Callable[[Tensor], Tensor]) -> BitmaskWeight:
         """A copy with a function applied to all tensors, which keeps the weight's dtype and the bits of the masks."""
 
