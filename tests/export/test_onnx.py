@@ -341,3 +341,49 @@ def test_a_layer_that_no_example_reaches_has_no_range() -> None:
     with pytest.raises(ValueError, match=r"pooler\.weight: no example of int8_inputs reaches the layer"):
         input_scales(model, weights, examples, lambda x: model.out(model.hidden(x)))
     assert set(input_scales(model, weights, examples, model)) == {"hidden.weight", "pooler.weight"}
+
+
+def test_axes_that_no_input_has_and_examples_without_elements_are_refused(tmp_path: Path) -> None:
+    layer, x, path = nn.Linear(8, 4), torch.randn(3, 8), tmp_path / "model.onnx"
+    for axes in ({"inputs": {0: "batch"}}, {"input": {2: "batch"}}, {"input": {-2: "batch"}}):
+        with pytest.raises(ValueError, match="dynamic_axes"):
+            export_onnx(layer, path, x, dynamic_axes=axes)
+    with pytest.raises(ValueError, match="no elements"):
+        export_onnx(layer, path, x[:0])
+    assert not os.listdir(tmp_path)
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, scale: Tensor) -> Tensor:
+        return self.layer(x) * scale
+
+
+def test_an_input_without_axes_has_no_batch(tmp_path: Path) -> None:
+    model, x = Scaled(), torch.randn(3, 8)
+    export_onnx(model, tmp_path / "model.onnx", {"x": x, "scale": torch.tensor(2.0)})
+    found = run(tmp_path / "model.onnx", x=x[:2], scale=torch.tensor(3.0))
+    assert torch.allclose(found, model(x[:2], torch.tensor(3.0)), atol=1e-5)
+
+
+class Half(nn.Module):
+    """Its exported form differs: onnxruntime is given a logarithm of negative numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - 1).log() if torch.compiler.is_exporting() else x
+
+
+def test_outputs_that_are_nan_in_the_file_alone_do_not_pass_for_equal_ones(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Sigmoid(), Half())
+    assert export_onnx(model, tmp_path / "model.onnx", torch.randn(3, 8)).difference == float("inf")
+
+
+def test_a_weight_with_nan_is_exported_with_its_bits(tmp_path: Path) -> None:
+    model = nn.Linear(8, 4)
+    with torch.no_grad():
+        model.weight[0, 0] = float("nan")
+    made = export_onnx(model, tmp_path / "model.onnx", torch.randn(3, 8))
+    assert made.weights == 1 and made.difference is not None and made.difference < 1e-5

@@ -7,6 +7,7 @@ values. The file is then verified along the axis over which TensorRT's 2:4 kerne
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -63,7 +64,7 @@ class OnnxExport:
     verified: dict[str, int]
     """By pattern, the number of layers that obey it along the reduction axis of the graph."""
     difference: float | None
-    """Largest difference between outputs of onnxruntime and of the model; None if it was not run."""
+    """Largest difference between outputs of onnxruntime and of the model, infinite if only one is NaN; None if it was not run."""
     largest: float | None
     """Largest absolute output of the model on the same inputs."""
     note: str = ""
@@ -135,7 +136,8 @@ def export_onnx(
         ImportError: onnx or onnxscript is not installed.
         PatternError: a weight in the file breaks its pattern. No file is left.
         ValueError: `path` is a folder or a device; an accelerated model, a scheme other than int8, inputs that the model does not
-            take, or a graph that is not valid, such as one with a convolution of bfloat16. No file is left.
+            take or that have no elements, axes that no input has, or a graph that is not valid, such as one with a convolution
+            of bfloat16. No file is left.
     """
     path = Path(path)
     check_flag("overwrite", overwrite)
@@ -153,6 +155,7 @@ def export_onnx(
     _check_packages()
     names, tensors = _named(inputs)
     axes = dict(dynamic_axes) if dynamic_axes is not None else _default_axes(names, tensors)
+    _check_axes(names, tensors, axes)
     modes = [(module, module.training) for module in model.modules()]
     with explaining(path):  # before the graph is traced, which may take minutes
         folder = _folder_next_to(path)
@@ -255,8 +258,23 @@ def _ordered(example: Inputs, names: Sequence[str], named: bool) -> list[Tensor]
 
 
 def _default_axes(names: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, dict[int, str]]:
-    text = [one.ndim == 2 and not one.is_floating_point() for one in tensors]
-    return {name: {0: "batch", 1: "sequence"} if ids else {0: "batch"} for name, ids in zip(names, text, strict=True)}
+    found = {name: dict.fromkeys(range(min(one.ndim, 1)), "batch") for name, one in zip(names, tensors, strict=True)}
+    for name, one in zip(names, tensors, strict=True):
+        if one.ndim == 2 and not one.is_floating_point():
+            found[name] = {0: "batch", 1: "sequence"}
+    return found
+
+
+def _check_axes(names: Sequence[str], tensors: Sequence[Tensor], axes: DynamicAxes) -> None:
+    """Raise ValueError for example inputs without elements, and for axes that no input has."""
+    given = dict(zip(names, tensors, strict=True))
+    if empty := [name for name, one in given.items() if not one.numel()]:
+        raise ValueError(f"the example input {empty[0]!r} has no elements: pass one of at least one sample, to compare outputs")
+    for name, own in axes.items():
+        if name not in given:
+            raise ValueError(f"dynamic_axes names {name!r}, which is no input: expected {', '.join(map(repr, names))}")
+        if wrong := [axis for axis in own if axis not in range(given[name].ndim)]:
+            raise ValueError(f"dynamic_axes[{name!r}] names axis {wrong[0]!r} of an input of {given[name].ndim} dimensions")
 
 
 def _proto(whole: nn.Module, names: Sequence[str], tensors: Sequence[Tensor], axes: DynamicAxes, output: str) -> Any:
@@ -317,6 +335,11 @@ def _widened(tensor: Tensor, axes: Mapping[int, str]) -> Tensor:
     return tensor
 
 
+def _largest(values: Tensor) -> float:
+    """The largest magnitude; that of NaN is infinite."""
+    return float(values.abs().nan_to_num(math.inf, math.inf).max())
+
+
 def _write(proto: Any, file: Path) -> Path:
     import onnx
 
@@ -366,6 +389,7 @@ def _run(
             raise CheckpointError(
                 file, f"gives outputs of shape {tuple(made.shape)}, the model {tuple(meant.shape)}", "report this"
             )
-        difference = max(difference, float((made - meant).abs().max()))
-        largest = max(largest, float(meant.abs().max()))
+        alike = (made == meant) | (made.isnan() & meant.isnan())  # also equal infinities, whose difference is NaN
+        difference = max(difference, _largest(torch.where(alike, 0.0, made - meant)))
+        largest = max(largest, _largest(meant))
     return difference, largest, ""

@@ -14,6 +14,7 @@ from bisparse.errors import CheckpointError
 from bisparse.layers import Skipped, find_layers, layer_name, matches_name, memory_of
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.quantization import QuantizedLayer, stored_values
+from bisparse.rollback import same_bits
 from bisparse.verification import Verification
 
 __all__ = ["check_weights", "naming", "verify_patterns"]
@@ -36,8 +37,7 @@ def check_weights(file: Path, weights: Mapping[str, Tensor], stored: Mapping[str
             lacking[name] = memory_of(weight)
             continue
         meant = stored_values(weight, stored[name]) if name in stored else weight
-        read = tensor.read().view(tensor.shape)
-        if read.shape != meant.shape or read.dtype != meant.dtype or not bool((read == meant.cpu()).all()):
+        if not same_bits(tensor.read().view(tensor.shape), meant):
             raise CheckpointError(file, "differs from the model's weight", "report this", tensor=name)
         found[name] = memory_of(weight)
     if lost := [name for name in stored if name not in found]:
