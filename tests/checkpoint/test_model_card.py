@@ -101,6 +101,37 @@ def test_metadata_that_is_damaged_or_odd_fails_no_job(metadata: str, source: Pat
     assert "# Mine" in text and "2:4 (3 layers)" in text
 
 
+TAGS = "tags:\n- bisparse\n- sparse\n"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "written"),
+    [
+        ("language:\n- no\n- en\n", f"language:\n- no\n- en\n{TAGS}"),  # `no` is false in YAML 1.1, and Norwegian
+        ("# mine\nlicense: mit # checked\nversion: 1.10\n", f"# mine\nlicense: mit # checked\nversion: 1.10\n{TAGS}"),
+        ("tags: [chat]\n\n# below\nx: {a: 1}\n", "tags:\n- chat\n- bisparse\n- sparse\n\n# below\nx: {a: 1}\n"),
+        ("tags:\n- chat\n\n# below\nx: 1\n", "tags:\n- chat\n- bisparse\n- sparse\n\n# below\nx: 1\n"),
+        ("model-index:\n- name: dense\n  results: []\n# below\nx: 1\n", f"# below\nx: 1\n{TAGS}"),
+        ("", TAGS),
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_metadata_stay_as_they_are_written(metadata: str, written: str, end: str, source: Path, tmp_path: Path) -> None:
+    body = "# Mine\n\n---\n\nA rule is no end of metadata.\n"
+    (source / "README.md").write_bytes(f"---\n{metadata}---\n{body}".replace("\n", end).encode())
+    prune_checkpoint(source, tmp_path / "out", "2:4")
+    text = (tmp_path / "out" / "README.md").read_bytes().decode()
+    assert text.startswith(f"---\n{written}---\n{body}".replace("\n", end).rstrip())
+
+
+def test_a_mark_that_is_not_closed_takes_no_text_with_it(source: Path, tmp_path: Path) -> None:
+    (source / "README.md").write_text("# Mine\n<!-- bisparse: begin -->\nMy own remark.\n")
+    prune_checkpoint(source, tmp_path / "out", "2:4")
+    record_evaluation(tmp_path / "out", [FIGURE])
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "My own remark." in text and "20.5" in text
+
+
 def test_a_readme_that_is_no_text_is_left_alone_and_that_is_said(source: Path, tmp_path: Path) -> None:
     (source / "README.md").write_text("Grüße", encoding="latin-1")
     report = prune_checkpoint(source, tmp_path / "out", "2:4")

@@ -27,10 +27,11 @@ __all__ = ["CARD", "record_evaluation", "write_card"]
 CARD = "README.md"
 BEGIN = "<!-- bisparse: begin (bisparse replaces this section; write outside of it) -->"
 END = "<!-- bisparse: end -->"
-SECTION = re.compile(r"<!-- bisparse: begin\b.*?<!-- bisparse: end -->", re.DOTALL)
+SECTION = re.compile(r"<!-- bisparse: begin\b(?:(?!<!-- bisparse: begin\b).)*?<!-- bisparse: end -->", re.DOTALL)
 TAGS = ("bisparse", "sparse")
-METADATA = re.compile(r"\A\s*---\r?\n.*?\r?\n---[ \t]*(\r?\n|\Z)", re.DOTALL)
-MODEL_INDEX = re.compile(r"^model-index\s*:", re.MULTILINE)
+METADATA = re.compile(r"\A\s*---[ \t]*\r?\n(?P<yaml>(?:.*\n)*?)---[ \t]*(\r?\n|\Z)")
+COMMENTS = re.compile(r"(?:^[ \t]*(?:#.*)?\r?\n)+\Z", re.MULTILINE)
+"""Lines at the end that are empty or comments."""
 REASONS = 12
 """Maximum number of reasons for dense layers that a card lists."""
 METRICS = {
@@ -120,17 +121,47 @@ def _with_section(text: str, sidecar: Sidecar, folder: Path) -> str:
     else:
         text = f"{title}{text.rstrip()}{chr(10) * 2 if text.strip() else ''}{ours}\n"
     if not METADATA.match(text):
-        text = f"---\n\n---\n{text}"
+        text = f"---\n---\n{text}"
     try:
-        card = ModelCard(text, ignore_metadata_errors=True)
-        tags = card.data.tags or []
-        card.data.tags = list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *TAGS]))
-        card.data.eval_results = None
-        return str(card.content)
+        tagged = _tagged(text)
+        tags = ModelCard(tagged, ignore_metadata_errors=True).data.tags
+        return tagged if set(TAGS) <= set(tags or ()) else text
     except Exception as error:
         if not _is_bad_metadata(error):
             raise
         return text  # invalid metadata is left to the user
+
+
+def _tagged(text: str) -> str:
+    """The text, with our tags in its metadata and without a model-index. The other metadata stay as they are written.
+
+    They are not parsed and written again, which would drop comments and turn `no`, the Norwegian language, into `false`.
+    """
+    import yaml
+
+    found = METADATA.match(text)
+    assert found is not None
+    inner = found["yaml"]
+    root = yaml.compose(inner, yaml.SafeLoader)
+    if root is not None and (not isinstance(root, yaml.MappingNode) or root.flow_style):
+        raise ValueError("the metadata are no mapping in lines")
+    entries = [] if root is None else root.value
+    tags = (yaml.load(inner, yaml.BaseLoader) or {}).get("tags") or []  # as texts
+    ours = yaml.safe_dump(
+        {"tags": list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *TAGS]))}, allow_unicode=True
+    )
+    if "\r\n" in text:
+        ours = ours.replace("\n", "\r\n")
+    for key, value in reversed(entries):  # so that the positions of those before stay right
+        if key.value not in ("tags", "model-index"):
+            continue
+        first, last = key.start_mark.index, value.end_mark.index
+        # A value of several lines ends where the next key begins.
+        last = first + len(COMMENTS.sub("", inner[first:last])) if inner[last - 1] == "\n" else inner.index("\n", last) + 1
+        inner = inner[:first] + (ours if key.value == "tags" else "") + inner[last:]
+    if not any(key.value == "tags" for key, _ in entries):
+        inner += ours
+    return text[: found.start("yaml")] + inner + text[found.end("yaml") :]
 
 
 def _is_bad_metadata(error: Exception) -> bool:
