@@ -273,3 +273,41 @@ def test_tasks_without_lm_eval_say_how_to_install_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(ImportError, match="pip install lm-eval"):
         run_tasks(nn.Linear(2, 2), None, ["arc_easy"])
+
+
+@pytest.mark.parametrize("score", ["nan", "inf", "-Infinity"])
+@pytest.mark.parametrize("line", [1, 2])
+def test_scores_that_are_not_finite_are_refused(score: str, line: int, tmp_path: Path) -> None:
+    lines = ["1\ta\tb", "2\tc\td", "3\te\tf"]
+    lines[line - 1] = f"{score}\ta\tb"
+    (tmp_path / "pairs.tsv").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=f"line {line}: '{score}' is not a score"):
+        read_pairs(tmp_path / "pairs.tsv")
+    with pytest.raises(ValueError, match="not finite"):
+        similarity(Bag(), letters, [(float(score), "a", "b"), *PAIRS])
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16, torch.int64])
+def test_labels_are_whole_numbers_of_any_dtype(dtype: torch.dtype) -> None:
+    inputs = torch.eye(4)
+    assert classification(nn.Identity(), inputs, torch.tensor([0, 1, 2, 0]).to(dtype)).accuracy == 0.75
+    with pytest.raises(ValueError, match="classes 0 to 3"):
+        classification(nn.Identity(), inputs, torch.tensor([0, 1, 2, 4]).to(dtype))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        (slice(1), slice(None), slice(None)),
+        (slice(None), slice(-1, None), slice(None)),
+        (slice(None), slice(None), slice(5)),
+        (0, slice(None), slice(None)),
+    ],
+)
+def test_logits_of_another_shape_are_refused(part: tuple[slice | int, ...]) -> None:
+    class Partly(Counting):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return super().forward(input_ids)[part]
+
+    with pytest.raises(ValueError, match="logits have shape"):
+        perplexity(Partly(), torch.arange(33) % 11, context=8)

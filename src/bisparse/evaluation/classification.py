@@ -111,6 +111,7 @@ def classification(
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} and type {labels.dtype} for {len(inputs)} inputs: expected a class per input"
         )
+    labels = labels.long()  # torch cannot compare all unsigned numbers
     found, classes = _classes(model, inputs, batch_size)
     if int(labels.min()) < 0 or int(labels.max()) >= classes:
         raise ValueError(f"labels {int(labels.min())} to {int(labels.max())}: the model has the classes 0 to {classes - 1}")

@@ -117,8 +117,8 @@ def perplexity(
         corpus: name of the text, for the record.
 
     Raises:
-        ValueError: fewer tokens than one window, settings without a window, or logits that are not finite, more context
-            than the model has positions, or a model that fails on the tokens.
+        ValueError: fewer tokens than one window, settings without a window, logits that are not finite or of another shape, more
+            context than the model has positions, or a model that fails on the tokens.
     """
     check_module(model)
     context = fitting_length(model, context, CONTEXT, "context")
@@ -137,6 +137,9 @@ def perplexity(
             part = rows[start : start + batch_size].to(device)
             with naming_input(part):
                 logits = tensor_of(model(input_ids=part), "logits")
+            if logits.ndim != 3 or len(logits) != len(part) or logits.shape[1] < context or logits.shape[2] <= int(part.max()):
+                expected = f"({len(part)}, {context}, V) with V above the largest token id, {int(part.max())}"
+                raise ValueError(f"the model's logits have shape {tuple(logits.shape)}: expected {expected}")
             for offset, (scores, row) in enumerate(zip(logits, part, strict=True)):
                 number = start + offset
                 scored = int(counts[number])

@@ -5,6 +5,7 @@ An embedding is the mean of the last hidden state over a sentence's tokens witho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,7 @@ def read_pairs(path: str | Path) -> list[Pair]:
     """Read scores and sentence pairs from a tab-separated file of three columns, or of STS-B (score in the fifth).
 
     Raises:
-        ValueError: a line with other columns or without a number, which is named; or the file is empty.
+        ValueError: a line with other columns or without a finite number, which is named; or the file is empty.
     """
     text = text_of(path)
     pairs: list[Pair] = []
@@ -77,11 +78,14 @@ def read_pairs(path: str | Path) -> list[Pair]:
             )
         score, first, second = cells if len(cells) == 3 else cells[4:7]
         try:
-            pairs.append((float(score), first, second))
-        except ValueError as error:
-            if number == 1 and not pairs:
+            value = float(score)
+        except ValueError:
+            if number == 1:
                 continue  # names of the columns
-            raise ValueError(f"{path}, line {number}: {score!r:.40} is not a score") from error
+            value = math.nan
+        if not math.isfinite(value):
+            raise ValueError(f"{path}, line {number}: {score!r:.40} is not a score")
+        pairs.append((value, first, second))
     if not pairs:
         raise ValueError(f"{path} holds no pairs of sentences")
     return pairs
@@ -98,7 +102,7 @@ def similarity(
             positions if these are fewer.
 
     Raises:
-        ValueError: fewer than three pairs, embeddings that are not finite, or cosines or scores that are all equal.
+        ValueError: fewer than three pairs, embeddings or scores that are not finite, or cosines or scores that are all equal.
     """
     check_module(model)
     length = fitting_length(model, length, LENGTH, "length")
@@ -108,6 +112,8 @@ def similarity(
         raise ImportError(f"rank correlations need scipy; {install_extra('calibration')}") from error
     if len(pairs) < 3:
         raise ValueError(f"{len(pairs)} pairs of sentences: expected at least 3")
+    if not all(math.isfinite(score) for score, _, _ in pairs):
+        raise ValueError("a score of the pairs is not finite")
     first = _embed(model, tokenizer, [one for _, one, _ in pairs], length, batch_size)
     second = _embed(model, tokenizer, [one for _, _, one in pairs], length, batch_size)
     cosines = functional.cosine_similarity(first, second)
