@@ -71,6 +71,11 @@ class SampleTile:
     kept: tuple[tuple[int, ...], ...]
     """1 = kept."""
 
+    @property
+    def can_be_drawn(self) -> bool:
+        """Whether its weights are finite and not too large; other samples are not written."""
+        return all(abs(weight) <= MAX_FIGURE for row in self.weights for weight in row)
+
     @classmethod
     def middle(
         cls,
@@ -130,7 +135,7 @@ class Sidecar:
             "remainder": self.remainder,
             **self.report.as_dict(),
             "evaluation": [dict(one) for one in self.evaluation],
-            "samples": [asdict(sample) for sample in self.samples],
+            "samples": [asdict(sample) for sample in self.samples if sample.can_be_drawn],
         }
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
@@ -221,8 +226,7 @@ def _check_layer(result: LayerResult) -> None:
 def _check_sample(sample: SampleTile) -> None:
     sides = {len(row) for row in (*sample.weights, *sample.kept)}
     values = {value for row in sample.kept for value in row}
-    small = max((abs(value) for row in sample.weights for value in row), default=0) <= MAX_FIGURE
-    if len(sides) > 1 or len(sample.weights) != len(sample.kept) or values - {0, 1} or not small:
+    if len(sides) > 1 or len(sample.weights) != len(sample.kept) or values - {0, 1} or not sample.can_be_drawn:
         raise ValueError(f"sample of layer {sample.layer!r}")
     if min(sample.matrix, sample.row, sample.column) < 0 or max(*sides, len(sample.kept), 0) > MAX_SAMPLE_SIDE:
         raise ValueError(f"sample of layer {sample.layer!r}")
