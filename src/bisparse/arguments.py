@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import numbers
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ __all__ = [
     "check_dense",
     "check_flag",
     "check_function",
+    "check_json",
     "check_number",
     "entry_of",
     "is_number",
@@ -97,6 +99,14 @@ def check_function(name: str, value: object) -> None:
     """Raise TypeError for an optional function that is something else; a tensor would count as true or false."""
     if value is not None and not callable(value):
         raise TypeError(f"{name} must be a function, not {type(value).__name__}")
+
+
+def check_json(name: str, value: object) -> None:
+    """Raise ValueError unless JSON can hold an argument, which is written at the end of a job."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(f"{name}: expected JSON values, such as texts and finite numbers: {error}") from error
 
 
 def is_number(value: object) -> bool:

@@ -21,7 +21,15 @@ from safetensors.torch import load_file, save_file
 
 import bisparse
 from bisparse.apart import check_apart
-from bisparse.checkpoint import CheckpointError, load_masks, prune_checkpoint, read_sidecar, to_dense, verify_checkpoint
+from bisparse.checkpoint import (
+    CheckpointError,
+    load_masks,
+    prune_checkpoint,
+    read_sidecar,
+    record_evaluation,
+    to_dense,
+    verify_checkpoint,
+)
 from bisparse.checkpoint import atomic_folder as output
 from bisparse.report import write_report
 from forked import in_child
@@ -110,6 +118,37 @@ def test_weights_whose_sum_is_beyond_float64(
     with pytest.raises(CheckpointError, match=r"tensor up\.weight holds weights whose sum exceeds float64.*--exclude"):
         prune_checkpoint(tmp_path / "model", tmp_path / "out", pattern)
     only(tmp_path, "model")
+
+
+@pytest.mark.parametrize("number", [1e50, float("nan"), float("inf")])
+def test_weights_that_cannot_be_drawn_leave_a_sidecar_that_can_be_read(number: float, tmp_path: Path) -> None:
+    weight = torch.full((32, 32), number, dtype=torch.float64)
+    weight[:, ::2] = 0
+    model = torch.nn.ModuleDict({"up": torch.nn.Linear(32, 32, dtype=torch.float64)})
+    model.load_state_dict({"up.weight": weight, "up.bias": torch.zeros(32)})
+    bisparse.save(model, tmp_path / "model", "2:4", include=["up"])
+    if number == 1e50:
+        prune_checkpoint(tmp_path / "model", tmp_path / "out", "1:4")
+    for folder in tmp_path.iterdir():
+        assert verify_checkpoint(folder)
+        sidecar = read_sidecar(folder)
+        assert sidecar is not None and sidecar.samples == ()
+
+
+@pytest.mark.parametrize("bad", [Path("text.txt"), float("nan"), {1, 2}])
+def test_a_provenance_that_cannot_be_written_is_refused_before_the_work(
+    bad: object, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bisparse.prune_(model := torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)), "2:4", include="*")
+    bisparse.save(model, tmp_path / "saved", "2:4", include="*")
+    for module in ("prune", "save_load"):
+        monkeypatch.setattr(f"bisparse.checkpoint.{module}.output_folder", lambda *_, **__: pytest.fail("the work has begun"))
+    with pytest.raises(ValueError, match="provenance: expected JSON values"):
+        prune_checkpoint(folder, tmp_path / "out", "2:4", provenance={"data": bad})
+    with pytest.raises(ValueError, match="provenance: expected JSON values"):
+        bisparse.save(model, tmp_path / "out", "2:4", include="*", provenance={"data": bad})
+    with pytest.raises(ValueError, match="figures: expected JSON values"):
+        record_evaluation(tmp_path / "saved", [{"kind": "perplexity", "perplexity": bad}])
 
 
 def test_nan_where_nothing_is_pruned_is_no_business_of_ours(folder: Path, state: State, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bisparse.apart import read_text
+from bisparse.arguments import check_json
 from bisparse.atomic_file import atomic_file
 from bisparse.checkpoint.sidecar import SIDECAR, Sidecar, read_sidecar
 from bisparse.errors import CheckpointError, install_extra, printable
@@ -73,6 +74,7 @@ def record_evaluation(folder: str | Path, figures: Iterable[Mapping[str, Any]]) 
 
     Raises:
         CheckpointError: the folder has no readable sidecar.
+        ValueError: figures that JSON cannot hold.
     """
     folder = Path(folder)
     sidecar = read_sidecar(folder)
@@ -80,6 +82,7 @@ def record_evaluation(folder: str | Path, figures: Iterable[Mapping[str, Any]]) 
         raise CheckpointError(folder, f"holds no {SIDECAR} to record figures in", "prune with bisparse, or leave out --record")
     held = list(sidecar.evaluation)
     for figure in figures:
+        check_json("figures", figure)
         new = {"when": "after", **figure}
         held = [one for one in held if _protocol(one) != _protocol(new)] + [new]
     sidecar = replace(sidecar, evaluation=tuple(held))

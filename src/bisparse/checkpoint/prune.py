@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from bisparse.apart import check_apart
-from bisparse.arguments import check_function
+from bisparse.arguments import check_function, check_json
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.background import InBackground
 from bisparse.checkpoint.bands import prune_stored
@@ -139,9 +139,10 @@ def prune_checkpoint(
 
     Raises:
         CheckpointError: the source cannot be read or holds NaN, the target exists, cannot be written or overlaps the source.
-        ValueError: an invalid pattern or filter.
+        ValueError: an invalid pattern or filter, or a provenance that JSON cannot hold.
     """
     pattern = parse_pattern(pattern)
+    check_json("provenance", dict(provenance or {}))
     plan = plan_checkpoint(
         source, pattern, include=include, exclude=exclude, remainder=remainder, patterns=patterns, layouts=layouts, key=key
     )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from bisparse.apart import check_apart, origin_of
+from bisparse.arguments import check_json
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
 from bisparse.checkpoint.layer_selection import StoredLayer
@@ -132,13 +133,14 @@ def save(
         PatternError: a layer breaks its pattern, and is named. Nothing is written.
         CheckpointError: the folder exists, cannot be written, or overlaps the source or the files of the model; names or shapes
             differ from the source's.
-        ValueError: the pattern of the layers is not known, or the report has no layers.
+        ValueError: the pattern of the layers is not known, the report has no layers, or JSON cannot hold `provenance`.
     """
     model = unwrapped_model(model)
     if report is not None and not isinstance(report, PruneReport):
         raise ValueError(f"report={report!r:.60}: expected what prune_ or Sparsity.report returned")
     if state is not None and not (isinstance(state, Mapping) and all(isinstance(one, Tensor) for one in state.values())):
         raise ValueError(f"state={state!r:.60}: expected a mapping from names to tensors")
+    check_json("provenance", dict(provenance or {}))
     if report is not None and not report.layers:
         reasons = "; ".join(f"{one.name}: {one.reason}" for one in report.left_dense[:4])
         raise ValueError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bisparse.apart import check_apart, origin_of
+from bisparse.arguments import check_json
 from bisparse.checkpoint.atomic_folder import check_room, output_folder
 from bisparse.checkpoint.bands import BitPacker
 from bisparse.checkpoint.layer_selection import StoredLayer
@@ -115,6 +116,7 @@ def save_quantized(
     if not isinstance(report, QuantizationReport):
         raise TypeError(f"report must be what quantize_ returned, not {type(report).__name__}")
     form = _format(report.scheme, activations)
+    check_json("provenance", dict(provenance or {}))
     check_apart(folder, {"source": source, "model's own files": origin_of(model)})
     opened = None if source is None else open_source(source)
     weights = plain_weights(model)
