@@ -162,6 +162,15 @@ def test_refusals_leave_nothing_behind(tmp_path: Path) -> None:
         save_quantized(model, tmp_path / "quantised", done, overwrite=True)
 
 
+def test_a_model_that_is_one_layer_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    model = torch.nn.Linear(64, 64)
+    with pytest.raises(ValueError, match=r"quantise torch\.nn\.Sequential\(model\)"):
+        save_quantized(model, tmp_path / "quantised", quantize_(model, "int8"))
+    assert not list(tmp_path.iterdir())
+    whole = torch.nn.Sequential(model)
+    save_quantized(whole, tmp_path / "quantised", quantize_(whole, "int8"))
+
+
 def test_the_filter_names_what_can_be_stored() -> None:
     assert can_be_stored("a", nn.Linear(2, 2)) and not can_be_stored("a", nn.Conv2d(2, 2, 1))
 

@@ -167,6 +167,11 @@ def save_quantized(
 
 def _check_layers(model: nn.Module, weights: Mapping[str, Tensor], report: QuantizationReport) -> None:
     for layer in report:
+        if not layer.name:
+            raise ValueError(
+                f"the model is a single {type(model).__name__}, and compressed-tensors stores layers by their names in a model: "
+                "quantise torch.nn.Sequential(model)"
+            )
         module = dict(model.named_modules()).get(layer.name)
         if layer.layout.kind is not LayoutKind.LINEAR or not isinstance(module, nn.Linear) or layer.parameter not in weights:
             raise ValueError(
