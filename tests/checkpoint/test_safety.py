@@ -151,6 +151,18 @@ def test_a_provenance_that_cannot_be_written_is_refused_before_the_work(
         record_evaluation(tmp_path / "saved", [{"kind": "perplexity", "perplexity": bad}])
 
 
+@pytest.mark.parametrize("names", [("pytorch_model-1.bin", "model-1.pt"), ("bisparse-masks.bin", "model-2.bin")])
+def test_weights_that_would_be_written_over_another_file_are_refused(names: tuple[str, str], tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for number, name in enumerate(names):
+        torch.save({f"layers.{number}.weight": torch.randn(16, 16)}, tmp_path / "model" / name)
+    index = {"weight_map": {f"layers.{number}.weight": name for number, name in enumerate(names)}}
+    (tmp_path / "model" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"would be written as (model-1|bisparse-masks)\.safetensors.*rename"):
+        prune_checkpoint(tmp_path / "model", tmp_path / "out", "2:4")
+    only(tmp_path, "model")
+
+
 def test_nan_where_nothing_is_pruned_is_no_business_of_ours(folder: Path, state: State, tmp_path: Path) -> None:
     state["embed_tokens.weight"][3] = float("nan")
     save_file(state, folder / "model.safetensors")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,16 +71,23 @@ class Source:
             file.check_unchanged()
 
     def check_writable(self) -> None:
-        """Raise if the checkpoint has a format that can only be verified.
+        """Raise if the checkpoint has a format that can only be verified, or if two files would be written under one name.
 
         Raises:
-            CheckpointError: it is an ONNX model or a TorchScript program.
+            CheckpointError: it is an ONNX model or a TorchScript program, or the names of its files differ by their suffix alone.
         """
         if self.only_read is not None:
             raise CheckpointError(
                 self.path,
                 f"is {self.only_read}: it can be verified, but not pruned or converted",
                 "prune the model that it was made from, and export that again",
+            )
+        names = Counter((*self.files, *self.others, *OURS))
+        if twice := [name for name in self.files if names[name] > 1]:
+            raise CheckpointError(
+                self.path,
+                f"has weights that would be written as {twice[0]}, the name of another file of the output",
+                "rename the file of these weights, and its entries in the index",
             )
 
     @property
