@@ -867,3 +867,38 @@ def test_what_is_accelerated_in_inference_mode_serves_outside_of_it(
     with torch.inference_mode():
         finalize_(model)
     assert not any(one.is_inference() for one in model.parameters())
+
+
+@pytest.mark.parametrize("phase", ["packed", "packed on a CPU", "in int8", "fixed", "in sparse training", "mvue"])
+@pytest.mark.parametrize("shape", [(32,), (1, 32), (3, 32), (2, 1, 32), (2, 3, 32), (2, 20, 32), (0, 32)])
+def test_outputs_can_be_written_to_in_place(phase: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by ``nn.ReLU(inplace=True)`` and ``output += residual``; autograd refuses that for views that an operator returns."""
+    monkeypatch.setattr(eligibility, "measured", lambda weight, *_: CPUTiming(2.0, 1.0, 4))
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(32, 34 if "CPU" in phase else 32)).bfloat16()
+    dense.train(phase in ("fixed", "in sparse training", "mvue"))
+    prune_(dense, "2:4-T", include="*")
+    model = copy.deepcopy(dense)
+    if phase in ("in sparse training", "mvue"):
+        sparsify_(model, "2:4-T", include="*", mvue=phase == "mvue")
+    on_cpu = phase in ("packed on a CPU", "in int8")
+    accelerate_(model, "auto" if on_cpu else "reference", int8=phase == "in int8")
+    results = []
+    for one in (model, dense):
+        inputs = torch.linspace(-1, 1, 32).expand(shape).bfloat16().requires_grad_()
+        output = one(inputs)
+        output += 1
+        output.sum().backward()
+        results.append((output.detach(), inputs.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, atol=0.1, rtol=0.05)
+
+
+@pytest.mark.parametrize("phase", ["dynamic", "mvue"])
+def test_outputs_of_layers_in_training_can_be_written_to_in_place(phase: str) -> None:
+    model = nn.Sequential(nn.Linear(32, 32))
+    sparsify_(model, "2:4-T", include="*", mvue=phase == "mvue")
+    for shape in ((32,), (3, 32), (2, 3, 32)):
+        output = model(torch.randn(shape))
+        output += 1
+        output.sum().backward()

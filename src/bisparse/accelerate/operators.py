@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from bisparse.accelerate.backends import BACKENDS, HALF
 from bisparse.kernels.mvue.ops import estimate_2to4, pack_estimate
 from bisparse.kernels.mvue.philox import draw_seed
+from bisparse.kernels.registration import unviewed
 from bisparse.kernels.sparse24.metadata import WORD
 from bisparse.kernels.sparse24.positions import put_values, take_values
 
@@ -201,7 +202,7 @@ def _multiply(
     flat = input.reshape(-1, input.shape[-1]).contiguous()
     cast = None if bias is None else bias.to(input.dtype)
     output: Tensor = BACKENDS[backend].multiply(packed, metadata, flat.t(), rows, cast, transposed=True, search=search)
-    return output.view(*input.shape[:-1], rows)
+    return unviewed(output, *input.shape[:-1], rows)
 
 
 def _empty_product(input: Tensor, rows: int, bias: Tensor | None) -> Tensor:

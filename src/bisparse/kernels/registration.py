@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["ANY_DEVICE", "HAS_TRITON", "call", "define", "is_plain_on_cpu", "register_kernel"]
+__all__ = ["ANY_DEVICE", "HAS_TRITON", "call", "define", "is_plain_on_cpu", "register_kernel", "unviewed"]
 
 ANY_DEVICE = "CompositeExplicitAutograd"
 """The dispatch key of a specification in plain torch: it runs where no backend has a kernel of its own."""
@@ -54,6 +54,15 @@ def call(operator: str, tensor: Tensor, *arguments: Any) -> Any:
     if kernel is None or not is_plain_on_cpu(tensor):
         kernel = getattr(torch.ops.bisparse, operator)
     return kernel(tensor, *arguments)
+
+
+def unviewed(output: Tensor, *shape: int) -> Tensor:
+    """An operator's output in a shape that its memory allows. Equivalent to ``output.view(shape)``, but no view for autograd.
+
+    Autograd refuses writes in place, such as those of ``nn.ReLU(inplace=True)``, to a view that an operator returns.
+    """
+    result: Tensor = torch.ops.aten._unsafe_view(output, shape)
+    return result
 
 
 def is_plain_on_cpu(tensor: Tensor) -> bool:

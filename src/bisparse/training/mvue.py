@@ -24,6 +24,7 @@ from torch.nn.utils import parametrize
 from bisparse.arguments import check_dense
 from bisparse.kernels.mvue.ops import estimate_2to4, keep_probabilities
 from bisparse.kernels.mvue.philox import draw_seed
+from bisparse.kernels.registration import unviewed
 from bisparse.training.shared_classes import separate_class
 
 __all__ = ["MVUELinear", "keep_probabilities", "mvue_2_4"]
@@ -70,7 +71,8 @@ class _MVUEMatmul(torch.autograd.Function):
 
     @staticmethod
     def forward(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return torch.nn.functional.linear(inputs, weight, bias)
+        output = torch.nn.functional.linear(inputs, weight, bias)
+        return unviewed(output, *output.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from bisparse.kernels.packed_cpu.layout import BLOCK_ROWS, PADDING, BitmaskPacked, check_packed, pack_integers, reference_unpack
-from bisparse.kernels.registration import ANY_DEVICE, define, register_kernel
+from bisparse.kernels.registration import ANY_DEVICE, define, register_kernel, unviewed
 
 __all__ = ["LARGEST", "Int8Packed", "dequantized", "linear_bitmask_int8", "pack_int8", "reference_linear_int8"]
 
@@ -95,7 +95,8 @@ def reference_linear_int8(
     weight = dequantized(Int8Packed(values, masks, starts, scales), rows, input.shape[-1])
     bias = None if bias is None else bias.float()
     with torch.autocast(input.device.type, enabled=False):
-        return linear(input.float(), weight, bias).to(input.dtype)
+        output = linear(input.float(), weight, bias).to(input.dtype)
+    return unviewed(output, *output.shape)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

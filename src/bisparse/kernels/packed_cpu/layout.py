@@ -23,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
-from bisparse.kernels.registration import ANY_DEVICE, define, register_kernel
+from bisparse.kernels.registration import ANY_DEVICE, define, register_kernel, unviewed
 
 __all__ = [
     "BLOCK_ROWS",
@@ -181,7 +181,7 @@ def reference_linear(
     bias = None if bias is None else bias.to(input.dtype)
     with torch.autocast(input.device.type, enabled=False):
         output: Tensor = linear(input, reference_unpack(values, masks, starts, rows, input.shape[-1]), bias)
-    return output
+    return unviewed(output, *output.shape)
 
 
 def _context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

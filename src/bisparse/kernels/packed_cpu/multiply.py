@@ -23,6 +23,7 @@ from bisparse.kernels.packed_cpu.layout import (
     reference_linear,
     reference_unpack,
 )
+from bisparse.kernels.registration import unviewed
 
 __all__ = ["call_of", "expand", "expands", "multiply", "multiply_bands", "product", "product_int8", "unpack"]
 
@@ -72,7 +73,7 @@ def product(
         output = amx.multiply_amx(flat, values, masks, starts, bias, rows)
     else:
         output = multiply_bands(ways[0], flat, BitmaskPacked(values, masks, starts), bias, rows)
-    return output if input.ndim == 2 else output.view(*input.shape[:-1], rows)
+    return output if input.ndim == 2 else unviewed(output, *input.shape[:-1], rows)
 
 
 def expands(dtype: torch.dtype) -> bool:
@@ -104,7 +105,7 @@ def multiply(way: Way, x: Tensor, packed: Packed, bias: Tensor | None, rows: int
     added = 0 if bias is None else bias.contiguous()
     if blocks:
         run(_call(way, packed, x, added, output, tokens), (packed, x, added, output))
-    return output if whole else output[..., :rows].contiguous()
+    return output if whole else output[..., :rows].clone(memory_format=torch.contiguous_format)
 
 
 def _call(way: Way, packed: Packed, x: Tensor | int, bias: Tensor | int, output: Tensor | int, tokens: int) -> Call:
@@ -147,7 +148,7 @@ def product_int8(input: Tensor, packed: Int8Packed, bias: Tensor | None, rows: i
         return multiply(Way.AVX512_BF16, input, packed, bias, rows)
     flat = input if input.ndim == 2 else input.reshape(tokens, input.shape[-1])
     output = amx.multiply_amx(flat, *packed[:3], bias, rows, packed.scales)
-    return output if input.ndim == 2 else output.view(*input.shape[:-1], rows)
+    return output if input.ndim == 2 else unviewed(output, *input.shape[:-1], rows)
 
 
 def multiply_bands(way: Way, x: Tensor, packed: BitmaskPacked, bias: Tensor | None, rows: int) -> Tensor:
