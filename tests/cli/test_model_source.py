@@ -368,6 +368,49 @@ def test_a_language_model_from_folder_to_folder(tmp_path: Path) -> None:
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "sparse")("w3 w4")["input_ids"] == [3, 4]
 
 
+def test_an_encoder_and_decoder_are_calibrated_on_text_and_have_no_perplexity(tmp_path: Path) -> None:
+    config = {"vocab_size": 64, "d_model": 32, "decoder_start_token_id": 0, "pad_token_id": 63, "eos_token_id": 63}
+    models = {
+        "t5": transformers.T5ForConditionalGeneration(
+            transformers.T5Config(d_kv=16, d_ff=64, num_layers=1, num_heads=2, **config)
+        ),
+        "bart": transformers.BartForConditionalGeneration(
+            transformers.BartConfig(
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=2,
+                decoder_attention_heads=2,
+                encoder_ffn_dim=64,
+                decoder_ffn_dim=64,
+                max_position_embeddings=64,
+                bos_token_id=63,
+                **config,
+            )
+        ),
+    }
+    for name, model in models.items():
+        dense = stored(tmp_path / name, model)
+        data = [
+            "-p",
+            "2:4",
+            "--method",
+            "sparsegpt",
+            "--calibration",
+            tmp_path / "text.txt",
+            "--sequences",
+            "10",
+            "--length",
+            "32",
+        ]
+        code, report = invoke("prune", dense, tmp_path / f"{name}-sparse", *data, "--network-epochs", "1")
+        notes = " ".join(report["notes"])
+        assert code == 0 and "nats per position" in notes, report
+        assert any("decoder" in layer["name"] for layer in report["layers"])
+        assert not any("no input" in layer.get("note", "") for layer in report["layers"])
+        code, said = invoke("eval", dense, "--text", tmp_path / "text.txt", "--context", "32")
+        assert code and "its encoder reads the tokens to predict" in said["error"]
+
+
 def test_a_language_model_is_fitted_as_a_whole(tmp_path: Path) -> None:
     dense = stored(tmp_path / "dense")
     data = ["--calibration", tmp_path / "text.txt", "--sequences", "20", "--length", "32"]

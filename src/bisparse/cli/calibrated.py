@@ -263,7 +263,8 @@ def _versions() -> dict[str, str]:
 
 def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
     """The batches, from the text files or from the model's function; None if there are none."""
-    from bisparse.cli.calibration_text import has_decoder, text_batches, usable_length
+    from bisparse.cli.calibration_text import text_batches, usable_length
+    from bisparse.evaluation.model_outputs import has_decoder
 
     if not texts.paths:
         if texts.field is not None:

@@ -18,7 +18,7 @@ from bisparse.evaluation.model_outputs import fitting_length, positions_of
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.user_errors import error_in_one_line
 
-__all__ = ["SEED", "CalibrationFile", "TextBatches", "has_decoder", "text_batches", "token_batches", "usable_length"]
+__all__ = ["SEED", "CalibrationFile", "TextBatches", "text_batches", "token_batches", "usable_length"]
 
 SEED = 0
 """Seed of the order of calibration samples."""
@@ -151,11 +151,6 @@ def _shares(available: Sequence[int], wanted: int) -> list[int]:
     for done, place in enumerate(sorted(range(len(available)), key=lambda i: available[i])):
         counts[place] = min(available[place], -(-(wanted - sum(counts)) // (len(available) - done)))
     return counts
-
-
-def has_decoder(model: nn.Module) -> bool:
-    """Whether a transformers model has an encoder and a decoder, as T5 and BART have."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def usable_length(model: nn.Module, length: int | None, *, causal: bool) -> int:

@@ -301,7 +301,8 @@ def _check_plain(source: str) -> None:
 
 
 def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length: int | None) -> list[Any] | None:
-    from bisparse.cli.calibration_text import has_decoder, text_batches, usable_length
+    from bisparse.cli.calibration_text import text_batches, usable_length
+    from bisparse.evaluation.model_outputs import has_decoder
 
     if calibration is None:
         batches: list[Any] | None = opened.batches

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from bisparse.apart import read_text
 from bisparse.arguments import check_count
 
-__all__ = ["as_json", "device_of", "evaluating", "fitting_length", "naming_input", "positions_of", "tensor_of", "text_of"]
+__all__ = [
+    "as_json",
+    "device_of",
+    "evaluating",
+    "fitting_length",
+    "has_decoder",
+    "naming_input",
+    "positions_of",
+    "tensor_of",
+    "text_of",
+]
 
 
 @contextmanager
@@ -27,6 +37,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+def has_decoder(model: nn.Module) -> bool:
+    """Whether a transformers model has an encoder and a decoder, as T5 and BART have."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def tensor_of(output: Any, attribute: str) -> Tensor:

@@ -24,6 +24,7 @@ from bisparse.evaluation.model_outputs import (
     device_of,
     evaluating,
     fitting_length,
+    has_decoder,
     naming_input,
     tensor_of,
     text_of,
@@ -126,6 +127,8 @@ def perplexity(
     _check(ids, context, stride, tokens, batch_size)
     if callable(generates := getattr(model, "can_generate", None)) and not generates():
         raise ValueError(f"{type(model).__name__} is not a causal language model: its outputs depend on the tokens to predict")
+    if has_decoder(model):
+        raise ValueError(f"{type(model).__name__} is not a causal language model: its encoder reads the tokens to predict")
     ids = ids[:tokens].long()
     rows = ids.unfold(0, context, stride)
     sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
