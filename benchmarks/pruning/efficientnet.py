@@ -43,6 +43,8 @@ def main() -> None:
     parser.add_argument("--test-images", type=int, help="by default as many as --images")
     parser.add_argument("--network-images", type=int, default=2048, help="to fit the whole network on")
     parser.add_argument("--network-epochs", type=int, default=2)
+    parser.add_argument("--network-batch", type=int, default=16, help="images per step of that fit")
+    parser.add_argument("--divergence", action="store_true", help="fit the probabilities of classes, not the numbers before them")
     parser.add_argument("--side", type=int, default=224)
     parser.add_argument("--patterns", nargs="+", default=["2:4", "4:8-T"])
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
@@ -52,13 +54,17 @@ def main() -> None:
     more = options.network_images if any(name.endswith(NETWORK) for name in options.methods) else 0
     data = fashion_mnist(options.data, options.images + more, judged)
 
-    def images(pixels: torch.Tensor) -> list[torch.Tensor]:
+    def images(pixels: torch.Tensor, at_once: int = 16) -> list[torch.Tensor]:
         scaled = nn.functional.interpolate(pixels, size=options.side, mode="bilinear")
-        return list(scaled.clamp(-1, 1).expand(-1, 3, -1, -1).split(16))
+        colours = scaled.clamp(-1, 1).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)
+        return list(colours.split(at_once))
 
     batches, test = images(data.train_inputs[: options.images]), torch.cat(images(data.test_inputs))
-    network = NetworkReconstruction(options.network_epochs, batches=images(data.train_inputs[options.images :])) if more else None
-    dense = dense_network()
+    network = None
+    if more:
+        own = images(data.train_inputs[options.images :], options.network_batch)
+        network = NetworkReconstruction(options.network_epochs, batches=own)
+    dense = dense_network().to(memory_format=torch.channels_last)
     with torch.inference_mode():
         goal = torch.cat([dense(part) for part in test.split(16)])
     rows = Rows(options.results)
@@ -74,6 +80,8 @@ def main() -> None:
             fitted = network if name.endswith(NETWORK) else None
             if fitted is not None:
                 key |= {"network_images": more, "network_epochs": options.network_epochs, "network_step": fitted.learning_rate}
+                key |= {} if options.network_batch == 16 else {"network_batch": options.network_batch}
+                key |= {"divergence": True} if options.divergence else {}
             if options.test_images:
                 key |= {"test_images": judged}
             with rows.new(key) as row:
@@ -82,7 +90,8 @@ def main() -> None:
                 model = copy.deepcopy(dense)
                 started = time.perf_counter()
                 method = METHODS[name.removesuffix(NETWORK)]
-                report = prune_(model, pattern, method, batches, reconstruction=fitted, progress=True)
+                forward = (lambda net, batch: {"logits": net(batch)}) if options.divergence else None
+                report = prune_(model, pattern, method, batches, reconstruction=fitted, forward=forward, progress=True)
                 row |= measured(report, time.perf_counter() - started) | {"notes": list(report.notes)}
                 row["left_dense"] = len(report.left_dense)
                 # Re-estimated batch norms would adapt the network to these images, which are none of its own.
