@@ -353,9 +353,26 @@ def training_finetune(rows: list[dict[str, Any]]) -> list[str]:
         digits = 4 if task == "sts" else 2
         verified = "" if pattern == "dense" else f"{sum(row['verified'] for row in own)} of {len(own)}"
         columns = [spread([row[one] for row in own if one in row], 1, digits) for one in ("before", "pruned", "after")]
-        body.append([f"{model}, {task}", pattern, f"{steps} of {batch}, {precision}", str(len(own)), *columns, verified])
-    head = ("model", "pattern", "steps", "seeds", "before", "pruned, not tuned", "tuned", "`bisparse verify` holds")
-    parts.append("sts: Spearman correlation on STS-B test, higher is better. text: perplexity, lower is better.\n")
+        dense = {row["seed"]: row["after"] for row in groups.get((task, model, "dense", steps, batch, precision), [])}
+        apart = [row["after"] - dense[row["seed"]] for row in own if pattern != "dense" and row["seed"] in dense]
+        error = f" ± {statistics.stdev(apart) / len(apart) ** 0.5:.{digits}f}" if len(apart) > 1 else ""
+        against = f"{statistics.mean(apart):+.{digits}f}{error}" if apart else ""
+        body.append([f"{model}, {task}", pattern, f"{steps} of {batch}, {precision}", str(len(own)), *columns, against, verified])
+    head = (
+        "model",
+        "pattern",
+        "steps",
+        "seeds",
+        "before",
+        "pruned, not tuned",
+        "tuned",
+        "minus dense",
+        "`bisparse verify` holds",
+    )
+    parts.append(
+        "sts: Spearman correlation on STS-B test, higher is better. text: perplexity, lower is better. *minus dense*: the mean "
+        "difference from the dense model tuned alike with the same seeds, and its standard error.\n"
+    )
     return [*parts, table(head, body)]
 
 
