@@ -38,10 +38,11 @@ def _text(row: Row) -> str:
 
 
 def _views(row: Row) -> str:
+    judged = f"; judged on {row.get('test_images', row['images'])}"
     if row["method"] == "magnitude":
-        return "none"
+        return f"none{judged}"
     more = f"; network {row['network_images']}, {row['network_epochs']} epochs" if row.get("network_images") else ""
-    return f"{row['images']} pictures{more}"
+    return f"{row['images']} pictures{more}{judged}"
 
 
 def _pairs(row: Row) -> str:
