@@ -38,7 +38,7 @@ def _text(row: Row) -> str:
 
 
 def _views(row: Row) -> str:
-    judged = f"; judged on {row.get('test_images', row['images'])}"
+    judged = f"; judged on {row.get('test_images', row['images'])} of {row['side']} x {row['side']} pixels"
     if row["method"] == "magnitude":
         return f"none{judged}"
     more = f"; network {row['network_images']}, {row['network_epochs']} epochs" if row.get("network_images") else ""
