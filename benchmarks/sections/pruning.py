@@ -331,16 +331,20 @@ def depthwise(rows: list[Row]) -> list[str]:
     if not chosen:
         return [*parts, unmeasured("efficientnet.py")]
     parts += [
-        f"{chosen[0]['images']} enlarged Fashion-MNIST images to calibrate on, and others to measure on, since no ImageNet images "
-        "were at hand. Left dense: depthwise convolutions, the first one, the head.\n"
+        f"{chosen[0]['images']} enlarged Fashion-MNIST images to calibrate on, and others to measure on, since no ImageNet "
+        "images were at hand. Left dense: depthwise convolutions, the first one, the head.\n"
     ]
+
+    def judged(row: Row) -> str:
+        return f"{row.get('test_images', row['images'])} of {row['side']} x {row['side']}"
+
     heads = ["EfficientNet-lite0", "to", "layers", "left dense", "mean layer error masked", "now", "judged"]
     heads += ["same class as dense", "s"]
     body = [
         [
             row["method"], row["pattern"], str(row["layers"]), str(row["left_dense"]),
             "" if row["mean_error_before"] is None else f"{row['mean_error_before']:.3f}",
-            "" if row["mean_error"] is None else f"{row['mean_error']:.3f}", f"{row.get('test_images', row['images'])} of {row['side']} x {row['side']}",
+            "" if row["mean_error"] is None else f"{row['mean_error']:.3f}", judged(row),
             f"{row['same_class']:.2f}", f"{row['seconds']:.0f}",
         ]
         for row in chosen
