@@ -411,6 +411,24 @@ def test_an_encoder_and_decoder_are_calibrated_on_text_and_have_no_perplexity(tm
         assert code and "its encoder reads the tokens to predict" in said["error"]
 
 
+def test_an_encoder_and_decoder_that_classify_are_calibrated_without_labels(tmp_path: Path) -> None:
+    """Their labels are classes, and no tokens; the decoder is given the text by the model."""
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=62, eos_token_id=61,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    dense = stored(tmp_path / "t5", transformers.T5ForSequenceClassification(config))
+    words = tokenizer()
+    words.pad_token = "[UNK]"
+    words.save_pretrained(dense)
+    (tmp_path / "lines.txt").write_text("".join(f"w{i} w{i + 1} w61\n" for i in range(20)))
+    code, report = invoke(
+        "prune", dense, tmp_path / "sparse", "-p", "2:4", "--method", "wanda", "--calibration", tmp_path / "lines.txt"
+    )
+    assert code == 0 and any("decoder" in layer["name"] for layer in report["layers"]), report
+
+
 def test_a_language_model_is_fitted_as_a_whole(tmp_path: Path) -> None:
     dense = stored(tmp_path / "dense")
     data = ["--calibration", tmp_path / "text.txt", "--sequences", "20", "--length", "32"]

@@ -278,7 +278,7 @@ def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
     length = usable_length(source.model, texts.length, causal=causal)
     return text_batches(
         source.tokenizer, list(texts.paths), causal=causal, field=texts.field, sequences=texts.sequences, length=length,
-        labels=has_decoder(source.model),
+        labels=causal and has_decoder(source.model),  # those of classifiers are classes
     )  # fmt: skip
 
 

@@ -117,7 +117,7 @@ def text_batches(
         field: the field to read instead.
         sequences: maximum number of samples.
         length: tokens per sample; the maximum for models that are not causal.
-        labels: add each sample as labels, too, as encoder-decoder models need: their decoder then reads the same text.
+        labels: add each sample as labels, too, as encoder-decoder models that generate need: their decoder reads the same text.
 
     Raises:
         CalibrationError: a file is empty, too short, or not text; a line is not JSON or lacks the field. Names file and line.

@@ -311,7 +311,8 @@ def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length
         raise typer.BadParameter("text requires a transformers model", param_hint="--calibration")
     causal = bool(getattr(opened.model, "can_generate", lambda: False)())
     length = usable_length(opened.model, length, causal=causal)
-    how: dict[str, Any] = {"causal": causal, "sequences": sequences, "length": length, "labels": has_decoder(opened.model)}
+    labels = causal and has_decoder(opened.model)  # those of classifiers are classes
+    how: dict[str, Any] = {"causal": causal, "sequences": sequences, "length": length, "labels": labels}
     return list(text_batches(opened.tokenizer, calibration, **how).batches)
 
 
