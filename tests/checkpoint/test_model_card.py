@@ -112,6 +112,8 @@ TAGS = "tags:\n- bisparse\n- sparse\n"
         ("tags: [chat]\n\n# below\nx: {a: 1}\n", "tags:\n- chat\n- bisparse\n- sparse\n\n# below\nx: {a: 1}\n"),
         ("tags:\n- chat\n\n# below\nx: 1\n", "tags:\n- chat\n- bisparse\n- sparse\n\n# below\nx: 1\n"),
         ("model-index:\n- name: dense\n  results: []\n# below\nx: 1\n", f"# below\nx: 1\n{TAGS}"),
+        ("tags: null # none yet\nx: 1\n", f"{TAGS}x: 1\n"),
+        ("x: 1\ntags: ~\n", f"x: 1\n{TAGS}"),
         ("", TAGS),
     ],
 )

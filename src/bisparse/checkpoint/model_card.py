@@ -149,7 +149,8 @@ def _tagged(text: str) -> str:
     if root is not None and (not isinstance(root, yaml.MappingNode) or root.flow_style):
         raise ValueError("the metadata are no mapping in lines")
     entries = [] if root is None else root.value
-    tags = (yaml.load(inner, yaml.BaseLoader) or {}).get("tags") or []  # as texts
+    empty = any(key.value == "tags" and value.tag.endswith(":null") for key, value in entries)
+    tags = [] if empty else (yaml.load(inner, yaml.BaseLoader) or {}).get("tags") or []  # as texts
     ours = yaml.safe_dump(
         {"tags": list(dict.fromkeys([*([tags] if isinstance(tags, str) else tags), *TAGS]))}, allow_unicode=True
     )
