@@ -241,3 +241,27 @@ def test_a_step_that_calls_the_step_of_its_base_class_is_one_step(with_closure: 
         assert sparsity.step == 5 and sparsity.refreshes == 2
         results.append(model.parametrizations.weight.original.detach().clone())
     assert torch.equal(*results)
+
+
+class Careful(torch.optim.SGD):
+    """Repeats the step of its base class if that fails."""
+
+    def step(self, closure=None):
+        def failing() -> None:
+            raise RuntimeError("out of memory")
+
+        try:
+            super().step(failing)
+        except RuntimeError:
+            return super().step(closure)
+
+
+def test_a_step_that_repeats_a_failed_step_of_its_base_class_is_one_step() -> None:
+    torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)  # from now on torch calls hooks in SGD.step, too
+    model = one_layer()
+    optimizer = Careful(model.parameters(), lr=0.1)
+    sparsity = sparsify_(model, "2:4-T", refresh=2).attach(optimizer)
+    for _ in range(3):
+        model(torch.ones(4, 16)).sum().backward()
+        optimizer.step()
+    assert sparsity.step == 3

@@ -121,20 +121,19 @@ def around_each_step(
 
     torch calls step hooks again where a `step` calls that of its base class, which is then a part of the same step.
     """
-    runs, inner = False, 0
+    runs = nested = False
 
     def pre(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        nonlocal runs, inner
+        nonlocal runs, nested
         if runs and _steps_in_progress(optimizer) > 1:
-            inner += 1
+            nested = True
             return None
-        runs, inner = True, 0  # if it was True, the last step has raised an error
+        runs, nested = True, False  # if it was True, the last step has raised an error
         return before(args, kwargs)
 
     def post(*_: object) -> None:
-        nonlocal runs, inner
-        if inner:
-            inner -= 1
+        nonlocal runs
+        if nested and _steps_in_progress(optimizer) > 1:
             return
         runs = False
         after()
