@@ -111,3 +111,20 @@ def test_the_plain_state_of_a_static_run_has_its_zeros_whatever_was_loaded(mlp):
     with pytest.warns(UserWarning, match="no longer zero"):
         finalize_(mlp)
     assert all(torch.equal(value, state[name]) for name, value in mlp.state_dict().items())
+
+
+@pytest.mark.parametrize("tie", [lambda weight: weight, lambda weight: nn.Parameter(weight.data)])
+def test_the_plain_state_of_tied_static_weights_has_its_zeros_under_each_name(tie):
+    model = nn.Sequential(nn.Embedding(16, 16), nn.Linear(16, 16, bias=False))
+    model[0].weight = tie(model[1].weight)
+    dense = copy.deepcopy(model.state_dict())
+    sparsify_(model, "4:8-T", mode="static", include="1")
+    model.load_state_dict(dense)
+    state = plain_state_dict(model)
+    assert not torch.equal(state["1.weight"], dense["1.weight"]) and torch.equal(state["0.weight"], state["1.weight"])
+    assert state["0.weight"].data_ptr() == state["1.weight"].data_ptr()  # as in the state_dict of the model
+
+
+def test_a_static_run_without_memory_has_a_plain_state(mlp):
+    sparsify_(mlp, "4:8-T", mode="static")
+    assert all(value.is_meta for value in plain_state_dict(mlp.to("meta")).values())

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import parametrize
 
+from bisparse.layers import memory_of
 from bisparse.rollback import Rollback
 from bisparse.static_mask import MASK_SUFFIX, static_masks
 from bisparse.training.forward_hook import remove_hooks
@@ -165,8 +166,13 @@ def plain_state_dict(model: nn.Module) -> dict[str, Any]:
         for parameter, held in static_masks(module):
             key = plain(f"{name}.{parameter}" if name else parameter)
             weight = state.get(key)
-            if isinstance(weight, Tensor) and bool(weight.masked_fill(mask := held.mask.to(weight.device), 0).any()):
-                state[key] = weight.masked_fill(~mask, 0)  # something else has written to it
+            if not isinstance(weight, Tensor) or weight.is_meta:
+                continue
+            mask = held.mask.to(weight.device)
+            if bool(weight.masked_fill(mask, 0).any()):  # something else has written to it
+                zeroed, memory = weight.masked_fill(~mask, 0), memory_of(weight)
+                tied = [one for one, value in state.items() if isinstance(value, Tensor) and memory_of(value) == memory]
+                state |= dict.fromkeys(tied, zeroed)
     return state
 
 
