@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from bisparse import PatternError, finalize_, prune_, sparsify_, verify
-from bisparse.training import add_masked_lora_, merge_lora_
+from bisparse.layers import memory_of
+from bisparse.training import add_masked_lora_, masked_lora, merge_lora_
 
 
 class Conv1D(nn.Module):
@@ -225,3 +226,17 @@ def test_weights_that_are_tied_are_refused_and_nothing_is_changed(tie):
         add_masked_lora_(model, "4:8-T", include="0", rank=2)
     assert all(one is other for (_, one), (_, other) in zip(before, model.named_parameters(), strict=True))
     assert all(one.requires_grad for one in model.parameters())
+
+
+def test_ties_are_searched_for_once_and_not_by_each_layer(monkeypatch):
+    asked = []
+
+    def counted(weight):
+        asked.append(weight)
+        return memory_of(weight)
+
+    monkeypatch.setattr(masked_lora, "memory_of", counted)
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(20)))
+    prune_(model, "4:8-T", include="*")
+    add_masked_lora_(model, "4:8-T", rank=2, include="*")
+    assert len(asked) < 100

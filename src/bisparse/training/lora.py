@@ -22,7 +22,7 @@ from bisparse.pattern import Structure, parse_pattern
 from bisparse.rollback import Rollback
 from bisparse.static_mask import static_mask
 from bisparse.tiles import Layout, default_layout
-from bisparse.training.masked_lora import masked_adapters, remove_adapter, tied_reason
+from bisparse.training.masked_lora import masked_adapters, remove_adapter, tied_reason, users_of_weights
 from bisparse.training.masked_peft import REWRITTEN, MaskedPeft, is_conv1d, lora_layers, why_not_linear
 from bisparse.verification import PatternError, verify
 from bisparse.wrappers import check_module
@@ -154,12 +154,13 @@ def merge_lora_(model: nn.Module, pattern: str | Structure, *, new_mask: bool = 
     for name, module in model.named_modules():
         if any(len(getattr(module, part, ())) for part in ("lora_embedding_A", "lora_embedding_B")):
             raise ValueError(f"{name}: merge_lora_ cannot merge the adapter of an embedding; train without it, or drop it")
+    users = users_of_weights(model)
     for name, module in lora_layers(model):
         layer: Any = module
         adapters = [adapter for adapter in layer.active_adapters if adapter in layer.lora_A]
         if (reason := _why_not_merged(layer, adapters, new_mask)) is not None:
             raise ValueError(f"{name}: {reason}; nothing was merged")
-        if adapters and (reason := tied_reason(model, layer.base_layer, "weight")) is not None:
+        if adapters and (reason := tied_reason(users, layer.base_layer, "weight")) is not None:
             raise ValueError(f"{name}: {reason}: untie them; nothing was merged")
         if adapters:
             merged.append((layer, adapters, _merged(name, layer, adapters, pattern, new_mask)))

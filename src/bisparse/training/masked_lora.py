@@ -8,6 +8,7 @@ whole weight, like training W itself; optimizer state and saved files stay low-r
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,7 @@ from bisparse.training.parametrizations import masked_parameters
 from bisparse.training.shared_classes import separate_class, share_class
 from bisparse.verification import PatternError, verify
 
-__all__ = ["MaskedLoRA", "add_masked_lora_", "masked_adapters", "remove_adapter", "tied_reason"]
+__all__ = ["MaskedLoRA", "add_masked_lora_", "masked_adapters", "remove_adapter", "tied_reason", "users_of_weights"]
 
 
 def check_rank(rank: object) -> None:
@@ -130,9 +131,10 @@ def add_masked_lora_(
     layers, skipped = find_layers(model, include, exclude)
     if not layers:
         raise ValueError(f"the model has no layer to adapt ({'; '.join(f'{one.name}: {one.reason}' for one in skipped[:5])})")
+    users = users_of_weights(model)
     for layer in layers:
         _check_layer(layer, pattern, rank)
-        if (reason := tied_reason(model, layer.module, layer.parameter)) is not None:
+        if (reason := tied_reason(users, layer.module, layer.parameter)) is not None:
             raise ValueError(f"{layer.name}: {reason}; untie them, or exclude the layer")
     scaling = float(scale) / (math.sqrt(rank) if rslora else rank)
     made: list[nn.Parameter] = []
@@ -159,14 +161,24 @@ def _check_plain(model: nn.Module) -> None:
         raise ValueError(f"the model already has adapters under its masks (at {adapted[0][0]!r}): call merge_lora_ first")
 
 
-def tied_reason(model: nn.Module, module: nn.Module, parameter: str) -> str | None:
+Users = dict[Hashable, list[tuple[str, nn.Module, str]]]
+
+
+def users_of_weights(model: nn.Module) -> Users:
+    """By memory, the parameters that are this memory, as (full name, module, name in the module)."""
+    users: Users = {}
+    for name, module in model.named_modules():
+        for own, held in module._parameters.items():
+            if held is not None:
+                users.setdefault(memory_of(held), []).append((f"{name}.{own}" if name else own, module, own))
+    return users
+
+
+def tied_reason(users: Users, module: nn.Module, parameter: str) -> str | None:
     """Why an adapter of one module's weight is not exact: another module has the same weight; None if no other has it."""
-    memory = memory_of(module._parameters[parameter])  # type: ignore[arg-type]
-    for name, other in model.named_modules():
-        for own, held in other._parameters.items():
-            if (other, own) != (module, parameter) and held is not None and memory_of(held) == memory:
-                shared = f"{name}.{own}" if name else own
-                return f"its weight is tied to {shared}, which has no part in the adapter and would change when it is merged"
+    for name, other, own in users[memory_of(module._parameters[parameter])]:  # type: ignore[arg-type]
+        if (other, own) != (module, parameter):
+            return f"its weight is tied to {name}, which has no part in the adapter and would change when it is merged"
     return None
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bisparse.layers import Filter, matches
 from bisparse.pattern import Structure, parse_pattern
 from bisparse.static_mask import static_mask
-from bisparse.training.masked_lora import tied_reason
+from bisparse.training.masked_lora import tied_reason, users_of_weights
 from bisparse.training.parametrizations import own_parametrization
 from bisparse.verification import PatternError, verify
 from bisparse.wrappers import check_module
@@ -120,12 +120,13 @@ def mask_lora_(model: nn.Module, pattern: str | Structure, *, exclude: Filter | 
     check_module(model)
     structure = parse_pattern(pattern)
     chosen: list[tuple[str, nn.Module]] = []
+    users = users_of_weights(model)
     for name, module in lora_layers(model):
         if exclude is not None and matches(exclude, name, module):
             continue
         if (reason := _why_not_masked(module)) is not None:
             raise ValueError(f"{name}: {reason}; exclude the layer or train it without a mask. Nothing was changed")
-        if (reason := tied_reason(model, module.base_layer, "weight")) is not None:  # type: ignore[arg-type]
+        if (reason := tied_reason(users, module.base_layer, "weight")) is not None:  # type: ignore[arg-type]
             raise ValueError(f"{name}: {reason}; untie them, or exclude the layer. Nothing was changed")
         if isinstance(module, MaskedPeft):
             raise ValueError(f"{name} already trains under its mask; nothing was changed")
