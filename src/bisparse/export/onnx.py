@@ -66,7 +66,7 @@ class OnnxExport:
     difference: float | None
     """Largest difference between outputs of onnxruntime and of the model, infinite if only one is NaN; None if it was not run."""
     largest: float | None
-    """Largest absolute output of the model on the same inputs."""
+    """Largest absolute output of the model on the same inputs, infinite if one is NaN."""
     note: str = ""
     int8_inputs: int = 0
     """Number of layers whose inputs are rounded to int8 in the file."""
