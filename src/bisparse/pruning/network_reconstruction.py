@@ -54,7 +54,7 @@ class NetworkReconstruction:
             step, from the best weights; after another such epoch the fit ends.
         blocks: how each block is fitted before, when its layers are pruned; None: not at all.
         batches: data for this fit, of the kind that `prune_` takes as ``batches``; None: the calibration data. Each batch is one
-            step, and many small steps fit better than few large ones: one sequence of 512 tokens is enough for a language model.
+            step, and of little data many small steps gain more than few large ones, down to one sequence of 512 tokens per step.
     """
 
     epochs: int = 2
