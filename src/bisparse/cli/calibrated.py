@@ -263,8 +263,7 @@ def _versions() -> dict[str, str]:
 
 def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
     """The batches, from the text files or from the model's function; None if there are none."""
-    from bisparse.cli.calibration_text import text_batches, usable_length
-    from bisparse.evaluation.model_outputs import has_decoder
+    from bisparse.cli.calibration_text import batches_for
 
     if not texts.paths:
         if texts.field is not None:
@@ -274,12 +273,9 @@ def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
         raise typer.BadParameter(
             "text requires a transformers model; module:function returns its own batches", param_hint="--calibration"
         )
-    causal = bool(getattr(source.model, "can_generate", lambda: False)())
-    length = usable_length(source.model, texts.length, causal=causal)
-    return text_batches(
-        source.tokenizer, list(texts.paths), causal=causal, field=texts.field, sequences=texts.sequences, length=length,
-        labels=causal and has_decoder(source.model),  # those of classifiers are classes
-    )  # fmt: skip
+    return batches_for(
+        source.model, source.tokenizer, texts.paths, field=texts.field, sequences=texts.sequences, length=texts.length
+    )
 
 
 def _check_data(name: str, source: Source, data: TextBatches | list[Any] | None, asked: Mapping[str, bool]) -> None:

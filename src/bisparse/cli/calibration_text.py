@@ -14,11 +14,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from bisparse.checkpoint.input_file import open_input
-from bisparse.evaluation.model_outputs import fitting_length, positions_of
+from bisparse.evaluation.model_outputs import fitting_length, has_decoder, positions_of
 from bisparse.pruning.calibration.statistics import CalibrationError
 from bisparse.user_errors import error_in_one_line
 
-__all__ = ["SEED", "CalibrationFile", "TextBatches", "text_batches", "token_batches", "usable_length"]
+__all__ = ["SEED", "CalibrationFile", "TextBatches", "batches_for", "text_batches", "token_batches", "usable_length"]
 
 SEED = 0
 """Seed of the order of calibration samples."""
@@ -136,6 +136,32 @@ def text_batches(
     if labels:
         batches = [batch | {"labels": batch["input_ids"]} for batch in batches]
     return TextBatches(batches, tuple(one.described(count) for one, count in zip(files, counts, strict=True)))
+
+
+def batches_for(
+    model: nn.Module,
+    tokenizer: Any,
+    paths: str | Path | Sequence[str | Path],
+    *,
+    field: str | None = None,
+    sequences: int,
+    length: int | None,
+) -> TextBatches:
+    """`text_batches` as a transformers model takes them, of at most as many tokens as it has positions.
+
+    Raises:
+        CalibrationError, CheckpointError: as `usable_length` and `text_batches` do.
+    """
+    causal = bool(getattr(model, "can_generate", lambda: False)())
+    return text_batches(
+        tokenizer,
+        paths,
+        causal=causal,
+        field=field,
+        sequences=sequences,
+        length=usable_length(model, length, causal=causal),
+        labels=causal and has_decoder(model),  # those of classifiers are classes
+    )
 
 
 def _read(path: Path) -> _File:

@@ -301,19 +301,14 @@ def _check_plain(source: str) -> None:
 
 
 def _batches(opened: Any, calibration: list[Path] | None, sequences: int, length: int | None) -> list[Any] | None:
-    from bisparse.cli.calibration_text import text_batches, usable_length
-    from bisparse.evaluation.model_outputs import has_decoder
+    from bisparse.cli.calibration_text import batches_for
 
     if calibration is None:
         batches: list[Any] | None = opened.batches
         return batches
     if opened.tokenizer is None:
         raise typer.BadParameter("text requires a transformers model", param_hint="--calibration")
-    causal = bool(getattr(opened.model, "can_generate", lambda: False)())
-    length = usable_length(opened.model, length, causal=causal)
-    labels = causal and has_decoder(opened.model)  # those of classifiers are classes
-    how: dict[str, Any] = {"causal": causal, "sequences": sequences, "length": length, "labels": labels}
-    return list(text_batches(opened.tokenizer, calibration, **how).batches)
+    return batches_for(opened.model, opened.tokenizer, calibration, sequences=sequences, length=length).batches
 
 
 def _example(opened: Any, length: int, torch: Any) -> Any:

@@ -29,7 +29,8 @@ class BlockReconstruction:
     """Options of block reconstruction, for ``prune_(..., reconstruction=...)``.
 
     Args:
-        epochs: maximum number of passes over the calibration batches. Each batch is one step; small batches fit better.
+        epochs: maximum number of passes over the calibration batches. Each batch is one step: of little data, small
+            batches gain more.
         learning_rate: largest step of Adam at first, as a fraction of the root mean square of a parameter's kept weights.
         worthwhile: after an epoch that reduces the held-out error by less than this fraction, the next ones take a quarter of the
             step, from the best weights; after another such epoch the fit ends. The first blocks improve for many epochs, and
