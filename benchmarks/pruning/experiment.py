@@ -74,11 +74,14 @@ class Rows:
 
     @contextmanager
     def new(self, key: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
-        """A row to fill, on disk when the block ends; None where the file has it already."""
+        """A row to fill, on disk when the block ends; None where the file has it already.
+
+        A value of None in the key stands for rows without that column.
+        """
         if self.find(key) is not None:
             yield None
             return
-        row = dict(key)
+        row = {name: value for name, value in key.items() if value is not None}
         yield row
         print(json.dumps(row), flush=True)
         row |= {**self.environment, "date": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -104,21 +107,28 @@ def measured(report: PruneReport, seconds: float) -> dict[str, Any]:
     }
 
 
-def load_text(path: Path, unit: str) -> list[str]:
-    """Sentences, or one long text, of a plain file, or of a folder of word/tag files (the Brown corpus)."""
+def load_text(path: Path, unit: str, *, spaced: bool = False) -> list[str]:
+    """Sentences, or one long text, of a plain file, or of a folder of word/tag files (the Brown corpus).
+
+    Punctuation follows words without a space, as people write; with `spaced` it is a word of its own, as in Brown and WikiText.
+    """
     files = sorted(file for file in path.iterdir() if re.fullmatch(r"c[a-r]\d\d", file.name)) if path.is_dir() else [path]
     lines = []
     for file in files:
         text = file.read_text(encoding="utf-8", errors="ignore")
         if path.is_dir():
             text = re.sub(r"(\S+)/\S+", r"\1", text)
-        lines += [detokenised(line) for line in text.splitlines() if line.strip()]
+        lines += [words(line) if spaced else detokenised(line) for line in text.splitlines() if line.strip()]
     if unit == "sentence":
         return [line for line in lines if 5 <= len(line.split()) <= 60]
     return ["\n".join(lines)]
 
 
+def words(line: str) -> str:
+    return re.sub(r"\s+", " ", line.strip()).replace("``", '"').replace("''", '"')
+
+
 def detokenised(line: str) -> str:
-    line = re.sub(r"\s+", " ", line.strip()).replace("``", '"').replace("''", '"')
+    line = re.sub(r" @(.)@ ", r"\1", words(line))  # WikiText's hyphens and separators of thousands
     line = re.sub(r" ([.,;:!?)\]])", r"\1", line)
     return re.sub(r"([(\[]) ", r"\1", line)

@@ -3,7 +3,8 @@
     python benchmarks/pruning/smollm.py FILE.gguf --wikitext FILE --calibration TEXT_OR_BROWN_FOLDER
 
 The weights are Q4_1, dequantised: say so beside every figure. Perplexity is over the first 12,288 tokens at context 512, unless
---tokens asks for more. Rows: benchmarks/results/pruning_smollm.jsonl. A method and pattern that is cut off goes on where it was.
+--tokens asks for more; "as written" is that of the same text without WikiText's spaces around punctuation.
+Rows: benchmarks/results/pruning_smollm.jsonl. A method and pattern that is cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import time
 from pathlib import Path
 
 import torch
-from experiment import Rows, load_text, measured, method_named
+from experiment import Rows, detokenised, load_text, measured, method_named
 from torch import Tensor, nn
 
 from bisparse import verify
@@ -44,6 +45,8 @@ def main() -> None:
     parser.add_argument("model", help="a .gguf file or a transformers folder")
     parser.add_argument("--wikitext", type=Path, required=True)
     parser.add_argument("--calibration", type=Path, required=True)
+    parser.add_argument("--spaced", action="store_true", help="spaces around punctuation in --calibration, as in WikiText")
+    parser.add_argument("--draw", type=int, default=0, help="draw K starts K sevenths into the text: other sequences")
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--network-sequences", type=int, default=1000, help='for methods that end in "the network on more"')
     parser.add_argument("--network-batch", type=int, default=2, help="sequences per step of that fit")
@@ -66,12 +69,16 @@ def main() -> None:
     source = open_source(options.model)
     dense = source.model.float() if options.dtype == "float32" else source.model.bfloat16()
     test = source.tokenizer(options.wikitext.read_text(), return_tensors="pt", verbose=False)["input_ids"][0][: options.tokens]
-    text = source.tokenizer(load_text(options.calibration, "text")[0], return_tensors="pt", verbose=False)["input_ids"][0]
+    words = load_text(options.calibration, "text", spaced=options.spaced)[0]
+    text = source.tokenizer(words, return_tensors="pt", verbose=False)["input_ids"][0]
+    text = text.roll(-(options.draw * len(text) // 7))
     batches = token_batches(text, sequences=options.sequences, length=options.length, batch_size=2)
+    written = "\n".join(map(detokenised, options.wikitext.read_text().splitlines()))
+    written = source.tokenizer(written, return_tensors="pt", verbose=False)["input_ids"][0][: options.tokens]
     common = {"model": "SmolLM2-135M-Instruct, Q4_1 dequantised", "tokens": options.tokens, "dtype": options.dtype}
     with rows.new({**common, "pattern": "dense"}) as row:
         if row is not None:
-            row["perplexity"] = perplexity(dense, test)
+            row |= {"perplexity": perplexity(dense, test), "perplexity_as_written": perplexity(dense, written)}
     for pattern in options.patterns if options.budget is None else [f"{options.budget} of {', '.join(options.patterns)}, dense"]:
         for name in options.methods:
             method, how = method_named(name)
@@ -80,9 +87,8 @@ def main() -> None:
                 own = token_batches(text, sequences=more, length=options.length, batch_size=options.network_batch)
                 how["reconstruction"] = dataclasses.replace(how["reconstruction"], batches=own)
             data = {"sequences": options.sequences, "length": options.length, "corpus": options.calibration.name}
-            data |= {} if more is None else {"network_sequences": more}
-            if more is not None and options.network_batch != 2:  # rows without a batch are of 2
-                data["network_batch"] = options.network_batch
+            data |= {"spaced": options.spaced or None, "draw": options.draw or None, "network_sequences": more}
+            data["network_batch"] = options.network_batch if more is not None and options.network_batch != 2 else None
             if isinstance(how["reconstruction"], NetworkReconstruction):  # rows without a step are of 0.003
                 how["reconstruction"] = dataclasses.replace(how["reconstruction"], learning_rate=options.network_step)
                 data["network_step"] = options.network_step
@@ -101,7 +107,7 @@ def main() -> None:
                 row |= measured(report, time.perf_counter() - started) | {"notes": list(report.notes)}
                 for layer in report:
                     verify(model.get_parameter(layer.parameter), layer.pattern, name=layer.name).check()
-                row["perplexity"] = perplexity(model, test)
+                row |= {"perplexity": perplexity(model, test), "perplexity_as_written": perplexity(model, written)}
 
 
 if __name__ == "__main__":
