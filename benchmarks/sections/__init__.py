@@ -15,6 +15,7 @@ from sections.guidance import guidance
 from sections.pruning import depthwise, images, language, law, peers, permutation, sentences
 from sections.quality import quality
 from sections.speed import speed
+from sections.step_cost import training_step
 from sections.streaming import streaming
 from sections.training import training_finetune, training_gpt, training_resnet, training_search, training_teacher
 
@@ -30,6 +31,7 @@ SECTIONS = {
     "diversity.jsonl": diversity,
     "training-resnet.jsonl": training_resnet,
     "training-search.jsonl": training_search,
+    "training-step.jsonl": training_step,
     "training-gpt.jsonl": training_gpt,
     "training-finetune.jsonl": training_finetune,
     "training-teacher.jsonl": training_teacher,
@@ -74,6 +76,7 @@ PAGES = {
         (
             "training-resnet.jsonl",
             "training-search.jsonl",
+            "training-step.jsonl",
             "training-gpt.jsonl",
             "training-finetune.jsonl",
             "training-teacher.jsonl",

@@ -7,6 +7,7 @@ product would keep NaN and the sign of zeros.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,9 +15,9 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from bisparse.kernels.masking.dispatch import add_masked, applies, masked
+from bisparse.kernels.masking.dispatch import MIN_WEIGHTS, add_masked_each, applies, fits, keep_only_each, masked
 
-__all__ = ["BITS", "add_off_", "keep_only_", "kept", "kept_straight_through", "off"]
+__all__ = ["BITS", "add_off_each_", "keep_only_", "keep_only_each_", "kept", "kept_straight_through", "off"]
 
 BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer dtypes by size in bytes."""
@@ -56,27 +57,50 @@ def keep_only_(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> None
     >>> weight
     tensor([-1.,  0.,  0.])
     """
-    if applies(tensor, mask):
-        masked(tensor, tensor, mask, kept=True)
-        increment_version(tensor)  # autograd must notice that the tensor was written to
-        return
-    bits = BITS[tensor.element_size()]
-    tensor.view(bits).bitwise_and_(mask.to(bits).neg_())
+    keep_only_each_([(tensor, mask)])
 
 
-def add_off_(target: Float[Tensor, "..."], tensor: Float[Tensor, "..."], mask: Bool[Tensor, "..."], alpha: float) -> None:
-    """Add `alpha` times the values where the mask is False; `target` may be the tensor itself.
+def keep_only_each_(pairs: Iterable[tuple[Shaped[Tensor, "..."], Bool[Tensor, "..."]]]) -> None:
+    """`keep_only_` for many tensors: one call of the compiled kernel for those that it takes; each call has a cost."""
+    by_size: dict[int, list[tuple[Tensor, Tensor]]] = {}
+    for tensor, mask in pairs:
+        by_size.setdefault(tensor.element_size() if fits(tensor, mask) else 0, []).append((tensor, mask))
+    for size, some in by_size.items():
+        if size and sum(tensor.numel() for tensor, _ in some) >= MIN_WEIGHTS:
+            keep_only_each(some)
+            increment_version([tensor for tensor, _ in some])  # autograd must notice that they were written to
+            continue
+        for tensor, mask in some:
+            bits = BITS[tensor.element_size()]
+            tensor.view(bits).bitwise_and_(mask.to(bits).neg_())
+
+
+def add_off_each_(rows: Iterable[tuple[Float[Tensor, "..."], Float[Tensor, "..."], Bool[Tensor, "..."], float]]) -> None:
+    """Add a factor times the values where the mask is False.
+
+    Args:
+        rows: target, values, mask and factor of each. The target is the tensor of the values itself, or shares no memory with it.
 
     >>> gradient = torch.zeros(3)
-    >>> add_off_(gradient, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True]), alpha=0.5)
+    >>> add_off_each_([(gradient, torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, True]), 0.5)])
     >>> gradient
     tensor([0., 1., 0.])
     """
-    if tensor.dtype is target.dtype is torch.float32 and applies(tensor, mask) and applies(target, mask):
-        add_masked(target, tensor, mask, alpha)
-        increment_version(target)
-        return
-    target.add_(off(tensor, mask), alpha=alpha)
+    compiled: dict[bool, list[tuple[Tensor, Tensor, Tensor, float]]] = {False: [], True: []}
+    for target, values, mask, factor in rows:
+        in_place = target is values
+        float32 = values.dtype is target.dtype is torch.float32
+        if float32 and fits(values, mask) and (in_place or fits(target, mask)):
+            compiled[in_place].append((target, values, mask, factor))
+        else:
+            target.add_(off(values, mask), alpha=factor)
+    for in_place, some in compiled.items():
+        if sum(values.numel() for _, values, _, _ in some) >= MIN_WEIGHTS:
+            add_masked_each(some, in_place=in_place)
+            increment_version([target for target, _, _, _ in some])
+            continue
+        for target, values, mask, factor in some:
+            target.add_(off(values, mask), alpha=factor)
 
 
 class _Transformable(torch.autograd.Function):

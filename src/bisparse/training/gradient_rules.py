@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from bisparse.training.bits import add_off_, keep_only_, off
+from bisparse.training.bits import add_off_each_, keep_only_each_, off
 from bisparse.training.layer import SparseLayer, local, part_of
 from bisparse.training.optimizer import Held, learning_rate
 
@@ -23,16 +23,22 @@ class MaskedGradients:
     def __init__(self) -> None:
         self._seen: dict[str, tuple[weakref.ref[Tensor], int]] = {}
 
-    def mask(self, layer: SparseLayer, weight: Tensor) -> None:
-        """Set the gradient of a layer's weight to zero off the mask, unless nothing has changed it since that was done."""
-        gradient = weight.grad
-        if gradient is None:
-            return
-        seen, version = self._seen.get(layer.name, (None, -1))
-        if seen is not None and seen() is gradient and gradient._version == version:
-            return
-        if layer.active:
-            keep_only_(local(gradient.detach()), part_of(layer.mask, weight))
+    def mask(self, pairs: Iterable[tuple[SparseLayer, Tensor]]) -> None:
+        """Set gradients to zero off the mask, except those that nothing has changed since that was done.
+
+        Args:
+            pairs: layers and their weights.
+        """
+        changed: list[tuple[SparseLayer, Tensor, Tensor]] = []
+        for layer, weight in pairs:
+            gradient = weight.grad
+            if gradient is None:
+                continue
+            seen, version = self._seen.get(layer.name, (None, -1))
+            if (seen is None or seen() is not gradient or gradient._version != version) and layer.active:
+                changed.append((layer, weight, gradient))
+        keep_only_each_((local(gradient.detach()), part_of(layer.mask, weight)) for layer, weight, gradient in changed)
+        for layer, _, gradient in changed:
             self._seen[layer.name] = weakref.ref(gradient), gradient._version
 
 
@@ -45,6 +51,7 @@ def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], 
         held: layers whose weights have gradients.
     """
     scale = getattr(optimizer, "grad_scale", None)  # fused optimizers unscale by themselves, after this
+    rows: list[tuple[Tensor, Tensor, Tensor, float]] = []
     for layer, weight, group in held:
         own = rates.get(layer.name, 0.0)
         if own == 0.0:
@@ -55,11 +62,12 @@ def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], 
             if isinstance(rate, Tensor):  # reading its value would synchronise with the device
                 dense.sub_(off(dense, mask) * (rate.to(dense.device, dense.dtype) * own))
             else:
-                add_off_(dense, dense, mask, alpha=-rate * own)
+                rows.append((dense, dense, mask, -rate * own))
         else:
             assert weight.grad is not None
             sign = -1.0 if group.get("maximize") else 1.0  # such an optimizer negates the gradient
-            add_off_(local(weight.grad), dense, mask, alpha=sign * own * (float(scale) if scale is not None else 1.0))
+            rows.append((local(weight.grad), dense, mask, sign * own * (float(scale) if scale is not None else 1.0)))
+    add_off_each_(rows)
 
 
 def after_closure(

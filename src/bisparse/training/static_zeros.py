@@ -1,8 +1,10 @@
 """`StaticZeros`: keeps the pruned weights of a static run at exactly zero.
 
-Gradients are masked when they are accumulated, so that clipping uses the masked norm, and weights after each step. Other writes,
-such as those of `load_state_dict` or of an optimizer that wraps the attached one, are undone by the next forward pass: those that
-torch counts exactly, and others, through ``.data`` or to sharded weights, if a sample shows them in the first pass after a step.
+Gradients are masked in the backward pass that accumulates them, so that clipping uses the masked norm, and weights after each
+step. On a CPU all of them are masked together at the end of the pass, unless hooks or processes use single ones earlier.
+Other writes, such as those of `load_state_dict` or of an optimizer that wraps the attached one, are undone by the next forward
+pass: those that torch counts exactly, and others, through ``.data`` or to sharded weights, if a sample shows them in the first
+pass after a step.
 Only the parameters that were attached are written to, not what `torch.func.functional_call` puts in their place.
 """
 
@@ -12,13 +14,15 @@ import weakref
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from bisparse.training.bits import keep_only_each_
 from bisparse.training.forward_hook import ZerosHook
 from bisparse.training.gradient_rules import MaskedGradients
-from bisparse.training.layer import SparseLayer
+from bisparse.training.layer import SparseLayer, local
 from bisparse.training.optimizer import Held, after_each_step
 from bisparse.training.pruned_sample import PrunedSample
 
@@ -43,8 +47,12 @@ class StaticZeros:
         """By the id of a module that checks: the layers in it."""
         self._attached: dict[str, weakref.ref[Tensor]] = {}
         """By layer: the parameter that may be written to."""
-        self._versions: dict[str, int] = {}
-        """By layer: torch's count of writes to the weight when its pruned weights were last known to be zero."""
+        self._known: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+        """By layer: the weight, and torch's count of writes to it, when its pruned weights were last known to be zero."""
+        self._waiting: list[tuple[SparseLayer, Tensor]] = []
+        """Layers and weights whose gradients are masked at the end of the backward pass."""
+        self._backward: int | None = None
+        """The backward pass at whose end that happens."""
 
     def attach(self, optimizers: Iterable[tuple[Optimizer, Optimizer]], modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
         """Install the hooks. Returns functions that remove them.
@@ -72,14 +80,37 @@ class StaticZeros:
         return [*undo, self._detach]
 
     def mask_gradient(self, layer: SparseLayer, weight: Tensor) -> None:
-        """Mask the gradient of a layer's weight, if the layer is still in training."""
-        if layer.name in self._names:
-            self._gradients.mask(layer, weight)
+        """Mask the gradient of a layer's weight, at the latest at the end of the backward pass, if the layer is in training."""
+        if layer.name not in self._names:
+            return
+        hooks = weight._post_accumulate_grad_hooks
+        others = hooks is not None and len(hooks) > 1  # such as an optimizer that steps in the backward pass
+        if others or type(weight) is not nn.Parameter or not weight.is_cpu or not self._masks_at_the_end():
+            self._gradients.mask([(layer, weight)])
+        else:
+            self._waiting.append((layer, weight))
+
+    def _masks_at_the_end(self) -> bool:
+        """Whether the gradients of the backward pass in progress may be masked at its end; arranges for that."""
+        backward = torch._C._current_graph_task_id()
+        if backward == self._backward:
+            return True
+        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()  # DDP sends gradients early
+        if backward == -1 or ranks or torch.compiler.is_compiling():
+            return False
+        self._backward = backward
+        torch.autograd.Variable._execution_engine.queue_callback(self._mask_waiting)
+        return True
+
+    def _mask_waiting(self) -> None:
+        waiting, self._waiting, self._backward = self._waiting, [], None
+        with torch.no_grad():
+            self._gradients.mask(waiting)
 
     def before_step(self, held: Iterable[Held]) -> None:
         """Mask the gradients that are not masked yet."""
-        for one in held:
-            self._gradients.mask(one.layer, one.weight)
+        self._waiting = []  # a backward pass that raised an error has left them
+        self._gradients.mask((one.layer, one.weight) for one in held)
 
     def after_step(self, held: Iterable[Held]) -> None:
         """Set the pruned weights to zero that an optimizer's step has written."""
@@ -94,13 +125,18 @@ class StaticZeros:
     def masks_changed(self) -> None:
         """Zero the pruned weights of the next forward pass, whatever was known of them, and sample them again."""
         self._sample.clear()
-        self._versions.clear()
+        self._known.clear()
 
     def _zero(self, layers: Iterable[SparseLayer]) -> None:
+        layers = list(layers)
+        keep_only_each_((local(layer.weight.detach()), layer.local_mask) for layer in layers)
         for layer in layers:
-            layer.zero_pruned()
-            if (version := _version(self._own(layer))) is not None:
-                self._versions[layer.name] = version
+            self._know(layer, self._own(layer))
+
+    def _know(self, layer: SparseLayer, weight: Tensor | None) -> None:
+        """Note that the pruned weights of a layer are zero as of now."""
+        if weight is not None and (version := _version(weight)) is not None:
+            self._known[layer.name] = weakref.ref(weight), version
 
     def _own(self, layer: SparseLayer) -> Tensor | None:
         """The layer's weight; None if another tensor is in its place for now."""
@@ -114,17 +150,19 @@ class StaticZeros:
     def _undo_writes(self, module: nn.Module) -> None:
         """Zero pruned weights that the module's forward pass may use and that have been written to."""
         for layer in self._inside.get(id(module), ()):
-            weight = self._own(layer)
-            version = _version(weight)
-            if weight is None or version is None or version == self._versions.get(layer.name):
-                continue
-            if layer.name not in self._names or not layer.active:
+            weight = layer.module._parameters.get(layer.parameter)
+            if (known := self._known.get(layer.name)) is not None and weight is not None:
+                zeroed, version = known
+                if weight is zeroed() and weight._version == version:
+                    continue
+            own = self._own(layer)
+            if own is None or _version(own) is None or layer.name not in self._names or not layer.active:
                 continue
             # Nothing is written without need: a backward pass may still use the weight as it is.
-            if not weight.is_meta and bool(weight.detach().masked_fill(layer.mask, 0).any()):
+            if not own.is_meta and bool(own.detach().masked_fill(layer.mask, 0).any()):
                 self._zero([layer])
             else:
-                self._versions[layer.name] = version
+                self._know(layer, own)
 
     @torch.no_grad()
     def _check(self) -> None:
@@ -135,7 +173,7 @@ class StaticZeros:
 
     def _detach(self) -> None:
         self._hook.check = self._hook.undo_writes = None
-        self._inside, self._attached, self._versions = {}, {}, {}
+        self._inside, self._attached, self._known, self._waiting = {}, {}, {}, []
 
 
 def _layers_in(module: nn.Module, layers: Iterable[SparseLayer]) -> list[SparseLayer]:

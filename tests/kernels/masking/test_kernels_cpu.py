@@ -6,7 +6,7 @@ from torch import nn
 
 from bisparse import sparsify_
 from bisparse.kernels.masking.dispatch import MIN_WEIGHTS, applies
-from bisparse.training.bits import add_off_, keep_only_, kept, off
+from bisparse.training.bits import add_off_each_, keep_only_, keep_only_each_, kept, off
 from dispatched import Seen
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn]
@@ -57,12 +57,33 @@ def test_adding_the_pruned_weights_equals_torch_bit_for_bit(shape, alpha, thread
     version = gradient._version
     torch.set_num_threads(threads)
     try:
-        add_off_(gradient, values, mask, alpha)
-        add_off_(values, values, mask, alpha)
+        add_off_each_([(gradient, values, mask, alpha), (values, values, mask, alpha)])
     finally:
         torch.set_num_threads(1)
     assert torch.equal(bits(gradient), bits(expected)) and gradient._version > version
     assert torch.equal(values.nan_to_num(7), shrunk.nan_to_num(7))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_many_tensors_in_one_call(threads):
+    shapes = [(7, 5), (0,), (181, 199), (1,), (64, 64), (63,), (65, 3), (3, 131, 129)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float64]
+    values = [crafted(shape, dtype) for dtype in dtypes for shape in shapes] + [torch.randn(64, 128)[:, ::2]]
+    masks = [torch.rand(one.shape) < 0.5 for one in values]
+    gradients = [torch.randn(one.shape).to(one.dtype) for one in values]
+    factors = [torch.rand(()).item() for _ in values]
+    written, versions = [one.clone() for one in values], [one._version for one in gradients]
+    torch.set_num_threads(threads)
+    try:
+        expected = [one.clone().add_(off(v, m), alpha=f) for one, v, m, f in zip(gradients, values, masks, factors, strict=True)]
+        keep_only_each_(zip(written, masks, strict=True))
+        add_off_each_(zip(gradients, values, masks, factors, strict=True))
+    finally:
+        torch.set_num_threads(1)
+    for one, original, mask in zip(written, values, masks, strict=True):
+        assert torch.equal(bits(one.contiguous()), torch.where(mask, bits(original.contiguous()), 0))
+    for one, other, version in zip(gradients, expected, versions, strict=True):
+        assert torch.equal(one.nan_to_num(7), other.nan_to_num(7)) and one._version > version
 
 
 def test_autograd_notices_that_a_tensor_was_written():

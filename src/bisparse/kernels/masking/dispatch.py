@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-__all__ = ["CHANNELS_LAST", "MIN_WEIGHTS", "add_masked", "applies", "masked"]
+__all__ = ["CHANNELS_LAST", "MIN_WEIGHTS", "add_masked_each", "applies", "fits", "keep_only_each", "masked"]
 
 MIN_WEIGHTS = 1 << 15
 """Fewer are left to torch: the call takes as long as the pass, and small models never need to compile the kernel."""
@@ -15,10 +17,14 @@ CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def applies(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> bool:
-    """Whether the kernels take a tensor and its mask: plain, dense, on the CPU, in one memory format, and not few weights."""
+    """Whether the kernels take a tensor and its mask, and are faster than torch: `fits`, and it has not few weights."""
+    return tensor.numel() >= MIN_WEIGHTS and fits(tensor, mask)
+
+
+def fits(tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]) -> bool:
+    """Whether the kernels take a tensor and its mask: plain, dense, on the CPU, and in one memory format."""
     return (
-        tensor.numel() >= MIN_WEIGHTS
-        and type(tensor) in (Tensor, nn.Parameter)  # subclasses need not hold plain memory
+        type(tensor) in (Tensor, nn.Parameter)  # subclasses need not hold plain memory
         and type(mask) is Tensor
         and tensor.device.type == "cpu"
         and mask.device.type == "cpu"
@@ -40,7 +46,7 @@ def masked(out: Tensor, tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]
     """Write the values of a tensor where the mask is `kept`, and zeros elsewhere.
 
     Args:
-        out: the tensor itself, or another one of its dtype, shape and memory format.
+        out: another tensor of its dtype, shape and memory format.
         tensor: one that `applies` accepts.
     """
     from bisparse.kernels.masking.cpu import masked as compiled
@@ -48,13 +54,26 @@ def masked(out: Tensor, tensor: Shaped[Tensor, "..."], mask: Bool[Tensor, "..."]
     compiled(out, tensor, mask, kept=kept)
 
 
-def add_masked(target: Float[Tensor, "..."], values: Float[Tensor, "..."], mask: Bool[Tensor, "..."], alpha: float) -> None:
-    """Add `alpha` times the values where the mask is False, rounded once, as `Tensor.add_` does.
+def keep_only_each(pairs: Sequence[tuple[Shaped[Tensor, "..."], Bool[Tensor, "..."]]]) -> None:
+    """Write zeros into tensors where their masks are False, all in one call.
 
     Args:
-        target: the values themselves, or another float32 tensor of their shape and memory format.
-        values: float32, that `applies` accepts.
+        pairs: tensors of the same element size with their masks, that `fits` accepts; at least one.
     """
-    from bisparse.kernels.masking.cpu import add_masked as compiled
+    from bisparse.kernels.masking.cpu import keep_only_each as compiled
 
-    compiled(target, values, mask, alpha)
+    compiled(pairs)
+
+
+def add_masked_each(
+    rows: Sequence[tuple[Float[Tensor, "..."], Float[Tensor, "..."], Bool[Tensor, "..."], float]], *, in_place: bool
+) -> None:
+    """Add a factor times the values where the mask is False, rounded once, as `Tensor.add_` does; all in one call.
+
+    Args:
+        rows: target, values, mask and factor of each; float32, of one shape and memory format, that `fits` accepts.
+        in_place: every target is the tensor of the values itself; otherwise they share no memory.
+    """
+    from bisparse.kernels.masking.cpu import add_masked_each as compiled
+
+    compiled(rows, in_place=in_place)
