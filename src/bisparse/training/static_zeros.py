@@ -92,11 +92,13 @@ class StaticZeros:
 
     def _masks_at_the_end(self) -> bool:
         """Whether the gradients of the backward pass in progress may be masked at its end; arranges for that."""
+        if torch.compiler.is_compiling():  # compiled autograd
+            return False
         backward = torch._C._current_graph_task_id()
         if backward == self._backward:
             return True
         ranks = torch.distributed.is_available() and torch.distributed.is_initialized()  # DDP sends gradients early
-        if backward == -1 or ranks or torch.compiler.is_compiling():
+        if backward == -1 or ranks:
             return False
         self._backward = backward
         torch.autograd.Variable._execution_engine.queue_callback(self._mask_waiting)

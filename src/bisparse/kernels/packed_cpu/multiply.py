@@ -164,15 +164,19 @@ def multiply_bands(way: Way, x: Tensor, packed: BitmaskPacked, bias: Tensor | No
     with torch.autocast("cpu", enabled=False) if enabled else nullcontext():
         if step >= blocks:
             expand(way, values, masks, starts, workspace, 0, blocks)
-            return linear(x, workspace[:rows, :columns], bias)
+            return linear(x, _part(workspace, rows, columns), bias)
         output = x.new_empty(tokens, rows)
         for first in range(0, blocks, step):
             last = min(first + step, blocks)
             expand(way, values, masks, starts, workspace, first, last - first)
             top, bottom = first * BLOCK_ROWS, min(last * BLOCK_ROWS, rows)
-            band = workspace[: bottom - top, :columns]
+            band = _part(workspace, bottom - top, columns)
             output[:, top:bottom] = linear(x, band, None if bias is None else bias[top:bottom])
     return output
+
+
+def _part(workspace: Tensor, rows: int, columns: int) -> Tensor:
+    return workspace if workspace.shape == (rows, columns) else workspace[:rows, :columns]
 
 
 _held = threading.local()
@@ -180,9 +184,13 @@ _held = threading.local()
 
 def _workspace(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """Workspace for a band, kept for the thread's next call, since page faults of fresh memory took longer than the expansion."""
+    views: dict[tuple[int, int, torch.dtype], Tensor] = _held.__dict__.setdefault("views", {})
+    if (found := views.get((rows, columns, dtype))) is not None:
+        return found
     needed = rows * columns * dtype.itemsize
     room: Tensor | None = getattr(_held, "room", None)
-    if room is None or room.numel() < needed:
-        with torch.inference_mode(False):  # the workspace outlives the mode of this call
+    with torch.inference_mode(False):  # the workspace outlives the mode of this call
+        if room is None or room.numel() < needed:
+            views.clear()
             room = _held.room = torch.empty(max(needed, WORKSPACE_BYTES), dtype=torch.uint8, device="cpu")
-    return room[:needed].view(dtype).view(rows, columns)
+        return views.setdefault((rows, columns, dtype), room[:needed].view(dtype).view(rows, columns))
