@@ -12,7 +12,8 @@ from sections.gpu import gpu
 from sections.gpu_solvers import gpu_kernels, gpu_solvers
 from sections.gpu_windows import gpu_windows
 from sections.guidance import guidance
-from sections.pruning import depthwise, images, language, law, peers, permutation, sentences
+from sections.language import language
+from sections.pruning import depthwise, images, law, peers, permutation, sentences
 from sections.quality import quality
 from sections.speed import speed
 from sections.step_cost import training_step

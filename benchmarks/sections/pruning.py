@@ -1,4 +1,4 @@
-"""Pruning with calibration data: a sentence encoder, a language model, an image classifier, and the 10 % law."""
+"""Pruning with calibration data: a sentence encoder, image classifiers, and the 10 % law."""
 
 from __future__ import annotations
 
@@ -61,75 +61,6 @@ def sentences(rows: list[Row]) -> list[str]:
                 f"the target, {aim:.4f}, is {verdict(found >= aim)}.\n"
             ]
     return [*parts, provenance(rows)]
-
-
-def language(rows: list[Row]) -> list[str]:
-    """SmolLM2 on WikiText-2."""
-    parts = ["## Pruning a language model with data\n"]
-    if not rows:
-        return [*parts, unmeasured("smollm.py")]
-    dense = next(row["perplexity"] for row in rows if row["pattern"] == "dense")
-    rows = [row for row in rows if row["pattern"] != "dense"]
-    parts += [f"{rows[0]['model']}; perplexity on {rows[0]['tokens']:,} tokens of WikiText-2, context 512; dense {dense:.1f}.\n"]
-
-    def data(row: Row) -> str:
-        if "sequences" not in row:
-            return str(row["method"])
-        more = f", network {row['network_sequences']}" if row.get("network_sequences") else ""
-        more += f" at a step size of {row['network_step']:g}" if row.get("network_step") else ""
-        more += ", one sequence per step" if row.get("network_batch") == 1 else ""
-        return f"{row['method']}, {row['sequences']} of {row['corpus']}{more}"
-
-    parts += [grid(rows, data, by_pattern, "perplexity", 1)]
-    parts += [
-        "The full budget is 256 sequences; rows with fewer are reduced. Targets of the fit: "
-        "*own inputs*, the dense layer's outputs on the "
-        "pruned network's inputs; *dense inputs*, the same on the dense network's inputs; otherwise the dense network's outputs. "
-        "*short*: rho grows at "
-        "every iteration. *then blocks*: after its layers, the kept weights of each block are fitted to the dense network's "
-        "activations after that block (`BlockReconstruction`). *then the network*: at the end, those of all layers "
-        "together to the dense network's logits (`NetworkReconstruction`), *on more*: on as many sequences as follow 'network', "
-        "at a step size of 0.003 unless another is named, two sequences per step unless one is named.\n"
-    ]
-    budget = "50% of 8:32-T, 12:32-T, 16:32-T, 20:32-T, 24:32-T, dense"
-    for pattern, aim in {"2:4": 66, "2:4-T": 95, "4:8-T": 72, "16:32-T": 50, "6:8": 37, "6:8-T": 38, budget: 55}.items():
-        best = min((row for row in rows if row["pattern"] == pattern), key=lambda row: row["perplexity"], default=None)
-        if best is not None:
-            met = verdict(best["perplexity"] <= aim)
-            fits = [note for note in best.get("notes", []) if note.startswith(("budget", "reconstructed", "fitted"))]
-            notes = "".join(f" {note[0].upper()}{note[1:]}." for note in fits)
-            parts += [f"Best {pattern}: {best['perplexity']:.1f} by {data(best)}; at most {aim}: {met}.{notes}\n"]
-    parts += [
-        "A budget's row whose notes do not say that layers were weighed is by the fractions of energy that layers lose, which "
-        "was worse than one pattern for all layers.\n"
-        if any("%" in row["pattern"] for row in rows)
-        else ""
-    ]
-    parts += _what_blocks_gain(rows)
-    return [*parts, provenance(rows)]
-
-
-def _what_blocks_gain(rows: list[Row]) -> list[str]:
-    """Cells that were run with blocks fitted and without, all else equal."""
-    pairs = [
-        (without, row)
-        for row in rows
-        for without in rows
-        if ", then blocks" in row["method"]
-        and "the network" not in row["method"]
-        and without["method"] == row["method"].split(", then blocks")[0]
-        and all(without.get(key) == row.get(key) for key in ("pattern", "sequences", "corpus", "dtype"))
-    ]
-    if not pairs:
-        return []
-    gains = "; ".join(
-        f"{row['pattern']} with {row['sequences']} sequences {without['perplexity']:.1f} -> {row['perplexity']:.1f}"
-        for without, row in pairs
-    )
-    return [
-        f"What fitting blocks gains over the same layers alone: {gains}. A fit of a single layer does not see the attention's "
-        "softmax, the gate of an MLP or the other layers; the fit of the block does, with the same masks.\n"
-    ]
 
 
 def images(rows: list[Row]) -> list[str]:
