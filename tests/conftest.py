@@ -19,11 +19,7 @@ if "PYTHONPATH" in os.environ:  # for processes that tests start, whose working 
     os.environ["PYTHONPATH"] = os.pathsep.join(os.path.abspath(one) for one in os.environ["PYTHONPATH"].split(os.pathsep))
 
 import pytest
-import torch
-import typer.main
 from hypothesis import settings
-
-torch.set_num_threads(1)
 
 settings.register_profile("fast", max_examples=25, deadline=None, derandomize=True)
 settings.register_profile("explore", max_examples=1000, deadline=None)  # pytest --hypothesis-profile=explore
@@ -64,6 +60,8 @@ def _elsewhere(request: pytest.FixtureRequest, _working_folders: Iterator[Path],
 @pytest.fixture(autouse=True, scope="session")
 def _commands_built_once() -> Iterator[None]:
     """typer's runner builds every command again for each one that it runs, which takes longer than many of them."""
+    import typer.main
+
     with mock.patch("typer.testing._get_command", functools.cache(typer.main.get_command)):
         yield
 
@@ -79,6 +77,8 @@ def _nothing_new_in_the_repository() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
+    import torch
+
     if torch.accelerator.is_available():
         torch.manual_seed(0)
     else:  # the same without a stack trace for every kind of device, which takes longer than many a test
@@ -88,9 +88,17 @@ def _fixed_seed() -> None:
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
-    """What collecting the tests imports stays until the end; the garbage collector would search all of it again and again."""
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """What collecting the tests imports stays until the end; the garbage collector would search all of it again and again.
+
+    Torch is imported here and not above: the process that only starts others, which wait for it, has no use for it.
+    """
+    if session.config.getoption("dist", "no") != "no":
+        return (yield)
     gc.disable()
+    import torch
+
+    torch.set_num_threads(1)
     try:
         return (yield)
     finally:
@@ -115,6 +123,8 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the GPU are skipped, with the reason, where there is none."""
+    import torch
+
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="torch sees no CUDA device; on a machine with one, `make test-gpu` runs this")

@@ -42,8 +42,11 @@ def _lie_in(tensors: Iterable[Tensor], kind: re.Pattern[bytes]) -> set[int]:
     """Ids of the tensors that are within one mapping of a kind.
 
     Mappings change while a process runs, so they are read for each call: some milliseconds in a process with many libraries.
+    They are not read for memory that torch has allocated, and could enlarge: it is anonymous and writable. What comes from a
+    file, from NumPy or from any other owner has a storage that cannot be resized.
     """
-    places = {id(one): place for one in tensors if (place := memory_of(one)) is not None}
+    foreign = (one for one in tensors if memory_of(one) is not None and not one.untyped_storage().resizable())
+    places = {id(one): place for one in foreign if (place := memory_of(one)) is not None}
     if not places:
         return set()
     try:

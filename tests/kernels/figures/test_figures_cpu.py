@@ -57,7 +57,7 @@ def test_the_gap_is_the_specifications(scores: torch.Tensor, pattern: str) -> No
     m = certificate.u.shape[1]
     generator = torch.Generator().manual_seed(5)
     worse = solution.mask & (torch.rand(ROWS, COLUMNS, generator=generator) < 0.9)
-    moved = certificate.u + torch.randint(-1000, 1000, certificate.u.shape, generator=generator)
+    moved = certificate.u + torch.randint(-1000, 1000, certificate.u.shape, generator=generator, dtype=torch.int32)
     applies = bool((certificate.exponent >= 0).all())
     for mask, u in ((solution.mask, certificate.u), (worse, certificate.u), (worse, moved)):
         prices = Prices(u, certificate.v, certificate.exponent)
@@ -69,6 +69,8 @@ def test_the_gap_is_the_specifications(scores: torch.Tensor, pattern: str) -> No
             assert (exact == 0) == (fast[0] == 0)
             sums = math.ldexp(*kept_total(scores, mask)), math.ldexp(*kept_total(scores, None))
             assert fast[1:] == pytest.approx(sums, rel=1e-12)
+            if m != 8:  # a kernel is compiled for every width and type of the prices
+                continue
             wide = [side.long() for side in prices]
             assert priced_figures(scores[None], mask[None], *wide, n, False) == fast
 
