@@ -66,6 +66,15 @@ def _commands_built_once() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def operators_listed_once() -> Iterator[None]:
+    """torch's ONNX exporter makes the list of all operators that it knows for each export, which takes longer than the export."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib))):
+        yield
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _nothing_new_in_the_repository() -> Iterator[None]:
     before = {path for folder in (ROOT, ROOT / "tests") for path in folder.iterdir()}
@@ -104,6 +113,7 @@ def pytest_collection(session: pytest.Session) -> Generator[None, object, object
     finally:
         gc.freeze()
         gc.enable()
+        gc.set_threshold(2000, 10, 50)  # what tests import stays too, and all of it is searched in every 500th search
         atexit.register(gc.unfreeze)  # libraries that count their objects at the exit would report what is frozen
 
 

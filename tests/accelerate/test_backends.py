@@ -146,7 +146,10 @@ class Library:
         return cls.cutlass(values, metadata, dense) + bias[:, None]
 
 
-@pytest.fixture(params=["values first", "values last", "slots reversed", "Hopper"])
+FORMS = ["values first", "values last", "slots reversed", "Hopper"]
+
+
+@pytest.fixture(params=FORMS)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     stand_in = Library(request.param)
     monkeypatch.setattr(torch, "_cslt_compress", stand_in.compress)
@@ -556,7 +559,11 @@ def test_a_shape_that_the_library_refuses_only_when_it_multiplies(library: Libra
 
 
 @pytest.mark.parametrize("name", ["cusparselt", "cutlass"])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(
+    ("library", "compiled"),
+    [(form, False) for form in FORMS] + [(form, True) for form in ("values first", "Hopper")],  # the graph is that of any form
+    indirect=["library"],
+)
 def test_either_half_precision_of_autocast_runs_sparse(
     library: Library, name: str, compiled: bool, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
 ) -> None:

@@ -17,7 +17,7 @@ from bisparse.cli import app
 
 pytest.importorskip("compressed_tensors")
 pytest.importorskip("onnxscript")
-pytestmark = pytest.mark.transformers
+pytestmark = [pytest.mark.transformers, pytest.mark.usefixtures("operators_listed_once")]
 OUTPUTS = ("out/model.safetensors", "out/bisparse-masks.safetensors", "out-int8/model.safetensors")
 
 

@@ -17,6 +17,7 @@ from bisparse.verification import PatternError
 pytest.importorskip("onnxscript")
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
+pytestmark = pytest.mark.usefixtures("operators_listed_once")
 
 
 class Network(nn.Module):

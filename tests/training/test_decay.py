@@ -52,8 +52,8 @@ def trained(
 
 @pytest.mark.parametrize("method", ["masked-decay", "sr-ste"])
 def test_pruned_weights_shrink_by_the_total_whatever_the_length_and_the_rate(method):
-    found = [trained(method, 3.0, steps, steps, rate) for steps, rate in ((100, 0.1), (400, 0.1), (400, 0.001))]
-    expected = [(1 - 3.0 / steps) ** steps for steps in (100, 400, 400)]
+    found = [trained(method, 3.0, steps, steps, rate) for steps, rate in ((50, 0.1), (200, 0.1), (200, 0.001))]
+    expected = [(1 - 3.0 / steps) ** steps for steps in (50, 200, 200)]
     assert found == pytest.approx(expected, rel=1e-3)
     assert trained(method, None, 100, 100) == pytest.approx((1 - DEFAULT_TOTAL / 100) ** 100, rel=1e-3)  # the default of SGD
     assert trained(method, FixedDecay(0.5), 10, 100) == pytest.approx((1 - 0.05) ** 10, rel=1e-4)
@@ -82,8 +82,9 @@ class Rateless(torch.optim.Optimizer):
 @pytest.mark.parametrize("decay", [3.0, None])
 def test_a_total_is_the_same_with_optimizers_that_divide_gradients_by_their_size(by, decay):
     total = DEFAULT_TOTAL if decay is None else decay
-    found = [trained("masked-decay", decay, steps, steps, rate, by) for steps, rate in ((100, 0.1), (400, 0.001))]
-    assert found == pytest.approx([(1 - total / steps) ** steps for steps in (100, 400)], rel=1e-3)
+    runs = ((50, 0.1), (150, 0.001))[: 1 if decay is None else 2]  # the default is a total like any other
+    found = [trained("masked-decay", decay, steps, steps, rate, by) for steps, rate in runs]
+    assert found == pytest.approx([(1 - total / steps) ** steps for steps, _ in runs], rel=1e-3)
 
 
 def test_adams_moments_do_not_see_a_total_but_a_fixed_lambda(mlp, step):
