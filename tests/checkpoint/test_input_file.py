@@ -89,7 +89,7 @@ def test_an_input_that_changes_ends_the_job_without_output(tmp_path: Path, kind:
     folder = tmp_path / "model"
     files = [path.name for path in checkpoint(folder, kind).glob("*.*") if path.name != "tokenizer.json"]
     for how in CHANGES:
-        for name in files:
+        for name in files if how == "replaced" else files[:1]:  # all files are watched in one way
             shutil.rmtree(folder)
             aged(checkpoint(folder, kind))
             progress = once(lambda path=folder / name, how=how: change(path, how), late)

@@ -1,6 +1,7 @@
 """Small models and a plain training loop."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,14 @@ class Residual(nn.Module):
         hidden = hidden + self.attention(hidden, hidden, hidden, need_weights=False)[0]
         hidden = hidden + self.down(torch.relu(self.up(hidden)))
         return self.head(hidden.mean(1))
+
+
+@pytest.fixture(autouse=True)
+def _no_search_for_garbage(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The trainer of transformers lets accelerate look through all objects there are, which takes longer than its steps."""
+    if request.node.get_closest_marker("transformers"):
+        pytest.importorskip("accelerate")
+        monkeypatch.setattr("accelerate.utils.memory.gc", SimpleNamespace(collect=lambda: 0))
 
 
 @pytest.fixture

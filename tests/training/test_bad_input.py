@@ -151,7 +151,7 @@ def test_a_resume_with_other_layers_or_another_pattern(mlp):
         (("history",), [[-1, 0.5, 0.5, 0.5]]),
         (("history",), [[3, 0.5, 0.5, 0.5], [3, 0.5, 0.5, 0.5]]),
         (("history",), [[8, 0.5, 0.5, 0.5]]),  # after the step of the state
-        (("history",), [[0, 0.5, 0.5, 0.5]] * 10**6),
+        (("history",), [[0, 0.5, 0.5, 0.5]] * 10**5),
     ],
 )
 def test_a_state_with_wrong_values_is_refused_before_anything_is_taken_from_it(mlp, place, value):
