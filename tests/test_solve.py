@@ -325,7 +325,7 @@ def test_all_dtypes_against_all_masks(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("exactly", [False, True], ids=["at most", "exactly"])
-@pytest.mark.parametrize("pattern", ["2:4-T", "4:8-T", "8:16-T", "16:32-T"])
+@pytest.mark.parametrize("pattern", ["2:4-T", "4:8-T", pytest.param("8:16-T", marks=pytest.mark.slow), "16:32-T"])
 def test_value_does_not_depend_on_the_start(pattern: str, exactly: bool) -> None:
     solver = Exact(exactly)
     scores = whole_numbers(32, 64, largest=1 << 16).float()

@@ -106,7 +106,7 @@ def fsdp_resume(rank: int, folder: Path) -> dict[str, object]:
 
     def start(seed: int) -> tuple[nn.Module, torch.optim.Optimizer, bisparse.Sparsity]:
         model = build(seed)
-        sparsity = sparsify_(model, "8:16-T", refresh=1)
+        sparsity = sparsify_(model, "4:8-T", refresh=1)
         fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
         optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
         return model, optimizer, sparsity.attach(optimizer)

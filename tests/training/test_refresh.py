@@ -96,8 +96,10 @@ def test_a_run_does_not_lose_accuracy_when_masks_are_due() -> None:
     assert float((model(inputs).argmax(1) == labels).double().mean()) == accuracy[119] and verify(model, "4:8-T")
 
 
-@pytest.mark.parametrize("root", ["net", "sequential"])
-@pytest.mark.parametrize("compiled", ["torch.compile", "compile in place", "layer by layer"])
+@pytest.mark.parametrize(
+    ("root", "compiled"),
+    [("net", "torch.compile"), ("sequential", "torch.compile"), ("sequential", "compile in place"), ("net", "layer by layer")],
+)
 def test_compiled_runs_refresh_at_the_same_forward_passes(root: str, compiled: str) -> None:
     plain = build(root)
     expected, losses, masks = run(plain, plain, micro=2)
