@@ -34,6 +34,7 @@ def _text(row: Row) -> str:
     if not row.get("sequences"):
         return "none"
     more = f"; network {row['network_sequences']} x {row['length']}" if row.get("network_sequences") else ""
+    more += "; spaced as the test text" if row.get("spaced") else ""
     return f"{row['sequences']} x {row['length']} tokens{more}"
 
 
