@@ -57,7 +57,8 @@ def test_a_wrong_mask_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return solution
 
     monkeypatch.setattr(solver, "solve", wrong)
-    assert any(solver.attack(seed, tmp_path).findings for seed in range(3))
+    of_2to4, of_4to8 = 27, 109  # seeds of patterns whose kernels other tests compile
+    assert all(solver.attack(seed, tmp_path).findings for seed in (of_2to4, of_4to8))
 
 
 def test_a_model_that_is_half_changed_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

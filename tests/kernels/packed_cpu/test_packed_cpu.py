@@ -136,7 +136,8 @@ def test_results_are_rounded_to_nearest_even_and_keep_infinity_and_nan(dtype: to
 @pytest.mark.parametrize("pattern", ["4:8-T", "2:4-T", "8:16-T", "16:32-T", "2:8", "6:8", "50%"])
 def test_any_pattern_is_packed_at_its_density(pattern: str) -> None:
     weight = torch.randn(64, 128)
-    weight = (weight * solve(weight.abs(), pattern).mask).bfloat16()
+    solver = "greedy" if pattern.endswith("-T") else None  # which is not compiled for each pattern
+    weight = (weight * solve(weight.abs(), pattern, solver).mask).bfloat16()
     packed = pack_bitmask(weight)
     x = torch.randn(3, 128).bfloat16()
     assert_product(linear_bitmask(x, packed, None, 64), x, weight, None)
