@@ -1,4 +1,6 @@
-"""Gradients of static runs are zero off the masks once a backward pass has ended, whatever the pass looks like."""
+"""Gradients of static runs are zero off the masks from the moment they are accumulated, whoever looks at them."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -125,3 +127,57 @@ def test_layers_that_are_finalized_get_whole_gradients(model: nn.Sequential) -> 
     sparsity.detach()
     loss_of(model).backward()
     assert any(layer.weight.grad[layer.weight == 0].any() for layer in model)
+
+
+def test_a_step_of_some_layers_in_the_backward_pass_leaves_the_gradients_of_the_others_masked(model: nn.Sequential) -> None:
+    late = torch.optim.SGD(model[1:].parameters(), lr=0.1)
+    early = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    sparsify_(model, "2:4-T", mode="static", include="*").attach(late, early)
+    model[0].weight.register_post_accumulate_grad_hook(lambda _: early.step())
+    loss_of(model).backward()
+    assert_masked(model)
+
+
+def of_another_parameter(model: nn.Sequential, look: Callable[[], None]) -> None:
+    model[0].bias.register_post_accumulate_grad_hook(lambda _: look())
+
+
+def of_a_module(model: nn.Sequential, look: Callable[[], None]) -> None:
+    model[1].register_full_backward_hook(lambda *_: look())
+
+
+def of_the_node_that_accumulates(model: nn.Sequential, look: Callable[[], None]) -> None:
+    weight = model[2].weight
+    node = weight.expand_as(weight).grad_fn.next_functions[0][0]
+    node.register_hook(lambda *_: look())
+    model.kept_alive = [node]
+
+
+def of_a_callback(model: nn.Sequential, look: Callable[[], None]) -> None:
+    engine = torch.autograd.Variable._execution_engine
+    model[2].bias.register_hook(lambda _: engine.queue_callback(look))
+
+
+@pytest.mark.parametrize("hook", [of_another_parameter, of_a_module, of_the_node_that_accumulates, of_a_callback])
+def test_every_kind_of_hook_sees_masked_gradients(
+    model: nn.Sequential, hook: Callable[[nn.Sequential, Callable[[], None]], None]
+) -> None:
+    attached(model)
+    pruned = model[2].weight == 0
+    seen: list[bool] = []
+    hook(model, lambda: seen.append(not model[2].weight.grad[pruned].any()))
+    loss_of(model).backward()
+    assert seen and all(seen)
+
+
+def test_gradients_of_a_pass_that_failed_are_masked(model: nn.Sequential) -> None:
+    attached(model)
+
+    def fail(_: torch.Tensor) -> None:
+        raise RuntimeError("planned")
+
+    model[0].bias.register_hook(fail)
+    with pytest.raises(RuntimeError, match="planned"):
+        loss_of(model).backward()
+    reached = [layer.weight for layer in model if layer.weight.grad is not None]
+    assert reached and not any(weight.grad[weight == 0].any() for weight in reached)

@@ -1,10 +1,9 @@
 """`StaticZeros`: keeps the pruned weights of a static run at exactly zero.
 
-Gradients are masked in the backward pass that accumulates them, so that clipping uses the masked norm, and weights after each
-step. On a CPU all of them are masked together at the end of the pass, unless hooks or processes use single ones earlier.
-Other writes, such as those of `load_state_dict` or of an optimizer that wraps the attached one, are undone by the next forward
-pass: those that torch counts exactly, and others, through ``.data`` or to sharded weights, if a sample shows them in the first
-pass after a step.
+Gradients are masked one by one as they are accumulated, so that clipping uses the masked norm, and hooks, optimizers that step
+in the backward pass and DDP see masked ones; weights are masked together after each step. Other writes, such as those of
+`load_state_dict` or of an optimizer that wraps the attached one, are undone by the next forward pass: those that torch counts
+exactly, and others, through ``.data`` or to sharded weights, if a sample shows them in the first pass after a step.
 Only the parameters that were attached are written to, not what `torch.func.functional_call` puts in their place.
 """
 
@@ -14,7 +13,6 @@ import weakref
 from collections.abc import Callable, Iterable
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -49,10 +47,6 @@ class StaticZeros:
         """By layer: the parameter that may be written to."""
         self._known: dict[str, tuple[weakref.ref[Tensor], int]] = {}
         """By layer: the weight, and torch's count of writes to it, when its pruned weights were last known to be zero."""
-        self._waiting: list[tuple[SparseLayer, Tensor]] = []
-        """Layers and weights whose gradients are masked at the end of the backward pass."""
-        self._backward: int | None = None
-        """The backward pass at whose end that happens."""
 
     def attach(self, optimizers: Iterable[tuple[Optimizer, Optimizer]], modules: Iterable[nn.Module]) -> list[Callable[[], None]]:
         """Install the hooks. Returns functions that remove them.
@@ -80,38 +74,12 @@ class StaticZeros:
         return [*undo, self._detach]
 
     def mask_gradient(self, layer: SparseLayer, weight: Tensor) -> None:
-        """Mask the gradient of a layer's weight, at the latest at the end of the backward pass, if the layer is in training."""
-        if layer.name not in self._names:
-            return
-        hooks = weight._post_accumulate_grad_hooks
-        others = hooks is not None and len(hooks) > 1  # such as an optimizer that steps in the backward pass
-        if others or type(weight) is not nn.Parameter or not weight.is_cpu or not self._masks_at_the_end():
+        """Mask the gradient of a layer's weight, if the layer is still in training."""
+        if layer.name in self._names:
             self._gradients.mask([(layer, weight)])
-        else:
-            self._waiting.append((layer, weight))
-
-    def _masks_at_the_end(self) -> bool:
-        """Whether the gradients of the backward pass in progress may be masked at its end; arranges for that."""
-        if torch.compiler.is_compiling():  # compiled autograd
-            return False
-        backward = torch._C._current_graph_task_id()
-        if backward == self._backward:
-            return True
-        ranks = torch.distributed.is_available() and torch.distributed.is_initialized()  # DDP sends gradients early
-        if backward == -1 or ranks:
-            return False
-        self._backward = backward
-        torch.autograd.Variable._execution_engine.queue_callback(self._mask_waiting)
-        return True
-
-    def _mask_waiting(self) -> None:
-        waiting, self._waiting, self._backward = self._waiting, [], None
-        with torch.no_grad():
-            self._gradients.mask(waiting)
 
     def before_step(self, held: Iterable[Held]) -> None:
         """Mask the gradients that are not masked yet."""
-        self._waiting = []  # a backward pass that raised an error has left them
         self._gradients.mask((one.layer, one.weight) for one in held)
 
     def after_step(self, held: Iterable[Held]) -> None:
@@ -175,7 +143,7 @@ class StaticZeros:
 
     def _detach(self) -> None:
         self._hook.check = self._hook.undo_writes = None
-        self._inside, self._attached, self._known, self._waiting = {}, {}, {}, []
+        self._inside, self._attached, self._known = {}, {}, {}
 
 
 def _layers_in(module: nn.Module, layers: Iterable[SparseLayer]) -> list[SparseLayer]:
