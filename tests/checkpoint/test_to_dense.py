@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 import bisparse
 from bisparse.checkpoint import CheckpointError, prune_checkpoint, to_dense, verify_checkpoint
 from bisparse.cli import app
+from bisparse.export import QUANTIZATION, save_quantized
+from bisparse.quantization import quantize_
 
 SPARSITY = {"format": "sparse-24-bitmask", "targets": ["Linear"], "ignore": ["lm_head"], "sparsity_structure": "2:4"}
 
@@ -166,3 +168,35 @@ def test_a_single_files_name_is_kept_its_permissions_too_and_both_are_said(tmp_p
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in (tmp_path / "out").iterdir())
     mark = json.loads((tmp_path / "out" / "bisparse-plain.json").read_text())
     assert mark["source"] == "x.pt" and "torch" in mark["versions"]
+
+
+PACKED: dict[str, State] = {
+    "pack-quantized": {"a.weight_packed": torch.ones(8, 4, dtype=torch.int32), "a.weight_shape": torch.tensor([8, 32])},
+    "nvfp4": {"a.weight_packed": torch.ones(8, 8, dtype=torch.uint8), "a.weight_scale": torch.ones(8, 1)},
+    "gptq": {"a.qweight": torch.ones(4, 8, dtype=torch.int32), "a.scales": torch.ones(1, 8)},
+    "bitsandbytes": {"a.weight": torch.ones(128, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(4)},
+    "mxfp4": {"experts.gate_blocks": torch.ones(2, 8, 4, 16, dtype=torch.uint8), "experts.gate_scales": torch.ones(2, 8, 4)},
+}
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_numbers_of_quantised_weights_are_refused(tmp_path: Path, kind: str) -> None:
+    source = write_folder(
+        tmp_path / "model", {"b.weight": torch.randn(8, 8), **PACKED[kind]}, {"quantization_config": {"bits": 4}}
+    )
+    with pytest.raises(CheckpointError, match=r"packed numbers of a quantised weight, which are not unpacked; use"):
+        to_dense(source, tmp_path / "out")
+    ran = CliRunner().invoke(app, ["convert", str(source), "--to-dense", "-o", str(tmp_path / "out")])
+    assert ran.exit_code != 0 and "success" not in ran.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_marks_a_quantised_folder_is_not_copied_and_numbers_that_are_copied_are_said(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    model = nn.Sequential(nn.Linear(32, 32))
+    save_quantized(model, tmp_path / "int8", quantize_(model, "int8"), activations="dynamic")
+    stored = load_file(tmp_path / "int8" / "model.safetensors")
+    read = to_dense(tmp_path / "int8", tmp_path / "out")
+    assert any("numbers of 1 quantised weights" in note for note in read.notes)
+    assert (tmp_path / "int8" / QUANTIZATION).exists() and not (tmp_path / "out" / QUANTIZATION).exists()
+    assert all(torch.equal(value, stored[name]) for name, value in load_file(tmp_path / "out" / "model.safetensors").items())

@@ -23,7 +23,7 @@ from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.results import LayerResult
 from bisparse.tiles import Layout
 
-__all__ = ["Coverage", "cover", "cover_by_sidecar", "nonzero"]
+__all__ = ["Coverage", "cover", "cover_by_sidecar", "is_packed", "nonzero"]
 
 UNSIGNED = ("U8", "U16", "U32", "U64")
 ZERO_POINTS = (".weight_zero_point", ".zero_point", ".weight_zp", ".weight.zero_point", ".zeros", ".qzeros")
@@ -31,9 +31,12 @@ ZERO_POINTS = (".weight_zero_point", ".zero_point", ".weight_zp", ".weight.zero_
 ZERO_POINT_ENTRIES = 1 << 24
 """Maximum number of zero points that are read; a larger tensor counts as not zero."""
 
-ENCODED = {
+PACKED = {
     r"\.(qweight|weight_packed|weight_q|W_q|weight_qdata|weight\.compressed)$": "contains packed or compressed values",
     r"_blocks$": "contains packed values",
+}
+ENCODED = {
+    **PACKED,
     r"\.(weight_orig|parametrizations\.weight\.original)$": "the weight is made from this and a mask when the model runs",
     r"\.(weight_v|parametrizations\.weight\.original1)$": "the weight is made from this and its norm when the model runs",
 }
@@ -160,6 +163,13 @@ def unreadable(tensors: Mapping[str, StoredTensor], tensor: StoredTensor) -> str
             ):
                 return f"dtype {tensor.dtype}, quantised with a zero point ({point.name}): a stored 0 need not be a weight of 0"
     return None
+
+
+def is_packed(tensor: StoredTensor) -> bool:
+    """Whether a stored tensor has the packed numbers of a quantised weight, by its name and dtype."""
+    floating = tensor.torch_dtype is not None and tensor.torch_dtype.is_floating_point
+    named = any(re.search(ending, tensor.name) for ending in PACKED) and not floating
+    return named or (_is_weight(tensor.name) and tensor.dtype in UNSIGNED)
 
 
 def nonzero(weight: Shaped[Tensor, "*S"]) -> Bool[Tensor, "*S"]:

@@ -35,14 +35,16 @@ from bisparse.tiles import to_matrices
 from bisparse.verification import verify
 
 __all__ = [
-    "MASKS", "OURS", "SCHEMA_VERSION", "SIDECAR", "SampleTile", "Sidecar", "load_masks", "masks_header", "plain_mark",
-    "read_sidecar",
+    "MASKS", "OURS", "QUANTIZATION", "SCHEMA_VERSION", "SIDECAR", "SampleTile", "Sidecar", "load_masks", "masks_header",
+    "plain_mark", "read_sidecar",
 ]  # fmt: skip
 
 SIDECAR = "bisparse.json"
 MASKS = "bisparse-masks.safetensors"
 SCHEMA_VERSION = 1
-OURS = frozenset({SIDECAR, MASKS, PLAIN})
+QUANTIZATION = "bisparse-quantization.json"
+"""Marks a folder of quantised weights; see `bisparse.export.save_quantized`."""
+OURS = frozenset({SIDECAR, MASKS, PLAIN, QUANTIZATION})
 """Names of the files that bisparse writes next to weights, and overwrites."""
 SAMPLE_SIDE = 16
 """Minimum side of a sample tile."""

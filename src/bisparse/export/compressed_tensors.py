@@ -26,7 +26,7 @@ from bisparse.checkpoint.packed_integers import unpacked
 from bisparse.checkpoint.prune import copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.save_load import configs_of, plain_weights, sidecar_of
-from bisparse.checkpoint.sidecar import MASKS, SIDECAR, Sidecar, masks_header, read_own_sidecar
+from bisparse.checkpoint.sidecar import MASKS, QUANTIZATION, SIDECAR, Sidecar, masks_header, read_own_sidecar
 from bisparse.checkpoint.stored_tensor import SafetensorsWriter, as_bytes, build_header, in_file_order, memory_tensor
 from bisparse.checkpoint.verify import verify_stored
 from bisparse.errors import CheckpointError, install_extra
@@ -38,7 +38,6 @@ from bisparse.verification import PatternError, verify
 
 __all__ = ["QUANTIZATION", "can_be_stored", "save_quantized"]
 
-QUANTIZATION = "bisparse-quantization.json"
 WEIGHTS = "model.safetensors"
 ACTIVATIONS = ("none", "dynamic")
 
