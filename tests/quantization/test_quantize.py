@@ -60,6 +60,16 @@ def test_pruned_and_rounded_in_one_sweep(scheme: str, pattern: str) -> None:
         assert layer.error is not None and layer.error_rounded is not None and layer.error < layer.error_rounded
 
 
+def test_the_size_of_weights_does_not_change_what_is_pruned() -> None:
+    model, batches = nn.Sequential(nn.Linear(128, 32, bias=False)), data()
+    small = copy.deepcopy(model)
+    with torch.no_grad():
+        small[0].weight.mul_(2.0**-75)
+    for one in (model, small):
+        quantize_(one, "int4-g64", data=batches, method="gptq", pattern="2:4")
+    assert torch.equal(small[0].weight * 2.0**75, model[0].weight)
+
+
 def test_one_sweep_is_as_good_as_two() -> None:
     """Pruned by SparseGPT and then rounded by GPTQ, errors are fed back twice; in one sweep once, for both together."""
     batches, errors = data(), {}
@@ -178,12 +188,16 @@ def test_error_feedback_lowers_the_output_error() -> None:
     assert error["gptq"] < 0.9 * error["rtn"]
 
 
-def test_the_report_states_the_output_error_of_a_layer() -> None:
-    model, batches = nn.Sequential(nn.Linear(128, 32, bias=False)), data()
-    dense = model[0].weight.detach().clone()
-    report = quantize_(model, "int4-g64", data=batches, method="gptq")
-    inputs = torch.cat(batches)
-    error = (inputs @ (model[0].weight - dense).T).norm() / (inputs @ dense.T).norm()
+@pytest.mark.parametrize("size", [1.0, 2.0**-75])
+@pytest.mark.parametrize(("scheme", "dtype"), [("int4-g64", torch.float32), ("int8", torch.bfloat16), ("fp8", torch.bfloat16)])
+def test_the_report_states_the_output_error_of_the_layer_as_it_is_stored(scheme: str, dtype: torch.dtype, size: float) -> None:
+    model, batches = nn.Sequential(nn.Linear(128, 32, bias=False)).to(dtype), data()
+    with torch.no_grad():
+        model[0].weight.mul_(size)
+    dense = model[0].weight.detach().double()
+    report = quantize_(model, scheme, data=batches, method="gptq", forward=lambda one, batch: one(batch.to(dtype)))
+    inputs = torch.cat(batches).to(dtype).double()
+    error = (inputs @ (model[0].weight.detach().double() - dense).T).norm() / (inputs @ dense.T).norm()
     assert report["0"].error == pytest.approx(float(error), rel=1e-3)
     assert report["0"].error < report["0"].error_rounded
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bisparse.pruning.calibration.statistics import ExpertStatistics
-from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned
+from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned, prune_in_range
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.solution import Certificate, Solution
 
@@ -47,7 +47,7 @@ def prune_experts(problem: LayerProblem, method: Method, experts: Sequence[Exper
     parts = []
     for own in expert_problems(problem, experts):
         assert own.statistics is not None
-        parts.append((method if own.statistics.columns else Magnitude()).prune(own))
+        parts.append(prune_in_range(method if own.statistics.columns else Magnitude(), own))
     weights = [one.weight for one in parts]
     weight = None
     if any(one is not None for one in weights):

@@ -27,7 +27,7 @@ from bisparse.layers import (
 from bisparse.pattern import Structure
 from bisparse.pruning.bias import Bias, bias_of
 from bisparse.pruning.experts import prune_experts
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, Statistics
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, Statistics, prune_in_range
 from bisparse.pruning.reduction import positions
 from bisparse.results import LayerResult, gap_of
 from bisparse.solvers import Solver
@@ -170,7 +170,7 @@ def prune_layer(
         bias_at = bias_of(layer, norms)
         problem = layer_problem(layer, pattern, solver, statistics, allowed, bias_at)
         experts = None if statistics is None else statistics.experts
-        pruned = method.prune(problem) if experts is None else prune_experts(problem, method, experts)
+        pruned = prune_in_range(method, problem) if experts is None else prune_experts(problem, method, experts)
         if pruned.weight is not None and not bool(torch.isfinite(pruned.weight).all()):
             raise ValueError(f"{layer.name}: {method.name} at {pattern} returned weights that are not finite; raise the damping")
         if not pruned.note and statistics is not None and _all_zero(statistics):

@@ -21,7 +21,7 @@ from bisparse.pruning.calibration.hooks import none_reached
 from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics, full_precision, stacked_moments
 from bisparse.pruning.layer import check_can_be_written, layer_problem
-from bisparse.pruning.methods.base import LayerProblem
+from bisparse.pruning.methods.base import LayerProblem, in_range
 from bisparse.pruning.reduction import positions
 from bisparse.quantization.report import QuantizationReport, QuantizedLayer
 from bisparse.quantization.rounding import Choose, Stored, round_to_nearest, round_with_feedback
@@ -178,23 +178,24 @@ def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> Qua
         statistics = stacked_moments(statistics.experts)
     problem = layer_problem(layer, settings.pattern or ANY, statistics=statistics if statistics.columns else None)
     dense = problem.rows(problem.weight).float()
+    judged, factor = in_range(problem)
     rows, choose = dense, None
     if settings.pattern is not None:
         rows = dense * problem.rows(problem.solve(problem.weight.abs()).mask)
         width, inputs = getattr(settings.pattern, "m", 1), dense.shape[-1] // problem.positions
-        choose = Choose(lambda scores: problem.solve(scores[None]).mask[0], width, inputs)
+        choose = Choose(lambda scores: problem.solve(scores[None]).mask[0], width, inputs, factor)
     stored, scale = round_to_nearest(rows, scheme, dtype)
+    nearest = stored, scale
     errors: tuple[float | None, float | None] = (None, None)
     note = ""
     if statistics.columns:
-        whole = problem.least_squares(centred=False, statistics=statistics.merged())
+        whole = judged.least_squares(centred=False, statistics=statistics.merged())
         note = unseen or whole.note
-        rounded = after = whole.error(stored * scheme.spread(scale, rows.shape[-1]))
         if settings.method == "gptq":
             rows, gram = dense, whole.damped(settings.damping).gram
-            fed = round_with_feedback(rows, rows != 0, gram, scheme, dtype, layer.name, choose)
-            after = whole.error(fed[0] * scheme.spread(fed[1], rows.shape[-1]))
-            stored, scale = fed
+            stored, scale = round_with_feedback(rows, rows != 0, gram, scheme, dtype, layer.name, choose)
+        # Of the values that the layer will have, in its dtype.
+        after, rounded = (whole.error(_values(one, scheme, dtype).float() * factor) for one in ((stored, scale), nearest))
         errors = after, rounded
     elif settings.method == "gptq":
         pruned = "" if settings.pattern is None else "pruned by magnitude and "
@@ -231,11 +232,16 @@ def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> Qua
     )
 
 
+def _values(stored: Stored, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    numbers, scale = stored
+    values: Tensor = numbers.to(dtype) * scheme.spread(scale, numbers.shape[-1]).to(dtype)
+    return values
+
+
 def _dequantised(layer: Layer, problem: LayerProblem, stored: Stored, scheme: Scheme) -> Tensor:
     """The dequantised weight, in the layer's shape and dtype, computed as inference engines do."""
     dtype = layer.weight.dtype
-    numbers, scale = stored
-    rows = numbers.to(dtype) * scheme.spread(scale, numbers.shape[-1]).to(dtype)
+    rows = _values(stored, scheme, dtype)
     if not bool(torch.isfinite(rows).all()):
         raise ValueError(f"{layer.name}: its weights round up to more than the largest {dtype}; quantise the model in bfloat16")
     result: Tensor = from_matrices(problem.matrices(rows), layer.layout, layer.weight.shape)

@@ -41,6 +41,8 @@ class Choose:
     """Number of columns of a mask."""
     inputs: int
     """Number of columns per kernel position; no mask reaches into the next position."""
+    factor: float
+    """Weights are multiplied by it before they are squared, so that squares neither underflow nor overflow."""
 
 
 def _parts(columns: int, scheme: Scheme, choose: Choose | None) -> list[slice]:
@@ -93,7 +95,7 @@ def round_with_feedback(
                 own[:, start // scheme.group] = scheme.scales(sweep.current(whole) * kept[g][:, whole], dtype, unit)[:, 0]
             scale = own[:, 0 if scheme.group is None else start // scheme.group]
             if choose is not None:
-                scores = hessian(sweep.current(part), upper[part, part].diagonal().square()) * kept[g][:, part]
+                scores = hessian(sweep.current(part) * choose.factor, upper[part, part].diagonal().square()) * kept[g][:, part]
                 kept[g][:, part] &= choose.mask(scores)
 
             def rounded(column: Tensor, j: int, g: int = g, scale: Tensor = scale, start: int = start) -> Tensor:

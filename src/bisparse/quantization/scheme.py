@@ -134,7 +134,9 @@ class Scheme:
 
     def _rounding(self, parts: Tensor, scale: Tensor) -> Tensor:
         wide = scale.unsqueeze(-1)
-        result: Tensor = (self.round(parts, wide) * wide - parts).square().sum(-1)
+        # In units of the largest weight's power of two, so that squares of tiny weights do not underflow.
+        unit = torch.exp2(torch.frexp(parts.abs().amax(-1, keepdim=True)).exponent.clamp(-126, 126).float())
+        result: Tensor = ((self.round(parts, wide) * wide - parts) / unit).square().sum(-1)
         return result
 
 

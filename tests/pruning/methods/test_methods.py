@@ -269,6 +269,25 @@ def test_few_tokens_dead_inputs_and_zero_weights_leave_finite_weights(name: str)
     assert all(bool(verify(model[i].weight, "4:8-T")) for i in (0, 2))
 
 
+@pytest.mark.parametrize("exponent", [-75, 75])
+@pytest.mark.parametrize("name", METHODS)
+def test_the_size_of_weights_changes_neither_masks_nor_errors(name: str, exponent: int) -> None:
+    batches = [torch.randn(64, 16) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(16, 8)).eval()
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        for one in scaled.parameters():
+            one.mul_(2.0**exponent)
+    report, other = (prune_(one, "2:4-T", METHODS[name], batches)["0"] for one in (model, scaled))
+    assert other.retained == report.retained
+    if name == "adaprune-gradient":  # the paper's learning rates are absolute
+        assert other.error == pytest.approx(report.error, rel=0.1)
+        return
+    assert other.error == report.error
+    assert torch.equal(scaled[0].weight * 2.0**-exponent, model[0].weight)
+    assert torch.equal(scaled[0].bias * 2.0**-exponent, model[0].bias)
+
+
 def test_too_little_data_to_hold_any_out_is_said_and_damped() -> None:
     report = prune_(nn.Sequential(nn.Linear(16, 8)), "2:4", AdaPrune(), [torch.randn(3, 16)])
     assert report["0"].damping == 0.01 and "too little data" in report["0"].note

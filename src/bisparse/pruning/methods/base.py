@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
@@ -29,12 +30,18 @@ __all__ = [
     "Pruned",
     "Statistic",
     "Statistics",
+    "in_range",
     "method_setting_",
     "parse_method",
+    "prune_in_range",
 ]
 
 MATRICES = Layout(LayoutKind.EXPERTS)
 """The layout of `LayerProblem.weight`: matrices along the first dimension."""
+
+
+USUAL = 30
+"""Weights of which the largest is within 2^30 and 2^-30 are used as they are."""
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,32 @@ class Method(ABC):
         Raises:
             ValueError: weights that are NaN or infinite, or statistics that are missing or do not fit; names the layer.
         """
+
+
+def in_range(problem: LayerProblem) -> tuple[LayerProblem, float]:
+    """The problem with weights whose squares neither underflow nor overflow, and the power of two that they were multiplied by.
+
+    A layer's output is linear in its weight and bias together, so that errors relative to the output do not change.
+    """
+    largest = float(problem.weight.abs().amax()) if problem.weight.numel() else 0.0
+    exponent = math.frexp(largest)[1] if 0 < largest < math.inf else 0
+    if abs(exponent) <= USUAL:
+        return problem, 1.0
+    factor = 2.0**-exponent
+    bias = None if problem.bias is None else problem.bias * factor
+    return replace(problem, weight=problem.weight * factor, bias=bias), factor
+
+
+def prune_in_range(method: Method, problem: LayerProblem) -> Pruned:
+    """What `method.prune` returns, computed with weights whose squares neither underflow nor overflow."""
+    if problem.statistics is None:  # magnitudes need no squares
+        return method.prune(problem)
+    scaled, factor = in_range(problem)
+    pruned = method.prune(scaled)
+    if factor == 1.0:
+        return pruned
+    weight, bias = (None if one is None else one / factor for one in (pruned.weight, pruned.bias))
+    return replace(pruned, weight=weight, bias=bias)
 
 
 METHODS: dict[str, type[Method]] = {}

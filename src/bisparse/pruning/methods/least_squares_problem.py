@@ -82,7 +82,8 @@ class LeastSquaresProblem:
         if silent == 0:
             return ""
         which = "no input" if silent == len(self.gram) else f"no input of {silent} of {len(self.gram)} groups"
-        return f"{which} varies in the calibration data: nothing to fit, the kept weights are unchanged"
+        varies = "varies in the calibration data by more than rounding, or 1e-15"
+        return f"{which} {varies}: nothing to fit, the kept weights are unchanged"
 
     def damped(self, damping: float) -> LeastSquaresProblem:
         """The problem with ``damping * scale * |W' - W|^2`` added: weights are pulled to the dense ones, not to zero."""
