@@ -270,7 +270,9 @@ def test_few_tokens_dead_inputs_and_zero_weights_leave_finite_weights(name: str)
 
 
 @pytest.mark.parametrize("exponent", [-75, 75])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", ["magnitude", "wanda", "sparsegpt", "adaprune", "alps", "adaprune-gradient", "bias-correction", *SETTINGS]
+)
 def test_the_size_of_weights_changes_neither_masks_nor_errors(name: str, exponent: int) -> None:
     batches = [torch.randn(64, 16) for _ in range(3)]
     model = nn.Sequential(nn.Linear(16, 8)).eval()
