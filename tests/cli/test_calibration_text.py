@@ -139,3 +139,9 @@ def test_samples_are_no_longer_than_the_model_takes() -> None:
     with pytest.raises(CalibrationError, match="only 24 positions; pass --length 24"):
         usable_length(model, 25, causal=True)
     assert usable_length(model, 600, causal=False) == 24  # a maximum, by which sentences are truncated
+
+
+def test_a_field_of_plain_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("Some text, one line of it.\n" * 20)
+    with pytest.raises(CalibrationError, match="plain text, which has no field 'body'"):
+        text_batches(None, tmp_path / "text.txt", causal=True, field="body")

@@ -666,3 +666,30 @@ def test_a_key_chooses_a_state_dict_and_to_dense_writes_plain_weights(tmp_path: 
         assert run("convert", tmp_path / "gan.pt", tmp_path / "i", *wrong).exit_code == 2
     assert run("prune", tmp_path / "gan.pt", tmp_path / "i", "--method", "wanda", "--key", "g").exit_code == 2
     assert not (tmp_path / "i").exists()
+
+
+TEXTLESS = [("--sequences", "8"), ("--length", "16")]
+UNUSED: list[tuple[tuple[str, ...], list[tuple[str, ...]]]] = [
+    (("prune", "FILE", "out", "-p", "2:4"), [("--order", "parallel"), ("--text-field", "a"), ("--damping", "1"), *TEXTLESS]),
+    (("prune", "made_here:one", "out", "-p", "2:4", "--method", "wanda"), [("--text-field", "a"), *TEXTLESS]),
+    (("convert", "made_here:one", "out", "--to", "2:4"), [("--text-field", "a"), *TEXTLESS]),
+    (("convert", "FILE", "out", "--to-dense"), [("--order", "parallel"), ("--regrow",), ("--threads", "1"), *TEXTLESS]),
+    (("quantize", "made_here:one", "out"), [("--damping", "0.01"), *TEXTLESS]),
+    (("export", "made_here:one", "out.onnx"), [("--sequences", "8"), ("--calibration", "FILE"), ("--int8-inputs",)]),
+    (("info", "2:4"), [("--include", "*"), ("--exclude", "*"), ("--key", "a"), ("--layout", "*=conv")]),
+    (("info", "FILE"), [("--size", "64x64"), ("--plot", "a.svg")]),
+    (("bench", "-m", "64x64"), [("--include", "*"), ("--exclude", "*")]),
+    (("eval", "made_here:one", "--text", "FILE"), [("--labels", "FILE"), ("--against", "FILE"), ("--limit", "3")]),
+]
+
+
+@pytest.mark.parametrize(("command", "option"), [(command, option) for command, options in UNUSED for option in options])
+def test_an_option_that_would_have_no_effect_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: tuple[str, ...], option: tuple[str, ...]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"a.weight": torch.randn(8, 8)}, tmp_path / "model.safetensors")
+    given = ["model.safetensors" if one == "FILE" else one for one in (*command, *option)]
+    code, said = run_json(*given)
+    assert code == 2 and option[0] in said["error"]
+    assert [one.name for one in tmp_path.iterdir()] == ["model.safetensors"]

@@ -1,5 +1,6 @@
 """Gradients of static runs are zero off the masks from the moment they are accumulated, whoever looks at them."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from bisparse import sparsify_
 from bisparse.kernels.masking.dispatch import MIN_WEIGHTS
+from bisparse.training import FixedDecay
 
 WIDTHS = {"compiled": 192, "by torch": 16}
 assert MIN_WEIGHTS < 192 * 192
@@ -181,3 +183,20 @@ def test_gradients_of_a_pass_that_failed_are_masked(model: nn.Sequential) -> Non
         loss_of(model).backward()
     reached = [layer.weight for layer in model if layer.weight.grad is not None]
     assert reached and not any(weight.grad[weight == 0].any() for weight in reached)
+
+
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_gradients_whose_elements_share_memory_train_as_their_copies_do(model: nn.Sequential, mode: str) -> None:
+    trained = []
+    for one, copied in ((model, False), (copy.deepcopy(model), True)):
+        optimizer = torch.optim.SGD(one.parameters(), lr=0.1)
+        decay = {"decay": FixedDecay(0.01)} if mode == "dynamic" else {}
+        sparsify_(one, "2:4-T", mode=mode, include="*", **decay).attach(optimizer)
+        loss_of(one)
+        for parameter in one.parameters():
+            parameter.grad = torch.ones(1).expand_as(parameter)
+            if copied:
+                parameter.grad = parameter.grad.clone()
+        optimizer.step()
+        trained.append([parameter.detach().clone() for parameter in one.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*trained, strict=True))

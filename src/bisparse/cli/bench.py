@@ -17,6 +17,7 @@ from bisparse.cli.console import (
     parse_source,
     print_json,
     progress_bar,
+    refuse_given,
     to_stdout,
 )
 from bisparse.cli.tables import grouped, print_left_dense, print_table
@@ -118,6 +119,7 @@ def _shapes(
     from bisparse.accelerate.advisor import layer_shapes, shape_at
 
     if size := re.fullmatch(r"([1-9]\d{0,6})[x×]([1-9]\d{0,6})", subject):
+        refuse_given("requires a model, not a size", "--include", "--exclude")
         return [shape_at(subject, (int(size[1]), int(size[2])), pattern or "2:4-T")], []
     if Path(subject).exists() or re.fullmatch(r"[\w.-]+/[\w.-]+", subject):
         return _stored(parse_source(subject, "--model"), pattern, include, exclude)

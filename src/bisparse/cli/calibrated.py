@@ -266,8 +266,6 @@ def _data(source: Source, texts: TextFiles) -> TextBatches | list[Any] | None:
     from bisparse.cli.calibration_text import batches_for
 
     if not texts.paths:
-        if texts.field is not None:
-            raise typer.BadParameter("requires --calibration", param_hint="--text-field")
         return source.batches
     if source.tokenizer is None:
         raise typer.BadParameter(

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from bisparse.pruning import BlockReconstruction, Method, NetworkReconstruction
 
 __all__ = [
+    "NEED_DATA",
+    "NEED_TEXT",
     "BlockEpochs",
     "Calibration",
     "Damping",
@@ -84,6 +86,11 @@ ExpertFloor = Annotated[
     ),
 ]
 Resume = Annotated[Path | None, typer.Option(help="A folder for the journal, from which an interrupted job continues.")]
+
+NEED_TEXT = ("--text-field", "--sequences", "--length")
+"""Options that only matter with --calibration."""
+NEED_DATA = ("--calibration", *NEED_TEXT, "--order", "--damping", "--device", "--expert-floor", "--network-sequences")
+"""Options that only matter to methods that use calibration data."""
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,8 @@ def text_batches(
         CheckpointError: a file cannot be read.
     """
     files = [_read(Path(path)) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+    if field is not None and not any(map(_is_records, files)):
+        raise CalibrationError(f"{files[0].path} is plain text, which has no field {field!r}: leave out --text-field")
     if causal:
         rows = [_rows(_ids(tokenizer, one, field, sequences * length), length, str(one.path)) for one in files]
         batches, counts = _token_batches(rows, sequences, CAUSAL_BATCH)

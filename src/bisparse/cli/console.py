@@ -37,6 +37,8 @@ __all__ = [
 
 P = ParamSpec("P")
 _given: list[str] = []
+_options: set[str] = set()
+"""Options that were given to the running command."""
 _complete: list[Path] = []
 _signals: list[int] = []
 """Signals that have asked this process to end."""
@@ -158,6 +160,12 @@ def command_line() -> list[str]:
     return list(_given)
 
 
+def refuse_given(why: str, *options: str) -> None:
+    """Refuse options that were given to the running command, but would have no effect."""
+    if given := [option for option in options if option in _options]:
+        raise typer.BadParameter(why, param_hint=given[0])
+
+
 class Commands(TyperGroup):
     """The commands of an app; with `--json`, wrong use is reported as JSON too."""
 
@@ -165,13 +173,14 @@ class Commands(TyperGroup):
         given = list(args)
         context = super().make_context(info_name, args, parent, **extra)
         _given[:] = given
+        _options.clear()
         _complete.clear()
         return context
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, found, rest = super().resolve_command(ctx, args)
         for parameter in () if found is None else found.params:
-            _refuse_empty(parameter)
+            _watch(parameter)
         return name, found, rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -185,11 +194,13 @@ class Commands(TyperGroup):
             raise
 
 
-def _refuse_empty(parameter: Any) -> None:
-    """Make a parameter of the command line refuse an empty text: no option has a use for it, and a path would be the folder."""
+def _watch(parameter: Any) -> None:
+    """Note that a parameter is given, and refuse an empty text: no option has a use for it, and a path would be the folder."""
     process = parameter.process_value
 
     def checked(ctx: Any, value: Any) -> Any:
+        if ctx.get_parameter_source(parameter.name).name != "DEFAULT":
+            _options.update(parameter.opts)
         if value == "" or (isinstance(value, list | tuple) and "" in value):
             raise typer.BadParameter("it is empty", ctx, parameter)
         return process(ctx, value)

@@ -10,6 +10,8 @@ import typer
 
 from bisparse.cli.calibrated import batches_of, finish, group_of_ranks, on_first_rank, open_job, provenance, with_samples
 from bisparse.cli.calibration_options import (
+    NEED_DATA,
+    NEED_TEXT,
     BlockEpochs,
     Calibration,
     Damping,
@@ -42,6 +44,7 @@ from bisparse.cli.console import (
     parse_solver_option,
     print_json,
     progress_bar,
+    refuse_given,
     set_threads,
     shows_progress,
     to_stdout,
@@ -103,21 +106,17 @@ def convert(
     and weight_mask, and training checkpoints become plain weights with zeros.
     """
     if to_dense:
-        others = {
-            "--to": to, "--method": method, "--calibration": calibration, "--text-field": text_field,
-            "--include": include, "--exclude": exclude,
-            "--layout": layout, "--damping": damping, "--solver": solver, "--device": device, "--resume": resume,
-            "--regrow": regrow or None, "--block-epochs": block_epochs or None, "--network-epochs": network_epochs or None,
-            "--expert-floor": expert_floor, "--network-sequences": network_sequences,
-        }  # fmt: skip
-        if given := [name for name, value in others.items() if value not in (None, [])]:
-            raise typer.BadParameter("does not work with --to-dense, which changes no weight", param_hint=given[0])
+        fits = ("--block-epochs", "--network-epochs", "--regrow", "--resume", "--solver", "--threads")
+        others = ("--to", "--method", "--include", "--exclude", "--layout", *NEED_DATA, *fits)
+        refuse_given("does not work with --to-dense, which changes no weight", *others)
         on_first_rank(lambda: _write_dense(source, target, key, overwrite, as_json))
         return
     if to is None:
         raise typer.BadParameter("missing; pass a pattern, or --to-dense", param_hint="--to")
     if key is not None:
         raise typer.BadParameter("requires --to-dense", param_hint="--key")
+    if calibration is None:
+        refuse_given("requires --calibration", *NEED_TEXT)
     structure = parse_pattern_option(to, "--to")
     layouts = parse_layout_options(layout)
     set_threads(threads)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from bisparse.cli.calibration_options import Calibration, Sequences
-from bisparse.cli.console import AsJson, Threads, command, set_threads
+from bisparse.cli.console import AsJson, Threads, command, refuse_given, set_threads
 from bisparse.cli.deploy import export_folder, show_export
 
 __all__ = ["export"]
@@ -51,6 +51,8 @@ def export(
         raise typer.BadParameter("requires --quantize int8", param_hint="--method" if method != "rtn" else "--calibration")
     if int8_inputs and quantize is None:
         raise typer.BadParameter("requires --quantize int8", param_hint="--int8-inputs")
+    if calibration is None:
+        refuse_given("requires --calibration", "--sequences")
     set_threads(threads)
     made = export_folder(
         source,

@@ -22,6 +22,7 @@ from bisparse.cli.console import (
     parse_source,
     print_json,
     progress_bar,
+    refuse_given,
     to_stdout,
 )
 from bisparse.cli.tables import grouped, print_left_dense, print_table, table
@@ -58,11 +59,11 @@ def info(
     """
     path = _checkpoint_named(subject)
     if path is not None:
-        if plot is not None:
-            raise typer.BadParameter("requires a pattern, not a checkpoint", param_hint="--plot")
+        refuse_given("requires a pattern, not a checkpoint", "--plot", "--size")
         _checkpoint(path, include, exclude, parse_layout_options(layout), key, as_json)
     else:
         structure = parse_pattern_option(subject, "PATTERN|CHECKPOINT")
+        refuse_given("requires a checkpoint, not a pattern", "--include", "--exclude", "--layout", "--key")
         if plot is not None:
             _plot(structure, plot)
         _pattern(structure, _parse_size(size), as_json)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,6 +10,8 @@ import typer
 from bisparse.cli.before_after import EvalText, EvalTokens, parse_measurement
 from bisparse.cli.budget import BudgetOption, parse_patterns
 from bisparse.cli.calibration_options import (
+    NEED_DATA,
+    NEED_TEXT,
     BlockEpochs,
     Calibration,
     Damping,
@@ -36,6 +37,7 @@ from bisparse.cli.console import (
     command,
     parse_layout_options,
     parse_pattern_option,
+    refuse_given,
     set_threads,
 )
 from bisparse.cli.deploy import Export, Quantize, check_deployment
@@ -146,9 +148,11 @@ def prune(
     job = PruneJob(source, target, structure, {**layers, **choices}, solver, key, overwrite, as_json, texts)
     on_files = method == "magnitude" and not (block_epochs or network_epochs) and not choices and ":" not in str(source)
     if on_files:
-        _check_unused({"--calibration": calibration, "--text-field": text_field, "--damping": damping, "--device": device})
-        _check_unused({"--expert-floor": expert_floor, "--network-sequences": network_sequences})
-        _check_unused({"--resume": None if quantize or export or evaluate else resume})
+        refuse_given("needs a --method other than magnitude, such as adaprune", *NEED_DATA)
+        if not (quantize or export or evaluate):
+            refuse_given("needs a --method other than magnitude, such as adaprune, or a step after the pruning", "--resume")
+    elif calibration is None:
+        refuse_given("requires --calibration", *NEED_TEXT)
 
     def run(step: str | None) -> None:
         if on_files:
@@ -166,12 +170,6 @@ def prune(
     made_by |= {"order": order, "block_epochs": block_epochs, "network_epochs": network_epochs, "expert_floor": expert_floor}
     made_by["network_sequences"] = network_sequences
     Steps(source, target, texts, quantize, export, measurement, overwrite, resume, made_by).run(run)
-
-
-def _check_unused(options: Mapping[str, object]) -> None:
-    """Refuse options of methods with data, by name, for pruning by magnitude; each must be None."""
-    if given := [name for name, value in options.items() if value is not None]:
-        raise typer.BadParameter("needs a --method other than magnitude, such as adaprune", param_hint=given[0])
 
 
 def _layer_pattern(text: str) -> tuple[str, Structure]:

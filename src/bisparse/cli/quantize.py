@@ -8,7 +8,17 @@ from typing import Annotated
 import typer
 
 from bisparse.cli.calibration_options import Calibration, Device, Length, Sequences, parse_device
-from bisparse.cli.console import AsJson, Excluded, Included, Layouts, Threads, command, parse_layout_options, set_threads
+from bisparse.cli.console import (
+    AsJson,
+    Excluded,
+    Included,
+    Layouts,
+    Threads,
+    command,
+    parse_layout_options,
+    refuse_given,
+    set_threads,
+)
 from bisparse.cli.deploy import quantize_folder, show_quantization
 
 __all__ = ["quantize"]
@@ -53,6 +63,10 @@ def quantize(
         raise typer.BadParameter(f"{method!r} is not one of rtn, gptq", param_hint="--method")
     if activations not in ("none", "dynamic"):
         raise typer.BadParameter(f"{activations!r} is not one of none, dynamic", param_hint="--activations")
+    if method == "rtn":
+        refuse_given("requires --method gptq", "--damping")
+    if calibration is None:
+        refuse_given("requires --calibration", "--sequences", "--length")
     set_threads(threads)
     report = quantize_folder(
         source,

@@ -31,15 +31,25 @@ class MaskedGradients:
         """
         changed: list[tuple[SparseLayer, Tensor, Tensor]] = []
         for layer, weight in pairs:
-            gradient = weight.grad
-            if gradient is None:
+            if weight.grad is None:
                 continue
+            gradient = _writable(weight)
             seen, version = self._seen.get(layer.name, (None, -1))
             if (seen is None or seen() is not gradient or gradient._version != version) and layer.active:
                 changed.append((layer, weight, gradient))
         keep_only_each_((local(gradient.detach()), part_of(layer.mask, weight)) for layer, weight, gradient in changed)
         for layer, _, gradient in changed:
             self._seen[layer.name] = weakref.ref(gradient), gradient._version
+
+
+def _writable(weight: Tensor) -> Tensor:
+    """A weight's gradient; one whose elements share memory, such as by `expand`, is first replaced by a copy."""
+    gradient = weight.grad
+    assert gradient is not None
+    strides = gradient.stride() if gradient.layout is torch.strided else ()
+    if 0 in strides and any(stride == 0 and size > 1 for stride, size in zip(strides, gradient.shape, strict=True)):
+        weight.grad = gradient = gradient.clone(memory_format=torch.contiguous_format)
+    return gradient
 
 
 def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], optimizer: Optimizer) -> None:
@@ -64,9 +74,8 @@ def decay_pruned(method: str, rates: Mapping[str, float], held: Iterable[Held], 
             else:
                 rows.append((dense, dense, mask, -rate * own))
         else:
-            assert weight.grad is not None
             sign = -1.0 if group.get("maximize") else 1.0  # such an optimizer negates the gradient
-            rows.append((local(weight.grad), dense, mask, sign * own * (float(scale) if scale is not None else 1.0)))
+            rows.append((local(_writable(weight)), dense, mask, sign * own * (float(scale) if scale is not None else 1.0)))
     add_off_each_(rows)
 
 
