@@ -27,7 +27,7 @@ help:
 	@echo "make demo       prune all-MiniLM-L6-v2 with and without data, check the masks, and make a report to look at"
 	@echo "make demo-speed prune SmolLM2-135M to 4:8-T and let it write, dense and packed, on this CPU"
 	@echo "make test       the tests; test-interpreter, test-slow, test-gpu, test-transformers-4 and test-oldest-triton are the others"
-	@echo "make check      format, lint, types, import contract, doctests, documentation"
+	@echo "make check      format, lint, types, import contract, doctests, documentation, packaging"
 	@echo "make fix        format and repair what can be repaired, and write the generated pages again"
 	@echo "make docs       the documentation site, out/site/index.html; warnings and broken links are errors"
 	@echo "make release    sdist and wheel in out/release: twine check, and the wheel installed in an empty environment"
@@ -50,8 +50,9 @@ demo-speed: $(READY)
 	$(RUN) tools/fetch_assets.py smollm2-135m
 	HF_HUB_OFFLINE=1 $(RUN) examples/decode.py .cache/assets/smollm2-135m/SmolLM2-135M-Instruct.Q4_1.gguf
 
+# Tests of the repository itself (pages, examples, packaging) are a part of `make check`.
 test: $(READY)
-	$(RUN) -m pytest -n auto
+	$(RUN) -m pytest -n auto --ignore tests/repo
 
 # The Triton kernels on the CPU: Triton chooses between GPU and interpreter when it is imported, so they have a process of their own.
 test-interpreter: $(READY)
@@ -99,7 +100,7 @@ check: $(READY)
 	$(RUN) tools/api_pages.py --check
 	$(RUN) tools/draw_mask.py --check
 	$(RUN) benchmarks/tables.py --check
-	$(RUN) -m pytest -n auto -m docs tests/repo
+	$(RUN) -m pytest -n auto -m "not slow and not gpu" tests/repo
 
 fix: $(READY)
 	$(RUN) -m ruff format
