@@ -220,6 +220,88 @@ def test_a_hidden_use_of_the_channels_is_caught_by_the_outputs() -> None:
     assert "outputs changed" in report.spaces[0].reason
 
 
+class Hiding(nn.Module):
+    """Convolutions without biases, and a gate; a hook, which the graph does not show, weights channels after the first norm."""
+
+    def __init__(self, gate: float, last: float = 1.0) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 1, bias=False)
+        self.first, self.norm = nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32)
+        self.second, self.last = nn.Conv2d(32, 16, 1, bias=False), nn.BatchNorm2d(16)
+        self.gate, self.head = nn.Parameter(torch.full((1,), gate)), nn.Linear(16, 8)
+        nn.init.constant_(self.last.weight, last)
+        self.hook = self.norm.register_forward_hook(lambda module, args, output: output * torch.linspace(0, 1, 32)[:, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        y = self.last(self.second(torch.relu(self.norm(self.first(x)))))
+        return self.head(x.mean((2, 3)) + self.gate * y.mean((2, 3)))
+
+
+class TwoInputs(nn.Module):
+    """Both write the same channels; a hook weights those of the second, which the graph does not show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 16), nn.Linear(8, 16, bias=False), nn.Linear(16, 8)
+        self.gate, self.last = nn.Parameter(torch.zeros(1)), nn.Identity()
+        self.hook = self.second.register_forward_hook(lambda module, args, output: output * torch.linspace(0, 1, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.third(self.first(x[:, 0]) + self.second(x[:, 1])))
+
+
+PICTURES = (2, 3, 6, 6)
+BLIND = {
+    "zeros": (lambda: Hiding(1.0), torch.zeros(PICTURES), "first.weight"),
+    "a gate of zero": (lambda: Hiding(0.0), torch.rand(PICTURES), "first.weight"),
+    "a small gate": (lambda: Hiding(1e-8), torch.rand(PICTURES), "first.weight"),
+    "a residual that starts at zero": (lambda: Hiding(1.0, last=0.0), torch.rand(PICTURES), "first.weight"),
+    "one of two inputs is zero": (TwoInputs, torch.randn(4, 2, 8) * torch.tensor([[1.0], [0.0]]), "second.weight"),
+}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "2:4-T"])
+@pytest.mark.parametrize("name", BLIND)
+def test_examples_that_cannot_show_a_change_leave_a_space_as_it_is(name: str, pattern: str) -> None:
+    make, example, weight = BLIND[name]
+    model = make().eval()
+    dense = copy.deepcopy(model)
+    report = permute_(model, pattern, example)
+    reasons = [space.reason for space in report.spaces if weight.split(".")[0] in space.layers]
+    assert any(f"the example cannot show a change: the order in {weight} has no effect" in reason for reason in reasons), report
+    assert "of them: pass a batch of real data" in str(report)
+    x = torch.randn(8, *example.shape[1:])
+    for one in (model, dense):
+        nn.init.ones_(one.gate)
+        if name == "a residual that starts at zero":
+            nn.init.ones_(one.last.weight)
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_examples_that_can_show_a_change_permute_or_find_the_hidden_use(hidden: bool) -> None:
+    for make, example in ((lambda: Hiding(1.0), torch.randn(PICTURES)), (TwoInputs, torch.randn(4, 2, 8))):
+        model = randomised(make())
+        if not hidden:
+            model.hook.remove()
+        before = model(example)
+        report = permute_(model, "2:4-T", example)
+        assert "outputs changed" in str(report.spaces) if hidden else "" in [space.reason for space in report.spaces]
+        torch.testing.assert_close(model(example), before, rtol=1e-4, atol=1e-4)
+        assert "real data" not in str(report)
+
+
+def test_weights_that_a_permutation_leaves_as_they_are_need_not_be_shown() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)).eval()
+    nn.init.zeros_(model[0].weight)
+    nn.init.uniform_(model[0].bias)
+    x = torch.zeros(2, 8)
+    before = model(x)
+    assert not permute_(model, "2:4", x).spaces[0].reason
+    torch.testing.assert_close(model(x), before)
+
+
 def test_blocks_in_a_list_are_traced_where_the_whole_cannot_be(capsys: pytest.CaptureFixture[str]) -> None:
     class Blocks(nn.Module):
         def __init__(self) -> None:

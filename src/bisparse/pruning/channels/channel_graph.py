@@ -3,7 +3,8 @@
 A channel space is a set of activations whose channels are in the same order: the output of a layer, the results of element-wise
 operations on it, and whatever is added to it. Permuting a space means permuting the rows of the weights that write it, the
 columns of those that read it, and the vectors of the norms in between; the network's function stays the same. A space is frozen
-if it meets an input or output of the graph, or an operation that this file does not know.
+if it meets an input or output of the graph, or an operation that this file does not know; or if the example shows a use of its
+weights that the graph does not (`ExampleRun`).
 
 Where torch.fx cannot trace the whole model, its submodules are traced separately, with their inputs and outputs frozen.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import inspect
 import io
 import operator
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from dataclasses import dataclass, field
@@ -25,8 +27,9 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bisparse.pruning.calibration.hooks import call_model
+from bisparse.pruning.channels.example_run import METADATA, ExampleRun, is_leaf
 
-__all__ = ["ChannelSpace", "channel_spaces"]
+__all__ = ["ChannelSpace", "channel_spaces", "freeze_direct_reads"]
 
 UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 """Errors of code that needs concrete values when it is traced with symbols (fx's own TraceError is a ValueError)."""
@@ -35,10 +38,12 @@ ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LeakyReLU, nn.ELU,
     nn.Mish, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
 )  # fmt: skip
-POOLING_MODULES = (
-    nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d, nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AdaptiveAvgPool1d,
-    nn.AdaptiveAvgPool2d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d, nn.Upsample,
-)  # fmt: skip
+POOLING_MODULES = {
+    1: (nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
+    2: (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+    3: (nn.AvgPool3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
+}
+"""By the number of dimensions that are pooled; one dimension more is an input without a batch, whose channels come first."""
 ELEMENTWISE = {
     torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.abs, torch.neg, torch.clamp, functional.relu, functional.relu6,
     functional.gelu, functional.silu, functional.sigmoid, functional.tanh, functional.hardswish, functional.hardsigmoid,
@@ -50,11 +55,10 @@ COMBINING = {
     torch.mul, torch.div, "add", "sub", "mul", "div", "add_", "mul_", "sub_",
 }  # fmt: skip
 POOLING = {
-    functional.avg_pool1d, functional.avg_pool2d, functional.adaptive_avg_pool1d, functional.adaptive_avg_pool2d,
-    functional.max_pool1d, functional.max_pool2d, functional.adaptive_max_pool2d, functional.interpolate,
+    functional.avg_pool1d: 1, functional.adaptive_avg_pool1d: 1, functional.max_pool1d: 1,
+    functional.avg_pool2d: 2, functional.adaptive_avg_pool2d: 2, functional.max_pool2d: 2, functional.adaptive_max_pool2d: 2,
 }  # fmt: skip
-LOOKING = {getattr, "size", "dim", "ndimension"}
-"""They read shapes only, which do not depend on the order of channels."""
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @dataclass(eq=False)
@@ -76,10 +80,12 @@ class ChannelSpace:
         """All that `permute_` writes to."""
         return [*(tensor for tensor, _ in [*self.writers, *self.readers]), *self.vectors]
 
-    def permute_(self, order: Tensor) -> None:
-        """Move channel ``order[i]`` to position i, in place."""
+    def permute_(self, order: Tensor, only: Tensor | None = None) -> None:
+        """Move channel ``order[i]`` to position i, in place, in all tensors or in one."""
         with torch.no_grad():
             for weight, dim in _distinct([*self.writers, *self.readers, *((vector, 0) for vector in self.vectors)]):
+                if only is not None and weight is not only:
+                    continue
                 weight.copy_(weight.index_select(dim, order.to(weight.device)))
 
 
@@ -92,31 +98,24 @@ def channel_spaces(
 ) -> tuple[list[ChannelSpace], dict[str, str]]:
     """The channel spaces that have a reader and a writer, frozen ones included; and submodules that were not read, with reasons.
 
-    These are submodules that cannot be traced, and layers that the example does not reach.
+    These are submodules that cannot be traced or whose graph is not what the example does, and layers that it does not reach.
     """
-    given: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-    handles = [
-        module.register_forward_pre_hook(
-            lambda _, args, kwargs, name=name: given.setdefault(name, (args, kwargs)) and None, with_kwargs=True
-        )
-        for name, module in model.named_modules()
-    ]
-    try:
-        with torch.no_grad():
-            call_model(model, example, forward)
-    finally:
-        for handle in handles:
-            handle.remove()
+    run = ExampleRun(model)
+    with torch.no_grad(), run:
+        call_model(model, example, forward)
     spaces: list[ChannelSpace] = []
     skipped: dict[str, str] = {}
 
     def visit(module: nn.Module, name: str) -> None:
         if not any(True for _ in module.children()):
             return
-        if name in given:  # a ModuleList is not called itself
+        if name in run.given:  # a ModuleList is not called itself
             try:
-                spaces.extend(_Reader(module, *given[name]).spaces())
-                return
+                reader = _Reader(module, *run.given[name])
+                if not reader.calls_differ(run):
+                    spaces.extend(reader.spaces())
+                    return
+                skipped[name or type(model).__name__] = "its layers are not called as in its graph, or by other parts as well"
             except UNTRACEABLE as error:
                 skipped[name or type(model).__name__] = (
                     f"torch.fx cannot trace it: {str(error).splitlines()[0] if str(error) else error!r}"
@@ -127,26 +126,26 @@ def channel_spaces(
     visit(model, "")
     inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}  # never called
     for name, module in model.named_modules():
-        if name not in given and id(module) not in inside and any(one.ndim > 1 for one in module.parameters(recurse=False)):
+        if name not in run.given and id(module) not in inside and any(one.ndim > 1 for one in module.parameters(recurse=False)):
             skipped[name] = "the example does not reach it: if it reads channels of other layers, their order may have changed"
-    shared = {tensor for tensor, uses in _uses(model).items() if uses > 1}
     for space in spaces:
-        if any(id(tensor) in shared for tensor, _ in [*space.writers, *space.readers]):
+        if any(id(tensor) in run.shared for tensor in space.tensors):
             space.frozen = space.frozen or "a weight is shared between modules"
+    freeze_direct_reads(spaces, run)
     return [space for space in spaces if space.writers and space.readers], skipped
 
 
-def _uses(model: nn.Module) -> dict[int, int]:
-    count: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            count[id(parameter)] = count.get(id(parameter), 0) + 1
-    return count
+def freeze_direct_reads(spaces: list[ChannelSpace], run: ExampleRun) -> None:
+    """Freeze spaces with a weight that was read directly: the order that such code expects is not known."""
+    for space in spaces:
+        names = [run.direct[id(tensor)] for tensor in space.tensors if id(tensor) in run.direct]
+        if names:
+            space.frozen = space.frozen or f"{names[0]} is also read directly, not by its layer"
 
 
 class _LeafTracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return not any(True for _ in m.children()) or super().is_leaf_module(m, module_qualified_name)
+        return is_leaf(m)
 
 
 @dataclass(frozen=True)
@@ -162,8 +161,13 @@ class _Reader:
 
     def __init__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.module = module
-        graph = _LeafTracer().trace(module)
-        traced = fx.GraphModule(module, graph)
+        attributes = set(vars(module))
+        try:
+            graph = _LeafTracer().trace(module)
+            traced = fx.GraphModule(module, graph)
+        finally:
+            for constant in set(vars(module)) - attributes:  # torch.fx leaves them in the module
+                delattr(module, constant)
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
         bound.apply_defaults()
         values = [bound.arguments.get(node.target) for node in graph.nodes if node.op == "placeholder"]
@@ -175,12 +179,27 @@ class _Reader:
         self.places: dict[fx.Node, _Place] = {}
         self.written: dict[int, int] = {}
         self.read: dict[int, int] = {}
+        self.attached: dict[int, int] = {}
+        self.not_followed: set[int] = set()
+        """Ids of the tensors of modules that have a call that is not followed."""
+
+    def calls_differ(self, run: ExampleRun) -> bool:
+        """Whether layers are called by other code than that of the graph, or not as often."""
+        called = [str(node.target) for node in self.graph.nodes if node.op == "call_module"]
+        graph, own = Counter(id(self.module.get_submodule(name)) for name in called), id(self.module)
+        leaves = [id(one) for one in self.module.modules() if one is not self.module and is_leaf(one)]
+        return any(
+            run.as_leaf[leaf, own] != run.calls[own] * graph[leaf] or run.within[leaf, own] != run.calls[leaf] for leaf in leaves
+        )
 
     def spaces(self) -> list[ChannelSpace]:
         for node in self.graph.nodes:
             place = self._follow(node)
             if place is not None:
                 self.places[node] = place
+                shape, space = self._shape(node), self.all[place.space]
+                if shape is not None and (len(shape) <= place.dim or shape[place.dim] != space.size):
+                    space.frozen = space.frozen or "activations of different widths meet"
         merged: dict[int, ChannelSpace] = {}
         for index, space in enumerate(self.all):
             root = self._root(index)
@@ -191,6 +210,9 @@ class _Reader:
             whole.frozen = whole.frozen or space.frozen
             if space.size != whole.size:
                 whole.frozen = whole.frozen or "activations of different widths meet"
+        for whole in merged.values():
+            if any(id(tensor) in self.not_followed for tensor in whole.tensors):
+                whole.frozen = whole.frozen or "a layer is also called where its channels are not known"
         return list(merged.values())
 
     def _root(self, index: int) -> int:
@@ -231,32 +253,39 @@ class _Reader:
         place = self.places.get(source) if source is not None else None
         shape = self._shape(source) if source is not None else None
         if len(node.all_input_nodes) == 1 and shape is not None:
-            last = len(shape) - 1
-            if isinstance(module, nn.Linear) and type(module).__name__.endswith("Linear"):
+            last, plain = len(shape) - 1, _holds_only(module, "weight", "bias")
+            if plain and isinstance(module, nn.Linear) and type(module).__name__.endswith("Linear"):
                 return self._layer(module, place, shape, last, last, (0, 1))
-            if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            if plain and type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
                 return self._layer(module, place, shape, last, last, (1, 0))
-            if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and len(shape) == len(module.kernel_size) + 2:
+            conv = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and len(shape) == len(module.kernel_size) + 2
+            if conv and plain:
                 if module.groups == 1:
                     return self._layer(module, place, shape, 1, 1, (0, 1))
                 if module.groups == module.in_channels == module.out_channels and place is not None and place.dim == 1:
-                    return self._attach(place, module.weight, module.bias)
-            if isinstance(module, _BatchNorm) and place is not None and place.dim == 1:
-                return self._attach(place, module.weight, module.bias, module.running_mean, module.running_var)
-            normed = isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1
-            if normed and place is not None and place.dim == last:
-                return self._attach(place, module.weight, getattr(module, "bias", None))
+                    return self._attach(module, place)
+            batch_norm = isinstance(module, _BatchNorm) and _holds_only(module, "weight", "bias", *STATISTICS)
+            norm = plain and isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1
+            if place is not None and ((batch_norm and place.dim == 1) or (norm and place.dim == last)):
+                return self._attach(module, place)
             if isinstance(module, ELEMENTWISE_MODULES) or _is_activation(module):
                 return place
-            if isinstance(module, POOLING_MODULES) and (place is None or place.dim == 1):
+            pooled = any(isinstance(module, kinds) and len(shape) == dims + 2 for dims, kinds in POOLING_MODULES.items())
+            if (pooled or isinstance(module, nn.Upsample)) and (place is None or place.dim == 1):
                 return place
             if isinstance(module, nn.Flatten) and place is not None:
                 return self._flattened(node, place, shape)
         self._freeze(node, f"{type(module).__name__} may mix or reorder channels")
+        self.not_followed |= {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
         return None
 
-    def _attach(self, place: _Place, *vectors: Tensor | nn.Module | None) -> _Place:
-        self.all[place.space].vectors += [vector for vector in vectors if isinstance(vector, Tensor)]
+    def _attach(self, module: nn.Module, place: _Place) -> _Place:
+        if id(module) in self.attached:  # called again: one order for both
+            self._join(place.space, self.attached[id(module)])
+            return place
+        self.attached[id(module)] = place.space
+        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        self.all[place.space].vectors += [tensor for tensor in tensors if tensor.ndim]
         return place
 
     def _layer(
@@ -288,19 +317,18 @@ class _Reader:
 
     def _function(self, node: fx.Node) -> _Place | None:
         target: Any = node.target
-        sources = [argument for argument in node.all_input_nodes if self._shape(argument) is not None]
-        first = node.args[0] if node.args else None
-        place = self.places.get(first) if isinstance(first, fx.Node) else None
-        if target in LOOKING:
+        tracked = [argument for argument in node.all_input_nodes if argument in self.places]
+        if not tracked or target in METADATA or (target is getattr and node.args[1] in METADATA):
             return None
-        if target in ELEMENTWISE and len(sources) == 1:
-            return place
+        sources = [argument for argument in node.all_input_nodes if self._shape(argument) is not None]
         if target in COMBINING:
             return self._combined(node, sources)
-        if target in POOLING and (place is None or place.dim == 1):
-            return place
-        shape = self._shape(first) if isinstance(first, fx.Node) else None
-        if place is not None and shape is not None:
+        place, shape = self.places[tracked[0]], self._shape(tracked[0])
+        if sources == tracked[:1] and shape is not None:
+            if target in ELEMENTWISE:
+                return place
+            if (POOLING.get(target) == len(shape) - 2 or target is functional.interpolate) and place.dim == 1:
+                return place
             if target in (torch.mean, "mean"):
                 return self._averaged(node, place, shape)
             if target in (torch.flatten, "flatten", "view", "reshape", torch.reshape, "squeeze", torch.squeeze):
@@ -309,8 +337,8 @@ class _Reader:
         return None
 
     def _combined(self, node: fx.Node, sources: list[fx.Node]) -> _Place | None:
-        if len(sources) == 1:
-            return self.places.get(sources[0])
+        if len(sources) == 1 and sources[0] in self.places:
+            return self.places[sources[0]]
         shape = self._shape(node)
         places = [self.places.get(source) for source in sources]
         known = [place for place in places if place is not None]
@@ -361,3 +389,9 @@ def _is_activation(module: nn.Module) -> bool:
     name = type(module).__name__
     plain = not any(True for _ in module.parameters()) and not any(True for _ in module.buffers())
     return plain and (name.endswith("Activation") or name in ("NewGELU", "QuickGELU", "Swish", "MemoryEfficientSwish"))
+
+
+def _holds_only(module: nn.Module, *names: str) -> bool:
+    """Whether its tensors are these and no others; one of these that is computed from another would be permuted in vain."""
+    held = {**module._parameters, **module._buffers}
+    return set(held) <= set(names) and all(name in held or getattr(module, name, None) is None for name in names)

@@ -5,7 +5,8 @@ assignment that keeps the most score; a step never loses. For a transposable pat
 entries, both directions of a weight count, and a new order is accepted only if the exact masks keep more. Groups of four are then
 refined in pairs (`stripe_search`).
 Guarantee: the score kept never falls, and the network's outputs stay equal, which is checked, also in training mode unless they
-are random there: some models have outputs in training only, which read channels too.
+are random there: some models have outputs in training only, which read channels too. Zeros as the example, or a gate of zero,
+would hide a wrong order; so a space is permuted only if each of its weights, left in the old order, changes the outputs.
 Cost: R x (C/M)^2 per step for R rows and C columns, and one assignment of C/M columns.
 Sources: channel permutation, Pool and Yu, NeurIPS 2021; dealing out by assignment, Zhao et al., "Gyro-Permutation", AAAI 2025.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,9 +31,10 @@ from bisparse.layers import Filter, Layer, check_unheld, find_layers
 from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError, full_precision
-from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces
+from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces, freeze_direct_reads
+from bisparse.pruning.channels.example_run import ExampleRun
 from bisparse.pruning.channels.stripe_search import refine_stripes
-from bisparse.rollback import Rollback
+from bisparse.rollback import Rollback, same_bits
 from bisparse.scores import magnitude
 from bisparse.tiles import Layout, LayoutKind, to_matrices
 
@@ -39,6 +42,8 @@ __all__ = ["PermutationReport", "PermutedSpace", "permute_", "search_order"]
 
 CHUNK = 1 << 24
 """Entries of the gain table that are computed at a time."""
+NOT_SHOWN = "the example cannot show a change"
+REMEDY = "pass a batch of real data, and permute after training if a gate is zero"
 
 
 @dataclass(frozen=True)
@@ -66,13 +71,15 @@ class PermutationReport:
     retained_after: float
     time_s: float
     untraced: dict[str, str]
-    """Parts that torch.fx could not trace, and layers that the example did not reach, with the reason."""
+    """Parts that torch.fx could not trace as they run, and layers that the example did not reach, with the reason."""
 
     def __str__(self) -> str:
         done = sum(not space.reason for space in self.spaces)
+        hidden = sum(space.reason.startswith(NOT_SHOWN) for space in self.spaces)
+        remedy = f"; {NOT_SHOWN} in {hidden} of them: {REMEDY}" if hidden else ""
         return (
-            f"{done} of {len(self.spaces)} channel spaces permuted for {self.pattern}: "
-            f"{100 * self.retained_before:.2f} -> {100 * self.retained_after:.2f} % of the score kept, {self.time_s:.1f} s"
+            f"{done} of {len(self.spaces)} channel spaces permuted for {self.pattern}: {100 * self.retained_before:.2f} -> "
+            f"{100 * self.retained_after:.2f} % of the score kept, {self.time_s:.1f} s{remedy}"
         )
 
 
@@ -96,7 +103,8 @@ def permute_(
     On an error the model is as it was.
 
     Args:
-        example: a batch for tracing the network and comparing its outputs.
+        example: a batch of real or random data for tracing the network and comparing its outputs. A space stays as it is if the
+            outputs do not depend on the order of channels in one of its weights, such as those on zeros or behind a gate of zero.
         include, exclude: layers that will be pruned; see `find_layers`. Others are permuted too, but their scores do not count.
         layouts: how single layers store their matrices, as for `prune_`.
         scores: a layer's scores, of its weight's shape; by default magnitude.
@@ -133,16 +141,27 @@ def permute_(
         goal = _outputs(model, example, forward)
         if not any(one.is_floating_point() for one in goal):
             raise ValueError("the model returned no floating-point tensor to compare: pass forward=, which returns one")
-        goal_training = _training_outputs(model, example, forward)
+        run = ExampleRun(model)
+        goal_training = _training_outputs(model, example, forward, run)
+        freeze_direct_reads(spaces, run)
+        del run  # it holds activations
         random = not _equal(goal_training, _training_outputs(model, example, forward))
         if random or _equal(goal_training, goal):
             goal_training = []  # nothing to compare
+
+        def unchanged() -> bool:
+            return _close(goal, _outputs(model, example, forward), tolerance) and (
+                not goal_training or _close(goal_training, _training_outputs(model, example, forward), tolerance)
+            )
+
         before_all, total = _kept(layers, parsed, score_of)
         found: list[PermutedSpace] = []
         # The outputs after a permutation sum in another order; undone ones are those that differ by more.
         done = {id(space): _reason(space, by_weight) for space in spaces}
         first = {id(space): _space_value(space, by_weight, parsed, score_of) for space in spaces}
         last = dict(first)
+        names_of = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        shown: set[int] = set()
         for turn in range(rounds):
             before_turn = dict(last)
             for space in spaces:
@@ -156,12 +175,14 @@ def permute_(
                 back = torch.argsort(order)
                 if after <= value:
                     space.permute_(back)
-                elif not _close(goal, _outputs(model, example, forward), tolerance) or (
-                    goal_training and not _close(goal_training, _training_outputs(model, example, forward), tolerance)
-                ):
+                elif not unchanged():
                     space.permute_(back)
                     done[id(space)] = "the outputs changed: the graph hides a use of these channels"
+                elif id(space) not in shown and (blind := _without_effect(space, back, unchanged)) is not None:
+                    space.permute_(back)
+                    done[id(space)] = f"{NOT_SHOWN}: the order in {names_of[id(blind)]} has no effect; {REMEDY}"
                 else:
+                    shown.add(id(space))
                     last[id(space)] = after
             if last == before_turn:
                 break
@@ -184,6 +205,26 @@ def permute_(
         time.perf_counter() - started,
         untraced,
     )
+
+
+def _without_effect(space: ChannelSpace, back: Tensor, unchanged: Callable[[], bool]) -> Tensor | None:
+    """A weight of a permuted space that could be in its old order without a change of the outputs; None if there is none.
+
+    A comparison of outputs cannot find a wrong order of such a weight's channels.
+    """
+    weights = {id(tensor): tensor for tensor, _ in [*space.writers, *space.readers]}
+    for weight in weights.values():
+        permuted = weight.clone()
+        space.permute_(back, only=weight)
+        if same_bits(weight, permuted):  # all channels that moved are equal
+            continue
+        blind = unchanged()
+        weight.copy_(permuted)
+        if blind:
+            return weight
+        if len(weights) == 2:  # the other one in its old order is the same error
+            return None
+    return None
 
 
 def _names(space: ChannelSpace, by_weight: dict[int, Layer]) -> tuple[str, ...]:
@@ -326,14 +367,17 @@ def _outputs(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any],
     return [leaf for leaf in pytree.tree_leaves(call_model(model, example, forward)) if isinstance(leaf, Tensor)]
 
 
-def _training_outputs(model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any] | None) -> list[Tensor]:
+def _training_outputs(
+    model: nn.Module, example: Any, forward: Callable[[nn.Module, Any], Any] | None, run: ExampleRun | None = None
+) -> list[Tensor]:
     """The outputs in training mode, with dropout and batch norms as in evaluation; none if they need labels."""
     containers = [module for module in model.modules() if any(True for _ in module.children())]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         for module in containers:
             module.training = True
-        return _outputs(model, example, forward)
+        with run or nullcontext():
+            return _outputs(model, example, forward)
     except CalibrationError:
         return []
     finally:
