@@ -197,6 +197,8 @@ class Commands(TyperGroup):
 def _watch(parameter: Any) -> None:
     """Note that a parameter is given, and refuse an empty text: no option has a use for it, and a path would be the folder."""
     process = parameter.process_value
+    if hasattr(process, "watches"):
+        return
 
     def checked(ctx: Any, value: Any) -> Any:
         if ctx.get_parameter_source(parameter.name).name != "DEFAULT":
@@ -205,6 +207,7 @@ def _watch(parameter: Any) -> None:
             raise typer.BadParameter("it is empty", ctx, parameter)
         return process(ctx, value)
 
+    checked.watches = True  # type: ignore[attr-defined]
     parameter.process_value = checked
 
 
