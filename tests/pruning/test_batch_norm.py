@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -103,6 +104,73 @@ def test_a_layer_whose_output_is_used_twice_keeps_its_norm() -> None:
     assert sorted(fold_batch_norms_(one, x)) == ["b", "fc"]
     assert isinstance(one.na, nn.BatchNorm2d) and one.a.bias is None
     torch.testing.assert_close(one(x), before, rtol=1e-4, atol=1e-5)
+
+
+class Read(nn.Module):
+    """A convolution and its norm, and something else that reads the convolution's output, its weight, or uses the norm."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.a, self.na = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.how = how
+        self.kept: Tensor | None = None
+        if how == "a hook of the norm":
+            self.na.register_forward_pre_hook(lambda _, args: setattr(self, "kept", args[0].sum()))
+        if how == "a tied weight":
+            self.tied = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+            self.tied.weight = self.a.weight
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.a(x)
+        z = self.na(y)
+        match self.how:
+            case "a skip":
+                return z + y
+            case "a view":
+                return z + y.flatten().view_as(y) * 2
+            case "the caller":
+                return z, y
+            case "the weight":
+                return z + nn.functional.conv2d(x, self.a.weight, padding=1)
+            case "a tied weight":
+                return z + self.tied(x)
+            case "the norm's mean":
+                return z + x * self.na.running_var.view(1, -1, 1, 1)
+            case "the norm twice":
+                return z + self.na(x)
+            case "the layer twice":
+                return z + self.a(x.flip(0))
+            case "a hook of the norm":
+                return z if self.kept is None else z + self.kept
+        return z
+
+
+READS = [
+    "a skip", "a view", "the caller", "the weight", "a tied weight", "the norm's mean", "the norm twice", "the layer twice",
+    "a hook of the norm",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("example", [torch.zeros, torch.randn])
+@pytest.mark.parametrize("how", READS)
+def test_folding_changes_no_function_whatever_the_example_shows(how: str, example: Callable[..., Tensor]) -> None:
+    one, x = Read(how), torch.randn(4, 3, 6, 6)
+    one.na.running_var.fill_(4)
+    one.eval()
+    before = one(x)
+    assert fold_batch_norms_(one, example(4, 3, 6, 6)) == []
+    torch.testing.assert_close(one(x), before)
+
+
+@pytest.mark.parametrize("how", READS[:3])
+def test_a_bias_is_not_moved_into_a_norm_that_is_one_of_several_readers(how: str) -> None:
+    one = Read(how).eval()
+    means = one.na.running_mean.clone()
+    prune_(one, "2:4", "adaprune", [torch.rand(4, 3, 6, 6) for _ in range(3)], include=["a"], layouts={"a": "conv"})
+    assert torch.equal(one.na.running_mean, means)
+    alone = Read("").eval()
+    prune_(alone, "2:4", "adaprune", [torch.rand(4, 3, 6, 6) for _ in range(3)], include=["a"], layouts={"a": "conv"})
+    assert not torch.equal(alone.na.running_mean, means)
 
 
 @pytest.mark.parametrize("positions", [8, 5])

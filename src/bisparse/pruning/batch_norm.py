@@ -12,9 +12,10 @@ from torch.utils import _pytree as pytree
 
 from bisparse.arguments import check_number, listed
 from bisparse.layers import Layer, check_unheld
-from bisparse.pruning.bias import norms_after
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError
+from bisparse.pruning.example_run import ExampleRun
+from bisparse.pruning.norms_after import norms_after
 from bisparse.rollback import Rollback
 from bisparse.tiles import Layout
 from bisparse.wrappers import check_module
@@ -73,9 +74,10 @@ def fold_batch_norms_(
 ) -> list[str]:
     """Fold every batch norm that directly follows a convolution or Linear layer into that layer; the norm becomes an Identity.
 
-    The layer then has a bias. The model's outputs on `batch`, in eval mode, are compared before and after; if they differ by
-    more than `tolerance` times the largest value (for example because a layer's output is used twice), the pairs are tried
-    one by one, and those that change the output are not folded. On an error the model is unchanged.
+    The layer then has a bias. A layer is left as it is if something other than the norm reads its output, such as a skip
+    connection, or if code outside of the layer reads its weight. The model's outputs on `batch`, in eval mode, are compared
+    before and after; if they differ by more than `tolerance` times the largest value, the pairs are tried one by one, and those
+    that change the output are not folded. On an error the model is unchanged.
 
     Returns:
         The names of the layers that a batch norm was folded into.
@@ -96,7 +98,10 @@ def fold_batch_norms_(
         found = norms_after(model, layers, batch, forward)
         rollback.touch(*(model.get_submodule(name).weight for name in found))  # type: ignore[arg-type]
         model.eval()
-        before = _outputs(model, batch, forward)
+        with ExampleRun(model) as run:
+            before = _outputs(model, batch, forward)
+        read = run.direct.keys() | run.shared
+        found = {name: norm for name, norm in found.items() if not read & _tensors(model.get_submodule(name), norm)}
         if not any(one.is_floating_point() for one in before):
             raise ValueError("the model returned no floating-point tensor to compare: pass forward=, which returns one")
         undo = [_fold_(model, name, norm) for name, norm in found.items()]
@@ -114,6 +119,10 @@ def fold_batch_norms_(
         for module, mode in training:
             module.training = mode
     return folded
+
+
+def _tensors(*modules: nn.Module) -> set[int]:
+    return {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
 
 
 def _outputs(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> list[Tensor]:

@@ -23,7 +23,7 @@ from bisparse.arguments import listed
 from bisparse.layers import Layer, Skipped
 from bisparse.pattern import Structure
 from bisparse.process_group import Ranks
-from bisparse.pruning.bias import bias_of, norms_after
+from bisparse.pruning.bias import bias_of
 from bisparse.pruning.calibration.block_chain import dense_copy
 from bisparse.pruning.calibration.calibrate import Walk, evaluating, showing
 from bisparse.pruning.calibration.collector import Stage
@@ -38,6 +38,7 @@ from bisparse.pruning.layer_tensors import live_tensors, restore_, resumed_resul
 from bisparse.pruning.mapped_weights import MappedWeights
 from bisparse.pruning.methods.base import Method
 from bisparse.pruning.network_reconstruction import finished_network, note_of
+from bisparse.pruning.norms_after import norms_after
 from bisparse.results import LayerResult
 from bisparse.rollback import Rollback
 

@@ -27,7 +27,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from bisparse.pruning.calibration.hooks import call_model
-from bisparse.pruning.channels.example_run import METADATA, ExampleRun, is_leaf
+from bisparse.pruning.example_run import METADATA, ExampleRun, is_leaf
 
 __all__ = ["ChannelSpace", "channel_spaces", "freeze_direct_reads"]
 

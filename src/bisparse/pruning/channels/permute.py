@@ -32,8 +32,8 @@ from bisparse.pattern import Pattern, parse_pattern
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError, full_precision
 from bisparse.pruning.channels.channel_graph import ChannelSpace, channel_spaces, freeze_direct_reads
-from bisparse.pruning.channels.example_run import ExampleRun
 from bisparse.pruning.channels.stripe_search import refine_stripes
+from bisparse.pruning.example_run import ExampleRun
 from bisparse.rollback import Rollback, same_bits
 from bisparse.scores import magnitude
 from bisparse.tiles import Layout, LayoutKind, to_matrices

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-__all__ = ["METADATA", "ExampleRun", "is_leaf"]
+__all__ = ["METADATA", "ExampleRun", "extent_of", "is_leaf", "reads_numbers"]
 
 METADATA = {
     "shape", "size", "dim", "ndim", "ndimension", "numel", "nelement", "stride", "dtype", "device", "layout", "requires_grad",
@@ -59,7 +59,7 @@ class ExampleRun(TorchFunctionMode):
         self._by_id: dict[int, list[tuple[int, nn.Module, str]]] = {}
         for tensor, module, name in held:
             self._by_id.setdefault(id(tensor), []).append((id(tensor), module, name))
-        placed = [(*extent, (id(tensor), module, name)) for tensor, module, name in held if (extent := _extent(tensor))]
+        placed = [(*extent, (id(tensor), module, name)) for tensor, module, name in held if (extent := extent_of(tensor))]
         placed.sort(key=lambda one: one[:2])
         self._placed = placed
         self._starts = [start for start, _, _ in placed]
@@ -70,6 +70,8 @@ class ExampleRun(TorchFunctionMode):
     def __enter__(self) -> ExampleRun:
         self._handles: list[Any] = []
         for name, module in self._model.named_modules():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # it takes no such hooks, and its code is not seen
             # After all other hooks before the pass, and before all others after it: those are not part of the forward pass.
             before, after = self._entered(name), self._left
             self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
@@ -100,10 +102,7 @@ class ExampleRun(TorchFunctionMode):
             pass
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
-        if name == "__get__":  # of an attribute
-            name = getattr(func.__self__, "__name__", "")
-        if name not in METADATA:
+        if reads_numbers(func):
             for leaf in pytree.tree_leaves((args, kwargs)):
                 if isinstance(leaf, Tensor):
                     for key, module, full_name in self._holders(leaf):
@@ -114,7 +113,7 @@ class ExampleRun(TorchFunctionMode):
     def _holders(self, tensor: Tensor) -> Iterator[tuple[int, nn.Module, str]]:
         """Parameters and buffers that are the tensor or share memory with it: id, module and name."""
         yield from self._by_id.get(id(tensor), ())
-        extent = _extent(tensor)
+        extent = extent_of(tensor)
         if extent is None:
             return
         index = bisect_left(self._starts, extent[1]) - 1
@@ -129,7 +128,15 @@ def is_leaf(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) or fx.Tracer().is_leaf_module(module, "")
 
 
-def _extent(tensor: Tensor) -> tuple[int, int] | None:
+def reads_numbers(function: Any) -> bool:
+    """Whether a function that a `TorchFunctionMode` sees may read more of its tensors than `METADATA`."""
+    name = getattr(function, "__name__", "")
+    if name == "__get__":  # of an attribute
+        name = getattr(function.__self__, "__name__", "")
+    return name not in METADATA
+
+
+def extent_of(tensor: Tensor) -> tuple[int, int] | None:
     """The first address of a tensor's memory and the one after its last; None if it has none."""
     if tensor.layout != torch.strided or not tensor.numel():
         return None
