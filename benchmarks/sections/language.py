@@ -51,7 +51,7 @@ def language(rows: list[Row]) -> list[str]:
             met = verdict(best["perplexity"] <= aim)
             fits = [note for note in best.get("notes", []) if note.startswith(("budget", "reconstructed", "fitted"))]
             notes = "".join(f" {note[0].upper()}{note[1:]}." for note in fits)
-            parts += [f"Best {pattern}: {best['perplexity']:.1f} by {data(best)}; at most {aim}: {met}.{notes}\n"]
+            parts += [f"Best {pattern}: {best['perplexity']:.2f} by {data(best)}; at most {aim}: {met}.{notes}\n"]
     parts += [
         "A budget's row whose notes do not say that layers were weighed is by the fractions of energy that layers lose, which "
         "was worse than one pattern for all layers.\n"
