@@ -191,6 +191,17 @@ def test_packed_numbers_of_quantised_weights_are_refused(tmp_path: Path, kind: s
     assert not (tmp_path / "out").exists()
 
 
+def test_names_that_look_packed_are_no_evidence(tmp_path: Path) -> None:
+    state = {
+        "a.weight": torch.randn(8, 8), "a.num_blocks": torch.tensor(3), "b.qweight": torch.randn(8, 8),
+        "b.first_blocks": torch.tensor([1, 2]), "c.weight_mask": torch.ones(8, 8, dtype=torch.uint8),
+        "norm.weight": torch.ones(8, dtype=torch.uint8),
+    }  # fmt: skip
+    to_dense(write_folder(tmp_path / "model", state, {}), tmp_path / "out")
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == state.keys() and all(torch.equal(written[name], value) for name, value in state.items())
+
+
 def test_what_marks_a_quantised_folder_is_not_copied_and_numbers_that_are_copied_are_said(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     model = nn.Sequential(nn.Linear(32, 32))

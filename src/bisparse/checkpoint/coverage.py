@@ -166,7 +166,9 @@ def unreadable(tensors: Mapping[str, StoredTensor], tensor: StoredTensor) -> str
 
 
 def is_packed(tensor: StoredTensor) -> bool:
-    """Whether a stored tensor has the packed numbers of a quantised weight, by its name and dtype."""
+    """Whether a stored tensor has the packed numbers of a quantised weight, by its name, dtype and number of dimensions."""
+    if len(tensor.shape) < 2:
+        return False  # such as a count
     floating = tensor.torch_dtype is not None and tensor.torch_dtype.is_floating_point
     named = any(re.search(ending, tensor.name) for ending in PACKED) and not floating
     return named or (_is_weight(tensor.name) and tensor.dtype in UNSIGNED)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import UserDict
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -707,3 +709,23 @@ def test_if_no_layer_can_be_calibrated_the_error_says_why(how: str) -> None:
             prune_(model, None, "wanda", batches, budget="50%", patterns=["2:4", "4:8"], include=["0"])
         else:
             prune_(model, "2:4", "wanda", batches, include=["0"])
+
+
+@pytest.mark.parametrize("kind", ["scripted", "compiled", "compiled in place"])
+def test_modules_without_weights_may_be_compiled_or_scripted(kind: str) -> None:
+    made: dict[str, Callable[[], nn.Module]] = {
+        "scripted": lambda: torch.jit.script(nn.ReLU()),
+        "compiled": lambda: torch.compile(nn.ReLU(), backend="eager"),
+        "compiled in place": nn.ReLU,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        models = [nn.Sequential(nn.Linear(16, 16), one, nn.Linear(16, 8)).eval() for one in (nn.ReLU(), made[kind]())]
+    models[1].load_state_dict(models[0].state_dict())
+    if kind == "compiled in place":
+        models[1][1].compile(backend="eager")
+    batches = [torch.randn(32, 16) for _ in range(3)]
+    reports = [prune_(one, "2:4", "adaprune", batches) for one in models]
+    for a, b in zip(*(one.parameters() for one in models), strict=True):
+        torch.testing.assert_close(a, b)
+    assert [one.error for one in reports[1]] == pytest.approx([one.error for one in reports[0]], rel=1e-4)

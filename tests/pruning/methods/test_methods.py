@@ -269,6 +269,15 @@ def test_few_tokens_dead_inputs_and_zero_weights_leave_finite_weights(name: str)
     assert all(bool(verify(model[i].weight, "4:8-T")) for i in (0, 2))
 
 
+@pytest.mark.parametrize("name", ["wanda", "sparsegpt", "adaprune", "alps"])
+def test_subnormal_weights_are_pruned(name: str) -> None:
+    model = nn.Sequential(nn.Linear(16, 8, bias=False)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(2.0**-137)  # few bits are left
+    report = prune_(model, "2:4-T", METHODS[name], [torch.randn(64, 16) for _ in range(3)])["0"]
+    assert 0.4 < report.density <= 0.5 and verify(model, "2:4-T") and (report.error is None or 0 < report.error < 1)
+
+
 @pytest.mark.parametrize("exponent", [-75, 75])
 @pytest.mark.parametrize(
     "name", ["magnitude", "wanda", "sparsegpt", "adaprune", "alps", "adaprune-gradient", "bias-correction", *SETTINGS]

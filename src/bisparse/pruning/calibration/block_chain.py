@@ -101,6 +101,8 @@ def find_chains(
     candidates = []
     for name, container in model.named_modules():
         if isinstance(container, nn.ModuleList | nn.Sequential) and len(container) > 1:
+            if any(isinstance(block, torch.jit.ScriptModule) for block in container):
+                continue  # these take no hooks that see the arguments
             members = {id(inner): index for index, block in enumerate(container) for inner in block.modules()}
             held = [layer for layer in layers if id(layer.module) in members]
             # A block that is also used elsewhere would have inputs that this chain does not see.

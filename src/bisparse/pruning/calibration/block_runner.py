@@ -169,7 +169,8 @@ class ChainRun:
                 names = {id(module): name for name, module in block.named_modules()}
                 twins = [replace(layer, module=self._dense_block.get_submodule(names[id(layer.module)])) for layer in firsts]
             try:
-                with observed(block, firsts, seen), observed(self._dense_block or nn.Identity(), twins, seen):
+                twin = nn.Identity() if self._dense_block is None else self._dense_block  # compiled modules have no truth value
+                with observed(block, firsts, seen), observed(twin, twins, seen):
                     yield
             finally:
                 self._stop()

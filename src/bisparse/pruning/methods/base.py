@@ -169,7 +169,7 @@ def in_range(problem: LayerProblem) -> tuple[LayerProblem, float]:
     exponent = math.frexp(largest)[1] if 0 < largest < math.inf else 0
     if abs(exponent) <= USUAL:
         return problem, 1.0
-    factor = 2.0**-exponent
+    factor = 2.0 ** max(-126, min(126, -exponent))  # a float32, also for subnormal weights
     bias = None if problem.bias is None else problem.bias * factor
     return replace(problem, weight=problem.weight * factor, bias=bias), factor
 
