@@ -13,6 +13,7 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -33,11 +34,21 @@ if sys.platform == "linux":
     )
 
 
+def _start(process: BaseProcess) -> None:
+    """Start a process, with the folder of this file in the path of the process that it is forked from.
+
+    Before Python 3.14 that process looks for modules to import in ``PYTHONPATH`` alone, and says nothing of what it misses.
+    """
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(paths)):
+        process.start()
+
+
 def start_rank(script: Path, rank: int, folder: Path, *arguments: str) -> BaseProcess:
     """Start ``script RANK FOLDER ARGUMENTS``; what it prints goes to ``rank0.log`` and so on in the folder."""
     given = (str(script), [str(rank), str(folder), *arguments], str(folder / f"rank{rank}.log"))
     process = CONTEXT.Process(target=_run, args=given, daemon=True)
-    process.start()
+    _start(process)
     return process
 
 
@@ -72,7 +83,7 @@ def command_on_ranks(ranks: int, folder: Path, *arguments: str) -> list[tuple[in
         environment = {**several, "RANK": str(rank), "LOCAL_RANK": str(rank)}
         given = (list(arguments), environment, str(folder), str(folder / f"rank{rank}.log"))
         processes.append(CONTEXT.Process(target=_run_command, args=given, daemon=True))
-        processes[-1].start()
+        _start(processes[-1])
     return _finish(processes, folder)
 
 

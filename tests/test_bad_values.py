@@ -85,28 +85,38 @@ def layer_problem() -> Any:
     return LayerProblem("0", torch.randn(1, 16, 16), bisparse.Pattern(2, 4))
 
 
+def one_mask() -> Any:
+    return bisparse.solve(torch.rand(16, 16), "2:4-T").mask
+
+
 def good_values(name: str, hint: str, folder: Path) -> Any:
     """A value that a parameter of this name accepts; what is not here has a default."""
-    mask = bisparse.solve(torch.rand(16, 16), "2:4-T").mask
+    made: dict[str, Callable[[], Any]] = {  # only when asked for
+        **dict.fromkeys(("model", "module", "student", "other"), model), **dict.fromkeys(("mask", "kept"), one_mask),
+        "problem": layer_problem, "solution": lambda: bisparse.solve(torch.rand(16, 16), "2:4-T"),
+        **dict.fromkeys(("target", "base"), lambda: torch.randn(16, 16) * one_mask()),
+    }  # fmt: skip
+    if name in made:
+        return made[name]()
     known: dict[str, Any] = {
-        "model": model(), "module": model(), "pattern": "2:4-T", "origin": "4:8", "m": 4, "n": 2, "fraction": 0.5,
+        "pattern": "2:4-T", "origin": "4:8", "m": 4, "n": 2, "fraction": 0.5,
         "example": torch.randn(4, 16), "batch": torch.randn(4, 16), "batches": [torch.randn(8, 16) for _ in range(6)],
-        "scores": torch.rand(16, 16), "weight": torch.randn(16, 16), "mask": mask, "target": torch.randn(16, 16) * mask,
+        "scores": torch.rand(16, 16), "weight": torch.randn(16, 16),
         "zeros": 0.8, "layout": bisparse.tiles.Layout(), "shape": (16, 16), "folder": folder, "source": folder,
         "path": folder, "text": "linear" if "Layout" in hint else "2:4", "name": "0", "chosen": "0", "method": "magnitude",
         "tensor": torch.rand(16, 16),
         "total_steps": 100, "rate": 0.1, "matrices": torch.rand(1, 16, 16), "output": folder / "out",
         "activations": torch.rand(8, 16),
-        "kept": mask, "reason": "", "kind": bisparse.tiles.LayoutKind.LINEAR, "inputs": torch.rand(8, 16), "norm": torch.rand(16),
-        "problem": layer_problem(), "solution": bisparse.solve(torch.rand(16, 16), "2:4-T"), "gradient": torch.randn(16, 16),
+        "reason": "", "kind": bisparse.tiles.LayoutKind.LINEAR, "inputs": torch.rand(8, 16), "norm": torch.rand(16),
+        "gradient": torch.randn(16, 16),
         "doing": "pruning", "layouts": {"0": "linear"}, "patterns": {"0": "2:4"}, "solver": "exact",
         "tiles": torch.rand(16, 4, 4), "multiple": 4, "layer": "0", "parameter": "weight", "structure": "2:4",
-        "base": torch.randn(16, 16) * mask, "a": torch.randn(2, 16), "b": torch.randn(16, 2), "scaling": 1.0,
+        "a": torch.randn(2, 16), "b": torch.randn(16, 2), "scaling": 1.0,
         "input_norms": torch.rand(16),
-        "shapes": [LayerShape("0", (64, 64))], "ids": torch.arange(64), "student": model(), "rank": 2,
+        "shapes": [LayerShape("0", (64, 64))], "ids": torch.arange(64), "rank": 2,
         "dense": torch.randn(16, 16),
         "ndim": 2, "matrix": torch.rand(16, 16), "remainder": "pad", "included": None, "excluded": False, "size": (16, 16),
-        "scheme": "int8", "bits": 8, "other": model(), "labels": torch.zeros(8, dtype=torch.int64),
+        "scheme": "int8", "bits": 8, "labels": torch.zeros(8, dtype=torch.int64),
         "choices": {"0": 1},
         "generator": None, "tokens": 8, "rows": 16, "columns": 16, "side": 4,
     }  # fmt: skip

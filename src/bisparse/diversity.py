@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 from bisparse.pattern import Paired, Pattern, Sequential, Structure, Unstructured, parse_pattern
@@ -47,11 +47,16 @@ class MaskDiversity:
     """Base-2 logarithm of the number of masks."""
     exact: bool
     """False where a tile's masks are too many to enumerate and their number is an asymptotic one (see `count_tile_masks`)."""
-    count: int | None = field(repr=False)
-    """The number itself; None where it is asymptotic, above 2**1048576, or where T is not a whole number of groups or tiles."""
+    power: tuple[int, int] | None = field(repr=False)
+    """Base and exponent of the number itself; None where `count` is."""
 
     def __str__(self) -> str:
         return f"{self.scientific} masks of {self.size:,} weights at {self.structure}, {self.log2_per_weight:.4f} bits per weight"
+
+    @cached_property
+    def count(self) -> int | None:
+        """The number itself; None where it is asymptotic, above 2**1048576, or where T is no whole number of groups or tiles."""
+        return None if self.power is None else self.power[0] ** self.power[1]
 
     @property
     def log2_per_weight(self) -> float:
@@ -65,7 +70,7 @@ class MaskDiversity:
         >>> mask_diversity("4:8-T", 64).scientific, mask_diversity("2:4", (8192, 8192)).scientific
         ('1.170e+11', '4.058e+13055211')
         """
-        if self.count is not None and self.count < 10_000:
+        if self.log2 < 14 and self.count is not None and self.count < 10_000:
             return str(self.count)
         log10 = self.log2 * math.log10(2)
         if not self.exact:  # the logarithm is good to six digits, which says nothing about a mantissa
@@ -114,7 +119,7 @@ def mask_diversity(
     _check_size(structure)
     if isinstance(structure, Unstructured):
         log2, count = _combinations(weights, structure.kept(weights))
-        return MaskDiversity(structure, weights, method, log2, True, count)
+        return MaskDiversity(structure, weights, method, log2, True, None if count is None else (count, 1))
     one: int | None
     match structure:
         case Pattern(n, m, transposable=False):
@@ -138,7 +143,7 @@ def mask_diversity(
         )
     log2 = float(exponent) * math.log2(one)
     whole = exponent.denominator == 1 and log2 <= COUNT_BITS
-    return MaskDiversity(structure, weights, method, log2, True, one**exponent.numerator if whole else None)
+    return MaskDiversity(structure, weights, method, log2, True, (one, exponent.numerator) if whole else None)
 
 
 def _check_size(structure: Structure) -> None:

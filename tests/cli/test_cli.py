@@ -543,9 +543,11 @@ def test_where_there_is_no_terminal_progress_is_lines_with_the_time(
         quiet = run(*arguments[:2], "out-json", *arguments[2:], "--json")
         assert quiet.exit_code == 0 and quiet.stderr == "" and json.loads(quiet.stdout)["ok"]
     else:
-        command = [sys.executable, "-m", "bisparse", *arguments[:2], "out-json", *arguments[2:], "--json"]
-        job = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert job.returncode == 0 and job.stderr == "" and json.loads(job.stdout)["ok"]
+        with open("said", "w") as said, open("errors", "w") as errors:
+            command = *arguments[:2], "out-json", *arguments[2:], "--json"
+            job = start_command(*command, stdout=said.fileno(), stderr=errors.fileno())
+            assert exit_code(job) == 0
+        assert Path("errors").read_text() == "" and json.loads(Path("said").read_text())["ok"]
 
 
 def test_lines_come_at_the_start_every_few_seconds_and_at_the_end(

@@ -17,7 +17,7 @@ import bisparse
 from bisparse import process_group
 from bisparse.pruning import OtherRankError
 
-TIMEOUT_S = 4
+TIMEOUT_S = 3
 
 
 def main(rank: int, folder: Path, job: str) -> None:
