@@ -65,8 +65,9 @@ def priced_figures(
     m = u.shape[1]
     if not _fits(scores, m) or scores.shape[1] % m or not mask.is_contiguous() or any(side.is_cuda for side in (u, v, exponent)):
         return None
-    prices = ((side if side.dtype == torch.int32 else side.long()).contiguous().numpy() for side in (u, v, exponent))
-    gap, kept, total = _figures_kernel()(_matrix(scores.numpy()), _matrix(_bytes(mask)), *prices, n, exactly, (0,) * m)
+    dtype = torch.int32 if all(one.dtype == torch.int32 for one in (u, v, exponent)) else torch.int64
+    prices = (one.to(dtype).contiguous().numpy() for one in (u, v, exponent))
+    gap, kept, total = _figures_kernel()(_matrix(scores.numpy()), _matrix(_bytes(mask)), *prices, n, exactly, m)
     return None if gap < 0 else (float(gap), float(kept), float(total))
 
 
@@ -203,9 +204,9 @@ def _sums_kernel() -> Callable[..., Any]:
 
 @cache
 def _figures_kernel() -> Callable[..., Any]:
-    def figures(scores, mask, u, v, exponent, n, exactly, side):  # type: ignore[no-untyped-def]
+    def figures(scores, mask, u, v, exponent, n, exactly, m):  # type: ignore[no-untyped-def]
         # Prices and their sums are whole numbers below 2**53, so float64 is exact, and one loop over columns serves all M.
-        m = len(side)
+        # Compiled for each M, a pattern's first figures took a second longer, and all of them as long or longer from M = 8 on.
         columns = scores.shape[1]
         across, width = columns // m, WIDTH // m * m
         row_price, column_price, scale = np.empty(width), np.empty(width), np.empty(width)
