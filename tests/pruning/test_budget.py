@@ -124,6 +124,31 @@ def test_the_mixture_loses_least_of_all_mixtures(data: bool) -> None:
     assert float(re.search(r"mean loss ([\d.e-]+)", report.notes[0])[1]) == pytest.approx(mean, rel=2e-3)
 
 
+class Rescaled(nn.Module):
+    """The function does not depend on `exponent`, the size of the weights of the layer in the middle does."""
+
+    def __init__(self, exponent: int) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        self.exponent = exponent
+        with torch.no_grad():
+            self.middle.weight.mul_(2.0**exponent)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(torch.relu(self.middle(torch.relu(self.first(x))) * 2.0**-self.exponent))
+
+
+@pytest.mark.parametrize("exponent", [-100, -74, 70])
+def test_the_size_of_weights_changes_no_choice(exponent: int) -> None:
+    chosen = []
+    batches = [torch.randn(64, 16) for _ in range(3)]
+    for one in (0, exponent):
+        torch.manual_seed(0)
+        report = prune_(Rescaled(one), method="wanda", batches=batches, budget=0.5, patterns=["2:8", "4:8", "6:8"])
+        chosen.append([layer.pattern for layer in report])
+    assert chosen[0] == chosen[1]
+
+
 def test_bytes_count_positions_and_times_are_those_given() -> None:
     model = network()
     prune_(model, budget=Budget(bytes=17 / 32), patterns=["2:4", "dense"], include=["*"])  # half of 32 + 2 bits

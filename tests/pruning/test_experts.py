@@ -162,6 +162,16 @@ def test_every_method_prunes_each_expert_as_a_linear_layer(method: Method, patte
         assert same > (0.8 if isinstance(method, ALPS) else 0.999)
 
 
+def test_the_size_of_weights_does_not_change_the_error_of_a_stack() -> None:
+    name, batches, errors = "model.layers.0.mlp.experts.down_proj", batches_of(), []
+    for exponent in (0, -100):
+        model = model_of("mixtral")
+        with torch.no_grad():
+            model.get_parameter(name).mul_(2.0**exponent)
+        errors.append(bisparse.prune_(model, "2:4", "sparsegpt", batches, include=name, **PARALLEL)[name].error)
+    assert 0 < errors[0] < 1 and errors[1] == pytest.approx(errors[0], rel=1e-5)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "llama4_text", "jetmoe"])
 def test_in_the_order_sequential_the_down_projection_sees_the_pruned_up_projection(family: str) -> None:
     model, batches = model_of(family), batches_of()

@@ -32,7 +32,7 @@ from bisparse.pruning.calibration.options import Options
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic, Statistics, full_precision
 from bisparse.pruning.experts import expert_problems
 from bisparse.pruning.layer import layer_problem
-from bisparse.pruning.methods.base import LayerProblem
+from bisparse.pruning.methods.base import LayerProblem, in_range
 from bisparse.pruning.sensitivity import output_sensitivity
 from bisparse.solvers import Solver
 
@@ -143,12 +143,13 @@ def _lost(problem: LayerProblem) -> tuple[Float[Tensor, " C"], float]:
 
 def _energies(problem: LayerProblem) -> tuple[Float[Tensor, " C"], float]:
     """The mean output energy that the mask loses, by channel, and the total, from the problem's statistics."""
+    problem, factor = in_range(problem)
     least = problem.least_squares(centred=False)
     scale = least.gram.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()[:, None, :]
     scores = _in_units_of_the_largest(least.weight * scale).square()
     mask = problem.solve(problem.matrices(scores)).mask
     lost = least.row_error(problem.rows(problem.weight * mask).float())
-    return lost.double().flatten().cpu(), float(least.energy.double().sum())
+    return lost.double().flatten().cpu() / factor / factor, float(least.energy.double().sum()) / factor / factor
 
 
 def _in_units_of_the_largest(values: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bisparse.pruning.calibration.statistics import ExpertStatistics
-from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned, prune_in_range
+from bisparse.pruning.methods.base import MATRICES, LayerProblem, Method, Pruned, in_range, prune_in_range
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.solution import Certificate, Solution
 
@@ -47,7 +47,7 @@ def prune_experts(problem: LayerProblem, method: Method, experts: Sequence[Exper
     parts = []
     for own in expert_problems(problem, experts):
         assert own.statistics is not None
-        parts.append(prune_in_range(method if own.statistics.columns else Magnitude(), own))
+        parts.append(prune_in_range((method if own.statistics.columns else Magnitude()).prune, own))
     weights = [one.weight for one in parts]
     weight = None
     if any(one is not None for one in weights):
@@ -85,7 +85,9 @@ def _total(problem: LayerProblem, experts: Sequence[ExpertStatistics], errors: S
             continue
         if error is None:
             return None
-        one = float(own.least_squares(centred=False, statistics=expert.statistics.merged()).energy.double().sum())
+        scaled, factor = in_range(own)
+        whole = scaled.least_squares(centred=False, statistics=expert.statistics.merged())
+        one = float(whole.energy.double().sum()) / factor / factor
         lost += expert.statistics.columns * one * error**2
         energy += expert.statistics.columns * one
     return (lost / energy) ** 0.5 if energy > 0 else None

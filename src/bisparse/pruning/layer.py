@@ -170,9 +170,11 @@ def prune_layer(
         bias_at = bias_of(layer, norms)
         problem = layer_problem(layer, pattern, solver, statistics, allowed, bias_at)
         experts = None if statistics is None else statistics.experts
-        pruned = prune_in_range(method, problem) if experts is None else prune_experts(problem, method, experts)
+        pruned = prune_in_range(method.prune, problem) if experts is None else prune_experts(problem, method, experts)
         if pruned.weight is not None and not bool(torch.isfinite(pruned.weight).all()):
             raise ValueError(f"{layer.name}: {method.name} at {pattern} returned weights that are not finite; raise the damping")
+        if pruned.bias is not None and not bool(torch.isfinite(pruned.bias).all()):
+            raise ValueError(f"{layer.name}: {method.name} at {pattern} returned a bias that is not finite; exclude the layer")
         if not pruned.note and statistics is not None and _all_zero(statistics):
             pruned = replace(pruned, note="all inputs are 0 in the calibration data")
         weight = layer.weight

@@ -299,6 +299,54 @@ def test_the_size_of_weights_changes_neither_masks_nor_errors(name: str, exponen
     assert torch.equal(scaled[0].bias * 2.0**-exponent, model[0].bias)
 
 
+@pytest.mark.parametrize(("exponent", "bias"), [(-126, 10.0), (-120, 300.0), (60, 1e-30)])
+@pytest.mark.parametrize("name", ["sparsegpt", "adaprune", "alps", "adaprune-gradient", "bias-correction", "regrow"])
+def test_a_bias_of_another_size_than_the_weights_is_kept(name: str, exponent: int, bias: float) -> None:
+    model = nn.Sequential(nn.Linear(16, 8)).eval()
+    with torch.no_grad():
+        model[0].weight.mul_(2.0**exponent)
+        model[0].bias.fill_(bias)
+    kept = [torch.full((8,), bias)] if exponent < 0 or name == "sparsegpt" else []
+    prune_(model, "2:4-T", METHODS[name], [torch.randn(64, 16) for _ in range(3)])
+    assert bool(torch.isfinite(model[0].bias).all())
+    assert all(torch.equal(model[0].bias, one) for one in kept)
+
+
+@pytest.mark.parametrize("exponent", [-1000, -150, 130, 900])
+@pytest.mark.parametrize(
+    "name", ["sparsegpt", "adaprune", "alps", "mean-absorption", "match-moments", "bias-correction", "regrow"]
+)
+def test_float64_weights_beyond_float32_are_pruned_as_others(name: str, exponent: int) -> None:
+    batches = [torch.randn(64, 16, dtype=torch.float64) for _ in range(3)]
+    model = nn.Sequential(nn.Linear(16, 8)).double().eval()
+    scaled = copy.deepcopy(model)
+    with torch.no_grad():
+        for one in scaled.parameters():
+            one.mul_(2.0**exponent)
+    report, other = (prune_(one, "2:4-T", name, batches)["0"] for one in (model, scaled))
+    assert other.density == report.density
+    assert report.error is None or other.error == pytest.approx(report.error, rel=1e-5)
+    assert torch.allclose(scaled[0].weight * 2.0**-exponent, model[0].weight, rtol=1e-5)
+
+
+@pytest.mark.parametrize("exponent", [-24, -12, -6, 0, 20])
+def test_gradient_steps_fit_weights_of_any_size(exponent: int) -> None:
+    model = nn.Sequential(nn.Linear(13, 10)).eval()
+    with torch.no_grad():
+        for one in model.parameters():
+            one.mul_(2.0**exponent)
+    report = prune_(model, "2:4", GradientAdaPrune(steps=200), [torch.randn(64, 13)])["0"]
+    assert report.error < report.error_before
+
+
+def test_gradient_steps_that_make_the_error_larger_are_not_taken() -> None:
+    model = nn.Sequential(nn.Linear(16, 8)).eval()
+    dense = model[0].weight.detach().clone()
+    report = prune_(model, "2:4", GradientAdaPrune(steps=20, rate=10.0), [torch.randn(64, 16)])["0"]
+    assert report.error == report.error_before < 1 and "made the error larger" in report.note
+    assert torch.equal(model[0].weight, dense * (model[0].weight != 0))
+
+
 def test_too_little_data_to_hold_any_out_is_said_and_damped() -> None:
     report = prune_(nn.Sequential(nn.Linear(16, 8)), "2:4", AdaPrune(), [torch.randn(3, 16)])
     assert report["0"].damping == 0.01 and "too little data" in report["0"].note

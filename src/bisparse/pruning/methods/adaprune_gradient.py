@@ -15,11 +15,15 @@ from torch import Tensor
 
 from bisparse.arguments import check_count, check_number
 from bisparse.pruning.calibration.statistics import CalibrationError, Statistic
-from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, method_setting_
+from bisparse.pruning.methods.base import LayerProblem, Method, Pruned, method_setting_, prune_in_range
 from bisparse.pruning.methods.magnitude import Magnitude
 from bisparse.pruning.methods.mean_absorption import absorb_mean
 
 __all__ = ["GradientAdaPrune"]
+
+USUAL_FOR_ADAM = 6
+"""Weights of which the largest is within 2^6 and 2^-6 are used as they are. The steps of Adam have an absolute size, which the
+paper chose for usual weights: at a largest weight of 2^-20 each step is a thousand times as large."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class GradientAdaPrune(Method):
         return self.selection.needs | {Statistic.INPUTS, Statistic.GRAM}
 
     def prune(self, problem: LayerProblem) -> Pruned:
+        return prune_in_range(self._fit, problem, USUAL_FOR_ADAM)
+
+    def _fit(self, problem: LayerProblem) -> Pruned:
         selected = self.selection.prune(problem)
         inputs = problem.measured.inputs
         if inputs is None or problem.output is None:
@@ -68,6 +75,9 @@ class GradientAdaPrune(Method):
         # The error of the weights alone, where a bias moved too, would not be the layer's: it is measured on the inputs.
         error = whole.error(rows) if bias is None else _measured_error(problem, inputs, weight, bias)
         before = whole.error(whole.weight * problem.rows(mask))
+        if not error <= before:
+            note = f"kept weights are unchanged, since Adam made the error larger: {error:.3g}"
+            return Pruned(selected.solution, error=before, error_before=before, note=note)
         return Pruned(selected.solution, weight, bias, error=error, error_before=before)
 
     def _adam(

@@ -160,29 +160,45 @@ class Method(ABC):
         """
 
 
-def in_range(problem: LayerProblem) -> tuple[LayerProblem, float]:
+def in_range(problem: LayerProblem, usual: int = USUAL) -> tuple[LayerProblem, float]:
     """The problem with weights whose squares neither underflow nor overflow, and the power of two that they were multiplied by.
 
-    A layer's output is linear in its weight and bias together, so that errors relative to the output do not change.
+    A layer's output is linear in its weight and bias together, so that errors relative to the output do not change. Entries of
+    the bias that would overflow become 0; see `prune_in_range`.
+
+    Args:
+        usual: weights of which the largest is within two to the power of plus and minus this are used as they are.
     """
     largest = float(problem.weight.abs().amax()) if problem.weight.numel() else 0.0
     exponent = math.frexp(largest)[1] if 0 < largest < math.inf else 0
-    if abs(exponent) <= USUAL:
+    if abs(exponent) <= usual:
         return problem, 1.0
-    factor = 2.0 ** max(-126, min(126, -exponent))  # a float32, also for subnormal weights
-    bias = None if problem.bias is None else problem.bias * factor
+    most = 126 if problem.weight.dtype == torch.float32 else 1022  # powers of two of the dtype, also for subnormal weights
+    factor = 2.0 ** max(-most, min(most, -exponent))
+    bias = None if problem.bias is None else _finite(problem.bias.double() * factor, problem.bias.dtype)
     return replace(problem, weight=problem.weight * factor, bias=bias), factor
 
 
-def prune_in_range(method: Method, problem: LayerProblem) -> Pruned:
-    """What `method.prune` returns, computed with weights whose squares neither underflow nor overflow."""
-    if problem.statistics is None:  # magnitudes need no squares
-        return method.prune(problem)
-    scaled, factor = in_range(problem)
-    pruned = method.prune(scaled)
+def _finite(values: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = values.to(dtype)
+    return torch.where(stored.isfinite(), stored, 0.0)
+
+
+def prune_in_range(prune: Callable[[LayerProblem], Pruned], problem: LayerProblem, usual: int = USUAL) -> Pruned:
+    """What a method's `prune` returns, computed with weights whose squares neither underflow nor overflow; see `in_range`.
+
+    A method adds to the bias. What the bias lost in the other unit, by overflow or by underflow, is added again.
+    """
+    scaled, factor = in_range(problem, usual)
     if factor == 1.0:
-        return pruned
-    weight, bias = (None if one is None else one / factor for one in (pruned.weight, pruned.bias))
+        return prune(problem)
+    if problem.statistics is None and (plain := prune(problem)).weight is None:
+        return plain  # magnitudes need no squares
+    pruned = prune(scaled)
+    weight = None if pruned.weight is None else pruned.weight.to(problem.weight.dtype) / factor
+    bias = pruned.bias
+    if bias is not None and problem.bias is not None and scaled.bias is not None:
+        bias = (problem.bias.double() + (bias.double() - scaled.bias.double()) / factor).to(problem.bias.dtype)
     return replace(pruned, weight=weight, bias=bias)
 
 
