@@ -21,6 +21,8 @@ from numba.core import sigutils
 from numba.core.caching import FunctionCache, IndexDataCacheFile
 from numba.core.ccallback import CFunc
 
+from bisparse.kernels.numba_runtime.linked import LinkedCompiler
+
 __all__ = ["cached_cfunc", "cached_njit"]
 
 DIGEST = hashlib.sha256().digest_size
@@ -31,13 +33,15 @@ def cached_njit(*, from_python: bool = True, **options: Any) -> Callable[[Callab
     """Equivalent to ``numba.njit(nogil=True, cache=True, **options)`` with this module's cache.
 
     Args:
-        from_python: False for a function that only kernels call: it is compiled without the wrappers that Python and C would
-            call it through, which take an eighth of its time. A call from Python would crash.
+        from_python: False for a function that only kernels call: it is compiled into them and nowhere else, without the wrappers
+            that Python and C would call it through. A call from Python would crash.
     """
 
     def compile_lazily(function: Callable[..., Any]) -> Any:
-        left_out = {"no_cpython_wrapper": not from_python, "no_cfunc_wrapper": not from_python}
-        dispatcher = njit(nogil=True, **left_out, **options)(function)
+        if not from_python:
+            inner = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "pipeline_class": LinkedCompiler}
+            return njit(nogil=True, **inner, **options)(function)
+        dispatcher = njit(nogil=True, **options)(function)
         if (found := _cache_of(function)) is not None:
             dispatcher._cache = found
         return dispatcher
