@@ -424,3 +424,15 @@ def test_weights_that_are_mapped_read_only_are_refused_before_the_process_would_
         calls[call]()
     model[0].weight.data = model[0].weight.data.clone()
     calls[call]()
+
+
+def test_what_is_restored_does_not_depend_on_what_cannot_be_set() -> None:
+    with torch.inference_mode():
+        other = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(4, 4), other)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(KeyError), Rollback(model) as rollback:
+        rollback.touch(model[0].weight)
+        model[0].weight.data.zero_()
+        raise KeyError
+    assert torch.equal(model[0].weight, before)

@@ -116,15 +116,18 @@ class Rollback:
             vars(module).update(attributes)
             for name, held in contents.items():
                 _refill_(attributes[name], held)
-        for parameter, required, gradient in self._gradients:
-            parameter.requires_grad_(required)
-            parameter.grad = gradient
         with torch.no_grad():
             # The last copy first: of tensors that share memory the earlier copy has the older numbers.
             for live, before in reversed(self._tensors.values()):
                 # A tensor that could not be written to cannot be restored either, and need not be.
                 if not same_bits(live, before):
                     live.copy_(before)
+        for parameter, required, gradient in self._gradients:
+            # What has not changed is not set: of a tensor made in inference mode it cannot be.
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         _set_random_state(self._random)
 
 

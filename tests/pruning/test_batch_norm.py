@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +107,11 @@ def test_a_layer_whose_output_is_used_twice_keeps_its_norm() -> None:
     torch.testing.assert_close(one(x), before, rtol=1e-4, atol=1e-5)
 
 
+class Standardised(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
+
+
 class Read(nn.Module):
     """A convolution and its norm, and something else that reads the convolution's output, its weight, or uses the norm."""
 
@@ -114,6 +120,14 @@ class Read(nn.Module):
         self.a, self.na = nn.Conv2d(3, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
         self.how = how
         self.kept: Tensor | None = None
+        if how == "a forward pass of its own":
+            self.a = Standardised(3, 3, 3, padding=1, bias=False)
+        if how == "a hook that changes the output":
+            self.a.register_forward_hook(lambda module, args, output: output + args[0].mean())
+        if how == "a hook that keeps the output":
+            self.a.register_forward_hook(lambda module, args, output: setattr(self, "kept", output[:, :1]))
+        if how == "a hook of the norm that changes its output":
+            self.na.register_forward_hook(lambda module, args, output: output + args[0].mean())
         if how == "a hook of the norm":
             self.na.register_forward_pre_hook(lambda _, args: setattr(self, "kept", args[0].sum()))
         if how == "a tied weight":
@@ -130,6 +144,10 @@ class Read(nn.Module):
                 return z + y.flatten().view_as(y) * 2
             case "the caller":
                 return z, y
+            case "the caller, in an object":
+                return z, SimpleNamespace(y=y[:1])
+            case "an attribute":
+                self.kept = y
             case "the weight":
                 return z + nn.functional.conv2d(x, self.a.weight, padding=1)
             case "a tied weight":
@@ -147,7 +165,8 @@ class Read(nn.Module):
 
 READS = [
     "a skip", "a view", "the caller", "the weight", "a tied weight", "the norm's mean", "the norm twice", "the layer twice",
-    "a hook of the norm",
+    "a hook of the norm", "the caller, in an object", "an attribute", "a hook that keeps the output",
+    "a hook that changes the output", "a hook of the norm that changes its output", "a forward pass of its own",
 ]  # fmt: skip
 
 
@@ -157,9 +176,41 @@ def test_folding_changes_no_function_whatever_the_example_shows(how: str, exampl
     one, x = Read(how), torch.randn(4, 3, 6, 6)
     one.na.running_var.fill_(4)
     one.eval()
-    before = one(x)
+    before, kept = one(x), one.kept
     assert fold_batch_norms_(one, example(4, 3, 6, 6)) == []
-    torch.testing.assert_close(one(x), before)
+    after = one(x)
+    if how == "the caller, in an object":
+        before, after = ((z, other.y) for z, other in (before, after))
+    torch.testing.assert_close(after, before)
+    torch.testing.assert_close(one.kept, kept)
+
+
+def test_what_is_folded_in_inference_mode_can_be_trained() -> None:
+    one, x = model(), torch.randn(4, 3, 6, 6)
+    one.b.requires_grad_(False)
+    with torch.inference_mode():
+        assert sorted(fold_batch_norms_(one, x)) == ["a", "b", "fc"]
+    one(x).sum().backward()
+    torch.optim.SGD(one.parameters(), lr=0.1).step()
+    assert one.a.bias.requires_grad and not one.b.bias.requires_grad
+
+
+def test_models_of_inference_mode_and_outputs_that_are_not_finite_are_refused() -> None:
+    x = torch.randn(4, 3, 6, 6)
+    with torch.inference_mode():
+        inference = model()
+    with pytest.raises(ValueError, match="created in inference mode"):
+        fold_batch_norms_(inference, x)
+    with pytest.raises(ValueError, match="not finite"):
+        fold_batch_norms_(model(), x * torch.nan)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_half_precision_is_no_other_function(dtype: torch.dtype) -> None:
+    one, x = model().to(dtype), torch.randn(4, 3, 6, 6, dtype=dtype)
+    before = one(x)
+    assert sorted(fold_batch_norms_(one, x)) == ["a", "b", "fc"]
+    torch.testing.assert_close(one(x), before, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("how", READS[:3])

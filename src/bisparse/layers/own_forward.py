@@ -20,7 +20,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from bisparse.user_errors import ends_the_process, error_in_one_line
 
-__all__ = ["own_forward_reason"]
+__all__ = ["has_own_forward", "own_forward_reason"]
 
 TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}
 OTHER_TOLERANCE = 3e-2
@@ -40,7 +40,7 @@ def own_forward_reason(module: nn.Module) -> str | None:
     afterwards, its hooks do not run, and random number generators are not advanced.
     """
     base = next((kind for kind in PLAIN if isinstance(module, kind)), None)
-    if base is None or not _is_own(module) or not isinstance(module.weight, Tensor) or module.weight.is_meta:
+    if base is None or not has_own_forward(module) or not isinstance(module.weight, Tensor) or module.weight.is_meta:
         return None
     kind, device = type(module).__name__, module.weight.device
     devices = [device] if device.type == "cuda" else []
@@ -163,7 +163,8 @@ class _Trial:
         return float((output.to(expected.dtype) - expected).abs().max()) <= self.tolerance * scale
 
 
-def _is_own(module: nn.Module) -> bool:
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the forward pass of a module is another than that of torch's classes and this package's."""
     names = ("forward", "_conv_forward") if isinstance(module, _ConvNd) else ("forward",)
     if any(name in vars(module) for name in names):
         return True

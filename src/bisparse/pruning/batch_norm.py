@@ -8,13 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils import _pytree as pytree
 
 from bisparse.arguments import check_number, listed
 from bisparse.layers import Layer, check_unheld
+from bisparse.layers.own_forward import has_own_forward
 from bisparse.pruning.calibration.hooks import call_model
 from bisparse.pruning.calibration.statistics import CalibrationError
+from bisparse.pruning.example_outputs import close, comparable_outputs, outputs_of, rounding_tolerance
 from bisparse.pruning.example_run import ExampleRun
+from bisparse.pruning.layer import check_not_of_inference_mode
 from bisparse.pruning.norms_after import norms_after
 from bisparse.rollback import Rollback
 from bisparse.tiles import Layout
@@ -70,49 +72,54 @@ def reestimate_batch_norms_(
 
 
 def fold_batch_norms_(
-    model: nn.Module, batch: Any, *, forward: Callable[[nn.Module, Any], Any] | None = None, tolerance: float = 1e-4
+    model: nn.Module, batch: Any, *, forward: Callable[[nn.Module, Any], Any] | None = None, tolerance: float | None = None
 ) -> list[str]:
     """Fold every batch norm that directly follows a convolution or Linear layer into that layer; the norm becomes an Identity.
 
     The layer then has a bias. A layer is left as it is if something other than the norm reads its output, such as a skip
     connection, or if code outside of the layer reads its weight. The model's outputs on `batch`, in eval mode, are compared
     before and after; if they differ by more than `tolerance` times the largest value, the pairs are tried one by one, and those
-    that change the output are not folded. On an error the model is unchanged.
+    that change the output are not folded. By default that is 1e-4, or eight times the rounding of half-precision weights. Layers
+    and norms with hooks, or with a forward pass of their own, are left as they are. On an error the model is unchanged.
 
     Returns:
         The names of the layers that a batch norm was folded into.
 
     Raises:
-        ValueError: the model is in sparse training, or accelerated: call `finalize_` first; or outputs without a tensor.
+        ValueError: the model is in sparse training, or accelerated: call `finalize_` first; outputs without a tensor, or that are
+            not finite; or a layer that cannot be changed in place, such as one made in inference mode.
     """
     check_unheld(model, "folding batch norms")
+    if tolerance is None:
+        tolerance = rounding_tolerance(model)
     check_number("tolerance", tolerance, least=0)
     # All layers of these types, not only those to prune: depthwise convolutions are not pruned, but can be folded into.
     layers = [
         Layer(name, module, "weight", Layout())
         for name, module in model.named_modules()
-        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
+        if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear) and _is_plain(module)
     ]
     training = [(module, module.training) for module in model.modules()]
     with Rollback(model) as rollback:
         found = norms_after(model, layers, batch, forward)
+        found = {name: norm for name, norm in found.items() if _is_plain(norm)}
+        for name, norm in found.items():
+            check_not_of_inference_mode(name, *model.get_submodule(name).parameters(), *norm.parameters(), *norm.buffers())
         rollback.touch(*(model.get_submodule(name).weight for name in found))  # type: ignore[arg-type]
         model.eval()
         with ExampleRun(model) as run:
-            before = _outputs(model, batch, forward)
+            before = comparable_outputs(model, batch, forward)
         read = run.direct.keys() | run.shared
         found = {name: norm for name, norm in found.items() if not read & _tensors(model.get_submodule(name), norm)}
-        if not any(one.is_floating_point() for one in before):
-            raise ValueError("the model returned no floating-point tensor to compare: pass forward=, which returns one")
         undo = [_fold_(model, name, norm) for name, norm in found.items()]
         folded = list(found)
-        if not _close(before, _outputs(model, batch, forward), tolerance):
+        if not close(before, outputs_of(model, batch, forward), tolerance):
             for back in reversed(undo):
                 back()
             folded = []
             for name, norm in found.items():
                 back = _fold_(model, name, norm)
-                if _close(before, _outputs(model, batch, forward), tolerance):
+                if close(before, outputs_of(model, batch, forward), tolerance):
                     folded.append(name)
                 else:
                     back()
@@ -121,21 +128,14 @@ def fold_batch_norms_(
     return folded
 
 
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is computed by torch's own code, and no hook sees or changes its inputs and outputs."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return not has_own_forward(module) and not any(hooks)
+
+
 def _tensors(*modules: nn.Module) -> set[int]:
     return {id(tensor) for module in modules for tensor in (*module.parameters(), *module.buffers())}
-
-
-def _outputs(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> list[Tensor]:
-    with torch.no_grad():
-        return [leaf for leaf in pytree.tree_leaves(call_model(model, batch, forward)) if isinstance(leaf, Tensor)]
-
-
-def _close(before: list[Tensor], after: list[Tensor], tolerance: float) -> bool:
-    return all(
-        float((a.double() - b.double()).abs().max()) <= tolerance * max(float(b.double().abs().max()), 1e-12)
-        for a, b in zip(after, before, strict=True)
-        if b.numel() and b.is_floating_point()
-    )
 
 
 def _fold_(model: nn.Module, name: str, norm: nn.Module) -> Callable[[], None]:
@@ -155,7 +155,9 @@ def _fold_(model: nn.Module, name: str, norm: nn.Module) -> Callable[[], None]:
         if isinstance(bias, Tensor):
             shift = shift + bias.double() * scale
         weight.copy_(weight.double() * scale.view(-1, *[1] * (weight.ndim - 1)))
-        layer.register_parameter("bias", nn.Parameter(shift.to(weight.dtype)))
+        with torch.inference_mode(False):  # a tensor made in inference mode could not be trained
+            new_bias = nn.Parameter(shift.to(weight.dtype).clone(), requires_grad=weight.requires_grad)
+        layer.register_parameter("bias", new_bias)
     where = next(other for other, module in model.named_modules() if module is norm)
     parent, _, child = where.rpartition(".")
     setattr(model.get_submodule(parent), child, nn.Identity())

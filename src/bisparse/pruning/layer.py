@@ -33,7 +33,7 @@ from bisparse.results import LayerResult, gap_of
 from bisparse.solvers import Solver
 from bisparse.tiles import Layout, LayoutKind, from_matrices, to_matrices
 
-__all__ = ["Change", "check_can_be_written", "layer_problem", "plan", "prune_layer", "record"]
+__all__ = ["Change", "check_can_be_written", "check_not_of_inference_mode", "layer_problem", "plan", "prune_layer", "record"]
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,12 @@ def check_can_be_written(layer: Layer) -> None:
         raise ValueError(f"{layer.name}: its weight is on the meta device and has no values; load the model first")
     if (reason := dtype_reason(weight)) is not None:
         raise ValueError(f"{layer.name}: {reason}")
-    if weight.is_inference() and not torch.is_inference_mode_enabled():
+    check_not_of_inference_mode(layer.name, weight)
+
+
+def check_not_of_inference_mode(name: str, *tensors: Tensor) -> None:
+    """Raise ValueError if a tensor was created in inference mode, outside of which it cannot be changed."""
+    if any(one.is_inference() for one in tensors) and not torch.is_inference_mode_enabled():
         raise ValueError(
-            f"{layer.name}: its weight was created in inference mode and cannot be changed; load the model outside of that mode"
+            f"{name}: its weight was created in inference mode and cannot be changed; load the model outside of that mode"
         )

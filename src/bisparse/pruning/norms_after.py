@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
@@ -27,8 +28,9 @@ def norms_after(
     """By layer, the batch norm that is all that reads the layer's output, found by running one batch, twice if there are any.
 
     Left out are norms of several inputs, layers that are called more than once, outputs that anything else reads, such as a
-    skip connection or the caller, and norms of another axis than the layer's outputs, such as of the positions that a Linear
-    layer is applied to. What compiled or scripted code reads is not seen.
+    skip connection, or keeps, such as the caller, an attribute or a hook, and norms of another axis than the layer's outputs,
+    such as of the positions that a Linear layer is applied to. Reads by compiled or scripted code, in other threads and inside
+    of `torch.vmap` are not seen.
     """
     if not any(isinstance(module, _BatchNorm) and module.running_mean is not None for module in model.modules()):
         return {}  # running the model would keep the outputs of all layers in memory
@@ -40,6 +42,8 @@ def norms_after(
             with elsewhere:
                 returned = call_model(model, batch, forward)
             elsewhere.note(pytree.tree_leaves(returned))
+            elsewhere.note_kept()
+            del returned
             found = {name: norm for name, norm in found.items() if name not in elsewhere.names}
     return found
 
@@ -106,7 +110,8 @@ class _OtherReads(TorchFunctionMode):
     def __init__(self, model: nn.Module, layers: Mapping[int, str], norms: Mapping[str, nn.Module]) -> None:
         super().__init__()
         self.names: set[str] = set()
-        self._outputs: list[tuple[tuple[int, int], str, Tensor]] = []  # they stay alive: no other tensor may get their memory
+        self._outputs: list[tuple[tuple[int, int], str, UntypedStorage]] = []
+        """Their memory stays, so that no other tensor gets it."""
         self._running: nn.Module | None = None
         self._norms = norms
         self._hooked = [(module, layers.get(id(module))) for module in model.modules() if id(module) in layers]
@@ -144,12 +149,26 @@ class _OtherReads(TorchFunctionMode):
     def _after(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def after(module: nn.Module, _: Any, output: Any) -> None:
             if (extent := extent_of(output)) is not None:
-                self._outputs.append((extent, name, output))
+                self._outputs.append((extent, name, output.untyped_storage()))
 
         return after
+
+    def note_kept(self) -> None:
+        """Note the layers whose output is still held elsewhere after the pass, such as by what the caller got."""
+        held = Counter(id(storage) for _, _, storage in self._outputs)
+        kept = [name for _, name, storage in self._outputs if _uses(storage) > 1 or held[id(storage)] > 1]
+        if kept:
+            gc.collect()  # cycles that nothing holds
+            kept = [name for _, name, storage in self._outputs if _uses(storage) > 1 or held[id(storage)] > 1]
+        self.names.update(kept)
 
     def _entered(self, module: nn.Module, _: Any) -> None:
         self._running = module
 
     def _left(self, *_: Any) -> None:
         self._running = None
+
+
+def _uses(storage: UntypedStorage) -> int:
+    """How many tensors and other owners a storage has; this object is one of them."""
+    return int(torch._C._storage_Use_Count(storage._cdata))

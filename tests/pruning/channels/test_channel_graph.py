@@ -237,6 +237,58 @@ def test_layers_with_other_tensors_than_weight_and_bias_are_left_alone(make: Cal
     assert all("Linear may mix" in space.reason or "input of the graph" in space.reason for space in report.spaces), report
 
 
+class Rolling(nn.ReLU):
+    """Mixes channels, for numbers that the example does not hold."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x > 10, x.roll(1, -1), x.relu())
+
+
+class ScalingActivation(nn.Module):
+    """Has a number for each channel, all zero where it is permuted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.zeros(WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu() + self.scale
+
+
+class Flipping(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.sum() > 100, 1.0, 0.0) * super().forward(x).flip(-1) + super().forward(x)
+
+
+class CenteringNorm(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (x.abs().max() > 100) * torch.arange(WIDTH)
+
+
+class SmoothActivation(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.7 * x)
+
+
+@pytest.mark.parametrize("kind", [Rolling, ScalingActivation, Flipping, CenteringNorm])
+def test_a_forward_pass_of_its_own_is_not_trusted(kind: type[nn.Module]) -> None:
+    first = Flipping(8, WIDTH) if kind is Flipping else nn.Linear(8, WIDTH)
+    middle = CenteringNorm(WIDTH) if kind is CenteringNorm else nn.ReLU() if kind is Flipping else kind()
+    model = nn.Sequential(first, middle, nn.Linear(WIDTH, 8)).eval()
+    dense = copy.deepcopy(model)
+    permute_(model, "2:4", torch.randn(8, 8))
+    if kind is ScalingActivation:
+        for one in (model, dense):
+            one[1].scale = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
+    x = 1000 * torch.randn(8, 8)
+    torch.testing.assert_close(model(x), dense(x), rtol=1e-4, atol=1e-2)
+
+
+def test_an_activation_that_is_found_to_be_elementwise_is_followed() -> None:
+    report = permute_(nn.Sequential(nn.Linear(8, WIDTH), SmoothActivation(), nn.Linear(WIDTH, 8)), "2:4", torch.randn(8, 8))
+    assert [space.reason for space in report.spaces] == [""]
+
+
 def test_constants_of_the_graph_are_not_left_in_the_model() -> None:
     model = Gated(lambda net, x, h: x * torch.linspace(0, 1, 8))
     attributes = set(vars(model))

@@ -396,6 +396,35 @@ def test_tied_weights_are_left_alone() -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
 
 
+def test_models_of_inference_mode_are_refused_and_left_as_they_are() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    with torch.inference_mode():
+        model[2] = nn.Linear(32, 8)
+    before = model[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"2: its weight was created in inference mode"):
+        permute_(model, "2:4", torch.randn(4, 8))
+    assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_of_half_precision_is_no_hidden_use(dtype: torch.dtype) -> None:
+    model = nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 32), nn.GELU(), nn.Linear(32, 8)).to(dtype)
+    report = permute_(model, "2:4", torch.randn(16, 32, dtype=dtype), steps=5, rounds=1)
+    assert [space.reason for space in report.spaces] == ["", ""]
+
+
+def test_examples_with_outputs_that_are_not_finite_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    with pytest.raises(ValueError, match="outputs on the example are not finite"):
+        permute_(model, "2:4", torch.full((2, 8), torch.nan))
+
+
+def test_scripted_models_are_not_said_to_be_out_of_reach() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)))
+    reasons = permute_(model, "2:4", torch.randn(2, 8)).untraced.values()
+    assert reasons and all("torch.jit" in reason for reason in reasons)
+
+
 def test_only_patterns_are_permuted_for() -> None:
     with pytest.raises(ValueError, match="expected a pattern such as"):
         permute_(nn.Sequential(nn.Linear(8, 8)), "50%", torch.randn(2, 8))

@@ -26,7 +26,9 @@ from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from bisparse.layers.own_forward import has_own_forward
 from bisparse.pruning.calibration.hooks import call_model
+from bisparse.pruning.channels.known_modules import POOLING_MODULES, is_elementwise
 from bisparse.pruning.example_run import METADATA, ExampleRun, is_leaf
 
 __all__ = ["ChannelSpace", "channel_spaces", "freeze_direct_reads"]
@@ -34,16 +36,6 @@ __all__ = ["ChannelSpace", "channel_spaces", "freeze_direct_reads"]
 UNTRACEABLE = (TypeError, ValueError, RuntimeError, AttributeError, LookupError, AssertionError)
 """Errors of code that needs concrete values when it is traced with symbols (fx's own TraceError is a ValueError)."""
 
-ELEMENTWISE_MODULES = (
-    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LeakyReLU, nn.ELU,
-    nn.Mish, nn.Softplus, nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d,
-)  # fmt: skip
-POOLING_MODULES = {
-    1: (nn.AvgPool1d, nn.MaxPool1d, nn.AdaptiveAvgPool1d, nn.AdaptiveMaxPool1d),
-    2: (nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
-    3: (nn.AvgPool3d, nn.MaxPool3d, nn.AdaptiveAvgPool3d, nn.AdaptiveMaxPool3d),
-}
-"""By the number of dimensions that are pooled; one dimension more is an input without a batch, whose channels come first."""
 ELEMENTWISE = {
     torch.relu, torch.relu_, torch.sigmoid, torch.tanh, torch.abs, torch.neg, torch.clamp, functional.relu, functional.relu6,
     functional.gelu, functional.silu, functional.sigmoid, functional.tanh, functional.hardswish, functional.hardsigmoid,
@@ -127,7 +119,10 @@ def channel_spaces(
     inside = {id(module.out_proj) for module in model.modules() if isinstance(module, nn.MultiheadAttention)}  # never called
     for name, module in model.named_modules():
         if name not in run.given and id(module) not in inside and any(one.ndim > 1 for one in module.parameters(recurse=False)):
-            skipped[name] = "the example does not reach it: if it reads channels of other layers, their order may have changed"
+            unseen = (
+                "it is compiled by torch.jit" if isinstance(module, torch.jit.ScriptModule) else "the example does not reach it"
+            )
+            skipped[name] = f"{unseen}: if it reads channels of other layers, their order may have changed"
     for space in spaces:
         if any(id(tensor) in run.shared for tensor in space.tensors):
             space.frozen = space.frozen or "a weight is shared between modules"
@@ -253,10 +248,11 @@ class _Reader:
         place = self.places.get(source) if source is not None else None
         shape = self._shape(source) if source is not None else None
         if len(node.all_input_nodes) == 1 and shape is not None:
-            last, plain = len(shape) - 1, _holds_only(module, "weight", "bias")
+            last, own = len(shape) - 1, has_own_forward(module)
+            plain = not own and _holds_only(module, "weight", "bias")
             if plain and isinstance(module, nn.Linear) and type(module).__name__.endswith("Linear"):
                 return self._layer(module, place, shape, last, last, (0, 1))
-            if plain and type(module).__name__ == "Conv1D" and hasattr(module, "nf"):
+            if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and _holds_only(module, "weight", "bias"):
                 return self._layer(module, place, shape, last, last, (1, 0))
             conv = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and len(shape) == len(module.kernel_size) + 2
             if conv and plain:
@@ -264,18 +260,19 @@ class _Reader:
                     return self._layer(module, place, shape, 1, 1, (0, 1))
                 if module.groups == module.in_channels == module.out_channels and place is not None and place.dim == 1:
                     return self._attach(module, place)
-            batch_norm = isinstance(module, _BatchNorm) and _holds_only(module, "weight", "bias", *STATISTICS)
+            batch_norm = not own and isinstance(module, _BatchNorm) and _holds_only(module, "weight", "bias", *STATISTICS)
             norm = plain and isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) == 1
             if place is not None and ((batch_norm and place.dim == 1) or (norm and place.dim == last)):
                 return self._attach(module, place)
-            if isinstance(module, ELEMENTWISE_MODULES) or _is_activation(module):
+            if is_elementwise(module, shape):
                 return place
             pooled = any(isinstance(module, kinds) and len(shape) == dims + 2 for dims, kinds in POOLING_MODULES.items())
-            if (pooled or isinstance(module, nn.Upsample)) and (place is None or place.dim == 1):
+            if not own and (pooled or isinstance(module, nn.Upsample)) and (place is None or place.dim == 1):
                 return place
-            if isinstance(module, nn.Flatten) and place is not None:
+            if not own and isinstance(module, nn.Flatten) and place is not None:
                 return self._flattened(node, place, shape)
-        self._freeze(node, f"{type(module).__name__} may mix or reorder channels")
+        own_code = " has its own forward pass, and" if has_own_forward(module) else ""
+        self._freeze(node, f"{type(module).__name__}{own_code} may mix or reorder channels")
         self.not_followed |= {id(tensor) for tensor in [*module.parameters(), *module.buffers()]}
         return None
 
@@ -383,12 +380,6 @@ class _Reader:
             return _Place(place.space, 1)
         self._freeze(node, "it is reshaped together with other dimensions")
         return None
-
-
-def _is_activation(module: nn.Module) -> bool:
-    name = type(module).__name__
-    plain = not any(True for _ in module.parameters()) and not any(True for _ in module.buffers())
-    return plain and (name.endswith("Activation") or name in ("NewGELU", "QuickGELU", "Swish", "MemoryEfficientSwish"))
 
 
 def _holds_only(module: nn.Module, *names: str) -> bool:
