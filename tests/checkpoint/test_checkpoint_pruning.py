@@ -147,6 +147,24 @@ def test_every_matrix_left_dense_has_its_reason(folder: Path, tmp_path: Path) ->
     assert any("2 vectors" in note for note in report.notes)
 
 
+def test_packed_numbers_in_a_floating_dtype_are_left_as_they_are(tmp_path: Path) -> None:
+    """bitsandbytes stores 4-bit weights in bfloat16 where FSDP asks for it."""
+    state = {
+        "a.weight": torch.randn(32, 16), "q.weight": torch.randn(512, 1).bfloat16(), "p.weight": torch.randn(64, 64).bfloat16(),
+        "q.weight.absmax": torch.ones(16), "p.weight.quant_map": torch.ones(16),
+        "p.weight.quant_state.bitsandbytes__nf4": torch.zeros(60, dtype=torch.uint8),
+    }  # fmt: skip
+    source = write_folder(tmp_path / "model", state)
+    report = prune_checkpoint(source, tmp_path / "out", "2:4-T")
+    assert [layer.name for layer in report] == ["a"]
+    reasons = {one.name: one.reason for one in report.left_dense}
+    assert all("packed numbers of bitsandbytes" in reasons[name] for name in ("p", "q"))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(written[name], value) for name, value in state.items() if name != "a.weight")
+    unchecked = {one.name: one.reason for one in bisparse.checkpoint.verify_checkpoint(source, "2:4-T").unchecked}
+    assert all("packed numbers of bitsandbytes" in unchecked[name] for name in ("p", "q"))
+
+
 def test_the_sidecar_says_what_the_report_says(folder: Path, tmp_path: Path) -> None:
     report = prune_checkpoint(folder, tmp_path / "out", "4:8-T", patterns={"*.down": "2:4"}, remainder="pad")
     content = json.loads((tmp_path / "out" / SIDECAR).read_text())

@@ -175,6 +175,11 @@ PACKED: dict[str, State] = {
     "nvfp4": {"a.weight_packed": torch.ones(8, 8, dtype=torch.uint8), "a.weight_scale": torch.ones(8, 1)},
     "gptq": {"a.qweight": torch.ones(4, 8, dtype=torch.int32), "a.scales": torch.ones(1, 8)},
     "bitsandbytes": {"a.weight": torch.ones(128, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(4)},
+    "bitsandbytes in bfloat16": {"a.weight": torch.ones(128, 1, dtype=torch.bfloat16), "a.weight.absmax": torch.ones(4)},
+    "exl2": {"a.q_weight": torch.ones(4, 8, dtype=torch.int32), "a.q_scale": torch.ones(1, 8, dtype=torch.int32)},
+    "aqlm": {"a.codes": torch.ones(4, 8, 1, dtype=torch.int16), "a.codebooks": torch.ones(1, 16, 1, 8)},
+    "eight in an int32": {"a.weight": torch.ones(8, 4, dtype=torch.int32), "a.weight_scale": torch.ones(8, 1)},
+    "one dimension": {"a.weight_packed": torch.ones(32, dtype=torch.int32), "a.weight_shape": torch.tensor([8, 32])},
     "mxfp4": {"experts.gate_blocks": torch.ones(2, 8, 4, 16, dtype=torch.uint8), "experts.gate_scales": torch.ones(2, 8, 4)},
 }
 
@@ -186,8 +191,8 @@ def test_packed_numbers_of_quantised_weights_are_refused(tmp_path: Path, kind: s
     )
     with pytest.raises(CheckpointError, match=r"packed numbers of a quantised weight, which are not unpacked; use"):
         to_dense(source, tmp_path / "out")
-    ran = CliRunner().invoke(app, ["convert", str(source), "--to-dense", "-o", str(tmp_path / "out")])
-    assert ran.exit_code != 0 and "success" not in ran.output
+    ran = CliRunner().invoke(app, ["convert", str(source), str(tmp_path / "out"), "--to-dense"])
+    assert ran.exit_code == 1 and "packed numbers" in ran.output
     assert not (tmp_path / "out").exists()
 
 
@@ -195,7 +200,8 @@ def test_names_that_look_packed_are_no_evidence(tmp_path: Path) -> None:
     state = {
         "a.weight": torch.randn(8, 8), "a.num_blocks": torch.tensor(3), "b.qweight": torch.randn(8, 8),
         "b.first_blocks": torch.tensor([1, 2]), "c.weight_mask": torch.ones(8, 8, dtype=torch.uint8),
-        "norm.weight": torch.ones(8, dtype=torch.uint8),
+        "norm.weight": torch.ones(8, dtype=torch.uint8), "dec_blocks": torch.ones(4, 4, dtype=torch.int64),
+        "table.weight": torch.ones(8, 8, dtype=torch.uint8), "other.weight": torch.ones(8, 8, dtype=torch.uint16),
     }  # fmt: skip
     to_dense(write_folder(tmp_path / "model", state, {}), tmp_path / "out")
     written = load_file(tmp_path / "out" / "model.safetensors")

@@ -522,6 +522,12 @@ def test_a_terminal_sees_a_bar_with_an_eta(model: Path, tmp_path: Path, monkeypa
     assert b"eta" in seen and b"%" in seen
 
 
+def test_a_folder_with_a_colon_in_its_name_is_a_folder(model: Path, tmp_path: Path) -> None:
+    model.rename(tmp_path / "m:1")
+    assert run("prune", tmp_path / "m:1", tmp_path / "out", "-p", "2:4").exit_code == 0
+    assert run("verify", tmp_path / "out").exit_code == 0
+
+
 @pytest.mark.parametrize("method", ["magnitude", "adaprune"])
 def test_where_there_is_no_terminal_progress_is_lines_with_the_time(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -812,3 +812,22 @@ def test_a_model_that_brings_code_is_refused_and_nobody_is_asked(tmp_path: Path)
     (folder / "mine.py").write_text("import pathlib; pathlib.Path('ran').touch()")
     code, said = invoke("prune", folder, tmp_path / "out", "--method", "wanda")
     assert code == 2 and "custom code" in said["error"] and not Path("ran").exists()
+
+
+def test_the_command_that_a_quantised_folder_names_works_and_such_folders_can_be_replaced(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    llama(num_hidden_layers=1).save_pretrained(tmp_path / "model")
+    for source, out in (("model", "dense out"), ("pruned", "sparse out")):
+        if source == "pruned":
+            assert run("prune", tmp_path / "model", tmp_path / source, "-p", "2:4").exit_code == 0
+        done = run("quantize", tmp_path / source, tmp_path / out, "--scheme", "int8")
+        assert done.exit_code == 0, done.output
+        command = shlex.split(re.search(r"it: bisparse (.*)", done.stdout)[1])
+        assert command[0] == ("info" if source == "model" else "verify") and run(*command).exit_code == 0
+    replaced = run("convert", tmp_path / "model", tmp_path / "dense out", "--to-dense", "--overwrite")
+    assert replaced.exit_code == 0, replaced.output
+    assert not (tmp_path / "dense out" / "bisparse-quantization.json").exists()
+
+
+def run(*given: object) -> object:
+    return CliRunner().invoke(app, [str(one) for one in given])

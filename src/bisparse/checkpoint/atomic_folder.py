@@ -29,9 +29,11 @@ from bisparse.atomic_file import explained
 from bisparse.errors import CheckpointError
 from bisparse.folder_lock import lock_folder
 
-__all__ = ["PLAIN", "check_room", "check_target", "check_writable", "output_folder", "written_here"]
+__all__ = ["PLAIN", "QUANTIZATION", "SIDECAR", "check_room", "check_target", "check_writable", "output_folder", "written_here"]
 
 MARK, OUTPUT, PREVIOUS = "bisparse-temporary", "output", "previous"
+SIDECAR, QUANTIZATION = "bisparse.json", "bisparse-quantization.json"
+"""What pruned and quantised folders hold."""
 PLAIN = "bisparse-plain.json"
 """The file that marks a folder of plain weights, which has no sidecar."""
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -90,11 +92,11 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
 
 
 def written_here(folder: Path, ours: str) -> bool:
-    """Whether a folder may be replaced: it is empty, or bisparse wrote it, according to its file `ours` or `PLAIN`."""
+    """Whether a folder may be replaced: it is empty, or bisparse wrote it, by this command or another, as a file in it says."""
     if not folder.is_dir():
         return False
-    marked = _says(folder / ours, {"schema_version", "layers"}) or _says(folder / PLAIN, {"schema_version", "written_by"})
-    return marked or not any(folder.iterdir())
+    marked = any(_says(folder / one, {"schema_version", "layers"}) for one in (ours, SIDECAR, QUANTIZATION))
+    return marked or _says(folder / PLAIN, {"schema_version", "written_by"}) or not any(folder.iterdir())
 
 
 def _says(path: Path, keys: set[str]) -> bool:

@@ -18,12 +18,13 @@ from torch import Tensor
 from bisparse.checkpoint.layer_selection import NameFilter, StoredLayer, choose_layers, layer_name
 from bisparse.checkpoint.sidecar import Sidecar
 from bisparse.checkpoint.stored_tensor import StoredTensor
-from bisparse.layers import QUANTISED, Skipped, first_match, parse_layout, sides
+from bisparse.layers import QUANTISED, Skipped, first_match, parse_layout, quantisation_state, sides
+from bisparse.layers.packed_numbers import STATES
 from bisparse.pattern import Pattern, Structure, Unstructured, parse_pattern
 from bisparse.results import LayerResult
 from bisparse.tiles import Layout
 
-__all__ = ["Coverage", "cover", "cover_by_sidecar", "is_packed", "nonzero"]
+__all__ = ["Coverage", "cover", "cover_by_sidecar", "nonzero"]
 
 UNSIGNED = ("U8", "U16", "U32", "U64")
 ZERO_POINTS = (".weight_zero_point", ".zero_point", ".weight_zp", ".weight.zero_point", ".zeros", ".qzeros")
@@ -87,7 +88,7 @@ def cover(
                     reasons[plain] = f"{name} {reason}"
     # Tensors that show a weight to be quantised are ignored here; whether it can be read is checked below.
     encoded = {name for name in candidates if any(re.search(ending, name) for ending in ENCODED)}
-    companions = {name for name in candidates if name.endswith(tuple(f".{ending}" for ending in QUANTISED))}
+    companions = {name for name in candidates if name.endswith(tuple(f".{ending}" for ending in (*QUANTISED, *STATES)))}
     seen = {name: tensor for name, tensor in candidates.items() if name in reasons or name not in encoded | companions}
     chosen, left = choose_layers(seen, config, pattern, metadata=metadata, include=include, exclude=exclude, layouts=layouts)
     checked: list[StoredLayer] = []
@@ -150,6 +151,8 @@ def unreadable(tensors: Mapping[str, StoredTensor], tensor: StoredTensor) -> str
     """Why the zeros of a stored weight cannot be read; None if they can."""
     if tensor.torch_dtype is None:
         return f"dtype {tensor.dtype}, which torch cannot read"
+    if (state := quantisation_state(tensor.name, tensors)) is not None:
+        return f"packed numbers of bitsandbytes, since {state} is next to it: a stored 0 need not be a weight of 0"
     if tensor.dtype in UNSIGNED:
         return (
             f"dtype {tensor.dtype}: packed values, or quantised with a zero point, so that a stored 0 need not be a weight of 0"
@@ -163,15 +166,6 @@ def unreadable(tensors: Mapping[str, StoredTensor], tensor: StoredTensor) -> str
             ):
                 return f"dtype {tensor.dtype}, quantised with a zero point ({point.name}): a stored 0 need not be a weight of 0"
     return None
-
-
-def is_packed(tensor: StoredTensor) -> bool:
-    """Whether a stored tensor has the packed numbers of a quantised weight, by its name, dtype and number of dimensions."""
-    if len(tensor.shape) < 2:
-        return False  # such as a count
-    floating = tensor.torch_dtype is not None and tensor.torch_dtype.is_floating_point
-    named = any(re.search(ending, tensor.name) for ending in PACKED) and not floating
-    return named or (_is_weight(tensor.name) and tensor.dtype in UNSIGNED)
 
 
 def nonzero(weight: Shaped[Tensor, "*S"]) -> Bool[Tensor, "*S"]:

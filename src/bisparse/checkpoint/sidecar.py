@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bisparse.apart import check_path
-from bisparse.checkpoint.atomic_folder import PLAIN
+from bisparse.checkpoint.atomic_folder import PLAIN, QUANTIZATION, SIDECAR
 from bisparse.checkpoint.hub import find_source
 from bisparse.checkpoint.input_file import open_input
 from bisparse.checkpoint.schemas import MaskShapes, decode, validate
@@ -39,11 +39,8 @@ __all__ = [
     "plain_mark", "read_sidecar",
 ]  # fmt: skip
 
-SIDECAR = "bisparse.json"
 MASKS = "bisparse-masks.safetensors"
 SCHEMA_VERSION = 1
-QUANTIZATION = "bisparse-quantization.json"
-"""Marks a folder of quantised weights; see `bisparse.export.save_quantized`."""
 OURS = frozenset({SIDECAR, MASKS, PLAIN, QUANTIZATION})
 """Names of the files that bisparse writes next to weights, and overwrites."""
 SAMPLE_SIDE = 16

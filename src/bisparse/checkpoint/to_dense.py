@@ -9,12 +9,12 @@ from pathlib import Path
 from bisparse.apart import check_apart
 from bisparse.arguments import check_function
 from bisparse.checkpoint.atomic_folder import PLAIN, check_room, output_folder
-from bisparse.checkpoint.coverage import is_packed
 from bisparse.checkpoint.prune import SLACK, Progress, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import Source, open_source
 from bisparse.checkpoint.sidecar import SIDECAR, plain_mark
 from bisparse.checkpoint.stored_tensor import SafetensorsWriter
 from bisparse.errors import CheckpointError
+from bisparse.layers import shows_packed_numbers
 
 __all__ = ["to_dense"]
 
@@ -88,7 +88,7 @@ def to_dense(
 
 
 def _check_unpacked(source: Source) -> None:
-    packed = [name for name, tensor in source.tensors.items() if is_packed(tensor)]
+    packed = [name for name, tensor in source.tensors.items() if shows_packed_numbers(name, tensor.dtype, source.tensors)]
     if packed:
         others = f" (and {len(packed) - 1} others)" if len(packed) > 1 else ""
         raise CheckpointError(

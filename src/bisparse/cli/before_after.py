@@ -15,7 +15,7 @@ from bisparse.cli.console import to_stderr, to_stdout
 if TYPE_CHECKING:
     from bisparse.evaluation import Perplexity
 
-__all__ = ["EvalText", "EvalTokens", "Measurement", "measured", "parse_measurement"]
+__all__ = ["EvalText", "EvalTokens", "Measurement", "is_function", "measured", "parse_measurement"]
 
 EvalText = Annotated[
     Path | None,
@@ -80,6 +80,11 @@ class Measurement:
         return {"corpus_sha256": digest, "tokens_asked": self.tokens}
 
 
+def is_function(source: str | Path) -> bool:
+    """Whether a source is given as ``module:function``; what exists is a file or folder, whatever its name."""
+    return ":" in str(source) and not Path(source).exists()
+
+
 def parse_measurement(
     source: Path, target: Path | None, text: Path | None, tokens: int | None, *, as_json: bool
 ) -> Measurement | None:
@@ -90,7 +95,7 @@ def parse_measurement(
         return None
     if target is None:
         raise typer.BadParameter("does not work with --dry-run, which writes nothing to measure", param_hint="--eval")
-    if ":" in str(source) and not source.exists():
+    if is_function(source):
         raise typer.BadParameter("requires a transformers model, with its tokenizer", param_hint="--eval")
     return Measurement(text, tokens, as_json)
 

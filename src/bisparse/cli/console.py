@@ -282,10 +282,10 @@ def _finite(content: object) -> object:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def print_written(target: Path) -> None:
-    """Print the place of a folder, and a command line that checks it."""
-    command = shlex.join(["bisparse", "verify", str(target)])
-    to_stdout().print(f"Written to {target}. Check it: {command}", markup=False, soft_wrap=True)
+def print_written(target: Path, *, dense: bool = False) -> None:
+    """Print the place of a folder, and a command line that checks its masks, or looks at it if it is `dense`."""
+    command = shlex.join(["bisparse", "info" if dense else "verify", str(target)])
+    to_stdout().print(f"Written to {target}. {'Look at' if dense else 'Check'} it: {command}", markup=False, soft_wrap=True)
 
 
 def set_threads(threads: int | None) -> None:

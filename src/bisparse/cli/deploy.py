@@ -234,7 +234,9 @@ def show_quantization(report: QuantizationReport, target: Path, as_json: bool = 
     print_left_dense(console, report.left, "not quantised")
     console.print()
     console.print(f"[bold green]{report}[/]; {report.time_s:.1f} s.", highlight=False)
-    print_written(target)
+    from bisparse.checkpoint.atomic_folder import SIDECAR
+
+    print_written(target, dense=not (target / SIDECAR).exists())
 
 
 def show_export(export: OnnxExport, as_json: bool = False) -> None:

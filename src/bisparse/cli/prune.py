@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bisparse.cli.before_after import EvalText, EvalTokens, parse_measurement
+from bisparse.cli.before_after import EvalText, EvalTokens, is_function, parse_measurement
 from bisparse.cli.budget import BudgetOption, parse_patterns
 from bisparse.cli.calibration_options import (
     NEED_DATA,
@@ -146,7 +146,7 @@ def prune(
     set_threads(threads)
     texts = TextFiles(calibration, text_field, sequences, length, network_sequences)
     job = PruneJob(source, target, structure, {**layers, **choices}, solver, key, overwrite, as_json, texts)
-    on_files = method == "magnitude" and not (block_epochs or network_epochs) and not choices and ":" not in str(source)
+    on_files = method == "magnitude" and not (block_epochs or network_epochs) and not choices and not is_function(source)
     if on_files:
         refuse_given("needs a --method other than magnitude, such as adaprune", *NEED_DATA)
         if not (quantize or export or evaluate):

@@ -25,6 +25,7 @@ from bisparse.layers.kinds import (
 )
 from bisparse.layers.modules import Layer, find_layers
 from bisparse.layers.names import BY_NAME, by_layer, head_reason, layer_name
+from bisparse.layers.packed_numbers import quantisation_state, shows_packed_numbers
 from bisparse.layers.shared_memory import memory_of, not_written
 
 __all__ = [
@@ -55,7 +56,9 @@ __all__ = [
     "parse_layout",
     "parse_layouts",
     "parse_patterns",
+    "quantisation_state",
     "remainder_reason",
+    "shows_packed_numbers",
     "sides",
     "why_dense",
 ]

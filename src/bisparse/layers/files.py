@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 from bisparse.layers.experts import config_parts, config_widths, experts_layout, is_pair
 from bisparse.layers.kinds import DEPTHWISE, Kind
 from bisparse.layers.names import BY_NAME, Names, is_embedding_name, is_transposed_by_name, layer_name, reads_input_by_name
+from bisparse.layers.packed_numbers import quantisation_state
 from bisparse.tiles import Layout, LayoutKind
 
 __all__ = ["NOT_NAMED", "QUANTISED", "FileEvidence", "TensorInfo"]
@@ -97,6 +98,8 @@ class FileEvidence:
         shape, layer = self._shapes[name], layer_name(name)
         if self._dtypes[name] not in PRUNABLE:
             return Kind(refused=f"dtype {self._dtypes[name]}: integers, quantised and packed weights cannot be pruned")
+        if (state := quantisation_state(name, self._shapes)) is not None:
+            return Kind(refused=f"packed numbers of bitsandbytes, since {state} is next to it")
         if 0 in shape:
             return Kind(refused="empty")
         if len(shape) > 5:
