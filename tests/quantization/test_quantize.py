@@ -137,10 +137,11 @@ def test_small_float16_weights_keep_the_levels_of_float32(scheme: str, size: flo
         assert ("fewer levels" in layer.note) == (size == 1e-5)
 
 
-def test_weights_too_small_for_any_scale_are_refused() -> None:
-    model = nn.Sequential(nn.Linear(64, 8))
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 1e-40), (torch.float64, 1e-40), (torch.float64, 1e-300)])
+def test_weights_too_small_for_any_scale_are_refused(dtype: torch.dtype, size: float) -> None:
+    model = nn.Sequential(nn.Linear(64, 8)).to(dtype)
     with torch.no_grad():
-        model[0].weight.mul_(1e-40)
+        model[0].weight.mul_(size)
     before = model[0].weight.detach().clone()
     with pytest.raises(ValueError, match="would become zero"):
         quantize_(model, "int8")

@@ -209,7 +209,7 @@ def _quantise_(layer: Layer, statistics: Statistics, settings: _Settings) -> Qua
     _check_zeros(layer, weight)
     before = layer.weight.double()
     energy, changed = float(before.square().sum()), float((weight.double() - before).square().sum())
-    if energy and not weight.any():
+    if before.any() and not weight.any():
         raise ValueError(
             f"{layer.name}: all its weights would become zero, since {dtype} has no scale as small; exclude the layer"
         )
