@@ -176,6 +176,7 @@ PACKED: dict[str, State] = {
     "gptq": {"a.qweight": torch.ones(4, 8, dtype=torch.int32), "a.scales": torch.ones(1, 8)},
     "bitsandbytes": {"a.weight": torch.ones(128, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(4)},
     "bitsandbytes in bfloat16": {"a.weight": torch.ones(128, 1, dtype=torch.bfloat16), "a.weight.absmax": torch.ones(4)},
+    "hqq": {"a.W_q": torch.ones(8, 4, dtype=torch.bfloat16), "a.scale": torch.ones(8, 1), "a.zero": torch.ones(8, 1)},
     "exl2": {"a.q_weight": torch.ones(4, 8, dtype=torch.int32), "a.q_scale": torch.ones(1, 8, dtype=torch.int32)},
     "aqlm": {"a.codes": torch.ones(4, 8, 1, dtype=torch.int16), "a.codebooks": torch.ones(1, 16, 1, 8)},
     "eight in an int32": {"a.weight": torch.ones(8, 4, dtype=torch.int32), "a.weight_scale": torch.ones(8, 1)},

@@ -122,6 +122,8 @@ class Read(nn.Module):
         self.kept: Tensor | None = None
         if how == "a forward pass of its own":
             self.a = Standardised(3, 3, 3, padding=1, bias=False)
+        if how == "a weight that is computed":
+            nn.utils.parametrizations.weight_norm(self.a)
         if how == "a hook that changes the output":
             self.a.register_forward_hook(lambda module, args, output: output + args[0].mean())
         if how == "a hook that keeps the output":
@@ -167,6 +169,7 @@ READS = [
     "a skip", "a view", "the caller", "the weight", "a tied weight", "the norm's mean", "the norm twice", "the layer twice",
     "a hook of the norm", "the caller, in an object", "an attribute", "a hook that keeps the output",
     "a hook that changes the output", "a hook of the norm that changes its output", "a forward pass of its own",
+    "a weight that is computed",
 ]  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def shows_packed_numbers(name: str, dtype: str, names: Collection[str]) -> bool:
     """
     if quantisation_state(name, names) is not None:
         return True
-    if dtype in FLOATS:
+    if dtype in FLOATS and not name.endswith(".W_q"):  # HQQ stores numbers in the dtype of the model, if asked to
         return False
     if name.endswith("_blocks"):  # MXFP4
         return re.sub("_blocks$", "_scales", name) in names

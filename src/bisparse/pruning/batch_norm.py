@@ -129,7 +129,9 @@ def fold_batch_norms_(
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether a module is computed by torch's own code, and no hook sees or changes its inputs and outputs."""
+    """Whether a module is computed by torch's own code from parameters of its own, and no hook sees its inputs and outputs."""
+    if not {"weight", "bias"} <= module._parameters.keys():  # computed, as by a parametrization
+        return False
     hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     return not has_own_forward(module) and not any(hooks)
 

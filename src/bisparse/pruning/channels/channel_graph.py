@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from bisparse.layers.own_forward import has_own_forward
 from bisparse.pruning.calibration.hooks import call_model
-from bisparse.pruning.channels.known_modules import POOLING_MODULES, is_elementwise
+from bisparse.pruning.channels.known_modules import POOLING_MODULES, is_conv1d, is_elementwise
 from bisparse.pruning.example_run import METADATA, ExampleRun, is_leaf
 
 __all__ = ["ChannelSpace", "channel_spaces", "freeze_direct_reads"]
@@ -252,7 +252,7 @@ class _Reader:
             plain = not own and _holds_only(module, "weight", "bias")
             if plain and isinstance(module, nn.Linear) and type(module).__name__.endswith("Linear"):
                 return self._layer(module, place, shape, last, last, (0, 1))
-            if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and _holds_only(module, "weight", "bias"):
+            if is_conv1d(module) and _holds_only(module, "weight", "bias"):
                 return self._layer(module, place, shape, last, last, (1, 0))
             conv = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d) and len(shape) == len(module.kernel_size) + 2
             if conv and plain:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from bisparse.layers.own_forward import has_own_forward
 from bisparse.user_errors import ends_the_process
 
-__all__ = ["POOLING_MODULES", "is_elementwise"]
+__all__ = ["POOLING_MODULES", "is_conv1d", "is_elementwise"]
 
 ELEMENTWISE_MODULES = (
     nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardtanh, nn.LeakyReLU, nn.ELU,
@@ -36,6 +36,12 @@ def is_elementwise(module: nn.Module, shape: tuple[int, ...]) -> bool:
     if not (named or isinstance(module, ELEMENTWISE_MODULES)) or _tensors(module):
         return False
     return _moves_with_its_numbers(module, shape)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's `Conv1D` of transformers, which multiplies by a weight of (inputs, outputs)."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.forward.__module__.startswith("transformers.") and "forward" not in vars(module)
 
 
 def _tensors(module: nn.Module) -> bool:
