@@ -181,6 +181,7 @@ PACKED: dict[str, State] = {
     "aqlm": {"a.codes": torch.ones(4, 8, 1, dtype=torch.int16), "a.codebooks": torch.ones(1, 16, 1, 8)},
     "eight in an int32": {"a.weight": torch.ones(8, 4, dtype=torch.int32), "a.weight_scale": torch.ones(8, 1)},
     "one dimension": {"a.weight_packed": torch.ones(32, dtype=torch.int32), "a.weight_shape": torch.tensor([8, 32])},
+    "fused experts": {"experts.up_proj": torch.ones(2, 8, 4, dtype=torch.uint8), "experts.up_proj_scale": torch.ones(2, 8, 1)},
     "mxfp4": {"experts.gate_blocks": torch.ones(2, 8, 4, 16, dtype=torch.uint8), "experts.gate_scales": torch.ones(2, 8, 4)},
 }
 

@@ -33,7 +33,7 @@ __all__ = ["PLAIN", "QUANTIZATION", "SIDECAR", "check_room", "check_target", "ch
 
 MARK, OUTPUT, PREVIOUS = "bisparse-temporary", "output", "previous"
 SIDECAR, QUANTIZATION = "bisparse.json", "bisparse-quantization.json"
-"""What pruned and quantised folders hold."""
+"""The files that mark folders of pruned and of quantised weights."""
 PLAIN = "bisparse-plain.json"
 """The file that marks a folder of plain weights, which has no sidecar."""
 RENAME_EXCHANGE = 2  # linux/fs.h
@@ -43,7 +43,7 @@ ATTEMPTS = 20
 
 
 @contextmanager
-def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]:
+def output_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """A folder to write into, which becomes `target` when the block ends without an error, and is removed otherwise.
 
     Args:
@@ -62,7 +62,7 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
     try:
         leftovers = _leftovers(target)
         _restore(target, [folder for folder, _ in leftovers])
-        check_target(target, overwrite, ours)
+        check_target(target, overwrite)
         target.parent.mkdir(parents=True, exist_ok=True)
         hidden, lock = _locked_hidden(target)
         temporary = hidden / OUTPUT
@@ -73,7 +73,7 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
         _unlock(leftovers)
         yield temporary
         _flush(temporary)
-        check_target(target, overwrite, ours)
+        check_target(target, overwrite)
         _publish(temporary, target)
     except OSError as error:
         raise _explained(error, given, temporary) from error
@@ -91,11 +91,11 @@ def output_folder(target: Path, *, overwrite: bool, ours: str) -> Iterator[Path]
             _unlock([*leftovers, (target, lock)])
 
 
-def written_here(folder: Path, ours: str) -> bool:
-    """Whether a folder may be replaced: it is empty, or bisparse wrote it, by this command or another, as a file in it says."""
+def written_here(folder: Path) -> bool:
+    """Whether a folder may be replaced: it is empty, or a file in it says that bisparse wrote it, whichever command did."""
     if not folder.is_dir():
         return False
-    marked = any(_says(folder / one, {"schema_version", "layers"}) for one in (ours, SIDECAR, QUANTIZATION))
+    marked = any(_says(folder / one, {"schema_version", "layers"}) for one in (SIDECAR, QUANTIZATION))
     return marked or _says(folder / PLAIN, {"schema_version", "written_by"}) or not any(folder.iterdir())
 
 
@@ -124,7 +124,7 @@ def check_room(folder: Path, needed: int) -> None:
         )
 
 
-def check_target(target: Path, overwrite: bool, ours: str) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     """Check that a target may be written, like `output_folder`; for long jobs, before they start.
 
     Raises:
@@ -135,10 +135,10 @@ def check_target(target: Path, overwrite: bool, ours: str) -> None:
         return
     if not overwrite:
         raise CheckpointError(target, "exists already", "choose another name, or pass overwrite (--overwrite)")
-    if not written_here(target, ours):
+    if not written_here(target):
         raise CheckpointError(
             target,
-            f"was not written by bisparse (it has no valid {ours})",
+            f"was not written by bisparse (it has no valid {SIDECAR}, {QUANTIZATION} or {PLAIN})",
             "remove it yourself or choose another name; it is not replaced",
         )
 

@@ -149,7 +149,7 @@ def prune_checkpoint(
     plan.source.check_writable()
     target = Path(target)
     check_apart(target, {"source": plan.source.path})
-    with output_folder(target, overwrite=overwrite, ours=SIDECAR) as folder:
+    with output_folder(target, overwrite=overwrite) as folder:
         check_room(folder, plan.output_bytes + SLACK)
         job = _Job(plan, folder, solver, progress)
         results, samples = job.run()

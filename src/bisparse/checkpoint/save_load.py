@@ -174,7 +174,7 @@ def save(
     ordered = in_file_order(stored.values())
     header = build_header(((one.name, one.dtype, one.shape, one.nbytes) for one in ordered), {"format": "pt"})
     checksums = {}
-    with output_folder(folder, overwrite=overwrite, ours=SIDECAR) as temporary:
+    with output_folder(folder, overwrite=overwrite) as temporary:
         check_room(temporary, sum(one.nbytes for one in ordered) + sum(packed_size(one.tensor.shape) for one in layers.values()))
         with SafetensorsWriter(temporary / WEIGHTS, header) as writer:
             for tensor in ordered:

@@ -11,7 +11,7 @@ from bisparse.arguments import check_function
 from bisparse.checkpoint.atomic_folder import PLAIN, check_room, output_folder
 from bisparse.checkpoint.prune import SLACK, Progress, copy_others, limit_permissions, read_back
 from bisparse.checkpoint.reader import Source, open_source
-from bisparse.checkpoint.sidecar import SIDECAR, plain_mark
+from bisparse.checkpoint.sidecar import plain_mark
 from bisparse.checkpoint.stored_tensor import SafetensorsWriter
 from bisparse.errors import CheckpointError
 from bisparse.layers import shows_packed_numbers
@@ -59,7 +59,7 @@ def to_dense(
     check_function("progress", progress)
     report: Progress = (lambda what, done, total: None) if progress is None else progress
     total, done = 2 * opened.nbytes, 0
-    with output_folder(target, overwrite=overwrite, ours=SIDECAR) as folder:
+    with output_folder(target, overwrite=overwrite) as folder:
         check_room(folder, opened.nbytes + sum((opened.path / name).stat().st_size for name in opened.others) + SLACK)
         checksums: dict[str, int] = {}
         for shard in opened.shards:

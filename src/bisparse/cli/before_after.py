@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bisparse.cli.console import to_stderr, to_stdout
+from bisparse.cli.console import is_function, to_stderr, to_stdout
 
 if TYPE_CHECKING:
     from bisparse.evaluation import Perplexity
 
-__all__ = ["EvalText", "EvalTokens", "Measurement", "is_function", "measured", "parse_measurement"]
+__all__ = ["EvalText", "EvalTokens", "Measurement", "measured", "parse_measurement"]
 
 EvalText = Annotated[
     Path | None,
@@ -78,11 +78,6 @@ class Measurement:
     def _protocol(self) -> dict[str, Any]:
         digest = hashlib.sha256(self.text.read_bytes()).hexdigest()
         return {"corpus_sha256": digest, "tokens_asked": self.tokens}
-
-
-def is_function(source: str | Path) -> bool:
-    """Whether a source is given as ``module:function``; what exists is a file or folder, whatever its name."""
-    return ":" in str(source) and not Path(source).exists()
 
 
 def parse_measurement(

@@ -181,7 +181,6 @@ def open_job(
         asked: by option or method, whether it needs calibration data.
     """
     from bisparse.apart import check_apart, origin_of
-    from bisparse.checkpoint import SIDECAR
     from bisparse.checkpoint import atomic_folder as output
     from bisparse.checkpoint.names import named_as_in, unsaved_buffers
     from bisparse.checkpoint.reader import open_source as read_headers
@@ -194,7 +193,7 @@ def open_job(
     if resume is not None:
         check_apart(resume, {**inputs, "target": target})
     if target is not None:
-        output.check_target(target, overwrite, SIDECAR)
+        output.check_target(target, overwrite)
         output.check_writable(target)
     source = open_source(name, tokenizer=bool(texts.paths))
     for place in (target, resume):

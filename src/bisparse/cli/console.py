@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 import shlex
 import signal
 import sys
@@ -30,10 +31,35 @@ if TYPE_CHECKING:
     from bisparse.solvers import Solver
 
 __all__ = [
-    "INTERRUPTED", "AsJson", "Commands", "Excluded", "Included", "Key", "Layouts", "Threads", "command", "command_line",
-    "fail", "parse_layout_options", "parse_pattern_option", "parse_solver_option", "parse_source", "print_coverage", "print_json",
-    "print_written", "progress_bar", "run_app", "set_quiet", "set_threads", "shows_progress", "to_stderr", "to_stdout",
+    "INTERRUPTED",
+    "AsJson",
+    "Commands",
+    "Excluded",
+    "Included",
+    "Key",
+    "Layouts",
+    "Threads",
+    "command",
+    "command_line",
+    "fail",
+    "is_function",
+    "parse_layout_options",
+    "parse_pattern_option",
+    "parse_solver_option",
+    "parse_source",
+    "print_coverage",
+    "print_json",
+    "print_written",
+    "progress_bar",
+    "run_app",
+    "set_quiet",
+    "set_threads",
+    "shows_progress",
+    "to_stderr",
+    "to_stdout",
 ]  # fmt: skip
+
+FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 P = ParamSpec("P")
 _given: list[str] = []
@@ -280,6 +306,11 @@ def _finite(content: object) -> object:
     if isinstance(content, list | tuple):
         return [_finite(one) for one in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def is_function(source: str | Path) -> bool:
+    """Whether a source is given as ``module:function``; what exists is a file or folder, whatever its name."""
+    return FUNCTION.fullmatch(str(source)) is not None and not Path(source).exists()
 
 
 def print_written(target: Path, *, dense: bool = False) -> None:

@@ -73,11 +73,10 @@ def check_deployment(
         return
     from bisparse.checkpoint.atomic_folder import check_target
     from bisparse.errors import CheckpointError
-    from bisparse.export import QUANTIZATION
 
     folder, file = places(target, quantize, export)
     if folder is not None:
-        check_target(folder, overwrite, QUANTIZATION)
+        check_target(folder, overwrite)
     if file is not None and file.exists() and not overwrite:
         raise CheckpointError(file, "exists already", "choose another name, or pass overwrite (--overwrite)")
 
@@ -107,14 +106,14 @@ def quantize_folder(
     from bisparse.apart import check_apart
     from bisparse.checkpoint import atomic_folder as output
     from bisparse.cli.model_source import open_source, place_of
-    from bisparse.export import QUANTIZATION, can_be_stored, save_quantized
+    from bisparse.export import can_be_stored, save_quantized
     from bisparse.layers import Skipped, find_layers
     from bisparse.quantization import quantize_
 
     _check_scheme(scheme)
     import_for("compressed_tensors", "quantize")
     check_apart(target, {"source": place_of(source), **{f"calibration text {one}": one for one in calibration or ()}})
-    output.check_target(target, overwrite, QUANTIZATION)
+    output.check_target(target, overwrite)
     output.check_writable(target)
     _check_plain(source)
     opened = open_source(source, tokenizer=calibration is not None)

@@ -6,7 +6,6 @@ import importlib
 import importlib.machinery
 import inspect
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,12 +20,11 @@ from bisparse.checkpoint import CheckpointError
 from bisparse.checkpoint.hub import find_source
 from bisparse.checkpoint.names import some_of
 from bisparse.checkpoint.reader import open_source as read_headers
+from bisparse.cli.console import is_function
 from bisparse.errors import install_extra
 from bisparse.user_errors import ends_the_process, error_in_one_line
 
-__all__ = ["FUNCTION", "Source", "open_source", "place_of"]
-
-FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+__all__ = ["Source", "open_source", "place_of"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def open_source(name: str, *, tokenizer: bool = True) -> Source:
             and those of the files do not match: missing, unexpected or of different shapes.
         ValueError: there is no such source, it cannot be loaded, or transformers is not installed.
     """
-    if FUNCTION.fullmatch(name) and not Path(name).exists():
+    if is_function(name):
         return _call(name)
     path = _path_of(name)
     if path.is_file() and path.suffix != ".gguf":
@@ -107,7 +105,7 @@ def place_of(name: str) -> Path | None:
     Raises:
         ValueError: no such folder or file, and no such model in the local Hugging Face cache.
     """
-    if not FUNCTION.fullmatch(name) or Path(name).exists():
+    if not is_function(name):
         return _path_of(name)
     module = importlib.machinery.PathFinder.find_spec(name.partition(":")[0].partition(".")[0], [os.getcwd(), *sys.path])
     return None if module is None or module.origin is None else Path(module.origin)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from bisparse.cli.before_after import EvalText, EvalTokens, is_function, parse_measurement
+from bisparse.cli.before_after import EvalText, EvalTokens, parse_measurement
 from bisparse.cli.budget import BudgetOption, parse_patterns
 from bisparse.cli.calibration_options import (
     NEED_DATA,
@@ -35,6 +35,7 @@ from bisparse.cli.console import (
     Layouts,
     Threads,
     command,
+    is_function,
     parse_layout_options,
     parse_pattern_option,
     refuse_given,

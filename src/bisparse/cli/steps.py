@@ -17,7 +17,7 @@ from typing import Any
 from bisparse.cli.before_after import Measurement
 from bisparse.cli.calibrated import group_of_ranks, on_first_rank
 from bisparse.cli.calibration_options import TextFiles
-from bisparse.cli.console import note_complete, to_stdout
+from bisparse.cli.console import is_function, note_complete, to_stdout
 from bisparse.cli.deploy import export_folder, places, quantize_folder, show_export, show_quantization
 
 __all__ = ["Steps"]
@@ -79,9 +79,8 @@ class Steps:
 
     def _check(self, name: str) -> bool:
         """Whether the target is complete; refuses one of another job, before anything is computed."""
-        from bisparse.cli.model_source import FUNCTION
 
-        if FUNCTION.fullmatch(str(self.source)) and not self.source.exists():
+        if is_function(self.source):
             return False  # what a function returns is not known without calling it
         made = _name_in_folder(self.target)
         complete = made == name

@@ -135,7 +135,7 @@ def save_quantized(
     tensors = in_file_order(memory_tensor(name, one.contiguous(), folder / WEIGHTS) for name, one in state.items())
     header = build_header(((one.name, one.dtype, one.shape, one.nbytes) for one in tensors), {"format": "pt"})
     checksums = {}
-    with output_folder(folder, overwrite=overwrite, ours=QUANTIZATION) as temporary:
+    with output_folder(folder, overwrite=overwrite) as temporary:
         check_room(temporary, sum(one.nbytes for one in tensors))
         with SafetensorsWriter(temporary / WEIGHTS, header) as writer:
             for tensor in tensors:

@@ -164,7 +164,7 @@ class _Trial:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether the forward pass of a module is another than that of torch's classes and this package's."""
+    """Whether a module is computed by a forward pass that neither torch nor this package defines."""
     names = ("forward", "_conv_forward") if isinstance(module, _ConvNd) else ("forward",)
     if any(name in vars(module) for name in names):
         return True

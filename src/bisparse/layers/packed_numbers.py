@@ -23,8 +23,10 @@ COMPANIONS = (
     "qzeros", "zeros", "zero", "weight_zero_point", "meta", "codebooks",
 )  # fmt: skip
 """Names of the tensors next to them."""
+SCALES = ("_scale", "_scales", "_scale_inv")
+"""Endings of the scales of tensors that are no layer's ``weight``, such as fused experts."""
 BYTES = ("I8", "F8_E4M3", "F8_E5M2")
-"""One number in each entry: what such a weight holds is quantised, but not packed."""
+"""Dtypes with one number in each entry: such a weight is quantised, but not packed."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -37,7 +39,8 @@ def shows_packed_numbers(name: str, dtype: str, names: Collection[str]) -> bool:
     """Whether a stored tensor is the packed numbers of a quantised weight.
 
     Args:
-        dtype: as safetensors names it. names: of all tensors of the checkpoint.
+        dtype: as safetensors names it.
+        names: the names of all tensors of the checkpoint.
     """
     if quantisation_state(name, names) is not None:
         return True
@@ -46,6 +49,10 @@ def shows_packed_numbers(name: str, dtype: str, names: Collection[str]) -> bool:
     if name.endswith("_blocks"):  # MXFP4
         return re.sub("_blocks$", "_scales", name) in names
     layer, _, last = name.rpartition(".")
-    if last == "weight":
-        return dtype not in BYTES and any(f"{layer_name(name)}.{one}" in names for one in COMPANIONS)
-    return last in NAMES and any(f"{layer}.{one}" in names for one in COMPANIONS)
+    if last in NAMES:
+        return any(f"{layer}.{one}" in names for one in COMPANIONS)
+    if dtype in BYTES:
+        return False
+    if last == "weight" and any(f"{layer_name(name)}.{one}" in names for one in COMPANIONS):
+        return True
+    return any(name + one in names for one in SCALES)

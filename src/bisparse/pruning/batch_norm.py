@@ -103,9 +103,10 @@ def fold_batch_norms_(
     with Rollback(model) as rollback:
         found = norms_after(model, layers, batch, forward)
         found = {name: norm for name, norm in found.items() if _is_plain(norm)}
-        for name, norm in found.items():
-            check_not_of_inference_mode(name, *model.get_submodule(name).parameters(), *norm.parameters(), *norm.buffers())
-        rollback.touch(*(model.get_submodule(name).weight for name in found))  # type: ignore[arg-type]
+        for name in found:
+            weight = model.get_parameter(f"{name}.weight")
+            check_not_of_inference_mode(f"{name}: its weight", weight)
+            rollback.touch(weight)
         model.eval()
         with ExampleRun(model) as run:
             before = comparable_outputs(model, batch, forward)

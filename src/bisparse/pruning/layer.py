@@ -215,12 +215,10 @@ def check_can_be_written(layer: Layer) -> None:
         raise ValueError(f"{layer.name}: its weight is on the meta device and has no values; load the model first")
     if (reason := dtype_reason(weight)) is not None:
         raise ValueError(f"{layer.name}: {reason}")
-    check_not_of_inference_mode(layer.name, weight)
+    check_not_of_inference_mode(f"{layer.name}: its weight", weight)
 
 
-def check_not_of_inference_mode(name: str, *tensors: Tensor) -> None:
+def check_not_of_inference_mode(what: str, tensor: Tensor) -> None:
     """Raise ValueError if a tensor was created in inference mode, outside of which it cannot be changed."""
-    if any(one.is_inference() for one in tensors) and not torch.is_inference_mode_enabled():
-        raise ValueError(
-            f"{name}: its weight was created in inference mode and cannot be changed; load the model outside of that mode"
-        )
+    if tensor.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{what} was created in inference mode and cannot be changed; load the model outside of that mode")

@@ -401,16 +401,16 @@ def test_models_of_inference_mode_are_refused_and_left_as_they_are() -> None:
     with torch.inference_mode():
         model[2] = nn.Linear(32, 8)
     before = model[0].weight.detach().clone()
-    with pytest.raises(ValueError, match=r"2: its weight was created in inference mode"):
+    with pytest.raises(ValueError, match=r"2.weight was created in inference mode"):
         permute_(model, "2:4", torch.randn(4, 8))
     assert torch.equal(model[0].weight, before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_of_half_precision_is_no_hidden_use(dtype: torch.dtype) -> None:
-    model = nn.Sequential(nn.Linear(32, 256), nn.GELU(), nn.Linear(256, 32), nn.GELU(), nn.Linear(32, 8)).to(dtype)
-    report = permute_(model, "2:4", torch.randn(16, 32, dtype=dtype), steps=5, rounds=1)
-    assert [space.reason for space in report.spaces] == ["", ""]
+    layers = [nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64), nn.GELU(), nn.Linear(64, 512), nn.GELU(), nn.Linear(512, 64)]
+    report = permute_(nn.Sequential(*layers).to(dtype), "2:4", torch.randn(64, 64, dtype=dtype), steps=5, rounds=1)
+    assert [space.reason for space in report.spaces] == ["", "", ""]
 
 
 def test_examples_with_outputs_that_are_not_finite_are_refused() -> None:

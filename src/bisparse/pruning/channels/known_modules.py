@@ -1,4 +1,4 @@
-"""Modules of which is known what they do with channels: those of torch, and activations that are found to be element-wise."""
+"""Modules whose effect on channels is known: torch's own, and activations that are element-wise on random numbers."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _tensors(module: nn.Module) -> bool:
 
 
 def _moves_with_its_numbers(module: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether the outputs on random numbers are in another order where the numbers are, and the same otherwise."""
+    """Whether permuting random inputs permutes the outputs in the same way."""
     generator = torch.Generator().manual_seed(0)
     twin = copy.copy(module).eval()
     with torch.no_grad(), torch.autocast("cpu", enabled=False):

@@ -137,11 +137,12 @@ def permute_(
     score_of = scores or (lambda layer: magnitude(layer.weight))
     training = [(module, module.training) for module in model.modules()]
     limit = rounding_tolerance(model) if tolerance is None else tolerance
-    for name, module in model.named_modules():
-        check_not_of_inference_mode(name, *module.parameters(recurse=False), *module.buffers(recurse=False))
     with torch.no_grad(), Rollback(model) as rollback:
         model.eval()
         spaces, untraced = channel_spaces(model, example, forward)
+        names_of = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        for tensor in [tensor for space in spaces if not space.frozen for tensor in space.tensors]:
+            check_not_of_inference_mode(names_of[id(tensor)], tensor)
         goal = comparable_outputs(model, example, forward)
         run = ExampleRun(model)
         goal_training = _training_outputs(model, example, forward, run)
@@ -162,7 +163,6 @@ def permute_(
         done = {id(space): _reason(space, by_weight) for space in spaces}
         first = {id(space): _space_value(space, by_weight, parsed, score_of) for space in spaces}
         last = dict(first)
-        names_of = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
         shown: set[int] = set()
         for turn in range(rounds):
             before_turn = dict(last)

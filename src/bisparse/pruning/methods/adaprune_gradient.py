@@ -22,8 +22,8 @@ from bisparse.pruning.methods.mean_absorption import absorb_mean
 __all__ = ["GradientAdaPrune"]
 
 USUAL_FOR_ADAM = 6
-"""Weights of which the largest is within 2^6 and 2^-6 are used as they are. The steps of Adam have an absolute size, which the
-paper chose for usual weights: at a largest weight of 2^-20 each step is a thousand times as large."""
+"""Weights are used as they are if the largest is between 2^-6 and 2^6. Adam's steps have an absolute size, about 1e-3, which the
+paper chose for usual weights: where the largest weight is 2^-20, each step is a thousand times as large as it."""
 
 
 @dataclass(frozen=True)

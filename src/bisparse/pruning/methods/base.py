@@ -167,7 +167,7 @@ def in_range(problem: LayerProblem, usual: int = USUAL) -> tuple[LayerProblem, f
     the bias that would overflow become 0; see `prune_in_range`.
 
     Args:
-        usual: weights of which the largest is within two to the power of plus and minus this are used as they are.
+        usual: weights are used as they are if the largest is between 2^-usual and 2^usual.
     """
     largest = float(problem.weight.abs().amax()) if problem.weight.numel() else 0.0
     exponent = math.frexp(largest)[1] if 0 < largest < math.inf else 0
@@ -187,7 +187,7 @@ def _finite(values: Tensor, dtype: torch.dtype) -> Tensor:
 def prune_in_range(prune: Callable[[LayerProblem], Pruned], problem: LayerProblem, usual: int = USUAL) -> Pruned:
     """What a method's `prune` returns, computed with weights whose squares neither underflow nor overflow; see `in_range`.
 
-    A method adds to the bias. What the bias lost in the other unit, by overflow or by underflow, is added again.
+    What a method adds to the bias is added to the bias as it was, so that it loses nothing by overflow or underflow.
     """
     scaled, factor = in_range(problem, usual)
     if factor == 1.0:
